@@ -1,0 +1,63 @@
+"""The errors a user sees: what is wrong, where, what to do about it, and the exit code that goes with it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong.
+
+    ``where`` is a place the user can open (``medical.yaml:14:3``, ``train.jsonl:381``), ``hint`` what to do.
+    """
+
+    what: str
+    where: str | None = None
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        hint = f"\n    {self.hint}" if self.hint else ""
+        return f"{place}{self.what}{hint}"
+
+
+class LoraError(Exception):
+    """A failure with a message for the user; every fault that was found is told at once."""
+
+    exit_code = 1
+
+    def __init__(self, what: str | Iterable[Fault], where: str | None = None, hint: str | None = None) -> None:
+        self.faults = (Fault(what, where, hint),) if isinstance(what, str) else tuple(what)
+        super().__init__("\n".join(str(fault) for fault in self.faults))
+
+
+class UserError(LoraError):
+    """The input was wrong: recipe, data, model, adapter or options. Exit code 2."""
+
+    exit_code = 2
+
+
+class RunError(LoraError):
+    """The run failed and kept what it had. Exit code 3."""
+
+    exit_code = 3
+
+
+class Interrupted(LoraError):
+    """The run was stopped by a signal, with a checkpoint written. Exit code 128 + the signal's number."""
+
+    def __init__(self, what: str, signal_number: int, hint: str | None = None) -> None:
+        super().__init__(what, hint=hint)
+        self.exit_code = 128 + signal_number
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """A hint naming the nearest known name, or all of them when none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return f"known: {', '.join(known)}" if known else None

@@ -1,0 +1,190 @@
+"""The recipe: every key, its bounds and its words, declared once.
+
+``lora explain``, the JSON Schema and every message about a recipe are made from these declarations. Names follow PEFT's
+``LoraConfig`` and Transformers' ``TrainingArguments``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A group of keys: strict types, no unknown keys, no NaN, nothing changed after loading."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Model(Section):
+    """The base model."""
+
+    name_or_path: str = Field(
+        min_length=1, description="Folder of a causal language model in Transformers' layout, or a hub id."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Type of the frozen weights and of the matrix products; adapters stay float32. auto: bfloat16 on a "
+        "GPU that has it, float32 elsewhere.",
+    )
+    attn_implementation: Literal[
+        "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = Field("auto", description="Transformers' attention implementation. auto: what Transformers picks (sdpa).")
+
+
+class Quantization(Section):
+    """Quantize the frozen base while loading it (QLoRA). Left out: the base is not quantized."""
+
+    method: Literal["nf4", "fp4", "int8"] = Field(
+        "nf4", description="nf4 and fp4 store a weight in 4 bits (QLoRA, arXiv:2305.14314), int8 in 8 (LLM.int8())."
+    )
+    double_quant: bool = Field(True, description="Quantize the 4-bit blocks' scales as well (0.4 bit a weight saved).")
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="Type that 4-bit weights are expanded to for a matrix product."
+    )
+
+
+class Adapter(Section):
+    """What is trained."""
+
+    method: Literal["lora"] = Field("lora", description="Kind of adapter: lora (arXiv:2106.09685).")
+    r: Positive = Field(16, description="Rank of the update BA.")
+    lora_alpha: float = Field(32, gt=0, description="The update is scaled by lora_alpha / r.")
+    lora_dropout: Fraction = Field(0.0, description="Dropout on the adapter's input while training.")
+    target_modules: str | tuple[str, ...] = Field(
+        "attention",
+        description="Which layers: minimal (query and value projections), standard (all attention projections but the "
+        "output), attention (all attention projections), all-linear (every linear layer but the head), a list of module "
+        "names, or a regular expression that matches whole module names.",
+    )
+    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead (arXiv:2312.03732).")
+    use_dora: bool = Field(False, description="Split each weight in magnitude and direction (DoRA, arXiv:2402.09353).")
+    init_from: str | None = Field(
+        None, min_length=1, description="Adapter folder of the same base whose weights training starts from."
+    )
+
+
+class Source(Section):
+    """One part of a mixture."""
+
+    path: str = Field(min_length=1, description="File, folder, glob or hub id.")
+    weight: float = Field(
+        1.0, gt=0, description="How often an epoch passes over this source: 2 takes each row twice, 0.5 half of them."
+    )
+    split: str = Field("train", min_length=1, description="Split to take when path is a hub id.")
+
+
+class Template(Section):
+    """Patterns that make a prompt and a completion from a row's columns."""
+
+    prompt: str = Field("", description="Pattern of the prompt, e.g. 'Question: {question}\\nAnswer:'.")
+    completion: str = Field(min_length=1, description="Pattern of the completion, e.g. ' {answer}'.")
+
+
+class Data(Section):
+    """What is learned from."""
+
+    train: str | tuple[str | Source, ...] = Field(
+        description="Rows to train on: a .jsonl, .json, .csv, .parquet or .txt file, a folder or glob of these, a hub id, "
+        "or a list of these, each alone or as a mapping with path, weight and split."
+    )
+    validation: float | str | tuple[str | Source, ...] | None = Field(
+        None, description="A share of the training rows to hold out (0.05), or rows given as in train; null: none."
+    )
+    format: Literal["auto", "text", "prompt_completion", "alpaca", "chat", "template"] = Field(
+        "auto",
+        description="How a row is read: text, prompt_completion (prompt and completion, or question and answer, joined "
+        "as they stand), alpaca (instruction, input, output), chat (messages, conversations, or a prompt and completion "
+        "as two turns, through the tokenizer's chat template), template. auto: by the columns.",
+    )
+    columns: dict[str, str] = Field(
+        {}, description="The row's column for each name the format uses, e.g. {prompt: question, completion: answer}."
+    )
+    template: Template | None = Field(None, description="Patterns for format: template.")
+    train_on: Literal["completion", "all"] = Field(
+        "completion", description="Which tokens are supervised: completions and assistant turns, or all."
+    )
+    max_length: Annotated[int, Field(ge=2)] = Field(
+        1024, description="Tokens a row keeps, from its beginning; never more than the model has positions."
+    )
+    packing: bool = Field(
+        True,
+        description="Lay whole rows end to end, each seeing only itself, up to per_device_train_batch_size x max_length "
+        "tokens a batch; false: pad per_device_train_batch_size rows to the longest.",
+    )
+    shuffle: bool = Field(True, description="Draw a new order every epoch from the seed; false: the file's order.")
+
+    @model_validator(mode="after")
+    def _template_goes_with_its_format(self) -> Data:
+        if self.format == "template" and self.template is None:
+            raise ValueError("format: template needs data.template with a completion pattern")
+        if self.template is not None and self.format not in ("auto", "template"):
+            raise ValueError(f"data.template is given, but format is {self.format}")
+        if isinstance(self.validation, float) and not 0 < self.validation < 1:
+            raise ValueError("a validation share must lie between 0 and 1")
+        return self
+
+
+class Training(Section):
+    """How it is learned, and what is kept."""
+
+    output_dir: str = Field(min_length=1, description="The run's folder, made by the run.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of the adapter's start, the order of rows and dropout.")
+    num_train_epochs: float = Field(3.0, gt=0, description="Passes over the data; may be a fraction.")
+    max_steps: Positive | None = Field(None, description="Optimizer steps to take, instead of num_train_epochs.")
+    per_device_train_batch_size: Positive = Field(4, description="Rows (or, packed, rows' worth of tokens) a batch.")
+    gradient_accumulation_steps: Positive = Field(4, description="Batches whose gradients make one step.")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    lr_scheduler_type: Literal["linear", "cosine", "polynomial", "inverse_sqrt", "constant"] = Field(
+        "cosine", description="Course of the learning rate after the warm-up."
+    )
+    warmup_ratio: Fraction = Field(0.03, description="Share of the steps over which the learning rate rises from 0.")
+    warmup_steps: int | None = Field(None, ge=0, description="The warm-up in steps, instead of warmup_ratio.")
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw_torch", description="Optimizer; the 8-bit ones keep their state in 8 bits (bitsandbytes)."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the gradient to this norm; null: never.")
+    logging_steps: Positive = Field(10, description="Steps between two training lines in metrics.jsonl.")
+    eval_steps: Positive | None = Field(
+        100, description="Steps between two evaluations; null: at the start and the end alone."
+    )
+    save_steps: Positive | None = Field(100, description="Steps between two checkpoints; null: at the end alone.")
+    save_total_limit: Positive | None = Field(2, description="Checkpoints to keep; null: all.")
+    early_stopping_patience: Positive | None = Field(
+        None, description="Stop after so many evaluations in a row without a lower validation loss."
+    )
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto",
+        description="Recompute activations in the backward pass: less memory, about a fifth slower. auto: when the "
+        "activations would not fit.",
+    )
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"], ...] = Field(
+        (), description="Trackers that get the metrics too, through Accelerate."
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_say_warmup(self) -> Training:
+        if self.warmup_steps is not None and "warmup_ratio" in self.model_fields_set:
+            raise ValueError("warmup_steps and warmup_ratio are both given: keep one")
+        return self
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    model: Model = Field(description="The base model.")
+    quantization: Quantization | None = Field(None, description="How the frozen base is quantized; absent: not.")
+    adapter: Adapter = Field(Adapter(), description="What is trained.")
+    data: Data = Field(description="What is learned from.")
+    training: Training = Field(description="How it is learned, and what is kept.")
+
+    @model_validator(mode="after")
+    def _early_stopping_needs_validation(self) -> Recipe:
+        if self.training.early_stopping_patience is not None and self.data.validation is None:
+            raise ValueError("training.early_stopping_patience needs data.validation")
+        return self
