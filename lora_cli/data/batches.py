@@ -1,0 +1,184 @@
+"""Examples -> micro-batches: an order of rows that is the run's own, packed or padded tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_cli.data.tokenize import Examples, Ints
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch.
+
+    ``input_ids`` and ``position_ids`` (rows, tokens) int64; ``attention_mask`` (rows, tokens) int64, or None when rows
+    are packed and the position ids, starting again at 0, tell them apart. ``predict_from`` (k,) int64 are the positions
+    whose next token is supervised in some row; ``targets`` (rows, k) int64 holds those next tokens, -100 elsewhere.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    predict_from: torch.Tensor
+    targets: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on ``device``."""
+        mask = self.attention_mask
+        return Batch(
+            self.input_ids.to(device, non_blocking=True),
+            self.position_ids.to(device, non_blocking=True),
+            None if mask is None else mask.to(device, non_blocking=True),
+            self.predict_from.to(device, non_blocking=True),
+            self.targets.to(device, non_blocking=True),
+        )
+
+
+def epoch_order(
+    source: npt.NDArray[np.int32], weights: Sequence[float], seed: int, epoch: int, shuffle: bool
+) -> npt.NDArray[np.int64]:
+    """Row indices in the order epoch ``epoch`` takes them: a function of these arguments alone.
+
+    A source of weight w gives each of its rows floor(w) times, and the fraction left over to rows drawn anew each
+    epoch (without ``shuffle``: to its first rows).
+    """
+    draw = np.random.default_rng([seed, epoch])
+    parts = []
+    for index, weight in enumerate(weights):
+        rows = np.flatnonzero(source == index)
+        times = int(weight)
+        extra = round((weight - times) * len(rows))
+        chosen = np.sort(draw.permutation(rows)[:extra]) if shuffle else rows[:extra]
+        parts += [rows] * times + [chosen]
+    order = np.concatenate(parts).astype(np.int64)
+    return draw.permutation(order) if shuffle else order
+
+
+def group(order: Ints, lengths: Ints, batch_size: int, max_length: int, packing: bool) -> list[Ints]:
+    """Cut an order into micro-batches.
+
+    Packed, a micro-batch takes the next whole rows as long as they fit ``batch_size`` x ``max_length`` tokens; padded,
+    the next ``batch_size`` rows.
+    """
+    if not packing:
+        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    budget = batch_size * max_length
+    cuts = []
+    used = 0
+    for index, length in enumerate(lengths[order].tolist()):
+        if used and used + length > budget:
+            cuts.append(index)
+            used = 0
+        used += length
+    return np.split(order, cuts)
+
+
+def collate(examples: Examples, rows: Sequence[int] | Ints, packing: bool, pad_token_id: int) -> Batch:
+    """The rows as tensors: laid end to end in one line, or one under the other, padded on the right."""
+    import torch
+
+    pairs = [examples.row(int(index)) for index in rows]
+    if packing:
+        ids = np.concatenate([ids for ids, _ in pairs])[None]
+        wanted = np.concatenate([mask for _, mask in pairs])[None]
+        positions = np.concatenate([np.arange(len(ids)) for ids, _ in pairs])[None]
+        mask = None
+    else:
+        longest = max(len(ids) for ids, _ in pairs)
+        ids = np.full((len(pairs), longest), pad_token_id, dtype=np.int64)
+        wanted = np.zeros((len(pairs), longest), dtype=np.bool_)
+        mask = np.zeros((len(pairs), longest), dtype=np.int64)
+        positions = np.tile(np.arange(longest), (len(pairs), 1))
+        for index, (row_ids, row_wanted) in enumerate(pairs):
+            ids[index, : len(row_ids)] = row_ids
+            wanted[index, : len(row_ids)] = row_wanted
+            mask[index, : len(row_ids)] = 1
+    next_wanted = wanted[:, 1:]
+    predict_from = np.flatnonzero(next_wanted.any(axis=0))
+    targets = np.where(next_wanted, ids[:, 1:], -100)[:, predict_from]
+    return Batch(
+        torch.from_numpy(ids.astype(np.int64)),
+        torch.from_numpy(positions.astype(np.int64)),
+        None if mask is None else torch.from_numpy(mask),
+        torch.from_numpy(predict_from.astype(np.int64)),
+        torch.from_numpy(targets.astype(np.int64)),
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: its micro-batches (row indices), the epoch it ends in, and what it holds.
+
+    ``supervised`` and ``tokens`` count the step's supervised and real (non-padding) tokens; ``epoch`` is how much of
+    the data has been seen after it, in passes.
+    """
+
+    number: int
+    epoch: float
+    micro_batches: tuple[Ints, ...]
+    supervised: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which rows each step takes: from the seed and the lengths alone, so that any step can be found again."""
+
+    lengths: Ints
+    supervised: Ints
+    source: npt.NDArray[np.int32]
+    weights: tuple[float, ...]
+    seed: int
+    shuffle: bool
+    batch_size: int
+    max_length: int
+    packing: bool
+    accumulation: int
+
+    def epoch_batches(self, epoch: int) -> list[Ints]:
+        """The micro-batches of one pass over the data, in order."""
+        order = epoch_order(self.source, self.weights, self.seed, epoch, self.shuffle)
+        return group(order, self.lengths, self.batch_size, self.max_length, self.packing)
+
+    def total_steps(self, epochs: float, max_steps: int | None) -> int:
+        """Optimizer steps of the run. An epoch's last short window is a step; a part of an epoch is rounded up."""
+        if max_steps is not None:
+            return max_steps
+        whole = int(epochs)
+        total = sum(self._steps_in(epoch) for epoch in range(whole))
+        if epochs > whole:
+            total += int(np.ceil((epochs - whole) * self._steps_in(whole)))
+        return total
+
+    def _steps_in(self, epoch: int) -> int:
+        return -(-len(self.epoch_batches(epoch)) // self.accumulation)
+
+    def steps(self, start: int = 0) -> Iterator[Step]:
+        """The steps after step ``start``, without end."""
+        number = epoch = 0
+        while True:
+            batches = self.epoch_batches(epoch)
+            for at in range(0, len(batches), self.accumulation):
+                number += 1
+                if number <= start:
+                    continue
+                window = tuple(batches[at : at + self.accumulation])
+                rows = np.concatenate(window)
+                done = epoch + (at + len(window)) / len(batches)
+                yield Step(number, done, window, int(self.supervised[rows].sum()), int(self.lengths[rows].sum()))
+            epoch += 1
+
+
+def split_validation(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
+    """Hold out ``share`` of the rows (at least one, never all), drawn from the seed: (train, validation)."""
+    count = min(max(1, round(share * len(examples))), len(examples) - 1)
+    order = np.random.default_rng(seed).permutation(len(examples))
+    return examples.select(np.sort(order[count:])), examples.select(np.sort(order[:count]))

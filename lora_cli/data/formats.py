@@ -1,0 +1,211 @@
+"""Row -> segments: what a row says, and which parts of it are to be learned.
+
+A format is one function and one entry in FORMATS. Chat rows become a conversation first; ``chat.py`` renders it through
+the tokenizer's template.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lora_cli.data.sources import Row, read_rows
+from lora_cli.errors import Fault, UserError
+from lora_cli.recipe.schema import Data, Source, Template
+
+Segment = tuple[str, bool]
+"""A piece of text, and whether it is supervised."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+Content = tuple[Segment, ...] | tuple[Message, ...]
+
+ALIASES = {"prompt": ("prompt", "question"), "completion": ("completion", "answer")}
+"""Column names that stand for a format's name when the recipe does not map it."""
+
+SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+MAX_FAULTS = 10
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Reads a row's columns under the names a format uses."""
+
+    row: Row
+    mapping: Mapping[str, str]
+
+    def column(self, name: str) -> str | None:
+        """The row's column that stands for ``name``, or None."""
+        candidates = (self.mapping[name],) if name in self.mapping else ALIASES.get(name, (name,))
+        return next((c for c in candidates if c in self.row.columns), None)
+
+    def value(self, name: str) -> Any:
+        """Raises UserError, with the row's place and the columns it has, when the column is missing or null."""
+        column = self.column(name)
+        if column is None:
+            wanted = self.mapping.get(name) or " or ".join(f"'{c}'" for c in ALIASES.get(name, (name,)))
+            raise UserError(f"no column {wanted}", self.row.where, self._seen())
+        value = self.row.columns[column]
+        if value is None:
+            raise UserError(f"column '{column}' is null", self.row.where, self._seen())
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """The column's text. Raises UserError when it is missing (and there is no default), null or no text."""
+        if default is not None and self.column(name) is None:
+            return default
+        value = self.value(name)
+        if not isinstance(value, str):
+            what = f"column '{self.column(name)}' holds {type(value).__name__}, expected text"
+            raise UserError(what, self.row.where)
+        return value
+
+    def _seen(self) -> str:
+        return f"columns seen: {', '.join(map(str, self.row.columns)) or 'none'}; data.columns maps names to columns"
+
+
+def text(row: Columns) -> Content:
+    """Plain text, all of it supervised."""
+    return ((row.text("text"), True),)
+
+
+def prompt_completion(row: Columns) -> Content:
+    """A prompt and a completion, joined as they stand."""
+    return ((row.text("prompt"), False), (row.text("completion"), True))
+
+
+def alpaca(row: Columns) -> Content:
+    """Stanford Alpaca's columns under its three headings; an empty input leaves its heading out."""
+    extra = row.text("input", default="")
+    middle = f"### Input:\n{extra}\n\n" if extra else ""
+    prompt = f"### Instruction:\n{row.text('instruction')}\n\n{middle}### Response:\n"
+    return ((prompt, False), (row.text("output"), True))
+
+
+def chat(row: Columns) -> Content:
+    """``messages`` (role, content), ShareGPT's ``conversations`` (from, value), or a prompt and a completion."""
+    for name in ("messages", "conversations"):
+        if row.column(name) is not None:
+            turns = _turns(row.value(name), f"{row.row.where}: {row.column(name)}")
+            break
+    else:
+        turns = (Message("user", row.text("prompt")), Message("assistant", row.text("completion")))
+    system = row.text("system", default="")
+    if system and turns[0].role != "system":
+        turns = (Message("system", system), *turns)
+    return turns
+
+
+def _turns(value: Any, where: str) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise UserError("expected a list of turns", where, "each turn is {role, content} or {from, value}")
+    turns = []
+    for number, turn in enumerate(value):
+        place = f"{where}[{number}]"
+        if not isinstance(turn, dict):
+            raise UserError(f"expected a turn, found {type(turn).__name__}", place)
+        sharegpt = "from" in turn
+        role, content = (turn.get("from"), turn.get("value")) if sharegpt else (turn.get("role"), turn.get("content"))
+        role = SHAREGPT_ROLES.get(str(role), role) if sharegpt else role
+        if role not in ROLES:
+            raise UserError(f"unknown role {role!r}", place, f"roles: {', '.join(ROLES)} (ShareGPT: human, gpt)")
+        if not isinstance(content, str):
+            found = "null or missing" if content is None else type(content).__name__
+            raise UserError(f"the turn's text is {found}", place, "content (or value) must be text")
+        turns.append(Message(role, content))
+    return tuple(turns)
+
+
+def template(row: Columns, patterns: Template | None) -> Content:
+    """The recipe's patterns filled with the row's columns."""
+    assert patterns is not None, "the schema asks for data.template with this format"
+    return ((_fill(patterns.prompt, row), False), (_fill(patterns.completion, row), True))
+
+
+def _fill(pattern: str, row: Columns) -> str:
+    # Not str.format: a pattern must not reach attributes or indices of what a row holds.
+    pieces = string.Formatter().parse(pattern)
+    return "".join(literal + (row.text(name) if name else "") for literal, name, _, _ in pieces)
+
+
+def pattern_faults(patterns: Template) -> list[Fault]:
+    """What is wrong with the patterns themselves: braces that do not close, fields that are no plain column name."""
+    faults = []
+    for key, pattern in (("prompt", patterns.prompt), ("completion", patterns.completion)):
+        where = f"data.template.{key}"
+        try:
+            pieces = list(string.Formatter().parse(pattern))
+        except ValueError as error:
+            faults.append(Fault(str(error), where, "write {{ and }} for braces that are text"))
+            continue
+        for _, name, spec, conversion in pieces:
+            if name is not None and (not name or spec or conversion or any(c in name for c in ".[]")):
+                faults.append(Fault(f"'{{{name}}}' is no column", where, "write {column}, with nothing else in it"))
+    return faults
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format: how a row is read, and the sets of names by any one of which ``auto`` knows it."""
+
+    read: Callable[[Columns, Template | None], Content]
+    known_by: tuple[tuple[str, ...], ...]
+
+
+FORMATS: dict[str, Format] = {
+    "chat": Format(lambda row, _: chat(row), (("messages",), ("conversations",))),
+    "alpaca": Format(lambda row, _: alpaca(row), (("instruction", "output"),)),
+    "prompt_completion": Format(lambda row, _: prompt_completion(row), (("prompt", "completion"),)),
+    "text": Format(lambda row, _: text(row), (("text",),)),
+    "template": Format(template, ()),
+}
+
+
+def detect(row: Row, data: Data) -> str:
+    """The format that a row's columns speak for; raises UserError naming the columns when none does."""
+    if data.template is not None:
+        return "template"
+    columns = Columns(row, data.columns)
+    for name, entry in FORMATS.items():
+        if any(all(columns.column(c) is not None for c in names) for names in entry.known_by):
+            return name
+    seen = ", ".join(map(str, row.columns)) or "none"
+    known = "; ".join(f"{n}: {' or '.join('+'.join(k) for k in f.known_by)}" for n, f in FORMATS.items() if f.known_by)
+    raise UserError(f"no format is known by these columns: {seen}", row.where, f"{known}; or map them in data.columns")
+
+
+def read_content(row: Row, format_name: str, data: Data) -> Content:
+    """What one row says. Raises UserError with the row's place."""
+    return FORMATS[format_name].read(Columns(row, data.columns), data.template)
+
+
+def check_rows(data: Data, sources: Iterable[Source]) -> list[Fault]:
+    """Read every row as training will, without tokenizing: up to ten rows that are wrong, by file and line."""
+    faults: list[Fault] = []
+    format_name = data.format
+    try:
+        for item in read_rows(sources):
+            if isinstance(item, Fault):
+                faults.append(item)
+            else:
+                if format_name == "auto":
+                    format_name = detect(item, data)
+                try:
+                    read_content(item, format_name, data)
+                except UserError as error:
+                    faults.extend(error.faults)
+            if len(faults) >= MAX_FAULTS:
+                return [*faults[:MAX_FAULTS], Fault("there may be more; the first ones are shown")]
+    except UserError as error:
+        faults.extend(error.faults)
+    return faults

@@ -1,0 +1,224 @@
+"""Files, folders, globs and hub ids -> rows that know their file and line."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_cli.errors import Fault, UserError, did_you_mean
+from lora_cli.recipe.schema import Source
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record: its columns as read, the place it came from, and the index of its source in the mixture."""
+
+    columns: Mapping[str, Any]
+    where: str
+    source: int = 0
+
+
+def sources_of(spec: str | tuple[str | Source, ...]) -> tuple[Source, ...]:
+    """The parts of ``data.train`` or ``data.validation``, each with a path, a weight and a split."""
+    parts = (spec,) if isinstance(spec, str) else spec
+    return tuple(Source(path=part) if isinstance(part, str) else part for part in parts)
+
+
+def check_sources(sources: Iterable[Source]) -> list[Fault]:
+    """The paths that name nothing, without reading a row."""
+    faults: list[Fault] = []
+    for source in sources:
+        try:
+            _files(source.path)
+        except UserError as error:
+            faults.extend(error.faults)
+    return faults
+
+
+def read_rows(sources: Iterable[Source]) -> Iterator[Row | Fault]:
+    """Every row of every source in order; a record that cannot be read comes as the fault to report.
+
+    Raises UserError when a path names nothing, or a file cannot be opened at all.
+    """
+    for index, source in enumerate(sources):
+        files = _files(source.path)
+        read = 0
+        if files is None:
+            for row in hub_rows(source.path, source.split):
+                yield Row(row.columns, row.where, index)
+                read += 1
+        else:
+            for file in files:
+                for item in READERS[file.suffix.lower()](file):
+                    yield item if isinstance(item, Fault) else Row(item[1], item[0], index)
+                    read += 1
+        if not read:
+            yield Fault("holds no rows", where=source.path, hint="every source must have at least one row")
+
+
+def _files(path: str) -> list[Path] | None:
+    """The data files that a path stands for, sorted; None for a hub id. Raises UserError when there is none."""
+    known = ", ".join(READERS)
+    here = Path(path)
+    if here.is_file():
+        if here.suffix.lower() not in READERS:
+            raise UserError(f"cannot read files of type '{here.suffix or here.name}'", path, f"types read: {known}")
+        return [here]
+    if here.is_dir():
+        found = sorted(f for f in here.rglob("*") if f.is_file() and f.suffix.lower() in READERS)
+        if not found:
+            raise UserError("the folder holds no data file", path, f"types read: {known}")
+        return found
+    if glob.has_magic(path):
+        matches = (Path(name) for name in glob.glob(path, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
+        found = sorted(f for f in matches if f.is_file() and f.suffix.lower() in READERS)
+        if not found:
+            raise UserError("no data file matches", path, f"types read: {known}")
+        return found
+    if HUB_ID.fullmatch(path) and here.suffix.lower() not in READERS and not here.parent.exists():
+        return None
+    siblings = [f.name for f in here.parent.iterdir() if f.suffix.lower() in READERS] if here.parent.is_dir() else []
+    hint = did_you_mean(here.name, siblings) or f"paths are relative to {Path.cwd()}"
+    raise UserError("no such data file", path, hint)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", str(path)) from error
+
+
+def _decode(raw: bytes, path: Path) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(f"not UTF-8: byte 0x{raw[error.start]:02x}", f"{path}:{line}", "save it as UTF-8") from error
+
+
+Record = tuple[str, dict[str, Any]]
+
+
+def _jsonl(path: Path) -> Iterator[Record | Fault]:
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                where = f"{path}:{number}"
+                try:
+                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    yield Fault(f"not UTF-8: byte 0x{raw[error.start]:02x}", where, "save the file as UTF-8")
+                    continue
+                if line.strip():
+                    yield _json_object(line, where)
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", str(path)) from error
+
+
+def _json_object(text: str, where: str) -> Record | Fault:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        return Fault(f"not valid JSON: {error.msg} (column {error.colno})", where, "one JSON object a line")
+    except (ValueError, RecursionError) as error:
+        return Fault(f"not valid JSON: {error}", where, "one JSON object a line")
+    if not isinstance(value, dict):
+        return Fault(f"expected a JSON object, found {type(value).__name__}", where, "one JSON object a line")
+    return where, value
+
+
+def _json(path: Path) -> Iterator[Record | Fault]:
+    text = _decode(_read_bytes(path), path)
+    try:
+        value = json.loads(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        raise UserError(f"not valid JSON: {error.msg} (column {error.colno})", f"{path}:{error.lineno}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not valid JSON: {error}", str(path)) from error
+    if not isinstance(value, list):
+        raise UserError(f"expected a list of objects, found {type(value).__name__}", str(path))
+    for number, item in enumerate(value, 1):
+        where = f"{path} (row {number})"
+        if isinstance(item, dict):
+            yield where, item
+        else:
+            yield Fault(f"expected an object, found {type(item).__name__}", where)
+
+
+def _csv(path: Path) -> Iterator[Record | Fault]:
+    lines = _decode(_read_bytes(path), path).splitlines(keepends=True)
+    reader = csv.reader(lines, strict=True)
+    header: list[str] | None = None
+    try:
+        for cells in reader:
+            where = f"{path}:{reader.line_num}"
+            if not cells:
+                continue
+            if header is None:
+                header = cells
+                repeated = sorted({name for name in header if header.count(name) > 1})
+                if repeated:
+                    raise UserError(f"column named twice: {', '.join(repeated)}", where)
+            elif len(cells) != len(header):
+                yield Fault(f"{len(cells)} cells under {len(header)} columns", where, f"columns: {', '.join(header)}")
+            else:
+                yield where, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise UserError(f"not valid CSV: {error}", f"{path}:{reader.line_num}") from error
+
+
+def _parquet(path: Path) -> Iterator[Record | Fault]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for columns in batch.to_pylist():
+                    number += 1
+                    yield f"{path} (row {number})", columns
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"not a readable Parquet file: {str(error).splitlines()[0]}", str(path)) from error
+
+
+def _text(path: Path) -> Iterator[Record | Fault]:
+    text = _decode(_read_bytes(path), path)
+    if text.strip():
+        yield str(path), {"text": text}
+
+
+READERS: dict[str, Callable[[Path], Iterator[Record | Fault]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".txt": _text,
+}
+
+
+def hub_rows(name: str, split: str) -> Iterator[Row]:
+    """The rows of a split of a data set on the hub (or in its local cache), through ``datasets``.
+
+    Raises UserError when it cannot be loaded: offline and not cached, no such data set, no such split.
+    """
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
+        what = f"the data set could not be loaded from the hub: {str(error).splitlines()[0]}"
+        raise UserError(what, name, "give a path that exists, or a hub id that can be reached from here") from error
+    for number, columns in enumerate(rows, 1):
+        yield Row(columns, f"{name}[{split}] (row {number})")
