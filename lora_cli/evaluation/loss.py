@@ -1,0 +1,97 @@
+"""Token-weighted loss on supervised positions, and the perplexity that follows from it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from lora_cli.data.batches import Batch, collate, group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lora_cli.data.tokenize import Examples
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean negative log-likelihood (nats) of ``tokens`` predicted tokens, and its exponential."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def summed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Summed negative log-likelihood (float32 scalar) of the batch's supervised tokens.
+
+    The head runs on the positions that predict a supervised token alone: Transformers' ``logits_to_keep`` takes their
+    indices, so that each architecture applies its own scaling or capping of logits.
+    """
+    output = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        logits_to_keep=batch.predict_from,
+        use_cache=False,
+    )
+    logits = output.logits.float()
+    return cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+def can_keep_logits(model: PreTrainedModel) -> bool:
+    """Whether the architecture's forward takes ``logits_to_keep``."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, batches: Iterable[Batch], device: torch.device) -> Score:
+    """Loss over all supervised tokens of all batches, each counted once; draws no random number.
+
+    The model is left in the mode (training or evaluation) it was found in.
+    """
+    training = model.training
+    model.eval()
+    total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    for batch in batches:
+        total += summed_loss(model, batch.to(device)).double()
+        tokens += int((batch.targets != -100).sum())
+    model.train(training)
+    return Score(float(total) / max(tokens, 1), tokens)
+
+
+def evaluation_batches(
+    examples: Examples, batch_size: int, max_length: int, packing: bool, pad_token_id: int
+) -> Iterable[Batch]:
+    """The examples in their own order, as packed or padded batches."""
+    order = torch.arange(len(examples)).numpy()
+    for rows in group(order, examples.lengths, batch_size, max_length, packing):
+        yield collate(examples, rows, packing, pad_token_id)
+
+
+@torch.no_grad()
+def packs_exactly(model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether two rows laid end to end give the hidden states that each gives alone.
+
+    True for attention that masks by position ids; models with a state, a convolution over time or positions of
+    another kind fail it and are padded instead.
+    """
+    training = model.training
+    model.eval()
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = (torch.arange(12, device=device) * 7919 + 3) % vocabulary
+    places = torch.cat([torch.arange(7), torch.arange(5)]).to(device)
+    packed = model(input_ids=ids[None], position_ids=places[None], use_cache=False).logits[0].float()
+    alone = torch.cat([model(input_ids=part[None], use_cache=False).logits[0].float() for part in (ids[:7], ids[7:])])
+    model.train(training)
+    error = (packed - alone).norm() / alone.norm()
+    return bool(error < 0.02)

@@ -1,0 +1,48 @@
+"""The registry of adapter methods: recipe section -> PEFT configuration -> adapted model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+
+from lora_cli.recipe.schema import Adapter
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def lora_config(adapter: Adapter, targets: Sequence[str]) -> PeftConfig:
+    """LoRA (arXiv:2106.09685), with rsLoRA's scaling or DoRA's magnitudes when asked for."""
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=adapter.r,
+        lora_alpha=adapter.lora_alpha,  # type: ignore[arg-type]  # PEFT divides by r; a fraction works
+        lora_dropout=adapter.lora_dropout,
+        target_modules=list(targets),
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+    )
+
+
+METHODS: dict[str, Callable[[Adapter, Sequence[str]], PeftConfig]] = {"lora": lora_config}
+
+
+def adapt(base: PreTrainedModel, adapter: Adapter, targets: Sequence[str]) -> PeftModel:
+    """The base with a new trainable adapter on ``targets`` (full module names); adapter weights are float32."""
+    model = get_peft_model(base, METHODS[adapter.method](adapter, targets))
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def load_adapter(base: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftModel:
+    """The base with the adapter stored in ``folder`` (safetensors alone; check_adapter says whether it fits)."""
+    return PeftModel.from_pretrained(base, str(folder), is_trainable=trainable, use_safetensors=True)
+
+
+def trainable_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """Name and parameter of everything that is trained, in the model's order."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -1,0 +1,171 @@
+"""The base model: its folder, configuration, tokenizer and weights, in full precision or quantized by bitsandbytes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+from lora_cli.errors import UserError, did_you_mean
+from lora_cli.recipe.schema import Model, Quantization
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+
+def locate(name_or_path: str, weights: bool = False) -> Path:
+    """The folder of a model: the path itself, or a hub id's snapshot (``weights``: with its safetensors files).
+
+    Raises UserError when there is no such folder and the hub cannot give it.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            hint = (
+                "an adapter needs its base: give the base here" if (folder / "adapter_config.json").is_file() else None
+            )
+            raise UserError("the folder holds no model (no config.json)", name_or_path, hint)
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
+        return Path(snapshot_download(name_or_path, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise UserError("no such model folder, and no hub id", name_or_path, _nearest_folder(folder)) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
+        why = "HF_HUB_OFFLINE is set and it is not in the local cache" if offline else str(error).splitlines()[0]
+        what = f"no such model folder, and the hub does not give it: {why}"
+        raise UserError(what, name_or_path, _nearest_folder(folder)) from error
+
+
+def _nearest_folder(folder: Path) -> str:
+    siblings = [f.name for f in folder.parent.iterdir() if f.is_dir()] if folder.parent.is_dir() else []
+    near = did_you_mean(folder.name, siblings)
+    return near if near and near.startswith("did") else f"paths are relative to {Path.cwd()}"
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The model's configuration. Raises UserError when it cannot be read or is no causal language model's."""
+    where = str(folder / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        what = f"not a usable model configuration: {str(error).splitlines()[0]}"
+        raise UserError(what, where, "code from a model's folder is not run (trust_remote_code is off)") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"model type '{config.model_type}' is no causal language model", where)
+    return config
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises UserError when there is none or it cannot be read."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        raise UserError(f"no usable tokenizer: {str(error).splitlines()[0]}", str(folder)) from error
+    return tokenizer
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id to pad with. Padded places are masked out and never supervised, so that any id will do."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """How many positions the model has, or None when its configuration states no bound."""
+    value = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(value) if value else None
+
+
+def quantization_of(config: PreTrainedConfig) -> str | None:
+    """How the stored weights are quantized already ('bitsandbytes', 'gptq', …), or None."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    return str(getattr(method, "value", method))
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without weights: every module and shape, on the meta device."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """``model.dtype`` in torch's terms. Raises UserError for float16 off the GPU, where there is no loss scaling."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if dtype == "float16" and device.type != "cuda":
+        raise UserError("model.dtype: float16 trains on a GPU alone", hint="use bfloat16 or float32")
+    return DTYPES[dtype]
+
+
+def bitsandbytes_config(quantization: Quantization) -> BitsAndBytesConfig:
+    """The recipe's section in Transformers' terms."""
+    if quantization.method == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.method,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=DTYPES[quantization.compute_dtype],
+    )
+
+
+def load_base(
+    folder: Path,
+    model: Model,
+    quantization: Quantization | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    """The base with its weights, frozen, on ``device``.
+
+    Raises UserError when stored weights are missing: Transformers would fill them at random.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    if model.attn_implementation != "auto":
+        options["attn_implementation"] = model.attn_implementation
+    if quantization is not None:
+        options["quantization_config"] = bitsandbytes_config(quantization)
+    if device.type == "cuda":
+        options["device_map"] = {"": device}
+    try:
+        base, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    except (ImportError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(f"the model could not be loaded: {str(error).splitlines()[0]}", str(folder)) from error
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise UserError(f"the weights lack {', '.join(names[:3])}{more}", str(folder))
+    keep_packing(base)
+    base.requires_grad_(False)
+    base.config.use_cache = False
+    return base
+
+
+def keep_packing(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights in the first evaluation pass on AVX512-BF16 processors.
+
+    Once repacked (0.50.2), gradients, dequantize and save read the weights in the wrong order without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

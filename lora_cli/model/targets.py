@@ -1,0 +1,141 @@
+"""Target words -> the module names of this architecture."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.errors import Fault, UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FUSED = {"c_attn", "qkv_proj", "query_key_value", "Wqkv", "qkv"}
+QUERY_VALUE = {"q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "wq", "wv"} | FUSED
+OUTPUT = {"o_proj", "out_proj", "c_proj", "dense", "out_lin", "wo"}
+WORDS = ("minimal", "standard", "attention", "all-linear")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer to adapt: its module name and its width in and out."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, Target]:
+    """Every linear layer but the output head and expert routers, GPT-2's Conv1D included."""
+    head = model.get_output_embeddings()
+    layers = {}
+    for name, module in model.named_modules():
+        wide = widths(module)
+        if wide is not None and module is not head and not _is_router(name, wide[1], model):
+            layers[name] = Target(name, *wide)
+    return layers
+
+
+def widths(module: nn.Module) -> tuple[int, int] | None:
+    """Features in and out of a linear layer; None for any other module."""
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else None
+
+
+def _is_router(name: str, out_features: int, model: PreTrainedModel) -> bool:
+    config = model.config.get_text_config()
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    return bool(experts) and _leaf(name) in ("gate", "router") and out_features == experts
+
+
+def find_targets(model: PreTrainedModel, wanted: str | tuple[str, ...], r: int) -> list[Target]:
+    """The layers that ``adapter.target_modules`` means in this model.
+
+    Raises UserError for every name that matches nothing, naming what exists, and for a rank above a layer's width.
+    """
+    layers = linear_layers(model)
+    if isinstance(wanted, str):
+        names = _by_word(wanted, layers) if wanted in WORDS else _by_pattern(wanted, layers)
+    else:
+        names = _by_list(wanted, layers)
+    targets = [layers[name] for name in names]
+    narrow = [target for target in targets if r > min(target.in_features, target.out_features)]
+    if narrow:
+        width = min(narrow[0].in_features, narrow[0].out_features)
+        raise UserError(f"adapter.r: {r} is more than {narrow[0].name} is wide ({width})", hint=f"at most {width}")
+    return targets
+
+
+def _by_word(word: str, layers: Iterable[str]) -> list[str]:
+    if word == "all-linear":
+        return list(layers)
+    attention = [name for name in layers if any("attn" in p or "attention" in p for p in name.split(".")[:-1])]
+    wanted = {
+        "attention": attention,
+        "standard": [name for name in attention if _leaf(name) not in OUTPUT],
+        "minimal": [name for name in attention if _leaf(name) in QUERY_VALUE],
+    }[word]
+    if not wanted:
+        raise UserError(f"adapter.target_modules: {word} matches no layer of this model", hint=_what_exists(layers))
+    return wanted
+
+
+def _by_pattern(pattern: str, layers: Iterable[str]) -> list[str]:
+    if re.fullmatch(r"[\w.]+", pattern):
+        return _by_list((pattern,), layers)
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"adapter.target_modules: not a regular expression: {error}", hint=pattern) from error
+    names = [name for name in layers if expression.fullmatch(name)]
+    if not names:
+        raise UserError(
+            f"adapter.target_modules: '{pattern}' matches no whole module name",
+            hint=f"a name looks like {next(iter(layers))}; {_what_exists(layers)}",
+        )
+    return names
+
+
+def _by_list(wanted: Iterable[str], layers: Iterable[str]) -> list[str]:
+    leaves = {_leaf(name) for name in layers}
+    faults = []
+    chosen: set[str] = set()
+    for item in wanted:
+        found = {name for name in layers if name == item or name.endswith(f".{item}")}
+        chosen |= found
+        if not found:
+            near = did_you_mean(item, [*leaves, *WORDS]) or ""
+            hint = f"{near} {_what_exists(layers)}" if near.startswith("did") else _what_exists(layers)
+            faults.append(Fault(f"adapter.target_modules: '{item}' names no linear layer of this model", hint=hint))
+    if faults:
+        raise UserError(faults)
+    if not chosen:
+        raise UserError("adapter.target_modules: the list is empty", hint=_what_exists(layers))
+    return [name for name in layers if name in chosen]
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _what_exists(layers: Iterable[str]) -> str:
+    counts = Counter(_leaf(name) for name in layers)
+    return "linear layers here: " + ", ".join(f"{name} (x{count})" for name, count in counts.items())
+
+
+def describe(targets: Iterable[Target], r: int) -> list[tuple[str, int, str, int]]:
+    """Rows of a table: pattern with the layer numbers left out, count, widths, trainable parameters of rank ``r``."""
+    groups: dict[tuple[str, int, int], int] = {}
+    for target in targets:
+        key = (re.sub(r"\.\d+\.", ".*.", target.name), target.in_features, target.out_features)
+        groups[key] = groups.get(key, 0) + 1
+    return [
+        (pattern, count, f"{wide} -> {out}", count * r * (wide + out)) for (pattern, wide, out), count in groups.items()
+    ]

@@ -1,0 +1,127 @@
+"""Safetensors checkpoints on disk: what tensors a folder holds, read one at a time; folders that appear whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+
+from lora_cli.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies, and its shape and safetensors dtype ('F32', 'BF16', 'U8', …)."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
+    """The tensors of these files by name, from their headers alone. Raises UserError for a damaged file."""
+    found: dict[str, TensorInfo] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    part = shard.get_slice(name)
+                    found[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
+        except (SafetensorError, OSError) as error:
+            size = f"{file.stat().st_size:,} bytes" if file.exists() else "missing"
+            raise UserError(
+                f"not a whole safetensors file ({size}): {error}", str(file), "copy or download it again"
+            ) from error
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, from its index when there is one. Raises UserError when there are none."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"not a readable shard index: {error!r}", str(index)) from error
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"shards named in the index are missing: {', '.join(missing)}", str(index))
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    others = sorted(f.name for f in folder.glob("*.bin"))
+    hint = f"found {', '.join(others)}: pickled weights are not read; save the model again with safetensors"
+    raise UserError("the model folder holds no safetensors weights", str(folder), hint if others else None)
+
+
+def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
+    """One tensor, copied out of its file."""
+    with safe_open(info.file, framework="pt") as shard:
+        tensor: torch.Tensor = shard.get_tensor(name)
+        return tensor
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``out`` when the block ends well, and vanishes when it does not.
+
+    Raises UserError when ``out`` exists and is not an empty folder, or its parent cannot be written.
+    """
+    check_out(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        draft.chmod(0o777 & ~_umask())
+        yield draft
+        for file in draft.rglob("*"):
+            if file.is_file():
+                sync(file)
+        draft.replace(out)
+        sync(out.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def check_out(out: Path) -> None:
+    """Raises UserError when a folder cannot be made at ``out`` or holds something already."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError("exists already", str(out), "choose another --out, or remove it first")
+    check_writable(out)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError when ``folder`` could not be made or written; makes nothing."""
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{nearest} is a file, not a folder", str(folder))
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"no permission to write in {nearest}", str(folder))
+
+
+def sync(path: Path) -> None:
+    """Make a file's or folder's content survive a crash of the machine."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
