@@ -12,10 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """A group of keys: strict types, no unknown keys, no NaN, nothing changed after loading."""
+    """A group of keys: strict types, no unknown keys, no NaN, nothing changed after loading.
+
+    A validator's message begins with the dotted key it is about and a colon: that is where a user is sent.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -55,11 +60,11 @@ class Adapter(Section):
     r: Positive = Field(16, description="Rank of the update BA.")
     lora_alpha: float = Field(32, gt=0, description="The update is scaled by lora_alpha / r.")
     lora_dropout: Fraction = Field(0.0, description="Dropout on the adapter's input while training.")
-    target_modules: str | tuple[str, ...] = Field(
+    target_modules: Text | Annotated[tuple[Text, ...], Field(min_length=1)] = Field(
         "attention",
         description="Which layers: minimal (query and value projections), standard (all attention projections but the "
-        "output), attention (all attention projections), all-linear (every linear layer but the head), a list of module "
-        "names, or a regular expression that matches whole module names.",
+        "output), attention (all attention projections), all-linear (every linear layer but the head), a list of "
+        "module names, or a regular expression that matches whole module names.",
     )
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead (arXiv:2312.03732).")
     use_dora: bool = Field(False, description="Split each weight in magnitude and direction (DoRA, arXiv:2402.09353).")
@@ -78,6 +83,9 @@ class Source(Section):
     split: str = Field("train", min_length=1, description="Split to take when path is a hub id.")
 
 
+Sources = Annotated[tuple[Text | Source, ...], Field(min_length=1)]
+
+
 class Template(Section):
     """Patterns that make a prompt and a completion from a row's columns."""
 
@@ -88,18 +96,18 @@ class Template(Section):
 class Data(Section):
     """What is learned from."""
 
-    train: str | tuple[str | Source, ...] = Field(
-        description="Rows to train on: a .jsonl, .json, .csv, .parquet or .txt file, a folder or glob of these, a hub id, "
-        "or a list of these, each alone or as a mapping with path, weight and split."
+    train: Text | Sources = Field(
+        description="Rows to train on: a .jsonl, .json, .csv, .parquet or .txt file, a folder or glob of these, a hub "
+        "id, or a list of these, each alone or as a mapping with path, weight and split."
     )
-    validation: float | str | tuple[str | Source, ...] | None = Field(
+    validation: Share | Text | Sources | None = Field(
         None, description="A share of the training rows to hold out (0.05), or rows given as in train; null: none."
     )
     format: Literal["auto", "text", "prompt_completion", "alpaca", "chat", "template"] = Field(
         "auto",
         description="How a row is read: text, prompt_completion (prompt and completion, or question and answer, joined "
-        "as they stand), alpaca (instruction, input, output), chat (messages, conversations, or a prompt and completion "
-        "as two turns, through the tokenizer's chat template), template. auto: by the columns.",
+        "as they stand), alpaca (instruction, input, output), chat (messages, conversations, or a prompt and "
+        "completion as two turns, through the tokenizer's chat template), template. auto: by the columns.",
     )
     columns: dict[str, str] = Field(
         {}, description="The row's column for each name the format uses, e.g. {prompt: question, completion: answer}."
@@ -113,19 +121,17 @@ class Data(Section):
     )
     packing: bool = Field(
         True,
-        description="Lay whole rows end to end, each seeing only itself, up to per_device_train_batch_size x max_length "
-        "tokens a batch; false: pad per_device_train_batch_size rows to the longest.",
+        description="Lay whole rows end to end, each seeing only itself, up to per_device_train_batch_size x "
+        "max_length tokens a batch; false: pad per_device_train_batch_size rows to the longest.",
     )
     shuffle: bool = Field(True, description="Draw a new order every epoch from the seed; false: the file's order.")
 
     @model_validator(mode="after")
     def _template_goes_with_its_format(self) -> Data:
         if self.format == "template" and self.template is None:
-            raise ValueError("format: template needs data.template with a completion pattern")
+            raise ValueError("data.format: template needs data.template with a completion pattern")
         if self.template is not None and self.format not in ("auto", "template"):
-            raise ValueError(f"data.template is given, but format is {self.format}")
-        if isinstance(self.validation, float) and not 0 < self.validation < 1:
-            raise ValueError("a validation share must lie between 0 and 1")
+            raise ValueError(f"data.template: is for format: template, but data.format is {self.format}")
         return self
 
 
@@ -169,8 +175,10 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _one_way_to_say_warmup(self) -> Training:
-        if self.warmup_steps is not None and "warmup_ratio" in self.model_fields_set:
-            raise ValueError("warmup_steps and warmup_ratio are both given: keep one")
+        # A resolved recipe names every key, so a ratio at its default says nothing.
+        default = type(self).model_fields["warmup_ratio"].default
+        if self.warmup_steps is not None and self.warmup_ratio not in (0, default):
+            raise ValueError(f"training.warmup_steps: warmup_ratio is given too ({self.warmup_ratio}); keep one")
         return self
 
 
@@ -186,5 +194,5 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _early_stopping_needs_validation(self) -> Recipe:
         if self.training.early_stopping_patience is not None and self.data.validation is None:
-            raise ValueError("training.early_stopping_patience needs data.validation")
+            raise ValueError("training.early_stopping_patience: needs data.validation, which is null")
         return self

@@ -1,0 +1,197 @@
+"""The recipe's reference, its JSON Schema and the words for what a key takes, all made from the schema."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lora_cli.errors import UserError, did_you_mean
+from lora_cli.recipe.schema import Recipe
+
+JsonSchema = dict[str, Any]
+
+_LISTED = 4  # keys of a mapping that fit in a message
+
+_BASE = {
+    "type": "string",
+    "description": "Another recipe, whose keys come first; relative to the recipe that names it.",
+}
+_NOTES = """\
+Values are YAML 1.2: 1e-4 is a number, yes, no and on are text. ${NAME} and ${NAME:-default} take environment variables,
+$${ stands for ${. On the command line a key is set by its dotted name: adapter.r=32"""
+
+
+def explain(key: str | None = None) -> str:
+    """The reference as plain text: of the whole recipe, of a section or of one dotted key.
+
+    Raises UserError, with the nearest key, when there is no such key.
+    """
+    if key is None:
+        base = _entry("base", _BASE, required=False)
+        sections = [_section(name) for name in _schema()["properties"]]
+        return "\n\n".join([base, *sections, _NOTES])
+    if key == "base":
+        return _entry("base", _BASE, required=False)
+    if key in _schema()["properties"]:
+        return _section(key)
+    entries = {name: _entry(name, node, required) for name, node, required in _keys()}
+    if key not in entries:
+        homes = [name for name in entries if name.rpartition(".")[2] == key]
+        names = [*_schema()["properties"], "base", *entries]
+        hint = f"did you mean {' or '.join(repr(home) for home in homes)}?" if homes else did_you_mean(key, names)
+        raise UserError(f"a recipe has no key {key!r}", hint=hint)
+    nested = [text for name, text in entries.items() if name.startswith((f"{key}.", f"{key}[]."))]
+    return "\n\n".join([entries[key], *nested])
+
+
+def json_schema() -> JsonSchema:
+    """The JSON Schema of a recipe file, for editors.
+
+    A file with a ``base`` may leave out what the base holds, so the keys of its sections are not required here.
+    """
+    schema = copy.deepcopy(_schema())
+    schema["properties"] = {"base": dict(_BASE), **schema["properties"]}
+    schema["anyOf"] = [{"required": ["base"]}, {"required": schema.pop("required")}]
+    for name, definition in schema["$defs"].items():
+        if name.lower() in Recipe.model_fields:
+            definition.pop("required", None)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "lora recipe",
+        "description": "A recipe of the lora command line: what is fine-tuned, how, and on what.",
+    }
+
+
+def schema_at(path: Sequence[str | int]) -> JsonSchema | None:
+    """What the schema says of the key or list item at ``path``; None when there is no such key."""
+    node: JsonSchema | None = _schema()
+    for step in path:
+        node = _step(node, step) if node is not None else None
+    return node
+
+
+def names_at(path: Sequence[str | int]) -> tuple[str, ...]:
+    """The keys that the mapping at ``path`` may hold."""
+    node = schema_at(path)
+    mapping = _mapping_in(node) if node is not None else None
+    return tuple(mapping["properties"]) if mapping else ()
+
+
+def required_at(path: Sequence[str | int]) -> tuple[str, ...]:
+    """The keys that the mapping at ``path`` must hold."""
+    node = schema_at(path)
+    mapping = _mapping_in(node) if node is not None else None
+    return tuple(mapping.get("required", ())) if mapping else ()
+
+
+def dotted_keys() -> tuple[str, ...]:
+    """Every key of every section, as ``section.key``."""
+    return tuple(name for name, _, _ in _keys() if name.count(".") == 1)
+
+
+def choices(node: JsonSchema) -> tuple[str, ...]:
+    """The words that ``node`` takes, when it takes some words and not any text."""
+    found = [choice for option in options(node) for choice in option.get("enum", [option.get("const")])]
+    return tuple(choice for choice in found if isinstance(choice, str))
+
+
+def expected(node: JsonSchema) -> str:
+    """In words, what a value must be to fit ``node``."""
+    words: list[str] = []
+    for option in options(node):
+        words += _alternatives(option)
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _alternatives(node: JsonSchema) -> list[str]:
+    if "enum" in node or "const" in node:
+        return [str(choice) for choice in node.get("enum", [node.get("const")])]
+    match node.get("type"):
+        case "boolean":
+            return ["true", "false"]
+        case "integer":
+            return ["a whole number" + _bounds(node)]
+        case "number":
+            return ["a number" + _bounds(node)]
+        case "string":
+            return ["text"]
+        case "array":
+            items = expected(node["items"])
+            return [f"a list (each {items})" if " or " in items else f"a list of {items}"]
+        case "null":
+            return ["null"]
+    if "properties" in node:
+        names = list(node["properties"])
+        return [f"a mapping of {', '.join(names)}" if len(names) <= _LISTED else "a mapping"]
+    return [f"a mapping of names to {expected(node['additionalProperties'])}"]
+
+
+def _bounds(node: JsonSchema) -> str:
+    words = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "up to", "exclusiveMaximum": "below"}
+    parts = [f"{word} {node[bound]}" for bound, word in words.items() if bound in node]
+    return " " + " and ".join(parts) if parts else ""
+
+
+@functools.cache
+def _schema() -> JsonSchema:
+    return Recipe.model_json_schema()
+
+
+def _resolve(node: JsonSchema) -> JsonSchema:
+    reference = node.get("$ref")
+    return _schema()["$defs"][reference.rpartition("/")[2]] if reference else node
+
+
+def options(node: JsonSchema) -> list[JsonSchema]:
+    """The kinds of value that ``node`` takes, one or several."""
+    return [_resolve(option) for option in node.get("anyOf", [node])]
+
+
+def _step(node: JsonSchema, step: str | int) -> JsonSchema | None:
+    for option in options(node):
+        inner = option.get("items") if isinstance(step, int) else option.get("properties", {}).get(step)
+        if inner is None and isinstance(step, str) and isinstance(option.get("additionalProperties"), dict):
+            inner = option["additionalProperties"]
+        if inner is not None:
+            return dict(inner)
+    return None
+
+
+def _mapping_in(node: JsonSchema) -> JsonSchema | None:
+    return next((option for option in options(node) if "properties" in option), None)
+
+
+def _keys() -> Iterator[tuple[str, JsonSchema, bool]]:
+    """Every key below a section, with its schema and whether it is required."""
+    for section, node in _schema()["properties"].items():
+        yield from _keys_in(section, node)
+
+
+def _keys_in(prefix: str, node: JsonSchema) -> Iterator[tuple[str, JsonSchema, bool]]:
+    for option in options(node):
+        if "items" in option:
+            yield from _keys_in(f"{prefix}[]", option["items"])
+        for name, inner in option.get("properties", {}).items():
+            yield f"{prefix}.{name}", inner, name in option.get("required", ())
+            yield from _keys_in(f"{prefix}.{name}", inner)
+
+
+def _section(name: str) -> str:
+    node = _schema()["properties"][name]
+    mapping = _mapping_in(node) or {}
+    head = f"{name}: {mapping['description']}"
+    entries = [_entry(key, inner, required) for key, inner, required in _keys_in(name, node)]
+    return "\n\n".join([head, *entries])
+
+
+def _entry(name: str, node: JsonSchema, required: bool) -> str:
+    default = "required" if required else f"default {json.dumps(node['default'])}" if "default" in node else "optional"
+    lines = [f"  {name}"]
+    for text in (f"{expected(node)}; {default}", node.get("description", "")):
+        lines += textwrap.wrap(text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
+    return "\n".join(lines)

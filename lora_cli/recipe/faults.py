@@ -1,0 +1,173 @@
+"""What pydantic finds wrong with a recipe → faults in our words, at the place where it was written."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from lora_cli.errors import did_you_mean
+from lora_cli.recipe.explain import (
+    JsonSchema,
+    choices,
+    dotted_keys,
+    expected,
+    names_at,
+    options,
+    required_at,
+    schema_at,
+)
+from lora_cli.recipe.yaml12 import BROKEN, Broken, Faults, Node, Scalar, brief, plain_scalar
+
+KeyPath = tuple[str | int, ...]
+
+_KINDS: dict[type, set[str]] = {int: {"integer", "number"}, float: {"number"}, tuple: {"array"}}
+
+
+def tell_errors(error: ValidationError, root: Node, faults: Faults, complete: bool) -> None:
+    """Add a fault for every error; a union's errors, one for each kind of value it takes, make one.
+
+    ``complete``: no base is missing, so a key that is not there was left out.
+    """
+    readable = not len(faults)
+    details: dict[KeyPath, ErrorDetails] = {}
+    for detail in error.errors(include_url=False, include_input=False):
+        path = _key_path(root, detail)
+        if path not in details or detail["type"] == "extra_forbidden":
+            details[path] = detail
+    # Below a union, the deeper of two errors is the one of the kind of value that was meant.
+    outer = {path[:length] for path in details for length in range(len(path))}
+    for path, detail in details.items():
+        node = _nearest(root, path)
+        if path in outer or (node.value is BROKEN and detail["type"] != "extra_forbidden"):
+            continue
+        match detail["type"]:
+            case "extra_forbidden":
+                faults.add(node.key or node.place, f"{_dotted(path)}: unknown key", _where_it_belongs(path))
+            case "missing":
+                if complete:
+                    _tell_missing(path, node, faults)
+            case "value_error":
+                if readable:
+                    _tell_broken_rule(path, detail, root, faults)
+            case _:
+                _tell_wrong_value(path, node, faults)
+
+
+def _key_path(root: Node, detail: ErrorDetails) -> KeyPath:
+    """Where an error is, in the recipe's own keys: pydantic's location less the names of union members."""
+    path: list[str | int] = []
+    node = root
+    for step in detail["loc"]:
+        inner = _inner(node, step)
+        if inner is not None:
+            node = inner
+            path.append(step)
+    if detail["type"] == "missing" and path[-1:] != [detail["loc"][-1]]:
+        path.append(detail["loc"][-1])
+    return tuple(path)
+
+
+def _inner(node: Node, step: str | int) -> Node | None:
+    if isinstance(node.value, dict) and isinstance(step, str):
+        return node.value.get(step)
+    if isinstance(node.value, tuple) and isinstance(step, int):
+        return node.value[step]
+    return None
+
+
+def _nearest(root: Node, path: KeyPath) -> Node:
+    """The node at ``path``, or the innermost one around it that was written."""
+    node = root
+    for step in path:
+        inner = _inner(node, step)
+        if inner is None:
+            break
+        node = inner
+    return node
+
+
+def _dotted(path: KeyPath) -> str:
+    steps = (f"[{step}]" if isinstance(step, int) else f".{_shown(step)}" for step in path)
+    return "".join(steps).removeprefix(".")
+
+
+def _shown(key: str) -> str:
+    return key if key.isprintable() and key and len(key) <= 60 else brief(key)
+
+
+def _where_it_belongs(path: KeyPath) -> str | None:
+    *section, key = path
+    if section == [] and key == "base":
+        return "base is written in the recipe's file"
+    name = str(key)
+    homes = [home for home in dotted_keys() if home.partition(".")[2] == name]
+    if homes:
+        return f"{name} belongs in {' or '.join(home.partition('.')[0] for home in homes)}: write {' or '.join(homes)}"
+    here = names_at(section)
+    if not get_close_matches(name, here):
+        elsewhere = {home.partition(".")[2]: home for home in dotted_keys()}
+        near = get_close_matches(name, elsewhere, n=1, cutoff=0.75)
+        if near:
+            return f"did you mean '{elsewhere[near[0]]}'?"
+    return did_you_mean(name, here)
+
+
+def _tell_missing(path: KeyPath, around: Node, faults: Faults) -> None:
+    place, name = around.key or around.place, _dotted(path)
+    needed = [f"{name}.{key}" for key in required_at(path)]
+    schema = schema_at(path) or {}
+    if needed:
+        faults.add(place, f"{name}: missing", f"it needs {', '.join(needed)}")
+    else:
+        faults.add(place, f"{name}: missing, expected {expected(schema)}", schema.get("description"))
+
+
+def _tell_broken_rule(path: KeyPath, detail: ErrorDetails, root: Node, faults: Faults) -> None:
+    """A rule's message begins with the dotted key that it is about, as in ``data.format: template needs …``."""
+    message = str(detail["ctx"]["error"])
+    about = message.partition(":")[0]
+    path = tuple(about.split(".")) if about in dotted_keys() else path
+    faults.add(_nearest(root, path).place, message)
+
+
+def _tell_wrong_value(path: KeyPath, node: Node, faults: Faults) -> None:
+    schema = schema_at(path) or {}
+    # A number out of range is told the range, not the text and lists that the key takes as well.
+    same_kind = [option for option in options(schema) if option.get("type") in _KINDS.get(type(node.value), ())]
+    wanted = expected({"anyOf": same_kind}) if same_kind else expected(schema)
+    what = f"{_dotted(path)}: expected {wanted}, found {found(node.value)}"
+    faults.add(node.place, what, _remedy(node.value, schema))
+
+
+def found(value: Scalar | Broken | dict[str, Node] | tuple[Node, ...]) -> str:
+    match value:
+        case None:
+            return "nothing (null)"
+        case str():
+            return f"the text {brief(value)}" if value else "empty text"
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return f"the number {value}"
+        case tuple():
+            return "a list" if value else "an empty list"
+    return "a mapping"
+
+
+def _remedy(value: object, schema: JsonSchema) -> str | None:
+    kinds = {option.get("type") for option in options(schema)}
+    numbers = kinds & {"integer", "number"}
+    if isinstance(value, str):
+        if numbers and type(plain_scalar(value)) in (int, float):
+            return f"without quotes it is a number: {value}"
+        if "array" in kinds and "string" not in kinds:
+            return f"in brackets it is a list: [{value}]" if value else None
+        near = get_close_matches(value, choices(schema), n=1, cutoff=0.5)
+        return f"did you mean '{near[0]}'?" if near else None
+    if isinstance(value, float) and value.is_integer() and "integer" in kinds:
+        return f"write {int(value)}"
+    if type(value) in (int, float) and "string" in kinds and not numbers and not choices(schema):
+        return "in quotes it is text"
+    return None
