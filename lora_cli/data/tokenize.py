@@ -149,6 +149,13 @@ def sliding_windows(examples: Examples, max_length: int) -> Examples:
     return _examples(pieces, examples.format)
 
 
+def cut_for_evaluation(examples: Examples, max_length: int, what: str) -> Examples:
+    """Plain text in sliding windows, anything else by its beginning, as in training. Raises UserError as fit does."""
+    if examples.format == "text":
+        return sliding_windows(examples, max_length)
+    return fit(examples, max_length, what).examples
+
+
 class _Encoder:
     """Turns rows into ids and masks, many at a time; holds what is found out once about format and tokenizer."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -44,13 +43,11 @@ def summed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         logits_to_keep=batch.predict_from,
         use_cache=False,
     )
-    logits = output.logits.float()
+    logits = output.logits
+    if logits.shape[1] != len(batch.predict_from):  # an architecture that has no such argument gives them all
+        logits = logits[:, batch.predict_from]
+    logits = logits.float()
     return cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="sum")
-
-
-def can_keep_logits(model: PreTrainedModel) -> bool:
-    """Whether the architecture's forward takes ``logits_to_keep``."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 @torch.no_grad()
@@ -93,5 +90,5 @@ def packs_exactly(model: PreTrainedModel, device: torch.device) -> bool:
     packed = model(input_ids=ids[None], position_ids=places[None], use_cache=False).logits[0].float()
     alone = torch.cat([model(input_ids=part[None], use_cache=False).logits[0].float() for part in (ids[:7], ids[7:])])
     model.train(training)
-    error = (packed - alone).norm() / alone.norm()
-    return bool(error < 0.02)
+    error = float((packed - alone).norm() / alone.norm())
+    return error < (1e-3 if model.dtype == torch.float32 else 0.05)

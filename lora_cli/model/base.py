@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,51 +9,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from lora_cli.errors import UserError, did_you_mean
+from lora_cli.errors import UserError
 from lora_cli.recipe.schema import Model, Quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
-
-transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
-
-
-def locate(name_or_path: str, weights: bool = False) -> Path:
-    """The folder of a model: the path itself, or a hub id's snapshot (``weights``: with its safetensors files).
-
-    Raises UserError when there is no such folder and the hub cannot give it.
-    """
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            hint = (
-                "an adapter needs its base: give the base here" if (folder / "adapter_config.json").is_file() else None
-            )
-            raise UserError("the folder holds no model (no config.json)", name_or_path, hint)
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
-        return Path(snapshot_download(name_or_path, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise UserError("no such model folder, and no hub id", name_or_path, _nearest_folder(folder)) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
-        why = "HF_HUB_OFFLINE is set and it is not in the local cache" if offline else str(error).splitlines()[0]
-        what = f"no such model folder, and the hub does not give it: {why}"
-        raise UserError(what, name_or_path, _nearest_folder(folder)) from error
-
-
-def _nearest_folder(folder: Path) -> str:
-    siblings = [f.name for f in folder.parent.iterdir() if f.is_dir()] if folder.parent.is_dir() else []
-    near = did_you_mean(folder.name, siblings)
-    return near if near and near.startswith("did") else f"paths are relative to {Path.cwd()}"
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
@@ -88,15 +50,6 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     """How many positions the model has, or None when its configuration states no bound."""
     value = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(value) if value else None
-
-
-def quantization_of(config: PreTrainedConfig) -> str | None:
-    """How the stored weights are quantized already ('bitsandbytes', 'gptq', …), or None."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return None
-    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
-    return str(getattr(method, "value", method))
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lora_cli.errors import Fault, UserError
-from lora_cli.model.base import quantization_of
+from lora_cli.model.files import stored_quantization
 from lora_cli.model.targets import widths
 from lora_cli.weights.shards import read_headers, weight_files
 
@@ -27,7 +27,7 @@ def check_weights(folder: Path, bare: PreTrainedModel) -> None:
     Names that Transformers converts while loading are not judged here; loading reports what is missing.
     """
     tensors = read_headers(weight_files(folder))
-    if quantization_of(bare.config):
+    if stored_quantization(folder):
         return
     expected = {name: tuple(tensor.shape) for name, tensor in bare.state_dict().items()}
     faults = []
@@ -57,7 +57,7 @@ def read_adapter_config(folder: Path) -> dict[str, object]:
 
 
 def check_adapter(folder: Path, bare: PreTrainedModel) -> None:
-    """Raises UserError, tensor by tensor, when a LoRA adapter's tensors do not fit the base's layers, are missing or NaN.
+    """Raises UserError, by tensor, when a LoRA adapter's tensors do not fit the base's layers or are missing.
 
     PEFT loads such an adapter without a word and the result is the bare base.
     """

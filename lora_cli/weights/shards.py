@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -50,7 +51,7 @@ def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, from its index when there is one. Raises UserError when there are none."""
+    """The safetensors files of a model folder, from its index if it has one. Raises UserError when there are none."""
     index = folder / INDEX
     if index.is_file():
         try:
@@ -75,13 +76,27 @@ def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
         return tensor
 
 
+def stored_dtype(headers: dict[str, TensorInfo]) -> torch.dtype:
+    """The type most of a checkpoint's floating-point numbers are stored in."""
+    import torch
+
+    known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    sizes: dict[str, int] = {}
+    for info in headers.values():
+        if info.dtype in known:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + math.prod(info.shape)
+    return known[max(sizes, key=lambda name: sizes[name])] if sizes else torch.float32
+
+
 @contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
+def whole_folder(out: Path, replace: bool = False) -> Iterator[Path]:
     """A folder to write into that becomes ``out`` when the block ends well, and vanishes when it does not.
 
-    Raises UserError when ``out`` exists and is not an empty folder, or its parent cannot be written.
+    Raises UserError when ``out`` exists and is not an empty folder (unless it is to be replaced), or its parent cannot
+    be written.
     """
-    check_out(out)
+    if not replace:
+        check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -90,6 +105,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
         for file in draft.rglob("*"):
             if file.is_file():
                 sync(file)
+        if replace and out.exists():
+            shutil.rmtree(out)
         draft.replace(out)
         sync(out.parent)
     finally:

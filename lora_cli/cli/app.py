@@ -1,0 +1,98 @@
+"""The ``lora`` command: its verbs by name, and how a failure is told."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import click
+import typer
+
+from lora_cli import __version__
+from lora_cli.cli import evaluate, explain, merge, quantize, train
+from lora_cli.errors import LoraError
+
+app = typer.Typer(
+    name="lora",
+    help="Fine-tune language models from YAML recipes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.command)
+app.command("eval")(evaluate.command)
+app.command("merge")(merge.command)
+app.command("quantize")(quantize.command)
+app.command("explain")(explain.command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code; failures are told on stderr."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                _hush_libraries()
+            code = app(given, standalone_mode=False)
+    except LoraError as error:
+        if debug:
+            traceback.print_exc()
+        _tell(error)
+        return error.exit_code
+    except click.exceptions.Abort:
+        typer.echo("stopped", err=True)
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        return 130
+    except Exception as error:  # the last resort of the program: whatever comes here is a bug to be told as one
+        if debug:
+            traceback.print_exc()
+        typer.echo(f"bug in lora: {type(error).__name__}: {error}\n  --debug shows where; please report it", err=True)
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def _hush_libraries() -> None:
+    """Keep what libraries say to their own developers out of the user's terminal; --debug lets it through."""
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("bitsandbytes", "peft", "accelerate", "torch", "huggingface_hub", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _tell(error: LoraError) -> None:
+    for fault in error.faults:
+        typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+        typer.echo(str(fault), err=True)
+
+
+def run() -> None:
+    """Entry point of the installed script."""
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""``lora eval [TARGET] [--data FILE]``"""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora_cli.cli.options import Debug, Json, Quiet
+
+
+def command(
+    target: Annotated[
+        str | None, typer.Argument(help="A run, an adapter or a model; left out: the newest finished run in runs/.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Rows to measure on; left out: the run's validation rows.")
+    ] = None,
+    perplexity: Annotated[
+        bool, typer.Option("--perplexity", help="Measure perplexity (what is measured by default, too).")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity, the base model beside the adapter."""
+    from lora_cli.cli import measure
+    from lora_cli.training.run import newest_finished
+    from lora_cli.weights.provenance import adapter_folder, recipe_of, trace
+
+    if target is None:
+        target = str(newest_finished())
+        if not quiet:
+            typer.echo(f"evaluating the newest finished run: {target}", err=True)
+    adapter = adapter_folder(Path(target))
+    recipe = recipe_of(adapter or Path(target))
+    section = measure.data_section(data, recipe)
+    measure.check(section)
+    if adapter is None:
+        from lora_cli.model.files import locate
+
+        found = measure.measure(locate(target, weights=True), None, section, recipe)
+    else:
+        origin = trace(adapter)
+        from lora_cli.model.base import load_config, skeleton
+        from lora_cli.weights.check import check_adapter
+
+        check_adapter(adapter, skeleton(load_config(origin.base)))
+        found = measure.measure(origin.base, adapter, section, recipe, recipe.quantization if recipe else None)
+    result: dict[str, Any] = {
+        "target": target,
+        "data": measure.describe(section),
+        "tokens": found.score.tokens,
+        "loss": found.score.loss,
+        "perplexity": found.score.perplexity,
+    }
+    if found.base is not None:
+        result["base"] = {"loss": found.base.loss, "perplexity": found.base.perplexity}
+    typer.echo(jsonlib.dumps(result) if json else _table(result))
+
+
+def _table(result: dict[str, Any]) -> str:
+    rows = [("with adapter" if "base" in result else "model", result)]
+    if "base" in result:
+        rows.insert(0, ("base", result["base"]))
+    lines = [f"{result['tokens']:,} predicted tokens of {result['data']}", f"{'':14}{'loss':>10}{'perplexity':>14}"]
+    lines += [f"{name:14}{score['loss']:>10.4f}{score['perplexity']:>14.2f}" for name, score in rows]
+    return "\n".join(lines)

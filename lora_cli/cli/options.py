@@ -1,0 +1,11 @@
+"""Options that every verb takes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and results alone.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]

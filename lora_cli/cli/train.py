@@ -1,0 +1,54 @@
+"""``lora train RECIPE [key=value …]``"""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora_cli.cli.options import Debug, Json, Quiet
+
+
+def command(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Keys to change: adapter.r=32 training.learning_rate=1e-4")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that output_dir holds.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a model by a recipe."""
+    from lora_cli.errors import UserError
+    from lora_cli.recipe.load import load_recipe
+
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    loaded = load_recipe(recipe, overrides or ())
+
+    from lora_cli.training.display import Display
+    from lora_cli.training.prepare import prepare
+
+    job = prepare(loaded, resume, overwrite)
+
+    from lora_cli.study.report import write_report
+    from lora_cli.training.loop import train
+
+    info = train(job, Display(quiet))
+    write_report(job.folder)
+    if json:
+        typer.echo(jsonlib.dumps({"run": str(job.folder.root), **info["result"]}))
+    else:
+        _summarize(str(job.folder.root), info["result"])
+
+
+def _summarize(run: str, result: dict[str, Any]) -> None:
+    typer.echo(f"{result['steps']:,} steps in {result['seconds']:.1f} s, last loss {result['loss']:.4f}")
+    base, tuned = result["base"], result["validation"]
+    if base and tuned:
+        typer.echo(f"validation perplexity {base['perplexity']:.2f} -> {tuned['perplexity']:.2f}")
+    typer.echo(f"adapter: {run}/adapter   report: {run}/report.html")

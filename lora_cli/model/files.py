@@ -1,0 +1,72 @@
+"""Where a model's files are: a folder, or a hub id's snapshot. Answers without importing torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lora_cli.errors import UserError, did_you_mean
+
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+
+
+def locate(name_or_path: str, weights: bool = False) -> Path:
+    """The folder of a model: the path itself, or a hub id's snapshot (``weights``: with its safetensors files).
+
+    Raises UserError when there is no such folder and the hub cannot give it.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            is_adapter = (folder / "adapter_config.json").is_file()
+            hint = "this is an adapter; give its base here" if is_adapter else None
+            raise UserError("the folder holds no model (no config.json)", name_or_path, hint)
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
+        return Path(snapshot_download(name_or_path, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise UserError("no such model folder, and no hub id", name_or_path, _nearest_folder(folder)) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
+        why = "HF_HUB_OFFLINE is set and it is not in the local cache" if offline else str(error).splitlines()[0]
+        what = f"no such model folder, and the hub does not give it: {why}"
+        raise UserError(what, name_or_path, _nearest_folder(folder)) from error
+
+
+def _nearest_folder(folder: Path) -> str:
+    siblings = [f.name for f in folder.parent.iterdir() if f.is_dir()] if folder.parent.is_dir() else []
+    near = did_you_mean(folder.name, siblings)
+    return near if near and near.startswith("did") else f"paths are relative to {Path.cwd()}"
+
+
+def stored_quantization(folder: Path) -> str | None:
+    """How the weights in a model folder are quantized already ('bitsandbytes', 'gptq', …), or None.
+
+    Raises UserError when config.json is not readable.
+    """
+    path = folder / "config.json"
+    try:
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"not readable: {error}", str(path)) from error
+    if not isinstance(config, dict):
+        raise UserError("not a model configuration", str(path))
+    section = config.get("quantization_config")
+    return str(section.get("quant_method", "unknown")) if isinstance(section, dict) else None
+
+
+def check_quantizable(folder: Path) -> None:
+    """Raises UserError when the weights are quantized already: Transformers would ignore the new method in silence."""
+    stored = stored_quantization(folder)
+    if stored is not None:
+        raise UserError(
+            f"the weights are quantized already ({stored}) and cannot be quantized again",
+            str(folder),
+            "leave the quantization out to use them as they are, or start from the unquantized model",
+        )

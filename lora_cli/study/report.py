@@ -1,0 +1,95 @@
+"""A finished run as one HTML page: curves, what was trained on what, base beside adapter."""
+
+from __future__ import annotations
+
+import html
+import io
+from typing import Any
+
+from lora_cli.training.run import RunFolder, write_whole
+
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2733}"
+    "table{border-collapse:collapse;margin:.5rem 0 1.5rem}td,th{padding:.25rem .9rem .25rem 0;text-align:left;"
+    "border-bottom:1px solid #dde3ea}td.n{text-align:right;font-variant-numeric:tabular-nums}"
+    "pre{background:#f5f7f9;padding:1rem;overflow:auto}svg{max-width:100%;height:auto}"
+)
+
+
+def write_report(folder: RunFolder) -> None:
+    """Write report.html from run.json, metrics.jsonl and recipe.yaml."""
+    info = folder.read_info()
+    lines = folder.read_metrics()
+    result, base = info["result"], info["base"]
+    facts = [
+        ("base", base["name_or_path"]),
+        ("base fingerprint", base["fingerprint"][:16]),
+        ("data", f"{info['data']['rows']:,} rows, {info['data']['supervised_tokens']:,} supervised tokens"),
+        ("trained", f"{result['trainable_parameters']:,} of {result['total_parameters']:,} parameters"),
+        ("steps", f"{result['steps']:,} in {result['seconds']:,.1f} s"),
+        ("peak memory", f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB"),
+        ("device", info["device"]),
+        ("finished", info["finished"]),
+        ("versions", ", ".join(f"{name} {number}" for name, number in info["versions"].items())),
+    ]
+    recipe = html.escape(folder.recipe.read_text(encoding="utf-8"))
+    page = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        f"<title>{html.escape(folder.root.name)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{html.escape(folder.root.name)}</h1>",
+        _scores(result),
+        _curves(lines),
+        "<h2>The run</h2>",
+        _table([[html.escape(name), html.escape(str(value))] for name, value in facts]),
+        f"<h2>The recipe</h2><pre>{recipe}</pre>",
+        "</body></html>",
+    ]
+    write_whole(folder.report, "\n".join(page) + "\n")
+
+
+def _scores(result: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{score['loss']:.4f}", f"{score['perplexity']:.2f}", f"{score['tokens']:,}"]
+        for name, score in (("base", result["base"]), ("base with adapter", result["validation"]))
+        if score
+    ]
+    if not rows:
+        return "<p>No validation rows were given.</p>"
+    head = "".join(f"<th>{name}</th>" for name in ("validation", "loss", "perplexity", "tokens"))
+    return _table(rows, f"<tr>{head}</tr>")
+
+
+def _table(rows: list[list[str]], head: str = "") -> str:
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td{' class=n' if i else ''}>{c}</td>" if head else f"<td>{c}</td>" for i, c in enumerate(row))
+        + "</tr>"
+        for row in rows
+    )
+    return f"<table>{head}{body}</table>"
+
+
+def _curves(lines: list[dict[str, Any]]) -> str:
+    """Loss and learning rate over the steps, as SVG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    loss, rate = figure.subplots(1, 2)
+    train = [line for line in lines if line["split"] == "train"]
+    validation = [line for line in lines if line["split"] == "validation"]
+    loss.plot([line["step"] for line in train], [line["loss"] for line in train], label="train", color="#2a6f97")
+    if validation:
+        steps = [line["step"] for line in validation]
+        loss.plot(steps, [line["loss"] for line in validation], "o-", label="validation", color="#d1495b", markersize=4)
+    loss.set(xlabel="step", ylabel="loss", title="Loss")
+    loss.legend(frameon=False)
+    rate.plot([line["step"] for line in train], [line["learning_rate"] for line in train], color="#2a6f97")
+    rate.set(xlabel="step", title="Learning rate")
+    for axes in (loss, rate):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    svg = out.getvalue()
+    return svg[svg.index("<svg") :]

@@ -1,0 +1,94 @@
+"""What a finished run leaves for others: the adapter folder, its provenance and its model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_cli import __version__
+from lora_cli.recipe.schema import Recipe
+from lora_cli.weights.provenance import PROVENANCE
+from lora_cli.weights.shards import whole_folder
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
+
+
+def versions() -> dict[str, str]:
+    """The versions a result depends on."""
+    found = {"lora": __version__, "python": platform.python_version()}
+    return found | {name: version(name) for name in PACKAGES}
+
+
+def base_record(recipe: Recipe, base: Path, fingerprint: str, adapter: Path) -> dict[str, Any]:
+    """Which base an adapter is for, so that it is found again when both folders are moved together."""
+    local = Path(recipe.model.name_or_path).is_dir()
+    return {
+        "name_or_path": str(base.resolve()) if local else recipe.model.name_or_path,
+        "relative_path": os.path.relpath(base.resolve(), adapter.resolve()) if local else None,
+        "fingerprint": fingerprint,
+    }
+
+
+def save_adapter(
+    folder: Path,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    provenance: dict[str, Any],
+    recipe: Recipe,
+) -> None:
+    """Write the adapter in PEFT's layout, with tokenizer, chat template, provenance and model card; whole or absent."""
+    config = model.peft_config[model.active_adapter]
+    config.base_model_name_or_path = provenance["base"]["name_or_path"]
+    with whole_folder(folder, replace=True) as draft:
+        model.save_pretrained(str(draft), safe_serialization=True, save_embedding_layers=False)
+        tokenizer.save_pretrained(str(draft))
+        (draft / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+        (draft / "README.md").write_text(model_card(recipe, provenance), encoding="utf-8")
+
+
+def model_card(recipe: Recipe, provenance: dict[str, Any]) -> str:
+    """The adapter's README.md: what it is, what it was trained on, what came of it."""
+    adapter, training = recipe.adapter, recipe.training
+    base = provenance["base"]["name_or_path"]
+    data, result = provenance["data"], provenance["result"]
+    front = ["---", "library_name: peft", "pipeline_tag: text-generation", f"base_model: {json.dumps(base)}"]
+    front += ["tags: [lora, peft]", "---", ""]
+    quantized = f", trained on the base in {recipe.quantization.method}" if recipe.quantization else ""
+    body = [
+        f"# LoRA adapter for {Path(base).name}",
+        "",
+        f"Rank {adapter.r}, alpha {adapter.lora_alpha:g}{quantized}; {result['trainable_parameters']:,} trained "
+        f"parameters, {result['steps']:,} steps at a peak learning rate of {training.learning_rate:g}.",
+        "",
+        f"Base fingerprint: `{provenance['base']['fingerprint'][:16]}`. Training data: {data['rows']:,} rows "
+        f"({data['supervised_tokens']:,} supervised tokens).",
+    ]
+    if result.get("validation"):
+        body += [
+            "",
+            "| validation | loss | perplexity |",
+            "|---|---|---|",
+            _card_row("base", result["base"]),
+            _card_row("with this adapter", result["validation"]),
+        ]
+    body += [
+        "",
+        "```python",
+        "from peft import AutoPeftModelForCausalLM",
+        "model = AutoPeftModelForCausalLM.from_pretrained(path_of_this_folder)",
+        "```",
+        "",
+    ]
+    return "\n".join(front + body)
+
+
+def _card_row(name: str, score: dict[str, float]) -> str:
+    return f"| {name} | {score['loss']:.4f} | {score['perplexity']:.2f} |"

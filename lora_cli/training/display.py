@@ -1,0 +1,127 @@
+"""Progress for people on a terminal, plain lines for logs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Display:
+    """Writes to stderr, and to the run's log once there is one.
+
+    On a terminal a bar shows loss, learning rate, tokens/s, time left and peak memory; elsewhere each logged step is a
+    line. ``quiet`` leaves warnings alone.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+        self._log: Path | None = None
+        self._progress: Progress | None = None
+        self._task = None
+        self._total = 0
+
+    def log_to(self, path: Path) -> None:
+        """Also append every line to this file from now on."""
+        self._log = path
+
+    def note(self, text: str, warning: bool = False) -> None:
+        """One line of information, or of warning."""
+        if warning or not self.quiet:
+            self.console.print(
+                f"warning: {text}" if warning else text, style="yellow" if warning else None, markup=False
+            )
+        if self._log is not None:
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """A small table; numbers are set to the right."""
+        if self.quiet:
+            return
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for index, name in enumerate(header):
+            number = bool(rows) and isinstance(rows[0][index], int | float)
+            table.add_column(name, justify="right" if number else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*(f"{cell:,}" if isinstance(cell, int | float) else str(cell) for cell in row))
+        self.console.print(table)
+
+    @contextmanager
+    def steps(self, done: int, total: int) -> Iterator[None]:
+        """Show steps ``done`` to ``total`` as long as the block lasts."""
+        self._total = total
+        if self.quiet or not self.console.is_terminal:
+            yield
+            return
+        columns = (
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            self._progress = progress
+            self._task = progress.add_task("train", total=total, completed=done, status="")
+            try:
+                yield
+            finally:
+                self._progress = None
+
+    def advance(self, step: int) -> None:
+        """Move the bar to ``step``."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)  # type: ignore[arg-type]
+
+    def metrics(self, line: Mapping[str, Any], seconds_left: float | None = None) -> None:
+        """Show a line of metrics.jsonl: in the bar, or as a line of its own."""
+        text = describe(line)
+        if line["split"] != "train" or self._progress is None:
+            left = "" if seconds_left is None else f"  left {duration(seconds_left)}"
+            self.note(f"step {line['step']}/{self._total}  {text}{left}")
+        else:
+            self._progress.update(self._task, status=text)  # type: ignore[arg-type]
+            if self._log is not None:
+                with self._log.open("a", encoding="utf-8") as file:
+                    file.write(f"{time.strftime('%H:%M:%S')} step {line['step']} {text}\n")
+
+
+def describe(line: Mapping[str, Any]) -> str:
+    """A line of metrics in words."""
+    if line["split"] != "train":
+        return f"{line['split']} loss {line['loss']:.4f}  perplexity {line['perplexity']:.2f}"
+    return (
+        f"loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  {line['tokens_per_second']:,.0f} tokens/s  "
+        f"peak {peak_memory() / 2**20:,.0f} MiB"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def peak_memory() -> int:
+    """Bytes this process has held at most: on the GPU when one is in use, else in memory."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -1,0 +1,40 @@
+"""SIGINT and SIGTERM ask the loop to stop after its step; the second one stops at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+
+@dataclass
+class Interrupt:
+    """The signal that asked to stop, 0 as long as none has."""
+
+    number: int = 0
+
+
+@contextmanager
+def catch_signals() -> Iterator[Interrupt]:
+    """Turn the first SIGINT or SIGTERM into a note to be read between steps, as long as the block lasts."""
+    asked = Interrupt()
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other thread set handlers
+        yield asked
+        return
+
+    def handle(number: int, _: FrameType | None) -> None:
+        asked.number = number
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    for kind in before:
+        signal.signal(kind, handle)
+    try:
+        yield asked
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

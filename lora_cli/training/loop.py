@@ -1,0 +1,202 @@
+"""The training loop, on Accelerate: ``train(recipe)`` reads top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+
+from lora_cli.data.batches import Step, collate
+from lora_cli.errors import Interrupted, RunError
+from lora_cli.evaluation.loss import Score, evaluate, evaluation_batches, summed_loss
+from lora_cli.model.base import pad_token_id
+from lora_cli.training import checkpoint
+from lora_cli.training.artifacts import save_adapter
+from lora_cli.training.checkpoint import Progress
+from lora_cli.training.clock import Clock
+from lora_cli.training.display import Display
+from lora_cli.training.interrupt import Interrupt, catch_signals
+from lora_cli.training.optimizer import learning_rate_at
+from lora_cli.training.prepare import Prepared
+from lora_cli.training.record import now, provenance, result_record, run_record, tell
+from lora_cli.training.setup import Trainer, parameters, set_up, unwrap
+
+
+def train(job: Prepared, display: Display) -> dict[str, Any]:
+    """Fine-tune what ``prepare`` has checked; returns run.json's content, which holds the result.
+
+    Raises UserError for stored weights that turn out to be unusable, before anything is written; RunError when the run
+    fails; Interrupted when a signal stopped it after a checkpoint.
+    """
+    began = time.perf_counter()
+    trainer = set_up(job, display)
+    folder = job.folder
+    if job.resume:
+        folder.write_recipe(job.recipe)
+    else:
+        folder.begin(job.recipe)
+    display.log_to(folder.log)
+    tell(trainer)
+    info = run_record(trainer)
+    folder.write_info(info)
+
+    progress = restore(trainer) if job.resume else start(trainer)
+    with catch_signals() as interrupt, display.steps(progress.step, trainer.total_steps):
+        progress = run_steps(trainer, progress, interrupt)
+
+    info |= {"finished": now(), "result": result_record(trainer, progress, time.perf_counter() - began)}
+    save_adapter(folder.adapter, unwrap(trainer), job.tokenizer, provenance(trainer, info), job.recipe)
+    folder.write_info(info)
+    trainer.accelerator.end_training()
+    return info
+
+
+def start(trainer: Trainer) -> Progress:
+    """Step 0: the base measured on the validation rows, when there are any."""
+    if trainer.job.validation is None:
+        return Progress()
+    with unwrap(trainer).disable_adapter():
+        score = validate(trainer)
+    log_score(trainer, 0, 0.0, score)
+    return Progress(base_loss=score.loss, validation_loss=score.loss, validation_tokens=score.tokens)
+
+
+def restore(trainer: Trainer) -> Progress:
+    """Go on from the newest checkpoint; from the beginning when there is none."""
+    path = checkpoint.newest(trainer.job.folder.checkpoints)
+    if path is None:
+        trainer.job.folder.cut_metrics(-1)
+        trainer.display.note("no checkpoint yet: beginning again", warning=True)
+        return start(trainer)
+    progress = checkpoint.restore(path, parameters(trainer), trainer.optimizer)
+    trainer.job.folder.cut_metrics(progress.step)
+    trainer.display.note(f"resumed from {path}")
+    return progress
+
+
+def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Progress:
+    """Every step that is left: learn, log, evaluate, save."""
+    training, folder = trainer.job.recipe.training, trainer.job.folder
+    rate = learning_rate_at(training, trainer.optimizer, trainer.total_steps)
+    clock = Clock()
+    for step in remaining(trainer, progress):
+        loss, grad_norm = take_step(trainer, step, rate(step.number))
+        clock.count(step)
+        progress = replace(progress, step=step.number)
+        last = step.number == trainer.total_steps
+        if step.number % training.logging_steps == 0 or last:
+            log_step(trainer, step, float(loss), float(grad_norm), rate(step.number), clock)
+        trainer.display.advance(step.number)
+        if trainer.job.validation is not None and (last or due(step.number, training.eval_steps)):
+            progress = evaluate_step(trainer, step, progress, clock)
+        patience = training.early_stopping_patience
+        stop_early = patience is not None and progress.evaluations_since_best >= patience
+        if last or stop_early or interrupt.number or due(step.number, training.save_steps):
+            checkpoint.save(folder.checkpoints, progress, parameters(trainer), trainer.optimizer)
+            checkpoint.rotate(folder.checkpoints, training.save_total_limit)
+        if interrupt.number and not last:
+            hint = "the same command with --resume goes on from there"
+            raise Interrupted(f"stopped after step {step.number}, checkpoint written", interrupt.number, hint)
+        if stop_early:
+            trainer.display.note(f"stopping early: best validation loss was at step {progress.best_step}")
+            break
+    return progress
+
+
+def take_step(trainer: Trainer, step: Step, learning_rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step. Returns its loss, a mean over all its supervised tokens, and the gradient's norm.
+
+    Each micro-batch's summed loss is divided by the whole step's supervised tokens before the backward pass, so that
+    the gradient does not depend on how rows fall into micro-batches.
+    """
+    accelerator, optimizer, training = trainer.accelerator, trainer.optimizer, trainer.job.recipe.training
+    for parameter_group in optimizer.param_groups:
+        parameter_group["lr"] = learning_rate
+    total = torch.zeros((), device=accelerator.device)
+    for rows in step.micro_batches:
+        batch = collate(trainer.job.train.examples, rows, trainer.packing, pad_token_id(trainer.job.tokenizer))
+        nll = summed_loss(trainer.model, batch.to(accelerator.device))
+        accelerator.backward(nll / step.supervised)
+        total += nll.detach()
+    weights = [parameter for _, parameter in parameters(trainer)]
+    grad_norm = accelerator.clip_grad_norm_(weights, training.max_grad_norm or float("inf"))
+    assert grad_norm is not None
+    optimizer.step()
+    optimizer.zero_grad()
+    return total / step.supervised, grad_norm
+
+
+def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock) -> Progress:
+    """Measure the validation rows, log the score and note whether it is the best so far."""
+    began = time.perf_counter()
+    score = validate(trainer)
+    clock.leave_out(time.perf_counter() - began)
+    log_score(trainer, step.number, step.epoch, score)
+    progress = replace(progress, validation_loss=score.loss, validation_tokens=score.tokens)
+    if progress.best_loss is None or score.loss < progress.best_loss:
+        return replace(progress, best_loss=score.loss, best_step=step.number, evaluations_since_best=0)
+    return replace(progress, evaluations_since_best=progress.evaluations_since_best + 1)
+
+
+def validate(trainer: Trainer) -> Score:
+    """Loss on the validation rows with the model as it is."""
+    assert trainer.job.validation is not None
+    batches = evaluation_batches(
+        trainer.job.validation,
+        trainer.job.recipe.training.per_device_train_batch_size,
+        trainer.job.max_length,
+        trainer.packing,
+        pad_token_id(trainer.job.tokenizer),
+    )
+    return evaluate(trainer.model, batches, trainer.accelerator.device)
+
+
+def log_step(trainer: Trainer, step: Step, loss: float, grad_norm: float, learning_rate: float, clock: Clock) -> None:
+    """Write a training line. Raises RunError when the loss or the gradient is no number any more."""
+    if not (loss < float("inf") and grad_norm < float("inf")):
+        raise RunError(
+            f"step {step.number}: the loss is {loss} and the gradient's norm {grad_norm}",
+            str(trainer.job.folder.root),
+            "the checkpoints are kept; lower training.learning_rate, or look at the rows around this step",
+        )
+    line = {
+        "step": step.number,
+        "epoch": round(step.epoch, 6),
+        "split": "train",
+        "loss": loss,
+        "tokens": step.supervised,
+        "learning_rate": learning_rate,
+        "grad_norm": grad_norm,
+        "tokens_per_second": round(clock.rate(), 1),
+        "seconds": round(clock.seconds, 3),
+    }
+    log(trainer, line, seconds_left=clock.seconds / step.number * (trainer.total_steps - step.number))
+
+
+def log_score(trainer: Trainer, step: int, epoch: float, score: Score) -> None:
+    """Write an evaluation line."""
+    line = {"step": step, "epoch": round(epoch, 6), "split": "validation", "loss": score.loss}
+    log(trainer, line | {"perplexity": score.perplexity, "tokens": score.tokens})
+
+
+def log(trainer: Trainer, line: dict[str, Any], seconds_left: float | None = None) -> None:
+    """Write a line to metrics.jsonl, the display and the trackers."""
+    trainer.job.folder.append_metrics(line)
+    trainer.display.metrics(line, seconds_left)
+    if trainer.job.recipe.training.report_to:
+        values = {f"{line['split']}/{key}": value for key, value in line.items() if key not in ("step", "split")}
+        trainer.accelerator.log(values, step=line["step"])
+
+
+def remaining(trainer: Trainer, progress: Progress) -> Iterator[Step]:
+    """The steps still to take."""
+    return islice(trainer.schedule.steps(progress.step), max(0, trainer.total_steps - progress.step))
+
+
+def due(step: int, interval: int | None) -> bool:
+    """Whether something done every ``interval`` steps is to be done after this one."""
+    return interval is not None and step % interval == 0

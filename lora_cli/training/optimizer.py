@@ -1,0 +1,80 @@
+"""Optimizers and learning-rate schedules: one table each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from lora_cli.errors import UserError
+from lora_cli.recipe.schema import Training
+
+
+def _adamw(parameters: Any, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, **options)
+
+
+def _adamw_fused(parameters: Any, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, fused=True, **options)
+
+
+def _adamw_8bit(parameters: Any, **options: Any) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters, **options)
+
+
+def _paged_adamw_8bit(parameters: Any, **options: Any) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import PagedAdamW8bit
+
+    return PagedAdamW8bit(parameters, **options)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw_torch": _adamw,
+    "adamw_torch_fused": _adamw_fused,
+    "adamw_8bit": _adamw_8bit,
+    "paged_adamw_8bit": _paged_adamw_8bit,
+}
+
+SCHEDULES = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "polynomial": "polynomial",
+    "inverse_sqrt": "inverse_sqrt",
+    "constant": "constant_with_warmup",
+}
+"""The recipe's word -> Transformers' schedule. Plain 'constant' there would leave the warm-up out without a word."""
+
+
+def make_optimizer(training: Training, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101) over the adapter's parameters."""
+    make = OPTIMIZERS[training.optim]
+    try:
+        return make(list(parameters), lr=training.learning_rate, weight_decay=training.weight_decay)
+    except RuntimeError as error:
+        raise UserError(f"training.optim: {training.optim} does not run here: {error}") from error
+
+
+def warmup_steps(training: Training, total_steps: int) -> int:
+    """Steps of warm-up: as given, or the ratio of all steps, rounded up."""
+    if training.warmup_steps is not None:
+        return training.warmup_steps
+    return -(-round(training.warmup_ratio * total_steps * 1e6) // 1_000_000)
+
+
+def learning_rate_at(training: Training, optimizer: torch.optim.Optimizer, total_steps: int) -> Callable[[int], float]:
+    """The learning rate of step n (1, 2, …): Transformers' schedule at n - 1, a function of n alone.
+
+    Without state there is nothing to save or to restore, and no count that several processes could disagree on.
+    """
+    scheduler = get_scheduler(
+        SCHEDULES[training.lr_scheduler_type],
+        optimizer,
+        num_warmup_steps=warmup_steps(training, total_steps),
+        num_training_steps=total_steps,
+    )
+    factor = scheduler.lr_lambdas[0]
+    return lambda step: training.learning_rate * factor(step - 1)

@@ -1,0 +1,117 @@
+"""Everything that can be known about a run before weights are loaded; nothing is written."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_cli.data.formats import check_rows, pattern_faults
+from lora_cli.data.sources import check_sources, sources_of
+from lora_cli.errors import Fault, UserError
+from lora_cli.model.files import check_quantizable, locate
+from lora_cli.recipe.schema import Data, Recipe
+from lora_cli.training.run import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from lora_cli.data.tokenize import Examples, Fitted
+    from lora_cli.model.targets import Target
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has passed every check."""
+
+    recipe: Recipe
+    resume: bool
+    folder: RunFolder
+    base: Path
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    targets: list[Target]
+    max_length: int
+    train: Fitted
+    validation: Examples | None
+
+
+def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
+    """Check the recipe against folder, data and model. Raises UserError with every fault that a stage can find."""
+    folder = RunFolder(recipe.training.output_dir)
+    _check_without_torch(recipe, folder, resume, overwrite)
+
+    from lora_cli.model.base import load_config, load_tokenizer, max_positions, skeleton
+    from lora_cli.model.targets import find_targets
+    from lora_cli.weights.check import check_adapter, check_weights
+
+    base = locate(recipe.model.name_or_path)
+    config = load_config(base)
+    tokenizer = load_tokenizer(base)
+    bare = skeleton(config)
+    targets = find_targets(bare, recipe.adapter.target_modules, recipe.adapter.r)
+    base = locate(recipe.model.name_or_path, weights=True)
+    check_weights(base, bare)
+    if recipe.adapter.init_from is not None:
+        check_adapter(Path(recipe.adapter.init_from), bare)
+
+    max_length = min(recipe.data.max_length, max_positions(config) or recipe.data.max_length)
+    train, validation = _examples(recipe, tokenizer, max_length)
+    return Prepared(recipe, resume, folder, base, config, tokenizer, targets, max_length, train, validation)
+
+
+def _check_without_torch(recipe: Recipe, folder: RunFolder, resume: bool, overwrite: bool) -> None:
+    faults: list[Fault] = []
+
+    def collect(check: Callable[[], object]) -> None:
+        try:
+            check()
+        except UserError as error:
+            faults.extend(error.faults)
+
+    collect(lambda: folder.check(recipe, resume, overwrite))
+    collect(lambda: _check_model(recipe))
+    for tracker in recipe.training.report_to:
+        if importlib.util.find_spec(tracker) is None and not (
+            tracker == "tensorboard" and importlib.util.find_spec("tensorboardX")
+        ):
+            faults.append(Fault(f"training.report_to: {tracker} is not installed", hint=f"pip install {tracker}"))
+    faults += check_data(recipe.data)
+    if faults:
+        raise UserError(faults)
+
+
+def _check_model(recipe: Recipe) -> None:
+    base = locate(recipe.model.name_or_path)
+    if recipe.quantization is not None:
+        check_quantizable(base)
+
+
+def check_data(data: Data) -> list[Fault]:
+    """Every fault in the data section and in the rows it names."""
+    faults = pattern_faults(data.template) if data.template else []
+    for spec in (data.train, data.validation):
+        if spec is not None and not isinstance(spec, float):
+            sources = sources_of(spec)
+            faults += check_sources(sources) or ([] if faults else check_rows(data, sources))
+    return faults
+
+
+def _examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Fitted, Examples | None]:
+    from lora_cli.data.batches import split_validation
+    from lora_cli.data.tokenize import cut_for_evaluation as cut
+    from lora_cli.data.tokenize import fit, tokenize
+
+    data = recipe.data
+    rows = tokenize(data, sources_of(data.train), tokenizer)
+    validation = None
+    if isinstance(data.validation, float):
+        if len(rows) < 2:
+            raise UserError("a validation share needs at least two rows to share out", str(data.train))
+        rows, held_out = split_validation(rows, data.validation, recipe.training.seed)
+        validation = cut(held_out, max_length, "data.validation")
+    elif data.validation is not None:
+        validation = cut(tokenize(data, sources_of(data.validation), tokenizer), max_length, "data.validation")
+    return fit(rows, max_length, "data.train"), validation

@@ -1,0 +1,115 @@
+"""What is said of a run: before its first step on the display, in run.json, and with its adapter."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_cli.evaluation.loss import Score
+from lora_cli.model.targets import describe
+from lora_cli.training.artifacts import base_record, versions
+from lora_cli.training.checkpoint import Progress
+from lora_cli.training.display import peak_memory
+from lora_cli.training.setup import Trainer, unwrap
+from lora_cli.weights.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def parameter_counts(model: PeftModel) -> tuple[int, int]:
+    """Trained and all parameters; a 4-bit weight counts once for each number it stands for."""
+    trainable, total = model.get_nb_trainable_parameters()
+    return int(trainable), int(total)
+
+
+def tell(trainer: Trainer) -> None:
+    """Say what will be trained on what, before the first step."""
+    job, display = trainer.job, trainer.display
+    trainable, total = parameter_counts(unwrap(trainer))
+    rows = [list(row) for row in describe(job.targets, job.recipe.adapter.r)]
+    display.table("adapted layers", ["module", "layers", "in -> out", "parameters"], rows)
+    display.note(f"trainable: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    counts, examples = job.train, job.train.examples
+    display.note(
+        f"training rows: {len(examples):,} with {int(examples.supervised.sum()):,} supervised of "
+        f"{len(examples.ids):,} tokens, read as {examples.format}; {trainer.total_steps:,} steps"
+    )
+    if job.max_length < job.recipe.data.max_length:
+        display.note(f"data.max_length: {job.recipe.data.max_length} -> {job.max_length}, the positions the model has")
+    if counts.truncated:
+        display.note(
+            f"{counts.truncated:,} of {counts.rows:,} rows are longer than {job.max_length} tokens and were cut"
+        )
+    if counts.dropped:
+        display.note(f"{counts.dropped:,} rows had nothing left to learn and were dropped", warning=True)
+
+
+def run_record(trainer: Trainer) -> dict[str, Any]:
+    """run.json as it stands before the first step."""
+    recipe, job = trainer.job.recipe, trainer.job
+    examples = job.train.examples
+    device = trainer.accelerator.device
+    data = {
+        "format": examples.format,
+        "rows": len(examples),
+        "tokens": len(examples.ids),
+        "supervised_tokens": int(examples.supervised.sum()),
+        "truncated": job.train.truncated,
+        "dropped": job.train.dropped,
+        "fingerprint": examples.fingerprint,
+        "max_length": job.max_length,
+        "packed": trainer.packing,
+    }
+    if job.validation is not None:
+        data["validation"] = {"rows": len(job.validation), "fingerprint": job.validation.fingerprint}
+    if recipe.training.report_to:
+        trainer.accelerator.init_trackers("lora", config={"recipe": str(recipe.model_dump())})
+    return {
+        "started": now(),
+        "finished": None,
+        "versions": versions(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "dtype": str(trainer.dtype).removeprefix("torch."),
+        "seed": recipe.training.seed,
+        "base": base_record(recipe, job.base, fingerprint(job.base), job.folder.adapter),
+        "data": data,
+        "steps": trainer.total_steps,
+    }
+
+
+def result_record(trainer: Trainer, progress: Progress, seconds: float) -> dict[str, Any]:
+    """What came of a run; ``loss`` is the last logged step's, ``seconds`` are those of this process."""
+    trainable, total = parameter_counts(unwrap(trainer))
+    losses = [line["loss"] for line in trainer.job.folder.read_metrics() if line["split"] == "train"]
+    return {
+        "steps": progress.step,
+        "loss": losses[-1] if losses else None,
+        "base": _score(progress.base_loss, progress.validation_tokens),
+        "validation": _score(progress.validation_loss, progress.validation_tokens),
+        "best": {"step": progress.best_step, "loss": progress.best_loss},
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def _score(loss: float | None, tokens: int) -> dict[str, float] | None:
+    if loss is None:
+        return None
+    score = Score(loss, tokens)
+    return {"loss": loss, "perplexity": score.perplexity, "tokens": tokens}
+
+
+def provenance(trainer: Trainer, info: dict[str, Any]) -> dict[str, Any]:
+    """What the adapter folder says of itself."""
+    kept = {key: info[key] for key in ("versions", "dtype", "base", "data", "finished", "result")}
+    return kept | {"recipe": trainer.job.recipe.model_dump(mode="json")}
+
+
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

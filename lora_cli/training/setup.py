@@ -1,0 +1,112 @@
+"""A prepared run -> what the loop needs: the adapted model, the optimizer, the order of rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from lora_cli.data.batches import Schedule
+from lora_cli.data.sources import sources_of
+from lora_cli.errors import UserError
+from lora_cli.evaluation.loss import packs_exactly
+from lora_cli.model.adapters import adapt, load_adapter, trainable_parameters
+from lora_cli.model.base import load_base, resolve_dtype
+from lora_cli.model.memory import activation_bytes, free_bytes
+from lora_cli.training.display import Display
+from lora_cli.training.optimizer import make_optimizer
+from lora_cli.training.prepare import Prepared
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass
+class Trainer:
+    """What the loop holds while it runs."""
+
+    job: Prepared
+    accelerator: Accelerator
+    model: PeftModel
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    packing: bool
+    total_steps: int
+    dtype: torch.dtype
+    display: Display
+
+
+def set_up(job: Prepared, display: Display) -> Trainer:
+    """Load the base, put the adapter on it, and make what the loop needs; writes nothing."""
+    recipe = job.recipe
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = resolve_dtype(recipe.model.dtype, device)
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=list(recipe.training.report_to) or None,
+        project_dir=recipe.training.output_dir,
+    )
+    if accelerator.num_processes > 1:
+        raise UserError("this version trains in one process", hint="launch it without --num_processes")
+    set_seed(recipe.training.seed)
+    base = load_base(job.base, recipe.model, recipe.quantization, accelerator.device, dtype)
+    packing = recipe.data.packing and packs_exactly(base, accelerator.device)
+    if recipe.data.packing and not packing:
+        display.note("data.packing: this architecture mixes packed rows; rows are padded instead", warning=True)
+    schedule = make_schedule(job, packing)
+    if needs_checkpointing(job, schedule, dtype, accelerator.device):
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.adapter.init_from is None:
+        model = adapt(base, recipe.adapter, [target.name for target in job.targets])
+    else:
+        model = load_adapter(base, Path(recipe.adapter.init_from), trainable=True)
+    optimizer = make_optimizer(recipe.training, [p for _, p in trainable_parameters(model)])
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+    total = schedule.total_steps(recipe.training.num_train_epochs, recipe.training.max_steps)
+    return Trainer(job, accelerator, model, optimizer, schedule, packing, total, dtype, display)
+
+
+def make_schedule(job: Prepared, packing: bool) -> Schedule:
+    """Which rows each step takes."""
+    recipe = job.recipe
+    examples = job.train.examples
+    return Schedule(
+        lengths=examples.lengths,
+        supervised=examples.supervised_per_row,
+        source=examples.source,
+        weights=tuple(source.weight for source in sources_of(recipe.data.train)),
+        seed=recipe.training.seed,
+        shuffle=recipe.data.shuffle,
+        batch_size=recipe.training.per_device_train_batch_size,
+        max_length=job.max_length,
+        packing=packing,
+        accumulation=recipe.training.gradient_accumulation_steps,
+    )
+
+
+def needs_checkpointing(job: Prepared, schedule: Schedule, dtype: torch.dtype, device: torch.device) -> bool:
+    """The recipe's word, or for auto: whether the activations would take more than 4/5 of the free memory."""
+    wanted = job.recipe.training.gradient_checkpointing
+    if wanted != "auto":
+        return wanted
+    longest = int(schedule.lengths.max())
+    tokens = schedule.batch_size * (job.max_length if schedule.packing else longest)
+    supervised = min(tokens, int(schedule.supervised.sum()))
+    return activation_bytes(job.config, tokens, supervised, dtype.itemsize) > 0.8 * free_bytes(device)
+
+
+def unwrap(trainer: Trainer) -> PeftModel:
+    """The PEFT model inside what Accelerate prepared."""
+    model: PeftModel = trainer.accelerator.unwrap_model(trainer.model)
+    return model
+
+
+def parameters(trainer: Trainer) -> list[tuple[str, torch.nn.Parameter]]:
+    """What is trained, by name."""
+    return trainable_parameters(unwrap(trainer))

@@ -1,0 +1,91 @@
+"""What an adapter says of itself: its base, its data, its training; and the base found again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from lora_cli.errors import UserError
+from lora_cli.model.files import locate
+from lora_cli.recipe.schema import Recipe
+from lora_cli.weights.check import read_adapter_config
+from lora_cli.weights.fingerprint import fingerprint
+
+PROVENANCE = "provenance.json"
+
+
+@dataclass(frozen=True)
+class AdapterOrigin:
+    """An adapter folder, its base, the recipe and the dtype it was trained by (None for an adapter made elsewhere)."""
+
+    folder: Path
+    base: Path
+    base_name: str
+    recipe: Recipe | None
+    dtype: torch.dtype | None
+
+
+def adapter_folder(target: Path) -> Path | None:
+    """The adapter that a path stands for: the folder itself, or a run's ``adapter``; None when it is neither."""
+    for folder in (target, target / "adapter"):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    return None
+
+
+def trace(folder: Path) -> AdapterOrigin:
+    """Find the adapter's base and check that it is the one it was trained on.
+
+    Raises UserError when the base is not found, or its fingerprint is another.
+    """
+    config = read_adapter_config(folder)
+    record = read_record(folder)
+    stored = record.get("base", {})
+    name = str(stored.get("name_or_path") or config.get("base_model_name_or_path") or "")
+    relative = stored.get("relative_path")
+    moved = (folder / relative) if relative else None
+    if not name:
+        raise UserError("the adapter does not say which base it is for", str(folder / "adapter_config.json"))
+    if not Path(name).is_dir() and moved is not None and moved.is_dir():
+        base = locate(str(moved.resolve()), weights=True)
+    else:
+        base = locate(name, weights=True)
+    if stored.get("fingerprint") and fingerprint(base) != stored["fingerprint"]:
+        raise UserError(
+            f"the adapter belongs to another base: the weights in {base} are not those it was trained on",
+            str(folder),
+            "restore that base, or train again on this one",
+        )
+    dtype = getattr(torch, record["dtype"]) if "dtype" in record else None
+    return AdapterOrigin(folder, base, name, recipe_of(folder), dtype)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """provenance.json of an adapter or of a model made from one; empty when there is none. Raises UserError."""
+    path = folder / PROVENANCE
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"not readable: {error}", str(path)) from error
+    return record
+
+
+def recipe_of(folder: Path) -> Recipe | None:
+    """The recipe an adapter, or a model made from one, was trained by; None when the folder does not tell."""
+    record = read_record(folder)
+    try:
+        return Recipe.model_validate(_tuples(record["recipe"])) if "recipe" in record else None
+    except ValidationError as error:
+        raise UserError(f"the recipe in it is not one: {error}", str(folder / PROVENANCE)) from error
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that the strict schema takes."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
