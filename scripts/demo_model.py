@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -24,6 +23,7 @@ STEPS = 220
 WARMUP = 20
 ROWS, LENGTH = 16, 128
 LEARNING_RATE = 3e-3
+THREADS = 2  # the same everywhere: sums are rounded in an order that follows the number of threads
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -125,7 +125,7 @@ def main() -> None:
         print(f"{arguments.out} is there already")
         return
     logging.disable_progress_bar()
-    torch.set_num_threads(min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2))
+    torch.set_num_threads(THREADS)
     start = time.perf_counter()
     loss = write(arguments.data, arguments.out, arguments.seed, arguments.steps)
     print(f"{arguments.steps} steps in {time.perf_counter() - start:.0f} s, loss {loss:.2f}: {arguments.out}")
