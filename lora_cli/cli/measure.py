@@ -75,8 +75,6 @@ def measure(
     device = best_device()
     settings = recipe.model if recipe else Model(name_or_path=str(base))
     model = load_base(base, settings, quantization, device, resolve_dtype(settings.dtype, device))
-    if device.type == "cuda" and quantization is None:
-        model.to(device)
     if adapter is None:
         return compare(model, tokenizer, examples, max_length)
     from lora_cli.model.adapters import load_adapter

@@ -192,7 +192,7 @@ def read_content(row: Row, format_name: str, data: Data) -> Content:
 def check_rows(data: Data, sources: Iterable[Source]) -> list[Fault]:
     """Read every row as training will, without tokenizing: up to ten rows that are wrong, by file and line."""
     faults: list[Fault] = []
-    format_name = data.format
+    format_name: str = data.format
     try:
         for item in read_rows(sources):
             if isinstance(item, Fault):

@@ -166,7 +166,7 @@ class _Encoder:
             raise UserError("the tokenizer has no end-of-text token", hint="set eos_token in tokenizer_config.json")
         self.data = data
         self.tokenizer = tokenizer
-        self.format = data.format
+        self.format: str = data.format
         self.closing = ""
 
     def encode_all(self, items: Iterable[Row | Fault]) -> Iterator[tuple[Row, Tokens, Mask]]:

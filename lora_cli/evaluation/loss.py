@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from lora_cli.data.batches import Batch, collate, group
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from lora_cli.data.tokenize import Examples
@@ -76,7 +77,7 @@ def evaluation_batches(
 
 
 @torch.no_grad()
-def packs_exactly(model: PreTrainedModel, device: torch.device) -> bool:
+def packs_exactly(model: PreTrainedModel | PeftModel, device: torch.device) -> bool:
     """Whether two rows laid end to end give the hidden states that each gives alone.
 
     True for attention that masks by position ids; models with a state, a convolution over time or positions of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -29,7 +29,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise UserError(what, where, "code from a model's folder is not run (trust_remote_code is off)") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"model type '{config.model_type}' is no causal language model", where)
-    return config
+    return cast("PreTrainedConfig", config)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -99,11 +99,12 @@ def load_base(
     if device.type == "cuda":
         options["device_map"] = {"": device}
     try:
-        base, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except (ImportError, ValueError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(f"the model could not be loaded: {str(error).splitlines()[0]}", str(folder)) from error
+    base, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -121,4 +122,4 @@ def keep_packing(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (no attribute of nn.Module)

@@ -113,8 +113,8 @@ def _random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
-    _, keys, position, has_gauss, gauss = np.random.get_state()
-    numbers = {"python": random.getstate(), "numpy": [keys.tolist(), position, has_gauss, gauss]}
+    state: Any = np.random.get_state()  # the global state that libraries draw from
+    numbers = {"python": random.getstate(), "numpy": [state[1].tolist(), *state[2:]]}
     return tensors, numbers
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 
@@ -28,8 +28,7 @@ class Display:
         self.console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
         self._log: Path | None = None
         self._progress: Progress | None = None
-        self._task = None
-        self._total = 0
+        self._task = TaskID(0)
 
     def log_to(self, path: Path) -> None:
         """Also append every line to this file from now on."""
@@ -60,7 +59,6 @@ class Display:
     @contextmanager
     def steps(self, done: int, total: int) -> Iterator[None]:
         """Show steps ``done`` to ``total`` as long as the block lasts."""
-        self._total = total
         if self.quiet or not self.console.is_terminal:
             yield
             return
@@ -81,16 +79,16 @@ class Display:
     def advance(self, step: int) -> None:
         """Move the bar to ``step``."""
         if self._progress is not None:
-            self._progress.update(self._task, completed=step)  # type: ignore[arg-type]
+            self._progress.update(self._task, completed=step)
 
     def metrics(self, line: Mapping[str, Any], seconds_left: float | None = None) -> None:
         """Show a line of metrics.jsonl: in the bar, or as a line of its own."""
         text = describe(line)
         if line["split"] != "train" or self._progress is None:
             left = "" if seconds_left is None else f"  left {duration(seconds_left)}"
-            self.note(f"step {line['step']}/{self._total}  {text}{left}")
+            self.note(f"step {line['step']}  {text}{left}")
         else:
-            self._progress.update(self._task, status=text)  # type: ignore[arg-type]
+            self._progress.update(self._task, status=text)
             if self._log is not None:
                 with self._log.open("a", encoding="utf-8") as file:
                     file.write(f"{time.strftime('%H:%M:%S')} step {line['step']} {text}\n")
@@ -117,7 +115,7 @@ def peak_memory() -> int:
     """Bytes this process has held at most: on the GPU when one is in use, else in memory."""
     import torch
 
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)

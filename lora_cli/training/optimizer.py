@@ -23,13 +23,15 @@ def _adamw_fused(parameters: Any, **options: Any) -> torch.optim.Optimizer:
 def _adamw_8bit(parameters: Any, **options: Any) -> torch.optim.Optimizer:
     from bitsandbytes.optim import AdamW8bit
 
-    return AdamW8bit(parameters, **options)
+    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **options)
+    return optimizer
 
 
 def _paged_adamw_8bit(parameters: Any, **options: Any) -> torch.optim.Optimizer:
     from bitsandbytes.optim import PagedAdamW8bit
 
-    return PagedAdamW8bit(parameters, **options)
+    optimizer: torch.optim.Optimizer = PagedAdamW8bit(parameters, **options)
+    return optimizer
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

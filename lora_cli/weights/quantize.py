@@ -6,13 +6,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from lora_cli.model.base import bitsandbytes_config, load_base, load_config, load_tokenizer, skeleton
 from lora_cli.model.files import check_quantizable
@@ -90,7 +90,7 @@ def _errors(model: PreTrainedModel, headers: dict[str, TensorInfo]) -> Iterator[
         if stored not in headers:
             continue
         original = read_tensor(headers[stored], stored).to(module.weight.device, torch.float32)
-        if issubclass(module.source_cls, Conv1D):
+        if module.source_cls is Conv1D:  # set by Transformers where it replaces a layer
             original = original.T
         error = _expand(module).float() - original
         yield LayerError(name, float(error.norm() / original.norm()))
@@ -98,10 +98,12 @@ def _errors(model: PreTrainedModel, headers: dict[str, TensorInfo]) -> Iterator[
 
 def _expand(module: Linear4bit | Linear8bitLt) -> torch.Tensor:
     """The layer's weight (out, in) as a matrix product sees it."""
-    weight = module.weight
+    weight: Any = module.weight
     if isinstance(module, Linear4bit):
-        return functional.dequantize_4bit(weight.data, weight.quant_state)
-    return functional.int8_vectorwise_dequant(weight.data, weight.SCB)
+        expanded = functional.dequantize_4bit(weight.data, weight.quant_state)
+    else:
+        expanded = functional.int8_vectorwise_dequant(weight.data, weight.SCB)
+    return cast("torch.Tensor", expanded)
 
 
 def expand_quantized(model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype) -> None:
@@ -132,10 +134,10 @@ def roundtrip(quantization: Quantization) -> Callable[[torch.Tensor], torch.Tens
         codes, state = functional.quantize_4bit(
             weight, compress_statistics=quantization.double_quant, quant_type=quantization.method
         )
-        return functional.dequantize_4bit(codes, state)
+        return cast("torch.Tensor", functional.dequantize_4bit(codes, state))
 
     def eight_bit(weight: torch.Tensor) -> torch.Tensor:
         codes, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
-        return functional.int8_vectorwise_dequant(codes, scales)
+        return cast("torch.Tensor", functional.int8_vectorwise_dequant(codes, scales))
 
     return eight_bit if quantization.method == "int8" else four_bit
