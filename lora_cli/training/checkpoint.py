@@ -100,7 +100,10 @@ def _split_state(state: dict[int, dict[str, Any]]) -> tuple[dict[str, torch.Tens
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, Any] = {}
     for index, entry in state.items():
-        for name, value in entry.items():
+        flat: dict[str, Any] = {}
+        for name, value in entry.items():  # bitsandbytes nests its 8-bit tensors, and takes them flat
+            flat |= value if isinstance(value, dict) else {name: value}
+        for name, value in flat.items():
             if isinstance(value, torch.Tensor):
                 # A copy each: 8-bit optimizers share one table of levels, and safetensors refuses shared storage.
                 tensors[f"{index}.{name}"] = value.detach().cpu().clone().contiguous()
