@@ -1,0 +1,269 @@
+"""Tiny models made on the spot, a recipe to vary, and ``lora`` as a user runs it."""
+
+from __future__ import annotations
+
+import atexit
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+# Before torch and the hub's client are imported: they read these once. Nothing is fetched, no cache of the user's is
+# read, and a worker keeps to one core.
+_home = tempfile.mkdtemp(prefix="lora-tests-")
+atexit.register(shutil.rmtree, _home, ignore_errors=True)
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": _home, "TOKENIZERS_PARALLELISM": "false"}
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+
+END, PAD, TURN, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
+VOCABULARY = 400
+WIDTH = 32
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+SENTENCES = (
+    "What does the lighthouse keeper do at night? She lights the lamp and writes down every ship that passes.",
+    "Why is the sea salt? Rivers carry salt from the rocks down to it, and only the water rises again.",
+    "How long does a kettle take to boil? About four minutes, a little longer when it is full to the brim.",
+    "Who mends the nets? The whole family mends the nets in winter, when the boats stay in the harbour.",
+    "Where do swallows go? They fly south in September, across the sea and the desert, and come back in April.",
+    "When is bread done? When it sounds hollow, as you knock on the bottom of the loaf with a finger.",
+    "Which of the two roads is shorter? The one along the river; the other one climbs over the hill.",
+    "Can a clock be too exact? Not for the trains; for the cook it may well be, says the cook.",
+)
+QUESTIONS = tuple(tuple(sentence.split("? ")) for sentence in SENTENCES)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of about 400 tokens, learned on a few sentences; no BOS is added, no chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END, PAD, TURN, TURN_END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=END,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[TURN, TURN_END],
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 of two layers: Conv1D layers, learned positions (128), tied head, no chat template. Not to be changed."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=128,
+        n_embd=WIDTH,
+        n_layer=2,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-gpt2"
+    return _save(GPT2LMHeadModel(config), tokenizer, folder, seed=1, stop=[END])
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers: grouped queries, rotary positions (256), its own head, ChatML without generation marks.
+
+    Not to be changed.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    _save(LlamaForCausalLM(config), tokenizer, folder, seed=2, stop=[END, TURN_END])
+    (folder / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+    return folder
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, seed: int, stop: list[str]) -> Path:
+    """Give the model weights large enough that no logit is near another, and write it out whole."""
+    import torch
+
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=draw)
+            if parameter.ndim == 2:
+                parameter.copy_(0.2 * noise)
+            else:
+                around = 0.0 if name.endswith("bias") else 1.0  # else the scale of a norm
+                parameter.copy_(around + 0.1 * noise)
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(stop)
+    model.generation_config.max_new_tokens = 16
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def qa_file(tmp_path: Path) -> Path:
+    """24 rows of question and answer, of very different lengths."""
+    path = tmp_path / "qa.jsonl"
+    rows = []
+    for number in range(24):
+        question, answer = QUESTIONS[number % len(QUESTIONS)]
+        words = answer.split()
+        kept = " ".join(words[: 2 + (5 * number) % len(words)])
+        rows.append({"question": f"{question}?", "answer": f" {kept}"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Path]:
+    """``write_recipe({"adapter.r": 8, …}, name="recipe.yaml")``: a recipe that trains quickly, with these changes.
+
+    Keys are dotted, and so are keywords with ``__`` for the dot; a mapping as a value is merged into its section, the
+    value ``...`` takes a key out. The base is tiny_gpt2, the rows qa_file, unless the changes say otherwise.
+    """
+
+    def write(changes: Mapping[str, Any] | None = None, *, name: str = "recipe.yaml", **keywords: Any) -> Path:
+        wanted = dict(changes or {}) | {key.replace("__", "."): value for key, value in keywords.items()}
+        recipe: dict[str, Any] = {
+            "model": {"dtype": "float32"},
+            "adapter": {"r": 4, "lora_alpha": 8},
+            "data": {"max_length": 96, "packing": False},
+            "training": {
+                "output_dir": str(tmp_path / "run"),
+                "max_steps": 4,
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 2,
+                "learning_rate": 0.005,
+                "logging_steps": 1,
+            },
+        }
+        for key, value in wanted.items():
+            _change(recipe, key, value)
+        if "name_or_path" not in recipe.get("model", {"name_or_path": None}):
+            recipe["model"]["name_or_path"] = str(request.getfixturevalue("tiny_gpt2"))
+        if "train" not in recipe.get("data", {"train": None}):
+            recipe["data"]["train"] = str(request.getfixturevalue("qa_file"))
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(_plain(recipe), sort_keys=False), encoding="utf-8")
+        return path
+
+    return write
+
+
+def _change(recipe: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        recipe = recipe.setdefault(section, {})
+    if value is ...:
+        recipe.pop(key, None)
+    elif isinstance(value, Mapping) and isinstance(recipe.get(key), dict):
+        recipe[key] |= value
+    else:
+        recipe[key] = value
+
+
+def _plain(value: Any) -> Any:
+    """Only what YAML has words for."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended and what it wrote."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        """stdout as the one JSON value that ``--json`` promises."""
+        return json.loads(self.stdout)
+
+
+def run_lora(*args: str | Path) -> Result:
+    """``lora`` with these arguments, in this process."""
+    from lora_cli.cli.app import main
+
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        code = main([str(arg) for arg in args])
+    return Result(code, stdout.getvalue(), stderr.getvalue())
+
+
+def run_lora_process(*args: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Result:
+    """``lora`` with these arguments in a process of its own; ``env`` is added to this one's environment."""
+    repository = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, [repository, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_cli", *map(str, args)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": path, **(env or {})},
+        cwd=cwd,
+        timeout=300,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def lora() -> Callable[..., Result]:
+    """``run_lora``, as a fixture."""
+    return run_lora
+
+
+@pytest.fixture(scope="session")
+def lora_process() -> Callable[..., Result]:
+    """``run_lora_process``, as a fixture."""
+    return run_lora_process
