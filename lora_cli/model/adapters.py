@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from transformers.pytorch_utils import Conv1D
 
 from lora_cli.recipe.schema import Adapter
 
@@ -33,7 +34,12 @@ METHODS: dict[str, Callable[[Adapter, Sequence[str]], PeftConfig]] = {"lora": lo
 
 def adapt(base: PreTrainedModel, adapter: Adapter, targets: Sequence[str]) -> PeftModel:
     """The base with a new trainable adapter on ``targets`` (full module names); adapter weights are float32."""
-    model = get_peft_model(base, METHODS[adapter.method](adapter, targets))
+    config = METHODS[adapter.method](adapter, targets)
+    layers = [base.get_submodule(name) for name in targets]
+    # For those who load the adapter: PEFT sees GPT-2's transposed layers by itself, but not once they are quantized.
+    if any(getattr(layer, "source_cls", type(layer)) is Conv1D for layer in layers):
+        config.fan_in_fan_out = True  # type: ignore[attr-defined]
+    model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
     return model
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from lora_cli.errors import UserError
 from lora_cli.model.adapters import load_adapter
 from lora_cli.model.base import load_base, load_config, load_tokenizer, skeleton
 from lora_cli.recipe.schema import Model
@@ -48,7 +49,10 @@ def merge(adapter: Path, out: Path) -> Merged:
         expand_quantized(base, quantization, origin.dtype or dtype)
     model = load_adapter(base, adapter)
     modules = len(model.targeted_module_names)
-    merged = model.merge_and_unload(safe_merge=True).to(dtype)
+    try:
+        merged = model.merge_and_unload(safe_merge=True).to(dtype)
+    except ValueError as error:  # NaN or infinity in the sum
+        raise UserError(f"the weights cannot be merged: {error}", str(adapter)) from error
     merged.config.use_cache = True
     tokenizer = load_tokenizer(adapter if (adapter / "tokenizer_config.json").is_file() else origin.base)
     with whole_folder(out) as draft:

@@ -1,0 +1,307 @@
+"""`lora merge`: the folder it writes is W + scale * BA, and any program can load it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+ALL_LINEAR = {
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+R, ALPHA = 4, 6.0
+EXPLICIT_BITS = {torch.float32: 23, torch.bfloat16: 7}
+Base = tuple[str, Path]
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def base(request: pytest.FixtureRequest) -> Base:
+    return request.param, request.getfixturevalue(f"tiny_{request.param}")
+
+
+def in_dtype(folder: Path, dtype: torch.dtype, out: Path) -> Path:
+    """A copy of a model with its weights in another type."""
+    shutil.copytree(folder, out)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(out)
+    return out
+
+
+def make_adapter(name: str, folder: Path, out: Path, **config: Any) -> Path:
+    """An adapter from PEFT alone, every tensor of it away from where it starts."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    wanted = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=R,
+        lora_alpha=ALPHA,  # type: ignore[arg-type]
+        target_modules=ALL_LINEAR[name],
+        fan_in_fan_out=name == "gpt2",
+        **config,
+    )
+    adapted = get_peft_model(model, wanted)
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for key, weight in adapted.named_parameters():
+            if "lora_magnitude" in key:
+                weight.mul_(1 + 0.2 * torch.rand(weight.shape, generator=draw))
+            elif "lora_" in key:
+                weight.copy_(0.1 * torch.randn(weight.shape, generator=draw))
+    adapted.save_pretrained(str(out))
+    return out
+
+
+def done(result: Any) -> Any:
+    """The result of a command that has to succeed."""
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def stored_name(module: str, weights: dict[str, torch.Tensor]) -> str:
+    """The name a module's weight has on disk: GPT-2 checkpoints may leave `transformer.` out."""
+    return next(
+        name for name in (f"{module}.weight", f"{module.removeprefix('transformer.')}.weight") if name in weights
+    )
+
+
+def expected(
+    name: str, weights: dict[str, torch.Tensor], adapter: dict[str, torch.Tensor], scale: float, dora: bool
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Each adapted tensor's sum in float64, and the size of the numbers that went into it."""
+    found = {}
+    for key in adapter:
+        if not key.endswith(".lora_A.weight"):
+            continue
+        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        a, b = adapter[key].double(), adapter[key.replace("lora_A", "lora_B")].double()
+        stored = stored_name(module, weights)
+        weight = weights[stored].double()
+        weight = weight.T if name == "gpt2" else weight
+        total, size = weight + scale * (b @ a), weight.abs() + scale * (b.abs() @ a.abs())
+        if dora:
+            magnitude = adapter[key.replace("lora_A.weight", "lora_magnitude_vector")].double()
+            factor = (magnitude / total.norm(dim=1))[:, None]
+            total, size = factor * total, 4 * factor * size
+        found[stored] = (total.T, size.T) if name == "gpt2" else (total, size)
+    return found
+
+
+def logits(model: Any, tokenizer: Any) -> torch.Tensor:
+    ids = tokenizer("Which class does this drug belong to? It is one of many.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits.double()
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_merged_weights_are_the_sum(base: Base, kind: str, dtype: torch.dtype, tmp_path: Path, lora: Any) -> None:
+    name, folder = base
+    folder = in_dtype(folder, dtype, tmp_path / "base")
+    adapter = make_adapter(name, folder, tmp_path / "adapter", use_rslora=kind == "rslora", use_dora=kind == "dora")
+    out = tmp_path / "merged"
+    done(lora("merge", adapter, "--out", out))
+
+    before, after = weights_of(folder), weights_of(out)
+    scale = ALPHA / math.sqrt(R) if kind == "rslora" else ALPHA / R
+    wanted = expected(name, before, load_file(adapter / "adapter_model.safetensors"), scale, kind == "dora")
+    assert before.keys() == after.keys()
+    assert len(wanted) == sum(any(f".{leaf}.weight" in key for leaf in ALL_LINEAR[name]) for key in before)
+    for key, weight in after.items():
+        assert weight.dtype == dtype
+        if key not in wanted:
+            assert torch.equal(weight, before[key]), key
+            continue
+        exact, size = wanted[key]
+        assert distance(exact, before[key].double()) > 0.01, "the adapter must change something"
+        # One rounding to the dtype, and on the way what float32 may lose in the r + 3 operations.
+        half_ulp = torch.exp2(torch.floor(torch.log2(exact.abs().clamp_min(1e-30))) - EXPLICIT_BITS[dtype] - 1)
+        assert ((weight.double() - exact).abs() <= half_ulp + (R + 3) * 2.0**-24 * size).all(), key
+        if dtype == torch.bfloat16:
+            assert (weight == exact.to(dtype)).double().mean() > 0.999
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_any_program_loads_the_merged_model(base: Base, kind: str, tmp_path: Path, lora: Any) -> None:
+    name, folder = base
+    adapter = make_adapter(name, folder, tmp_path / "adapter", use_rslora=kind == "rslora", use_dora=kind == "dora")
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    original = AutoModelForCausalLM.from_pretrained(folder)
+    bare = logits(original, tokenizer)
+    adapted = logits(PeftModel.from_pretrained(original, str(adapter)), tokenizer)
+    assert distance(logits(plain, tokenizer), adapted) < 1e-5
+    assert distance(bare, adapted) > 0.01
+    assert plain.config.use_cache
+
+
+def test_the_folder_is_a_whole_model(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_llama, folder)
+    generation = {"eos_token_id": [0, 2], "max_new_tokens": 7, "transformers_version": "5.0.0"}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    adapter = make_adapter("llama", folder, tmp_path / "adapter")
+    report = done(lora("merge", adapter, "--out", tmp_path / "merged", "--json")).json
+
+    out = tmp_path / "merged"
+    kept = json.loads((out / "generation_config.json").read_text())
+    assert (kept["eos_token_id"], kept["max_new_tokens"]) == ([0, 2], 7)
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    before, after = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(out)
+    assert after.get_vocab() == before.get_vocab()
+    assert after.eos_token == before.eos_token
+    assert after.chat_template == before.chat_template
+    assert report["out"] == str(out)
+    assert report["modules"] == 14
+    assert report["dtype"] == "float32"
+    assert report["bytes"] == (out / "model.safetensors").stat().st_size
+    assert oct(out.stat().st_mode & 0o777) == oct(folder.stat().st_mode & 0o777), "readable by whom a new folder is"
+
+
+def test_a_template_changed_for_training_travels(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(adapter)
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == tokenizer.chat_template
+
+
+@pytest.fixture
+def trained_in_4_bits(base: Base, tmp_path: Path, write_recipe: Any, lora: Any) -> Callable[..., Path]:
+    """Trains an adapter on the base in NF4 and returns the run's folder."""
+
+    def train(**quantization: Any) -> Path:
+        recipe = write_recipe(
+            model={"name_or_path": str(base[1])},
+            quantization={"method": "nf4", **quantization},
+            adapter={"target_modules": "all-linear"},
+            training={"learning_rate": 0.02, "warmup_steps": 0},
+        )
+        done(lora("train", recipe))
+        return tmp_path / "run"
+
+    return train
+
+
+def in_4_bits(folder: Path, double_quant: bool, compute: torch.dtype) -> Any:
+    """The model as QLoRA's own scripts load it."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute,
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_an_adapter_of_a_4_bit_base_merges_into_what_it_saw(
+    base: Base, compute: str, trained_in_4_bits: Callable[..., Path], tmp_path: Path, lora: Any
+) -> None:
+    _, folder = base
+    run = trained_in_4_bits(compute_dtype=compute)
+    report = done(lora("merge", run, "--out", tmp_path / "merged", "--json")).json
+    assert "nf4" in report["into"]
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    seen = PeftModel.from_pretrained(in_4_bits(folder, True, getattr(torch, compute)), str(run / "adapter"))
+    plain = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), tokenizer)
+    original = AutoModelForCausalLM.from_pretrained(folder)
+    into_original = logits(PeftModel.from_pretrained(original, str(run / "adapter")), tokenizer)
+    error = distance(plain, logits(seen, tokenizer))
+    assert error < (1e-5 if compute == "float32" else 0.02)
+    assert error < distance(into_original, logits(seen, tokenizer)) / 3
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+
+
+def test_4_bit_merge_against_the_plain_quantizer(
+    base: Base, trained_in_4_bits: Callable[..., Path], tmp_path: Path, lora: Any
+) -> None:
+    name, folder = base
+    run = trained_in_4_bits(double_quant=False)
+    done(lora("merge", run, "--out", tmp_path / "merged"))
+
+    before, after = weights_of(folder), weights_of(tmp_path / "merged")
+    seen = {}
+    for key, weight in before.items():
+        linear = any(f".{leaf}.weight" in key for leaf in ALL_LINEAR[name])
+        turned = weight.T.contiguous() if linear and name == "gpt2" else weight
+        rounded = reference.nf4_dequantize(*reference.nf4_codes(turned), turned.shape) if linear else weight
+        seen[key] = rounded.T.contiguous() if linear and name == "gpt2" else rounded
+    wanted = expected(name, seen, load_file(run / "adapter" / "adapter_model.safetensors"), 8 / R, False)
+    assert before.keys() == after.keys()
+    for key, weight in after.items():
+        exact, size = wanted.get(key, (seen[key].double(), seen[key].double().abs()))
+        assert ((weight.double() - exact).abs() <= 1e-6 * size.amax()).all(), key
+
+
+def test_a_used_folder_is_refused(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
+    adapter = make_adapter("gpt2", tiny_gpt2, tmp_path / "adapter")
+    out = tmp_path / "merged"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    result = lora("merge", adapter, "--out", out)
+    assert result.exit_code == 2
+    assert "exists already" in result.stderr
+    assert [file.name for file in out.iterdir()] == ["notes.txt"]
+
+
+def test_a_run_or_its_adapter_folder_give_the_same(tmp_path: Path, write_recipe: Any, lora: Any) -> None:
+    done(lora("train", write_recipe(training__max_steps=1)))
+    done(lora("merge", tmp_path / "run", "--out", tmp_path / "a"))
+    done(lora("merge", tmp_path / "run" / "adapter", "--out", tmp_path / "b"))
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_weights_that_are_no_numbers_are_refused_and_leave_nothing(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
+    adapter = make_adapter("gpt2", tiny_gpt2, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = math.nan
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    before = sorted(tmp_path.rglob("*"))
+    result = lora("merge", adapter, "--out", tmp_path / "merged")
+    assert result.exit_code == 2, result.stderr
+    assert "NaN" in result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_failure_while_writing_leaves_nothing(
+    tiny_gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: Any
+) -> None:
+    adapter = make_adapter("gpt2", tiny_gpt2, tmp_path / "adapter")
+    before = sorted(tmp_path.rglob("*"))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        result = lora("merge", adapter, "--out", tmp_path / "merged")
+    assert result.exit_code != 0
+    assert "No space left" in result.stderr
+    assert sorted(tmp_path.rglob("*")) == before

@@ -1,0 +1,178 @@
+"""`lora quantize`: what it writes is what Transformers and bitsandbytes write, and what a plain quantizer computes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+LINEAR = {
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+METHODS = ["nf4", "fp4", "int8"]
+Base = tuple[str, Path]
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def base(request: pytest.FixtureRequest) -> Base:
+    return request.param, request.getfixturevalue(f"tiny_{request.param}")
+
+
+def done(result: Any) -> Any:
+    """The result of a command that has to succeed."""
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def linear_weights(name: str, folder: Path) -> dict[str, torch.Tensor]:
+    """The weights (out, in) that are to be quantized, by their name in the checkpoint."""
+    found = {k: w for k, w in weights_of(folder).items() if any(f".{leaf}.weight" in k for leaf in LINEAR[name])}
+    return {key: weight.T.contiguous() if name == "gpt2" else weight for key, weight in found.items()}
+
+
+def bitsandbytes(method: str, double_quant: bool) -> BitsAndBytesConfig:
+    if method == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=method,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def plain_codes(method: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes, and what they stand for, by the plain reference quantizers."""
+    if method == "int8":
+        codes, absmax = reference.int8_codes(weight.half())  # bitsandbytes takes 8-bit weights from float16
+        return codes, reference.int8_dequantize(codes, absmax)
+    encode, decode = {
+        "nf4": (reference.nf4_codes, reference.nf4_dequantize),
+        "fp4": (reference.fp4_codes, reference.fp4_dequantize),
+    }[method]
+    codes, absmax = encode(weight)
+    return codes, decode(codes, absmax, weight.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_file_is_what_transformers_saves(
+    base: Base, method: str, dtype: torch.dtype, tmp_path: Path, lora: Any
+) -> None:
+    _, folder = base
+    if dtype != torch.float32:
+        shutil.copytree(folder, tmp_path / "base")
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(tmp_path / "base")
+        folder = tmp_path / "base"
+    done(lora("quantize", folder, "--out", tmp_path / "out", "--method", method))
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=bitsandbytes(method, True), dtype=dtype)
+    model.save_pretrained(tmp_path / "plain")
+
+    found, wanted = weights_of(tmp_path / "out"), weights_of(tmp_path / "plain")
+    assert found.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        assert found[key].dtype == tensor.dtype, key
+        assert torch.equal(found[key], tensor), key
+    configs = [json.loads((tmp_path / out / "config.json").read_text()) for out in ("out", "plain")]
+    assert configs[0] == configs[1]
+    assert configs[0]["quantization_config"]["quant_method"] == "bitsandbytes"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_codes_and_errors_equal_the_plain_quantizers(base: Base, method: str, tmp_path: Path, lora: Any) -> None:
+    name, folder = base
+    flags = [] if method == "int8" else ["--no-double-quant"]
+    report = done(lora("quantize", folder, "--out", tmp_path / "out", "--method", method, *flags, "--json")).json
+    stored = weights_of(tmp_path / "out")
+    errors = {}
+    for key, weight in linear_weights(name, folder).items():
+        codes, values = plain_codes(method, weight)
+        found = stored[key] if method == "int8" else reference.unpack_4bit(stored[key])
+        if method == "fp4":  # codes 0 and 8 both stand for 0
+            found = torch.where(found == 8, 0, found)
+        assert torch.equal(found, codes), key
+        errors[key.removesuffix(".weight").removeprefix("transformer.")] = float(
+            (values.double() - weight.double()).norm() / weight.double().norm()
+        )
+    told = {key.removeprefix("transformer."): error for key, error in report["layers"].items()}
+    assert told == pytest.approx(errors, rel=1e-4)
+    assert list(report["layers"].values()) == sorted(report["layers"].values(), reverse=True), "worst first"
+    low, high = {"nf4": (0.05, 0.15), "fp4": (0.08, 0.2), "int8": (0.002, 0.02)}[method]
+    assert all(low < error < high for error in told.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_any_program_loads_it(base: Base, method: str, qa_file: Path, tmp_path: Path, lora: Any) -> None:
+    name, folder = base
+    out = tmp_path / "out"
+    report = done(lora("quantize", folder, "--out", out, "--method", method, "--data", qa_file, "--json")).json
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.use_cache
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(folder).get_vocab()
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(folder).chat_template
+    assert (out / "generation_config.json").read_bytes() == (folder / "generation_config.json").read_bytes()
+
+    sizes = [(place / "model.safetensors").stat().st_size for place in (folder, out)]
+    assert [report["bytes_before"], report["bytes_after"]] == sizes
+    assert sizes[1] < sizes[0]
+    assert report["method"] == method and report["out"] == str(out)
+    layers = {key.removesuffix(".weight") for key in linear_weights(name, folder)}
+    assert set(report["layers"]) == layers
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_perplexity_before_and_after(tiny_llama: Path, method: str, qa_file: Path, tmp_path: Path, lora: Any) -> None:
+    out = tmp_path / "out"
+    report = done(lora("quantize", tiny_llama, "--out", out, "--method", method, "--data", qa_file, "--json")).json
+    for key, folder in (("before", tiny_llama), ("after", out)):
+        alone = done(lora("eval", folder, "--data", qa_file, "--json")).json
+        assert report[key] == {name: alone[name] for name in ("loss", "perplexity", "tokens")}
+    assert report["before"]["perplexity"] != report["after"]["perplexity"]
+    assert report["after"]["perplexity"] == pytest.approx(report["before"]["perplexity"], rel=0.1)
+
+
+def test_text_report(tiny_gpt2: Path, qa_file: Path, tmp_path: Path, lora: Any) -> None:
+    result = done(lora("quantize", tiny_gpt2, "--out", tmp_path / "out", "--data", qa_file))
+    assert "nf4" in result.stdout and "relative error of 8 layers" in result.stdout and "perplexity" in result.stdout
+
+
+def test_quantized_already_is_refused(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
+    done(lora("quantize", tiny_gpt2, "--out", tmp_path / "once"))
+    result = lora("quantize", tmp_path / "once", "--out", tmp_path / "twice")
+    assert result.exit_code == 2
+    assert "quantized already" in result.stderr
+    assert not (tmp_path / "twice").exists()
+
+
+def test_an_adapter_is_refused(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
+    adapter = tmp_path / "run" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    for target in (adapter, adapter.parent):
+        result = lora("quantize", target, "--out", tmp_path / "out")
+        assert result.exit_code == 2
+        assert "adapter" in result.stderr and "lora merge" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_used_folder_is_refused(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    result = lora("quantize", tiny_gpt2, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "exists already" in result.stderr
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["notes.txt"]
