@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_cli.evaluation.loss import Score
+from lora_cli.model.base import resolve_compute_dtype
 from lora_cli.model.targets import describe
 from lora_cli.training.artifacts import base_record, versions
 from lora_cli.training.checkpoint import Progress
@@ -39,6 +40,13 @@ def tell(trainer: Trainer) -> None:
     )
     if job.max_length < job.recipe.data.max_length:
         display.note(f"data.max_length: {job.recipe.data.max_length} -> {job.max_length}, the positions the model has")
+    quantization = job.recipe.quantization
+    if quantization is not None and quantization.method != "int8":
+        used = str(resolve_compute_dtype(quantization, trainer.accelerator.device)).removeprefix("torch.")
+        if used != quantization.compute_dtype:
+            display.note(
+                f"quantization.compute_dtype: {quantization.compute_dtype} -> {used}, faster on this processor"
+            )
     if counts.truncated:
         display.note(
             f"{counts.truncated:,} of {counts.rows:,} rows are longer than {job.max_length} tokens and were cut"

@@ -14,7 +14,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from lora_cli.model.base import bitsandbytes_config, load_base, load_config, load_tokenizer, skeleton
+from lora_cli.model.base import DTYPES, bitsandbytes_config, load_base, load_config, load_tokenizer, skeleton
 from lora_cli.model.files import check_quantizable
 from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.weights.check import check_weights
@@ -64,6 +64,8 @@ def quantize(folder: Path, out: Path, quantization: Quantization) -> Quantized:
     headers = read_headers(files)
     model = load_base(folder, Model(name_or_path=str(folder)), quantization, best_device(), stored_dtype(headers))
     model.config.use_cache = True
+    if quantization.method != "int8":  # what was asked for, not what this machine computes best in
+        model.config.quantization_config.bnb_4bit_compute_dtype = DTYPES[quantization.compute_dtype]
     layers = sorted(_errors(model, headers), key=lambda layer: -layer.relative)
     with whole_folder(out) as draft:
         model.save_pretrained(str(draft))
@@ -122,7 +124,7 @@ def expand_quantized(model: PreTrainedModel, quantization: Quantization, dtype: 
 def quantized_layers(model: PreTrainedModel, quantization: Quantization) -> set[str]:
     """Names of the layers that Transformers quantizes in this architecture."""
     bare = skeleton(model.config)
-    quantizer = AutoHfQuantizer.from_config(bitsandbytes_config(quantization))
+    quantizer = AutoHfQuantizer.from_config(bitsandbytes_config(quantization, torch.device("cpu")))
     quantizer.preprocess_model(model=bare, device_map=None)
     return {name for name, module in bare.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)}
 
