@@ -50,7 +50,8 @@ class Quantization(Section):
     double_quant: bool = Field(True, description="Quantize the 4-bit blocks' scales as well (0.4 bit a weight saved).")
     compute_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16",
-        description="Type that 4-bit weights are expanded to for a matrix product; float32 on a processor without units for it.",
+        description="Type that 4-bit weights are expanded to for a matrix product; on a processor without units for "
+        "it float32 is used instead.",
     )
 
 
