@@ -15,7 +15,7 @@ from lora_cli.data.batches import Schedule
 from lora_cli.data.sources import sources_of
 from lora_cli.errors import UserError
 from lora_cli.evaluation.loss import packs_exactly
-from lora_cli.model.adapters import adapt, load_adapter, trainable_parameters
+from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameters
 from lora_cli.model.base import load_base, resolve_dtype
 from lora_cli.model.memory import activation_bytes, free_bytes
 from lora_cli.training.display import Display
@@ -66,7 +66,7 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     if recipe.adapter.init_from is None:
         model = adapt(base, recipe.adapter, [target.name for target in job.targets])
     else:
-        model = load_adapter(base, Path(recipe.adapter.init_from), trainable=True)
+        model = continue_adapter(base, Path(recipe.adapter.init_from), recipe.adapter)
     optimizer = make_optimizer(recipe.training, [p for _, p in trainable_parameters(model)])
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()

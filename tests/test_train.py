@@ -1,0 +1,744 @@
+"""`lora train`: what the papers' equations give, repeatable, resumable, and every key does what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from lora_cli.recipe.explain import dotted_keys
+from lora_cli.training import loop
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+LEAVES = {
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+TRAIN_KEYS = ["step", "epoch", "split", "loss", "tokens", "learning_rate", "grad_norm", "tokens_per_second", "seconds"]
+VALIDATION_KEYS = ["step", "epoch", "split", "loss", "perplexity", "tokens"]
+
+
+def done(result: Any) -> Any:
+    """The result of a command that has to succeed."""
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left."""
+
+    folder: Path
+
+    def lines(self, split: str = "train") -> list[dict[str, Any]]:
+        text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
+        return [line for line in map(json.loads, text.splitlines()) if line["split"] == split]
+
+    def column(self, name: str, split: str = "train") -> list[Any]:
+        return [line[name] for line in self.lines(split)]
+
+    @property
+    def losses(self) -> list[float]:
+        return self.column("loss")
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / "run.json").read_text(encoding="utf-8")))
+
+    @property
+    def adapter_bytes(self) -> bytes:
+        return (self.folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / "adapter" / "adapter_model.safetensors")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / "adapter" / "adapter_config.json").read_text(encoding="utf-8")))
+
+    @property
+    def checkpoints(self) -> list[int]:
+        return sorted(int(path.name.removeprefix("step-")) for path in (self.folder / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def train(tmp_path: Path, write_recipe: Any, lora: Any) -> Callable[..., Run]:
+    """Writes the recipe with these changes, trains from it and returns the run."""
+    count = iter(range(100))
+
+    def go(changes: dict[str, Any] | None = None) -> Run:
+        folder = tmp_path / f"run{next(count)}"
+        done(lora("train", write_recipe({"training.output_dir": folder} | (changes or {}))))
+        return Run(folder)
+
+    return go
+
+
+# --- the equations ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run to be held against the reference."""
+
+    base: str = "gpt2"
+    kind: str = "lora"
+    packing: bool = False
+    batch_size: int = 3
+    accumulation: int = 3  # 24 rows in batches of 3 are 8 batches: the last window is short
+    epochs: float = 2
+    schedule: str = "cosine"
+    warmup: dict[str, Any] | None = None
+    weight_decay: float = 0.0
+    clip: float | None = None
+    max_length: int = 24  # some rows are longer
+
+
+CASES = {
+    "gpt2-lora": Case(),
+    "gpt2-lora-packed-clipped": Case(packing=True, clip=0.05, warmup={"warmup_steps": 2}, weight_decay=0.1),
+    "gpt2-rslora-linear": Case(kind="rslora", schedule="linear", warmup={"warmup_ratio": 0.3}, epochs=2.5),
+    "gpt2-dora": Case(kind="dora", weight_decay=0.05),
+    "gpt2-dora-packed": Case(kind="dora", packing=True, schedule="constant", warmup={"warmup_steps": 3}),
+    "llama-lora-constant": Case("llama", schedule="constant", clip=0.5, weight_decay=0.2),
+    "llama-lora-packed": Case("llama", packing=True, warmup={"warmup_ratio": 0.2}),
+    "llama-rslora-packed": Case("llama", "rslora", packing=True, schedule="linear", batch_size=2, accumulation=1),
+    "llama-dora-clipped": Case("llama", "dora", clip=0.1, accumulation=5, epochs=3),
+    "llama-dora-packed": Case("llama", "dora", packing=True, weight_decay=0.1),
+}
+R, ALPHA, RATE = 4, 6.0, 2e-3
+SCHEDULES = {"cosine": reference.cosine, "linear": reference.linear_decay, "constant": reference.constant}
+
+
+def known_adapter(base: str, folder: Path, out: Path, kind: str) -> Path:
+    """An adapter whose A and B (and DoRA's m) are all away from where training would begin."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=R,
+        lora_alpha=ALPHA,  # type: ignore[arg-type]
+        target_modules=LEAVES[base],
+        fan_in_fan_out=base == "gpt2",
+        use_rslora=kind == "rslora",
+        use_dora=kind == "dora",
+    )
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, weight in adapted.named_parameters():
+            if "lora_magnitude" in key:
+                weight.mul_(1 + 0.1 * torch.rand(weight.shape, generator=draw))
+            elif "lora_" in key:
+                weight.copy_(0.1 * torch.randn(weight.shape, generator=draw))
+    adapted.save_pretrained(str(out))
+    return out
+
+
+def tokenized(file: Path, tokenizer: Any, max_length: int) -> list[tuple[list[int], list[int]]]:
+    """Each row's ids and labels: a token is learned when the text up to it reaches into the answer."""
+    rows = []
+    for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+        ids = tokenizer(record["question"] + record["answer"]).input_ids
+        reach = [len(tokenizer.decode(ids[: at + 1])) for at in range(len(ids))]
+        labels = [id if end > len(record["question"]) else -100 for id, end in zip(ids, reach, strict=True)]
+        ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+        if any(label >= 0 for label in labels[:max_length]):
+            rows.append((ids[:max_length], labels[:max_length]))
+    return rows
+
+
+def batches_of(rows: list[Any], case: Case) -> list[list[Any]]:
+    if not case.packing:
+        return [rows[at : at + case.batch_size] for at in range(0, len(rows), case.batch_size)]
+    batches: list[list[Any]] = [[]]
+    for row in rows:
+        if sum(len(ids) for ids, _ in [*batches[-1], row]) > case.batch_size * case.max_length:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps_and_adapter_equal_the_reference(
+    name: str, request: pytest.FixtureRequest, qa_file: Path, tmp_path: Path, train: Callable[..., Run]
+) -> None:
+    case = CASES[name]
+    folder = request.getfixturevalue(f"tiny_{case.base}")
+    start = known_adapter(case.base, folder, tmp_path / "start", case.kind)
+    run = train(
+        {
+            "model.name_or_path": folder,
+            "adapter": {"r": R, "lora_alpha": ALPHA, "target_modules": "all-linear", "init_from": start}
+            | {"use_rslora": case.kind == "rslora", "use_dora": case.kind == "dora"},
+            "data": {"packing": case.packing, "shuffle": False, "max_length": case.max_length},
+            "training": {
+                "max_steps": None,
+                "num_train_epochs": float(case.epochs),
+                "per_device_train_batch_size": case.batch_size,
+                "gradient_accumulation_steps": case.accumulation,
+                "learning_rate": RATE,
+                "lr_scheduler_type": case.schedule,
+                "weight_decay": case.weight_decay,
+                "max_grad_norm": case.clip,
+                **(case.warmup or {"warmup_steps": 0}),
+            },
+        }
+    )
+
+    rows = tokenized(qa_file, AutoTokenizer.from_pretrained(folder), case.max_length)
+    batches = batches_of(rows, case)
+    windows = [batches[at : at + case.accumulation] for at in range(0, len(batches), case.accumulation)]
+    per_epoch = [[row for batch in window for row in batch] for window in windows]
+    total = math.ceil(case.epochs * len(windows))
+    warmup = case.warmup or {}
+    rising = warmup.get("warmup_steps", math.ceil(warmup.get("warmup_ratio", 0) * total))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    before = load_file(start / "adapter_model.safetensors")
+    names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in before if "lora_A" in key]
+    layers = reference.inject(model, names, R, ALPHA, rslora=case.kind == "rslora", dora=case.kind == "dora")
+    reference.load_adapter_tensors(layers, before)
+    wanted = reference.train_reference(
+        model,
+        (per_epoch * math.ceil(case.epochs))[:total],
+        lambda t: RATE * SCHEDULES[case.schedule](t, total, rising),
+        max_grad_norm=case.clip,
+        weight_decay=case.weight_decay,
+    )
+
+    lines = run.lines()
+    assert [line["step"] for line in lines] == list(range(1, total + 1))
+    assert [line["tokens"] for line in lines] == [step.tokens for step in wanted]
+    assert [line["loss"] for line in lines] == pytest.approx([step.loss for step in wanted], abs=1e-5)
+    assert [line["grad_norm"] for line in lines] == pytest.approx([step.grad_norm for step in wanted], rel=1e-4)
+    assert [line["learning_rate"] for line in lines] == pytest.approx(
+        [step.learning_rate for step in wanted], abs=1e-12
+    )
+    if case.clip is not None:
+        assert min(step.grad_norm for step in wanted) > case.clip, "clipping must have something to do"
+    passes = [
+        (step + min(1.0, (at + 1) * case.accumulation / len(batches)))
+        for step in range(4)
+        for at in range(len(windows))
+    ]
+    assert [line["epoch"] for line in lines] == pytest.approx(passes[:total], abs=1e-6)
+    found, after = run.tensors, reference.adapter_tensors(layers)
+    assert found.keys() == after.keys()
+    for key, tensor in after.items():
+        torch.testing.assert_close(found[key], tensor, atol=1e-5, rtol=0, msg=key)
+        assert (found[key] - before[key]).abs().max() > 1e-4, f"{key} was trained"
+
+
+# --- the run's folder ------------------------------------------------------------------------------------------------
+
+
+def test_the_folder(train: Callable[..., Run], tiny_gpt2: Path) -> None:
+    run = train({"data.validation": 0.2, "training.eval_steps": 2})
+    assert sorted(path.name for path in run.folder.iterdir()) == [
+        *("adapter", "checkpoints", "metrics.jsonl", "recipe.yaml", "report.html", "run.json", "train.log")
+    ]
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"} <= {
+        path.name for path in (run.folder / "adapter").iterdir()
+    }
+    assert run.checkpoints == [4]
+    assert (run.folder / "checkpoints" / "step-00000004").is_dir()
+    assert all(list(line) == TRAIN_KEYS for line in run.lines())
+    assert all(list(line) == VALIDATION_KEYS for line in run.lines("validation"))
+    assert run.column("step", "validation") == [0, 2, 4]
+    for line in run.lines("validation"):
+        assert line["perplexity"] == pytest.approx(math.exp(line["loss"]))
+    seconds = run.column("seconds")
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    assert all(rate > 0 for rate in run.column("tokens_per_second"))
+
+    info = run.info
+    assert info["seed"] == 42
+    assert info["device"] == ("cpu" if not torch.cuda.is_available() else info["device"])
+    assert info["versions"]["torch"] == torch.__version__
+    assert info["base"]["name_or_path"] == str(tiny_gpt2)
+    assert len(info["base"]["fingerprint"]) == len(info["data"]["fingerprint"]) == 64
+    assert info["data"]["rows"] + info["data"]["validation"]["rows"] == 24
+    assert info["started"] <= info["finished"]
+    assert info["result"]["loss"] == run.losses[-1]
+    assert info["result"]["validation"]["loss"] == run.column("loss", "validation")[-1]
+    assert info["result"]["base"]["loss"] == run.column("loss", "validation")[0]
+    assert "step 4" in (run.folder / "train.log").read_text()
+
+
+def test_the_table_of_targets_and_the_share(train: Callable[..., Run], write_recipe: Any, lora: Any) -> None:
+    result = done(lora("train", write_recipe({"adapter.target_modules": "attention"}), "--json"))
+    trained = 2 * (4 * (32 + 96) + 4 * (32 + 32))
+    assert "transformer.h.*.attn.c_attn" in result.stderr
+    assert f"trainable: {trained:,} of" in result.stderr
+    assert result.json["trainable_parameters"] == trained
+
+
+EVERYTHING_RANDOM = {
+    "adapter.lora_dropout": 0.2,
+    "data": {"packing": True, "shuffle": True, "validation": 0.2},
+    "training": {"max_steps": 7, "eval_steps": 3},
+}
+
+
+def test_the_recipe_alone_repeats_the_run(train: Callable[..., Run], tmp_path: Path, lora: Any) -> None:
+    first = train(EVERYTHING_RANDOM)
+    again = train(EVERYTHING_RANDOM)
+    assert first.losses == again.losses
+    assert first.adapter_bytes == again.adapter_bytes
+
+    done(lora("train", first.folder / "recipe.yaml", f"training.output_dir={tmp_path / 'repeated'}"))
+    assert Run(tmp_path / "repeated").adapter_bytes == first.adapter_bytes
+
+    other = train(EVERYTHING_RANDOM | {"training.seed": 43})
+    assert other.losses != first.losses
+    assert other.adapter_bytes != first.adapter_bytes
+
+
+def test_a_used_folder_is_refused(train: Callable[..., Run], write_recipe: Any, lora: Any) -> None:
+    run = train({"training.max_steps": 1})
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    recipe = write_recipe({"training.output_dir": run.folder, "training.max_steps": 2})
+    result = lora("train", recipe)
+    assert result.exit_code == 2
+    assert "already holds a run" in result.stderr and "--resume" in result.stderr and "--overwrite" in result.stderr
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+
+    done(lora("train", recipe, "--overwrite"))
+    assert len(run.losses) == 2
+    assert run.checkpoints == [2]
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+def test_resume_is_exact(optim: str, train: Callable[..., Run], tmp_path: Path, lora: Any) -> None:
+    whole = train(
+        EVERYTHING_RANDOM
+        | {"adapter": {"r": 32, "target_modules": "all-linear", "lora_dropout": 0.2}}
+        | {"training": {"max_steps": 7, "save_steps": 3, "eval_steps": 2, "optim": optim, "save_total_limit": None}}
+    )
+    assert whole.checkpoints == [3, 6, 7]
+    cut = tmp_path / "cut"
+    shutil.copytree(whole.folder, cut)
+    for step in (6, 7):
+        shutil.rmtree(cut / "checkpoints" / f"step-{step:08d}")
+    shutil.rmtree(cut / "adapter")
+    done(lora("train", cut / "recipe.yaml", f"training.output_dir={cut}", "--resume"))
+    resumed = Run(cut)
+    for split, columns in (("train", TRAIN_KEYS[:-2]), ("validation", VALIDATION_KEYS)):
+        for column in columns:
+            assert resumed.column(column, split) == whole.column(column, split), column
+    assert resumed.adapter_bytes == whole.adapter_bytes
+
+
+def test_resume_refuses_another_run(train: Callable[..., Run], write_recipe: Any, lora: Any) -> None:
+    run = train()
+    recipe = write_recipe({"training": {"output_dir": run.folder, "learning_rate": 0.1}, "adapter.r": 2})
+    result = lora("train", recipe, "--resume")
+    assert result.exit_code == 2
+    assert "training.learning_rate was 0.005 and is now 0.1" in result.stderr
+    assert "adapter.r was 4 and is now 2" in result.stderr
+
+
+def test_resume_of_nothing_is_refused(write_recipe: Any, tmp_path: Path, lora: Any) -> None:
+    result = lora("train", write_recipe(), "--resume")
+    assert result.exit_code == 2
+    assert "no run to resume" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_stops_with_a_checkpoint(write_recipe: Any, tmp_path: Path, lora: Any) -> None:
+    steps = 1_000_000
+    endless = {"max_steps": steps, "save_steps": None, "lr_scheduler_type": "constant"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    children = []
+    for kind, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        run = Run(tmp_path / str(code))
+        recipe = write_recipe({"training": {**endless, "output_dir": run.folder}}, name=f"{code}.yaml")
+        command = [sys.executable, "-m", "lora_cli", "train", str(recipe)]
+        pipe = subprocess.PIPE
+        child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+        children.append((kind, code, run, recipe, child))
+    until = time.monotonic() + 120
+    for kind, code, run, recipe, child in children:
+        try:
+            while not (run.folder / "metrics.jsonl").exists() and child.poll() is None and time.monotonic() < until:
+                time.sleep(0.05)
+            child.send_signal(kind)
+            stdout, stderr = child.communicate(timeout=60)
+        finally:
+            child.kill()
+        assert child.returncode == code, stderr
+        assert stdout == ""
+        assert "--resume" in stderr and "Traceback" not in stderr
+        before = run.losses
+        stopped = len(before)
+        assert run.checkpoints == [stopped] and 0 < stopped < steps
+        assert run.info["finished"] is None
+        assert not (run.folder / "adapter").exists()
+
+        done(lora("train", recipe, f"training.max_steps={stopped + 2}", "--resume"))
+        assert run.losses[:stopped] == before
+        assert run.column("step") == list(range(1, stopped + 3))
+        assert run.info["finished"] is not None
+        assert (run.folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+# --- every key -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What each run of the test was set up with, last run last."""
+    seen: list[Any] = []
+    original = loop.set_up
+
+    def remember(*args: Any) -> Any:
+        seen.append(original(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(loop, "set_up", remember)
+    return seen
+
+
+def tokens(run: Run) -> list[int]:
+    return run.column("tokens")
+
+
+def rates(run: Run) -> list[float]:
+    return run.column("learning_rate")
+
+
+def modules_of(run: Run) -> set[str]:
+    return {key.split(".")[-3] for key in run.tensors}
+
+
+def file_of(name: str, *rows: dict[str, Any]) -> Callable[[Path], str]:
+    def write(folder: Path) -> str:
+        path = folder / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+ONE_STEP = {"training.max_steps": 1}
+NO_WARMUP = {"training.warmup_steps": 0}
+THREE_COLUMNS = {
+    "q": "Why is the sea salt?",
+    "a": " Rivers carry salt.",
+    "prompt": "P",
+    "completion": " C",
+    "text": "T",
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key, two values of it, what else the recipe says, and what each value must lead to."""
+
+    key: str
+    values: tuple[Any, Any]
+    observe: Callable[[Run], Any]
+    expected: tuple[Any, Any] | None = None  # None: anything, but not the same
+    also: dict[str, Any] | None = None
+
+
+KEYS = [
+    Key("adapter.r", (2, 3), lambda run: {t.shape[0] for k, t in run.tensors.items() if "lora_A" in k}, ({2}, {3})),
+    Key("adapter.lora_alpha", (4.0, 16.0), lambda run: run.losses[2:]),
+    Key("adapter.lora_dropout", (0.0, 0.5), lambda run: run.losses[2:]),
+    Key("adapter.target_modules", ("attention", ["c_fc"]), modules_of, ({"c_attn", "c_proj"}, {"c_fc"})),
+    Key("adapter.use_rslora", (False, True), lambda run: (run.config["use_rslora"], run.losses[2:])),
+    Key(
+        "adapter.use_dora",
+        (False, True),
+        lambda run: any("lora_magnitude_vector" in key for key in run.tensors),
+        (False, True),
+    ),
+    Key("data.format", ("prompt_completion", "text"), tokens, also={"data.train": file_of("f.jsonl", THREE_COLUMNS)}),
+    Key(
+        "data.columns",
+        ({}, {"prompt": "q", "completion": "a"}),
+        tokens,
+        also={"data.train": file_of("f.jsonl", THREE_COLUMNS), "data.format": "prompt_completion"},
+    ),
+    Key(
+        "data.template.prompt",
+        ("{q}", "Question: {q}"),
+        lambda run: run.info["data"]["tokens"],
+        also={"data.train": file_of("f.jsonl", THREE_COLUMNS), "data.template.completion": "{a}"},
+    ),
+    Key(
+        "data.template.completion",
+        ("{a}", "{a} Really."),
+        tokens,
+        also={"data.train": file_of("f.jsonl", THREE_COLUMNS), "data.template.prompt": "{q}"},
+    ),
+    Key("data.train_on", ("completion", "all"), lambda run: run.info["data"]["supervised_tokens"]),
+    Key("data.max_length", (12, 24), lambda run: run.info["data"]["tokens"]),
+    Key("data.packing", (True, False), tokens, also={"data.shuffle": False}),
+    Key("data.shuffle", (True, False), tokens),
+    Key("training.seed", (1, 2), lambda run: (tokens(run), run.tensors[next(iter(run.tensors))].sum().item())),
+    Key(
+        "training.num_train_epochs", (1.0, 1.5), lambda run: len(run.losses), (6, 9), also={"training.max_steps": None}
+    ),
+    Key("training.max_steps", (2, 3), lambda run: len(run.losses), (2, 3)),
+    Key(
+        "training.per_device_train_batch_size",
+        (1, 3),
+        lambda run: run.column("epoch")[0],
+        (round(2 / 24, 6), round(6 / 24, 6)),
+    ),
+    Key(
+        "training.gradient_accumulation_steps",
+        (1, 3),
+        lambda run: run.column("epoch")[0],
+        (round(2 / 24, 6), round(6 / 24, 6)),
+    ),
+    Key("training.learning_rate", (1e-3, 2e-3), lambda run: max(rates(run)), (1e-3, 2e-3)),
+    Key("training.warmup_ratio", (0.25, 0.5), lambda run: rates(run).index(max(rates(run))), (1, 2)),
+    Key("training.warmup_steps", (1, 3), lambda run: rates(run).index(max(rates(run))), (1, 3)),
+    Key("training.weight_decay", (0.0, 1.0), lambda run: run.losses[2:]),
+    Key("training.max_grad_norm", (None, 1e-3), lambda run: run.losses[2:]),
+    Key("training.logging_steps", (2, 3), lambda run: run.column("step"), ([2, 4], [3, 4])),
+    Key(
+        "training.eval_steps",
+        (1, None),
+        lambda run: run.column("step", "validation"),
+        ([0, 1, 2, 3, 4], [0, 4]),
+        also={"data.validation": 0.2},
+    ),
+    Key(
+        "training.save_steps",
+        (1, None),
+        lambda run: run.checkpoints,
+        ([1, 2, 3, 4], [4]),
+        also={"training.save_total_limit": None},
+    ),
+    Key(
+        "training.save_total_limit",
+        (1, 3),
+        lambda run: run.checkpoints,
+        ([4], [2, 3, 4]),
+        also={"training.save_steps": 1},
+    ),
+    Key("data.validation", (0.25, None), lambda run: len(run.lines("validation")), (2, 0), also=ONE_STEP),
+    Key("data.train", ("ONE", "TWO"), lambda run: run.info["data"]["rows"], (1, 2)),
+]
+ELSEWHERE = {
+    "model.name_or_path": "test_steps_and_adapter_equal_the_reference",
+    "model.dtype": "test_bfloat16",
+    "model.attn_implementation": "test_what_the_model_and_the_optimizer_are",
+    "quantization.method": "test_quantized_bases_train",
+    "quantization.double_quant": "test_what_quantization_keys_do",
+    "quantization.compute_dtype": "test_what_quantization_keys_do",
+    "adapter.method": "has one value",
+    "adapter.init_from": "test_steps_and_adapter_equal_the_reference",
+    "training.output_dir": "test_the_recipe_alone_repeats_the_run",
+    "training.lr_scheduler_type": "test_schedules",
+    "training.optim": "test_what_the_model_and_the_optimizer_are",
+    "training.early_stopping_patience": "test_early_stopping",
+    "training.gradient_checkpointing": "test_gradient_checkpointing",
+    "training.report_to": "test_tensorboard",
+}
+
+
+def test_every_key_is_tested() -> None:
+    tested = {entry.key for entry in KEYS} | set(ELSEWHERE)
+    assert {re.sub("^(data.template)[.].*", r"\1", key) for key in tested} == set(dotted_keys())
+
+
+@pytest.mark.parametrize("entry", KEYS, ids=lambda entry: entry.key)
+def test_a_key_does_something(entry: Key, train: Callable[..., Run], tmp_path: Path) -> None:
+    row = {"prompt": "P", "completion": " C"}
+    files = {"ONE": file_of("one.jsonl", row), "TWO": file_of("two.jsonl", row, row)}
+    seen = []
+    for value in entry.values:
+        changes = (
+            NO_WARMUP | (entry.also or {}) | {entry.key: files.get(value, value) if isinstance(value, str) else value}
+        )
+        if entry.key == "training.warmup_ratio":
+            changes.pop("training.warmup_steps")
+        seen.append(entry.observe(train({k: v(tmp_path) if callable(v) else v for k, v in changes.items()})))
+    assert seen[0] != seen[1]
+    if entry.expected is not None:
+        assert tuple(seen) == entry.expected
+
+
+@pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("base", ["gpt2", "llama"])
+def test_quantized_bases_train(
+    base: str, method: str, request: pytest.FixtureRequest, train: Callable[..., Run], trainers: list[Any]
+) -> None:
+    changes = {"model.name_or_path": request.getfixturevalue(f"tiny_{base}"), "data.shuffle": False} | {
+        "data.validation": 0.2,
+        "adapter.target_modules": "all-linear",
+        "training.eval_steps": 1,
+        "training.learning_rate": 0.02,
+    }
+    plain, quantized = train(changes), train({**changes, "quantization": {"method": method}})
+    assert plain.losses != quantized.losses
+    assert quantized.losses == pytest.approx(plain.losses, rel=0.2)
+    kinds = {type(m).__name__ for m in trainers[-1].model.modules()}
+    assert ("Linear8bitLt" if method == "int8" else "Linear4bit") in kinds
+    scores = quantized.column("loss", "validation")
+    assert scores[-1] < scores[0], "it learned"
+    assert all(tensor.dtype == torch.float32 for tensor in quantized.tensors.values())
+
+
+def test_what_quantization_keys_do(
+    write_recipe: Any, lora: Any, train: Callable[..., Run], trainers: list[Any]
+) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    for double_quant in (True, False):
+        train({"quantization": {"method": "nf4", "double_quant": double_quant}} | ONE_STEP)
+        layers = [module for module in trainers[-1].model.modules() if isinstance(module, Linear4bit)]
+        assert {bool(layer.weight.quant_state.nested) for layer in layers} == {double_quant}
+    for compute in ("float32", "bfloat16"):
+        recipe = write_recipe({"quantization": {"method": "nf4", "compute_dtype": compute}} | ONE_STEP)
+        result = done(lora("train", recipe, "--overwrite"))
+        layers = [module for module in trainers[-1].model.modules() if isinstance(module, Linear4bit)]
+        kinds = {layer.compute_dtype for layer in layers}
+        # A processor without bfloat16 units computes in float32, and says so.
+        assert kinds == {getattr(torch, compute)} or "compute_dtype: bfloat16 -> float32" in result.stderr
+
+
+def test_bfloat16(train: Callable[..., Run], trainers: list[Any]) -> None:
+    full, half = train(NO_WARMUP), train(NO_WARMUP | {"model.dtype": "bfloat16"})
+    assert half.info["dtype"] == "bfloat16"
+    assert trainers[-1].model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert half.losses != full.losses
+    assert half.losses == pytest.approx(full.losses, rel=0.05)
+    assert all(tensor.dtype == torch.float32 for tensor in half.tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        ("constant", [0, 0.5, 1, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0, 0.5, *((1 + math.cos(math.pi * t / 4)) / 2 for t in range(4))]),
+        ("polynomial", [0, 0.5, *(1 - t / 4 for t in range(4))]),
+        ("inverse_sqrt", [0, 0.5, *(math.sqrt(2 / t) for t in range(2, 6))]),
+    ],
+)
+def test_schedules(schedule: str, shares: list[float], train: Callable[..., Run]) -> None:
+    run = train({"training": {"lr_scheduler_type": schedule, "warmup_steps": 2, "max_steps": 6}})
+    assert rates(run) == pytest.approx([0.005 * share for share in shares], rel=1e-4)
+
+
+def test_what_the_model_and_the_optimizer_are(train: Callable[..., Run], trainers: list[Any]) -> None:
+    losses = []
+    for attention in ("eager", "sdpa"):
+        losses.append(train({"model.attn_implementation": attention}).losses)
+        assert trainers[-1].model.config._attn_implementation == attention
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    big = {"adapter": {"r": 32, "target_modules": "all-linear"}} | NO_WARMUP
+    plain = train(big | {"training.optim": "adamw_torch"})
+    fused = train(big | {"training.optim": "adamw_torch_fused"})
+    assert trainers[-1].optimizer.param_groups[0]["fused"]
+    assert fused.losses == pytest.approx(plain.losses, abs=1e-4)
+    eight = train(big | {"training.optim": "adamw_8bit"})
+    states = [state["state1"].dtype for state in trainers[-1].optimizer.state.values()]
+    assert torch.uint8 in states
+    assert eight.losses[2:] != plain.losses[2:]
+    assert eight.losses == pytest.approx(plain.losses, rel=0.05)
+    paged = train(big | {"training.optim": "paged_adamw_8bit"})
+    assert trainers[-1].optimizer.optimizer.is_paged
+    assert paged.losses == pytest.approx(eight.losses, abs=1e-5)
+
+
+def test_early_stopping(train: Callable[..., Run]) -> None:
+    run = train(
+        {
+            "data.validation": 0.2,
+            "training": {"max_steps": 40, "eval_steps": 1, "early_stopping_patience": 3, "learning_rate": 1.0},
+        }
+    )
+    scores = run.column("loss", "validation")[1:]
+    best = scores.index(min(scores))
+    assert len(scores) == best + 1 + 3 < 40
+    assert run.info["result"]["best"] == {"step": best + 1, "loss": min(scores)}
+    assert run.info["result"]["steps"] == len(scores)
+    assert run.checkpoints[-1] == len(scores)
+
+
+@pytest.mark.parametrize("base", ["gpt2", "llama"])
+def test_gradient_checkpointing(
+    base: str, request: pytest.FixtureRequest, train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"model.name_or_path": request.getfixturevalue(f"tiny_{base}"), "adapter.lora_dropout": 0.1} | NO_WARMUP
+    calls: list[bool] = []
+    layer = {"gpt2": GPT2MLP, "llama": LlamaMLP}[base]
+    original = layer.forward
+
+    def count(*args: Any) -> Any:
+        calls.append(torch.is_grad_enabled())
+        return original(*args)
+
+    monkeypatch.setattr(layer, "forward", count)
+    plain = train(changes | {"training.gradient_checkpointing": False})
+    once = 4 * 2 * 2  # steps x batches x layers
+    assert len(calls) == once
+    again = train(changes | {"training.gradient_checkpointing": True})
+    assert len(calls) == once + 2 * once, "every layer runs again in the backward pass"
+    assert again.losses == pytest.approx(plain.losses, abs=1e-6)
+    assert again.tensors.keys() == plain.tensors.keys()
+
+
+def test_mixture_weights(train: Callable[..., Run], tmp_path: Path) -> None:
+    """Rows of source a supervise 3 tokens each, those of b 5: how often each was taken is seen in the counts."""
+    a = file_of("a.jsonl", *({"prompt": "P", "completion": "xy"} for _ in range(4)))(tmp_path)
+    b = file_of("b.jsonl", *({"prompt": "P", "completion": "wxyz"} for _ in range(6)))(tmp_path)
+    for weights, rows in (((1.0, 1.0), (4, 6)), ((2.0, 0.5), (8, 3)), ((1.25, 1.5), (5, 9))):
+        parts = [{"path": path, "weight": weight} for path, weight in zip((a, b), weights, strict=True)]
+        run = train(
+            {"data.train": parts, "training": {"max_steps": None, "num_train_epochs": 1.0}}
+            | {"training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": 1}
+        )
+        assert (tokens(run).count(3), tokens(run).count(5)) == rows
+
+
+def test_tensorboard(train: Callable[..., Run]) -> None:
+    pytest.importorskip("tensorboardX")
+    run = train({"training.report_to": ["tensorboard"], "data.validation": 0.2})
+    events = list(run.folder.rglob("events.out.tfevents.*"))
+    assert events and b"train/loss" in b"".join(path.read_bytes() for path in events)
+    assert not list(train().folder.rglob("events.out.tfevents.*"))
+
+
+def test_a_tracker_that_is_not_installed_is_refused(write_recipe: Any, tmp_path: Path, lora: Any) -> None:
+    result = lora("train", write_recipe({"training.report_to": ["swanlab"]}))
+    assert result.exit_code == 2
+    assert "swanlab is not installed" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipe_in_the_folder_is_whole(train: Callable[..., Run]) -> None:
+    recipe = yaml.safe_load((train(ONE_STEP).folder / "recipe.yaml").read_text())
+    assert set(recipe) >= {"model", "adapter", "data", "training"}
+    assert recipe["training"]["per_device_train_batch_size"] == 2
+    assert recipe["training"]["optim"] == "adamw_torch"
