@@ -44,9 +44,16 @@ def adapt(base: PreTrainedModel, adapter: Adapter, targets: Sequence[str]) -> Pe
     return model
 
 
-def load_adapter(base: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftModel:
+def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """The base with the adapter stored in ``folder`` (safetensors alone; check_adapter says whether it fits)."""
-    return PeftModel.from_pretrained(base, str(folder), is_trainable=trainable, use_safetensors=True)
+    return PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
+
+
+def continue_adapter(base: PreTrainedModel, folder: Path, adapter: Adapter) -> PeftModel:
+    """The base with the adapter stored in ``folder``, to be trained on with the recipe's dropout."""
+    config = PeftConfig.from_pretrained(str(folder))
+    config.lora_dropout = adapter.lora_dropout
+    return PeftModel.from_pretrained(base, str(folder), config=config, is_trainable=True, use_safetensors=True)
 
 
 def trainable_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:

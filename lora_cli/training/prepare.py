@@ -45,7 +45,8 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
 
     from lora_cli.model.base import load_config, load_tokenizer, max_positions, skeleton
     from lora_cli.model.targets import find_targets
-    from lora_cli.weights.check import check_adapter, check_weights
+    from lora_cli.weights.check import check_adapter, check_start, check_weights
+    from lora_cli.weights.provenance import check_base
 
     base = locate(recipe.model.name_or_path)
     config = load_config(base)
@@ -55,7 +56,10 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     base = locate(recipe.model.name_or_path, weights=True)
     check_weights(base, bare)
     if recipe.adapter.init_from is not None:
-        check_adapter(Path(recipe.adapter.init_from), bare)
+        start = Path(recipe.adapter.init_from)
+        check_adapter(start, bare)
+        check_base(start, base)
+        check_start(start, recipe.adapter, [target.name for target in targets], bare)
 
     max_length = min(recipe.data.max_length, max_positions(config) or recipe.data.max_length)
     train, validation = _examples(recipe, tokenizer, max_length)

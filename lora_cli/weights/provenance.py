@@ -55,14 +55,20 @@ def trace(folder: Path) -> AdapterOrigin:
         base = locate(str(moved.resolve()), weights=True)
     else:
         base = locate(name, weights=True)
-    if stored.get("fingerprint") and fingerprint(base) != stored["fingerprint"]:
+    check_base(folder, base)
+    dtype = getattr(torch, record["dtype"]) if "dtype" in record else None
+    return AdapterOrigin(folder, base, name, recipe_of(folder), dtype)
+
+
+def check_base(folder: Path, base: Path) -> None:
+    """Raises UserError when the adapter in ``folder`` says that it was trained on other weights than those in ``base``."""
+    stored = read_record(folder).get("base", {}).get("fingerprint")
+    if stored and fingerprint(base) != stored:
         raise UserError(
             f"the adapter belongs to another base: the weights in {base} are not those it was trained on",
             str(folder),
             "restore that base, or train again on this one",
         )
-    dtype = getattr(torch, record["dtype"]) if "dtype" in record else None
-    return AdapterOrigin(folder, base, name, recipe_of(folder), dtype)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
