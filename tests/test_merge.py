@@ -23,7 +23,6 @@ ALL_LINEAR = {
 R, ALPHA = 4, 6.0
 EXPLICIT_BITS = {torch.float32: 23, torch.bfloat16: 7}
 Base = tuple[str, Path]
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 @pytest.fixture(params=["gpt2", "llama"])

@@ -29,8 +29,6 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from lora_cli.recipe.explain import dotted_keys
 from lora_cli.training import loop
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 LEAVES = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],

@@ -1,0 +1,250 @@
+"""`lora eval`: perplexity equal to a row-by-row loop, the base beside the adapter, the base found again."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_cli.evaluation import compare
+
+TEXTS = (
+    "The lighthouse keeper lights the lamp and writes down every ship that passes in the night. " * 6,
+    "Short.",
+    "They fly south in September, across the sea and the desert, and come back in April. " * 3,
+)
+
+
+def done(result: Any) -> Any:
+    """The result of a command that has to succeed."""
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def tokenized(file: Path, tokenizer: Any, max_length: int) -> list[tuple[list[int], list[int]]]:
+    """Each row's ids and labels: a token is learned when the text up to it reaches into the answer."""
+    rows = []
+    for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+        ids = tokenizer(record["question"] + record["answer"]).input_ids
+        reach = [len(tokenizer.decode(ids[: at + 1])) for at in range(len(ids))]
+        labels = [id if end > len(record["question"]) else -100 for id, end in zip(ids, reach, strict=True)]
+        ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+        if any(label >= 0 for label in labels[:max_length]):
+            rows.append((ids[:max_length], labels[:max_length]))
+    return rows
+
+
+def load(folder: Path, adapter: Path | None = None) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model if adapter is None else PeftModel.from_pretrained(model, str(adapter)).eval()
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def base(request: pytest.FixtureRequest) -> Path:
+    folder: Path = request.getfixturevalue(f"tiny_{request.param}")
+    return folder
+
+
+@pytest.fixture
+def run_of(write_recipe: Any, lora: Any, tmp_path: Path) -> Callable[..., Path]:
+    """Trains a little on a base, with these changes, and returns the run's folder."""
+
+    def train(folder: Path, name: str = "run", **changes: Any) -> Path:
+        settings = {"model.name_or_path": folder, "training.output_dir": tmp_path / name, "training.warmup_steps": 0}
+        done(lora("train", write_recipe(settings | changes)))
+        return tmp_path / name
+
+    return train
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_run_adapter_and_model_equal_a_row_by_row_loop(
+    base: Path, packing: bool, run_of: Callable[..., Path], qa_file: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(base, **{"data": {"max_length": 24, "packing": packing}})
+    loads: list[Any] = []
+    original = AutoModelForCausalLM.from_pretrained
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        loads.append(args)
+        return original(*args, **kwargs)
+
+    rows = tokenized(qa_file, AutoTokenizer.from_pretrained(base), 24)
+    bare = reference.perplexity_row_by_row(load(base), rows)
+    tuned = reference.perplexity_row_by_row(load(base, run / "adapter"), rows)
+    assert abs(bare - tuned) > 1e-3 * bare
+    for target in (run, run / "adapter"):
+        with monkeypatch.context() as patch:
+            patch.setattr(AutoModelForCausalLM, "from_pretrained", count)
+            found = done(lora("eval", target, "--data", qa_file, "--json")).json
+        assert found["perplexity"] == pytest.approx(tuned, rel=1e-6)
+        assert found["loss"] == pytest.approx(math.log(tuned), rel=1e-6)
+        assert found["base"]["perplexity"] == pytest.approx(bare, rel=1e-6)
+        assert found["base"]["loss"] == pytest.approx(math.log(bare), rel=1e-6)
+        assert found["tokens"] == sum(label >= 0 for _, labels in rows for label in labels[1:])
+        assert set(found) == {"target", "data", "tokens", "loss", "perplexity", "base"}
+        assert (found["target"], found["data"]) == (str(target), str(qa_file))
+    assert len(loads) == 2, "one model a command, for base and adapter both"
+
+    whole = tokenized(qa_file, AutoTokenizer.from_pretrained(base), 1000)
+    found = done(lora("eval", base, "--data", qa_file, "--json")).json
+    assert found["perplexity"] == pytest.approx(reference.perplexity_row_by_row(load(base), whole), rel=1e-6)
+    assert set(found) == {"target", "data", "tokens", "loss", "perplexity"}
+
+
+def test_the_table(tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, lora: Any) -> None:
+    run = run_of(tiny_gpt2)
+    numbers = done(lora("eval", run, "--data", qa_file, "--json")).json
+    lines = done(lora("eval", run, "--perplexity", "--data", qa_file)).stdout.splitlines()
+    assert lines[0] == f"{numbers['tokens']:,} predicted tokens of {qa_file}"
+    told = {line.split()[0]: float(line.split()[-1]) for line in lines[2:]}
+    assert told == pytest.approx({"base": numbers["base"]["perplexity"], "with": numbers["perplexity"]}, abs=0.006)
+    assert "base" not in done(lora("eval", tiny_gpt2, "--data", qa_file)).stdout
+
+
+def test_a_merged_model_scores_as_its_adapter(
+    base: Path, run_of: Callable[..., Path], qa_file: Path, tmp_path: Path, lora: Any
+) -> None:
+    run = run_of(base, **{"data": {"max_length": 24}})
+    done(lora("merge", run, "--out", tmp_path / "merged"))
+    merged, adapted = (
+        done(lora("eval", target, "--data", qa_file, "--json")).json for target in (tmp_path / "merged", run)
+    )
+    assert merged["perplexity"] == pytest.approx(adapted["perplexity"], rel=1e-5)
+    assert merged["tokens"] == adapted["tokens"], "read in the way its training read rows"
+
+
+def score_windows(model: Any, tokenizer: Any, length: int) -> tuple[float, int]:
+    """Windows of ``length`` that move on by half: of each, what no window before it has scored."""
+    total, count = 0.0, 0
+    for text in TEXTS:
+        ids = torch.tensor([*tokenizer(text).input_ids, tokenizer.eos_token_id])
+        first = 0
+        scored = 1  # nothing predicts the first token
+        while scored < len(ids):
+            window = ids[first : first + length]
+            with torch.no_grad():
+                logits = model(input_ids=window[None]).logits[0]
+            places = torch.arange(scored - first, len(window))
+            chances = torch.log_softmax(logits[places - 1].double(), dim=-1)
+            total -= float(chances.gather(1, window[places][:, None]).sum())
+            count += len(places)
+            scored = first + len(window)
+            first += length // 2
+    return total, count
+
+
+@pytest.mark.parametrize("length", [16, 33, 64, 1024])
+def test_plain_text_is_scored_in_windows_each_token_once(
+    base: Path, length: int, run_of: Callable[..., Path], tmp_path: Path, lora: Any
+) -> None:
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    run = run_of(base, **{"data.train": file, "data.max_length": length, "data.format": "text"})
+    found = done(lora("eval", run, "--data", file, "--json")).json
+    model, tokenizer = load(base), AutoTokenizer.from_pretrained(base)
+    total, count = score_windows(model, tokenizer, min(length, model.config.max_position_embeddings))
+    every = sum(len(tokenizer(text).input_ids) for text in TEXTS)  # with the end-of-text, less each text's first token
+    assert found["tokens"] == count == every
+    assert found["base"]["loss"] == pytest.approx(total / count, rel=1e-6)
+    adapted, _ = score_windows(
+        load(base, run / "adapter"), tokenizer, min(length, model.config.max_position_embeddings)
+    )
+    assert found["loss"] == pytest.approx(adapted / count, rel=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, {"data.packing": True}, {"quantization": {"method": "nf4"}}], ids=str)
+def test_a_share_held_out_is_found_again(
+    base: Path, changes: dict[str, Any], run_of: Callable[..., Path], lora: Any
+) -> None:
+    run = run_of(base, **{"data.validation": 0.3, "training.seed": 7} | changes)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    scores = [line for line in lines if line["split"] == "validation"]
+    found = done(lora("eval", run, "--json")).json
+    assert found["tokens"] == scores[-1]["tokens"]
+    assert found["loss"] == pytest.approx(scores[-1]["loss"], rel=1e-6)
+    assert found["base"]["loss"] == pytest.approx(scores[0]["loss"], rel=1e-6)
+    assert found["data"].startswith("30% of")
+
+
+def test_validation_rows_of_their_own(tiny_gpt2: Path, run_of: Callable[..., Path], tmp_path: Path, lora: Any) -> None:
+    file = tmp_path / "held_out.jsonl"
+    file.write_text(json.dumps({"question": "Who mends the nets?", "answer": " The family."}) + "\n", encoding="utf-8")
+    run = run_of(tiny_gpt2, **{"data.validation": file})
+    found = done(lora("eval", run, "--json")).json
+    assert found["data"] == str(file)
+    rows = tokenized(file, AutoTokenizer.from_pretrained(tiny_gpt2), 96)
+    wanted = reference.perplexity_row_by_row(load(tiny_gpt2, run / "adapter"), rows)
+    assert found["perplexity"] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_nothing_to_measure_on_is_refused(tiny_gpt2: Path, run_of: Callable[..., Path], lora: Any) -> None:
+    for target in (run_of(tiny_gpt2), tiny_gpt2):
+        result = lora("eval", target)
+        assert result.exit_code == 2
+        assert "--data" in result.stderr
+
+
+def test_the_newest_finished_run_is_the_default(
+    tiny_gpt2: Path, run_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = lora("eval")
+    assert result.exit_code == 2 and "no finished run under runs/" in result.stderr
+    finished = {"runs/b": "2026-03-01T00:00:00+00:00", "runs/a": "2026-03-02T00:00:00+00:00", "runs/c": None}
+    for name, when in finished.items():
+        run = run_of(tiny_gpt2, name, **{"data.validation": 0.2, "training.max_steps": 1})
+        info = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        (run / "run.json").write_text(json.dumps(info | {"finished": when}), encoding="utf-8")
+    result = done(lora("eval", "--json"))
+    assert result.json["target"] == "runs/a"
+    assert "runs/a" in result.stderr
+
+
+def test_base_and_adapter_moved_together_are_found(
+    tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, tmp_path: Path, lora: Any
+) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(tiny_gpt2, home / "base")
+    run = run_of(home / "base", "home/runs/one")
+    before = done(lora("eval", run, "--data", qa_file, "--json")).json
+    home.rename(tmp_path / "elsewhere")
+    after = done(lora("eval", tmp_path / "elsewhere" / "runs" / "one", "--data", qa_file, "--json")).json
+    assert (after["loss"], after["base"]) == (before["loss"], before["base"])
+    done(lora("merge", tmp_path / "elsewhere" / "runs" / "one", "--out", tmp_path / "merged"))
+
+
+def test_another_base_in_its_place_is_refused(
+    tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, tmp_path: Path, lora: Any
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_gpt2, folder)
+    run = run_of(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[next(iter(tensors))] += 0.5
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for command in (["eval", run, "--data", qa_file], ["merge", run, "--out", tmp_path / "merged"]):
+        result = lora(*command)
+        assert result.exit_code == 2
+        assert "another base" in result.stderr
+    assert not (tmp_path / "merged").exists()
+
+
+def test_rows_at_once_change_nothing(
+    tiny_gpt2: Path, qa_file: Path, monkeypatch: pytest.MonkeyPatch, lora: Any
+) -> None:
+    scores = []
+    for rows in (1, 3, 24):
+        monkeypatch.setattr(compare, "ROWS_AT_ONCE", rows)
+        scores.append(done(lora("eval", tiny_gpt2, "--data", qa_file, "--json")).json["perplexity"])
+    assert scores == pytest.approx([scores[0]] * 3, rel=1e-6)
