@@ -61,7 +61,7 @@ def trace(folder: Path) -> AdapterOrigin:
 
 
 def check_base(folder: Path, base: Path) -> None:
-    """Raises UserError when the adapter in ``folder`` says that it was trained on other weights than those in ``base``."""
+    """Raises UserError when the adapter in ``folder`` says that it was trained on other weights than ``base`` holds."""
     stored = read_record(folder).get("base", {}).get("fingerprint")
     if stored and fingerprint(base) != stored:
         raise UserError(
