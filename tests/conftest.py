@@ -267,3 +267,9 @@ def lora() -> Callable[..., Result]:
 def lora_process() -> Callable[..., Result]:
     """``run_lora_process``, as a fixture."""
     return run_lora_process
+
+
+@pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the plots out of reports: most of a short run's time."""
+    monkeypatch.setattr("lora_cli.study.report._curves", lambda _: "")

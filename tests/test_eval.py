@@ -56,7 +56,7 @@ def base(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
-def run_of(write_recipe: Any, lora: Any, tmp_path: Path) -> Callable[..., Path]:
+def run_of(write_recipe: Any, lora: Any, tmp_path: Path, no_curves: None) -> Callable[..., Path]:
     """Trains a little on a base, with these changes, and returns the run's folder."""
 
     def train(folder: Path, name: str = "run", **changes: Any) -> Path:

@@ -187,7 +187,7 @@ def test_a_template_changed_for_training_travels(tiny_llama: Path, tmp_path: Pat
 
 
 @pytest.fixture
-def trained_in_4_bits(base: Base, tmp_path: Path, write_recipe: Any, lora: Any) -> Callable[..., Path]:
+def trained_in_4_bits(base: Base, tmp_path: Path, write_recipe: Any, lora: Any, no_curves: None) -> Callable[..., Path]:
     """Trains an adapter on the base in NF4 and returns the run's folder."""
 
     def train(**quantization: Any) -> Path:

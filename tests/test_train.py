@@ -82,7 +82,7 @@ class Run:
 
 
 @pytest.fixture
-def train(tmp_path: Path, write_recipe: Any, lora: Any) -> Callable[..., Run]:
+def train(tmp_path: Path, write_recipe: Any, lora: Any, no_curves: None) -> Callable[..., Run]:
     """Writes the recipe with these changes, trains from it and returns the run."""
     count = iter(range(100))
 
@@ -250,8 +250,9 @@ def test_steps_and_adapter_equal_the_reference(
 # --- the run's folder ------------------------------------------------------------------------------------------------
 
 
-def test_the_folder(train: Callable[..., Run], tiny_gpt2: Path) -> None:
-    run = train({"data.validation": 0.2, "training.eval_steps": 2})
+def test_the_folder(tiny_gpt2: Path, tmp_path: Path, write_recipe: Any, lora: Any) -> None:
+    result = done(lora("train", write_recipe({"data.validation": 0.2, "training.eval_steps": 2}), "--json")).json
+    run = Run(tmp_path / "run")
     assert sorted(path.name for path in run.folder.iterdir()) == [
         *("adapter", "checkpoints", "metrics.jsonl", "recipe.yaml", "report.html", "run.json", "train.log")
     ]
@@ -280,7 +281,12 @@ def test_the_folder(train: Callable[..., Run], tiny_gpt2: Path) -> None:
     assert info["result"]["loss"] == run.losses[-1]
     assert info["result"]["validation"]["loss"] == run.column("loss", "validation")[-1]
     assert info["result"]["base"]["loss"] == run.column("loss", "validation")[0]
+    assert {"run": str(run.folder), **info["result"]} == result
     assert "step 4" in (run.folder / "train.log").read_text()
+    report = (run.folder / "report.html").read_text()
+    assert "<svg" in report
+    for score in (info["result"]["base"], info["result"]["validation"]):
+        assert f"{score['perplexity']:.2f}" in report
 
 
 def test_the_table_of_targets_and_the_share(train: Callable[..., Run], write_recipe: Any, lora: Any) -> None:
@@ -366,7 +372,7 @@ def test_resume_of_nothing_is_refused(write_recipe: Any, tmp_path: Path, lora: A
     assert not (tmp_path / "run").exists()
 
 
-def test_a_signal_stops_with_a_checkpoint(write_recipe: Any, tmp_path: Path, lora: Any) -> None:
+def test_a_signal_stops_with_a_checkpoint(write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None) -> None:
     steps = 1_000_000
     endless = {"max_steps": steps, "save_steps": None, "lr_scheduler_type": "constant"}
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
@@ -682,6 +688,29 @@ def test_early_stopping(train: Callable[..., Run]) -> None:
     assert run.info["result"]["best"] == {"step": best + 1, "loss": min(scores)}
     assert run.info["result"]["steps"] == len(scores)
     assert run.checkpoints[-1] == len(scores)
+
+
+def test_an_early_stop_stays_stopped(train: Callable[..., Run], lora: Any) -> None:
+    patient = {"max_steps": 40, "eval_steps": 1, "early_stopping_patience": 2, "learning_rate": 1.0}
+    run = train({"data.validation": 0.2, "training": patient})
+    before, losses = run.adapter_bytes, run.losses
+    done(lora("train", run.folder / "recipe.yaml", "--resume"))
+    assert (run.adapter_bytes, run.losses) == (before, losses)
+
+
+def test_init_from_takes_the_recipes_dropout_and_no_other_shape(
+    tiny_gpt2: Path, train: Callable[..., Run], tmp_path: Path, write_recipe: Any, lora: Any
+) -> None:
+    start = known_adapter("gpt2", tiny_gpt2, tmp_path / "start", "lora")
+    same = {"r": R, "lora_alpha": ALPHA, "target_modules": "all-linear", "init_from": start}
+    runs = [train({"adapter": {**same, "lora_dropout": dropout}}) for dropout in (0.0, 0.5)]
+    assert runs[0].losses[0] != runs[1].losses[0]
+    assert [run.config["lora_dropout"] for run in runs] == [0.0, 0.5]
+    other = {"r": 2, "lora_alpha": 1.0, "target_modules": "attention", "use_dora": True}
+    result = lora("train", write_recipe({"adapter": {**same, **other}, "training.output_dir": tmp_path / "other"}))
+    assert result.exit_code == 2
+    assert all(f"adapter.{key}" in result.stderr for key in other)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("base", ["gpt2", "llama"])

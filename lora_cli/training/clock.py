@@ -13,14 +13,20 @@ class Clock:
     def __init__(self) -> None:
         self.began = self._mark = time.perf_counter()
         self._tokens = 0
+        self._steps = 0
 
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.began
 
     def count(self, step: Step) -> None:
-        """Add a step's real tokens."""
+        """Add a step and its real tokens."""
+        self._steps += 1
         self._tokens += step.tokens
+
+    def seconds_for(self, steps: int) -> float:
+        """How long so many steps take at the pace so far."""
+        return self.seconds / max(self._steps, 1) * steps
 
     def leave_out(self, seconds: float) -> None:
         """Do not count this time in the next rate."""

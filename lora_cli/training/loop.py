@@ -93,8 +93,7 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Pro
         trainer.display.advance(step.number)
         if trainer.job.validation is not None and (last or due(step.number, training.eval_steps)):
             progress = evaluate_step(trainer, step, progress, clock)
-        patience = training.early_stopping_patience
-        stop_early = patience is not None and progress.evaluations_since_best >= patience
+        stop_early = has_converged(trainer, progress)
         if last or stop_early or interrupt.number or due(step.number, training.save_steps):
             checkpoint.save(folder.checkpoints, progress, parameters(trainer), trainer.optimizer)
             checkpoint.rotate(folder.checkpoints, training.save_total_limit)
@@ -174,7 +173,7 @@ def log_step(trainer: Trainer, step: Step, loss: float, grad_norm: float, learni
         "tokens_per_second": round(clock.rate(), 1),
         "seconds": round(clock.seconds, 3),
     }
-    log(trainer, line, seconds_left=clock.seconds / step.number * (trainer.total_steps - step.number))
+    log(trainer, line, seconds_left=clock.seconds_for(trainer.total_steps - step.number))
 
 
 def log_score(trainer: Trainer, step: int, epoch: float, score: Score) -> None:
@@ -193,8 +192,16 @@ def log(trainer: Trainer, line: dict[str, Any], seconds_left: float | None = Non
 
 
 def remaining(trainer: Trainer, progress: Progress) -> Iterator[Step]:
-    """The steps still to take."""
+    """The steps still to take: none when the run has stopped early."""
+    if has_converged(trainer, progress):
+        return iter(())
     return islice(trainer.schedule.steps(progress.step), max(0, trainer.total_steps - progress.step))
+
+
+def has_converged(trainer: Trainer, progress: Progress) -> bool:
+    """Whether early stopping's patience is used up."""
+    patience = trainer.job.recipe.training.early_stopping_patience
+    return patience is not None and progress.evaluations_since_best >= patience
 
 
 def due(step: int, interval: int | None) -> bool:
