@@ -44,10 +44,6 @@ def command(
         found = measure.measure(locate(target, weights=True), None, section, recipe)
     else:
         origin = trace(adapter)
-        from lora_cli.model.base import load_config, skeleton
-        from lora_cli.weights.check import check_adapter
-
-        check_adapter(adapter, skeleton(load_config(origin.base)))
         found = measure.measure(origin.base, adapter, section, recipe, recipe.quantization if recipe else None)
     result: dict[str, Any] = {
         "target": target,

@@ -20,14 +20,15 @@ def command(
     debug: Debug = False,
 ) -> None:
     """Fold an adapter into its base model's weights."""
+    from lora_cli.weights.provenance import adapter_folder, trace
     from lora_cli.weights.shards import check_out
 
     check_out(out)
+    origin = trace(adapter_folder(adapter) or adapter)
 
     from lora_cli.weights.merge import merge
-    from lora_cli.weights.provenance import adapter_folder
 
-    result = merge(adapter_folder(adapter) or adapter, out)
+    result = merge(origin, out)
     if json:
         typer.echo(jsonlib.dumps(dataclasses.asdict(result), default=str))
     else:

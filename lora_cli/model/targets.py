@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lora_cli.errors import Fault, UserError, did_you_mean
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 FUSED = {"c_attn", "qkv_proj", "query_key_value", "Wqkv", "qkv"}
 QUERY_VALUE = {"q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "wq", "wv"} | FUSED
@@ -31,36 +24,11 @@ class Target:
     out_features: int
 
 
-def linear_layers(model: PreTrainedModel) -> dict[str, Target]:
-    """Every linear layer but the output head and expert routers, GPT-2's Conv1D included."""
-    head = model.get_output_embeddings()
-    layers = {}
-    for name, module in model.named_modules():
-        wide = widths(module)
-        if wide is not None and module is not head and not _is_router(name, wide[1], model):
-            layers[name] = Target(name, *wide)
-    return layers
-
-
-def widths(module: nn.Module) -> tuple[int, int] | None:
-    """Features in and out of a linear layer; None for any other module."""
-    if isinstance(module, Conv1D):
-        return int(module.weight.shape[0]), int(module.weight.shape[1])
-    return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else None
-
-
-def _is_router(name: str, out_features: int, model: PreTrainedModel) -> bool:
-    config = model.config.get_text_config()
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    return bool(experts) and _leaf(name) in ("gate", "router") and out_features == experts
-
-
-def find_targets(model: PreTrainedModel, wanted: str | tuple[str, ...], r: int) -> list[Target]:
-    """The layers that ``adapter.target_modules`` means in this model.
+def choose_targets(layers: Mapping[str, Target], wanted: str | tuple[str, ...], r: int) -> list[Target]:
+    """Those of a model's linear layers that ``adapter.target_modules`` means.
 
     Raises UserError for every name that matches nothing, naming what exists, and for a rank above a layer's width.
     """
-    layers = linear_layers(model)
     if isinstance(wanted, str):
         names = _by_word(wanted, layers) if wanted in WORDS else _by_pattern(wanted, layers)
     else:

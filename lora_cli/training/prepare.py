@@ -12,14 +12,16 @@ from lora_cli.data.formats import check_rows, pattern_faults
 from lora_cli.data.sources import check_sources, sources_of
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import check_quantizable, locate
+from lora_cli.model.targets import Target, choose_targets
 from lora_cli.recipe.schema import Data, Recipe
 from lora_cli.training.run import RunFolder
+from lora_cli.weights.check import check_adapter, check_start, check_weights, stored_layers
+from lora_cli.weights.provenance import check_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from lora_cli.data.tokenize import Examples, Fitted
-    from lora_cli.model.targets import Target
 
 
 @dataclass(frozen=True)
@@ -44,22 +46,18 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     _check_without_torch(recipe, folder, resume, overwrite)
 
     from lora_cli.model.base import load_config, load_tokenizer, max_positions, skeleton
-    from lora_cli.model.targets import find_targets
-    from lora_cli.weights.check import check_adapter, check_start, check_weights
-    from lora_cli.weights.provenance import check_base
+    from lora_cli.model.layers import linear_layers
 
-    base = locate(recipe.model.name_or_path)
+    base = locate(recipe.model.name_or_path, weights=True)
+    if not Path(recipe.model.name_or_path).is_dir():  # a hub id, whose weights are here only now
+        _check_weights_without_torch(recipe, base)
     config = load_config(base)
     tokenizer = load_tokenizer(base)
     bare = skeleton(config)
-    targets = find_targets(bare, recipe.adapter.target_modules, recipe.adapter.r)
-    base = locate(recipe.model.name_or_path, weights=True)
+    targets = choose_targets(linear_layers(bare), recipe.adapter.target_modules, recipe.adapter.r)
     check_weights(base, bare)
     if recipe.adapter.init_from is not None:
-        start = Path(recipe.adapter.init_from)
-        check_adapter(start, bare)
-        check_base(start, base)
-        check_start(start, recipe.adapter, [target.name for target in targets], bare)
+        check_start(Path(recipe.adapter.init_from), recipe.adapter, [target.name for target in targets])
 
     max_length = min(recipe.data.max_length, max_positions(config) or recipe.data.max_length)
     train, validation = _examples(recipe, tokenizer, max_length)
@@ -91,6 +89,18 @@ def _check_model(recipe: Recipe) -> None:
     base = locate(recipe.model.name_or_path)
     if recipe.quantization is not None:
         check_quantizable(base)
+    if Path(recipe.model.name_or_path).is_dir():
+        _check_weights_without_torch(recipe, base)
+
+
+def _check_weights_without_torch(recipe: Recipe, base: Path) -> None:
+    layers = stored_layers(base)
+    wanted = recipe.adapter.target_modules
+    if layers is not None and (wanted == "all-linear" or not isinstance(wanted, str)):
+        choose_targets(layers, wanted, recipe.adapter.r)
+    if recipe.adapter.init_from is not None:
+        check_base(Path(recipe.adapter.init_from), base)
+        check_adapter(Path(recipe.adapter.init_from), base)
 
 
 def check_data(data: Data) -> list[Fault]:

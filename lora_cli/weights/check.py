@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import stored_quantization
-from lora_cli.model.targets import linear_layers, widths
+from lora_cli.model.targets import Target
 from lora_cli.recipe.schema import Adapter
 from lora_cli.weights.shards import read_headers, weight_files
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
+EMBEDDINGS = ("wte", "wpe", "embed_tokens", "embed_positions", "embed_in", "word_embeddings", "lm_head", "embed_out")
 
 
 def check_weights(folder: Path, bare: PreTrainedModel) -> None:
@@ -57,59 +57,88 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_adapter(folder: Path, bare: PreTrainedModel) -> None:
+def stored_layers(folder: Path) -> dict[str, Target] | None:
+    """The linear layers that a checkpoint's tensors speak of, by the names they are stored under.
+
+    None where the tensors' names or shapes are not the model's: quantized weights, and experts that Transformers joins
+    while loading. Which of its two widths is which is not known of a layer of GPT-2's kind.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if stored_quantization(folder) or any("experts" in key for key in config):
+        return None
+    layers = {}
+    for name, info in read_headers(weight_files(folder)).items():
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight" and len(info.shape) == 2 and layer.rpartition(".")[2] not in EMBEDDINGS:
+            layers[layer] = Target(layer, info.shape[1], info.shape[0])
+    return layers
+
+
+def check_adapter(folder: Path, base: Path) -> None:
     """Raises UserError, by tensor, when a LoRA adapter's tensors do not fit the base's layers or are missing.
 
     PEFT loads such an adapter without a word and the result is the bare base.
     """
     config = read_adapter_config(folder)
-    tensors = read_headers([folder / ADAPTER_WEIGHTS])
     if config["peft_type"] != "LORA":
         raise UserError(f"adapters of kind {config['peft_type']} are not handled", str(folder), "LORA is")
-    modules = dict(bare.named_modules())
-    faults = []
-    halves: dict[str, set[str]] = {}
-    for name, info in tensors.items():
-        module_name, _, part = name.removeprefix(PEFT_PREFIX).partition(".lora_")
-        if not part:
-            continue
-        kind = part.split(".")[0]
-        halves.setdefault(module_name, set()).add(kind)
-        module = modules.get(module_name)
-        wide = None if module is None else widths(module)
-        if module is None:
-            faults.append(Fault(f"tensor {name} is for a layer that the base does not have", str(info.file)))
-        elif wide is not None and kind in ("A", "B"):
-            found, wanted = (info.shape[-1], wide[0]) if kind == "A" else (info.shape[0], wide[1])
-            if found != wanted:
-                what = f"tensor {name} has shape {list(info.shape)}, the base's layer is {wanted} wide there"
-                faults.append(Fault(what, str(info.file)))
-    for module_name in _targeted(config, bare) - set(halves):
-        faults.append(Fault(f"tensors {module_name}.lora_A and lora_B are missing", str(folder)))
-    for module_name, kinds in halves.items():
+    halves = adapted_layers(folder)
+    faults = [
+        Fault(f"tensor {name}.lora_{kind}.weight is missing", str(folder))
+        for name, found in halves.items()
+        for kind in sorted({"A", "B"} - set(found))
+    ]
+    layers = stored_layers(base)
+    if layers is not None:
+        faults += _misfits(folder, halves, layers)
         faults += [
-            Fault(f"tensor {module_name}.lora_{kind}.weight is missing", str(folder)) for kind in {"A", "B"} - kinds
+            Fault(f"tensors {name}.lora_A and lora_B are missing", str(folder))
+            for name in _named(config, layers)
+            if not any(adapted == name or adapted.endswith(f".{name}") for adapted in halves)
         ]
     if not halves:
         faults.append(Fault("the adapter holds no LoRA tensors", str(folder)))
     if faults:
-        hint = "the adapter belongs to another base"
+        hint = "the adapter belongs to another base, or its file is damaged"
         raise UserError([*faults[:5], Fault(f"{len(faults)} tensors do not fit", str(folder), hint)])
 
 
-def _targeted(config: dict[str, Any], bare: PreTrainedModel) -> set[str]:
-    """The linear layers that an adapter's configuration names; none when it names them in a way not followed here."""
-    wanted = config.get("target_modules")
-    if any(config.get(key) for key in ("layers_to_transform", "exclude_modules", "target_parameters")):
-        return set()
-    layers = linear_layers(bare)
-    if isinstance(wanted, str):
-        return {name for name in layers if re.fullmatch(wanted, name)}
-    names = wanted if isinstance(wanted, list) else []
-    return {name for name in layers if any(name == item or name.endswith(f".{item}") for item in names)}
+def adapted_layers(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The layers a LoRA adapter's tensors are for, each with the shapes of its A (r, in) and B (out, r)."""
+    halves: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, info in read_headers([folder / ADAPTER_WEIGHTS]).items():
+        layer, _, part = name.removeprefix(PEFT_PREFIX).partition(".lora_")
+        if part in ("A.weight", "B.weight"):
+            halves.setdefault(layer, {})[part[0]] = info.shape
+    return halves
 
 
-def check_start(folder: Path, adapter: Adapter, targets: Iterable[str], bare: PreTrainedModel) -> None:
+def _misfits(folder: Path, halves: dict[str, dict[str, tuple[int, ...]]], layers: dict[str, Target]) -> Iterator[Fault]:
+    for name, shapes in halves.items():
+        # Checkpoints may leave out the name of the model's body: h.0.attn for transformer.h.0.attn.
+        layer = layers.get(name) or layers.get(name.partition(".")[2])
+        if layer is None:
+            if name.rpartition(".")[2] not in EMBEDDINGS:
+                yield Fault(
+                    f"tensors {name}.lora_A and lora_B are for a layer that the base does not have", str(folder)
+                )
+            continue
+        found = (shapes.get("A", (0, layer.in_features))[-1], shapes.get("B", (layer.out_features,))[0])
+        wide = (layer.in_features, layer.out_features)
+        if found not in (wide, wide[::-1]):
+            what = f"tensors {name}.lora_A and lora_B are for a layer of {found[0]} -> {found[1]}, the base's is "
+            yield Fault(f"{what}{wide[0]} -> {wide[1]}", str(folder))
+
+
+def _named(config: dict[str, Any], layers: Iterable[str]) -> list[str]:
+    """The layers that an adapter's configuration names by a list, as PEFT reads it."""
+    names = config.get("target_modules")
+    if not isinstance(names, list) or config.get("layers_to_transform") or config.get("exclude_modules"):
+        return []
+    return [layer for layer in layers if any(layer == name or layer.endswith(f".{name}") for name in names)]
+
+
+def check_start(folder: Path, adapter: Adapter, targets: Iterable[str]) -> None:
     """Raises UserError where the adapter that training is to start from is of another shape than the recipe says."""
     config = read_adapter_config(folder)
     hint = "give the recipe the adapter's own value"
@@ -119,11 +148,11 @@ def check_start(folder: Path, adapter: Adapter, targets: Iterable[str], bare: Pr
         if stored is not None and stored != asked:
             what = f"adapter.{key}: {asked} in the recipe, but {stored} in the adapter of init_from"
             faults.append(Fault(what, str(folder), hint))
-    stored_layers, asked_layers = _targeted(config, bare), set(targets)
-    if stored_layers and stored_layers != asked_layers:
+    stored_names, asked_names = set(adapted_layers(folder)), set(targets)
+    if stored_names != asked_names:
         what = (
-            f"adapter.target_modules: the recipe adapts {len(asked_layers)} layers, "
-            f"the adapter of init_from {len(stored_layers)} (named {config['target_modules']})"
+            f"adapter.target_modules: the recipe adapts {len(asked_names)} layers, "
+            f"the adapter of init_from {len(stored_names)} (named {config.get('target_modules')})"
         )
         faults.append(Fault(what, str(folder), hint))
     if faults:

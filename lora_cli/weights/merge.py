@@ -10,10 +10,9 @@ import torch
 
 from lora_cli.errors import UserError
 from lora_cli.model.adapters import load_adapter
-from lora_cli.model.base import load_base, load_config, load_tokenizer, skeleton
+from lora_cli.model.base import DTYPES, load_base, load_tokenizer
 from lora_cli.recipe.schema import Model
-from lora_cli.weights.check import check_adapter
-from lora_cli.weights.provenance import PROVENANCE, trace
+from lora_cli.weights.provenance import PROVENANCE, AdapterOrigin
 from lora_cli.weights.quantize import expand_quantized
 from lora_cli.weights.shards import check_out, read_headers, stored_dtype, weight_files, whole_folder
 
@@ -30,23 +29,21 @@ class Merged:
     bytes: int
 
 
-def merge(adapter: Path, out: Path) -> Merged:
+def merge(origin: AdapterOrigin, out: Path) -> Merged:
     """Write the base with the adapter folded in to ``out``: weights in the base's dtype, tokenizer, generation config.
 
     The sum is taken in float32. An adapter that was trained on a quantized base is added to that base's weights as
     training saw them (quantized and expanded again), which is what it was fitted to.
 
-    Raises UserError when the adapter, its base or ``out`` will not do.
+    Raises UserError when ``out`` will not do or the sum is no number; ``trace`` has checked adapter and base.
     """
     check_out(out)
-    origin = trace(adapter)
-    config = load_config(origin.base)
-    check_adapter(adapter, skeleton(config))
+    adapter = origin.folder
     dtype = stored_dtype(read_headers(weight_files(origin.base)))
     base = load_base(origin.base, Model(name_or_path=str(origin.base)), None, torch.device("cpu"), torch.float32)
     quantization = origin.recipe.quantization if origin.recipe else None
     if quantization is not None:
-        expand_quantized(base, quantization, origin.dtype or dtype)
+        expand_quantized(base, quantization, DTYPES[origin.dtype] if origin.dtype else dtype)
     model = load_adapter(base, adapter)
     modules = len(model.targeted_module_names)
     try:

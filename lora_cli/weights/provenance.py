@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from lora_cli.errors import UserError
 from lora_cli.model.files import locate
 from lora_cli.recipe.schema import Recipe
-from lora_cli.weights.check import read_adapter_config
+from lora_cli.weights.check import check_adapter, read_adapter_config
 from lora_cli.weights.fingerprint import fingerprint
 
 PROVENANCE = "provenance.json"
@@ -27,7 +26,7 @@ class AdapterOrigin:
     base: Path
     base_name: str
     recipe: Recipe | None
-    dtype: torch.dtype | None
+    dtype: str | None
 
 
 def adapter_folder(target: Path) -> Path | None:
@@ -41,7 +40,7 @@ def adapter_folder(target: Path) -> Path | None:
 def trace(folder: Path) -> AdapterOrigin:
     """Find the adapter's base and check that it is the one it was trained on.
 
-    Raises UserError when the base is not found, or its fingerprint is another.
+    Raises UserError when the base is not found, its fingerprint is another, or the adapter's tensors do not fit it.
     """
     config = read_adapter_config(folder)
     record = read_record(folder)
@@ -56,8 +55,8 @@ def trace(folder: Path) -> AdapterOrigin:
     else:
         base = locate(name, weights=True)
     check_base(folder, base)
-    dtype = getattr(torch, record["dtype"]) if "dtype" in record else None
-    return AdapterOrigin(folder, base, name, recipe_of(folder), dtype)
+    check_adapter(folder, base)
+    return AdapterOrigin(folder, base, name, recipe_of(folder), record.get("dtype"))
 
 
 def check_base(folder: Path, base: Path) -> None:

@@ -38,7 +38,7 @@ def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
     found: dict[str, TensorInfo] = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt") as shard:
+            with safe_open(file, framework="np") as shard:  # the headers alone: torch need not be there
                 for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
                     part = shard.get_slice(name)
                     found[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())

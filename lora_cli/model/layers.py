@@ -1,0 +1,37 @@
+"""A model's linear layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.model.targets import Target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, Target]:
+    """Every linear layer but the output head and expert routers, GPT-2's Conv1D included."""
+    head = model.get_output_embeddings()
+    layers = {}
+    for name, module in model.named_modules():
+        wide = widths(module)
+        if wide is not None and module is not head and not _is_router(name, wide[1], model):
+            layers[name] = Target(name, *wide)
+    return layers
+
+
+def widths(module: nn.Module) -> tuple[int, int] | None:
+    """Features in and out of a linear layer; None for any other module."""
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else None
+
+
+def _is_router(name: str, out_features: int, model: PreTrainedModel) -> bool:
+    config = model.config.get_text_config()
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    return bool(experts) and name.rpartition(".")[2] in ("gate", "router") and out_features == experts
