@@ -15,7 +15,7 @@ import typer
 
 from lora_cli import __version__
 from lora_cli.cli import evaluate, explain, merge, quantize, train
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, RunError
 
 app = typer.Typer(
     name="lora",
@@ -71,6 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)
         return 130
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        _tell(
+            RunError(f"the system refused: {error.strerror or error}", error.filename, "what was whole before still is")
+        )
+        return RunError.exit_code
     except Exception as error:  # the last resort of the program: whatever comes here is a bug to be told as one
         if debug:
             traceback.print_exc()

@@ -95,6 +95,7 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Pro
             progress = evaluate_step(trainer, step, progress, clock)
         stop_early = has_converged(trainer, progress)
         if last or stop_early or interrupt.number or due(step.number, training.save_steps):
+            check_finite(trainer, step, float(loss), float(grad_norm))
             checkpoint.save(folder.checkpoints, progress, parameters(trainer), trainer.optimizer)
             checkpoint.rotate(folder.checkpoints, training.save_total_limit)
         if interrupt.number and not last:
@@ -156,12 +157,7 @@ def validate(trainer: Trainer) -> Score:
 
 def log_step(trainer: Trainer, step: Step, loss: float, grad_norm: float, learning_rate: float, clock: Clock) -> None:
     """Write a training line. Raises RunError when the loss or the gradient is no number any more."""
-    if not (loss < float("inf") and grad_norm < float("inf")):
-        raise RunError(
-            f"step {step.number}: the loss is {loss} and the gradient's norm {grad_norm}",
-            str(trainer.job.folder.root),
-            "the checkpoints are kept; lower training.learning_rate, or look at the rows around this step",
-        )
+    check_finite(trainer, step, loss, grad_norm)
     line = {
         "step": step.number,
         "epoch": round(step.epoch, 6),
@@ -174,6 +170,16 @@ def log_step(trainer: Trainer, step: Step, loss: float, grad_norm: float, learni
         "seconds": round(clock.seconds, 3),
     }
     log(trainer, line, seconds_left=clock.seconds_for(trainer.total_steps - step.number))
+
+
+def check_finite(trainer: Trainer, step: Step, loss: float, grad_norm: float) -> None:
+    """Raises RunError when the loss or the gradient is no number any more."""
+    if not (loss < float("inf") and grad_norm < float("inf")):
+        raise RunError(
+            f"step {step.number}: the loss is {loss} and the gradient's norm {grad_norm}",
+            str(trainer.job.folder.root),
+            "the checkpoints are kept; lower training.learning_rate, or look at the rows around this step",
+        )
 
 
 def log_score(trainer: Trainer, step: int, epoch: float, score: Score) -> None:
