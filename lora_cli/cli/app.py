@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
-import click
 import typer
 
 from lora_cli import __version__
@@ -24,7 +23,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    # The default spares typer (0.29) importing pydantic to coerce the --help that was not given.
+    context_settings={"help_option_names": ["-h", "--help"], "default_map": {"help": False}},
 )
 app.command("train")(train.command)
 app.command("eval")(evaluate.command)
@@ -56,21 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             if not debug:
                 _hush_libraries()
-            code = app(given, standalone_mode=False)
+            app(given, prog_name="lora")  # tells of wrong options itself, and always ends in SystemExit
     except LoraError as error:
         if debug:
             traceback.print_exc()
         _tell(error)
         return error.exit_code
-    except click.exceptions.Abort:
-        typer.echo("stopped", err=True)
-        return 130
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except KeyboardInterrupt:
-        typer.echo("stopped", err=True)
-        return 130
+    except SystemExit as ended:
+        if ended.code == 130:  # an interrupt before training began to listen for it
+            typer.echo("stopped", err=True)
+        return ended.code if isinstance(ended.code, int) else 0
     except OSError as error:
         if debug:
             traceback.print_exc()
@@ -83,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         typer.echo(f"bug in lora: {type(error).__name__}: {error}\n  --debug shows where; please report it", err=True)
         return 1
-    return code if isinstance(code, int) else 0
+    return 0
 
 
 def _hush_libraries() -> None:
