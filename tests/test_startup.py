@@ -1,0 +1,92 @@
+"""What is asked for often answers at once: help, version and a refused recipe load none of the heavy libraries."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HEAVY = ("torch", "transformers", "datasets", "pandas", "peft", "accelerate", "bitsandbytes", "numpy", "pyarrow")
+VERBS = {
+    "train": ("--resume", "--overwrite", "--json", "--quiet", "--debug", "recipe", "adapter.r=32"),
+    "eval": ("--data", "--perplexity", "--json", "--quiet", "--debug", "target"),
+    "merge": ("--out", "--json", "--quiet", "--debug", "adapter"),
+    "quantize": ("--out", "--method", "--double-quant", "--data", "--json", "--quiet", "--debug", "model"),
+    "explain": ("--schema", "--quiet", "--debug", "key"),
+}
+SCRIPT = f"""
+import json, sys
+from lora_cli.cli.app import main
+code = main(sys.argv[1:])
+sys.stderr.write("\\n" + json.dumps([code, [name for name in {(*HEAVY, "pydantic")!r} if name in sys.modules]]))
+"""
+
+
+def run(*args: str, cwd: Path | None = None) -> tuple[int, list[str], str, str]:
+    """Exit code, the heavy modules that were imported, stdout and stderr of ``lora`` in a process of its own."""
+    repository = Path(__file__).resolve().parent.parent
+    script = f"import sys; sys.path.insert(0, {str(repository)!r}); {SCRIPT}"
+    done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, timeout=60, cwd=cwd)
+    told, _, report = done.stderr.rpartition("\n")
+    code, modules = json.loads(report)
+    return code, modules, done.stdout, told
+
+
+@pytest.mark.parametrize("verb", [None, *VERBS])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_loads_nothing_and_names_the_options(verb: str | None, flag: str) -> None:
+    code, modules, stdout, stderr = run(*([verb] if verb else []), flag)
+    assert (code, modules, stderr) == (0, [], "")
+    for word in VERBS[verb] if verb else (*VERBS, "--version", "--help"):
+        assert word in stdout
+
+
+def test_version() -> None:
+    from lora_cli import __version__
+
+    assert run("--version")[:3] == (0, [], f"lora {__version__}\n")
+
+
+def test_nothing_asked_for_shows_the_help() -> None:
+    code, modules, stdout, stderr = run()
+    assert (code, modules, stdout) == (2, [], "")
+    assert "train" in stderr
+
+
+@pytest.mark.parametrize("arguments", [("explain",), ("explain", "adapter.r"), ("explain", "--schema")])
+def test_the_reference_needs_pydantic_alone(arguments: tuple[str, ...]) -> None:
+    code, modules, stdout, _ = run(*arguments)
+    assert (code, modules) == (0, ["pydantic"])
+    assert "r" in stdout
+
+
+def test_a_bad_recipe_is_refused_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("model: {name_or_path: x}\nadapter: {rank: 0}\n", encoding="utf-8")
+    code, modules, stdout, stderr = run("train", "bad.yaml", cwd=tmp_path)
+    assert (code, modules, stdout) == (2, ["pydantic"], "")
+    assert "bad.yaml:2:11" in stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "{recipe}", "data.train=missing.jsonl"),
+        ("train", "{recipe}", "adapter.target_modules=[nothing]"),
+        ("train", "{recipe}", "training.output_dir={recipe}"),
+        ("merge", "{recipe}", "--out", "out"),
+        ("quantize", "nowhere", "--out", "out"),
+        ("eval", "nowhere", "--data", "missing.jsonl"),
+    ],
+    ids=lambda arguments: "-".join(arguments[::2]),
+)
+def test_what_files_alone_tell_is_told_without_torch(
+    arguments: tuple[str, ...], tiny_gpt2: Path, write_recipe: Any, tmp_path: Path
+) -> None:
+    recipe = str(write_recipe({"model.name_or_path": tiny_gpt2}))
+    code, modules, stdout, _ = run(*(argument.format(recipe=recipe) for argument in arguments), cwd=tmp_path)
+    assert (code, stdout) == (2, "")
+    assert not {"torch", "transformers", "peft", "datasets", "pandas"} & set(modules)
