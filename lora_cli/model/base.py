@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from lora_cli.errors import UserError
@@ -27,7 +28,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
     except (ValueError, OSError, KeyError, TypeError) as error:
         what = f"not a usable model configuration: {str(error).splitlines()[0]}"
         raise UserError(what, where, "code from a model's folder is not run (trust_remote_code is off)") from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"model type '{config.model_type}' is no causal language model", where)
     return cast("PreTrainedConfig", config)
 

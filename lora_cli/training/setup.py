@@ -56,6 +56,7 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     if accelerator.num_processes > 1:
         raise UserError("this version trains in one process", hint="launch it without --num_processes")
     set_seed(recipe.training.seed)
+    display.note(f"loading {recipe.model.name_or_path}")
     base = load_base(job.base, recipe.model, recipe.quantization, accelerator.device, dtype)
     packing = recipe.data.packing and packs_exactly(base, accelerator.device)
     if recipe.data.packing and not packing:
