@@ -11,7 +11,8 @@ from lora_cli.training.run import RunFolder, write_whole
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2733}"
     "table{border-collapse:collapse;margin:.5rem 0 1.5rem}td,th{vertical-align:top;"
-    "padding:.25rem .9rem .25rem 0;text-align:left;border-bottom:1px solid #dde3ea}.n{text-align:right;font-variant-numeric:tabular-nums}"
+    "padding:.25rem .9rem .25rem 0;text-align:left;border-bottom:1px solid #dde3ea}"
+    ".n{text-align:right;font-variant-numeric:tabular-nums}"
     "pre{background:#f5f7f9;padding:1rem;overflow:auto}svg{max-width:100%;height:auto}"
 )
 
