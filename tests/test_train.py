@@ -356,6 +356,33 @@ def test_resume_is_exact(optim: str, train: Callable[..., Run], tmp_path: Path, 
     assert resumed.adapter_bytes == whole.adapter_bytes
 
 
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "no manifest"])
+def test_resume_falls_back_to_the_newest_whole_checkpoint(
+    damage: str, train: Callable[..., Run], tmp_path: Path, lora: Any
+) -> None:
+    whole = train({"training": {"max_steps": 4, "save_steps": 1, "save_total_limit": None}})
+    cut = tmp_path / "cut"
+    shutil.copytree(whole.folder, cut)
+    for step in (3, 4):
+        torn = cut / "checkpoints" / f"step-{step:08d}"
+        weights = bytearray((torn / "optimizer.safetensors").read_bytes())
+        if damage == "truncated":
+            (torn / "optimizer.safetensors").write_bytes(weights[: len(weights) // 2])
+        elif damage == "one bit":
+            weights[-1] ^= 1
+            (torn / "optimizer.safetensors").write_bytes(weights)
+        else:
+            (torn / "manifest.json").unlink()
+    (cut / "checkpoints" / ".step-00000004.abc").mkdir()
+    result = lora("train", cut / "recipe.yaml", f"training.output_dir={cut}", "--resume")
+    done(result)
+    assert result.stderr.count("is damaged and left aside") == 2
+    resumed = Run(cut)
+    assert resumed.column("loss") == whole.column("loss")
+    assert resumed.adapter_bytes == whole.adapter_bytes
+    assert resumed.checkpoints == [1, 2, 3, 4]
+
+
 def test_resume_refuses_another_run(train: Callable[..., Run], write_recipe: Any, lora: Any) -> None:
     run = train()
     recipe = write_recipe({"training": {"output_dir": run.folder, "learning_rate": 0.1}, "adapter.r": 2})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from lora_cli.errors import UserError
 from lora_cli.weights.shards import whole_folder
 
+MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8})")
 NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
 
@@ -38,12 +40,10 @@ class Progress:
 def save(folder: Path, progress: Progress, parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> Path:
     """Write ``folder``/step-NNNNNNNN: trained weights, optimizer state and random states, as safetensors and JSON."""
     target = folder / f"step-{progress.step:08d}"
-    if target.exists():
-        return target
     state = optimizer.state_dict()
     moments, numbers = _split_state(state["state"])
     tensors, random_numbers = _random_state()
-    with whole_folder(target) as draft:
+    with whole_folder(target, replace=True) as draft:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in parameters}, draft / "adapter.safetensors"
         )
@@ -55,20 +55,38 @@ def save(folder: Path, progress: Progress, parameters: NamedParameters, optimize
             "random": random_numbers,
         }
         (draft / "state.json").write_text(json.dumps(document), encoding="utf-8")
+        (draft / MANIFEST).write_text(json.dumps(_manifest(draft)), encoding="utf-8")
     return target
 
 
-def newest(folder: Path) -> Path | None:
-    """The checkpoint of the highest step, or None."""
-    found = sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name))
-    return found[-1] if found else None
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name))
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every file of a checkpoint has the size and the SHA-256 that its manifest says."""
+    try:
+        listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(listed == _manifest(path))
+
+
+def _manifest(path: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(file for file in path.iterdir() if file.name != MANIFEST)
+    return {
+        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        for file in files
+    }
 
 
 def rotate(folder: Path, keep: int | None) -> None:
-    """Remove all but the newest ``keep`` checkpoints."""
-    found = sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name))
-    for path in found[: -keep if keep else 0]:
+    """Remove all but the newest ``keep`` checkpoints, and what an interrupted write has left behind."""
+    for path in checkpoints(folder)[: -keep if keep else 0]:
         shutil.rmtree(path)
+    for draft in folder.glob(".step-*"):
+        shutil.rmtree(draft)
 
 
 def restore(path: Path, parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> Progress:

@@ -66,16 +66,18 @@ def start(trainer: Trainer) -> Progress:
 
 
 def restore(trainer: Trainer) -> Progress:
-    """Go on from the newest checkpoint; from the beginning when there is none."""
-    path = checkpoint.newest(trainer.job.folder.checkpoints)
-    if path is None:
-        trainer.job.folder.cut_metrics(-1)
-        trainer.display.note("no checkpoint yet: beginning again", warning=True)
-        return start(trainer)
-    progress = checkpoint.restore(path, parameters(trainer), trainer.optimizer)
-    trainer.job.folder.cut_metrics(progress.step)
-    trainer.display.note(f"resumed from {path}")
-    return progress
+    """Go on from the newest whole checkpoint; from the beginning when there is none."""
+    for path in reversed(checkpoint.checkpoints(trainer.job.folder.checkpoints)):
+        if not checkpoint.is_whole(path):
+            trainer.display.note(f"{path} is damaged and left aside", warning=True)
+            continue
+        progress = checkpoint.restore(path, parameters(trainer), trainer.optimizer)
+        trainer.job.folder.cut_metrics(progress.step)
+        trainer.display.note(f"resumed from {path}")
+        return progress
+    trainer.job.folder.cut_metrics(-1)
+    trainer.display.note("no whole checkpoint: beginning again", warning=True)
+    return start(trainer)
 
 
 def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Progress:
