@@ -54,10 +54,13 @@ class Interrupted(LoraError):
         self.exit_code = 128 + signal_number
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """A hint naming the nearest known name, or None when none is near."""
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f"did you mean '{near[0]}'?" if near else None
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """A hint naming the nearest known name, or all of them when none is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if near:
-        return f"did you mean '{near[0]}'?"
-    return f"known: {', '.join(known)}" if known else None
+    return nearest(name, known) or (f"known: {', '.join(known)}" if known else None)

@@ -63,15 +63,19 @@ def measure(
     base: Path, adapter: Path | None, data: Data, recipe: Recipe | None, quantization: Quantization | None = None
 ) -> Comparison:
     """Perplexity of a model, or of an adapter beside its base, on the rows that ``data`` names."""
+    from lora_cli.data.tokenize import check_ids
     from lora_cli.evaluation.compare import compare
-    from lora_cli.model.base import load_base, load_config, load_tokenizer, max_positions, resolve_dtype
+    from lora_cli.model.base import load_base, load_config, load_tokenizer, max_positions, resolve_dtype, skeleton
     from lora_cli.recipe.schema import Model
+    from lora_cli.weights.check import check_weights
     from lora_cli.weights.quantize import best_device
 
     config = load_config(base)
+    check_weights(base, skeleton(config))
     tokenizer = load_tokenizer(adapter if adapter and (adapter / "tokenizer_config.json").is_file() else base)
     max_length = min(data.max_length, max_positions(config) or data.max_length)
     examples = examples_of(data, tokenizer, max_length, recipe.training.seed if recipe else 0)
+    check_ids(examples, config.get_text_config().vocab_size, str(base))
     device = best_device()
     settings = recipe.model if recipe else Model(name_or_path=str(base))
     model = load_base(base, settings, quantization, device, resolve_dtype(settings.dtype, device))

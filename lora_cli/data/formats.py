@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_cli.data.sources import Row, read_rows
+from lora_cli.data.sources import Row, kind_of, read_rows
 from lora_cli.errors import Fault, UserError
 from lora_cli.recipe.schema import Data, Source, Template
 
@@ -34,6 +34,8 @@ ALIASES = {"prompt": ("prompt", "question"), "completion": ("completion", "answe
 
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 MAX_FAULTS = 10
+HALF = "holds half a character (a lone surrogate, written \\ud800 to \\udfff)"
+HALF_HINT = "write the character itself, or both its halves"
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -46,14 +48,16 @@ class Columns:
 
     def column(self, name: str) -> str | None:
         """The row's column that stands for ``name``, or None."""
-        candidates = (self.mapping[name],) if name in self.mapping else ALIASES.get(name, (name,))
-        return next((c for c in candidates if c in self.row.columns), None)
+        return next((c for c in self._names(name) if c in self.row.columns), None)
+
+    def _names(self, name: str) -> tuple[str, ...]:
+        return (self.mapping[name],) if name in self.mapping else ALIASES.get(name, (name,))
 
     def value(self, name: str) -> Any:
         """Raises UserError, with the row's place and the columns it has, when the column is missing or null."""
         column = self.column(name)
         if column is None:
-            wanted = self.mapping.get(name) or " or ".join(f"'{c}'" for c in ALIASES.get(name, (name,)))
+            wanted = " or ".join(f"'{c}'" for c in self._names(name))
             raise UserError(f"no column {wanted}", self.row.where, self._seen())
         value = self.row.columns[column]
         if value is None:
@@ -66,8 +70,10 @@ class Columns:
             return default
         value = self.value(name)
         if not isinstance(value, str):
-            what = f"column '{self.column(name)}' holds {type(value).__name__}, expected text"
-            raise UserError(what, self.row.where)
+            what = f"column '{self.column(name)}' holds {kind_of(value)}, expected text"
+            raise UserError(what, self.row.where, self._seen())
+        if _broken(value):
+            raise UserError(f"column '{self.column(name)}' {HALF}", self.row.where, HALF_HINT)
         return value
 
     def _seen(self) -> str:
@@ -113,17 +119,25 @@ def _turns(value: Any, where: str) -> tuple[Message, ...]:
     for number, turn in enumerate(value):
         place = f"{where}[{number}]"
         if not isinstance(turn, dict):
-            raise UserError(f"expected a turn, found {type(turn).__name__}", place)
+            hint = "each turn is {role, content} or {from, value}"
+            raise UserError(f"expected a turn, found {kind_of(turn)}", place, hint)
         sharegpt = "from" in turn
         role, content = (turn.get("from"), turn.get("value")) if sharegpt else (turn.get("role"), turn.get("content"))
         role = SHAREGPT_ROLES.get(str(role), role) if sharegpt else role
         if role not in ROLES:
             raise UserError(f"unknown role {role!r}", place, f"roles: {', '.join(ROLES)} (ShareGPT: human, gpt)")
         if not isinstance(content, str):
-            found = "null or missing" if content is None else type(content).__name__
+            found = "null or missing" if content is None else kind_of(content)
             raise UserError(f"the turn's text is {found}", place, "content (or value) must be text")
+        if _broken(content):
+            raise UserError(f"the turn's text {HALF}", place, HALF_HINT)
         turns.append(Message(role, content))
     return tuple(turns)
+
+
+def _broken(text: str) -> bool:
+    """Whether the text holds a surrogate without its other half, which JSON can spell and UTF-8 cannot."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def template(row: Columns, patterns: Template | None) -> Content:
@@ -180,7 +194,11 @@ def detect(row: Row, data: Data) -> str:
         if any(all(columns.column(c) is not None for c in names) for names in entry.known_by):
             return name
     seen = ", ".join(map(str, row.columns)) or "none"
-    known = "; ".join(f"{n}: {' or '.join('+'.join(k) for k in f.known_by)}" for n, f in FORMATS.items() if f.known_by)
+    known = "; ".join(
+        f"{name}: {' or '.join(' + '.join('/'.join(ALIASES.get(c, (c,))) for c in names) for names in entry.known_by)}"
+        for name, entry in FORMATS.items()
+        if entry.known_by
+    )
     raise UserError(f"no format is known by these columns: {seen}", row.where, f"{known}; or map them in data.columns")
 
 

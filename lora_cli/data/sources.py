@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import glob
+import io
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import Fault, UserError, did_you_mean
+from lora_cli.errors import Fault, UserError, nearest
 from lora_cli.recipe.schema import Source
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -30,6 +32,12 @@ def sources_of(spec: str | tuple[str | Source, ...]) -> tuple[Source, ...]:
     """The parts of ``data.train`` or ``data.validation``, each with a path, a weight and a split."""
     parts = (spec,) if isinstance(spec, str) else spec
     return tuple(Source(path=part) if isinstance(part, str) else part for part in parts)
+
+
+def kind_of(value: Any) -> str:
+    """What a value of a row is, in a user's words."""
+    words = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return "null" if value is None else words.get(type(value), type(value).__name__)
 
 
 def check_sources(sources: Iterable[Source]) -> list[Fault]:
@@ -86,7 +94,7 @@ def _files(path: str) -> list[Path] | None:
     if HUB_ID.fullmatch(path) and here.suffix.lower() not in READERS and not here.parent.exists():
         return None
     siblings = [f.name for f in here.parent.iterdir() if f.suffix.lower() in READERS] if here.parent.is_dir() else []
-    hint = did_you_mean(here.name, siblings) or f"paths are relative to {Path.cwd()}"
+    hint = nearest(here.name, siblings) or f"paths are relative to {Path.cwd()}"
     raise UserError("no such data file", path, hint)
 
 
@@ -132,7 +140,7 @@ def _json_object(text: str, where: str) -> Record | Fault:
     except (ValueError, RecursionError) as error:
         return Fault(f"not valid JSON: {error}", where, "one JSON object a line")
     if not isinstance(value, dict):
-        return Fault(f"expected a JSON object, found {type(value).__name__}", where, "one JSON object a line")
+        return Fault(f"expected a JSON object, found {kind_of(value)}", where, "one JSON object a line")
     return where, value
 
 
@@ -141,39 +149,42 @@ def _json(path: Path) -> Iterator[Record | Fault]:
     try:
         value = json.loads(text) if text.strip() else []
     except json.JSONDecodeError as error:
-        raise UserError(f"not valid JSON: {error.msg} (column {error.colno})", f"{path}:{error.lineno}") from error
+        what, place = f"not valid JSON: {error.msg} (column {error.colno})", f"{path}:{error.lineno}"
+        raise UserError(what, place, "a .json file is one list of objects, a .jsonl file an object a line") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"not valid JSON: {error}", str(path)) from error
     if not isinstance(value, list):
-        raise UserError(f"expected a list of objects, found {type(value).__name__}", str(path))
+        raise UserError(f"expected a list of objects, found {kind_of(value)}", str(path), "[{...}, {...}]")
     for number, item in enumerate(value, 1):
         where = f"{path} (row {number})"
         if isinstance(item, dict):
             yield where, item
         else:
-            yield Fault(f"expected an object, found {type(item).__name__}", where)
+            yield Fault(f"expected an object, found {kind_of(item)}", where, "a .json file is one list of objects")
 
 
 def _csv(path: Path) -> Iterator[Record | Fault]:
-    lines = _decode(_read_bytes(path), path).splitlines(keepends=True)
-    reader = csv.reader(lines, strict=True)
+    csv.field_size_limit(sys.maxsize)  # a cell may hold a whole text; the library stops at 128 KiB
+    reader = csv.reader(io.StringIO(_decode(_read_bytes(path), path), newline=""), strict=True)
     header: list[str] | None = None
+    line = 1  # where a record begins: a cell may hold line breaks
     try:
         for cells in reader:
-            where = f"{path}:{reader.line_num}"
+            where, line = f"{path}:{line}", reader.line_num + 1
             if not cells:
                 continue
             if header is None:
                 header = cells
                 repeated = sorted({name for name in header if header.count(name) > 1})
                 if repeated:
-                    raise UserError(f"column named twice: {', '.join(repeated)}", where)
+                    raise UserError(f"column named twice: {', '.join(repeated)}", where, "give each its own name")
             elif len(cells) != len(header):
                 yield Fault(f"{len(cells)} cells under {len(header)} columns", where, f"columns: {', '.join(header)}")
             else:
                 yield where, dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        raise UserError(f"not valid CSV: {error}", f"{path}:{reader.line_num}") from error
+        hint = "a cell with quotes, commas or line breaks stands in quotes, and quotes in it are doubled"
+        raise UserError(f"not valid CSV: {error}", f"{path}:{line}", hint) from error
 
 
 def _parquet(path: Path) -> Iterator[Record | Fault]:
@@ -188,7 +199,8 @@ def _parquet(path: Path) -> Iterator[Record | Fault]:
                     number += 1
                     yield f"{path} (row {number})", columns
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"not a readable Parquet file: {str(error).splitlines()[0]}", str(path)) from error
+        what = f"not a readable Parquet file: {str(error).splitlines()[0]}"
+        raise UserError(what, str(path), "copy or write it again") from error
 
 
 def _text(path: Path) -> Iterator[Record | Fault]:

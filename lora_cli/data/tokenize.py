@@ -118,7 +118,8 @@ def fit(examples: Examples, max_length: int, what: str) -> Fitted:
     ]
     if not pieces:
         raise UserError(
-            f"nothing to learn: of {len(examples)} rows none has a supervised token among its first {max_length}",
+            f"nothing to learn or measure: none of {len(examples)} rows has a supervised token among its first "
+            f"{max_length}",
             what,
             "raise data.max_length, or set data.train_on: all",
         )
@@ -147,6 +148,14 @@ def sliding_windows(examples: Examples, max_length: int) -> Examples:
             if end == len(ids):
                 break
     return _examples(pieces, examples.format)
+
+
+def check_ids(examples: Examples, vocabulary: int, where: str) -> None:
+    """Raises UserError when a token's id is beyond the model's vocabulary: the tokenizer is another model's."""
+    highest = int(examples.ids.max(initial=0))
+    if highest >= vocabulary:
+        what = f"the tokenizer gives ids up to {highest}, but the model's vocabulary has {vocabulary}"
+        raise UserError(what, where, "tokenizer and weights are of different models")
 
 
 def cut_for_evaluation(examples: Examples, max_length: int, what: str) -> Examples:

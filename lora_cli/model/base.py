@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from lora_cli.errors import UserError
+from lora_cli.model.files import check_tokenizer, read_config
 from lora_cli.recipe.schema import Model, Quantization
 
 if TYPE_CHECKING:
@@ -23,22 +25,32 @@ transformers_logging.disable_progress_bar()
 def load_config(folder: Path) -> PreTrainedConfig:
     """The model's configuration. Raises UserError when it cannot be read or is no causal language model's."""
     where = str(folder / "config.json")
+    kind = read_config(folder).get("model_type")
+    if kind not in CONFIG_MAPPING:
+        what = f"model type '{kind}' is unknown to transformers {transformers.__version__}"
+        raise UserError(
+            what, where, "code from a model's folder is not run (trust_remote_code); is there a newer release?"
+        )
     try:
         config = AutoConfig.from_pretrained(folder)
     except (ValueError, OSError, KeyError, TypeError) as error:
         what = f"not a usable model configuration: {str(error).splitlines()[0]}"
-        raise UserError(what, where, "code from a model's folder is not run (trust_remote_code is off)") from error
+        raise UserError(what, where, "copy or download it again") from error
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UserError(f"model type '{config.model_type}' is no causal language model", where)
+        raise UserError(
+            f"model type '{config.model_type}' is no causal language model", where, "lora adapts models that write text"
+        )
     return cast("PreTrainedConfig", config)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises UserError when there is none or it cannot be read."""
+    check_tokenizer(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        raise UserError(f"no usable tokenizer: {str(error).splitlines()[0]}", str(folder)) from error
+        what = f"no usable tokenizer: {str(error).splitlines()[0]}"
+        raise UserError(what, str(folder), "copy or download it again") from error
     return tokenizer
 
 
@@ -122,7 +134,7 @@ def load_base(
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise UserError(f"the weights lack {', '.join(names[:3])}{more}", str(folder))
+        raise UserError(f"the weights lack {', '.join(names[:3])}{more}", str(folder), "copy or download them again")
     keep_packing(base)
     base.requires_grad_(False)
     base.config.use_cache = False

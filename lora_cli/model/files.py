@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import UserError, did_you_mean
+from lora_cli.errors import UserError, nearest
 
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+TOKENIZER_FILES = ["tokenizer.json", "*.model", "vocab.*", "tekken.json"]
+MODEL_FOLDER = "a model folder holds config.json, a tokenizer and weights in safetensors"
 
 
 def locate(name_or_path: str, weights: bool = False) -> Path:
@@ -21,7 +23,7 @@ def locate(name_or_path: str, weights: bool = False) -> Path:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             is_adapter = (folder / "adapter_config.json").is_file()
-            hint = "this is an adapter; give its base here" if is_adapter else None
+            hint = "this is an adapter; give its base here" if is_adapter else MODEL_FOLDER
             raise UserError("the folder holds no model (no config.json)", name_or_path, hint)
         return folder
     from huggingface_hub import snapshot_download
@@ -41,8 +43,25 @@ def locate(name_or_path: str, weights: bool = False) -> Path:
 
 def _nearest_folder(folder: Path) -> str:
     siblings = [f.name for f in folder.parent.iterdir() if f.is_dir()] if folder.parent.is_dir() else []
-    near = did_you_mean(folder.name, siblings)
-    return near if near and near.startswith("did") else f"paths are relative to {Path.cwd()}"
+    return nearest(folder.name, siblings) or f"paths are relative to {Path.cwd()}"
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raises UserError when a model folder holds no tokenizer: Transformers would make up an empty one in silence."""
+    if not any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern)):
+        raise UserError("the folder holds no tokenizer (no tokenizer.json)", str(folder), MODEL_FOLDER)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model's config.json. Raises UserError when it is not readable."""
+    path = folder / "config.json"
+    try:
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"not readable: {error}", str(path), "copy or download it again") from error
+    if not isinstance(config, dict):
+        raise UserError("not a model configuration", str(path), "it must be one JSON object")
+    return config
 
 
 def stored_quantization(folder: Path) -> str | None:
@@ -50,14 +69,7 @@ def stored_quantization(folder: Path) -> str | None:
 
     Raises UserError when config.json is not readable.
     """
-    path = folder / "config.json"
-    try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"not readable: {error}", str(path)) from error
-    if not isinstance(config, dict):
-        raise UserError("not a model configuration", str(path))
-    section = config.get("quantization_config")
+    section = read_config(folder).get("quantization_config")
     return str(section.get("quant_method", "unknown")) if isinstance(section, dict) else None
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lora_cli.errors import Fault, UserError, did_you_mean
+from lora_cli.errors import Fault, UserError, nearest
 
 FUSED = {"c_attn", "qkv_proj", "query_key_value", "Wqkv", "qkv"}
 QUERY_VALUE = {"q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "wq", "wv"} | FUSED
@@ -61,7 +61,8 @@ def _by_pattern(pattern: str, layers: Iterable[str]) -> list[str]:
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise UserError(f"adapter.target_modules: not a regular expression: {error}", hint=pattern) from error
+        what = f"adapter.target_modules: '{pattern}' is not a regular expression: {error}"
+        raise UserError(what, hint=_what_exists(layers)) from error
     names = [name for name in layers if expression.fullmatch(name)]
     if not names:
         raise UserError(
@@ -79,8 +80,8 @@ def _by_list(wanted: Iterable[str], layers: Iterable[str]) -> list[str]:
         found = {name for name in layers if name == item or name.endswith(f".{item}")}
         chosen |= found
         if not found:
-            near = did_you_mean(item, [*leaves, *WORDS]) or ""
-            hint = f"{near} {_what_exists(layers)}" if near.startswith("did") else _what_exists(layers)
+            near = nearest(item, [*leaves, *WORDS])
+            hint = f"{near} {_what_exists(layers)}" if near else _what_exists(layers)
             faults.append(Fault(f"adapter.target_modules: '{item}' names no linear layer of this model", hint=hint))
     if faults:
         raise UserError(faults)

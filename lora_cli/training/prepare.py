@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lora_cli.data.formats import check_rows, pattern_faults
 from lora_cli.data.sources import check_sources, sources_of
 from lora_cli.errors import Fault, UserError
-from lora_cli.model.files import check_quantizable, locate
+from lora_cli.model.files import check_quantizable, check_tokenizer, locate
 from lora_cli.model.targets import Target, choose_targets
 from lora_cli.recipe.schema import Data, Recipe
 from lora_cli.training.run import RunFolder
@@ -45,6 +45,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     folder = RunFolder(recipe.training.output_dir)
     _check_without_torch(recipe, folder, resume, overwrite)
 
+    from lora_cli.data.tokenize import check_ids
     from lora_cli.model.base import load_config, load_tokenizer, max_positions, skeleton
     from lora_cli.model.layers import linear_layers
 
@@ -61,6 +62,9 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
 
     max_length = min(recipe.data.max_length, max_positions(config) or recipe.data.max_length)
     train, validation = _examples(recipe, tokenizer, max_length)
+    for examples in (train.examples, validation):
+        if examples is not None:
+            check_ids(examples, config.get_text_config().vocab_size, str(base))
     return Prepared(recipe, resume, folder, base, config, tokenizer, targets, max_length, train, validation)
 
 
@@ -87,6 +91,7 @@ def _check_without_torch(recipe: Recipe, folder: RunFolder, resume: bool, overwr
 
 def _check_model(recipe: Recipe) -> None:
     base = locate(recipe.model.name_or_path)
+    check_tokenizer(base)
     if recipe.quantization is not None:
         check_quantizable(base)
     if Path(recipe.model.name_or_path).is_dir():
@@ -123,7 +128,8 @@ def _examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: in
     validation = None
     if isinstance(data.validation, float):
         if len(rows) < 2:
-            raise UserError("a validation share needs at least two rows to share out", str(data.train))
+            hint = "leave data.validation out, or name a file of its own"
+            raise UserError("a validation share needs at least two rows to share out", str(data.train), hint)
         rows, held_out = split_validation(rows, data.validation, recipe.training.seed)
         validation = cut(held_out, max_length, "data.validation")
     elif data.validation is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.errors import Fault, UserError
-from lora_cli.model.files import stored_quantization
+from lora_cli.model.files import read_config, stored_quantization
 from lora_cli.model.targets import Target
 from lora_cli.recipe.schema import Adapter
 from lora_cli.weights.shards import read_headers, weight_files
@@ -49,11 +49,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"not readable: {error}", str(path)) from error
+        raise UserError(f"not readable: {error}", str(path), "copy or download it again") from error
     if not isinstance(config, dict) or "peft_type" not in config:
         raise UserError("not an adapter's configuration (no peft_type)", str(path))
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise UserError(f"the adapter's weights are missing ({ADAPTER_WEIGHTS})", str(folder))
+        what, hint = f"the adapter's weights are missing ({ADAPTER_WEIGHTS})", "copy or download the folder again"
+        raise UserError(what, str(folder), hint)
     return config
 
 
@@ -63,8 +64,7 @@ def stored_layers(folder: Path) -> dict[str, Target] | None:
     None where the tensors' names or shapes are not the model's: quantized weights, and experts that Transformers joins
     while loading. Which of its two widths is which is not known of a layer of GPT-2's kind.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if stored_quantization(folder) or any("experts" in key for key in config):
+    if stored_quantization(folder) or any("experts" in key for key in read_config(folder)):
         return None
     layers = {}
     for name, info in read_headers(weight_files(folder)).items():
@@ -81,7 +81,11 @@ def check_adapter(folder: Path, base: Path) -> None:
     """
     config = read_adapter_config(folder)
     if config["peft_type"] != "LORA":
-        raise UserError(f"adapters of kind {config['peft_type']} are not handled", str(folder), "LORA is")
+        raise UserError(
+            f"adapters of kind {config['peft_type']} are not handled",
+            str(folder),
+            "LoRA adapters are (peft_type: LORA)",
+        )
     halves = adapted_layers(folder)
     faults = [
         Fault(f"tensor {name}.lora_{kind}.weight is missing", str(folder))
@@ -100,7 +104,9 @@ def check_adapter(folder: Path, base: Path) -> None:
         faults.append(Fault("the adapter holds no LoRA tensors", str(folder)))
     if faults:
         hint = "the adapter belongs to another base, or its file is damaged"
-        raise UserError([*faults[:5], Fault(f"{len(faults)} tensors do not fit", str(folder), hint)])
+        raise UserError(
+            [*faults[:5], Fault(f"the adapter does not fit its base (faults: {len(faults)})", str(folder), hint)]
+        )
 
 
 def adapted_layers(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -123,9 +129,13 @@ def _misfits(folder: Path, halves: dict[str, dict[str, tuple[int, ...]]], layers
                     f"tensors {name}.lora_A and lora_B are for a layer that the base does not have", str(folder)
                 )
             continue
-        found = (shapes.get("A", (0, layer.in_features))[-1], shapes.get("B", (layer.out_features,))[0])
+        if len(shapes) < 2:
+            continue
+        found = (shapes["A"][-1], shapes["B"][0])
         wide = (layer.in_features, layer.out_features)
         if found not in (wide, wide[::-1]):
+            if wide[1] == found[0] or wide[0] == found[1]:  # a layer of GPT-2's kind, stored the other way round
+                wide = wide[::-1]
             what = f"tensors {name}.lora_A and lora_B are for a layer of {found[0]} -> {found[1]}, the base's is "
             yield Fault(f"{what}{wide[0]} -> {wide[1]}", str(folder))
 

@@ -50,10 +50,12 @@ def trace(folder: Path) -> AdapterOrigin:
     moved = (folder / relative) if relative else None
     if not name:
         raise UserError("the adapter does not say which base it is for", str(folder / "adapter_config.json"))
-    if not Path(name).is_dir() and moved is not None and moved.is_dir():
-        base = locate(str(moved.resolve()), weights=True)
-    else:
-        base = locate(name, weights=True)
+    place = str(moved.resolve()) if moved is not None and moved.is_dir() and not Path(name).is_dir() else name
+    try:
+        base = locate(place, weights=True)
+    except UserError as error:
+        what = f"the base that this adapter is for is not found: {error.faults[0].where}: {error.faults[0].what}"
+        raise UserError(what, str(folder), "put it back, or move adapter and base together") from error
     check_base(folder, base)
     check_adapter(folder, base)
     return AdapterOrigin(folder, base, name, recipe_of(folder), record.get("dtype"))

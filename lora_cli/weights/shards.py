@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from lora_cli.errors import UserError
+from lora_cli.model.files import MODEL_FOLDER
 
 if TYPE_CHECKING:
     import torch
@@ -57,16 +58,18 @@ def weight_files(folder: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"not a readable shard index: {error!r}", str(index)) from error
+            what = "not a readable shard index (a JSON object with a weight_map)"
+            raise UserError(what, str(index), "copy or download it again") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise UserError(f"shards named in the index are missing: {', '.join(missing)}", str(index))
+            what = f"shards named in the index are missing: {', '.join(missing)}"
+            raise UserError(what, str(index), "copy or download them again")
         return [folder / name for name in names]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     others = sorted(f.name for f in folder.glob("*.bin"))
     hint = f"found {', '.join(others)}: pickled weights are not read; save the model again with safetensors"
-    raise UserError("the model folder holds no safetensors weights", str(folder), hint if others else None)
+    raise UserError("the model folder holds no safetensors weights", str(folder), hint if others else MODEL_FOLDER)
 
 
 def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
@@ -124,9 +127,9 @@ def check_writable(folder: Path) -> None:
     """Raises UserError when ``folder`` could not be made or written; makes nothing."""
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not nearest.is_dir():
-        raise UserError(f"{nearest} is a file, not a folder", str(folder))
+        raise UserError(f"{nearest} is a file, not a folder", str(folder), "choose another folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"no permission to write in {nearest}", str(folder))
+        raise UserError(f"no permission to write in {nearest}", str(folder), "choose another folder")
 
 
 def sync(path: Path) -> None:
