@@ -12,6 +12,7 @@ from typing import Any
 from lora_cli.errors import Fault, UserError
 from lora_cli.recipe.load import dump_recipe, load_recipe
 from lora_cli.recipe.schema import Recipe
+from lora_cli.training.lock import LOCK, check_unlocked
 from lora_cli.weights.shards import check_writable
 
 MAY_CHANGE = {
@@ -48,7 +49,7 @@ class RunFolder:
     def check(self, recipe: Recipe, resume: bool, overwrite: bool) -> None:
         """Raises UserError when this folder may not take the run that is asked for; writes nothing."""
         if self.root.is_file():
-            raise UserError("training.output_dir is a file", str(self.root))
+            raise UserError("training.output_dir is a file", str(self.root), "choose another folder")
         if self.holds_run:
             if resume:
                 self._check_same(recipe)
@@ -57,9 +58,10 @@ class RunFolder:
                 raise UserError("the folder already holds a run", str(self.root), hint)
         elif resume:
             raise UserError("there is no run to resume", str(self.root), "leave --resume out to begin one")
-        elif self.root.is_dir() and any(self.root.iterdir()):
+        elif self.root.is_dir() and any(path.name != LOCK for path in self.root.iterdir()):
             raise UserError("the folder is not empty and holds no run", str(self.root), "choose another folder")
         check_writable(self.root)
+        check_unlocked(self.root)
 
     def _check_same(self, recipe: Recipe) -> None:
         before, now = load_recipe(self.recipe).model_dump(), recipe.model_dump()
@@ -82,8 +84,8 @@ class RunFolder:
             shutil.rmtree(path, ignore_errors=True)
         for path in (self.info, self.metrics, self.log, self.report):
             path.unlink(missing_ok=True)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self.write_recipe(recipe)
+        self.write_recipe(recipe)  # first: from here on the folder holds a run that can be resumed or replaced
+        self.checkpoints.mkdir(exist_ok=True)
 
     def write_recipe(self, recipe: Recipe) -> None:
         write_whole(self.recipe, dump_recipe(recipe))
