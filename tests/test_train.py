@@ -436,6 +436,38 @@ def test_a_signal_stops_with_a_checkpoint(write_recipe: Any, tmp_path: Path, lor
         assert (run.folder / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_a_killed_run_goes_on_exactly_and_its_folder_is_its_own(
+    write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
+) -> None:
+    run = Run(tmp_path / "killed")
+    changes = {"save_steps": 2, "save_total_limit": 2, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    endless = {**changes, "max_steps": 1_000_000, "output_dir": run.folder}
+    recipe = write_recipe({"training": endless, "adapter.lora_dropout": 0.1}, name="killed.yaml")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    command = [sys.executable, "-m", "lora_cli", "train", str(recipe), "--quiet"]
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 120
+        while not (run.folder / "checkpoints" / "step-00000004").exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        for flag in ("--resume", "--overwrite"):
+            refused = lora("train", recipe, flag)
+            assert refused.exit_code == 2
+            assert "another run is at work in this folder" in refused.stderr
+    finally:
+        child.kill()
+        child.wait()
+
+    reached = max(run.checkpoints)
+    done(lora("train", recipe, f"training.max_steps={reached + 3}", "--resume"))
+    undisturbed = Run(tmp_path / "undisturbed")
+    changes |= {"max_steps": reached + 3, "output_dir": undisturbed.folder}
+    done(lora("train", write_recipe({"training": changes, "adapter.lora_dropout": 0.1}, name="undisturbed.yaml")))
+    assert run.column("step") == list(range(1, reached + 4))
+    assert run.losses == undisturbed.losses
+    assert run.adapter_bytes == undisturbed.adapter_bytes
+
+
 # --- every key -------------------------------------------------------------------------------------------------------
 
 

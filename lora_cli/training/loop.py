@@ -20,6 +20,7 @@ from lora_cli.training.checkpoint import Progress
 from lora_cli.training.clock import Clock
 from lora_cli.training.display import Display
 from lora_cli.training.interrupt import Interrupt, catch_signals
+from lora_cli.training.lock import locked
 from lora_cli.training.optimizer import learning_rate_at
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.record import now, provenance, result_record, run_record, tell
@@ -34,7 +35,13 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
     """
     began = time.perf_counter()
     trainer = set_up(job, display)
-    folder = job.folder
+    with locked(job.folder.root):
+        return run(trainer, began)
+
+
+def run(trainer: Trainer, began: float) -> dict[str, Any]:
+    """From the folder's first file to the adapter."""
+    job, folder, display = trainer.job, trainer.job.folder, trainer.display
     if job.resume:
         folder.write_recipe(job.recipe)
     else:

@@ -12,7 +12,7 @@ from typing import Any
 from lora_cli.errors import Fault, UserError
 from lora_cli.recipe.load import dump_recipe, load_recipe
 from lora_cli.recipe.schema import Recipe
-from lora_cli.training.lock import LOCK, check_unlocked
+from lora_cli.training.lock import check_unlocked
 from lora_cli.weights.shards import check_writable
 
 MAY_CHANGE = {
@@ -58,7 +58,7 @@ class RunFolder:
                 raise UserError("the folder already holds a run", str(self.root), hint)
         elif resume:
             raise UserError("there is no run to resume", str(self.root), "leave --resume out to begin one")
-        elif self.root.is_dir() and any(path.name != LOCK for path in self.root.iterdir()):
+        elif self.root.is_dir() and any(self.root.iterdir()):
             raise UserError("the folder is not empty and holds no run", str(self.root), "choose another folder")
         check_writable(self.root)
         check_unlocked(self.root)
