@@ -78,7 +78,7 @@ class Run:
 
     @property
     def checkpoints(self) -> list[int]:
-        return sorted(int(path.name.removeprefix("step-")) for path in (self.folder / "checkpoints").iterdir())
+        return sorted(int(path.name.removeprefix("step-")) for path in (self.folder / "checkpoints").glob("step-*"))
 
 
 @pytest.fixture
