@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -466,6 +467,33 @@ def test_a_killed_run_goes_on_exactly_and_its_folder_is_its_own(
     assert run.column("step") == list(range(1, reached + 4))
     assert run.losses == undisturbed.losses
     assert run.adapter_bytes == undisturbed.adapter_bytes
+
+
+def test_a_failing_write_leaves_earlier_checkpoints_whole(
+    write_recipe: Any, train: Callable[..., Run], tmp_path: Path, lora: Any, no_curves: None
+) -> None:
+    changes = {"max_steps": 4, "save_steps": 2, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    whole = train({"training": changes})
+    run = Run(tmp_path / "full")
+    recipe = write_recipe({"training": changes | {"max_steps": 2, "output_dir": run.folder}}, name="full.yaml")
+    done(lora("train", recipe))
+    size = (run.folder / "checkpoints" / "step-00000002" / "optimizer.safetensors").stat().st_size
+
+    command = [sys.executable, "-m", "lora_cli", "train", str(recipe), "training.max_steps=4", "--resume"]
+    refused = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, size - 1)),
+    )
+    assert refused.returncode == 3, refused.stderr
+    assert f"{run.folder / 'checkpoints' / 'step-00000004'}: could not be written" in refused.stderr
+    assert run.checkpoints == [2]
+
+    done(lora("train", recipe, "training.max_steps=4", "--resume"))
+    assert run.losses == whole.losses
+    assert run.adapter_bytes == whole.adapter_bytes
 
 
 # --- every key -------------------------------------------------------------------------------------------------------

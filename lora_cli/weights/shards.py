@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from lora_cli.errors import UserError
+from lora_cli.errors import RunError, UserError
 from lora_cli.model.files import MODEL_FOLDER
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def whole_folder(out: Path, replace: bool = False) -> Iterator[Path]:
     """A folder to write into that becomes ``out`` when the block ends well, and vanishes when it does not.
 
     Raises UserError when ``out`` exists and is not an empty folder (unless it is to be replaced), or its parent cannot
-    be written.
+    be written; RunError when writing fails.
     """
     if not replace:
         check_out(out)
@@ -112,6 +112,10 @@ def whole_folder(out: Path, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(out)
         draft.replace(out)
         sync(out.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        what = f"could not be written: {reason} ({shutil.disk_usage(out.parent).free:,} bytes are free there)"
+        raise RunError(what, str(out), "what was whole before still is; make room and go on") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
