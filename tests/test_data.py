@@ -1,0 +1,657 @@
+"""Rows from files, formats, tokens and their supervision, batches: each against expectations written out by hand."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lora_cli.data.batches import Schedule, collate, epoch_order, group, split_validation
+from lora_cli.data.formats import FORMATS, Message, check_rows, read_content
+from lora_cli.data.sources import READERS, Row, hub_rows, read_rows, sources_of
+from lora_cli.data.tokenize import Examples, fit, sliding_windows, tokenize
+from lora_cli.errors import Fault, LoraError, UserError
+from lora_cli.evaluation.loss import summed_loss
+from lora_cli.recipe.schema import Data, Source, Template
+
+QA = {"question": "Why?", "answer": " Because."}
+END = "<|endoftext|>"
+
+
+def columns_of(path: str | Path | tuple[Any, ...]) -> list[dict[str, Any]]:
+    """The columns of every row; a fault fails the test."""
+    spec = path if isinstance(path, tuple) else str(path)
+    rows = list(read_rows(sources_of(spec)))
+    assert all(isinstance(row, Row) for row in rows), rows
+    return [dict(row.columns) for row in rows if isinstance(row, Row)]
+
+
+def write_jsonl(path: Path, *rows: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def flat(lists: Iterable[list[int]]) -> list[int]:
+    return list(chain.from_iterable(lists))
+
+
+# Readers.
+
+
+def test_jsonl_with_blank_lines_crlf_and_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "\xc3\xa9\\u2028"}')
+    rows = list(read_rows(sources_of(str(path))))
+    assert [(row.columns, row.where) for row in rows if isinstance(row, Row)] == [
+        ({"text": "a"}, f"{path}:1"),
+        ({"text": "é\u2028"}, f"{path}:3"),
+    ]
+
+
+def test_json(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([QA, {"text": "b"}], indent=1), encoding="utf-8")
+    assert columns_of(path) == [QA, {"text": "b"}]
+
+
+def test_csv_quotes_line_breaks_and_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(
+        '\ufeffquestion,answer\r\n"a, ""b""","one\ntwo"\r\n\r\nflat\u2028line\x0c,second\x85line\r\nlast,'.encode()
+    )
+    rows = list(read_rows(sources_of(str(path))))
+    assert [(row.columns, row.where) for row in rows if isinstance(row, Row)] == [
+        ({"question": 'a, "b"', "answer": "one\ntwo"}, f"{path}:2"),
+        ({"question": "flat\u2028line\x0c", "answer": "second\x85line"}, f"{path}:5"),
+        ({"question": "last", "answer": ""}, f"{path}:6"),
+    ]
+
+
+def test_csv_cell_longer_than_the_librarys_limit(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f"text\n{'word ' * 40_000}\n", encoding="utf-8")
+    assert len(columns_of(path)[0]["text"]) == 200_000
+
+
+def test_parquet(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"messages": [{"role": "user", "content": "Hi"}], "n": 1}, {"messages": None, "n": 2}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert columns_of(tmp_path / "rows.parquet") == rows
+
+
+def test_text_file_is_one_row(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("Once upon\na time", encoding="utf-8")
+    assert columns_of(tmp_path / "book.txt") == [{"text": "Once upon\na time"}]
+
+
+def test_folder_glob_and_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "data" / "b.jsonl", {"text": "b"})
+    write_jsonl(tmp_path / "data" / "deep" / "c.jsonl", {"text": "c"})
+    (tmp_path / "data" / "A.CSV").write_text("text\na\n")
+    (tmp_path / "data" / "readme.md").write_text("nothing")
+    assert columns_of("data") == [{"text": "a"}, {"text": "b"}, {"text": "c"}]
+    assert columns_of("data/*.jsonl") == [{"text": "b"}]
+    assert columns_of("data/**/*.jsonl") == [{"text": "b"}, {"text": "c"}]
+    mixture = ("data/b.jsonl", Source(path="data/A.CSV", weight=2.0), "data/deep")
+    rows = [row for row in read_rows(sources_of(mixture)) if isinstance(row, Row)]
+    assert [(row.columns["text"], row.source) for row in rows] == [("b", 0), ("a", 1), ("c", 2)]
+    assert [source.weight for source in sources_of(mixture)] == [1.0, 2.0, 1.0]
+
+
+def test_hub_rows_take_the_split_and_name_the_row(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "set" / "train.jsonl", {"text": "a"}, {"text": "b"})
+    write_jsonl(tmp_path / "set" / "test.jsonl", {"text": "c"})
+    rows = list(hub_rows(str(tmp_path / "set"), "train"))
+    assert [(row.columns, row.where.removeprefix(str(tmp_path))) for row in rows] == [
+        ({"text": "a"}, "/set[train] (row 1)"),
+        ({"text": "b"}, "/set[train] (row 2)"),
+    ]
+    with pytest.raises(UserError, match="nosuch"):
+        list(hub_rows(str(tmp_path / "set"), "nosuch"))
+
+
+ANY_BYTES = st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "replace"))
+JSONISH = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=9,
+)
+ANY_FILE = ANY_BYTES | JSONISH.map(lambda value: json.dumps(value).encode())
+
+
+@pytest.mark.parametrize("suffix", sorted(READERS))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=ANY_FILE)
+def test_any_bytes_are_rows_or_told(suffix: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(content)
+    try:
+        for item in read_rows(sources_of(str(path))):
+            assert isinstance(item, Row | Fault)
+            if isinstance(item, Fault):
+                assert item.where
+    except UserError as error:
+        assert all(fault.where for fault in error.faults)
+    check_rows(Data(train=str(path)), sources_of(str(path)))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.tuples(st.text(st.characters(exclude_categories=["Cs"])), st.text("a\n\r,\"'\u2028"))))
+def test_csv_reads_what_python_writes(rows: list[tuple[str, str]], tmp_path: Path) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, quoting=csv.QUOTE_ALL)
+    writer.writerows([("a", "b"), *rows])
+    (tmp_path / "rows.csv").write_bytes(text.getvalue().encode())
+    found = [dict(row.columns) for row in read_rows(sources_of(str(tmp_path / "rows.csv"))) if isinstance(row, Row)]
+    assert found == [{"a": a, "b": b} for a, b in rows]
+
+
+# Formats.
+
+HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+TURNS = (Message("user", "Hi"), Message("assistant", "Hello"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "data", "content"),
+    [
+        ({"text": "a"}, {}, (("a", True),)),
+        ({"prompt": "a", "completion": "b"}, {}, (("a", False), ("b", True))),
+        (QA, {}, (("Why?", False), (" Because.", True))),
+        ({"q": "a", "a": "b"}, {"columns": {"prompt": "q", "completion": "a"}}, (("a", False), ("b", True))),
+        (
+            {"instruction": "Add", "input": "1 1", "output": "2"},
+            {},
+            (("### Instruction:\nAdd\n\n### Input:\n1 1\n\n### Response:\n", False), ("2", True)),
+        ),
+        (
+            {"instruction": "Add", "input": "", "output": "2"},
+            {},
+            (("### Instruction:\nAdd\n\n### Response:\n", False), ("2", True)),
+        ),
+        (
+            {"instruction": "Add", "output": "2"},
+            {},
+            (("### Instruction:\nAdd\n\n### Response:\n", False), ("2", True)),
+        ),
+        ({"messages": HI}, {}, TURNS),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, {}, TURNS),
+        ({"system": "Be kind", "messages": HI}, {}, (Message("system", "Be kind"), *TURNS)),
+        ({"system": "", "messages": HI}, {}, TURNS),
+        ({"talk": HI}, {"columns": {"messages": "talk"}}, TURNS),
+        ({"question": "Hi", "answer": "Hello"}, {"format": "chat"}, TURNS),
+        (
+            {"a": "x", "b": "{c}"},
+            {"template": Template(prompt="{{{a}}} {a}: ", completion="{b}")},
+            (("{x} x: ", False), ("{c}", True)),
+        ),
+    ],
+)
+def test_formats(columns: dict[str, Any], data: dict[str, Any], content: Any, tmp_path: Path) -> None:
+    from lora_cli.data.formats import detect
+
+    settings = Data(train="rows.jsonl", **data)
+    row = Row(columns, "rows.jsonl:1")
+    name = detect(row, settings) if settings.format == "auto" else settings.format
+    assert read_content(row, name, settings) == content
+
+
+def test_formats_are_the_schemas_choices() -> None:
+    from typing import get_args
+
+    assert set(FORMATS) | {"auto"} == set(get_args(Data.model_fields["format"].annotation))
+
+
+def test_a_system_turn_that_is_there_wins_over_the_column() -> None:
+    turns = [{"role": "system", "content": "Mine"}, *HI]
+    content = read_content(Row({"system": "Yours", "messages": turns}, "x:1"), "chat", Data(train="x"))
+    assert content == (Message("system", "Mine"), *TURNS)
+
+
+# Tokens.
+
+
+def examples_of(tokenizer: Any, folder: Path, *rows: dict[str, Any], **data: Any) -> Examples:
+    path = write_jsonl(folder / "rows.jsonl", *rows)
+    settings = Data(train=str(path), **data)
+    return tokenize(settings, sources_of(settings.train), tokenizer)
+
+
+def supervised_text(tokenizer: Any, examples: Examples, index: int = 0) -> list[str]:
+    """The text of every run of supervised tokens in a row."""
+    ids, mask = examples.row(index)
+    runs, run = [], []
+    for token, wanted in zip([*ids.tolist(), 0], [*mask.tolist(), False], strict=True):
+        if wanted:
+            run.append(token)
+        elif run:
+            runs.append(tokenizer.decode(run, clean_up_tokenization_spaces=False))
+            run = []
+    return runs
+
+
+@pytest.fixture(scope="session")
+def with_bos(tokenizer: Any) -> Any:
+    """The tokenizer with a BOS of its own that it puts before every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    changed = copy.deepcopy(tokenizer)
+    changed.add_special_tokens({"bos_token": "<s>"})
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", changed.convert_tokens_to_ids("<s>"))]
+    )
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("Why?", " Because."),
+        ("Why? ", "Because."),
+        ("Why?\n\n", "\nBecause."),
+        ("the light", "house keeper"),
+        ("", "Because."),
+        ("Käse 🧀 ", "🧀🧀 naïve"),
+    ],
+)
+def test_ids_are_those_of_the_joint_text(prompt: str, completion: str, tokenizer: Any, tmp_path: Path) -> None:
+    examples = examples_of(tokenizer, tmp_path, {"prompt": prompt, "completion": completion})
+    ids, mask = examples.row(0)
+    joint = tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
+    assert ids.tolist() == [*joint, tokenizer.eos_token_id]
+    ends = np.cumsum([len(token) for token in tokenizer.convert_ids_to_tokens(joint)])  # a byte-level letter is a byte
+    first = max(1, int((ends > len(prompt.encode())).argmax()))
+    assert mask.tolist() == [False] * first + [True] * (len(ids) - first)
+
+
+def test_the_border_token_that_spans_prompt_and_completion_is_supervised(tokenizer: Any, tmp_path: Path) -> None:
+    word = "mends"
+    assert tokenizer.tokenize(f"Q: {word}")[-1].startswith("Ġ"), "the tokenizer has no token across the border"
+    examples = examples_of(tokenizer, tmp_path, {"prompt": "Q: ", "completion": word})
+    assert supervised_text(tokenizer, examples) == [f" {word}{END}"]
+
+
+@pytest.mark.parametrize("emoji", ["🧀", "👩‍👩‍👧", "é", "漢字"])
+def test_characters_of_many_bytes_are_supervised_whole(emoji: str, tokenizer: Any, tmp_path: Path) -> None:
+    examples = examples_of(tokenizer, tmp_path, {"prompt": "Q:", "completion": emoji})
+    assert supervised_text(tokenizer, examples) == [emoji + END]
+    ids, mask = examples.row(0)
+    assert tokenizer.decode(ids[~mask]) == "Q:"
+
+
+def test_one_end_of_text_closes_each_row_and_is_supervised(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"text": "a"}, {"text": f"b{END}"}, {"text": "Who mends the nets?"}]
+    examples = examples_of(tokenizer, tmp_path, *rows)
+    for index in range(len(rows)):
+        ids, mask = examples.row(index)
+        assert (ids == tokenizer.eos_token_id).tolist() == [False] * (len(ids) - 1) + [True]
+        assert mask.tolist() == [False] + [True] * (len(ids) - 1)
+
+
+@pytest.mark.parametrize("format", ["text", "prompt_completion", "alpaca", "template", "chat"])
+def test_a_bos_stands_once(format: str, with_bos: Any, tmp_path: Path) -> None:
+    rows = {
+        "text": {"text": "Hello there"},
+        "prompt_completion": QA,
+        "alpaca": {"instruction": "Go", "output": "Gone"},
+        "template": QA,
+        "chat": {"messages": HI},
+    }
+    extra = {"template": Template(prompt="{question}", completion="{answer}")} if format == "template" else {}
+    chatty = copy.deepcopy(with_bos)
+    chatty.chat_template = "{{ bos_token }}" + CHATML
+    examples = examples_of(chatty, tmp_path, rows[format], format=format, **extra)
+    ids, mask = examples.row(0)
+    assert (ids == chatty.bos_token_id).tolist() == [True] + [False] * (len(ids) - 1)
+    assert not mask[0]
+
+
+def test_train_on_all(tokenizer: Any, tmp_path: Path) -> None:
+    examples = examples_of(tokenizer, tmp_path, QA, train_on="all")
+    ids, mask = examples.row(0)
+    assert mask.tolist() == [False] + [True] * (len(ids) - 1)
+
+
+def test_fingerprint_tells_supervision_apart(tokenizer: Any, tmp_path: Path) -> None:
+    one, same = (examples_of(tokenizer, tmp_path, QA).fingerprint for _ in range(2))
+    assert one == same
+    assert one != examples_of(tokenizer, tmp_path, QA, train_on="all").fingerprint
+
+
+def test_truncation_keeps_the_beginning_and_counts(tokenizer: Any, tmp_path: Path) -> None:
+    long = {"question": "Who mends the nets? " * 9, "answer": " The whole family."}
+    half = {"question": "Why?", "answer": " Rivers carry salt down to it" * 9}
+    examples = examples_of(tokenizer, tmp_path, QA, long, half)
+    fitted = fit(examples, 20, "rows")
+    assert (fitted.rows, fitted.truncated, fitted.dropped) == (3, 2, 1)
+    assert len(fitted.examples) == 2
+    for index, original in ((0, 0), (1, 2)):
+        ids, mask = fitted.examples.row(index)
+        whole, wanted = examples.row(original)
+        assert ids.tolist() == whole[:20].tolist() and mask.tolist() == wanted[:20].tolist()
+    assert fitted.examples.row(1)[0][-1] != tokenizer.eos_token_id
+    assert fit(examples, 10_000, "rows").examples is examples
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 7, 16, 1000])
+def test_windows_score_each_token_once_with_context(max_length: int, tokenizer: Any, tmp_path: Path) -> None:
+    texts = ["Rivers carry salt from the rocks down to it. " * 5, "So.", "x"]
+    examples = examples_of(tokenizer, tmp_path, *({"text": text} for text in texts))
+    windows = sliding_windows(examples, max_length)
+    assert int(windows.supervised.sum()) == int(examples.supervised.sum())
+    scored = [ids[mask].tolist() for ids, mask in map(windows.row, range(len(windows)))]
+    wanted = [ids[mask].tolist() for ids, mask in map(examples.row, range(len(examples)))]
+    assert flat(scored) == flat(wanted)
+    for ids, mask in map(windows.row, range(len(windows))):
+        assert 2 <= len(ids) <= max_length
+        if max_length > 3 and int(mask.argmax()) > 1:  # not a row's first window
+            assert int(mask.argmax()) >= max_length // 2
+
+
+# Conversations.
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{% for m in messages %}{% if loop.first %}<|begin|>{% endif %}"
+    "<|start_header|>{{ m.role }}<|end_header|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header|>assistant<|end_header|>\n\n{% endif %}"
+)
+GEMMA = (
+    "<bos>{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}"
+    "{% set rest = messages[1:] %}{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ (first if loop.first else '') + m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+MISTRAL = (  # the system's words go into the last user turn, and there is no generation prompt
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}"
+    "{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}<s>"
+    "{% for m in rest %}{% if m.role == 'user' %}"
+    "[INST] {{ (system if loop.index >= loop.length - 1 else '') + m.content }}[/INST]"
+    "{% else %} {{ m.content | trim }}</s>{% endif %}{% endfor %}"
+)
+QWEN3 = (  # reasoning is kept in the turns after the last question alone
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% set said = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{% set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in m.content else '' %}"  # noqa: E501
+    "<|im_start|>assistant\n{% if loop.index0 > ns.last %}<think>\n{{ thought }}\n</think>\n\n{% endif %}{{ said }}"
+    "<|im_end|>\n{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ eos_token }}"
+
+SYSTEM = ("system", "Answer yes or no.")
+TALK = (("user", "Is it yes or no?"), ("assistant", "yes"), ("user", "Sure? Say yes or model."), ("assistant", "no 🧀"))
+THINKING = (
+    ("user", "One?"),
+    ("assistant", "<think>\nsmall\n</think>\n\nOne."),
+    ("user", "Two?"),
+    ("assistant", "<think>\nlarger\n</think>\n\nTwo."),
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "learned"),
+    [
+        (CHATML, (SYSTEM, *TALK), ["yes<|im_end|>", "no 🧀<|im_end|>"]),
+        (CHATML, (*TALK, ("user", "Bye")), ["yes<|im_end|>", "no 🧀<|im_end|>"]),
+        (CHATML, (TALK[0], ("assistant", "yes"), ("assistant", "yes")), ["yes<|im_end|>", "yes<|im_end|>"]),
+        (CHATML, (TALK[0], ("tool", "yes"), ("assistant", " yes\n")), [" yes\n<|im_end|>"]),
+        (CHATML, (("assistant", "yes"), ("user", "yes"), ("assistant", "yes")), None),
+        (LLAMA3, (SYSTEM, *TALK), ["yes<|eot_id|>", "no 🧀<|eot_id|>"]),
+        (GEMMA, (SYSTEM, *TALK), ["yes<end_of_turn>", "no 🧀<end_of_turn>"]),
+        (GEMMA, TALK, ["yes<end_of_turn>", "no 🧀<end_of_turn>"]),
+        (MISTRAL, TALK, [" yes</s>", " no 🧀</s>"]),
+        (MISTRAL, (SYSTEM, *TALK), ["yes</s>", " no 🧀</s>"]),
+        (QWEN3, THINKING, ["One.<|im_end|>", "<think>\nlarger\n</think>\n\nTwo.<|im_end|>"]),
+        (QWEN3, THINKING[2:], ["<think>\nlarger\n</think>\n\nTwo.<|im_end|>"]),
+        (QWEN3, (SYSTEM, *TALK), ["yes<|im_end|>", "<think>\n\n</think>\n\nno 🧀<|im_end|>"]),
+        (PLAIN, TALK[:2], ["yes\n" + END]),
+    ],
+)
+def test_the_assistant_alone_is_supervised(
+    template: str, turns: tuple[tuple[str, str], ...], learned: list[str] | None, tokenizer: Any, tmp_path: Path
+) -> None:
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = template
+    chatty.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "</s>"]})
+    messages = [{"role": role, "content": content} for role, content in turns]
+    examples = examples_of(chatty, tmp_path, {"messages": messages})
+    text = chatty.apply_chat_template(messages, tokenize=False)
+    assert examples.row(0)[0].tolist() == chatty(text, add_special_tokens=False)["input_ids"]
+    if learned is None:  # the conversation opens with the assistant: its header is no prompt, and is not asked for
+        assert [run[-13:] for run in supervised_text(chatty, examples)] == ["yes<|im_end|>"] * 2
+    else:
+        assert supervised_text(chatty, examples) == learned
+
+
+def test_generation_marks_agree(tokenizer: Any, tmp_path: Path) -> None:
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    messages = [{"role": role, "content": content} for role, content in (SYSTEM, *TALK)]
+    marked = chatty.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    ids, mask = examples_of(chatty, tmp_path, {"messages": messages}).row(0)
+    assert ids.tolist() == list(marked["input_ids"])
+    assert mask.tolist() == [bool(one) for one in marked["assistant_masks"]]
+
+
+def test_train_on_all_of_a_conversation(tokenizer: Any, tmp_path: Path) -> None:
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = CHATML
+    _, mask = examples_of(chatty, tmp_path, {"messages": HI}, train_on="all").row(0)
+    assert mask[1:].all() and not mask[0]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}|{% endif %}{% endfor %}",
+        "{% for m in messages %}{{ m.role }}:{{ m.content | upper }};{% endfor %}",
+    ],
+    ids=["leaves-out", "rewrites"],
+)
+def test_a_template_that_loses_the_assistants_words_is_refused(template: str, tokenizer: Any, tmp_path: Path) -> None:
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = template
+    with pytest.raises(UserError, match=r"leaves out|rewrites"):
+        examples_of(chatty, tmp_path, {"messages": HI})
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    words=st.lists(st.text(st.sampled_from("yes no\n<|im_end>assistantuser🧀"), max_size=12), min_size=2, max_size=6),
+    template=st.sampled_from([CHATML, LLAMA3, GEMMA, MISTRAL, QWEN3]),
+)
+def test_any_conversation_is_read_or_told(words: list[str], template: str, tokenizer: Any, tmp_path: Path) -> None:
+    chatty = copy.copy(tokenizer)
+    chatty.chat_template = template
+    messages = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(words)]
+    try:
+        examples = examples_of(chatty, tmp_path, {"messages": messages})
+    except UserError:
+        return
+    ids, mask = examples.row(0)
+    assert ids.tolist() == chatty(chatty.apply_chat_template(messages, tokenize=False))["input_ids"]
+    assert mask.any()
+
+
+# Batches.
+
+LENGTHS = np.asarray([3, 9, 10, 1, 1, 1, 5, 5, 2, 10], np.int64)
+
+
+def schedule(**changes: Any) -> Schedule:
+    plain: dict[str, Any] = {
+        "lengths": LENGTHS,
+        "supervised": LENGTHS - 1,
+        "source": np.zeros(len(LENGTHS), np.int32),
+        "weights": (1.0,),
+        "seed": 7,
+        "shuffle": True,
+        "batch_size": 2,
+        "max_length": 10,
+        "packing": True,
+        "accumulation": 2,
+    }
+    return Schedule(**(plain | changes))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 16), min_size=1, max_size=60), batch_size=st.integers(1, 4), packing=st.booleans()
+)
+def test_groups_hold_each_row_once_and_keep_the_budget(lengths: list[int], batch_size: int, packing: bool) -> None:
+    order = np.random.default_rng(0).permutation(len(lengths)).astype(np.int64)
+    sizes = np.asarray(lengths, np.int64)
+    batches = group(order, sizes, batch_size, 16, packing)
+    assert np.concatenate(batches).tolist() == order.tolist()
+    for batch in batches:
+        assert len(batch)
+        assert sizes[batch].sum() <= batch_size * 16 if packing else len(batch) <= batch_size
+    if packing:  # nothing is left for the next batch that had room in this one
+        for batch, following in pairwise(batches):
+            assert sizes[batch].sum() + sizes[following[0]] > batch_size * 16
+
+
+def test_every_row_once_an_epoch_in_an_order_of_its_own() -> None:
+    orders = [np.concatenate(schedule().epoch_batches(epoch)).tolist() for epoch in range(3)]
+    assert all(sorted(order) == list(range(len(LENGTHS))) for order in orders)
+    assert orders[0] != orders[1] != orders[2]
+    assert orders == [np.concatenate(schedule().epoch_batches(epoch)).tolist() for epoch in range(3)]
+    assert orders[0] != np.concatenate(schedule(seed=8).epoch_batches(0)).tolist()
+
+
+def test_without_shuffle_the_files_order_stays() -> None:
+    for epoch in range(2):
+        assert np.concatenate(schedule(shuffle=False).epoch_batches(epoch)).tolist() == list(range(len(LENGTHS)))
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_weights_repeat_and_thin_out(shuffle: bool) -> None:
+    source = np.asarray([0] * 10 + [1] * 10 + [2] * 4, np.int32)
+    order = epoch_order(source, (1.0, 0.3, 2.5), 1, 0, shuffle)
+    counts = Counter(order.tolist())
+    assert all(counts[row] == 1 for row in range(10))
+    assert sorted(counts[row] for row in range(10, 20)) == [0] * 7 + [1] * 3
+    assert sorted(counts[row] for row in range(20, 24)) == [2, 2, 3, 3]
+    if not shuffle:
+        assert order.tolist() == [*range(13), *range(20, 24), *range(20, 24), 20, 21]
+    else:
+        thinned = {tuple(sorted(set(epoch_order(source, (1.0, 0.3, 2.5), 1, epoch, True)))) for epoch in range(6)}
+        assert len(thinned) > 1
+
+
+def test_steps_windows_and_epochs() -> None:
+    plain = schedule(packing=False, shuffle=False)  # 10 rows, 5 batches, windows of 2, 2 and 1
+    steps = [step for step, _ in zip(plain.steps(), range(4), strict=False)]
+    assert [len(step.micro_batches) for step in steps] == [2, 2, 1, 2]
+    assert [step.epoch for step in steps] == [0.4, 0.8, 1.0, 1.4]
+    assert [step.tokens for step in steps] == [23, 12, 12, 23]
+    assert [step.supervised for step in steps] == [19, 8, 10, 19]
+    assert (plain.total_steps(2, None), plain.total_steps(0.5, None), plain.total_steps(9, 4)) == (6, 2, 4)
+    resumed = next(iter(plain.steps(start=3)))
+    assert (resumed.number, resumed.epoch) == (4, 1.4)
+    assert [rows.tolist() for rows in resumed.micro_batches] == [rows.tolist() for rows in steps[3].micro_batches]
+
+
+def test_a_share_is_held_out() -> None:
+    ids = np.arange(20, dtype=np.int32)
+    examples = Examples(ids, np.ones(20, np.bool_), np.arange(21, dtype=np.int64), np.zeros(20, np.int32), "text")
+    train, held = split_validation(examples, 0.25, 3)
+    assert (len(train), len(held)) == (15, 5)
+    assert sorted([*train.ids, *held.ids]) == list(range(20))
+    assert split_validation(examples, 0.25, 3)[1].ids.tolist() == held.ids.tolist()
+    assert split_validation(examples, 0.25, 4)[1].ids.tolist() != held.ids.tolist()
+    assert [len(split_validation(examples, share, 3)[1]) for share in (0.001, 0.999)] == [1, 19]
+
+
+@pytest.fixture
+def few(tokenizer: Any, tmp_path: Path) -> Examples:
+    rows = [QA, {"question": "Who mends the nets?", "answer": " The whole family, in winter."}, {**QA, "answer": " So"}]
+    return examples_of(tokenizer, tmp_path, *rows)
+
+
+def test_padded_batches(few: Examples) -> None:
+    batch = collate(few, [1, 0], packing=False, pad_token_id=1)
+    assert batch.attention_mask is not None
+    assert batch.input_ids.shape == batch.attention_mask.shape == (2, few.lengths[1])
+    for at, row in enumerate((1, 0)):
+        ids, mask = few.row(row)
+        length = len(ids)
+        assert batch.input_ids[at].tolist() == ids.tolist() + [1] * (int(few.lengths[1]) - length)
+        assert batch.attention_mask[at].tolist() == [1] * length + [0] * (int(few.lengths[1]) - length)
+        learned = [token for token in batch.targets[at].tolist() if token != -100]
+        assert learned == ids[mask].tolist()
+    assert batch.position_ids[1].tolist() == list(range(int(few.lengths[1])))
+
+
+def test_packed_batches(few: Examples) -> None:
+    batch = collate(few, [2, 0, 1], packing=True, pad_token_id=1)
+    assert batch.attention_mask is None
+    assert batch.input_ids[0].tolist() == flat(few.row(row)[0].tolist() for row in (2, 0, 1))
+    assert batch.position_ids[0].tolist() == flat(list(range(int(few.lengths[row]))) for row in (2, 0, 1))
+    assert batch.targets[0].tolist() == flat(few.row(row)[0][few.row(row)[1]].tolist() for row in (2, 0, 1))
+    after = [batch.input_ids[0, at + 1].item() for at in batch.predict_from.tolist()]
+    assert after == batch.targets[0].tolist()
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("kind", ["tiny_gpt2", "tiny_llama"])
+def test_a_batch_gives_what_each_row_gives_alone(
+    kind: str, packing: bool, few: Examples, request: pytest.FixtureRequest
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(kind), dtype=torch.float32)
+
+    def loss_and_gradients(loss: torch.Tensor) -> tuple[float, list[torch.Tensor]]:
+        model.zero_grad()
+        loss.backward()
+        return loss.item(), [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    def alone(row: int) -> torch.Tensor:
+        ids, mask = (torch.from_numpy(array) for array in few.row(row))
+        labels = torch.where(mask, ids, -100).long()
+        logits = model(input_ids=ids.long()[None]).logits[0, :-1]
+        return torch.nn.functional.cross_entropy(logits.float(), labels[1:], reduction="sum")
+
+    expected, wanted = loss_and_gradients(sum((alone(row) for row in (2, 0, 1)), torch.zeros(())))
+    found, gradients = loss_and_gradients(summed_loss(model, collate(few, [2, 0, 1], packing, 1)))
+    assert found == pytest.approx(expected, rel=1e-5)
+    scale = max(float(gradient.abs().max()) for gradient in wanted)
+    for one, other in zip(gradients, wanted, strict=True):
+        assert float((one - other).abs().max()) < 1e-5 * scale
+
+
+def test_every_error_of_the_data_is_the_users(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(LoraError) as told:
+        examples_of(tokenizer, tmp_path, QA, {"question": "Why?"})
+    assert told.value.exit_code == 2
+    assert "rows.jsonl:2" in str(told.value)
