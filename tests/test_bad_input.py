@@ -851,6 +851,12 @@ def eval_of_missing_rows(w: World) -> Arguments:
     return ["eval", w.gpt2, "--data", "missing.jsonl"]
 
 
+@case("model", "no tokenizer")
+def eval_without_a_tokenizer(w: World) -> Arguments:
+    (w.root / w.model() / "tokenizer.json").unlink()
+    return ["eval", "model", "--data", w.rows(ROW)]
+
+
 @case("model/model.safetensors", "not a whole safetensors file")
 def eval_of_truncated_weights(w: World) -> Arguments:
     w.truncate(w.model() / "model.safetensors")

@@ -76,6 +76,9 @@ def test_a_bad_recipe_is_refused_without_torch(tmp_path: Path) -> None:
     [
         ("train", "{recipe}", "data.train=missing.jsonl"),
         ("train", "{recipe}", "adapter.target_modules=[nothing]"),
+        ("train", "{recipe}", "adapter.target_modules=attentio"),
+        ("train", "{recipe}", "adapter.r=999"),
+        ("train", "{recipe}", "data.format=chat"),
         ("train", "{recipe}", "training.output_dir={recipe}"),
         ("merge", "{recipe}", "--out", "out"),
         ("quantize", "nowhere", "--out", "out"),

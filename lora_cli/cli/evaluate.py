@@ -40,8 +40,11 @@ def command(
     measure.check(section)
     if adapter is None:
         from lora_cli.model.files import locate
+        from lora_cli.weights.shards import check_whole
 
-        found = measure.measure(locate(target, weights=True), None, section, recipe)
+        folder = locate(target, weights=True)
+        check_whole(folder)
+        found = measure.measure(folder, None, section, recipe)
     else:
         origin = trace(adapter)
         found = measure.measure(origin.base, adapter, section, recipe, recipe.quantization if recipe else None)

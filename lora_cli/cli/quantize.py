@@ -30,13 +30,14 @@ def command(
     from lora_cli.cli import measure
     from lora_cli.model.files import check_quantizable, locate
     from lora_cli.recipe.schema import Quantization
-    from lora_cli.weights.shards import check_out
+    from lora_cli.weights.shards import check_out, check_whole
 
     if any((Path(model) / part / "adapter_config.json").is_file() for part in ("", "adapter")):
         raise UserError("this is an adapter, not a model", model, "lora merge makes a model of it first")
     check_out(out)
     check_quantizable(locate(model))
     folder = locate(model, weights=True)
+    check_whole(folder)
     section = None
     if data is not None:
         from lora_cli.weights.provenance import recipe_of

@@ -11,6 +11,7 @@ from lora_cli.errors import UserError, nearest
 
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 TOKENIZER_FILES = ["tokenizer.json", "*.model", "vocab.*", "tekken.json"]
+NO_TEMPLATE = "use an instruct model, or another data.format (template lays a row out as you say)"
 MODEL_FOLDER = "a model folder holds config.json, a tokenizer and weights in safetensors"
 
 
@@ -46,10 +47,17 @@ def _nearest_folder(folder: Path) -> str:
     return nearest(folder.name, siblings) or f"paths are relative to {Path.cwd()}"
 
 
-def check_tokenizer(folder: Path) -> None:
-    """Raises UserError when a model folder holds no tokenizer: Transformers would make up an empty one in silence."""
+def check_tokenizer(folder: Path, chat: bool = False) -> None:
+    """Raises UserError when a model folder holds no tokenizer, or, for ``chat``, no chat template.
+
+    Without a tokenizer's files Transformers makes up an empty one in silence.
+    """
     if not any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern)):
         raise UserError("the folder holds no tokenizer (no tokenizer.json)", str(folder), MODEL_FOLDER)
+    config = folder / "tokenizer_config.json"
+    inside = config.is_file() and b'"chat_template"' in config.read_bytes()
+    if chat and not inside and not any((folder / f"chat_template.{kind}").is_file() for kind in ("jinja", "json")):
+        raise UserError("the tokenizer has no chat template, which format: chat needs", str(folder), NO_TEMPLATE)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

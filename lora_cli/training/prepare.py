@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def _check_without_torch(recipe: Recipe, folder: RunFolder, resume: bool, overwr
 
 def _check_model(recipe: Recipe) -> None:
     base = locate(recipe.model.name_or_path)
-    check_tokenizer(base)
+    check_tokenizer(base, chat=recipe.data.format == "chat")
     if recipe.quantization is not None:
         check_quantizable(base)
     if Path(recipe.model.name_or_path).is_dir():
@@ -101,7 +102,9 @@ def _check_model(recipe: Recipe) -> None:
 def _check_weights_without_torch(recipe: Recipe, base: Path) -> None:
     layers = stored_layers(base)
     wanted = recipe.adapter.target_modules
-    if layers is not None and (wanted == "all-linear" or not isinstance(wanted, str)):
+    # Stored names may leave out the name of the model's body: whole names and patterns wait for the model itself.
+    plain = all(re.fullmatch(r"[\w-]+", item) for item in ((wanted,) if isinstance(wanted, str) else wanted))
+    if layers is not None and plain:
         choose_targets(layers, wanted, recipe.adapter.r)
     if recipe.adapter.init_from is not None:
         check_base(Path(recipe.adapter.init_from), base)

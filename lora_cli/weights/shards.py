@@ -51,6 +51,11 @@ def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
     return found
 
 
+def check_whole(folder: Path) -> None:
+    """Raises UserError when a model folder holds no safetensors weights or a damaged file, without importing torch."""
+    read_headers(weight_files(folder))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, from its index if it has one. Raises UserError when there are none."""
     index = folder / INDEX
