@@ -430,6 +430,8 @@ THINKING = (
         (QWEN3, THINKING[2:], ["<think>\nlarger\n</think>\n\nTwo.<|im_end|>"]),
         (QWEN3, (SYSTEM, *TALK), ["yes<|im_end|>", "<think>\n\n</think>\n\nno 🧀<|im_end|>"]),
         (PLAIN, TALK[:2], ["yes\n" + END]),
+        (CHATML, (TALK[0], ("assistant", "")), ["<|im_end|>"]),
+        (QWEN3, (TALK[0], ("assistant", "")), ["<think>\n\n</think>\n\n<|im_end|>"]),
     ],
 )
 def test_the_assistant_alone_is_supervised(

@@ -93,7 +93,7 @@ def _end(full: str, start: int, words: str, closing: str) -> int | None:
     if start < 0:
         return None
     said = full[start:]
-    if said.lstrip().startswith(words):
+    if words and said.lstrip().startswith(words):
         end = start + len(said) - len(said.lstrip()) + len(words)
         gap = full.find(closing, end)
         return gap + len(closing) if gap >= 0 and not full[end:gap].strip() else end
@@ -103,5 +103,5 @@ def _end(full: str, start: int, words: str, closing: str) -> int | None:
         return found + len(words) if found >= 0 else None
     # Reasoning left out, put in empty, or spaced anew: the one must still end as the other does.
     written, meant = ("".join(text.split()) for text in (full[start:gap], words))
-    same = bool(written) and (written.endswith(meant) or meant.endswith(written))
+    same = written.endswith(meant) or (bool(written) and meant.endswith(written))
     return gap + len(closing) if same else None
