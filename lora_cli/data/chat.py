@@ -96,7 +96,10 @@ def _end(full: str, start: int, words: str, closing: str) -> int | None:
     if words and said.lstrip().startswith(words):
         end = start + len(said) - len(said.lstrip()) + len(words)
         gap = full.find(closing, end)
-        return gap + len(closing) if gap >= 0 and not full[end:gap].strip() else end
+        if gap >= 0 and not full[end:gap].strip():
+            return gap + len(closing)
+        if words or gap < 0:
+            return end
     gap = full.find(closing, start) if closing else -1
     if gap < 0:
         found = full.find(words, start)
