@@ -65,10 +65,17 @@ def measure(
     """Perplexity of a model, or of an adapter beside its base, on the rows that ``data`` names."""
     from lora_cli.data.tokenize import check_ids
     from lora_cli.evaluation.compare import compare
-    from lora_cli.model.base import load_base, load_config, load_tokenizer, max_positions, resolve_dtype, skeleton
+    from lora_cli.model.base import (
+        best_device,
+        load_base,
+        load_config,
+        load_tokenizer,
+        max_positions,
+        resolve_dtype,
+        skeleton,
+    )
     from lora_cli.recipe.schema import Model
     from lora_cli.weights.check import check_weights
-    from lora_cli.weights.quantize import best_device
 
     config = load_config(base)
     check_weights(base, skeleton(config))

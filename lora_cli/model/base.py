@@ -72,6 +72,11 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
+def best_device() -> torch.device:
+    """The GPU when there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """``model.dtype`` in torch's terms. Raises UserError for float16 off the GPU, where there is no loss scaling."""
     if dtype == "auto":

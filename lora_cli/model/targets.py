@@ -58,11 +58,7 @@ def _by_word(word: str, layers: Iterable[str]) -> list[str]:
 def _by_pattern(pattern: str, layers: Iterable[str]) -> list[str]:
     if re.fullmatch(r"[\w.]+", pattern):
         return _by_list((pattern,), layers)
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        what = f"adapter.target_modules: '{pattern}' is not a regular expression: {error}"
-        raise UserError(what, hint=_what_exists(layers)) from error
+    expression = compile_pattern(pattern, layers)
     names = [name for name in layers if expression.fullmatch(name)]
     if not names:
         raise UserError(
@@ -70,6 +66,15 @@ def _by_pattern(pattern: str, layers: Iterable[str]) -> list[str]:
             hint=f"a name looks like {next(iter(layers))}; {_what_exists(layers)}",
         )
     return names
+
+
+def compile_pattern(pattern: str, layers: Iterable[str]) -> re.Pattern[str]:
+    """Raises UserError, naming the ``layers`` there are, when the pattern is no regular expression."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        what = f"adapter.target_modules: '{pattern}' is not a regular expression: {error}"
+        raise UserError(what, hint=_what_exists(layers)) from error
 
 
 def _by_list(wanted: Iterable[str], layers: Iterable[str]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -40,6 +39,9 @@ class Display:
             self.console.print(
                 f"warning: {text}" if warning else text, style="yellow" if warning else None, markup=False
             )
+        self._append(text)
+
+    def _append(self, text: str) -> None:
         if self._log is not None:
             with self._log.open("a", encoding="utf-8") as file:
                 file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
@@ -89,9 +91,7 @@ class Display:
             self.note(f"step {line['step']}  {text}{left}")
         else:
             self._progress.update(self._task, status=text)
-            if self._log is not None:
-                with self._log.open("a", encoding="utf-8") as file:
-                    file.write(f"{time.strftime('%H:%M:%S')} step {line['step']} {text}\n")
+            self._append(f"step {line['step']}  {text}")
 
 
 def describe(line: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
-"""The training loop, on Accelerate: ``train(recipe)`` reads top to bottom."""
+"""The training loop, on Accelerate: ``train`` reads top to bottom."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,6 +27,13 @@ from lora_cli.training.prepare import Prepared
 from lora_cli.training.record import now, provenance, result_record, run_record, tell
 from lora_cli.training.setup import Trainer, parameters, set_up, unwrap
 
+DIVERGED = "the checkpoints are kept; lower training.learning_rate, or look at the rows around this step"
+OUT_OF_MEMORY = (
+    "the checkpoints are kept; what helps most: a smaller training.per_device_train_batch_size (with more "
+    "gradient_accumulation_steps), training.gradient_checkpointing: true, a shorter data.max_length, or "
+    "quantization.method: nf4"
+)
+
 
 def train(job: Prepared, display: Display) -> dict[str, Any]:
     """Fine-tune what ``prepare`` has checked; returns run.json's content, which holds the result.
@@ -35,31 +43,43 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
     """
     began = time.perf_counter()
     trainer = set_up(job, display)
-    with locked(job.folder.root):
-        return run(trainer, began)
+    try:
+        with locked(job.folder.root):
+            return run(trainer, began)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise RunError(f"out of memory: {str(error).splitlines()[0]}", str(job.folder.root), OUT_OF_MEMORY) from error
 
 
 def run(trainer: Trainer, began: float) -> dict[str, Any]:
     """From the folder's first file to the adapter."""
     job, folder, display = trainer.job, trainer.job.folder, trainer.display
-    if job.resume:
-        folder.write_recipe(job.recipe)
-    else:
-        folder.begin(job.recipe)
-    display.log_to(folder.log)
-    tell(trainer)
     info = run_record(trainer)
-    folder.write_info(info)
-
-    progress = restore(trainer) if job.resume else start(trainer)
-    with catch_signals() as interrupt, display.steps(progress.step, trainer.total_steps):
-        progress = run_steps(trainer, progress, interrupt)
+    with catch_signals() as interrupt:
+        if job.resume:
+            folder.go_on(job.recipe, info)
+        else:
+            folder.begin(job.recipe, info)
+        display.log_to(folder.log)
+        tell(trainer)
+        start_trackers(trainer)
+        progress = restore(trainer) if job.resume else start(trainer)
+        with display.steps(progress.step, trainer.total_steps):
+            progress = run_steps(trainer, progress, interrupt)
 
     info |= {"finished": now(), "result": result_record(trainer, progress, time.perf_counter() - began)}
     save_adapter(folder.adapter, unwrap(trainer), job.tokenizer, provenance(trainer, info), job.recipe)
     folder.write_info(info)
     trainer.accelerator.end_training()
     return info
+
+
+def start_trackers(trainer: Trainer) -> None:
+    """Tell the trackers of ``report_to`` the recipe, each key under its dotted name."""
+    recipe = trainer.job.recipe
+    if recipe.training.report_to:
+        sections = recipe.model_dump(mode="json", exclude_none=True)
+        flat = {f"{name}.{key}": str(value) for name, section in sections.items() for key, value in section.items()}
+        trainer.accelerator.init_trackers("lora", config=flat)
 
 
 def start(trainer: Trainer) -> Progress:
@@ -104,10 +124,10 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Pro
             progress = evaluate_step(trainer, step, progress, clock)
         stop_early = has_converged(trainer, progress)
         if last or stop_early or interrupt.number or due(step.number, training.save_steps):
-            check_finite(trainer, step, float(loss), float(grad_norm))
+            check_finite(trainer, step.number, loss=float(loss), weight_norm=weight_norm(trainer))
             checkpoint.save(folder.checkpoints, progress, parameters(trainer), trainer.optimizer)
             checkpoint.rotate(folder.checkpoints, training.save_total_limit)
-        if interrupt.number and not last:
+        if interrupt.number and not last and not stop_early:
             hint = "the same command with --resume goes on from there"
             raise Interrupted(f"stopped after step {step.number}, checkpoint written", interrupt.number, hint)
         if stop_early:
@@ -144,6 +164,7 @@ def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock
     began = time.perf_counter()
     score = validate(trainer)
     clock.leave_out(time.perf_counter() - began)
+    check_finite(trainer, step.number, validation_loss=score.loss)
     log_score(trainer, step.number, step.epoch, score)
     progress = replace(progress, validation_loss=score.loss, validation_tokens=score.tokens)
     if progress.best_loss is None or score.loss < progress.best_loss:
@@ -166,7 +187,7 @@ def validate(trainer: Trainer) -> Score:
 
 def log_step(trainer: Trainer, step: Step, loss: float, grad_norm: float, learning_rate: float, clock: Clock) -> None:
     """Write a training line. Raises RunError when the loss or the gradient is no number any more."""
-    check_finite(trainer, step, loss, grad_norm)
+    check_finite(trainer, step.number, loss=loss, grad_norm=grad_norm)
     line = {
         "step": step.number,
         "epoch": round(step.epoch, 6),
@@ -181,14 +202,17 @@ def log_step(trainer: Trainer, step: Step, loss: float, grad_norm: float, learni
     log(trainer, line, seconds_left=clock.seconds_for(trainer.total_steps - step.number))
 
 
-def check_finite(trainer: Trainer, step: Step, loss: float, grad_norm: float) -> None:
-    """Raises RunError when the loss or the gradient is no number any more."""
-    if not (loss < float("inf") and grad_norm < float("inf")):
-        raise RunError(
-            f"step {step.number}: the loss is {loss} and the gradient's norm {grad_norm}",
-            str(trainer.job.folder.root),
-            "the checkpoints are kept; lower training.learning_rate, or look at the rows around this step",
-        )
+def check_finite(trainer: Trainer, step: int, **values: float) -> None:
+    """Raises RunError when one of the values is no finite number."""
+    wrong = {name.replace("_", " "): value for name, value in values.items() if not math.isfinite(value)}
+    if wrong:
+        told = ", ".join(f"{name} is {value}" for name, value in wrong.items())
+        raise RunError(f"step {step}: {told}", str(trainer.job.folder.root), DIVERGED)
+
+
+def weight_norm(trainer: Trainer) -> float:
+    """The norm of all trained weights; infinite or NaN when one of them is."""
+    return float(torch.nn.utils.get_total_norm([parameter.detach() for _, parameter in parameters(trainer)]))
 
 
 def log_score(trainer: Trainer, step: int, epoch: float, score: Score) -> None:

@@ -13,7 +13,7 @@ from lora_cli.data.formats import check_rows, pattern_faults
 from lora_cli.data.sources import check_sources, sources_of
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import check_quantizable, check_tokenizer, locate
-from lora_cli.model.targets import Target, choose_targets
+from lora_cli.model.targets import Target, choose_targets, compile_pattern
 from lora_cli.recipe.schema import Data, Recipe
 from lora_cli.training.run import RunFolder
 from lora_cli.weights.check import check_adapter, check_start, check_weights, stored_layers
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from lora_cli.data.tokenize import Examples, Fitted
+
+
+FLASH_PACKAGES = ("flash_attn", "flash_attn_interface", "kernels")
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,10 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     _check_without_torch(recipe, folder, resume, overwrite)
 
     from lora_cli.data.tokenize import check_ids
-    from lora_cli.model.base import load_config, load_tokenizer, max_positions, skeleton
+    from lora_cli.model.base import best_device, load_config, load_tokenizer, max_positions, resolve_dtype, skeleton
     from lora_cli.model.layers import linear_layers
 
+    resolve_dtype(recipe.model.dtype, best_device())
     base = locate(recipe.model.name_or_path, weights=True)
     if not Path(recipe.model.name_or_path).is_dir():  # a hub id, whose weights are here only now
         _check_weights_without_torch(recipe, base)
@@ -80,6 +84,10 @@ def _check_without_torch(recipe: Recipe, folder: RunFolder, resume: bool, overwr
 
     collect(lambda: folder.check(recipe, resume, overwrite))
     collect(lambda: _check_model(recipe))
+    attention = recipe.model.attn_implementation
+    if attention.startswith("flash") and not any(importlib.util.find_spec(name) for name in FLASH_PACKAGES):
+        hint = f"install one of {', '.join(FLASH_PACKAGES)}, or leave it at auto"
+        faults.append(Fault(f"model.attn_implementation: {attention} is not installed", hint=hint))
     for tracker in recipe.training.report_to:
         if importlib.util.find_spec(tracker) is None and not (
             tracker == "tensorboard" and importlib.util.find_spec("tensorboardX")
@@ -106,6 +114,8 @@ def _check_weights_without_torch(recipe: Recipe, base: Path) -> None:
     plain = all(re.fullmatch(r"[\w-]+", item) for item in ((wanted,) if isinstance(wanted, str) else wanted))
     if layers is not None and plain:
         choose_targets(layers, wanted, recipe.adapter.r)
+    elif layers is not None and isinstance(wanted, str):
+        compile_pattern(wanted, layers)
     if recipe.adapter.init_from is not None:
         check_base(Path(recipe.adapter.init_from), base)
         check_adapter(Path(recipe.adapter.init_from), base)

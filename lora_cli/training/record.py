@@ -73,8 +73,6 @@ def run_record(trainer: Trainer) -> dict[str, Any]:
     }
     if job.validation is not None:
         data["validation"] = {"rows": len(job.validation), "fingerprint": job.validation.fingerprint}
-    if recipe.training.report_to:
-        trainer.accelerator.init_trackers("lora", config={"recipe": str(recipe.model_dump())})
     return {
         "started": now(),
         "finished": None,

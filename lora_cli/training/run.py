@@ -44,12 +44,20 @@ class RunFolder:
 
     @property
     def holds_run(self) -> bool:
-        return self.recipe.is_file()
+        """Whether run.json is a run's: any folder may hold a recipe.yaml."""
+        try:
+            return {"started", "versions", "steps"} <= set(self.read_info())
+        except UserError:
+            return False
 
     def check(self, recipe: Recipe, resume: bool, overwrite: bool) -> None:
         """Raises UserError when this folder may not take the run that is asked for; writes nothing."""
         if self.root.is_file():
             raise UserError("training.output_dir is a file", str(self.root), "choose another folder")
+        start = recipe.adapter.init_from
+        if start is not None and Path(start).resolve().is_relative_to(self.root.resolve()):
+            hint = "copy that adapter elsewhere, or choose another training.output_dir"
+            raise UserError("adapter.init_from lies in the folder that the run would write", start, hint)
         if self.holds_run:
             if resume:
                 self._check_same(recipe)
@@ -78,14 +86,32 @@ class RunFolder:
                 for key, old, new in changed
             )
 
-    def begin(self, recipe: Recipe) -> None:
+    def begin(self, recipe: Recipe, info: Mapping[str, Any]) -> None:
         """Make the folder for a new run, in place of the one it holds."""
+        self.write_info(info)  # first: from here on the folder holds a run that can be resumed or replaced
         for path in (self.checkpoints, self.adapter):
             shutil.rmtree(path, ignore_errors=True)
-        for path in (self.info, self.metrics, self.log, self.report):
+        for path in (self.metrics, self.log, self.report):
             path.unlink(missing_ok=True)
-        self.write_recipe(recipe)  # first: from here on the folder holds a run that can be resumed or replaced
+        self.write_recipe(recipe)
         self.checkpoints.mkdir(exist_ok=True)
+
+    def go_on(self, recipe: Recipe, info: Mapping[str, Any]) -> None:
+        """Take the folder's run up again. Raises UserError when base or rows are not those it began with."""
+        before = self.read_info()
+        faults = [
+            Fault(f"--resume: {what} changed since the run began", str(self.root), "restore it, or begin a new run")
+            for what, old, new in (
+                ("the base model's weights have", before.get("base"), info["base"]),
+                ("the training rows have", before.get("data"), info["data"]),
+                ("the validation rows have", before["data"].get("validation"), info["data"].get("validation")),
+            )
+            if old and new and old["fingerprint"] != new["fingerprint"]
+        ]
+        if faults:
+            raise UserError(faults)
+        self.write_info({**info, "started": before["started"]})
+        self.write_recipe(recipe)
 
     def write_recipe(self, recipe: Recipe) -> None:
         write_whole(self.recipe, dump_recipe(recipe))
@@ -96,10 +122,11 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Every line of metrics.jsonl."""
+        """Every whole line of metrics.jsonl; a process killed while writing leaves a part of one."""
         if not self.metrics.is_file():
             return []
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def cut_metrics(self, step: int) -> None:
         """Leave out what was measured after ``step``: the steps a resumed run will take again."""
@@ -109,9 +136,11 @@ class RunFolder:
     def read_info(self) -> dict[str, Any]:
         """run.json. Raises UserError when it is missing or damaged."""
         try:
-            info: dict[str, Any] = json.loads(self.info.read_text(encoding="utf-8"))
+            info: Any = json.loads(self.info.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"not readable: {error}", str(self.info)) from error
+        if not isinstance(info, dict):
+            raise UserError("not a run's record", str(self.info))
         return info
 
     def write_info(self, info: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from lora_cli.data.sources import sources_of
 from lora_cli.errors import UserError
 from lora_cli.evaluation.loss import packs_exactly
 from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameters
-from lora_cli.model.base import load_base, resolve_dtype
+from lora_cli.model.base import best_device, load_base, resolve_dtype
 from lora_cli.model.memory import activation_bytes, free_bytes
 from lora_cli.training.display import Display
 from lora_cli.training.optimizer import make_optimizer
@@ -44,8 +44,7 @@ class Trainer:
 def set_up(job: Prepared, display: Display) -> Trainer:
     """Load the base, put the adapter on it, and make what the loop needs; writes nothing."""
     recipe = job.recipe
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = resolve_dtype(recipe.model.dtype, device)
+    dtype = resolve_dtype(recipe.model.dtype, best_device())
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(

@@ -14,7 +14,15 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from lora_cli.model.base import DTYPES, bitsandbytes_config, load_base, load_config, load_tokenizer, skeleton
+from lora_cli.model.base import (
+    DTYPES,
+    best_device,
+    bitsandbytes_config,
+    load_base,
+    load_config,
+    load_tokenizer,
+    skeleton,
+)
 from lora_cli.model.files import check_quantizable
 from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.weights.check import check_weights
@@ -75,11 +83,6 @@ def quantize(folder: Path, out: Path, quantization: Quantization) -> Quantized:
                 shutil.copyfile(folder / name, draft / name)
     before, after = (sum(file.stat().st_size for file in found) for found in (files, weight_files(out)))
     return Quantized(out, quantization.method, before, after, tuple(layers))
-
-
-def best_device() -> torch.device:
-    """The GPU when there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _errors(model: PreTrainedModel, headers: dict[str, TensorInfo]) -> Iterator[LayerError]:

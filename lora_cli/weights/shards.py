@@ -103,6 +103,7 @@ def whole_folder(out: Path, replace: bool = False) -> Iterator[Path]:
     Raises UserError when ``out`` exists and is not an empty folder (unless it is to be replaced), or its parent cannot
     be written; RunError when writing fails.
     """
+    out = out.resolve()  # a link is followed, not replaced
     if not replace:
         check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -113,10 +114,12 @@ def whole_folder(out: Path, replace: bool = False) -> Iterator[Path]:
         for file in draft.rglob("*"):
             if file.is_file():
                 sync(file)
+        former = draft.with_name(f"{draft.name}.former")
         if replace and out.exists():
-            shutil.rmtree(out)
+            out.replace(former)
         draft.replace(out)
         sync(out.parent)
+        shutil.rmtree(former, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         what = f"could not be written: {reason} ({shutil.disk_usage(out.parent).free:,} bytes are free there)"
