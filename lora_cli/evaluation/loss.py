@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from lora_cli.data.tokenize import Examples
+    from lora_cli.data.tokenize import Examples, Ints
 
 
 @dataclass(frozen=True)
@@ -51,30 +52,46 @@ def summed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="sum")
 
 
-@torch.no_grad()
 def evaluate(model: torch.nn.Module, batches: Iterable[Batch], device: torch.device) -> Score:
-    """Loss over all supervised tokens of all batches, each counted once; draws no random number.
+    """Loss over all supervised tokens of all batches, each counted once; draws no random number."""
+    return score(tally_loss(model, ((batch, 1.0) for batch in batches), device))
 
-    A model in 16 bits runs under autocast, as it does in training. It is left in the mode it was found in.
+
+@torch.no_grad()
+def tally_loss(model: torch.nn.Module, batches: Iterable[tuple[Batch, float]], device: torch.device) -> torch.Tensor:
+    """Summed negative log-likelihood and number of supervised tokens: (2,) float64 on ``device``.
+
+    A batch of weight 0 is gone through and not counted. Draws no random number. A model in 16 bits runs under autocast,
+    as it does in training; it is left in the mode it was found in.
     """
     training = model.training
     model.eval()
-    total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    tally = torch.zeros(2, dtype=torch.float64, device=device)
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    for batch in batches:
+    for batch, weight in batches:
         with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
-            total += summed_loss(model, batch.to(device)).double()
-        tokens += int((batch.targets != -100).sum())
+            nll = summed_loss(model, batch.to(device)).double()
+        tally += weight * torch.stack([nll, (batch.targets != -100).sum().to(nll)])
     model.train(training)
-    return Score(float(total) / max(tokens, 1), tokens)
+    return tally
+
+
+def score(tally: torch.Tensor) -> Score:
+    """The mean loss of what ``tally_loss`` counted."""
+    total, tokens = tally.tolist()
+    return Score(total / max(tokens, 1), int(tokens))
+
+
+def evaluation_groups(examples: Examples, batch_size: int, max_length: int, packing: bool) -> list[Ints]:
+    """The examples in their own order, cut into packed or padded batches."""
+    return group(np.arange(len(examples)), examples.lengths, batch_size, max_length, packing)
 
 
 def evaluation_batches(
     examples: Examples, batch_size: int, max_length: int, packing: bool, pad_token_id: int
 ) -> Iterable[Batch]:
     """The examples in their own order, as packed or padded batches."""
-    order = torch.arange(len(examples)).numpy()
-    for rows in group(order, examples.lengths, batch_size, max_length, packing):
+    for rows in evaluation_groups(examples, batch_size, max_length, packing):
         yield collate(examples, rows, packing, pad_token_id)
 
 

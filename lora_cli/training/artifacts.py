@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from lora_cli.weights.provenance import PROVENANCE
 from lora_cli.weights.shards import whole_folder
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
@@ -40,15 +42,19 @@ def base_record(recipe: Recipe, base: Path, fingerprint: str, adapter: Path) -> 
 def save_adapter(
     folder: Path,
     model: PeftModel,
+    weights: Mapping[str, torch.Tensor],
     tokenizer: PreTrainedTokenizerBase,
     provenance: dict[str, Any],
     recipe: Recipe,
 ) -> None:
-    """Write the adapter in PEFT's layout, with tokenizer, chat template, provenance and model card; whole or absent."""
+    """Write the adapter in PEFT's layout, with tokenizer, chat template, provenance and model card; whole or absent.
+
+    ``weights`` are the trained ones by name, whole: the model itself may hold one process's shards alone.
+    """
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path = provenance["base"]["name_or_path"]
     with whole_folder(folder, replace=True) as draft:
-        model.save_pretrained(str(draft), safe_serialization=True, save_embedding_layers=False)
+        model.save_pretrained(str(draft), True, state_dict=dict(weights), save_embedding_layers=False)
         tokenizer.save_pretrained(str(draft))
         (draft / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
         (draft / "README.md").write_text(model_card(recipe, provenance), encoding="utf-8")

@@ -14,14 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lora_cli.errors import UserError
 from lora_cli.weights.shards import whole_folder
 
 MANIFEST = "manifest.json"
+DOCUMENT = "state.json"
+FILES = ("weights", "optimizer", "random")
 NAME = re.compile(r"step-(\d{8})")
 NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,26 +42,58 @@ class Progress:
     evaluations_since_best: int = 0
 
 
-def save(folder: Path, progress: Progress, parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> Path:
-    """Write ``folder``/step-NNNNNNNN: trained weights, optimizer state and random states, as safetensors and JSON."""
-    target = folder / f"step-{progress.step:08d}"
+@dataclass(frozen=True)
+class State:
+    """A checkpoint in memory: trained weights, the optimizer's tensors and every process's random tensors by name, and
+    a document (JSON) of all that is no tensor."""
+
+    weights: Tensors
+    optimizer: Tensors
+    random: Tensors
+    document: dict[str, Any]
+
+
+def capture(progress: Progress, parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> State:
+    """The run's state, whole on every process; each must call this, since sharded tensors are gathered."""
     state = optimizer.state_dict()
     moments, numbers = _split_state(state["state"])
-    tensors, random_numbers = _random_state()
+    random_tensors: Tensors = {}
+    random_numbers = []
+    for index, (tensors, numbers_there) in enumerate(gather_object([_random_state()])):
+        random_tensors |= {f"{index}.{name}": tensor for name, tensor in tensors.items()}
+        random_numbers.append(numbers_there)
+    document = {
+        "progress": asdict(progress),
+        "optimizer": {"numbers": numbers, "param_groups": state["param_groups"]},
+        "random": random_numbers,
+    }
+    return State({name: whole(tensor) for name, tensor in parameters}, moments, random_tensors, document)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy in host memory; of a sharded tensor, all processes' shards (every process must call this)."""
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    # A copy each: 8-bit optimizers share one table of levels, and safetensors refuses shared storage.
+    return tensor.cpu().clone().contiguous()
+
+
+def write(folder: Path, state: State) -> Path:
+    """Write ``folder``/step-NNNNNNNN as safetensors and JSON, whole or not at all."""
+    target = folder / f"step-{state.document['progress']['step']:08d}"
     with whole_folder(target, replace=True) as draft:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in parameters}, draft / "adapter.safetensors"
-        )
-        save_file(moments, draft / "optimizer.safetensors")
-        save_file(tensors, draft / "random.safetensors")
-        document = {
-            "progress": asdict(progress),
-            "optimizer": {"numbers": numbers, "param_groups": state["param_groups"]},
-            "random": random_numbers,
-        }
-        (draft / "state.json").write_text(json.dumps(document), encoding="utf-8")
+        for name in FILES:
+            save_file(getattr(state, name), draft / f"{name}.safetensors")
+        (draft / DOCUMENT).write_text(json.dumps(state.document), encoding="utf-8")
         (draft / MANIFEST).write_text(json.dumps(_manifest(draft)), encoding="utf-8")
     return target
+
+
+def read(path: Path) -> State:
+    """A checkpoint that ``is_whole``, in host memory."""
+    weights, optimizer, random_states = (load_file(path / f"{name}.safetensors") for name in FILES)
+    return State(weights, optimizer, random_states, json.loads((path / DOCUMENT).read_text(encoding="utf-8")))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -89,33 +126,43 @@ def rotate(folder: Path, keep: int | None) -> None:
         shutil.rmtree(draft)
 
 
-def restore(path: Path, parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put weights, optimizer and random states back as they were. Raises UserError when the checkpoint does not fit."""
-    weights = load_file(path / "adapter.safetensors")
-    names = {name for name, _ in parameters}
-    if names != set(weights):
-        raise UserError("the checkpoint holds other parameters than the recipe trains", str(path))
+def restore(state: State, parameters: NamedParameters, optimizer: torch.optim.Optimizer, process: int) -> Progress:
+    """Put weights, optimizer and this process's random state back as they were.
+
+    A process beyond those of the interrupted run keeps the random state it has. Raises UserError when the state is of
+    other parameters.
+    """
+    if {name for name, _ in parameters} != set(state.weights):
+        raise UserError("the checkpoint holds other parameters than the recipe trains")
     with torch.no_grad():
         for name, parameter in parameters:
-            if parameter.shape != weights[name].shape:
-                raise UserError(f"{name} has another shape in the checkpoint", str(path))
-            parameter.copy_(weights[name])
-    document = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    state: dict[int, dict[str, Any]] = {}
-    for key, number in document["optimizer"]["numbers"].items():
+            if parameter.shape != state.weights[name].shape:
+                raise UserError(f"{name} has another shape in the checkpoint")
+            parameter.copy_(_laid_out_as(state.weights[name], parameter))
+    entries: dict[int, dict[str, Any]] = {}
+    for key, value in (*state.document["optimizer"]["numbers"].items(), *state.optimizer.items()):
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = number
-    for key, tensor in load_file(path / "optimizer.safetensors").items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": document["optimizer"]["param_groups"]})
-    _restore_random(document["random"], load_file(path / "random.safetensors"))
-    return Progress(**document["progress"])
+        parameter = parameters[int(index)][1]
+        is_moment = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        entries.setdefault(int(index), {})[name] = _laid_out_as(value, parameter) if is_moment else value
+    optimizer.load_state_dict({"state": entries, "param_groups": state.document["optimizer"]["param_groups"]})
+    if process < len(state.document["random"]):
+        own = f"{process}."
+        tensors = {name.removeprefix(own): value for name, value in state.random.items() if name.startswith(own)}
+        _restore_random(state.document["random"][process], tensors)
+    return Progress(**state.document["progress"])
 
 
-def _split_state(state: dict[int, dict[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _laid_out_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Sharded over processes as ``like`` is."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return tensor
+
+
+def _split_state(state: dict[int, dict[str, Any]]) -> tuple[Tensors, dict[str, Any]]:
     """The optimizer's state as named tensors, and what is no tensor."""
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: Tensors = {}
     numbers: dict[str, Any] = {}
     for index, entry in state.items():
         flat: dict[str, Any] = {}
@@ -123,14 +170,13 @@ def _split_state(state: dict[int, dict[str, Any]]) -> tuple[dict[str, torch.Tens
             flat |= value if isinstance(value, dict) else {name: value}
         for name, value in flat.items():
             if isinstance(value, torch.Tensor):
-                # A copy each: 8-bit optimizers share one table of levels, and safetensors refuses shared storage.
-                tensors[f"{index}.{name}"] = value.detach().cpu().clone().contiguous()
+                tensors[f"{index}.{name}"] = whole(value)
             else:
                 numbers[f"{index}.{name}"] = value
     return tensors, numbers
 
 
-def _random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _random_state() -> tuple[Tensors, dict[str, Any]]:
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
@@ -139,7 +185,7 @@ def _random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors, numbers
 
 
-def _restore_random(numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+def _restore_random(numbers: dict[str, Any], tensors: Tensors) -> None:
     torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])

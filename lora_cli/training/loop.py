@@ -5,25 +5,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from lora_cli.data.batches import Step, collate
 from lora_cli.errors import Interrupted, RunError
-from lora_cli.evaluation.loss import Score, evaluate, evaluation_batches, summed_loss
+from lora_cli.evaluation.loss import Score, evaluation_groups, score, summed_loss, tally_loss
 from lora_cli.model.base import pad_token_id
 from lora_cli.training import checkpoint
 from lora_cli.training.artifacts import save_adapter
-from lora_cli.training.checkpoint import Progress
+from lora_cli.training.checkpoint import Progress, State
 from lora_cli.training.clock import Clock
 from lora_cli.training.display import Display
 from lora_cli.training.interrupt import Interrupt, catch_signals
 from lora_cli.training.lock import locked
 from lora_cli.training.optimizer import learning_rate_at
 from lora_cli.training.prepare import Prepared
+from lora_cli.training.processes import highest, own_share, summed
 from lora_cli.training.record import now, provenance, result_record, run_record, tell
 from lora_cli.training.setup import Trainer, parameters, set_up, unwrap
 
@@ -44,7 +47,7 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
     began = time.perf_counter()
     trainer = set_up(job, display)
     try:
-        with locked(job.folder.root):
+        with locked(job.folder.root) if trainer.writes else nullcontext():
             return run(trainer, began)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise RunError(f"out of memory: {str(error).splitlines()[0]}", str(job.folder.root), OUT_OF_MEMORY) from error
@@ -55,11 +58,12 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
     job, folder, display = trainer.job, trainer.job.folder, trainer.display
     info = run_record(trainer)
     with catch_signals() as interrupt:
-        if job.resume:
-            folder.go_on(job.recipe, info)
-        else:
-            folder.begin(job.recipe, info)
-        display.log_to(folder.log)
+        if trainer.writes:
+            if job.resume:
+                folder.go_on(job.recipe, info)
+            else:
+                folder.begin(job.recipe, info)
+            display.log_to(folder.log)
         tell(trainer)
         start_trackers(trainer)
         progress = restore(trainer) if job.resume else start(trainer)
@@ -67,8 +71,10 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
             progress = run_steps(trainer, progress, interrupt)
 
     info |= {"finished": now(), "result": result_record(trainer, progress, time.perf_counter() - began)}
-    save_adapter(folder.adapter, unwrap(trainer), job.tokenizer, provenance(trainer, info), job.recipe)
-    folder.write_info(info)
+    weights = {name: checkpoint.whole(weight) for name, weight in parameters(trainer)}
+    if trainer.writes:
+        save_adapter(folder.adapter, unwrap(trainer), weights, job.tokenizer, provenance(trainer, info), job.recipe)
+        folder.write_info(info)
     trainer.accelerator.end_training()
     return info
 
@@ -94,22 +100,34 @@ def start(trainer: Trainer) -> Progress:
 
 def restore(trainer: Trainer) -> Progress:
     """Go on from the newest whole checkpoint; from the beginning when there is none."""
+    folder = trainer.job.folder
+    found: list[State | None] = [newest_whole(trainer) if trainer.writes else None]
+    broadcast_object_list(found)
+    state = found[0]
+    progress = (
+        checkpoint.restore(state, parameters(trainer), trainer.optimizer, trainer.accelerator.process_index)
+        if state
+        else None
+    )
+    if trainer.writes:
+        folder.cut_metrics(progress.step if progress else -1)
+    return progress or start(trainer)
+
+
+def newest_whole(trainer: Trainer) -> State | None:
+    """The newest checkpoint that is whole; says which, and which were passed over."""
     for path in reversed(checkpoint.checkpoints(trainer.job.folder.checkpoints)):
-        if not checkpoint.is_whole(path):
-            trainer.display.note(f"{path} is damaged and left aside", warning=True)
-            continue
-        progress = checkpoint.restore(path, parameters(trainer), trainer.optimizer)
-        trainer.job.folder.cut_metrics(progress.step)
-        trainer.display.note(f"resumed from {path}")
-        return progress
-    trainer.job.folder.cut_metrics(-1)
+        if checkpoint.is_whole(path):
+            trainer.display.note(f"resumed from {path}")
+            return checkpoint.read(path)
+        trainer.display.note(f"{path} is damaged and left aside", warning=True)
     trainer.display.note("no whole checkpoint: beginning again", warning=True)
-    return start(trainer)
+    return None
 
 
 def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Progress:
     """Every step that is left: learn, log, evaluate, save."""
-    training, folder = trainer.job.recipe.training, trainer.job.folder
+    training = trainer.job.recipe.training
     rate = learning_rate_at(training, trainer.optimizer, trainer.total_steps)
     clock = Clock()
     for step in remaining(trainer, progress):
@@ -123,40 +141,53 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Pro
         if trainer.job.validation is not None and (last or due(step.number, training.eval_steps)):
             progress = evaluate_step(trainer, step, progress, clock)
         stop_early = has_converged(trainer, progress)
-        if last or stop_early or interrupt.number or due(step.number, training.save_steps):
+        asked_to_stop = highest(interrupt.number, trainer.accelerator)
+        if last or stop_early or asked_to_stop or due(step.number, training.save_steps):
             check_finite(trainer, step.number, loss=float(loss), weight_norm=weight_norm(trainer))
-            checkpoint.save(folder.checkpoints, progress, parameters(trainer), trainer.optimizer)
-            checkpoint.rotate(folder.checkpoints, training.save_total_limit)
-        if interrupt.number and not last and not stop_early:
+            save(trainer, progress)
+        if asked_to_stop and not last and not stop_early:
             hint = "the same command with --resume goes on from there"
-            raise Interrupted(f"stopped after step {step.number}, checkpoint written", interrupt.number, hint)
+            raise Interrupted(f"stopped after step {step.number}, checkpoint written", asked_to_stop, hint)
         if stop_early:
             trainer.display.note(f"stopping early: best validation loss was at step {progress.best_step}")
             break
     return progress
 
 
+def save(trainer: Trainer, progress: Progress) -> None:
+    """Write a checkpoint; only then remove older ones."""
+    state = checkpoint.capture(progress, parameters(trainer), trainer.optimizer)
+    if trainer.writes:
+        folder = trainer.job.folder.checkpoints
+        checkpoint.write(folder, state)
+        checkpoint.rotate(folder, trainer.job.recipe.training.save_total_limit)
+    trainer.accelerator.wait_for_everyone()
+
+
 def take_step(trainer: Trainer, step: Step, learning_rate: float) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step. Returns its loss, a mean over all its supervised tokens, and the gradient's norm.
 
     Each micro-batch's summed loss is divided by the whole step's supervised tokens before the backward pass, so that
-    the gradient does not depend on how rows fall into micro-batches.
+    the gradient does not depend on how rows fall into micro-batches and processes; what divides it by the number of
+    processes afterwards (DistributedDataParallel, fully_shard) is made up for.
     """
     accelerator, optimizer, training = trainer.accelerator, trainer.optimizer, trainer.job.recipe.training
     for parameter_group in optimizer.param_groups:
         parameter_group["lr"] = learning_rate
     total = torch.zeros((), device=accelerator.device)
-    for rows in step.micro_batches:
+    micro_batches = own_share(step.micro_batches, accelerator)
+    for index, (rows, weight) in enumerate(micro_batches):
         batch = collate(trainer.job.train.examples, rows, trainer.packing, pad_token_id(trainer.job.tokenizer))
-        nll = summed_loss(trainer.model, batch.to(accelerator.device))
-        accelerator.backward(nll / step.supervised)
+        with nullcontext() if index == len(micro_batches) - 1 else accelerator.no_sync(trainer.model):
+            nll = weight * summed_loss(trainer.model, batch.to(accelerator.device))
+            accelerator.backward(nll * accelerator.num_processes / step.supervised)
         total += nll.detach()
     weights = [parameter for _, parameter in parameters(trainer)]
     grad_norm = accelerator.clip_grad_norm_(weights, training.max_grad_norm or float("inf"))
     assert grad_norm is not None
     optimizer.step()
     optimizer.zero_grad()
-    return total / step.supervised, grad_norm
+    return summed(total, accelerator) / step.supervised, grad_norm
 
 
 def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock) -> Progress:
@@ -173,16 +204,16 @@ def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock
 
 
 def validate(trainer: Trainer) -> Score:
-    """Loss on the validation rows with the model as it is."""
-    assert trainer.job.validation is not None
-    batches = evaluation_batches(
-        trainer.job.validation,
-        trainer.job.recipe.training.per_device_train_batch_size,
-        trainer.job.max_length,
-        trainer.packing,
-        pad_token_id(trainer.job.tokenizer),
+    """Loss on the validation rows with the model as it is, each row counted once over all processes."""
+    job, training = trainer.job, trainer.job.recipe.training
+    assert job.validation is not None
+    groups = evaluation_groups(job.validation, training.per_device_train_batch_size, job.max_length, trainer.packing)
+    batches = (
+        (collate(job.validation, rows, trainer.packing, pad_token_id(job.tokenizer)), weight)
+        for rows, weight in own_share(groups, trainer.accelerator)
     )
-    return evaluate(trainer.model, batches, trainer.accelerator.device)
+    tally = summed(tally_loss(trainer.model, batches, trainer.accelerator.device), trainer.accelerator)
+    return score(tally)
 
 
 def log_step(trainer: Trainer, step: Step, loss: float, grad_norm: float, learning_rate: float, clock: Clock) -> None:
@@ -223,7 +254,8 @@ def log_score(trainer: Trainer, step: int, epoch: float, score: Score) -> None:
 
 def log(trainer: Trainer, line: dict[str, Any], seconds_left: float | None = None) -> None:
     """Write a line to metrics.jsonl, the display and the trackers."""
-    trainer.job.folder.append_metrics(line)
+    if trainer.writes:
+        trainer.job.folder.append_metrics(line)
     trainer.display.metrics(line, seconds_left)
     if trainer.job.recipe.training.report_to:
         values = {f"{line['split']}/{key}": value for key, value in line.items() if key not in ("step", "split")}

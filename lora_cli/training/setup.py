@@ -13,7 +13,6 @@ from accelerate.utils import set_seed
 
 from lora_cli.data.batches import Schedule
 from lora_cli.data.sources import sources_of
-from lora_cli.errors import UserError
 from lora_cli.evaluation.loss import packs_exactly
 from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameters
 from lora_cli.model.base import best_device, load_base, resolve_dtype
@@ -40,6 +39,11 @@ class Trainer:
     dtype: torch.dtype
     display: Display
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run's files: one does."""
+        return bool(self.accelerator.is_main_process)
+
 
 def set_up(job: Prepared, display: Display) -> Trainer:
     """Load the base, put the adapter on it, and make what the loop needs; writes nothing."""
@@ -48,19 +52,18 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
         mixed_precision=precision,
         log_with=list(recipe.training.report_to) or None,
         project_dir=recipe.training.output_dir,
     )
-    if accelerator.num_processes > 1:
-        raise UserError("this version trains in one process", hint="launch it without --num_processes")
     set_seed(recipe.training.seed)
     display.note(f"loading {recipe.model.name_or_path}")
     base = load_base(job.base, recipe.model, recipe.quantization, accelerator.device, dtype)
     packing = recipe.data.packing and packs_exactly(base, accelerator.device)
     if recipe.data.packing and not packing:
         display.note("data.packing: this architecture mixes packed rows; rows are padded instead", warning=True)
-    schedule = make_schedule(job, packing)
+    schedule = make_schedule(job, packing, accelerator.num_processes)
     if needs_checkpointing(job, schedule, dtype, accelerator.device):
         base.gradient_checkpointing_enable({"use_reentrant": False})
     if recipe.adapter.init_from is None:
@@ -70,11 +73,12 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     optimizer = make_optimizer(recipe.training, [p for _, p in trainable_parameters(model)])
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
+    set_seed(recipe.training.seed, device_specific=True)  # the same start on all processes, dropout of its own on each
     total = schedule.total_steps(recipe.training.num_train_epochs, recipe.training.max_steps)
     return Trainer(job, accelerator, model, optimizer, schedule, packing, total, dtype, display)
 
 
-def make_schedule(job: Prepared, packing: bool) -> Schedule:
+def make_schedule(job: Prepared, packing: bool, processes: int) -> Schedule:
     """Which rows each step takes."""
     recipe = job.recipe
     examples = job.train.examples
@@ -88,7 +92,7 @@ def make_schedule(job: Prepared, packing: bool) -> Schedule:
         batch_size=recipe.training.per_device_train_batch_size,
         max_length=job.max_length,
         packing=packing,
-        accumulation=recipe.training.gradient_accumulation_steps,
+        accumulation=recipe.training.gradient_accumulation_steps * processes,
     )
 
 
