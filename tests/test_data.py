@@ -19,9 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_cli.data.batches import Schedule, collate, epoch_order, group, split_validation
+from lora_cli.data.examples import Examples, fit, sliding_windows
 from lora_cli.data.formats import FORMATS, Message, check_rows, read_content
 from lora_cli.data.sources import READERS, Row, hub_rows, read_rows, sources_of
-from lora_cli.data.tokenize import Examples, fit, sliding_windows, tokenize
+from lora_cli.data.tokenize import tokenize
 from lora_cli.errors import Fault, LoraError, UserError
 from lora_cli.evaluation.loss import summed_loss
 from lora_cli.recipe.schema import Data, Source, Template

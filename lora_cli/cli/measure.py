@@ -11,7 +11,7 @@ from lora_cli.recipe.schema import Data, Quantization, Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lora_cli.data.tokenize import Examples
+    from lora_cli.data.examples import Examples
     from lora_cli.evaluation.compare import Comparison
 
 
@@ -40,8 +40,9 @@ def check(data: Data) -> None:
 def examples_of(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> Examples:
     """The rows to measure: of ``validation`` when the section has it (a share is split off as training did)."""
     from lora_cli.data.batches import split_validation
+    from lora_cli.data.examples import cut_for_evaluation
     from lora_cli.data.sources import sources_of
-    from lora_cli.data.tokenize import cut_for_evaluation, tokenize
+    from lora_cli.data.tokenize import tokenize
 
     if data.validation is None or isinstance(data.validation, float):
         rows = tokenize(data, sources_of(data.train), tokenizer)
@@ -63,7 +64,7 @@ def measure(
     base: Path, adapter: Path | None, data: Data, recipe: Recipe | None, quantization: Quantization | None = None
 ) -> Comparison:
     """Perplexity of a model, or of an adapter beside its base, on the rows that ``data`` names."""
-    from lora_cli.data.tokenize import check_ids
+    from lora_cli.data.examples import check_ids
     from lora_cli.evaluation.compare import compare
     from lora_cli.model.base import (
         best_device,

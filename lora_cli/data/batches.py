@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from lora_cli.data.tokenize import Examples, Ints
+from lora_cli.data.examples import Examples, Ints
 
 if TYPE_CHECKING:
     import torch

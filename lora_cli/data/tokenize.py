@@ -1,17 +1,15 @@
-"""Rows -> token ids and which of them are supervised, held in flat arrays."""
+"""Rows -> token ids and which of them are supervised."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from lora_cli.data.chat import conversation_segments, end_of_turn
+from lora_cli.data.examples import Examples, Ints, Mask, Tokens, join_pieces
 from lora_cli.data.formats import Message, Segment, detect, read_content
 from lora_cli.data.sources import Row, read_rows
 from lora_cli.errors import Fault, UserError
@@ -20,70 +18,7 @@ from lora_cli.recipe.schema import Data, Source
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Ints = npt.NDArray[np.int64]
-Tokens = npt.NDArray[np.int32]
-Mask = npt.NDArray[np.bool_]
 ROWS_AT_ONCE = 1000
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Tokenized rows, end to end.
-
-    ``ids`` (total tokens, int32), ``supervised`` (total tokens, bool; never a row's first token, which nothing
-    predicts), ``offsets`` (rows + 1, int64), ``source`` (rows, int32: the part of the mixture a row is from).
-    ``fingerprint`` is a SHA-256 over ids and supervision.
-    """
-
-    ids: Tokens
-    supervised: Mask
-    offsets: Ints
-    source: Tokens
-    format: str
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> Ints:
-        return np.diff(self.offsets)
-
-    @property
-    def supervised_per_row(self) -> Ints:
-        running = np.concatenate(([0], np.cumsum(self.supervised, dtype=np.int64)))
-        return running[self.offsets[1:]] - running[self.offsets[:-1]]
-
-    @property
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for array in (self.ids, self.supervised, self.offsets, self.source):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
-
-    def row(self, index: int) -> tuple[Tokens, Mask]:
-        """Ids and supervision of one row."""
-        span = slice(self.offsets[index], self.offsets[index + 1])
-        return self.ids[span], self.supervised[span]
-
-    def select(self, rows: Sequence[int] | Ints) -> Examples:
-        """These rows alone, in this order."""
-        pieces = [(*self.row(int(index)), int(self.source[index])) for index in rows]
-        return _examples(pieces, self.format)
-
-
-Piece = tuple[Tokens, Mask, int]
-"""A row's ids, its supervision and its source."""
-
-
-def _examples(pieces: Sequence[Piece], format_name: str) -> Examples:
-    offsets = np.concatenate(([0], np.cumsum([len(ids) for ids, _, _ in pieces], dtype=np.int64)))
-    return Examples(
-        ids=np.concatenate([ids for ids, _, _ in pieces]) if pieces else np.zeros(0, np.int32),
-        supervised=np.concatenate([mask for _, mask, _ in pieces]) if pieces else np.zeros(0, np.bool_),
-        offsets=offsets.astype(np.int64),
-        source=np.asarray([source for _, _, source in pieces], np.int32),
-        format=format_name,
-    )
 
 
 def tokenize(data: Data, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> Examples:
@@ -93,76 +28,7 @@ def tokenize(data: Data, sources: Sequence[Source], tokenizer: PreTrainedTokeniz
     """
     encoder = _Encoder(data, tokenizer)
     pieces = [(ids, mask, row.source) for row, ids, mask in encoder.encode_all(read_rows(sources))]
-    return _examples(pieces, encoder.format)
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """Examples that fit the model, and how many rows were cut and how many had nothing left to learn."""
-
-    examples: Examples
-    rows: int
-    truncated: int
-    dropped: int
-
-
-def fit(examples: Examples, max_length: int, what: str) -> Fitted:
-    """Keep each row's first ``max_length`` tokens; drop rows that are left with nothing supervised.
-
-    Raises UserError, naming ``what``, when no row is left.
-    """
-    pieces = [
-        (ids[:max_length], mask[:max_length], int(source))
-        for (ids, mask), source in zip(map(examples.row, range(len(examples))), examples.source, strict=True)
-        if mask[:max_length].any()
-    ]
-    if not pieces:
-        raise UserError(
-            f"nothing to learn or measure: none of {len(examples)} rows has a supervised token among its first "
-            f"{max_length}",
-            what,
-            "raise data.max_length, or set data.train_on: all",
-        )
-    truncated = int((examples.lengths > max_length).sum())
-    fitted = examples if len(pieces) == len(examples) and not truncated else _examples(pieces, examples.format)
-    return Fitted(fitted, len(examples), truncated, len(examples) - len(pieces))
-
-
-def sliding_windows(examples: Examples, max_length: int) -> Examples:
-    """Cut long rows into windows that overlap by half, each token supervised once, with what precedes it as context.
-
-    This is how perplexity of plain text is measured; nothing is cut off.
-    """
-    stride = max(1, max_length // 2)
-    pieces: list[Piece] = []
-    for index in range(len(examples)):
-        ids, mask = examples.row(index)
-        scored = 0
-        for start in range(0, len(ids), stride):
-            end = min(start + max_length, len(ids))
-            wanted = mask[start:end].copy()
-            wanted[: max(scored - start, 1)] = False
-            if wanted.any():
-                pieces.append((ids[start:end], wanted, int(examples.source[index])))
-            scored = end
-            if end == len(ids):
-                break
-    return _examples(pieces, examples.format)
-
-
-def check_ids(examples: Examples, vocabulary: int, where: str) -> None:
-    """Raises UserError when a token's id is beyond the model's vocabulary: the tokenizer is another model's."""
-    highest = int(examples.ids.max(initial=0))
-    if highest >= vocabulary:
-        what = f"the tokenizer gives ids up to {highest}, but the model's vocabulary has {vocabulary}"
-        raise UserError(what, where, "tokenizer and weights are of different models")
-
-
-def cut_for_evaluation(examples: Examples, max_length: int, what: str) -> Examples:
-    """Plain text in sliding windows, anything else by its beginning, as in training. Raises UserError as fit does."""
-    if examples.format == "text":
-        return sliding_windows(examples, max_length)
-    return fit(examples, max_length, what).examples
+    return join_pieces(pieces, encoder.format)
 
 
 class _Encoder:

@@ -13,7 +13,7 @@ from lora_cli.model.base import pad_token_id
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lora_cli.data.tokenize import Examples
+    from lora_cli.data.examples import Examples
 
 ROWS_AT_ONCE = 4
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from lora_cli.data.tokenize import Examples, Ints
+    from lora_cli.data.examples import Examples, Ints
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from lora_cli.weights.provenance import check_base
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-    from lora_cli.data.tokenize import Examples, Fitted
+    from lora_cli.data.examples import Examples, Fitted
 
 
 FLASH_PACKAGES = ("flash_attn", "flash_attn_interface", "kernels")
@@ -49,7 +49,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     folder = RunFolder(recipe.training.output_dir)
     _check_without_torch(recipe, folder, resume, overwrite)
 
-    from lora_cli.data.tokenize import check_ids
+    from lora_cli.data.examples import check_ids
     from lora_cli.model.base import best_device, load_config, load_tokenizer, max_positions, resolve_dtype, skeleton
     from lora_cli.model.layers import linear_layers
 
@@ -133,8 +133,9 @@ def check_data(data: Data) -> list[Fault]:
 
 def _examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Fitted, Examples | None]:
     from lora_cli.data.batches import split_validation
-    from lora_cli.data.tokenize import cut_for_evaluation as cut
-    from lora_cli.data.tokenize import fit, tokenize
+    from lora_cli.data.examples import cut_for_evaluation as cut
+    from lora_cli.data.examples import fit
+    from lora_cli.data.tokenize import tokenize
 
     data = recipe.data
     rows = tokenize(data, sources_of(data.train), tokenizer)
