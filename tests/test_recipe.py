@@ -480,6 +480,13 @@ def test_an_unreadable_file() -> None:
             "training.warmup_steps: warmup_ratio is given too (0.1); keep one",
             None,
         ),
+        (
+            "training",
+            "max_steps: 1\n  warmup_steps: 5",
+            "7:17",
+            "training.warmup_steps: with max_steps: 1 the learning rate would be 0; set it to 0",
+            None,
+        ),
     ],
 )
 def test_a_wrong_key_or_value(section: str, line: str, where: str, what: str, hint: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,27 +53,34 @@ def summed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="sum")
 
 
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; 16 bits under autocast, as in training. Left as it was found."""
+    training = model.training
+    device, dtype = next((p.device, p.dtype) for p in model.parameters() if p.is_floating_point())
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+            yield
+    finally:
+        model.train(training)
+
+
 def evaluate(model: torch.nn.Module, batches: Iterable[Batch], device: torch.device) -> Score:
     """Loss over all supervised tokens of all batches, each counted once; draws no random number."""
     return score(tally_loss(model, ((batch, 1.0) for batch in batches), device))
 
 
-@torch.no_grad()
 def tally_loss(model: torch.nn.Module, batches: Iterable[tuple[Batch, float]], device: torch.device) -> torch.Tensor:
     """Summed negative log-likelihood and number of supervised tokens: (2,) float64 on ``device``.
 
-    A batch of weight 0 is gone through and not counted. Draws no random number. A model in 16 bits runs under autocast,
-    as it does in training; it is left in the mode it was found in.
+    A batch of weight 0 is gone through and not counted. Draws no random number.
     """
-    training = model.training
-    model.eval()
     tally = torch.zeros(2, dtype=torch.float64, device=device)
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    for batch, weight in batches:
-        with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+    with evaluating(model):
+        for batch, weight in batches:
             nll = summed_loss(model, batch.to(device)).double()
-        tally += weight * torch.stack([nll, (batch.targets != -100).sum().to(nll)])
-    model.train(training)
+            tally += weight * torch.stack([nll, (batch.targets != -100).sum().to(nll)])
     return tally
 
 
@@ -95,23 +103,21 @@ def evaluation_batches(
         yield collate(examples, rows, packing, pad_token_id)
 
 
-@torch.no_grad()
 def packs_exactly(model: PreTrainedModel | PeftModel, device: torch.device) -> bool:
     """Whether two rows laid end to end give the hidden states that each gives alone.
 
     True for attention that masks by position ids; models with a state, a convolution over time or positions of
     another kind fail it and are padded instead.
     """
-    training = model.training
-    model.eval()
     vocabulary = model.config.get_text_config().vocab_size
     ids = (torch.arange(12, device=device) * 7919 + 3) % vocabulary
     places = torch.cat([torch.arange(7), torch.arange(5)]).to(device)
-    try:
-        packed = model(input_ids=ids[None], position_ids=places[None], use_cache=False).logits[0].float()
-    except TypeError:  # the architecture takes no position ids
-        return False
-    alone = torch.cat([model(input_ids=part[None], use_cache=False).logits[0].float() for part in (ids[:7], ids[7:])])
-    model.train(training)
+    with evaluating(model):
+        try:
+            packed = model(input_ids=ids[None], position_ids=places[None], use_cache=False).logits[0].float()
+        except TypeError:  # the architecture takes no position ids
+            return False
+        parts = [model(input_ids=part[None], use_cache=False).logits[0].float() for part in (ids[:7], ids[7:])]
+    alone = torch.cat(parts)
     error = float((packed - alone).norm() / alone.norm())
     return error < (1e-3 if model.dtype == torch.float32 else 0.05)

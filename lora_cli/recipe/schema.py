@@ -150,7 +150,9 @@ class Training(Section):
     lr_scheduler_type: Literal["linear", "cosine", "polynomial", "inverse_sqrt", "constant"] = Field(
         "cosine", description="Course of the learning rate after the warm-up."
     )
-    warmup_ratio: Fraction = Field(0.03, description="Share of the steps over which the learning rate rises from 0.")
+    warmup_ratio: Fraction = Field(
+        0.03, description="Share of the steps (never all) over which the learning rate rises from 0."
+    )
     warmup_steps: int | None = Field(None, ge=0, description="The warm-up in steps, instead of warmup_ratio.")
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = Field(
         "adamw_torch", description="Optimizer; the 8-bit ones keep their state in 8 bits (bitsandbytes)."
@@ -181,6 +183,8 @@ class Training(Section):
         default = type(self).model_fields["warmup_ratio"].default
         if self.warmup_steps is not None and self.warmup_ratio not in (0, default):
             raise ValueError(f"training.warmup_steps: warmup_ratio is given too ({self.warmup_ratio}); keep one")
+        if self.warmup_steps and self.max_steps == 1:
+            raise ValueError("training.warmup_steps: with max_steps: 1 the learning rate would be 0; set it to 0")
         return self
 
 

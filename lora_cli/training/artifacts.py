@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from lora_cli import __version__
 from lora_cli.recipe.schema import Recipe
 from lora_cli.weights.provenance import PROVENANCE
-from lora_cli.weights.shards import whole_folder
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +38,7 @@ def base_record(recipe: Recipe, base: Path, fingerprint: str, adapter: Path) -> 
     }
 
 
-def save_adapter(
+def write_adapter(
     folder: Path,
     model: PeftModel,
     weights: Mapping[str, torch.Tensor],
@@ -47,17 +46,16 @@ def save_adapter(
     provenance: dict[str, Any],
     recipe: Recipe,
 ) -> None:
-    """Write the adapter in PEFT's layout, with tokenizer, chat template, provenance and model card; whole or absent.
+    """Write the adapter into ``folder`` in PEFT's layout, with tokenizer, chat template, provenance and model card.
 
     ``weights`` are the trained ones by name, whole: the model itself may hold one process's shards alone.
     """
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path = provenance["base"]["name_or_path"]
-    with whole_folder(folder, replace=True) as draft:
-        model.save_pretrained(str(draft), True, state_dict=dict(weights), save_embedding_layers=False)
-        tokenizer.save_pretrained(str(draft))
-        (draft / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
-        (draft / "README.md").write_text(model_card(recipe, provenance), encoding="utf-8")
+    model.save_pretrained(str(folder), True, state_dict=dict(weights), save_embedding_layers=False)
+    tokenizer.save_pretrained(str(folder))
+    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card(recipe, provenance), encoding="utf-8")
 
 
 def model_card(recipe: Recipe, provenance: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from lora_cli.errors import Interrupted, RunError
 from lora_cli.evaluation.loss import Score, evaluation_groups, score, summed_loss, tally_loss
 from lora_cli.model.base import pad_token_id
 from lora_cli.training import checkpoint
-from lora_cli.training.artifacts import save_adapter
+from lora_cli.training.artifacts import write_adapter
 from lora_cli.training.checkpoint import Progress, State
 from lora_cli.training.clock import Clock
 from lora_cli.training.display import Display
@@ -27,9 +27,12 @@ from lora_cli.training.lock import locked
 from lora_cli.training.optimizer import learning_rate_at
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.processes import highest, own_share, summed
+from lora_cli.training.proof import digests, prove
 from lora_cli.training.record import now, provenance, result_record, run_record, tell
 from lora_cli.training.setup import Trainer, parameters, set_up, unwrap
+from lora_cli.weights.shards import whole_folder
 
+PROOF_TOKENS = 64
 DIVERGED = "the checkpoints are kept; lower training.learning_rate, or look at the rows around this step"
 OUT_OF_MEMORY = (
     "the checkpoints are kept; what helps most: a smaller training.per_device_train_batch_size (with more "
@@ -57,6 +60,7 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
     """From the folder's first file to the adapter."""
     job, folder, display = trainer.job, trainer.job.folder, trainer.display
     info = run_record(trainer)
+    untrained = digests(whole_weights(trainer))
     with catch_signals() as interrupt:
         if trainer.writes:
             if job.resume:
@@ -71,12 +75,20 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
             progress = run_steps(trainer, progress, interrupt)
 
     info |= {"finished": now(), "result": result_record(trainer, progress, time.perf_counter() - began)}
-    weights = {name: checkpoint.whole(weight) for name, weight in parameters(trainer)}
+    weights = whole_weights(trainer)
     if trainer.writes:
-        save_adapter(folder.adapter, unwrap(trainer), weights, job.tokenizer, provenance(trainer, info), job.recipe)
+        with whole_folder(folder.adapter, replace=True) as draft:  # in place once it is proven
+            write_adapter(draft, unwrap(trainer), weights, job.tokenizer, provenance(trainer, info), job.recipe)
+            row = torch.from_numpy(job.train.examples.row(0)[0][:PROOF_TOKENS]).long()
+            prove(draft, str(folder.root), unwrap(trainer), weights, untrained, row)
         folder.write_info(info)
     trainer.accelerator.end_training()
     return info
+
+
+def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """What is trained, by name, gathered from all processes."""
+    return {name: checkpoint.whole(weight) for name, weight in parameters(trainer)}
 
 
 def start_trackers(trainer: Trainer) -> None:

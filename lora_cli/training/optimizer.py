@@ -61,10 +61,20 @@ def make_optimizer(training: Training, parameters: Sequence[torch.nn.Parameter])
 
 
 def warmup_steps(training: Training, total_steps: int) -> int:
-    """Steps of warm-up: as given, or the ratio of all steps, rounded up."""
+    """Steps of warm-up: as given, or the ratio of all steps, rounded up but never all of them.
+
+    A warm-up's first step has the rate 0: with the default ratio, a run of one step would learn nothing.
+    """
     if training.warmup_steps is not None:
         return training.warmup_steps
-    return -(-round(training.warmup_ratio * total_steps * 1e6) // 1_000_000)
+    return min(-(-round(training.warmup_ratio * total_steps * 1e6) // 1_000_000), total_steps - 1)
+
+
+def check_warmup(training: Training, total_steps: int) -> None:
+    """Raises UserError when the run's one step is a warm-up's first, with the learning rate 0."""
+    if total_steps == 1 and training.warmup_steps:
+        what = "training.warmup_steps: the run has one step, and its learning rate would be 0"
+        raise UserError(what, hint="set it to 0, or train for more steps")
 
 
 def learning_rate_at(training: Training, optimizer: torch.optim.Optimizer, total_steps: int) -> Callable[[int], float]:

@@ -18,7 +18,7 @@ from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameter
 from lora_cli.model.base import best_device, load_base, resolve_dtype
 from lora_cli.model.memory import activation_bytes, free_bytes
 from lora_cli.training.display import Display
-from lora_cli.training.optimizer import make_optimizer
+from lora_cli.training.optimizer import check_warmup, make_optimizer
 from lora_cli.training.prepare import Prepared
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     model.train()
     set_seed(recipe.training.seed, device_specific=True)  # the same start on all processes, dropout of its own on each
     total = schedule.total_steps(recipe.training.num_train_epochs, recipe.training.max_steps)
+    check_warmup(recipe.training, total)
     return Trainer(job, accelerator, model, optimizer, schedule, packing, total, dtype, display)
 
 

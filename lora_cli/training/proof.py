@@ -1,0 +1,147 @@
+"""Proof that a run did what it says: the adapter on disk is the one in memory, whole, moved, and seen in the logits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.helpers import rescale_adapter_scale
+from safetensors.torch import load_file
+
+from lora_cli.errors import RunError
+from lora_cli.evaluation.loss import evaluating
+from lora_cli.weights.check import ADAPTER_WEIGHTS
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Tensors = Mapping[str, torch.Tensor]
+RELOADED = "reloaded"
+NAMED_AT_MOST = 5
+MAGNIFIED = (1, 1024)  # a few steps may move an adapter by less than 16-bit logits show
+KEPT = "the checkpoints are kept and no adapter was put in place"
+
+
+def digests(weights: Tensors) -> dict[str, str]:
+    """SHA-256 of every trained tensor, by name: how training found them, in little memory."""
+    return {name: _digest(weight) for name, weight in weights.items()}
+
+
+def prove(
+    folder: Path, where: str, model: PeftModel, weights: Tensors, start: Mapping[str, str], ids: torch.Tensor
+) -> None:
+    """Hold the adapter written to ``folder`` against the ``model`` it was written from.
+
+    ``weights`` are the model's trained tensors, whole, by parameter name; ``start`` is what ``digests`` gave of them
+    before training; ``ids`` (tokens,) int64 is a row of the training data. Leaves the model's modes, its adapters and
+    the random states as they were.
+
+    Raises RunError about ``where`` when a trained tensor is missing in the file or differs from memory, when a layer's
+    update is nothing, or when the adapter, loaded again, does not change the logits as the one in memory does.
+    """
+    stored = load_file(folder / ADAPTER_WEIGHTS)
+    faults = list(_differences(weights, stored))
+    if faults:
+        what = f"the adapter's file does not hold what was trained: {_some(faults)}"
+        raise RunError(what, where, f"{KEPT}: --resume writes it again")
+    still, layers = unmoved(stored, {stored_name(name): digest for name, digest in start.items()})
+    if still:
+        what = f"{len(still)} of {layers} adapted layers are as they were before training: {_some(still)}"
+        hint = f"{KEPT}; leave layers that the model does not use out of adapter.target_modules"
+        raise RunError(what, where, hint)
+    _check_logits(folder, where, model, ids)
+
+
+def stored_name(parameter: str) -> str:
+    """PEFT's name in the file for a parameter of the adapter 'default'."""
+    name = parameter.replace(".default.", ".").removesuffix(".default")
+    return name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
+
+
+def unmoved(stored: Tensors, start: Mapping[str, str]) -> tuple[list[str], int]:
+    """The layers whose update is nothing or what training began with, and how many layers there are.
+
+    Weight decay alone moves A: with B at zero the layer is the base's all the same, unless DoRA's magnitude moved.
+    """
+    layers: dict[str, list[str]] = {}
+    for name in start:
+        layers.setdefault(name.partition(".lora_")[0], []).append(name)
+    moved = {name for name, digest in start.items() if _digest(stored[name]) != digest}
+
+    def is_new(names: list[str]) -> bool:
+        product = [name for name in names if not name.endswith(".lora_magnitude_vector")]
+        return not moved.isdisjoint(set(names) - set(product)) or (
+            not moved.isdisjoint(product) and all(bool(stored[name].any()) for name in product)
+        )
+
+    return [layer for layer, names in layers.items() if not is_new(names)], len(layers)
+
+
+def _differences(weights: Tensors, stored: Tensors) -> Iterator[str]:
+    for name, wanted in weights.items():
+        key = stored_name(name)
+        found = stored.get(key)
+        if found is None:
+            yield f"{key} is missing"
+        elif found.shape != wanted.shape:
+            yield f"{key} has shape {list(found.shape)}, not {list(wanted.shape)}"
+        elif found.dtype != wanted.dtype or _digest(found) != _digest(wanted):
+            yield f"{key} has other numbers"
+
+
+def _check_logits(folder: Path, where: str, model: PeftModel, ids: torch.Tensor) -> None:
+    with _reloaded(model, folder) as names:
+        for times in MAGNIFIED:
+            with rescale_adapter_scale(model, times):
+                trained, reloaded = (_logits(model, name, ids) for name in names)
+            with model.disable_adapter():
+                base = _logits(model, names[0], ids)
+            effect, error = float((trained - base).norm()), float((reloaded - trained).norm())
+            if effect > 0:
+                break
+    if effect == 0:
+        what = f"the adapter changes no logit of a training row, even {times:,} times enlarged"
+        raise RunError(what, where, f"{KEPT}; raise training.learning_rate, or train for more steps")
+    if not error <= 0.01 * effect:  # also when one is no number
+        what = f"loaded again from disk, the adapter moves the logits by {error:.3g} from where training left them"
+        raise RunError(f"{what} ({effect:.3g} from the base's)", where, f"{KEPT}; please report it")
+
+
+@contextmanager
+def _reloaded(model: PeftModel, folder: Path) -> Iterator[tuple[str, str]]:
+    """The adapter in ``folder`` beside the one that was trained, on the same base: the names of both, trained first."""
+    trained, training = model.active_adapter, model.training
+    assert isinstance(trained, str)
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):  # a new adapter is filled at random before the file's tensors come
+            model.load_adapter(
+                str(folder), RELOADED, torch_device=str(model.device), use_safetensors=True, local_files_only=True
+            )
+        yield trained, RELOADED
+    finally:
+        model.set_adapter(trained)
+        if RELOADED in model.peft_config:
+            model.delete_adapter(RELOADED)
+        model.train(training)
+
+
+def _logits(model: PeftModel, adapter: str, ids: torch.Tensor) -> torch.Tensor:
+    model.set_adapter(adapter)
+    with evaluating(model):
+        logits: torch.Tensor = model(input_ids=ids[None].to(model.device), use_cache=False).logits
+    return logits.float()
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    numbers: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(numbers).hexdigest()
+
+
+def _some(items: Sequence[str]) -> str:
+    more = f" and {len(items) - NAMED_AT_MOST} more" if len(items) > NAMED_AT_MOST else ""
+    return ", ".join(items[:NAMED_AT_MOST]) + more
