@@ -255,7 +255,7 @@ def test_the_folder(tiny_gpt2: Path, tmp_path: Path, write_recipe: Any, lora: An
     result = done(lora("train", write_recipe({"data.validation": 0.2, "training.eval_steps": 2}), "--json")).json
     run = Run(tmp_path / "run")
     assert sorted(path.name for path in run.folder.iterdir()) == [
-        *("adapter", "checkpoints", "metrics.jsonl", "recipe.yaml", "report.html", "run.json", "train.log")
+        *("adapter", "cache", "checkpoints", "metrics.jsonl", "recipe.yaml", "report.html", "run.json", "train.log")
     ]
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"} <= {
         path.name for path in (run.folder / "adapter").iterdir()

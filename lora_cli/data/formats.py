@@ -186,7 +186,12 @@ FORMATS: dict[str, Format] = {
 
 
 def detect(row: Row, data: Data) -> str:
-    """The format that a row's columns speak for; raises UserError naming the columns when none does."""
+    """``data.format``, or for auto the one that the row's columns speak for.
+
+    Raises UserError naming the columns when they speak for none.
+    """
+    if data.format != "auto":
+        return data.format
     if data.template is not None:
         return "template"
     columns = Columns(row, data.columns)
@@ -210,16 +215,18 @@ def read_content(row: Row, format_name: str, data: Data) -> Content:
 def check_rows(data: Data, sources: Iterable[Source]) -> list[Fault]:
     """Read every row as training will, without tokenizing: up to ten rows that are wrong, by file and line."""
     faults: list[Fault] = []
-    format_name: str = data.format
+    formats: dict[int, str] = {}
     try:
         for item in read_rows(sources):
             if isinstance(item, Fault):
                 faults.append(item)
             else:
-                if format_name == "auto":
-                    format_name = detect(item, data)
                 try:
-                    read_content(item, format_name, data)
+                    if item.source not in formats:
+                        formats[item.source] = ""  # told once, if it is not known
+                        formats[item.source] = detect(item, data)
+                    if formats[item.source]:
+                        read_content(item, formats[item.source], data)
                 except UserError as error:
                     faults.extend(error.faults)
             if len(faults) >= MAX_FAULTS:

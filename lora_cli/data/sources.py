@@ -72,6 +72,14 @@ def read_rows(sources: Iterable[Source]) -> Iterator[Row | Fault]:
             yield Fault("holds no rows", where=source.path, hint="every source must have at least one row")
 
 
+def whole_rows(sources: Iterable[Source]) -> Iterator[Row]:
+    """Every row of every source in order. Raises UserError at the first record that cannot be read."""
+    for item in read_rows(sources):
+        if isinstance(item, Fault):
+            raise UserError([item])
+        yield item
+
+
 def _files(path: str) -> list[Path] | None:
     """The data files that a path stands for, sorted; None for a hub id. Raises UserError when there is none."""
     known = ", ".join(READERS)

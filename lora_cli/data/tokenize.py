@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_cli.data.chat import conversation_segments, end_of_turn
-from lora_cli.data.examples import Examples, Ints, Mask, Tokens, join_pieces
+from lora_cli.data.examples import Examples, Ints, Mask, Piece, Tokens, join_pieces
 from lora_cli.data.formats import Message, Segment, detect, read_content
-from lora_cli.data.sources import Row, read_rows
-from lora_cli.errors import Fault, UserError
+from lora_cli.data.sources import Row, whole_rows
+from lora_cli.errors import UserError
 from lora_cli.recipe.schema import Data, Source
 
 if TYPE_CHECKING:
@@ -21,86 +22,109 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 1000
 
 
-def tokenize(data: Data, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> Examples:
-    """Read, format and tokenize every row, whole.
+@dataclass(frozen=True)
+class Tokenized:
+    """Tokenized rows, and in how many of them the tokenizer's BOS was left out because the text began with one."""
 
-    Raises UserError at the first row that cannot be read; ``check_rows`` finds these sooner, and all of them.
+    examples: Examples
+    bos_removed: int
+
+
+def tokenize(data: Data, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> Examples:
+    """Read, format and tokenize every row of the sources, whole. Raises UserError as ``tokenize_rows`` does."""
+    return tokenize_rows(data, whole_rows(sources), tokenizer).examples
+
+
+def tokenize_rows(data: Data, rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Tokenized:
+    """Format and tokenize every row, whole.
+
+    Raises UserError at the first row that is wrong; ``check_rows`` finds these sooner, and all of them.
     """
+    check_usable(tokenizer)
     encoder = _Encoder(data, tokenizer)
-    pieces = [(ids, mask, row.source) for row, ids, mask in encoder.encode_all(read_rows(sources))]
-    return join_pieces(pieces, encoder.format)
+    pieces = list(encoder.encode_all(rows))
+    formats = "+".join(dict.fromkeys(encoder.formats.values()))
+    return Tokenized(join_pieces(pieces, formats), encoder.bos_removed)
+
+
+def check_usable(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError when the tokenizer does not say which characters a token stands for, or has no end-of-text."""
+    if not tokenizer.is_fast:
+        raise UserError("the tokenizer gives no character offsets", hint="use a model with a tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-text token", hint="set eos_token in tokenizer_config.json")
 
 
 class _Encoder:
-    """Turns rows into ids and masks, many at a time; holds what is found out once about format and tokenizer."""
+    """Turns rows into ids and masks, many at a time; holds what is found out once about formats and tokenizer."""
 
     def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not tokenizer.is_fast:
-            raise UserError("the tokenizer gives no character offsets", hint="use a model with a tokenizer.json")
-        if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no end-of-text token", hint="set eos_token in tokenizer_config.json")
         self.data = data
         self.tokenizer = tokenizer
-        self.format: str = data.format
-        self.closing = ""
+        self.formats: dict[int, str] = {}  # by source
+        self.closing = ""  # how the chat template ends a turn
+        self.bos_removed = 0
 
-    def encode_all(self, items: Iterable[Row | Fault]) -> Iterator[tuple[Row, Tokens, Mask]]:
-        """Each row with its ids and its supervision."""
-        rows = self._rows_and_segments(items)
-        while chunk := list(islice(rows, ROWS_AT_ONCE)):
-            for (row, _), (ids, mask) in zip(chunk, self._encode([segments for _, segments in chunk]), strict=True):
-                yield row, ids, mask
+    def encode_all(self, rows: Iterable[Row]) -> Iterator[Piece]:
+        """Each row's ids, its supervision and its source, in order."""
+        for format_name, alike in groupby(rows, self._format_of):
+            segments = ((row.source, self._segments(row, format_name)) for row in alike)
+            while chunk := list(islice(segments, ROWS_AT_ONCE)):
+                encoded = self._encode([parts for _, parts in chunk], format_name)
+                for (source, _), (ids, mask) in zip(chunk, encoded, strict=True):
+                    yield ids, mask, source
 
-    def _rows_and_segments(self, items: Iterable[Row | Fault]) -> Iterator[tuple[Row, tuple[Segment, ...]]]:
-        settled = False
-        for item in items:
-            if isinstance(item, Fault):
-                raise UserError([item])
-            if not settled:
-                self._settle(item)
-                settled = True
-            yield item, self._segments(item)
+    def _format_of(self, row: Row) -> str:
+        """The format of the row's source, found out at the source's first row."""
+        if row.source not in self.formats:
+            self.formats[row.source] = detect(row, self.data)
+            if self.formats[row.source] == "chat":
+                self._settle_chat(row.where)
+        return self.formats[row.source]
 
-    def _settle(self, first: Row) -> None:
-        """Find out, at the first row, which format this is and how the chat template ends a turn."""
-        if self.format == "auto":
-            self.format = detect(first, self.data)
-        if self.format == "chat":
-            if not self.tokenizer.chat_template:
-                hint = "use an instruct model, or another data.format (template lays a row out as you say)"
-                raise UserError("the tokenizer has no chat template, which format: chat needs", first.where, hint)
-            self.closing = end_of_turn(self.tokenizer)
+    def _settle_chat(self, where: str) -> None:
+        if not self.tokenizer.chat_template:
+            hint = "use an instruct model, or another data.format (template lays a row out as you say)"
+            raise UserError("the tokenizer has no chat template, which format: chat needs", where, hint)
+        self.closing = end_of_turn(self.tokenizer)
 
-    def _segments(self, row: Row) -> tuple[Segment, ...]:
-        content = read_content(row, self.format, self.data)
-        if self.format == "chat":
+    def _segments(self, row: Row, format_name: str) -> tuple[Segment, ...]:
+        content = read_content(row, format_name, self.data)
+        if format_name == "chat":
             turns = [turn for turn in content if isinstance(turn, Message)]
             segments = conversation_segments(self.tokenizer, turns, self.closing, row.where)
         else:
             segments = tuple(segment for segment in content if not isinstance(segment, Message))
         return tuple((text, True) for text, _ in segments) if self.data.train_on == "all" else segments
 
-    def _encode(self, batch: Sequence[tuple[Segment, ...]]) -> Iterator[tuple[Tokens, Mask]]:
+    def _encode(self, batch: Sequence[tuple[Segment, ...]], format_name: str) -> Iterator[tuple[Tokens, Mask]]:
         texts = ["".join(text for text, _ in segments) for segments in batch]
         # A chat template writes its own special tokens; asked again, the tokenizer would add a second BOS.
         encoded = self.tokenizer(
             texts,
-            add_special_tokens=self.format != "chat",
+            add_special_tokens=format_name != "chat",
             return_offsets_mapping=True,
             return_attention_mask=False,
             verbose=False,
         )
-        for segments, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            mask = _supervised(segments, np.asarray(offsets, dtype=np.int64).reshape(-1, 2))
-            tokens, mask = self._close(np.asarray(ids, dtype=np.int32), mask, segments)
+        for segments, numbers, places in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            ids, offsets = np.asarray(numbers, np.int32), np.asarray(places, np.int64).reshape(-1, 2)
+            if self._doubles_bos(ids, offsets):
+                ids, offsets = ids[1:], offsets[1:]
+                self.bos_removed += 1
+            mask = _supervised(segments, offsets)
+            if format_name != "chat" or not self.closing:
+                ids, mask = self._close(ids, mask, segments)
             mask[:1] = False
-            yield tokens, mask
+            yield ids, mask
+
+    def _doubles_bos(self, ids: Tokens, offsets: Ints) -> bool:
+        """Whether the tokenizer put its BOS (which stands for no character) before a text that begins with one."""
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos and not offsets[0].any()
 
     def _close(self, ids: Tokens, mask: Mask, segments: tuple[Segment, ...]) -> tuple[Tokens, Mask]:
-        """End the row with the end-of-text token, supervised when what stands before it is; a chat template that ends
-        its turns has done so."""
-        if self.closing:
-            return ids, mask
+        """End the row with the end-of-text token, supervised when what stands before it is."""
         last = segments[-1][1]
         if len(ids) and ids[-1] == self.tokenizer.eos_token_id:
             mask[-1] = last

@@ -14,7 +14,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from lora_cli.data.batches import Step, collate
-from lora_cli.errors import Interrupted, RunError
+from lora_cli.data.cache import prune, publish, withdraw
+from lora_cli.errors import Interrupted, RunError, UserError
 from lora_cli.evaluation.loss import Score, evaluation_groups, score, summed_loss, tally_loss
 from lora_cli.model.base import pad_token_id
 from lora_cli.training import checkpoint
@@ -48,10 +49,14 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
     fails; Interrupted when a signal stopped it after a checkpoint.
     """
     began = time.perf_counter()
-    trainer = set_up(job, display)
+    made = publish(job.folder.cache, job.tokenized)
     try:
+        trainer = set_up(job, display)
         with locked(job.folder.root) if trainer.writes else nullcontext():
             return run(trainer, began)
+    except UserError:
+        withdraw(made)
+        raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise RunError(f"out of memory: {str(error).splitlines()[0]}", str(job.folder.root), OUT_OF_MEMORY) from error
 
@@ -67,6 +72,7 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
                 folder.go_on(job.recipe, info)
             else:
                 folder.begin(job.recipe, info)
+            prune(folder.cache, job.cache_keys)
             display.log_to(folder.log)
         tell(trainer)
         start_trackers(trainer)

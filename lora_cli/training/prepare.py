@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from lora_cli.weights.provenance import check_base
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+    from lora_cli.data.cache import Cached
     from lora_cli.data.examples import Examples, Fitted
 
 
@@ -30,7 +32,7 @@ FLASH_PACKAGES = ("flash_attn", "flash_attn_interface", "kernels")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has passed every check."""
+    """A run that has passed every check; ``tokenized`` are the rows as they are still to be published."""
 
     recipe: Recipe
     resume: bool
@@ -42,6 +44,9 @@ class Prepared:
     max_length: int
     train: Fitted
     validation: Examples | None
+    tokenized: list[Cached]
+    cache_keys: frozenset[str]
+    from_cache: bool
 
 
 def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
@@ -66,11 +71,27 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
         check_start(Path(recipe.adapter.init_from), recipe.adapter, [target.name for target in targets])
 
     max_length = min(recipe.data.max_length, max_positions(config) or recipe.data.max_length)
-    train, validation = _examples(recipe, tokenizer, max_length)
+    tokenized = _tokenized(recipe, tokenizer, folder.cache)
+    keys, from_cache = frozenset(part.key for part in tokenized), not any(part.fresh for part in tokenized)
+    train, validation = _examples(recipe, tokenized, max_length)
     for examples in (train.examples, validation):
         if examples is not None:
             check_ids(examples, config.get_text_config().vocab_size, str(base))
-    return Prepared(recipe, resume, folder, base, config, tokenizer, targets, max_length, train, validation)
+    return Prepared(
+        recipe=recipe,
+        resume=resume,
+        folder=folder,
+        base=base,
+        config=config,
+        tokenizer=tokenizer,
+        targets=targets,
+        max_length=max_length,
+        train=train,
+        validation=validation,
+        tokenized=tokenized,
+        cache_keys=keys,
+        from_cache=from_cache,
+    )
 
 
 def _check_without_torch(recipe: Recipe, folder: RunFolder, resume: bool, overwrite: bool) -> None:
@@ -131,14 +152,23 @@ def check_data(data: Data) -> list[Fault]:
     return faults
 
 
-def _examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Fitted, Examples | None]:
+def _tokenized(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache: Path) -> list[Cached]:
+    """The training rows and, when they have a file of their own, the validation rows."""
+    from lora_cli.data.cache import tokenize_cached
+
+    data = recipe.data
+    specs = [data.train, *([] if data.validation is None or isinstance(data.validation, float) else [data.validation])]
+    wait = int(os.environ.get("LOCAL_RANK", "0")) > 0  # the machine's first process publishes them for all
+    return [tokenize_cached(data, sources_of(spec), tokenizer, cache, wait) for spec in specs]
+
+
+def _examples(recipe: Recipe, tokenized: list[Cached], max_length: int) -> tuple[Fitted, Examples | None]:
     from lora_cli.data.batches import split_validation
     from lora_cli.data.examples import cut_for_evaluation as cut
     from lora_cli.data.examples import fit
-    from lora_cli.data.tokenize import tokenize
 
     data = recipe.data
-    rows = tokenize(data, sources_of(data.train), tokenizer)
+    rows, *others = (part.tokenized.examples for part in tokenized)
     validation = None
     if isinstance(data.validation, float):
         if len(rows) < 2:
@@ -146,6 +176,6 @@ def _examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: in
             raise UserError("a validation share needs at least two rows to share out", str(data.train), hint)
         rows, held_out = split_validation(rows, data.validation, recipe.training.seed)
         validation = cut(held_out, max_length, "data.validation")
-    elif data.validation is not None:
-        validation = cut(tokenize(data, sources_of(data.validation), tokenizer), max_length, "data.validation")
+    elif others:
+        validation = cut(others[0], max_length, "data.validation")
     return fit(rows, max_length, "data.train"), validation

@@ -38,6 +38,8 @@ def tell(trainer: Trainer) -> None:
         f"training rows: {len(examples):,} with {int(examples.supervised.sum()):,} supervised of "
         f"{len(examples.ids):,} tokens, read as {examples.format}; {trainer.total_steps:,} steps"
     )
+    if job.from_cache:
+        display.note(f"tokenized rows read from {job.folder.cache}")
     if job.max_length < job.recipe.data.max_length:
         display.note(f"data.max_length: {job.recipe.data.max_length} -> {job.max_length}, the positions the model has")
     quantization = job.recipe.quantization

@@ -41,6 +41,7 @@ class RunFolder:
         self.checkpoints = self.root / "checkpoints"
         self.adapter = self.root / "adapter"
         self.report = self.root / "report.html"
+        self.cache = self.root / "cache"
 
     @property
     def holds_run(self) -> bool:
@@ -66,7 +67,7 @@ class RunFolder:
                 raise UserError("the folder already holds a run", str(self.root), hint)
         elif resume:
             raise UserError("there is no run to resume", str(self.root), "leave --resume out to begin one")
-        elif self.root.is_dir() and any(self.root.iterdir()):
+        elif self.root.is_dir() and any(path != self.cache or not path.is_dir() for path in self.root.iterdir()):
             raise UserError("the folder is not empty and holds no run", str(self.root), "choose another folder")
         check_writable(self.root)
         check_unlocked(self.root)

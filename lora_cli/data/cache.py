@@ -1,0 +1,193 @@
+"""Tokenized rows kept in the run's folder, under a key made of all that they depend on: contents, never paths or times.
+
+A file ``<key>.safetensors`` holds the arrays of ``Examples``; its header says their SHA-256, and a file that does not
+agree with it is not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tokenizers
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lora_cli import __version__
+from lora_cli.data.examples import Examples
+from lora_cli.data.sources import Row, whole_rows
+from lora_cli.data.tokenize import Tokenized, check_usable, tokenize_rows
+from lora_cli.errors import RunError, UserError
+from lora_cli.recipe.schema import Data, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ARRAYS = ("ids", "supervised", "offsets", "source")
+SETTINGS = {"format", "columns", "template", "train_on"}
+"""Keys of ``data`` on which a row's tokens depend."""
+OWN_FILE = re.compile(r"([0-9a-f]{64})\.safetensors|\.[0-9a-f]{64}\.[0-9a-f]{32}")
+"""A cached file, its key a group, or the draft of one."""
+# No format reads anything but text, lists and objects: of other values, which Parquet holds, the kind will do.
+CONTENT = json.JSONEncoder(default=lambda value: type(value).__name__)
+LOOK_AGAIN = 0.2
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Tokenized rows, their key, and whether they were tokenized anew and are still to be written."""
+
+    tokenized: Tokenized
+    key: str
+    fresh: bool
+
+
+def tokenize_cached(
+    data: Data, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, cache: Path, wait: bool
+) -> Cached:
+    """The rows of the sources, tokenized whole: read from the folder ``cache`` when it has them; writes nothing.
+
+    With ``wait`` they are waited for: another process of the run tokenizes them and publishes them. Raises UserError at
+    the first row that is wrong.
+    """
+    settings = _settings_digest(data, tokenizer)
+    if wait or any(cache.glob("*.safetensors")):
+        digest = settings.copy()
+        for _ in _counted_in(digest, whole_rows(sources)):
+            pass
+        key = digest.hexdigest()
+        found = _wait_for(cache, key) if wait else _read(cache, key)
+        if found is not None:
+            return Cached(found, key, fresh=False)
+    digest = settings.copy()
+    tokenized = tokenize_rows(data, _counted_in(digest, whole_rows(sources)), tokenizer)
+    return Cached(tokenized, digest.hexdigest(), fresh=True)
+
+
+def publish(cache: Path, parts: list[Cached]) -> list[Path]:
+    """Write what was tokenized anew and let go of ``parts``; returns the folders and files made, in that order.
+
+    Raises RunError, with the bytes that were needed, when writing fails.
+    """
+    fresh = [part for part in parts if part.fresh]
+    parts.clear()
+    made = [folder for folder in (*reversed(cache.parents), cache) if not folder.exists()] if fresh else []
+    for part in fresh:
+        made.append(_write(cache, part))
+    return made
+
+
+def withdraw(made: list[Path]) -> None:
+    """Undo ``publish``, for a run that is refused; what others have put into the folders meanwhile stays."""
+    for path in reversed(made):
+        with suppress(OSError):
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+def prune(cache: Path, keys: Collection[str]) -> None:
+    """Remove what lies under other keys, and drafts that a process left behind; all processes have published."""
+    for file in cache.glob("*"):
+        name = OWN_FILE.fullmatch(file.name)
+        if name and name[1] not in keys:
+            file.unlink(missing_ok=True)
+
+
+def _settings_digest(data: Data, tokenizer: PreTrainedTokenizerBase) -> hashlib._Hash:
+    """SHA-256 over everything but the rows. Raises UserError for a tokenizer that cannot be used."""
+    check_usable(tokenizer)
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # a call sets both aside, and would change what is serialized
+    backend.no_padding()
+    code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
+    stated = [
+        [__version__, tokenizers.__version__, transformers.__version__, code],
+        data.model_dump(mode="json", include=SETTINGS),
+        [backend.to_str(), backend.encode_special_tokens, tokenizer.chat_template],
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+    ]
+    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode())
+
+
+def _counted_in(digest: hashlib._Hash, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows, each put into the digest with its columns and its source. Raises UserError for one nested too deep."""
+    for row in rows:
+        try:
+            text = CONTENT.encode([row.source, row.columns])
+        except (RecursionError, TypeError, ValueError) as error:
+            raise UserError(f"cannot be read: {error}", row.where, "leave that column out") from error
+        digest.update(text.encode() + b"\n")
+        yield row
+
+
+def _wait_for(cache: Path, key: str) -> Tokenized:
+    """Look until another process has published the rows; the launcher ends us when that one fails."""
+    while (found := _read(cache, key)) is None:
+        time.sleep(LOOK_AGAIN)
+    return found
+
+
+def _read(cache: Path, key: str) -> Tokenized | None:
+    """What is stored under the key; None when there is nothing, or nothing whole."""
+    try:
+        with safe_open(cache / f"{key}.safetensors", framework="np") as file:
+            words = (file.metadata() or {}).get("about", "")
+            arrays: dict[str, Any] = {name: file.get_tensor(name) for name in ARRAYS}
+    except (OSError, SafetensorError):
+        return None
+    checksum, _, about = words.partition(" ")
+    if checksum != _checksum(key, about, arrays):
+        return None
+    stated = json.loads(about)
+    return Tokenized(Examples(**arrays, format=stated["format"]), stated["bos_removed"])
+
+
+def _write(cache: Path, part: Cached) -> Path:
+    examples = part.tokenized.examples
+    arrays = {name: np.ascontiguousarray(getattr(examples, name)) for name in ARRAYS}
+    about = json.dumps({"format": examples.format, "bos_removed": part.tokenized.bos_removed})
+    draft = cache / f".{part.key}.{uuid.uuid4().hex}"
+    target = cache / f"{part.key}.safetensors"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, draft, {"about": f"{_checksum(part.key, about, arrays)} {about}"})
+        _sync(draft)
+        draft.replace(target)
+        _sync(cache)
+    except (OSError, SafetensorError) as error:
+        needed, folder = sum(array.nbytes for array in arrays.values()), next(p for p in cache.parents if p.is_dir())
+        room = f"{needed:,} bytes are needed, {shutil.disk_usage(folder).free:,} are free there"
+        what = f"could not be written: {getattr(error, 'strerror', None) or error} ({room})"
+        raise RunError(what, str(target), "make room, or choose another training.output_dir") from error
+    finally:
+        with suppress(OSError):
+            draft.unlink()
+    return target
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _checksum(key: str, about: str, arrays: dict[str, Any]) -> str:
+    """SHA-256 over key and header, and over the arrays with their shapes and types."""
+    digest = hashlib.sha256(f"{key} {about}".encode())
+    for name in ARRAYS:
+        digest.update(f"{arrays[name].dtype}{arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()

@@ -1,0 +1,288 @@
+"""Tokenized rows kept by content: read where nothing changed, anew where anything did, never trusted when damaged."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_cli.data.cache import ARRAYS, Cached, prune, publish, tokenize_cached, withdraw
+from lora_cli.data.sources import sources_of
+from lora_cli.data.tokenize import tokenize
+from lora_cli.recipe.load import load_recipe
+from lora_cli.recipe.schema import Data, Source
+from lora_cli.training.prepare import prepare
+
+ROWS = [
+    {"prompt": "Why?", "completion": " Because.", "text": "T"},
+    {"prompt": "Who?", "completion": " I.", "text": "U"},
+]
+READ = "tokenized rows read from"
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def cached(tokenizer: Any, folder: Path, train: Any, wait: bool = False, **settings: Any) -> Cached:
+    data = Data(train=train, **settings)
+    return tokenize_cached(data, sources_of(data.train), tokenizer, folder / "cache", wait)
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> str:
+    return write_rows(tmp_path / "rows.jsonl", ROWS)
+
+
+def test_what_is_read_is_what_was_tokenized(tokenizer: Any, tmp_path: Path, rows_file: str) -> None:
+    wanted = tokenize(Data(train=rows_file), sources_of(rows_file), tokenizer)
+    first = cached(tokenizer, tmp_path, rows_file)
+    assert first.fresh and not (tmp_path / "cache").exists(), "nothing is written before it is published"
+    parts = [first]
+    assert publish(tmp_path / "cache", parts) == [tmp_path / "cache", tmp_path / "cache" / f"{first.key}.safetensors"]
+    assert parts == []
+
+    again = cached(tokenizer, tmp_path, rows_file)
+    assert (again.fresh, again.key) == (False, first.key)
+    for found in (first.tokenized.examples, again.tokenized.examples):
+        assert found.format == wanted.format == "prompt_completion"
+        assert found.fingerprint == wanted.fingerprint
+        for name in ARRAYS:
+            one, other = getattr(found, name), getattr(wanted, name)
+            assert one.dtype == other.dtype and np.array_equal(one, other)
+    assert publish(tmp_path / "cache", [again]) == []
+
+
+def test_the_key_is_of_contents_alone(tokenizer: Any, tmp_path: Path, rows_file: str) -> None:
+    key = cached(tokenizer, tmp_path, rows_file).key
+    os.utime(rows_file, (1, 1))
+    assert cached(tokenizer, tmp_path, rows_file).key == key
+    (tmp_path / "deep").mkdir()
+    moved = shutil.copy(rows_file, tmp_path / "deep" / "other.jsonl")
+    assert cached(tokenizer, tmp_path, str(moved)).key == key
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS, indent=3))
+    assert cached(tokenizer, tmp_path, str(tmp_path / "rows.json")).key == key
+    called = copy.deepcopy(tokenizer)
+    called(["some text"], truncation=True, max_length=2, padding=True)
+    assert cached(called, tmp_path, rows_file).key == key
+    assert cached(tokenizer, tmp_path, rows_file, max_length=7, packing=False).key == key
+
+
+def other_tokenizer(tokenizer: Any, change: str) -> Any:
+    other = copy.deepcopy(tokenizer)
+    if change == "chat template":
+        other.chat_template = "{{ messages }}"
+    elif change == "a token":
+        other.add_tokens(["Because"])
+    else:
+        other.eos_token = "<|pad|>"
+    return other
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings"),
+    [
+        ([ROWS[0], ROWS[1] | {"completion": " You."}], {}),
+        ([ROWS[0], ROWS[1] | {"more": None}], {}),
+        ([ROWS[1], ROWS[0]], {}),
+        ([*ROWS, ROWS[1]], {}),
+        (ROWS[:1], {}),
+        (ROWS, {"format": "text"}),
+        (ROWS, {"train_on": "all"}),
+        (ROWS, {"columns": {"prompt": "text"}}),
+        (ROWS, {"template": {"prompt": "{prompt}", "completion": "{completion}"}}),
+        (ROWS, {"template": {"prompt": "{prompt} ", "completion": "{completion}"}}),
+        (ROWS, {"train": "a mixture"}),
+        *((ROWS, {"tokenizer": change}) for change in ("chat template", "a token", "end of text")),
+    ],
+)
+def test_whatever_changes_tokens_changes_the_key(
+    rows: list[dict[str, Any]], settings: dict[str, Any], tokenizer: Any, tmp_path: Path, rows_file: str
+) -> None:
+    before = cached(tokenizer, tmp_path, rows_file)
+    publish(tmp_path / "cache", [before])
+    train: Any = write_rows(tmp_path / "changed.jsonl", rows)
+    settings = dict(settings)
+    if settings.pop("train", None):
+        train = tuple(Source(path=write_rows(tmp_path / f"{n}.jsonl", [row])) for n, row in enumerate(rows))
+    other = other_tokenizer(tokenizer, settings["tokenizer"]) if "tokenizer" in settings else tokenizer
+    settings.pop("tokenizer", None)
+    after = cached(other, tmp_path, train, **settings)
+    assert after.fresh and after.key != before.key
+
+
+def flip(content: bytearray, at: int) -> bytes:
+    content[at] ^= 1
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-1],
+        lambda content: content[: len(content) // 2],
+        lambda content: b"",
+        lambda content: b"garbage" * 9,
+        lambda content: flip(content, -1),  # the last array's last byte
+        lambda content: flip(content, len(content) // 2),
+        lambda content: content.replace(b'"BOOL"', b'"U8"  '),
+        lambda content: content.replace(b"prompt_completion", b"prompt_completioN"),
+        lambda content: content.replace(b'bos_removed\\": 0', b'bos_removed\\": 1'),
+        lambda content: content.replace(b'"about":', b'"abort":'),
+        lambda content: content.replace(b'"source":', b'"sauce_":'),
+    ],
+)
+def test_a_damaged_file_is_not_trusted(
+    damage: Callable[[bytearray], bytes], tokenizer: Any, tmp_path: Path, rows_file: str
+) -> None:
+    first = cached(tokenizer, tmp_path, rows_file)
+    *_, file = publish(tmp_path / "cache", [first])
+    whole = file.read_bytes()
+    file.write_bytes(damage(bytearray(whole)))
+    assert file.read_bytes() != whole
+    again = cached(tokenizer, tmp_path, rows_file)
+    assert again.fresh
+    assert again.tokenized.examples.fingerprint == first.tokenized.examples.fingerprint
+    publish(tmp_path / "cache", [again])
+    assert file.read_bytes() == whole
+
+
+def test_a_file_under_another_files_name_is_not_trusted(tokenizer: Any, tmp_path: Path, rows_file: str) -> None:
+    one = cached(tokenizer, tmp_path, rows_file)
+    two = cached(tokenizer, tmp_path, rows_file, train_on="all")
+    _, first, second = publish(tmp_path / "cache", [one, two])
+    shutil.copy(second, first)
+    assert cached(tokenizer, tmp_path, rows_file).fresh
+    assert not cached(tokenizer, tmp_path, rows_file, train_on="all").fresh
+
+
+def test_only_what_the_run_reads_is_kept(tokenizer: Any, tmp_path: Path, rows_file: str) -> None:
+    cache = tmp_path / "cache"
+    kept, left = (cached(tokenizer, tmp_path, rows_file, train_on=choice) for choice in ("completion", "all"))
+    publish(cache, [kept, left])
+    (cache / f".{kept.key}.{'0' * 32}").write_bytes(b"a draft of a process that was killed")
+    (cache / "notes.safetensors").write_bytes(b"somebody's")
+    prune(cache, {kept.key})
+    assert sorted(file.name for file in cache.iterdir()) == sorted([f"{kept.key}.safetensors", "notes.safetensors"])
+    prune(tmp_path / "nowhere", set())
+
+
+def test_withdrawing_leaves_what_was_there(tokenizer: Any, tmp_path: Path, rows_file: str) -> None:
+    part = cached(tokenizer, tmp_path, rows_file)
+    made = publish(tmp_path / "runs" / "new" / "cache", [part])
+    withdraw(made)
+    assert not (tmp_path / "runs").exists()
+    made = publish(tmp_path / "runs" / "new" / "cache", [part])
+    (tmp_path / "runs" / "other").mkdir()
+    withdraw(made)
+    assert [path.name for path in (tmp_path / "runs").rglob("*")] == ["other"]
+
+
+def test_the_rows_are_waited_for(tokenizer: Any, tmp_path: Path, rows_file: str) -> None:
+    first = cached(tokenizer, tmp_path, rows_file)
+    *_, file = publish(tmp_path / "cache", [first])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    found: list[Cached] = []
+    waiting = threading.Thread(
+        target=lambda: found.append(cached(tokenizer, tmp_path, rows_file, wait=True)), daemon=True
+    )
+    waiting.start()
+    waiting.join(0.5)
+    assert not found, "a torn file is not what is waited for"
+    publish(tmp_path / "cache", [first])
+    waiting.join(20)
+    assert not found[0].fresh
+    assert found[0].tokenized.examples.fingerprint == first.tokenized.examples.fingerprint
+
+
+def test_a_machines_other_processes_wait_for_its_first(
+    write_recipe: Any, tmp_path: Path, qa_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    separate = shutil.copy(qa_file, tmp_path / "held_out.jsonl")
+    recipe = load_recipe(write_recipe({"data.validation": str(separate), "data.train_on": "all"}))
+    first = prepare(recipe, resume=False, overwrite=False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    found: list[Any] = []
+    waiting = threading.Thread(target=lambda: found.append(prepare(recipe, False, False)), daemon=True)
+    waiting.start()
+    time.sleep(0.5)
+    assert not found
+    publish(first.folder.cache, first.tokenized)
+    waiting.join(30)
+    assert found[0].from_cache and not first.from_cache
+    assert found[0].train.examples.fingerprint == first.train.examples.fingerprint
+    assert found[0].validation.fingerprint == first.validation.fingerprint
+    assert publish(found[0].folder.cache, found[0].tokenized) == []
+
+
+def test_a_run_tokenizes_once(write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None, qa_file: Path) -> None:
+    held_out = shutil.copy(qa_file, tmp_path / "held_out.jsonl")
+    write_rows(held_out, [{"question": "Who?", "answer": " I."}])
+    recipe = write_recipe({"data.validation": str(held_out), "training.max_steps": 1})
+    run = tmp_path / "run"
+    results = [lora("train", recipe)]
+    files = sorted((run / "cache").iterdir())
+    assert len(files) == 2
+    assert READ not in results[0].stderr
+
+    os.utime(qa_file, (1, 1))
+    results += [lora("train", recipe, "--overwrite"), lora("train", recipe, "training.max_steps=2", "--resume")]
+    for result in results[1:]:
+        assert f"{READ} {run / 'cache'}" in result.stderr
+    results.append(lora("train", recipe, "data.train_on=all", "--overwrite"))
+    assert READ not in results[-1].stderr
+    assert len(set(files) | set((run / "cache").iterdir())) == 4, "files of other keys are gone, new ones there"
+    assert not set(files) & set((run / "cache").iterdir())
+    shutil.move(qa_file, tmp_path / "moved.jsonl")
+    arguments = [f"data.train={tmp_path / 'moved.jsonl'}", "data.train_on=all", "--overwrite"]
+    results.append(lora("train", recipe, *arguments))
+    assert READ in results[-1].stderr
+    assert [result.exit_code for result in results] == [0] * 5, results[-1].stderr
+
+
+def test_a_folder_that_holds_a_cache_alone_takes_a_run(
+    write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
+) -> None:
+    recipe = write_recipe({"training.max_steps": 1})
+    assert lora("train", recipe).exit_code == 0
+    for path in (tmp_path / "run").iterdir():
+        if path.name != "cache":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    result = lora("train", recipe)
+    assert result.exit_code == 0, result.stderr
+    assert READ in result.stderr
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "cache").write_text("a file")
+    result = lora("train", recipe, f"training.output_dir={tmp_path / 'other'}")
+    assert result.exit_code == 2
+    assert "not empty" in result.stderr
+
+
+def test_a_cache_that_cannot_be_written_fails_the_run(write_recipe: Any, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "long.jsonl", [{"text": "The boats stay in the harbour. " * 400}] * 20)
+    refused = subprocess.run(
+        [sys.executable, "-m", "lora_cli", "train", str(write_recipe({"data.train": rows}))],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+    )
+    assert refused.returncode == 3, refused.stderr
+    assert f"{tmp_path / 'run' / 'cache'}{os.sep}" in refused.stderr
+    assert "bytes are needed" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not any(path.is_file() for path in (tmp_path / "run").rglob("*"))
