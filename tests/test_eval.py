@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.evaluation import compare
+from lora_cli.evaluation.loss import evaluating
 
 TEXTS = (
     "The lighthouse keeper lights the lamp and writes down every ship that passes in the night. " * 6,
@@ -248,3 +250,175 @@ def test_rows_at_once_change_nothing(
         monkeypatch.setattr(compare, "ROWS_AT_ONCE", rows)
         scores.append(done(lora("eval", tiny_gpt2, "--data", qa_file, "--json")).json["perplexity"])
     assert scores == pytest.approx([scores[0]] * 3, rel=1e-6)
+
+
+def test_changed_validation_rows_are_told(
+    tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, tmp_path: Path, lora: Any
+) -> None:
+    run = run_of(tiny_gpt2, **{"data.validation": 0.25})
+    before = done(lora("eval", run, "--json"))
+    assert "warnings" not in before.json and "warning" not in before.stderr
+    lines = qa_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    qa_file.write_text("".join(lines[:-1]), encoding="utf-8")
+    after = done(lora("eval", run / "adapter", "--json", "--quiet"))
+    assert "not the 6 validation rows of the training run" in after.json["warnings"][0]
+    assert after.json["warnings"][0] in after.stderr
+    assert "warning" not in done(lora("eval", run, "--data", qa_file)).stderr, "asked for by name, nothing is compared"
+
+
+@pytest.mark.parametrize(
+    ("share", "told"), [(0.05, "5% of "), (0.3, "30% of "), (0.125, "12.5% of "), (1 / 3, "33.3333% of ")]
+)
+def test_the_rows_are_named_in_words(
+    share: float, told: str, tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, tmp_path: Path, lora: Any
+) -> None:
+    other = tmp_path / "other.jsonl"
+    shutil.copy(qa_file, other)
+    train = [str(qa_file), {"path": str(other), "weight": 2.0}]
+    run = run_of(tiny_gpt2, **{"data.train": train, "data.validation": share, "training.max_steps": 1})
+    assert done(lora("eval", run, "--json")).json["data"] == f"{told}{qa_file}, {other}"
+
+
+def test_an_unfinished_run(
+    tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, tmp_path: Path, lora: Any
+) -> None:
+    run = run_of(tiny_gpt2)
+    finished = done(lora("eval", run, "--data", qa_file, "--json")).json
+    info = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    (run / "run.json").write_text(json.dumps(info | {"finished": None}), encoding="utf-8")
+    result = done(lora("eval", run, "--data", qa_file, "--json"))
+    assert "has not finished" in result.stderr and "--resume" in result.stderr
+    assert result.json.pop("loss") == finished["loss"]
+    assert "has not finished" in done(lora("merge", run, "--out", tmp_path / "merged")).stderr
+    shutil.rmtree(run / "adapter")
+    for command in (["eval", run, "--data", qa_file], ["merge", run, "--out", tmp_path / "again"]):
+        result = lora(*command)
+        assert result.exit_code == 2
+        assert "has no adapter yet" in result.stderr and f"lora train {run / 'recipe.yaml'} --resume" in result.stderr
+    done(lora("train", run / "recipe.yaml", "--resume"))
+    assert done(lora("eval", run, "--data", qa_file, "--json")).json["loss"] == finished["loss"]
+
+
+def test_unreadable_runs_are_passed_over(
+    tiny_gpt2: Path, run_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_of(tiny_gpt2, "runs/good", **{"data.validation": 0.2, "training.max_steps": 1})
+    for name, content in {"torn": b'{"finished": "2999', "list": b"[]", "number": b'{"finished": 7}'}.items():
+        (tmp_path / "runs" / name).mkdir()
+        (tmp_path / "runs" / name / "run.json").write_bytes(content)
+    assert done(lora("eval", "--json")).json["target"] == "runs/good"
+
+
+def edited(adapter: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Rewrite what the adapter says of itself."""
+    record = json.loads((adapter / "provenance.json").read_text(encoding="utf-8"))
+    change(record)
+    (adapter / "provenance.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def test_a_recipe_of_another_version_is_read_as_far_as_it_is_known(
+    tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, lora: Any
+) -> None:
+    run = run_of(tiny_gpt2, **{"data.validation": 0.25})
+    wanted = done(lora("eval", run, "--json")).json
+
+    def later(record: dict[str, Any]) -> None:
+        record["recipe"]["adapter"]["flux"] = 3
+        record["recipe"]["data"]["smoothing"] = {"by": 2}
+        record["recipe"]["safety"] = {"belt": True}
+
+    edited(run / "adapter", later)
+    assert done(lora("eval", run, "--json")).json == wanted
+
+    def odd(record: dict[str, Any]) -> None:
+        record["recipe"]["adapter"] |= {"r": "many", "method": "teleport"}
+        record["versions"]["lora"] = "99.1"
+
+    edited(run / "adapter", odd)
+    result = lora("eval", run)
+    assert result.exit_code == 2
+    for words in (
+        "provenance.json: recipe.adapter.r: ",
+        "recipe.adapter.method: ",
+        "written by lora 99.1",
+        "remove it",
+    ):
+        assert words in result.stderr
+    assert "pydantic" not in result.stderr and "https:" not in result.stderr
+    (run / "adapter" / "provenance.json").unlink()
+    done(lora("eval", run, "--data", qa_file))
+
+
+@pytest.mark.parametrize("content", [b"[]", b'{"base": 3}', b'{"data": []}', b'{"recipe": 3}', b"{", b"[" * 10000])
+def test_a_record_that_is_none(
+    content: bytes, tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, lora: Any
+) -> None:
+    run = run_of(tiny_gpt2, **{"training.max_steps": 1})
+    (run / "adapter" / "provenance.json").write_bytes(content)
+    result = lora("eval", run, "--data", qa_file)
+    assert result.exit_code == 2
+    assert "provenance.json" in result.stderr and "remove it" in result.stderr
+
+
+def damaged(folder: Path, out: Path, name: str, value: float) -> Path:
+    """A copy of a model with one tensor filled with ``value``."""
+    shutil.copytree(folder, out)
+    weights = load_file(out / "model.safetensors")
+    weights[name].fill_(value)
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_fails(
+    value: float, tiny_llama: Path, qa_file: Path, tmp_path: Path, lora: Any
+) -> None:
+    model = damaged(tiny_llama, tmp_path / "model", "lm_head.weight", value)
+    result = lora("eval", model, "--data", qa_file, "--json")
+    assert result.exit_code == 3
+    assert "the loss of the model is nan" in result.stderr and str(model) in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_base_that_gives_no_number_ends_training(
+    tiny_llama: Path, tmp_path: Path, write_recipe: Any, lora: Any
+) -> None:
+    model = damaged(tiny_llama, tmp_path / "model", "lm_head.weight", math.nan)
+    result = lora("train", write_recipe({"model.name_or_path": model, "data.validation": 0.2}))
+    assert result.exit_code == 3
+    assert "step 0" in result.stderr and "is nan" in result.stderr
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert not metrics.exists() or "NaN" not in metrics.read_text(encoding="utf-8")
+
+
+def test_a_perplexity_beyond_all_numbers_is_still_json(
+    tiny_llama: Path, qa_file: Path, tmp_path: Path, lora: Any
+) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["lm_head.weight"] *= 1e4
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    result = done(lora("eval", tmp_path / "model", "--data", qa_file, "--json"))
+    found = json.loads(result.stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert found["loss"] > 710
+    assert 1e307 < found["perplexity"] < math.inf
+
+
+def test_an_empty_name_of_data_is_refused(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
+    for command in (["eval", tiny_gpt2], ["quantize", tiny_gpt2, "--out", tmp_path / "out"]):
+        result = lora(*command, "--data", "")
+        assert result.exit_code == 2
+        assert "--data" in result.stderr and "bug" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_evaluation_leaves_the_mode_it_found(tiny_gpt2: Path, failing: bool) -> None:
+    model = load(tiny_gpt2)
+    for training in (True, False):
+        model.train(training)
+        with pytest.raises(ZeroDivisionError) if failing else nullcontext(), evaluating(model):
+            assert not model.training and not torch.is_grad_enabled()
+            assert 1 / (not failing) == 1
+        assert model.training is training and torch.is_grad_enabled()

@@ -304,3 +304,12 @@ def test_a_failure_while_writing_leaves_nothing(
     assert result.exit_code != 0
     assert "No space left" in result.stderr
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_base_stored_quantized_is_refused(tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any) -> None:
+    done(lora("quantize", tiny_llama, "--out", tmp_path / "small"))
+    done(lora("train", write_recipe({"model.name_or_path": tmp_path / "small"})))
+    result = lora("merge", tmp_path / "run", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "stored quantized (bitsandbytes)" in result.stderr and "quantization.method" in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 LINEAR = {
@@ -176,3 +176,40 @@ def test_a_used_folder_is_refused(tiny_gpt2: Path, tmp_path: Path, lora: Any) ->
     assert result.exit_code == 2
     assert "exists already" in result.stderr
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("case", ["no template", "other vocabulary", "nothing to learn"])
+def test_rows_that_cannot_be_measured_are_refused_before_anything_is_written(
+    case: str, tiny_gpt2: Path, tiny_llama: Path, tmp_path: Path, lora: Any
+) -> None:
+    model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    shutil.copytree(tiny_gpt2, model)
+    row: dict[str, Any] = {"question": "Who?", "answer": " I"}
+    if case == "no template":
+        row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    elif case == "other vocabulary":
+        tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+        tokenizer.add_tokens(["Who?"])
+        tokenizer.save_pretrained(model)
+    else:
+        row["question"] = "word " * 400  # the answer lies beyond the model's 128 positions
+    rows.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    result = lora("quantize", model, "--out", tmp_path / "out", "--data", rows)
+    assert result.exit_code == 2, result.stderr
+    says = {"no template": "chat template", "other vocabulary": "vocabulary", "nothing to learn": "nothing to learn"}
+    assert says[case] in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_zeros_and_of_no_numbers(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    for folder, value in (("zeros", 0.0), ("nan", float("nan"))):
+        shutil.copytree(tiny_llama, tmp_path / folder)
+        weights = weights_of(tiny_llama)
+        weights[f"{name}.weight"].fill_(value)
+        save_file(weights, tmp_path / folder / "model.safetensors", {"format": "pt"})
+    result = done(lora("quantize", tmp_path / "zeros", "--out", tmp_path / "out", "--json"))
+    assert result.json["layers"][name] == 0
+    result = lora("quantize", tmp_path / "nan", "--out", tmp_path / "out2")
+    assert result.exit_code == 2
+    assert f"{name}.weight" in result.stderr and not (tmp_path / "out2").exists()

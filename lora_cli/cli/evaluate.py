@@ -27,14 +27,15 @@ def command(
 ) -> None:
     """Measure perplexity, the base model beside the adapter."""
     from lora_cli.cli import measure
-    from lora_cli.training.run import newest_finished
-    from lora_cli.weights.provenance import adapter_folder, recipe_of, trace
+    from lora_cli.training.run import newest_finished, unfinished
+    from lora_cli.weights.provenance import adapter_folder, read_record, recipe_of, trace
 
     if target is None:
         target = str(newest_finished())
         if not quiet:
             typer.echo(f"evaluating the newest finished run: {target}", err=True)
     adapter = adapter_folder(Path(target))
+    warnings = [unfinished(Path(target), adapter)]
     recipe = recipe_of(adapter or Path(target))
     section = measure.data_section(data, recipe)
     measure.check(section)
@@ -42,12 +43,17 @@ def command(
         from lora_cli.model.files import locate
         from lora_cli.weights.shards import check_whole
 
-        folder = locate(target, weights=True)
-        check_whole(folder)
-        found = measure.measure(folder, None, section, recipe)
+        base = locate(target, weights=True)
+        check_whole(base)
     else:
-        origin = trace(adapter)
-        found = measure.measure(origin.base, adapter, section, recipe, recipe.quantization if recipe else None)
+        base = trace(adapter).base
+    rows = measure.rows_for(base, adapter, section, recipe)
+    if data is None:
+        warnings.append(measure.changed(rows, read_record(adapter or base)))
+    told = [warning for warning in warnings if warning]
+    for warning in told:
+        typer.echo(f"warning: {warning}", err=True)
+    found = measure.measure(base, adapter, rows, recipe, recipe.quantization if recipe and adapter else None)
     result: dict[str, Any] = {
         "target": target,
         "data": measure.describe(section),
@@ -57,6 +63,8 @@ def command(
     }
     if found.base is not None:
         result["base"] = {"loss": found.base.loss, "perplexity": found.base.perplexity}
+    if told:
+        result["warnings"] = told
     typer.echo(jsonlib.dumps(result) if json else _table(result))
 
 

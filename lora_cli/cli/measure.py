@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_cli.errors import UserError
 from lora_cli.recipe.schema import Data, Quantization, Recipe
@@ -20,6 +21,8 @@ def data_section(data: str | None, recipe: Recipe | None) -> Data:
 
     Raises UserError when neither says what to measure on.
     """
+    if data == "":
+        raise UserError("--data: the name is empty", hint="give a file, a folder, a glob or a hub id")
     if data is not None:
         known = recipe.data.model_dump(exclude={"train", "validation"}) if recipe else {}
         return Data.model_validate({**known, "train": data, "validation": None})
@@ -37,8 +40,35 @@ def check(data: Data) -> None:
         raise UserError(faults)
 
 
-def examples_of(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> Examples:
-    """The rows to measure: of ``validation`` when the section has it (a share is split off as training did)."""
+@dataclass(frozen=True)
+class Rows:
+    """Tokenized rows that fit a model, and what scoring them needs."""
+
+    tokenizer: PreTrainedTokenizerBase
+    examples: Examples
+    max_length: int
+
+
+def rows_for(base: Path, adapter: Path | None, data: Data, recipe: Recipe | None) -> Rows:
+    """The rows that ``data`` names, ready to be scored; the model is checked as far as it can be without its weights.
+
+    Raises UserError for all that a measurement could fail of.
+    """
+    from lora_cli.data.examples import check_ids
+    from lora_cli.model.base import load_config, load_tokenizer, max_positions, skeleton
+    from lora_cli.weights.check import check_weights
+
+    config = load_config(base)
+    check_weights(base, skeleton(config))
+    tokenizer = load_tokenizer(adapter if adapter and (adapter / "tokenizer_config.json").is_file() else base)
+    max_length = min(data.max_length, max_positions(config) or data.max_length)
+    examples = _examples(data, tokenizer, max_length, recipe.training.seed if recipe else 0)
+    check_ids(examples, config.get_text_config().vocab_size, str(base))
+    return Rows(tokenizer, examples, max_length)
+
+
+def _examples(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> Examples:
+    """Those of ``validation`` when the section has it (a share is split off as training did)."""
     from lora_cli.data.batches import split_validation
     from lora_cli.data.examples import cut_for_evaluation
     from lora_cli.data.sources import sources_of
@@ -53,42 +83,44 @@ def examples_of(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int,
     return cut_for_evaluation(rows, max_length, "the rows to measure on")
 
 
+def changed(rows: Rows, record: dict[str, Any]) -> str | None:
+    """What to say when these are not the validation rows that an adapter's record speaks of."""
+    recorded = (record.get("data") or {}).get("validation") or {}
+    if recorded.get("fingerprint") in (None, rows.examples.fingerprint):
+        return None
+    return (
+        f"these are not the {recorded['rows']:,} validation rows of the training run: data or tokenizer have changed "
+        "since, and scores are not to be compared with the run's"
+    )
+
+
 def describe(data: Data) -> str:
     """The rows to measure, in words."""
-    if isinstance(data.validation, float):
-        return f"{data.validation:.0%} of {data.train}"
-    return str(data.train if data.validation is None else data.validation)
+    from lora_cli.data.sources import sources_of
+
+    share = f"{100 * data.validation:g}% of " if isinstance(data.validation, float) else ""
+    spec = data.train if data.validation is None or isinstance(data.validation, float) else data.validation
+    sources = sources_of(spec)
+    names = (source.path if source.split == "train" else f"{source.path}[{source.split}]" for source in sources)
+    return share + ", ".join(names)
 
 
 def measure(
-    base: Path, adapter: Path | None, data: Data, recipe: Recipe | None, quantization: Quantization | None = None
+    base: Path, adapter: Path | None, rows: Rows, recipe: Recipe | None, quantization: Quantization | None = None
 ) -> Comparison:
-    """Perplexity of a model, or of an adapter beside its base, on the rows that ``data`` names."""
-    from lora_cli.data.examples import check_ids
-    from lora_cli.evaluation.compare import compare
-    from lora_cli.model.base import (
-        best_device,
-        load_base,
-        load_config,
-        load_tokenizer,
-        max_positions,
-        resolve_dtype,
-        skeleton,
-    )
-    from lora_cli.recipe.schema import Model
-    from lora_cli.weights.check import check_weights
+    """Perplexity of a model, or of an adapter beside its base, on these rows.
 
-    config = load_config(base)
-    check_weights(base, skeleton(config))
-    tokenizer = load_tokenizer(adapter if adapter and (adapter / "tokenizer_config.json").is_file() else base)
-    max_length = min(data.max_length, max_positions(config) or data.max_length)
-    examples = examples_of(data, tokenizer, max_length, recipe.training.seed if recipe else 0)
-    check_ids(examples, config.get_text_config().vocab_size, str(base))
+    Raises RunError when a loss is no finite number.
+    """
+    from lora_cli.evaluation.compare import compare
+    from lora_cli.model.base import best_device, load_base, resolve_dtype
+    from lora_cli.recipe.schema import Model
+
     device = best_device()
     settings = recipe.model if recipe else Model(name_or_path=str(base))
     model = load_base(base, settings, quantization, device, resolve_dtype(settings.dtype, device))
     if adapter is None:
-        return compare(model, tokenizer, examples, max_length)
+        return compare(model, rows.tokenizer, rows.examples, rows.max_length, str(base))
     from lora_cli.model.adapters import load_adapter
 
-    return compare(load_adapter(model, adapter), tokenizer, examples, max_length)
+    return compare(load_adapter(model, adapter), rows.tokenizer, rows.examples, rows.max_length, str(adapter))

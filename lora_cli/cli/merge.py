@@ -20,11 +20,18 @@ def command(
     debug: Debug = False,
 ) -> None:
     """Fold an adapter into its base model's weights."""
+    from lora_cli.training.run import unfinished
+    from lora_cli.weights.check import check_mergeable
     from lora_cli.weights.provenance import adapter_folder, trace
     from lora_cli.weights.shards import check_out
 
     check_out(out)
-    origin = trace(adapter_folder(adapter) or adapter)
+    found = adapter_folder(adapter)
+    warning = unfinished(adapter, found)
+    if warning:
+        typer.echo(f"warning: {warning}", err=True)
+    origin = trace(found or adapter)
+    check_mergeable(origin.base)
 
     from lora_cli.weights.merge import merge
 

@@ -38,13 +38,13 @@ def command(
     check_quantizable(locate(model))
     folder = locate(model, weights=True)
     check_whole(folder)
-    section = None
+    rows = None
     if data is not None:
         from lora_cli.weights.provenance import recipe_of
 
-        recipe = recipe_of(folder)
-        section = measure.data_section(data, recipe)
+        section = measure.data_section(data, recipe_of(folder))
         measure.check(section)
+        rows = measure.rows_for(folder, None, section, None)
 
     from lora_cli.weights.quantize import quantize
 
@@ -56,9 +56,9 @@ def command(
         "bytes_after": result.bytes_after,
         "layers": {layer.name: layer.relative for layer in result.layers},
     }
-    if section is not None:
+    if rows is not None:
         for key, place in (("before", folder), ("after", out)):
-            score = measure.measure(place, None, section, None).score
+            score = measure.measure(place, None, rows, None).score
             report[key] = {"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens}
     typer.echo(jsonlib.dumps(report) if json else _text(report))
 

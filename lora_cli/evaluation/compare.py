@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peft import PeftModel
 
+from lora_cli.errors import RunError
 from lora_cli.evaluation.loss import Score, evaluate, evaluation_batches, packs_exactly
 from lora_cli.model.base import pad_token_id
 
@@ -27,18 +29,31 @@ class Comparison:
 
 
 def compare(
-    model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples, max_length: int
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    max_length: int,
+    where: str,
 ) -> Comparison:
-    """Score the examples with the adapter on and, when there is one, off."""
+    """Score the examples with the adapter on and, when there is one, off.
+
+    Raises RunError about ``where``, the model's or adapter's place, when a loss is no finite number.
+    """
     device = next(model.parameters()).device
     packing = packs_exactly(model, device)
 
-    def score() -> Score:
+    def score(what: str) -> Score:
         batches = evaluation_batches(examples, ROWS_AT_ONCE, max_length, packing, pad_token_id(tokenizer))
-        return evaluate(model, batches, device)
+        found = evaluate(model, batches, device)
+        if not math.isfinite(found.loss):
+            hint = f"the weights are damaged, or their products are beyond what {model.dtype} holds".replace(
+                "torch.", ""
+            )
+            raise RunError(f"the loss of {what} is {found.loss}", where, hint)
+        return found
 
     if not isinstance(model, PeftModel):
-        return Comparison(score(), None)
+        return Comparison(score("the model"), None)
     with model.disable_adapter():
-        base = score()
-    return Comparison(score(), base)
+        base = score("the base")
+    return Comparison(score("the base with its adapter"), base)

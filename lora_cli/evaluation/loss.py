@@ -23,14 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Score:
-    """Mean negative log-likelihood (nats) of ``tokens`` predicted tokens, and its exponential."""
+    """Mean negative log-likelihood (nats) of ``tokens`` predicted tokens, and its exponential.
+
+    The perplexity is never infinite, for which JSON has no word: e^709 is about the largest number there is.
+    """
 
     loss: float
     tokens: int
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.exp(min(self.loss, 709.0))
 
 
 def summed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:

@@ -112,6 +112,7 @@ def start(trainer: Trainer) -> Progress:
         return Progress()
     with unwrap(trainer).disable_adapter():
         score = validate(trainer)
+    check_finite(trainer, 0, loss_of_the_base=score.loss)
     log_score(trainer, 0, 0.0, score)
     return Progress(base_loss=score.loss, validation_loss=score.loss, validation_tokens=score.tokens)
 

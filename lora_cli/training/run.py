@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ class RunFolder:
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every whole line of metrics.jsonl; a process killed while writing leaves a part of one."""
@@ -146,7 +147,7 @@ class RunFolder:
 
     def write_info(self, info: Mapping[str, Any]) -> None:
         """Replace run.json."""
-        write_whole(self.info, json.dumps(info, indent=2) + "\n")
+        write_whole(self.info, json.dumps(info, indent=2, allow_nan=False) + "\n")
 
 
 def _changes(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
@@ -166,12 +167,30 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def newest_finished(root: Path = Path("runs")) -> Path:
-    """The run under ``root`` that finished last. Raises UserError when there is none."""
+    """The run under ``root`` that finished last; what is not readable is passed over.
+
+    Raises UserError when there is none.
+    """
     finished = []
     for info in root.glob("*/run.json"):
-        document = RunFolder(info.parent).read_info()
-        if document.get("finished"):
-            finished.append((document["finished"], info.parent))
+        with suppress(UserError):
+            when = RunFolder(info.parent).read_info().get("finished")
+            if isinstance(when, str):
+                finished.append((when, info.parent))
     if not finished:
         raise UserError(f"no finished run under {root}/", hint="name a run, an adapter or a model")
     return max(finished)[1]
+
+
+def unfinished(target: Path, adapter: Path | None) -> str | None:
+    """What to say of a run that has not finished, whose ``adapter`` is of an earlier end; None for all else.
+
+    Raises UserError when the run has no adapter yet.
+    """
+    run = RunFolder(target)
+    if not run.holds_run or run.read_info().get("finished"):
+        return None
+    go_on = f"lora train {run.recipe} --resume"
+    if adapter is None:
+        raise UserError("this run has not finished and has no adapter yet", str(target), f"{go_on} goes on with it")
+    return f"{target}: this run has not finished; its adapter is of an earlier end ({go_on} goes on)"

@@ -109,6 +109,17 @@ def check_adapter(folder: Path, base: Path) -> None:
         )
 
 
+def check_mergeable(base: Path) -> None:
+    """Raises UserError when the base is stored quantized: a sum with its codes is no weight."""
+    stored = stored_quantization(base)
+    if stored is not None:
+        hint = (
+            "use this adapter unmerged, or train on the unquantized model with quantization.method set: that one is "
+            "merged into the weights it saw"
+        )
+        raise UserError(f"the base is stored quantized ({stored}), and nothing can be merged into it", str(base), hint)
+
+
 def adapted_layers(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     """The layers a LoRA adapter's tensors are for, each with the shapes of its A (r, in) and B (out, r)."""
     halves: dict[str, dict[str, tuple[int, ...]]] = {}

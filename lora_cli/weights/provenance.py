@@ -9,13 +9,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lora_cli.errors import UserError
+from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import locate
+from lora_cli.recipe.explain import dotted_keys
 from lora_cli.recipe.schema import Recipe
 from lora_cli.weights.check import check_adapter, read_adapter_config
 from lora_cli.weights.fingerprint import fingerprint
 
 PROVENANCE = "provenance.json"
+WITHOUT = "copy it again, or remove it: the adapter then counts as made elsewhere"
 
 
 @dataclass(frozen=True)
@@ -76,19 +78,48 @@ def read_record(folder: Path) -> dict[str, Any]:
     """provenance.json of an adapter or of a model made from one; empty when there is none. Raises UserError."""
     path = folder / PROVENANCE
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"not readable: {error}", str(path)) from error
+        record: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not readable: {error}", str(path), WITHOUT) from error
+    if not isinstance(record, dict) or not all(isinstance(record.get(key, {}), dict) for key in ("base", "data")):
+        raise UserError("not an adapter's record", str(path), WITHOUT)
     return record
 
 
 def recipe_of(folder: Path) -> Recipe | None:
-    """The recipe an adapter, or a model made from one, was trained by; None when the folder does not tell."""
+    """The recipe an adapter, or a model made from one, was trained by; None when the folder does not tell.
+
+    Keys of other versions are left out. Raises UserError for values that this version cannot read.
+    """
     record = read_record(folder)
+    if "recipe" not in record:
+        return None
     try:
-        return Recipe.model_validate(_tuples(record["recipe"])) if "recipe" in record else None
+        return Recipe.model_validate(_tuples(_known(record["recipe"])))
     except ValidationError as error:
-        raise UserError(f"the recipe in it is not one: {error}", str(folder / PROVENANCE)) from error
+        path, version = str(folder / PROVENANCE), record.get("versions", {}).get("lora", "unknown")
+        raise UserError(
+            Fault(
+                f"recipe.{'.'.join(map(str, each['loc']))}: {each['msg'].lower()} (written by lora {version})",
+                path,
+                WITHOUT,
+            )
+            for each in error.errors()
+        ) from error
+
+
+def _known(recipe: Any) -> Any:
+    """A stored recipe without the sections and keys that this version does not have."""
+    if not isinstance(recipe, dict):
+        return recipe
+    known = dotted_keys()
+    return {
+        section: {key: value for key, value in values.items() if f"{section}.{key}" in known}
+        if isinstance(values, dict)
+        else values
+        for section, values in recipe.items()
+        if section in Recipe.model_fields
+    }
 
 
 def _tuples(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from lora_cli.errors import UserError
 from lora_cli.model.base import (
     DTYPES,
     best_device,
@@ -63,7 +65,7 @@ class Quantized:
 def quantize(folder: Path, out: Path, quantization: Quantization) -> Quantized:
     """Write the model in ``folder`` to ``out`` with its linear layers (but the head) in 4 or 8 bits.
 
-    Raises UserError when it is quantized already, its weights are damaged, or ``out`` will not do.
+    Raises UserError when it is quantized already, its weights are damaged or no numbers, or ``out`` will not do.
     """
     check_out(out)
     check_quantizable(folder)
@@ -97,8 +99,11 @@ def _errors(model: PreTrainedModel, headers: dict[str, TensorInfo]) -> Iterator[
         original = read_tensor(headers[stored], stored).to(module.weight.device, torch.float32)
         if module.source_cls is Conv1D:  # set by Transformers where it replaces a layer
             original = original.T
-        error = _expand(module).float() - original
-        yield LayerError(name, float(error.norm() / original.norm()))
+        size = float(original.norm())
+        if not math.isfinite(size):
+            raise UserError(f"tensor {stored} holds values that are no finite numbers", str(headers[stored].file))
+        error = float((_expand(module).float() - original).norm())
+        yield LayerError(name, error / size if size else error)
 
 
 def _expand(module: Linear4bit | Linear8bitLt) -> torch.Tensor:
