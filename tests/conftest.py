@@ -21,6 +21,7 @@ import yaml
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # Before torch and the hub's client are imported: they read these once. Nothing is fetched, no cache of the user's is
@@ -37,6 +38,8 @@ settings.register_profile("explore", derandomize=False)
 settings.load_profile("repeat")
 
 END, PAD, TURN, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
+TRAIN_KEYS = ["step", "epoch", "split", "loss", "tokens", "learning_rate", "grad_norm", "tokens_per_second", "seconds"]
+VALIDATION_KEYS = ["step", "epoch", "split", "loss", "perplexity", "tokens"]
 VOCABULARY = 400
 WIDTH = 32
 CHATML = (
@@ -279,3 +282,62 @@ def lora_process() -> Callable[..., Result]:
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the plots out of reports: most of a short run's time."""
     monkeypatch.setattr("lora_cli.study.report._curves", lambda _: "")
+
+
+def done(result: Any) -> Any:
+    """The result of a command that has to succeed."""
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left."""
+
+    folder: Path
+
+    def lines(self, split: str = "train") -> list[dict[str, Any]]:
+        text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
+        return [line for line in map(json.loads, text.splitlines()) if line["split"] == split]
+
+    def column(self, name: str, split: str = "train") -> list[Any]:
+        return [line[name] for line in self.lines(split)]
+
+    @property
+    def losses(self) -> list[float]:
+        return self.column("loss")
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / "run.json").read_text(encoding="utf-8")))
+
+    @property
+    def adapter_bytes(self) -> bytes:
+        return (self.folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / "adapter" / "adapter_model.safetensors")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / "adapter" / "adapter_config.json").read_text(encoding="utf-8")))
+
+    @property
+    def checkpoints(self) -> list[int]:
+        return sorted(int(path.name.removeprefix("step-")) for path in (self.folder / "checkpoints").glob("step-*"))
+
+
+@pytest.fixture
+def train(tmp_path: Path, write_recipe: Any, lora: Any, no_curves: None) -> Callable[..., Run]:
+    """Writes the recipe with these changes, trains from it and returns the run."""
+    count = iter(range(100))
+
+    def go(changes: dict[str, Any] | None = None) -> Run:
+        folder = tmp_path / f"run{next(count)}"
+        done(lora("train", write_recipe({"training.output_dir": folder} | (changes or {}))))
+        return Run(folder)
+
+    return go

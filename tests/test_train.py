@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import resource
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +14,7 @@ import pytest
 import reference
 import torch
 import yaml
+from conftest import TRAIN_KEYS, VALIDATION_KEYS, Run, done
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,65 +28,6 @@ LEAVES = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
-TRAIN_KEYS = ["step", "epoch", "split", "loss", "tokens", "learning_rate", "grad_norm", "tokens_per_second", "seconds"]
-VALIDATION_KEYS = ["step", "epoch", "split", "loss", "perplexity", "tokens"]
-
-
-def done(result: Any) -> Any:
-    """The result of a command that has to succeed."""
-    assert result.exit_code == 0, result.stderr
-    return result
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run left."""
-
-    folder: Path
-
-    def lines(self, split: str = "train") -> list[dict[str, Any]]:
-        text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
-        return [line for line in map(json.loads, text.splitlines()) if line["split"] == split]
-
-    def column(self, name: str, split: str = "train") -> list[Any]:
-        return [line[name] for line in self.lines(split)]
-
-    @property
-    def losses(self) -> list[float]:
-        return self.column("loss")
-
-    @property
-    def info(self) -> dict[str, Any]:
-        return dict(json.loads((self.folder / "run.json").read_text(encoding="utf-8")))
-
-    @property
-    def adapter_bytes(self) -> bytes:
-        return (self.folder / "adapter" / "adapter_model.safetensors").read_bytes()
-
-    @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / "adapter" / "adapter_model.safetensors")
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return dict(json.loads((self.folder / "adapter" / "adapter_config.json").read_text(encoding="utf-8")))
-
-    @property
-    def checkpoints(self) -> list[int]:
-        return sorted(int(path.name.removeprefix("step-")) for path in (self.folder / "checkpoints").glob("step-*"))
-
-
-@pytest.fixture
-def train(tmp_path: Path, write_recipe: Any, lora: Any, no_curves: None) -> Callable[..., Run]:
-    """Writes the recipe with these changes, trains from it and returns the run."""
-    count = iter(range(100))
-
-    def go(changes: dict[str, Any] | None = None) -> Run:
-        folder = tmp_path / f"run{next(count)}"
-        done(lora("train", write_recipe({"training.output_dir": folder} | (changes or {}))))
-        return Run(folder)
-
-    return go
 
 
 # --- the equations ---------------------------------------------------------------------------------------------------
@@ -298,27 +233,6 @@ def test_the_table_of_targets_and_the_share(train: Callable[..., Run], write_rec
     assert result.json["trainable_parameters"] == trained
 
 
-EVERYTHING_RANDOM = {
-    "adapter.lora_dropout": 0.2,
-    "data": {"packing": True, "shuffle": True, "validation": 0.2},
-    "training": {"max_steps": 7, "eval_steps": 3},
-}
-
-
-def test_the_recipe_alone_repeats_the_run(train: Callable[..., Run], tmp_path: Path, lora: Any) -> None:
-    first = train(EVERYTHING_RANDOM)
-    again = train(EVERYTHING_RANDOM)
-    assert first.losses == again.losses
-    assert first.adapter_bytes == again.adapter_bytes
-
-    done(lora("train", first.folder / "recipe.yaml", f"training.output_dir={tmp_path / 'repeated'}"))
-    assert Run(tmp_path / "repeated").adapter_bytes == first.adapter_bytes
-
-    other = train(EVERYTHING_RANDOM | {"training.seed": 43})
-    assert other.losses != first.losses
-    assert other.adapter_bytes != first.adapter_bytes
-
-
 def test_a_used_folder_is_refused(train: Callable[..., Run], write_recipe: Any, lora: Any) -> None:
     run = train({"training.max_steps": 1})
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
@@ -331,169 +245,6 @@ def test_a_used_folder_is_refused(train: Callable[..., Run], write_recipe: Any, 
     done(lora("train", recipe, "--overwrite"))
     assert len(run.losses) == 2
     assert run.checkpoints == [2]
-
-
-# --- going on --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
-def test_resume_is_exact(optim: str, train: Callable[..., Run], tmp_path: Path, lora: Any) -> None:
-    whole = train(
-        EVERYTHING_RANDOM
-        | {"adapter": {"r": 32, "target_modules": "all-linear", "lora_dropout": 0.2}}
-        | {"training": {"max_steps": 7, "save_steps": 3, "eval_steps": 2, "optim": optim, "save_total_limit": None}}
-    )
-    assert whole.checkpoints == [3, 6, 7]
-    cut = tmp_path / "cut"
-    shutil.copytree(whole.folder, cut)
-    for step in (6, 7):
-        shutil.rmtree(cut / "checkpoints" / f"step-{step:08d}")
-    shutil.rmtree(cut / "adapter")
-    done(lora("train", cut / "recipe.yaml", f"training.output_dir={cut}", "--resume"))
-    resumed = Run(cut)
-    for split, columns in (("train", TRAIN_KEYS[:-2]), ("validation", VALIDATION_KEYS)):
-        for column in columns:
-            assert resumed.column(column, split) == whole.column(column, split), column
-    assert resumed.adapter_bytes == whole.adapter_bytes
-
-
-@pytest.mark.parametrize("damage", ["truncated", "one bit", "no manifest"])
-def test_resume_falls_back_to_the_newest_whole_checkpoint(
-    damage: str, train: Callable[..., Run], tmp_path: Path, lora: Any
-) -> None:
-    whole = train({"training": {"max_steps": 4, "save_steps": 1, "save_total_limit": None}})
-    cut = tmp_path / "cut"
-    shutil.copytree(whole.folder, cut)
-    for step in (3, 4):
-        torn = cut / "checkpoints" / f"step-{step:08d}"
-        weights = bytearray((torn / "optimizer.safetensors").read_bytes())
-        if damage == "truncated":
-            (torn / "optimizer.safetensors").write_bytes(weights[: len(weights) // 2])
-        elif damage == "one bit":
-            weights[-1] ^= 1
-            (torn / "optimizer.safetensors").write_bytes(weights)
-        else:
-            (torn / "manifest.json").unlink()
-    (cut / "checkpoints" / ".step-00000004.abc").mkdir()
-    result = lora("train", cut / "recipe.yaml", f"training.output_dir={cut}", "--resume")
-    done(result)
-    assert result.stderr.count("is damaged and left aside") == 2
-    resumed = Run(cut)
-    assert resumed.column("loss") == whole.column("loss")
-    assert resumed.adapter_bytes == whole.adapter_bytes
-    assert resumed.checkpoints == [1, 2, 3, 4]
-
-
-def test_resume_refuses_another_run(train: Callable[..., Run], write_recipe: Any, lora: Any) -> None:
-    run = train()
-    recipe = write_recipe({"training": {"output_dir": run.folder, "learning_rate": 0.1}, "adapter.r": 2})
-    result = lora("train", recipe, "--resume")
-    assert result.exit_code == 2
-    assert "training.learning_rate was 0.005 and is now 0.1" in result.stderr
-    assert "adapter.r was 4 and is now 2" in result.stderr
-
-
-def test_resume_of_nothing_is_refused(write_recipe: Any, tmp_path: Path, lora: Any) -> None:
-    result = lora("train", write_recipe(), "--resume")
-    assert result.exit_code == 2
-    assert "no run to resume" in result.stderr
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_signal_stops_with_a_checkpoint(write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None) -> None:
-    steps = 1_000_000
-    endless = {"max_steps": steps, "save_steps": None, "lr_scheduler_type": "constant"}
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-    children = []
-    for kind, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        run = Run(tmp_path / str(code))
-        recipe = write_recipe({"training": {**endless, "output_dir": run.folder}}, name=f"{code}.yaml")
-        command = [sys.executable, "-m", "lora_cli", "train", str(recipe)]
-        pipe = subprocess.PIPE
-        child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
-        children.append((kind, code, run, recipe, child))
-    until = time.monotonic() + 120
-    for kind, code, run, recipe, child in children:
-        try:
-            while not (run.folder / "metrics.jsonl").exists() and child.poll() is None and time.monotonic() < until:
-                time.sleep(0.05)
-            child.send_signal(kind)
-            stdout, stderr = child.communicate(timeout=60)
-        finally:
-            child.kill()
-        assert child.returncode == code, stderr
-        assert stdout == ""
-        assert "--resume" in stderr and "Traceback" not in stderr
-        before = run.losses
-        stopped = len(before)
-        assert run.checkpoints == [stopped] and 0 < stopped < steps
-        assert run.info["finished"] is None
-        assert not (run.folder / "adapter").exists()
-
-        done(lora("train", recipe, f"training.max_steps={stopped + 2}", "--resume"))
-        assert run.losses[:stopped] == before
-        assert run.column("step") == list(range(1, stopped + 3))
-        assert run.info["finished"] is not None
-        assert (run.folder / "adapter" / "adapter_model.safetensors").is_file()
-
-
-def test_a_killed_run_goes_on_exactly_and_its_folder_is_its_own(
-    write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
-) -> None:
-    run = Run(tmp_path / "killed")
-    changes = {"save_steps": 2, "save_total_limit": 2, "lr_scheduler_type": "constant", "warmup_steps": 0}
-    endless = {**changes, "max_steps": 1_000_000, "output_dir": run.folder}
-    recipe = write_recipe({"training": endless, "adapter.lora_dropout": 0.1}, name="killed.yaml")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-    command = [sys.executable, "-m", "lora_cli", "train", str(recipe), "--quiet"]
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        until = time.monotonic() + 120
-        while not (run.folder / "checkpoints" / "step-00000004").exists() and time.monotonic() < until:
-            time.sleep(0.02)
-        for flag in ("--resume", "--overwrite"):
-            refused = lora("train", recipe, flag)
-            assert refused.exit_code == 2
-            assert "another run is at work in this folder" in refused.stderr
-    finally:
-        child.kill()
-        child.wait()
-
-    reached = max(run.checkpoints)
-    done(lora("train", recipe, f"training.max_steps={reached + 3}", "--resume"))
-    undisturbed = Run(tmp_path / "undisturbed")
-    changes |= {"max_steps": reached + 3, "output_dir": undisturbed.folder}
-    done(lora("train", write_recipe({"training": changes, "adapter.lora_dropout": 0.1}, name="undisturbed.yaml")))
-    assert run.column("step") == list(range(1, reached + 4))
-    assert run.losses == undisturbed.losses
-    assert run.adapter_bytes == undisturbed.adapter_bytes
-
-
-def test_a_failing_write_leaves_earlier_checkpoints_whole(
-    write_recipe: Any, train: Callable[..., Run], tmp_path: Path, lora: Any, no_curves: None
-) -> None:
-    changes = {"max_steps": 4, "save_steps": 2, "lr_scheduler_type": "constant", "warmup_steps": 0}
-    whole = train({"training": changes})
-    run = Run(tmp_path / "full")
-    recipe = write_recipe({"training": changes | {"max_steps": 2, "output_dir": run.folder}}, name="full.yaml")
-    done(lora("train", recipe))
-    size = (run.folder / "checkpoints" / "step-00000002" / "optimizer.safetensors").stat().st_size
-
-    command = [sys.executable, "-m", "lora_cli", "train", str(recipe), "training.max_steps=4", "--resume"]
-    refused = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, size - 1)),
-    )
-    assert refused.returncode == 3, refused.stderr
-    assert f"{run.folder / 'checkpoints' / 'step-00000004'}: could not be written" in refused.stderr
-    assert run.checkpoints == [2]
-
-    done(lora("train", recipe, "training.max_steps=4", "--resume"))
-    assert run.losses == whole.losses
-    assert run.adapter_bytes == whole.adapter_bytes
 
 
 # --- every key -------------------------------------------------------------------------------------------------------
@@ -651,6 +402,7 @@ ELSEWHERE = {
     "training.lr_scheduler_type": "test_schedules",
     "training.optim": "test_what_the_model_and_the_optimizer_are",
     "training.early_stopping_patience": "test_early_stopping",
+    "training.load_best_model_at_end": "test_the_best_steps_weights_are_taken_when_asked",
     "training.gradient_checkpointing": "test_gradient_checkpointing",
     "training.report_to": "test_tensorboard",
 }
@@ -760,29 +512,6 @@ def test_what_the_model_and_the_optimizer_are(train: Callable[..., Run], trainer
     paged = train(big | {"training.optim": "paged_adamw_8bit"})
     assert trainers[-1].optimizer.optimizer.is_paged
     assert paged.losses == pytest.approx(eight.losses, abs=1e-5)
-
-
-def test_early_stopping(train: Callable[..., Run]) -> None:
-    run = train(
-        {
-            "data.validation": 0.2,
-            "training": {"max_steps": 40, "eval_steps": 1, "early_stopping_patience": 3, "learning_rate": 1.0},
-        }
-    )
-    scores = run.column("loss", "validation")[1:]
-    best = scores.index(min(scores))
-    assert len(scores) == best + 1 + 3 < 40
-    assert run.info["result"]["best"] == {"step": best + 1, "loss": min(scores)}
-    assert run.info["result"]["steps"] == len(scores)
-    assert run.checkpoints[-1] == len(scores)
-
-
-def test_an_early_stop_stays_stopped(train: Callable[..., Run], lora: Any) -> None:
-    patient = {"max_steps": 40, "eval_steps": 1, "early_stopping_patience": 2, "learning_rate": 1.0}
-    run = train({"data.validation": 0.2, "training": patient})
-    before, losses = run.adapter_bytes, run.losses
-    done(lora("train", run.folder / "recipe.yaml", "--resume"))
-    assert (run.adapter_bytes, run.losses) == (before, losses)
 
 
 def test_init_from_takes_the_recipes_dropout_and_no_other_shape(

@@ -48,6 +48,8 @@ def command(
 
 def _summarize(run: str, result: dict[str, Any]) -> None:
     typer.echo(f"{result['steps']:,} steps in {result['seconds']:.1f} s, last loss {result['loss']:.4f}")
+    if result["adapter_step"] != result["steps"]:
+        typer.echo(f"the adapter has the weights of step {result['adapter_step']:,}, the best")
     base, tuned = result["base"], result["validation"]
     if base and tuned:
         typer.echo(f"validation perplexity {base['perplexity']:.2f} -> {tuned['perplexity']:.2f}")

@@ -164,9 +164,18 @@ class Training(Section):
         100, description="Steps between two evaluations; null: at the start and the end alone."
     )
     save_steps: Positive | None = Field(100, description="Steps between two checkpoints; null: at the end alone.")
-    save_total_limit: Positive | None = Field(2, description="Checkpoints to keep; null: all.")
+    save_total_limit: Positive | None = Field(
+        2, description="Newest checkpoints to keep; null: all. A best one that is kept stands beside them."
+    )
+    load_best_model_at_end: bool = Field(
+        False,
+        description="Give the adapter the weights of the evaluation with the lowest validation loss, not the last "
+        "step's. Each best evaluation so far writes a checkpoint, which is kept until a better one is whole.",
+    )
     early_stopping_patience: Positive | None = Field(
-        None, description="Stop after so many evaluations in a row without a lower validation loss."
+        None,
+        description="Stop after so many evaluations in a row without a lower validation loss. The best one's "
+        "checkpoint is kept; the adapter has the last weights unless load_best_model_at_end is true.",
     )
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto",
@@ -198,7 +207,8 @@ class Recipe(Section):
     training: Training = Field(description="How it is learned, and what is kept.")
 
     @model_validator(mode="after")
-    def _early_stopping_needs_validation(self) -> Recipe:
-        if self.training.early_stopping_patience is not None and self.data.validation is None:
-            raise ValueError("training.early_stopping_patience: needs data.validation, which is null")
+    def _a_best_needs_validation(self) -> Recipe:
+        for key in ("early_stopping_patience", "load_best_model_at_end"):
+            if getattr(self.training, key) and self.data.validation is None:
+                raise ValueError(f"training.{key}: needs data.validation, which is null")
         return self

@@ -28,6 +28,7 @@ def write_report(folder: RunFolder) -> None:
         ("data", f"{info['data']['rows']:,} rows, {info['data']['supervised_tokens']:,} supervised tokens"),
         ("trained", f"{result['trainable_parameters']:,} of {result['total_parameters']:,} parameters"),
         ("steps", f"{result['steps']:,} in {result['seconds']:,.1f} s"),
+        ("adapter", f"weights of step {result['adapter_step']:,}"),
         ("peak memory", f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB"),
         ("device", info["device"]),
         ("finished", info["finished"]),

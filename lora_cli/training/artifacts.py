@@ -75,6 +75,8 @@ def model_card(recipe: Recipe, provenance: dict[str, Any]) -> str:
         f"Base fingerprint: `{provenance['base']['fingerprint'][:16]}`. Training data: {data['rows']:,} rows "
         f"({data['supervised_tokens']:,} supervised tokens).",
     ]
+    if result["adapter_step"] != result["steps"]:
+        body[-1] += f" The weights are those of step {result['adapter_step']:,}, which had the lowest validation loss."
     if result.get("validation"):
         body += [
             "",

@@ -81,7 +81,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def write(folder: Path, state: State) -> Path:
     """Write ``folder``/step-NNNNNNNN as safetensors and JSON, whole or not at all."""
-    target = folder / f"step-{state.document['progress']['step']:08d}"
+    target = path_of(folder, state.document["progress"]["step"])
     with whole_folder(target, replace=True) as draft:
         for name in FILES:
             save_file(getattr(state, name), draft / f"{name}.safetensors")
@@ -94,6 +94,16 @@ def read(path: Path) -> State:
     """A checkpoint that ``is_whole``, in host memory."""
     weights, optimizer, random_states = (load_file(path / f"{name}.safetensors") for name in FILES)
     return State(weights, optimizer, random_states, json.loads((path / DOCUMENT).read_text(encoding="utf-8")))
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint is of, from its name."""
+    return int(path.name.removeprefix("step-"))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -118,10 +128,18 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def rotate(folder: Path, keep: int | None) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and what an interrupted write has left behind."""
-    for path in checkpoints(folder)[: -keep if keep else 0]:
-        shutil.rmtree(path)
+def rotate(folder: Path, newest: int, keep: int | None, best: int | None) -> None:
+    """Once the checkpoint of step ``newest`` is whole: keep it, those before it up to ``keep`` in all, and ``best``.
+
+    What is beyond it was damaged and is being written again; what an interrupted write has left behind goes as well.
+    """
+    steps = [step_of(path) for path in checkpoints(folder)]
+    earlier = [step for step in steps if step <= newest]
+    kept = {*earlier[-keep if keep else 0 :], best}
+    for step in steps:
+        if step not in kept:
+            path = path_of(folder, step)
+            path.rename(path.with_name(f".{path.name}.old"))  # never seen with a part of its files
     for draft in folder.glob(".step-*"):
         shutil.rmtree(draft)
 
@@ -132,13 +150,7 @@ def restore(state: State, parameters: NamedParameters, optimizer: torch.optim.Op
     A process beyond those of the interrupted run keeps the random state it has. Raises UserError when the state is of
     other parameters.
     """
-    if {name for name, _ in parameters} != set(state.weights):
-        raise UserError("the checkpoint holds other parameters than the recipe trains")
-    with torch.no_grad():
-        for name, parameter in parameters:
-            if parameter.shape != state.weights[name].shape:
-                raise UserError(f"{name} has another shape in the checkpoint")
-            parameter.copy_(_laid_out_as(state.weights[name], parameter))
+    restore_weights(state, parameters)
     entries: dict[int, dict[str, Any]] = {}
     for key, value in (*state.document["optimizer"]["numbers"].items(), *state.optimizer.items()):
         index, _, name = key.partition(".")
@@ -151,6 +163,17 @@ def restore(state: State, parameters: NamedParameters, optimizer: torch.optim.Op
         tensors = {name.removeprefix(own): value for name, value in state.random.items() if name.startswith(own)}
         _restore_random(state.document["random"][process], tensors)
     return Progress(**state.document["progress"])
+
+
+def restore_weights(state: State, parameters: NamedParameters) -> None:
+    """Put the trained weights alone back. Raises UserError when the state is of other parameters."""
+    if {name for name, _ in parameters} != set(state.weights):
+        raise UserError("the checkpoint holds other parameters than the recipe trains")
+    with torch.no_grad():
+        for name, parameter in parameters:
+            if parameter.shape != state.weights[name].shape:
+                raise UserError(f"{name} has another shape in the checkpoint")
+            parameter.copy_(_laid_out_as(state.weights[name], parameter))
 
 
 def _laid_out_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

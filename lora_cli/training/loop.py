@@ -11,7 +11,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from lora_cli.data.batches import Step, collate
 from lora_cli.data.cache import prune, publish, withdraw
@@ -20,7 +19,7 @@ from lora_cli.evaluation.loss import Score, evaluation_groups, score, summed_los
 from lora_cli.model.base import pad_token_id
 from lora_cli.training import checkpoint
 from lora_cli.training.artifacts import write_adapter
-from lora_cli.training.checkpoint import Progress, State
+from lora_cli.training.checkpoint import Progress
 from lora_cli.training.clock import Clock
 from lora_cli.training.display import Display
 from lora_cli.training.interrupt import Interrupt, catch_signals
@@ -30,6 +29,7 @@ from lora_cli.training.prepare import Prepared
 from lora_cli.training.processes import highest, own_share, summed
 from lora_cli.training.proof import digests, prove
 from lora_cli.training.record import now, provenance, result_record, run_record, tell
+from lora_cli.training.resume import choose_weights, keeps_best, restore, save
 from lora_cli.training.setup import Trainer, parameters, set_up, unwrap
 from lora_cli.weights.shards import whole_folder
 
@@ -76,11 +76,13 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
             display.log_to(folder.log)
         tell(trainer)
         start_trackers(trainer)
-        progress = restore(trainer) if job.resume else start(trainer)
+        progress = (restore(trainer) if job.resume else None) or start(trainer)
         with display.steps(progress.step, trainer.total_steps):
             progress = run_steps(trainer, progress, interrupt)
 
-    info |= {"finished": now(), "result": result_record(trainer, progress, time.perf_counter() - began)}
+    adapter_step = choose_weights(trainer, progress)
+    result = result_record(trainer, progress, adapter_step, time.perf_counter() - began)
+    info |= {"finished": now(), "result": result}
     weights = whole_weights(trainer)
     if trainer.writes:
         with whole_folder(folder.adapter, replace=True) as draft:  # in place once it is proven
@@ -117,33 +119,6 @@ def start(trainer: Trainer) -> Progress:
     return Progress(base_loss=score.loss, validation_loss=score.loss, validation_tokens=score.tokens)
 
 
-def restore(trainer: Trainer) -> Progress:
-    """Go on from the newest whole checkpoint; from the beginning when there is none."""
-    folder = trainer.job.folder
-    found: list[State | None] = [newest_whole(trainer) if trainer.writes else None]
-    broadcast_object_list(found)
-    state = found[0]
-    progress = (
-        checkpoint.restore(state, parameters(trainer), trainer.optimizer, trainer.accelerator.process_index)
-        if state
-        else None
-    )
-    if trainer.writes:
-        folder.cut_metrics(progress.step if progress else -1)
-    return progress or start(trainer)
-
-
-def newest_whole(trainer: Trainer) -> State | None:
-    """The newest checkpoint that is whole; says which, and which were passed over."""
-    for path in reversed(checkpoint.checkpoints(trainer.job.folder.checkpoints)):
-        if checkpoint.is_whole(path):
-            trainer.display.note(f"resumed from {path}")
-            return checkpoint.read(path)
-        trainer.display.note(f"{path} is damaged and left aside", warning=True)
-    trainer.display.note("no whole checkpoint: beginning again", warning=True)
-    return None
-
-
 def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Progress:
     """Every step that is left: learn, log, evaluate, save."""
     training = trainer.job.recipe.training
@@ -161,7 +136,8 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Pro
             progress = evaluate_step(trainer, step, progress, clock)
         stop_early = has_converged(trainer, progress)
         asked_to_stop = highest(interrupt.number, trainer.accelerator)
-        if last or stop_early or asked_to_stop or due(step.number, training.save_steps):
+        is_best = progress.best_step == step.number and keeps_best(training)
+        if last or stop_early or asked_to_stop or is_best or due(step.number, training.save_steps):
             check_finite(trainer, step.number, loss=float(loss), weight_norm=weight_norm(trainer))
             save(trainer, progress)
         if asked_to_stop and not last and not stop_early:
@@ -171,16 +147,6 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Pro
             trainer.display.note(f"stopping early: best validation loss was at step {progress.best_step}")
             break
     return progress
-
-
-def save(trainer: Trainer, progress: Progress) -> None:
-    """Write a checkpoint; only then remove older ones."""
-    state = checkpoint.capture(progress, parameters(trainer), trainer.optimizer)
-    if trainer.writes:
-        folder = trainer.job.folder.checkpoints
-        checkpoint.write(folder, state)
-        checkpoint.rotate(folder, trainer.job.recipe.training.save_total_limit)
-    trainer.accelerator.wait_for_everyone()
 
 
 def take_step(trainer: Trainer, step: Step, learning_rate: float) -> tuple[torch.Tensor, torch.Tensor]:

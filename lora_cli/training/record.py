@@ -88,15 +88,18 @@ def run_record(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def result_record(trainer: Trainer, progress: Progress, seconds: float) -> dict[str, Any]:
-    """What came of a run; ``loss`` is the last logged step's, ``seconds`` are those of this process."""
+def result_record(trainer: Trainer, progress: Progress, adapter_step: int, seconds: float) -> dict[str, Any]:
+    """What came of a run; ``loss`` is the last logged step's, ``validation`` the adapter's, whose weights are those of
+    ``adapter_step``, ``seconds`` are those of this process."""
     trainable, total = parameter_counts(unwrap(trainer))
     losses = [line["loss"] for line in trainer.job.folder.read_metrics() if line["split"] == "train"]
+    validation_loss = progress.best_loss if adapter_step == progress.best_step else progress.validation_loss
     return {
         "steps": progress.step,
+        "adapter_step": adapter_step,
         "loss": losses[-1] if losses else None,
         "base": _score(progress.base_loss, progress.validation_tokens),
-        "validation": _score(progress.validation_loss, progress.validation_tokens),
+        "validation": _score(validation_loss, progress.validation_tokens),
         "best": {"step": progress.best_step, "loss": progress.best_loss},
         "trainable_parameters": trainable,
         "total_parameters": total,

@@ -23,6 +23,7 @@ MAY_CHANGE = {
     "eval_steps",
     "save_steps",
     "save_total_limit",
+    "load_best_model_at_end",
     "early_stopping_patience",
     "report_to",
     "output_dir",

@@ -1,0 +1,93 @@
+"""Checkpoints in the course of a run: written, gone on from, and at the end the best one's weights taken."""
+
+from __future__ import annotations
+
+from accelerate.utils import broadcast_object_list
+
+from lora_cli.errors import RunError
+from lora_cli.recipe.schema import Training
+from lora_cli.training import checkpoint
+from lora_cli.training.checkpoint import Progress, State
+from lora_cli.training.setup import Trainer, parameters
+
+TAKE_THE_LAST = "--resume training.load_best_model_at_end=false takes the last step's weights instead"
+
+
+def keeps_best(training: Training) -> bool:
+    """Whether each best evaluation so far gets a checkpoint, which rotation leaves alone."""
+    return training.load_best_model_at_end or training.early_stopping_patience is not None
+
+
+def save(trainer: Trainer, progress: Progress) -> None:
+    """Write a checkpoint; only then remove older ones."""
+    training = trainer.job.recipe.training
+    state = checkpoint.capture(progress, parameters(trainer), trainer.optimizer)
+    if trainer.writes:
+        folder = trainer.job.folder.checkpoints
+        checkpoint.write(folder, state)
+        best = progress.best_step if keeps_best(training) else None
+        checkpoint.rotate(folder, progress.step, training.save_total_limit, best)
+    trainer.accelerator.wait_for_everyone()
+
+
+def restore(trainer: Trainer) -> Progress | None:
+    """Go on from the newest whole checkpoint; None when there is none."""
+    folder = trainer.job.folder
+    found: list[State | None] = [newest_whole(trainer) if trainer.writes else None]
+    broadcast_object_list(found)
+    state = found[0]
+    progress = (
+        checkpoint.restore(state, parameters(trainer), trainer.optimizer, trainer.accelerator.process_index)
+        if state
+        else None
+    )
+    if trainer.writes:
+        folder.cut_metrics(progress.step if progress else -1)
+    return progress
+
+
+def newest_whole(trainer: Trainer) -> State | None:
+    """The newest checkpoint that is whole; says which, and which were passed over."""
+    for path in reversed(checkpoint.checkpoints(trainer.job.folder.checkpoints)):
+        if checkpoint.is_whole(path):
+            trainer.display.note(f"resumed from {path}")
+            state = checkpoint.read(path)
+            _warn_without_best(trainer, Progress(**state.document["progress"]))
+            return state
+        trainer.display.note(f"{path} is damaged and left aside", warning=True)
+    trainer.display.note("no whole checkpoint: beginning again", warning=True)
+    return None
+
+
+def _warn_without_best(trainer: Trainer, progress: Progress) -> None:
+    best = progress.best_step
+    if best is None or not trainer.job.recipe.training.load_best_model_at_end:
+        return
+    path = checkpoint.path_of(trainer.job.folder.checkpoints, best)
+    if not checkpoint.is_whole(path):
+        what = f"{path}, the best so far, is missing or damaged: the run can only end well with a better one"
+        trainer.display.note(f"{what}; {TAKE_THE_LAST}", warning=True)
+
+
+def choose_weights(trainer: Trainer, progress: Progress) -> int:
+    """Leave the last step's weights in the model, or put the best's there, as the recipe says; the step they are of.
+
+    Raises RunError when the best's checkpoint is missing or damaged.
+    """
+    best, training = progress.best_step, trainer.job.recipe.training
+    if best is None or best == progress.step:
+        return progress.step
+    if not training.load_best_model_at_end:
+        if keeps_best(training):
+            hint = f"--resume training.load_best_model_at_end=true takes those of step {best}, the best"
+            trainer.display.note(f"the adapter has the weights of step {progress.step}, the last; {hint}")
+        return progress.step
+    path = checkpoint.path_of(trainer.job.folder.checkpoints, best)
+    found: list[State | None] = [checkpoint.read(path) if trainer.writes and checkpoint.is_whole(path) else None]
+    broadcast_object_list(found)
+    if found[0] is None:
+        what = "the best step's checkpoint is missing or damaged; no adapter was written, the others are kept"
+        raise RunError(what, str(path), TAKE_THE_LAST)
+    checkpoint.restore_weights(found[0], parameters(trainer))
+    trainer.display.note(f"the adapter has the weights of step {best}, the best")
+    return best

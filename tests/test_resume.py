@@ -1,0 +1,213 @@
+"""Going on: a run stopped anywhere and taken up again ends as if it had never stopped."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TRAIN_KEYS, VALIDATION_KEYS, Run, done
+from safetensors.torch import load_file
+
+EVERYTHING_RANDOM = {
+    "adapter.lora_dropout": 0.2,
+    "data": {"packing": True, "shuffle": True, "validation": 0.2},
+    "training": {"max_steps": 7, "eval_steps": 3},
+}
+
+
+def test_the_recipe_alone_repeats_the_run(train: Callable[..., Run], tmp_path: Path, lora: Any) -> None:
+    first = train(EVERYTHING_RANDOM)
+    again = train(EVERYTHING_RANDOM)
+    assert first.losses == again.losses
+    assert first.adapter_bytes == again.adapter_bytes
+
+    done(lora("train", first.folder / "recipe.yaml", f"training.output_dir={tmp_path / 'repeated'}"))
+    assert Run(tmp_path / "repeated").adapter_bytes == first.adapter_bytes
+
+    other = train(EVERYTHING_RANDOM | {"training.seed": 43})
+    assert other.losses != first.losses
+    assert other.adapter_bytes != first.adapter_bytes
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+def test_resume_is_exact(optim: str, train: Callable[..., Run], tmp_path: Path, lora: Any) -> None:
+    whole = train(
+        EVERYTHING_RANDOM
+        | {"adapter": {"r": 32, "target_modules": "all-linear", "lora_dropout": 0.2}}
+        | {"training": {"max_steps": 7, "save_steps": 3, "eval_steps": 2, "optim": optim, "save_total_limit": None}}
+    )
+    assert whole.checkpoints == [3, 6, 7]
+    cut = tmp_path / "cut"
+    shutil.copytree(whole.folder, cut)
+    for step in (6, 7):
+        shutil.rmtree(cut / "checkpoints" / f"step-{step:08d}")
+    shutil.rmtree(cut / "adapter")
+    done(lora("train", cut / "recipe.yaml", f"training.output_dir={cut}", "--resume"))
+    resumed = Run(cut)
+    for split, columns in (("train", TRAIN_KEYS[:-2]), ("validation", VALIDATION_KEYS)):
+        for column in columns:
+            assert resumed.column(column, split) == whole.column(column, split), column
+    assert resumed.adapter_bytes == whole.adapter_bytes
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "no manifest"])
+def test_resume_falls_back_to_the_newest_whole_checkpoint(
+    damage: str, train: Callable[..., Run], tmp_path: Path, lora: Any
+) -> None:
+    whole = train({"training": {"max_steps": 4, "save_steps": 1, "save_total_limit": None}})
+    cut = tmp_path / "cut"
+    shutil.copytree(whole.folder, cut)
+    for step in (3, 4):
+        torn = cut / "checkpoints" / f"step-{step:08d}"
+        weights = bytearray((torn / "optimizer.safetensors").read_bytes())
+        if damage == "truncated":
+            (torn / "optimizer.safetensors").write_bytes(weights[: len(weights) // 2])
+        elif damage == "one bit":
+            weights[-1] ^= 1
+            (torn / "optimizer.safetensors").write_bytes(weights)
+        else:
+            (torn / "manifest.json").unlink()
+    (cut / "checkpoints" / ".step-00000004.abc").mkdir()
+    result = lora("train", cut / "recipe.yaml", f"training.output_dir={cut}", "--resume")
+    done(result)
+    assert result.stderr.count("is damaged and left aside") == 2
+    resumed = Run(cut)
+    assert resumed.column("loss") == whole.column("loss")
+    assert resumed.adapter_bytes == whole.adapter_bytes
+    assert resumed.checkpoints == [1, 2, 3, 4]
+
+
+def test_resume_refuses_another_run(train: Callable[..., Run], write_recipe: Any, lora: Any) -> None:
+    run = train()
+    recipe = write_recipe({"training": {"output_dir": run.folder, "learning_rate": 0.1}, "adapter.r": 2})
+    result = lora("train", recipe, "--resume")
+    assert result.exit_code == 2
+    assert "training.learning_rate was 0.005 and is now 0.1" in result.stderr
+    assert "adapter.r was 4 and is now 2" in result.stderr
+
+
+def test_resume_of_nothing_is_refused(write_recipe: Any, tmp_path: Path, lora: Any) -> None:
+    result = lora("train", write_recipe(), "--resume")
+    assert result.exit_code == 2
+    assert "no run to resume" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# --- the best step ---------------------------------------------------------------------------------------------------
+
+WORSENING = {
+    "data.validation": 0.2,
+    "training": {"max_steps": 12, "eval_steps": 1, "learning_rate": 1.0, "save_steps": None, "warmup_steps": 0}
+    | {"lr_scheduler_type": "linear"},
+}
+
+
+def changed(changes: dict[str, Any], **training: Any) -> dict[str, Any]:
+    return changes | {"training": changes["training"] | training}
+
+
+def checkpoint_weights(run: Run, step: int) -> dict[str, torch.Tensor]:
+    stored = load_file(run.folder / "checkpoints" / f"step-{step:08d}" / "weights.safetensors")
+    return {name.replace(".default.", "."): tensor for name, tensor in stored.items()}
+
+
+def test_the_best_steps_weights_are_taken_when_asked(train: Callable[..., Run], lora: Any, qa_file: Path) -> None:
+    last = train(WORSENING)
+    best = train(changed(WORSENING, load_best_model_at_end=True, save_total_limit=1))
+    scores = best.column("loss", "validation")
+    assert last.column("loss", "validation") == scores
+    at = scores.index(min(scores[1:]))
+    assert at < 12, "the run has to get worse"
+    assert best.checkpoints == [at, 12], "the newest and the best"
+    assert best.tensors.keys() == checkpoint_weights(best, at).keys()
+    assert all(torch.equal(best.tensors[name], weight) for name, weight in checkpoint_weights(best, at).items())
+    assert all(torch.equal(last.tensors[name], weight) for name, weight in checkpoint_weights(best, 12).items())
+    result, other = best.info["result"], last.info["result"]
+    assert (result["adapter_step"], result["validation"]["loss"]) == (at, scores[at])
+    assert (other["adapter_step"], other["validation"]["loss"]) == (12, scores[12])
+    assert f"step {at:,}, which had the lowest validation loss" in (best.folder / "adapter" / "README.md").read_text()
+    assert f"weights of step {at}" in (best.folder / "report.html").read_text()
+
+
+def test_the_best_survives_a_stop(train: Callable[..., Run], write_recipe: Any, tmp_path: Path, lora: Any) -> None:
+    changes = changed(WORSENING, load_best_model_at_end=True, save_total_limit=1)
+    changes = changed(changes, lr_scheduler_type="constant", learning_rate=0.1)
+    whole = train(changes)
+    best = whole.info["result"]["adapter_step"]
+    assert best < 10
+    stopped = Run(tmp_path / "stopped")
+    recipe = write_recipe(changed(changes, output_dir=stopped.folder, max_steps=best + 2), name="stopped.yaml")
+    done(lora("train", recipe))
+    done(lora("train", recipe, "training.max_steps=12", "--resume"))
+    assert stopped.info["result"]["best"] == whole.info["result"]["best"]
+    assert stopped.adapter_bytes == whole.adapter_bytes
+    assert stopped.checkpoints == [best, 12]
+
+
+def test_a_damaged_best_checkpoint_writes_no_adapter(train: Callable[..., Run], lora: Any) -> None:
+    run = train(changed(WORSENING, load_best_model_at_end=True))
+    best = run.info["result"]["adapter_step"]
+    path = run.folder / "checkpoints" / f"step-{best:08d}"
+    (path / "weights.safetensors").write_bytes(b"")
+    shutil.rmtree(run.folder / "adapter")
+    result = lora("train", run.folder / "recipe.yaml", "--resume")
+    assert result.exit_code == 3
+    assert f"{path}, the best so far, is missing or damaged" in result.stderr
+    assert f"{path}: the best step's checkpoint is missing or damaged" in result.stderr
+    assert not (run.folder / "adapter").exists()
+    assert run.checkpoints == [best, 12]
+
+    done(lora("train", run.folder / "recipe.yaml", "training.load_best_model_at_end=false", "--resume"))
+    assert run.info["result"]["adapter_step"] == 12
+    assert all(torch.equal(run.tensors[name], weight) for name, weight in checkpoint_weights(run, 12).items())
+
+
+def test_early_stopping(train: Callable[..., Run]) -> None:
+    run = train(
+        {
+            "data.validation": 0.2,
+            "training": {"max_steps": 40, "eval_steps": 1, "early_stopping_patience": 3, "learning_rate": 1.0},
+        }
+    )
+    scores = run.column("loss", "validation")[1:]
+    best = scores.index(min(scores))
+    assert len(scores) == best + 1 + 3 < 40
+    assert run.info["result"]["best"] == {"step": best + 1, "loss": min(scores)}
+    assert run.info["result"]["steps"] == len(scores)
+    assert run.checkpoints[-1] == len(scores)
+
+
+def test_an_early_stop_stays_stopped(train: Callable[..., Run], lora: Any) -> None:
+    patient = {"max_steps": 40, "eval_steps": 1, "early_stopping_patience": 2, "learning_rate": 1.0}
+    run = train({"data.validation": 0.2, "training": patient})
+    before, losses = run.adapter_bytes, run.losses
+    done(lora("train", run.folder / "recipe.yaml", "--resume"))
+    assert (run.adapter_bytes, run.losses) == (before, losses)
+
+
+def test_early_stopping_keeps_the_last_weights_says_so_and_gives_the_best_when_asked(
+    write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
+) -> None:
+    run = Run(tmp_path / "run")
+    recipe = write_recipe(changed(WORSENING, max_steps=40, early_stopping_patience=3, save_total_limit=1))
+    result = done(lora("train", recipe))
+    scores = run.column("loss", "validation")
+    best = scores.index(min(scores[1:]))
+    assert run.info["result"]["adapter_step"] == best + 3 == len(scores) - 1
+    assert run.checkpoints == [best, best + 3]
+    hint = f"--resume training.load_best_model_at_end=true takes those of step {best}, the best"
+    assert f"the adapter has the weights of step {best + 3}, the last; {hint}" in result.stderr
+
+    done(lora("train", recipe, "training.load_best_model_at_end=true", "--resume"))
+    assert run.info["result"]["validation"]["loss"] == scores[best]
+    assert all(torch.equal(run.tensors[name], weight) for name, weight in checkpoint_weights(run, best).items())
+
+
+def test_a_best_needs_validation_rows(write_recipe: Any, lora: Any) -> None:
+    result = lora("train", write_recipe({"training.load_best_model_at_end": True}))
+    assert result.exit_code == 2
+    assert "load_best_model_at_end: needs data.validation" in result.stderr
