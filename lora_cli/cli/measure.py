@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.errors import UserError
-from lora_cli.recipe.schema import Data, Quantization, Recipe
+from lora_cli.recipe.schema import Data, Quantization, Recipe, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,13 +74,14 @@ def _examples(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, s
     from lora_cli.data.sources import sources_of
     from lora_cli.data.tokenize import tokenize
 
-    if data.validation is None or isinstance(data.validation, float):
-        rows = tokenize(data, sources_of(data.train), tokenizer)
-        if data.validation is not None:
-            _, rows = split_validation(rows, data.validation, seed)
-        return cut_for_evaluation(rows, max_length, "the rows to measure on")
-    rows = tokenize(data, sources_of(data.validation), tokenizer)
+    rows = tokenize(data, sources_of(_measured(data)), tokenizer)
+    if isinstance(data.validation, float):
+        _, rows = split_validation(rows, data.validation, seed)
     return cut_for_evaluation(rows, max_length, "the rows to measure on")
+
+
+def _measured(data: Data) -> str | tuple[str | Source, ...]:
+    return data.train if data.validation is None or isinstance(data.validation, float) else data.validation
 
 
 def changed(rows: Rows, record: dict[str, Any]) -> str | None:
@@ -99,8 +100,7 @@ def describe(data: Data) -> str:
     from lora_cli.data.sources import sources_of
 
     share = f"{100 * data.validation:g}% of " if isinstance(data.validation, float) else ""
-    spec = data.train if data.validation is None or isinstance(data.validation, float) else data.validation
-    sources = sources_of(spec)
+    sources = sources_of(_measured(data))
     names = (source.path if source.split == "train" else f"{source.path}[{source.split}]" for source in sources)
     return share + ", ".join(names)
 
