@@ -213,3 +213,32 @@ def test_weights_of_zeros_and_of_no_numbers(tiny_llama: Path, tmp_path: Path, lo
     result = lora("quantize", tmp_path / "nan", "--out", tmp_path / "out2")
     assert result.exit_code == 2
     assert f"{name}.weight" in result.stderr and not (tmp_path / "out2").exists()
+
+
+@pytest.mark.parametrize("method", ["nf4", "fp4"])
+@pytest.mark.parametrize("base_name", ["gpt2", "llama"])
+def test_evaluation_leaves_gradients_as_they_are(
+    base_name: str,
+    method: str,
+    request: pytest.FixtureRequest,
+    qa_file: Path,
+    write_recipe: Any,
+    lora: Any,
+    no_curves: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On processors with AVX512-BF16, bitsandbytes repacks 4-bit weights in the first evaluation pass, and gradients
+    are wrong from then on without an error. Here it takes every processor for one of them."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    changes = {
+        "model.name_or_path": request.getfixturevalue(f"tiny_{base_name}"),
+        "quantization": {"method": method, "compute_dtype": "float32"},
+        "adapter.target_modules": "all-linear",
+        "training.eval_steps": 1,
+    }
+    adapters = []
+    for name, more in {"never": {}, "often": {"data.validation": qa_file}}.items():
+        done(lora("train", write_recipe(changes | {"training.output_dir": tmp_path / name} | more)))
+        adapters.append((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
