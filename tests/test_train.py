@@ -398,6 +398,7 @@ ELSEWHERE = {
     "quantization.compute_dtype": "test_what_quantization_keys_do",
     "adapter.method": "has one value",
     "adapter.init_from": "test_steps_and_adapter_equal_the_reference",
+    "data.min_supervised_rows": "test_too_few_rows_to_learn_from (test_audit.py)",
     "training.output_dir": "test_the_recipe_alone_repeats_the_run",
     "training.lr_scheduler_type": "test_schedules",
     "training.optim": "test_what_the_model_and_the_optimizer_are",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBE = "lora-probe-7f3a"
+PROBES = (Message("user", PROBE), Message("assistant", PROBE))
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def render(
@@ -34,12 +37,30 @@ def render(
         raise UserError(f"the chat template refuses the conversation: {error}", where, hint) from error
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the template writes after an assistant's words ('<|im_end|>', '<|eot_id|>', …), or ''."""
-    text = render(tokenizer, (Message("user", PROBE), Message("assistant", PROBE)), None)
+def written_after_words(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the template writes after an assistant's words ('<|im_end|>\\n', '<|eot_id|>', …).
+
+    Raises UserError when the template leaves these words out.
+    """
+    text = render(tokenizer, PROBES, None)
     if PROBE not in text:
         raise UserError("the tokenizer's chat template leaves out what the assistant says", hint="mend it")
-    return text[text.rindex(PROBE) + len(PROBE) :].strip()
+    return text[text.rindex(PROBE) + len(PROBE) :]
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    """How the template ends an assistant's turn ('<|im_end|>', '<|eot_id|>', …), or ''."""
+    return written_after_words(tokenizer).strip()
+
+
+def marked(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What of an answer the template's ``{% generation %}`` marks hold; None when it has no such marks."""
+    if not GENERATION_MARK.search(tokenizer.get_chat_template()):
+        return None
+    messages = [{"role": turn.role, "content": turn.content} for turn in PROBES]
+    found: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    held = [token for token, wanted in zip(found["input_ids"], found["assistant_masks"], strict=True) if wanted]
+    return str(tokenizer.decode(held))
 
 
 def conversation_segments(

@@ -40,8 +40,7 @@ class Examples:
 
     @property
     def supervised_per_row(self) -> Ints:
-        running = np.concatenate(([0], np.cumsum(self.supervised, dtype=np.int64)))
-        return running[self.offsets[1:]] - running[self.offsets[:-1]]
+        return per_row(self.supervised, self.offsets)
 
     @property
     def fingerprint(self) -> str:
@@ -59,6 +58,12 @@ class Examples:
         """These rows alone, in this order."""
         chosen = np.asarray(rows, np.int64)
         return _spans(self, self.offsets[:-1][chosen], self.offsets[1:][chosen], self.source[chosen])
+
+
+def per_row(flags: Mask, offsets: Ints) -> Ints:
+    """How many of a row's tokens are flagged; ``flags`` (total tokens,), the result (rows,)."""
+    running = np.concatenate(([0], np.cumsum(flags, dtype=np.int64)))
+    return running[offsets[1:]] - running[offsets[:-1]]
 
 
 def _spans(examples: Examples, starts: Ints, ends: Ints, source: Tokens) -> Examples:

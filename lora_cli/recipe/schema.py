@@ -121,6 +121,11 @@ class Data(Section):
     max_length: Annotated[int, Field(ge=2)] = Field(
         1024, description="Tokens a row keeps, from its beginning; never more than the model has positions."
     )
+    min_supervised_rows: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5,
+        description="The run is refused when less than this share of the training rows has a supervised token within "
+        "max_length; 0: one row is enough.",
+    )
     packing: bool = Field(
         True,
         description="Lay whole rows end to end, each seeing only itself, up to per_device_train_batch_size x "

@@ -23,6 +23,7 @@ from lora_cli.weights.provenance import check_base
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+    from lora_cli.data.audit import Report
     from lora_cli.data.cache import Cached
     from lora_cli.data.examples import Examples, Fitted
 
@@ -44,6 +45,7 @@ class Prepared:
     max_length: int
     train: Fitted
     validation: Examples | None
+    report: Report
     tokenized: list[Cached]
     cache_keys: frozenset[str]
     from_cache: bool
@@ -73,7 +75,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     max_length = min(recipe.data.max_length, max_positions(config) or recipe.data.max_length)
     tokenized = _tokenized(recipe, tokenizer, folder.cache)
     keys, from_cache = frozenset(part.key for part in tokenized), not any(part.fresh for part in tokenized)
-    train, validation = _examples(recipe, tokenized, max_length)
+    train, validation, report = _examples(recipe, tokenized, max_length, tokenizer)
     for examples in (train.examples, validation):
         if examples is not None:
             check_ids(examples, config.get_text_config().vocab_size, str(base))
@@ -88,6 +90,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
         max_length=max_length,
         train=train,
         validation=validation,
+        report=report,
         tokenized=tokenized,
         cache_keys=keys,
         from_cache=from_cache,
@@ -162,20 +165,22 @@ def _tokenized(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache: Path) 
     return [tokenize_cached(data, sources_of(spec), tokenizer, cache, wait) for spec in specs]
 
 
-def _examples(recipe: Recipe, tokenized: list[Cached], max_length: int) -> tuple[Fitted, Examples | None]:
+def _examples(
+    recipe: Recipe, tokenized: list[Cached], max_length: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Fitted, Examples | None, Report]:
+    from lora_cli.data.audit import audit, check_supervised
     from lora_cli.data.batches import split_validation
-    from lora_cli.data.examples import cut_for_evaluation as cut
-    from lora_cli.data.examples import fit
+    from lora_cli.data.examples import cut_for_evaluation, fit
 
     data = recipe.data
     rows, *others = (part.tokenized.examples for part in tokenized)
-    validation = None
+    held_out = others[0] if others else None
     if isinstance(data.validation, float):
         if len(rows) < 2:
             hint = "leave data.validation out, or name a file of its own"
             raise UserError("a validation share needs at least two rows to share out", str(data.train), hint)
         rows, held_out = split_validation(rows, data.validation, recipe.training.seed)
-        validation = cut(held_out, max_length, "data.validation")
-    elif others:
-        validation = cut(others[0], max_length, "data.validation")
-    return fit(rows, max_length, "data.train"), validation
+    train = fit(rows, max_length, "data.train")
+    check_supervised(train, data.min_supervised_rows, max_length, "data.train")
+    validation = cut_for_evaluation(held_out, max_length, "data.validation") if held_out else None
+    return train, validation, audit(rows, train, held_out, tokenizer, tokenized[0].tokenized.bos_removed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from lora_cli.model.base import resolve_compute_dtype
 from lora_cli.model.targets import describe
 from lora_cli.training.artifacts import base_record, versions
 from lora_cli.training.checkpoint import Progress
-from lora_cli.training.display import peak_memory
+from lora_cli.training.display import Display, peak_memory
+from lora_cli.training.prepare import Prepared
 from lora_cli.training.setup import Trainer, unwrap
 from lora_cli.weights.fingerprint import fingerprint
 
@@ -33,7 +35,7 @@ def tell(trainer: Trainer) -> None:
     rows = [list(row) for row in describe(job.targets, job.recipe.adapter.r)]
     display.table("adapted layers", ["module", "layers", "in -> out", "parameters"], rows)
     display.note(f"trainable: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-    counts, examples = job.train, job.train.examples
+    examples = job.train.examples
     display.note(
         f"training rows: {len(examples):,} with {int(examples.supervised.sum()):,} supervised of "
         f"{len(examples.ids):,} tokens, read as {examples.format}; {trainer.total_steps:,} steps"
@@ -49,12 +51,39 @@ def tell(trainer: Trainer) -> None:
             display.note(
                 f"quantization.compute_dtype: {quantization.compute_dtype} -> {used}, faster on this processor"
             )
+    tell_rows(job, display)
+
+
+def tell_rows(job: Prepared, display: Display) -> None:
+    """Say what was found in the rows."""
+    counts, report = job.train, job.report
+    kept, (fewest, most) = len(counts.examples), report.bos_per_row
+    display.note(
+        f"of {kept:,} training rows {report.ends_supervised:,} have their end supervised; "
+        f"{fewest if fewest == most else f'{fewest} to {most}'} BOS in a row"
+    )
     if counts.truncated:
         display.note(
             f"{counts.truncated:,} of {counts.rows:,} rows are longer than {job.max_length} tokens and were cut"
         )
     if counts.dropped:
         display.note(f"{counts.dropped:,} rows had nothing left to learn and were dropped", warning=True)
+    if report.duplicates:
+        display.note(f"{report.duplicates:,} training rows repeat an earlier one")
+    if report.validation_in_train:
+        told = f"{report.validation_in_train:,} validation rows stand in the training rows too"
+        display.note(f"{told}: what is measured on them is what was learned by heart", warning=True)
+    if report.ends_masked:
+        told = f"in {report.ends_masked:,} whole rows the end of the last answer is not supervised"
+        display.note(f"{told}: the model is not taught to stop there", warning=True)
+    if report.bos_removed:
+        told = f"{report.bos_removed:,} rows begin with a BOS of their own"
+        display.note(f"{told}: the one that the tokenizer adds was left out", warning=True)
+    if report.bos_doubled:
+        told = f"{report.bos_doubled:,} rows begin with two BOS: the text or the chat template writes one too many"
+        display.note(told, warning=True)
+    for note in report.template_notes:
+        display.note(note)
 
 
 def run_record(trainer: Trainer) -> dict[str, Any]:
@@ -72,6 +101,7 @@ def run_record(trainer: Trainer) -> dict[str, Any]:
         "fingerprint": examples.fingerprint,
         "max_length": job.max_length,
         "packed": trainer.packing,
+        **asdict(job.report),
     }
     if job.validation is not None:
         data["validation"] = {"rows": len(job.validation), "fingerprint": job.validation.fingerprint}

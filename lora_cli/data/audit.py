@@ -1,0 +1,129 @@
+"""What is in the tokenized rows, counted before anything is learned from them: copies, leaks, ends, BOS."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_cli.data.chat import end_of_turn, marked, written_after_words
+from lora_cli.data.examples import Examples, Fitted, Mask, per_row
+from lora_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Report:
+    """Counts of rows.
+
+    ``duplicates`` repeat an earlier training row, in what is learned of it too; ``validation_in_train`` are validation
+    rows whose tokens are a training row's. Of the training rows that are kept, ``ends_supervised`` have the end of
+    their last answer (or text) supervised; ``ends_masked`` have not, though nothing was cut off. A training row holds
+    between ``bos_per_row`` BOS; ``bos_doubled`` begin with two, ``bos_removed`` would have, had the tokenizer's not
+    been left out. ``template_notes`` say what the chat template leaves to be found out.
+    """
+
+    duplicates: int
+    validation_in_train: int
+    ends_supervised: int
+    ends_masked: int
+    bos_per_row: tuple[int, int]
+    bos_doubled: int
+    bos_removed: int
+    template_notes: tuple[str, ...]
+
+
+def audit(
+    whole: Examples, fitted: Fitted, held_out: Examples | None, tokenizer: PreTrainedTokenizerBase, bos_removed: int
+) -> Report:
+    """Count over the training rows, ``whole`` and ``fitted`` to the model, and the validation rows, whole."""
+    kept = fitted.examples
+    learned = _digests(kept, supervision=True)
+    leaked = 0
+    if held_out is not None:
+        leaked = int(np.isin(_digests(held_out, supervision=False), _digests(whole, supervision=False)).sum())
+    bos, lowest, highest, doubled = tokenizer.bos_token_id, 0, 0, 0
+    if bos is not None:
+        is_bos = kept.ids == bos
+        if bos == tokenizer.eos_token_id:
+            is_bos[kept.offsets[1:] - 1] = False  # there it is the end
+        counts = per_row(is_bos, kept.offsets)
+        lowest, highest = int(counts.min()), int(counts.max())
+        second = np.minimum(kept.offsets[:-1] + 1, len(kept.ids) - 1)
+        doubled = int((is_bos[kept.offsets[:-1]] & is_bos[second] & (kept.lengths > 1)).sum())
+    return Report(
+        duplicates=len(learned) - len(np.unique(learned)),
+        validation_in_train=leaked,
+        ends_supervised=int(_ends_supervised(kept, tokenizer).sum()),
+        ends_masked=int((~_ends_supervised(whole, tokenizer)).sum()),
+        bos_per_row=(lowest, highest),
+        bos_doubled=doubled,
+        bos_removed=bos_removed,
+        template_notes=_template_notes(tokenizer) if "chat" in whole.format.split("+") else (),
+    )
+
+
+def check_supervised(fitted: Fitted, least: float, max_length: int, what: str) -> None:
+    """Raises UserError, naming ``what``, when under the share ``least`` of the rows has a supervised token left."""
+    kept = len(fitted.examples)
+    if kept < least * fitted.rows:
+        raise UserError(
+            f"only {kept:,} of {fitted.rows:,} rows ({kept / fitted.rows:.1%}) have a supervised token among their "
+            f"first {max_length}; data.min_supervised_rows asks for {least:.1%}",
+            what,
+            "raise data.max_length, set data.train_on: all, or lower data.min_supervised_rows",
+        )
+
+
+def _digests(examples: Examples, supervision: bool) -> npt.NDArray[np.uint64]:
+    """64 bits of BLAKE2 for each row's ids, and for its supervision when asked."""
+    ids, mask = np.ascontiguousarray(examples.ids).data, np.ascontiguousarray(examples.supervised).data
+    found = []
+    for start, end in pairwise(examples.offsets.tolist()):
+        digest = hashlib.blake2b(ids[start:end], digest_size=8)
+        if supervision:
+            digest.update(mask[start:end])
+        found.append(digest.digest())
+    return np.frombuffer(b"".join(found), np.uint64)
+
+
+def _ends_supervised(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> Mask:
+    """Whether a row's last supervised token is the end of the text or of a turn; shape (rows,).
+
+    With ``train_on: all`` what the chat template writes behind a turn's end is supervised too, and is passed over.
+    """
+    ends, behind = [tokenizer.eos_token_id], 0
+    if "chat" in examples.format.split("+") and (closing := end_of_turn(tokenizer)):
+        ends.append(_ids(tokenizer, closing)[-1])
+        behind = len(_ids(tokenizer, written_after_words(tokenizer).partition(closing)[2]))
+    supervised = np.flatnonzero(examples.supervised)
+    found = np.zeros(len(examples), np.bool_)
+    if len(supervised):
+        last = supervised[np.maximum(np.searchsorted(supervised, examples.offsets[1:]) - 1, 0)]
+        for at in {0, behind}:
+            before = last - at
+            inside = (before >= examples.offsets[:-1]) & (before < examples.offsets[1:])
+            found |= inside & examples.supervised[before] & np.isin(examples.ids[before], ends)
+    return found
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def _template_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """What a chat template does not say by itself, and how it is made good."""
+    closing, answer = end_of_turn(tokenizer), marked(tokenizer)
+    if not closing:
+        return ("the chat template ends no turn: the end-of-text token is put after the last one",)
+    if answer is None:
+        return ("the chat template has no generation marks: the assistant's words are found by comparing renderings",)
+    if closing not in answer:
+        return (f"the chat template's generation marks leave out {closing}: it is supervised all the same",)
+    return ()

@@ -1,0 +1,312 @@
+"""What is counted, told and refused of the rows before training, against counts made by hand."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+
+from lora_cli.data.audit import Report, audit
+from lora_cli.data.examples import Examples, Fitted, fit, join_pieces
+from lora_cli.data.sources import Row
+from lora_cli.data.tokenize import tokenize_rows
+from lora_cli.recipe.schema import Data
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ENDLESS = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+
+
+def report_of(
+    tokenizer: Any, *rows: dict[str, Any], max_length: int = 500, held_out: Examples | None = None, **data: Any
+) -> tuple[Report, Fitted]:
+    settings = Data(train="rows.jsonl", **data)
+    made = tokenize_rows(settings, [Row(row, f"rows.jsonl:{n}") for n, row in enumerate(rows, 1)], tokenizer)
+    fitted = fit(made.examples, max_length, "rows")
+    return audit(made.examples, fitted, held_out, tokenizer, made.bos_removed), fitted
+
+
+def chat(*words: str) -> dict[str, Any]:
+    return {"messages": [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(words)]}
+
+
+@pytest.fixture
+def chatty(tokenizer: Any) -> Callable[[str], Any]:
+    def make(template: str) -> Any:
+        changed = copy.deepcopy(tokenizer)
+        changed.chat_template = template
+        return changed
+
+    return make
+
+
+@pytest.fixture
+def with_bos(tokenizer: Any) -> Any:
+    """The tokenizer with a BOS of its own that it puts before every text."""
+    changed = copy.deepcopy(tokenizer)
+    changed.add_special_tokens({"bos_token": "<s>"})
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", changed.convert_tokens_to_ids("<s>"))]
+    )
+    return changed
+
+
+# Copies and leaks.
+
+
+def test_copies_and_leaks_are_told_and_recorded(
+    write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None, qa_file: Path
+) -> None:
+    rows = [json.loads(line) for line in qa_file.read_text().splitlines()]
+    split_otherwise = (
+        {"question": "Who mends", "answer": " the nets?"},
+        {"question": "Who", "answer": " mends the nets?"},
+    )
+    train = [*rows[:8], rows[2], rows[3], rows[2], *split_otherwise]
+    held_out = [rows[2], {"question": "Why?", "answer": " Because."}, rows[5], rows[5]]
+    for name, content in (("train", train), ("held_out", held_out)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    changes = {"data.train": tmp_path / "train.jsonl", "data.validation": tmp_path / "held_out.jsonl"}
+    result = lora("train", write_recipe(changes | {"training.max_steps": 1}))
+    assert result.exit_code == 0, result.stderr
+    assert "3 training rows repeat an earlier one" in result.stderr
+    assert "warning: 3 validation rows stand in the training rows too" in result.stderr
+    found = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert (found["duplicates"], found["validation_in_train"]) == (3, 3)
+
+
+def test_a_share_of_rows_with_copies_leaks(write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None) -> None:
+    row = {"question": "Why?", "answer": " Because."}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
+    changes = {"data.train": tmp_path / "rows.jsonl", "data.validation": 0.25, "training.max_steps": 1}
+    result = lora("train", write_recipe(changes))
+    assert result.exit_code == 0, result.stderr
+    assert "5 training rows repeat" in result.stderr
+    assert "2 validation rows stand in the training rows too" in result.stderr
+
+
+ROW = st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=3)
+
+
+@settings(max_examples=100, deadline=None)
+@given(train=st.lists(ROW, min_size=1, max_size=12), held_out=st.lists(ROW, min_size=1, max_size=12))
+def test_copies_and_leaks_agree_with_counting_tuples(
+    train: list[list[tuple[int, bool]]], held_out: list[list[tuple[int, bool]]], tokenizer: Any
+) -> None:
+    def made(rows: list[list[tuple[int, bool]]]) -> Examples:
+        pieces = [(np.asarray([i for i, _ in r], np.int32), np.asarray([m for _, m in r]), 0) for r in rows]
+        return join_pieces(pieces, "text")
+
+    whole = made(train)
+    report = audit(whole, Fitted(whole, len(whole), 0, 0), made(held_out), tokenizer, 0)
+    assert report.duplicates == sum(count - 1 for count in Counter(map(tuple, train)).values())
+    seen = {tuple(token for token, _ in row) for row in train}
+    assert report.validation_in_train == sum(tuple(token for token, _ in row) in seen for row in held_out)
+
+
+# Ends.
+
+
+def test_ends_of_texts(tokenizer: Any) -> None:
+    rows = [
+        {"prompt": "Why?", "completion": " Because."},
+        {"prompt": "Why?", "completion": " Rivers carry salt. " * 20},
+    ]
+    report, fitted = report_of(tokenizer, *rows)
+    assert (report.ends_supervised, report.ends_masked) == (2, 0)
+    report, fitted = report_of(tokenizer, *rows, max_length=20)
+    assert (len(fitted.examples), report.ends_supervised, report.ends_masked) == (2, 1, 0)
+
+
+@pytest.mark.parametrize("train_on", ["completion", "all"])
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_ends_of_turns(train_on: str, template: str, chatty: Callable[[str], Any]) -> None:
+    rows = [
+        chat("Hi", "Hello"),
+        chat("Hi", "Hello", "Bye"),
+        chat("Hi", "Rivers carry salt. " * 30),
+        chat("Hi", "Hello", "Bye", "Rivers carry salt. " * 30),
+    ]
+    report, fitted = report_of(chatty(template), *rows, train_on=train_on)
+    assert (report.ends_supervised, report.ends_masked) == (4, 0)
+    report, fitted = report_of(chatty(template), *rows, max_length=60, train_on=train_on)
+    assert (len(fitted.examples), fitted.truncated, report.ends_supervised, report.ends_masked) == (4, 2, 2, 0)
+
+
+def test_an_end_that_is_not_supervised_is_told(chatty: Callable[[str], Any]) -> None:
+    rows = [chat("Hi", "Hello"), chat("Hi", "Hello", "Bye"), chat("Hi", "Hello", "Bye")]
+    report, _ = report_of(chatty(ENDLESS), *rows)
+    assert (report.ends_supervised, report.ends_masked) == (1, 2)
+    assert report.template_notes == ("the chat template ends no turn: the end-of-text token is put after the last one",)
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (CHATML, "no generation marks"),
+        (MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"), "leave out <|im_end|>"),
+        (MARKED, None),
+    ],
+)
+def test_what_a_template_leaves_out_is_told_and_supervised_all_the_same(
+    template: str, says: str | None, chatty: Callable[[str], Any]
+) -> None:
+    tokenizer = chatty(template)
+    report, fitted = report_of(tokenizer, chat("Hi", "Hello"))
+    ids, mask = fitted.examples.row(0)
+    assert tokenizer.decode(ids[mask]) == "Hello<|im_end|>"
+    assert [says in note for note in report.template_notes] == [True] if says else not report.template_notes
+
+
+def test_templates_of_other_formats_are_not_asked(tokenizer: Any) -> None:
+    report, _ = report_of(tokenizer, {"text": "Hello"})
+    assert report.template_notes == ()
+
+
+# BOS.
+
+
+@pytest.mark.parametrize(
+    ("text", "begins", "report"),
+    [
+        ("Hello", 1, ((1, 1), 0, 0)),
+        ("<s>Hello", 1, ((1, 1), 0, 1)),
+        ("<s>", 1, ((1, 1), 0, 1)),
+        ("<s><s>Hello", 2, ((2, 2), 1, 1)),
+        ("Hello<s>", 1, ((2, 2), 0, 0)),
+    ],
+)
+def test_one_bos_stands_before_a_text(text: str, begins: int, report: Any, with_bos: Any) -> None:
+    found, fitted = report_of(with_bos, {"text": text})
+    ids, mask = fitted.examples.row(0)
+    assert (found.bos_per_row, found.bos_doubled, found.bos_removed) == report
+    assert ids[:begins].tolist() == [with_bos.bos_token_id] * begins
+    assert with_bos.decode(ids[begins:-1]) == text.removeprefix("<s>" * begins)
+    assert mask.tolist() == [False] + [True] * (len(ids) - 1)
+
+
+def test_a_pattern_that_writes_a_bos_keeps_its_prompt_unsupervised(with_bos: Any) -> None:
+    patterns = {"prompt": "<s>[INST] {question} [/INST]", "completion": "{answer}"}
+    report, fitted = report_of(with_bos, {"question": "Why?", "answer": " Because."}, template=patterns)
+    ids, mask = fitted.examples.row(0)
+    assert with_bos.decode(ids[~mask]) == "<s>[INST] Why? [/INST]"
+    assert with_bos.decode(ids[mask]) == " Because.<|endoftext|>"
+    assert report.bos_removed == 1
+
+
+def test_a_template_that_writes_two_is_told(with_bos: Any) -> None:
+    doubling = copy.deepcopy(with_bos)
+    doubling.chat_template = "{{ bos_token }}" * 2 + CHATML
+    report, _ = report_of(doubling, chat("Hi", "Hello"))
+    assert (report.bos_per_row, report.bos_doubled, report.bos_removed) == ((2, 2), 1, 0)
+    doubling.chat_template = "{{ bos_token }}" + CHATML
+    report, _ = report_of(doubling, chat("Hi", "Hello"))
+    assert (report.bos_per_row, report.bos_doubled) == ((1, 1), 0)
+
+
+def test_an_end_that_is_also_the_bos_is_no_bos(tokenizer: Any) -> None:
+    assert tokenizer.bos_token_id == tokenizer.eos_token_id
+    report, _ = report_of(tokenizer, {"text": "Hello"}, {"text": "<|endoftext|>Hello"})
+    assert (report.bos_per_row, report.bos_doubled) == ((0, 1), 0)
+
+
+def test_bos_is_told_before_training(
+    with_bos: Any, tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    with_bos.chat_template = "{{ bos_token }}" * 2 + CHATML
+    with_bos.save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    assert len(with_bos) <= config["vocab_size"] + 1
+    with_bos_in_vocabulary(base, config)
+    (tmp_path / "texts.jsonl").write_text('{"text": "<s>Hello"}\n{"text": "Hi"}\n')
+    (tmp_path / "chats.jsonl").write_text(json.dumps(chat("Hi", "Hello")) + "\n")
+    changes = {"model.name_or_path": base, "data.train": [str(tmp_path / n) for n in ("texts.jsonl", "chats.jsonl")]}
+    result = lora("train", write_recipe(changes | {"training.max_steps": 1}))
+    assert result.exit_code == 0, result.stderr
+    assert "read as text+chat" in result.stderr
+    assert "of 3 training rows 3 have their end supervised; 1 to 2 BOS in a row" in result.stderr
+    assert "warning: 1 rows begin with a BOS of their own" in result.stderr
+    assert "warning: 1 rows begin with two BOS" in result.stderr
+    found = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert (found["bos_per_row"], found["bos_doubled"], found["bos_removed"]) == ([1, 2], 1, 1)
+    again = lora("train", write_recipe(changes | {"training.max_steps": 1}), "--overwrite")
+    assert "1 rows begin with a BOS of their own" in again.stderr
+
+
+def with_bos_in_vocabulary(base: Path, config: dict[str, Any]) -> None:
+    """Give the model one more row of embeddings."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(base / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.cat([weights[name], weights[name][:1]])
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
+
+
+# Enough to learn from.
+
+LONG = {"question": "Who mends the nets? " * 20, "answer": " The whole family."}
+SHORT = {"question": "Why?", "answer": " Because."}
+
+
+@pytest.mark.parametrize(
+    ("long", "short", "least", "says"),
+    [
+        (2, 2, 0.5, None),
+        (3, 2, 0.5, "only 2 of 5 rows (40.0%)"),
+        (3, 2, 0.4, None),
+        (1, 19, 1, "only 19 of 20 rows (95.0%)"),
+        (9, 1, 0, None),
+        (4, 0, 0, "none of 4 rows"),
+    ],
+)
+def test_too_few_rows_to_learn_from(
+    long: int,
+    short: int,
+    least: float,
+    says: str | None,
+    write_recipe: Any,
+    tmp_path: Path,
+    lora: Any,
+    no_curves: None,
+) -> None:
+    rows = [LONG] * long + [SHORT] * short
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data.train": tmp_path / "rows.jsonl", "data.max_length": 24, "data.min_supervised_rows": least}
+    result = lora("train", write_recipe(changes | {"training.max_steps": 1}))
+    if says is None:
+        assert result.exit_code == 0, result.stderr
+        assert f"{long} rows had nothing left to learn" in result.stderr
+    else:
+        assert result.exit_code == 2
+        assert result.stderr.startswith("error: data.train: ") and says in result.stderr
+        assert "raise data.max_length, " in result.stderr
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1])
+def test_the_share_has_bounds(value: float, write_recipe: Any, lora: Any) -> None:
+    result = lora("train", write_recipe({"data.min_supervised_rows": value}))
+    assert result.exit_code == 2
+    assert "data.min_supervised_rows" in result.stderr and "0" in result.stderr and "1" in result.stderr
