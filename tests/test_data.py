@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_cli.data.batches import Schedule, collate, epoch_order, group, split_validation
-from lora_cli.data.examples import Examples, fit, sliding_windows
+from lora_cli.data.examples import Examples, fit, join_pieces, sliding_windows
 from lora_cli.data.formats import FORMATS, Message, check_rows, read_content
 from lora_cli.data.sources import READERS, Row, hub_rows, read_rows, sources_of
 from lora_cli.data.tokenize import tokenize
@@ -349,6 +349,37 @@ def test_truncation_keeps_the_beginning_and_counts(tokenizer: Any, tmp_path: Pat
         assert ids.tolist() == whole[:20].tolist() and mask.tolist() == wanted[:20].tolist()
     assert fitted.examples.row(1)[0][-1] != tokenizer.eos_token_id
     assert fit(examples, 10_000, "rows").examples is examples
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=6), min_size=1, max_size=8),
+    max_length=st.integers(1, 7),
+    chosen=st.lists(st.integers(0, 7), max_size=9),
+)
+def test_fit_and_select_agree_with_lists(
+    rows: list[list[tuple[int, bool]]], max_length: int, chosen: list[int]
+) -> None:
+    def lists(examples: Examples) -> list[tuple[list[tuple[int, bool]], int]]:
+        pairs = (examples.row(index) for index in range(len(examples)))
+        return [
+            (list(zip(ids.tolist(), mask.tolist(), strict=True)), source)
+            for (ids, mask), source in zip(pairs, examples.source.tolist(), strict=True)
+        ]
+
+    pieces = [
+        (np.asarray([i for i, _ in r], np.int32), np.asarray([m for _, m in r], np.bool_), n)
+        for n, r in enumerate(rows)
+    ]
+    examples = join_pieces(pieces, "text")
+    picked = [index for index in chosen if index < len(rows)]
+    assert lists(examples.select(picked)) == [(rows[index], index) for index in picked]
+    wanted = [(row[:max_length], n) for n, row in enumerate(rows) if any(m for _, m in row[:max_length])]
+    if wanted:
+        assert lists(fit(examples, max_length, "rows").examples) == wanted
+    else:
+        with pytest.raises(UserError, match="nothing to learn"):
+            fit(examples, max_length, "rows")
 
 
 @pytest.mark.parametrize("max_length", [2, 3, 7, 16, 1000])
