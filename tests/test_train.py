@@ -403,6 +403,7 @@ ELSEWHERE = {
     "training.lr_scheduler_type": "test_schedules",
     "training.optim": "test_what_the_model_and_the_optimizer_are",
     "training.early_stopping_patience": "test_early_stopping",
+    "training.on_nonfinite": "test_a_learning_rate_beyond_all_bounds",
     "training.load_best_model_at_end": "test_the_best_steps_weights_are_taken_when_asked",
     "training.gradient_checkpointing": "test_gradient_checkpointing",
     "training.report_to": "test_tensorboard",

@@ -47,7 +47,10 @@ def command(
 
 
 def _summarize(run: str, result: dict[str, Any]) -> None:
-    typer.echo(f"{result['steps']:,} steps in {result['seconds']:.1f} s, last loss {result['loss']:.4f}")
+    loss = "" if result["loss"] is None else f", last loss {result['loss']:.4f}"
+    typer.echo(f"{result['steps']:,} steps in {result['seconds']:.1f} s{loss}")
+    if result["skipped_steps"]:
+        typer.echo(f"{result['skipped_steps']:,} steps were skipped: their loss or gradient was no finite number")
     if result["adapter_step"] != result["steps"]:
         typer.echo(f"the adapter has the weights of step {result['adapter_step']:,}, the best")
     base, tuned = result["base"], result["validation"]

@@ -182,6 +182,11 @@ class Training(Section):
         description="Stop after so many evaluations in a row without a lower validation loss. The best one's "
         "checkpoint is kept; the adapter has the last weights unless load_best_model_at_end is true.",
     )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="What to do about a step whose loss or gradient is infinite or NaN; the weights are left alone in "
+        "any case. stop: end the run. skip: leave the step out, count it, and end the run after 5 in a row.",
+    )
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto",
         description="Recompute activations in the backward pass: less memory, about a fifth slower. auto: when the "

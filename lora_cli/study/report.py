@@ -78,7 +78,7 @@ def _curves(lines: list[dict[str, Any]]) -> str:
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     loss, rate = figure.subplots(1, 2)
-    train = [line for line in lines if line["split"] == "train"]
+    train = [line for line in lines if line["split"] == "train" and line["loss"] is not None]
     validation = [line for line in lines if line["split"] == "validation"]
     loss.plot([line["step"] for line in train], [line["loss"] for line in train], label="train", color="#2a6f97")
     if validation:

@@ -31,7 +31,8 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: its step, what the base, the last and the best evaluation scored, evaluations since."""
+    """How far a run has come: its step, what the base, the last and the best evaluation scored, evaluations since, and
+    steps that were left out, in all and since the last one taken."""
 
     step: int = 0
     base_loss: float | None = None
@@ -40,6 +41,8 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,9 @@ def describe(line: Mapping[str, Any]) -> str:
     """A line of metrics in words."""
     if line["split"] != "train":
         return f"{line['split']} loss {line['loss']:.4f}  perplexity {line['perplexity']:.2f}"
+    loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
     return (
-        f"loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  {line['tokens_per_second']:,.0f} tokens/s  "
+        f"loss {loss}  lr {line['learning_rate']:.2e}  {line['tokens_per_second']:,.0f} tokens/s  "
         f"peak {peak_memory() / 2**20:,.0f} MiB"
     )
 

@@ -24,6 +24,7 @@ from lora_cli.training.clock import Clock
 from lora_cli.training.display import Display
 from lora_cli.training.interrupt import Interrupt, catch_signals
 from lora_cli.training.lock import locked
+from lora_cli.training.nonfinite import check_finite, count_skipped, weight_norm
 from lora_cli.training.optimizer import learning_rate_at
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.processes import highest, own_share, summed
@@ -34,7 +35,6 @@ from lora_cli.training.setup import Trainer, parameters, set_up, unwrap
 from lora_cli.weights.shards import whole_folder
 
 PROOF_TOKENS = 64
-DIVERGED = "the checkpoints are kept; lower training.learning_rate, or look at the rows around this step"
 OUT_OF_MEMORY = (
     "the checkpoints are kept; what helps most: a smaller training.per_device_train_batch_size (with more "
     "gradient_accumulation_steps), training.gradient_checkpointing: true, a shorter data.max_length, or "
@@ -127,10 +127,10 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Pro
     for step in remaining(trainer, progress):
         loss, grad_norm = take_step(trainer, step, rate(step.number))
         clock.count(step)
-        progress = replace(progress, step=step.number)
+        progress = count_skipped(trainer, step, loss, grad_norm, replace(progress, step=step.number))
         last = step.number == trainer.total_steps
         if step.number % training.logging_steps == 0 or last:
-            log_step(trainer, step, float(loss), float(grad_norm), rate(step.number), clock)
+            log_step(trainer, step, loss, grad_norm, rate(step.number), clock)
         trainer.display.advance(step.number)
         if trainer.job.validation is not None and (last or due(step.number, training.eval_steps)):
             progress = evaluate_step(trainer, step, progress, clock)
@@ -138,7 +138,7 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Pro
         asked_to_stop = highest(interrupt.number, trainer.accelerator)
         is_best = progress.best_step == step.number and keeps_best(training)
         if last or stop_early or asked_to_stop or is_best or due(step.number, training.save_steps):
-            check_finite(trainer, step.number, loss=float(loss), weight_norm=weight_norm(trainer))
+            check_finite(trainer, step.number, weight_norm=weight_norm(trainer))
             save(trainer, progress)
         if asked_to_stop and not last and not stop_early:
             hint = "the same command with --resume goes on from there"
@@ -149,8 +149,10 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Pro
     return progress
 
 
-def take_step(trainer: Trainer, step: Step, learning_rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+def take_step(trainer: Trainer, step: Step, learning_rate: float) -> tuple[float, float]:
     """One optimizer step. Returns its loss, a mean over all its supervised tokens, and the gradient's norm.
+
+    When one of them is no finite number, the optimizer sees no gradient and the weights stay as they are.
 
     Each micro-batch's summed loss is divided by the whole step's supervised tokens before the backward pass, so that
     the gradient does not depend on how rows fall into micro-batches and processes; what divides it by the number of
@@ -170,9 +172,14 @@ def take_step(trainer: Trainer, step: Step, learning_rate: float) -> tuple[torch
     weights = [parameter for _, parameter in parameters(trainer)]
     grad_norm = accelerator.clip_grad_norm_(weights, training.max_grad_norm or float("inf"))
     assert grad_norm is not None
-    optimizer.step()
+    loss, norm = float(summed(total, accelerator)) / step.supervised, float(grad_norm)
+    is_finite = math.isfinite(loss) and math.isfinite(norm)
+    if not is_finite:
+        optimizer.zero_grad()
+    if is_finite or accelerator.scaler is not None:  # float16's gradient scaler has to be told of every step
+        optimizer.step()
     optimizer.zero_grad()
-    return summed(total, accelerator) / step.supervised, grad_norm
+    return loss, norm
 
 
 def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock) -> Progress:
@@ -202,33 +209,19 @@ def validate(trainer: Trainer) -> Score:
 
 
 def log_step(trainer: Trainer, step: Step, loss: float, grad_norm: float, learning_rate: float, clock: Clock) -> None:
-    """Write a training line. Raises RunError when the loss or the gradient is no number any more."""
-    check_finite(trainer, step.number, loss=loss, grad_norm=grad_norm)
+    """Write a training line; what is no finite number is null."""
     line = {
         "step": step.number,
         "epoch": round(step.epoch, 6),
         "split": "train",
-        "loss": loss,
+        "loss": loss if math.isfinite(loss) else None,
         "tokens": step.supervised,
         "learning_rate": learning_rate,
-        "grad_norm": grad_norm,
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
         "tokens_per_second": round(clock.rate(), 1),
         "seconds": round(clock.seconds, 3),
     }
     log(trainer, line, seconds_left=clock.seconds_for(trainer.total_steps - step.number))
-
-
-def check_finite(trainer: Trainer, step: int, **values: float) -> None:
-    """Raises RunError when one of the values is no finite number."""
-    wrong = {name.replace("_", " "): value for name, value in values.items() if not math.isfinite(value)}
-    if wrong:
-        told = ", ".join(f"{name} is {value}" for name, value in wrong.items())
-        raise RunError(f"step {step}: {told}", str(trainer.job.folder.root), DIVERGED)
-
-
-def weight_norm(trainer: Trainer) -> float:
-    """The norm of all trained weights; infinite or NaN when one of them is."""
-    return float(torch.nn.utils.get_total_norm([parameter.detach() for _, parameter in parameters(trainer)]))
 
 
 def log_score(trainer: Trainer, step: int, epoch: float, score: Score) -> None:
@@ -243,7 +236,8 @@ def log(trainer: Trainer, line: dict[str, Any], seconds_left: float | None = Non
         trainer.job.folder.append_metrics(line)
     trainer.display.metrics(line, seconds_left)
     if trainer.job.recipe.training.report_to:
-        values = {f"{line['split']}/{key}": value for key, value in line.items() if key not in ("step", "split")}
+        told = {key: value for key, value in line.items() if key not in ("step", "split") and value is not None}
+        values = {f"{line['split']}/{key}": value for key, value in told.items()}
         trainer.accelerator.log(values, step=line["step"])
 
 

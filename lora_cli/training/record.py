@@ -123,11 +123,13 @@ def result_record(trainer: Trainer, progress: Progress, adapter_step: int, secon
     ``adapter_step``, ``seconds`` are those of this process."""
     trainable, total = parameter_counts(unwrap(trainer))
     losses = [line["loss"] for line in trainer.job.folder.read_metrics() if line["split"] == "train"]
+    measured = [loss for loss in losses if loss is not None]
     validation_loss = progress.best_loss if adapter_step == progress.best_step else progress.validation_loss
     return {
         "steps": progress.step,
         "adapter_step": adapter_step,
-        "loss": losses[-1] if losses else None,
+        "skipped_steps": progress.skipped_steps,
+        "loss": measured[-1] if measured else None,
         "base": _score(progress.base_loss, progress.validation_tokens),
         "validation": _score(validation_loss, progress.validation_tokens),
         "best": {"step": progress.best_step, "loss": progress.best_loss},

@@ -24,6 +24,7 @@ MAY_CHANGE = {
     "save_steps",
     "save_total_limit",
     "load_best_model_at_end",
+    "on_nonfinite",
     "early_stopping_patience",
     "report_to",
     "output_dir",

@@ -1,0 +1,73 @@
+"""Losses, gradients and weights that are no finite numbers: told with their causes, left out or the end of the run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from lora_cli.data.batches import Step
+from lora_cli.errors import RunError
+from lora_cli.training.checkpoint import Progress
+from lora_cli.training.setup import Trainer, parameters
+
+GIVE_UP_AFTER = 5
+ROWS_NAMED = 6
+WORDS_SHOWN = 8
+DIVERGED = "the checkpoints are kept; lower training.learning_rate, or look at the rows around this step"
+CAUSES = (
+    "this step left the weights alone and the checkpoints are kept; likely causes: training.learning_rate is too high, "
+    "model.dtype: float16 is too narrow (bfloat16, float32), or one of these rows; training.on_nonfinite: skip leaves "
+    "single steps out"
+)
+
+
+def count_skipped(trainer: Trainer, step: Step, loss: float, grad_norm: float, progress: Progress) -> Progress:
+    """Count a step that was not taken because its loss or gradient was no finite number.
+
+    Raises RunError when the recipe says that the run stops there, or when GIVE_UP_AFTER steps in a row were skipped.
+    """
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return replace(progress, skipped_in_a_row=0)
+    scaler = trainer.accelerator.scaler
+    if math.isfinite(loss) and scaler is not None and scaler.get_scale() >= 1:
+        return progress  # float16's scaler multiplied the loss by more than the gradient has room for; it halves that
+    what = f"step {step.number} was not taken: {_told(loss=loss, grad_norm=grad_norm)}; {describe_rows(trainer, step)}"
+    skipped = progress.skipped_in_a_row + 1
+    if trainer.job.recipe.training.on_nonfinite == "stop":
+        raise RunError(what, str(trainer.job.folder.root), CAUSES)
+    if skipped == GIVE_UP_AFTER:
+        raise RunError(f"{what}; {skipped} steps in a row were skipped", str(trainer.job.folder.root), CAUSES)
+    trainer.display.note(what, warning=True)
+    return replace(progress, skipped_steps=progress.skipped_steps + 1, skipped_in_a_row=skipped)
+
+
+def describe_rows(trainer: Trainer, step: Step) -> str:
+    """The step's rows by their number among the rows trained on, counted from 1, with the words they begin with."""
+    examples, tokenizer = trainer.job.train.examples, trainer.job.tokenizer
+    rows = np.concatenate(step.micro_batches).tolist()
+    named = []
+    for row in rows[:ROWS_NAMED]:
+        words = str(tokenizer.decode(examples.row(row)[0][: 4 * WORDS_SHOWN].tolist())).split()[:WORDS_SHOWN]
+        named.append(f"{row + 1} ({' '.join(words)} ...)")
+    more = f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
+    return f"its rows are {', '.join(named)}{more}"
+
+
+def check_finite(trainer: Trainer, step: int, **values: float) -> None:
+    """Raises RunError when one of the values is no finite number."""
+    told = _told(**values)
+    if told:
+        raise RunError(f"step {step}: {told}", str(trainer.job.folder.root), DIVERGED)
+
+
+def weight_norm(trainer: Trainer) -> float:
+    """The norm of all trained weights; infinite or NaN when one of them is."""
+    return float(torch.nn.utils.get_total_norm([parameter.detach() for _, parameter in parameters(trainer)]))
+
+
+def _told(**values: float) -> str:
+    wrong = {name.replace("_", " "): value for name, value in values.items() if not math.isfinite(value)}
+    return ", ".join(f"{name} is {value}" for name, value in wrong.items())
