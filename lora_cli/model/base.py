@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from lora_cli.errors import UserError
-from lora_cli.model.files import check_tokenizer, read_config
+from lora_cli.model.files import check_tokenizer, hub_kernels, own_code, read_config
 from lora_cli.recipe.schema import Model, Quantization
 
 if TYPE_CHECKING:
@@ -25,14 +25,19 @@ transformers_logging.disable_progress_bar()
 def load_config(folder: Path) -> PreTrainedConfig:
     """The model's configuration. Raises UserError when it cannot be read or is no causal language model's."""
     where = str(folder / "config.json")
-    kind = read_config(folder).get("model_type")
+    stored = read_config(folder)
+    kind = stored.get("model_type")
     if kind not in CONFIG_MAPPING:
+        own = ", ".join(own_code(stored))
         what = f"model type '{kind}' is unknown to transformers {transformers.__version__}"
-        raise UserError(
-            what, where, "code from a model's folder is not run (trust_remote_code); is there a newer release?"
-        )
+        needs = f" and needs its own code ({own}), which lora does not run (trust_remote_code)" if own else ""
+        raise UserError(what + needs, where, "use a model that transformers knows; is there a newer release of it?")
+    kernels = sorted(set(hub_kernels(stored)))
+    if kernels:
+        what = f"the model asks for code from the hub ({', '.join(kernels)}), which lora does not run"
+        raise UserError(what, where, "take its *_implementation keys out")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError) as error:
         what = f"not a usable model configuration: {str(error).splitlines()[0]}"
         raise UserError(what, where, "copy or download it again") from error
@@ -47,8 +52,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises UserError when there is none or it cannot be read."""
     check_tokenizer(folder)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        file = "tokenizer_config.json"
+        own = ", ".join(own_code(read_config(folder, file))) if (folder / file).is_file() else ""
+        if own:
+            what = f"the tokenizer needs its own code ({own}), which lora does not run (trust_remote_code)"
+            raise UserError(what, str(folder), "use a model with a tokenizer.json") from error
         what = f"no usable tokenizer: {str(error).splitlines()[0]}"
         raise UserError(what, str(folder), "copy or download it again") from error
     return tokenizer
@@ -68,7 +78,7 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model without weights: every module and shape, on the meta device."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model
 
 
@@ -120,9 +130,11 @@ def load_base(
 ) -> PreTrainedModel:
     """The base with its weights, frozen, on ``device``.
 
-    Raises UserError when stored weights are missing: Transformers would fill them at random.
+    Raises UserError for what ``load_config`` refuses, and when stored weights are missing: Transformers would fill them
+    at random.
     """
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    load_config(folder)
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     if model.attn_implementation != "auto":
         options["attn_implementation"] = model.attn_implementation
     if quantization is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ def locate(name_or_path: str, weights: bool = False) -> Path:
             is_adapter = (folder / "adapter_config.json").is_file()
             hint = "this is an adapter; give its base here" if is_adapter else MODEL_FOLDER
             raise UserError("the folder holds no model (no config.json)", name_or_path, hint)
-        return folder
+        return _bare(folder)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
-        return Path(snapshot_download(name_or_path, allow_patterns=patterns))
+        return _bare(Path(snapshot_download(name_or_path, allow_patterns=patterns)))
     except HFValidationError as error:
         raise UserError("no such model folder, and no hub id", name_or_path, _nearest_folder(folder)) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -40,6 +41,14 @@ def locate(name_or_path: str, weights: bool = False) -> Path:
         why = "HF_HUB_OFFLINE is set and it is not in the local cache" if offline else str(error).splitlines()[0]
         what = f"no such model folder, and the hub does not give it: {why}"
         raise UserError(what, name_or_path, _nearest_folder(folder)) from error
+
+
+def _bare(folder: Path) -> Path:
+    """Raises UserError when a model's folder holds an adapter as well, which Transformers would load along with it."""
+    if (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+        hint = "move the adapter's files to a folder of their own"
+        raise UserError("the folder holds an adapter beside the model (adapter_config.json)", str(folder), hint)
+    return folder
 
 
 def _nearest_folder(folder: Path) -> str:
@@ -60,9 +69,9 @@ def check_tokenizer(folder: Path, chat: bool = False) -> None:
         raise UserError("the tokenizer has no chat template, which format: chat needs", str(folder), NO_TEMPLATE)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """A model's config.json. Raises UserError when it is not readable."""
-    path = folder / "config.json"
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A model's config.json, or another of its files. Raises UserError when it is not readable."""
+    path = folder / name
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -70,6 +79,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError("not a model configuration", str(path), "it must be one JSON object")
     return config
+
+
+def own_code(config: Mapping[str, Any]) -> list[str]:
+    """The Python files that a model's or tokenizer's configuration (``auto_map``) names as its own code."""
+    auto_map = config.get("auto_map")
+    entries = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+    names = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry]) if name]
+    return sorted({f"{str(name).rpartition('.')[0] or name}.py" for name in names})
+
+
+def hub_kernels(config: Any, inside: bool = False) -> Iterator[str]:
+    """The hub repositories whose code a configuration asks for, as ``attn_implementation: owner/name``."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield from hub_kernels(value, inside or str(key).endswith("_implementation"))
+    elif isinstance(config, str) and inside and "/" in config:
+        yield config
 
 
 def stored_quantization(folder: Path) -> str | None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lora_cli.errors import UserError
-from lora_cli.weights.shards import whole_folder
+from lora_cli.weights.shards import read_headers, whole_folder
 
 MANIFEST = "manifest.json"
 DOCUMENT = "state.json"
@@ -115,10 +115,14 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether every file of a checkpoint has the size and the SHA-256 that its manifest says."""
+    """Whether every file of a checkpoint has the size and the SHA-256 that its manifest says, and is what it is named.
+
+    Whatever is no safetensors file, such as a pickle, is not opened any further.
+    """
     try:
         listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        read_headers([path / f"{name}.safetensors" for name in FILES])
+    except (OSError, ValueError, UserError):
         return False
     return bool(listed == _manifest(path))
 

@@ -51,7 +51,9 @@ def prove(
     still, layers = unmoved(stored, {stored_name(name): digest for name, digest in start.items()})
     if still:
         what = f"{len(still)} of {layers} adapted layers are as they were before training: {_some(still)}"
-        hint = f"{KEPT}; leave layers that the model does not use out of adapter.target_modules"
+        unused = "leave layers that the model does not use out of adapter.target_modules"
+        early = "the step they are of had learned nothing yet: raise training.learning_rate, or train for more steps"
+        hint = f"{KEPT}; {unused if len(still) < layers else early}"
         raise RunError(what, where, hint)
     _check_logits(folder, where, model, ids)
 

@@ -11,7 +11,7 @@ from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import read_config, stored_quantization
 from lora_cli.model.targets import Target
 from lora_cli.recipe.schema import Adapter
-from lora_cli.weights.shards import read_headers, weight_files
+from lora_cli.weights.shards import pickled, read_headers, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,8 +53,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "peft_type" not in config:
         raise UserError("not an adapter's configuration (no peft_type)", str(path))
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        what, hint = f"the adapter's weights are missing ({ADAPTER_WEIGHTS})", "copy or download the folder again"
-        raise UserError(what, str(folder), hint)
+        what = f"the adapter's weights are missing ({ADAPTER_WEIGHTS})"
+        raise UserError(what, str(folder), pickled(folder) or "copy or download the folder again")
+    if config.get("megatron_config"):
+        raise UserError("the adapter asks for code to be imported (megatron_config)", str(path), "lora does not run it")
     return config
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,14 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    others = sorted(f.name for f in folder.glob("*.bin"))
-    hint = f"found {', '.join(others)}: pickled weights are not read; save the model again with safetensors"
-    raise UserError("the model folder holds no safetensors weights", str(folder), hint if others else MODEL_FOLDER)
+    raise UserError("the model folder holds no safetensors weights", str(folder), pickled(folder) or MODEL_FOLDER)
+
+
+def pickled(folder: Path) -> str | None:
+    """A hint naming the weights in a folder that are pickles, which run code when they are read; None without any."""
+    names = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES) if folder.is_dir() else []
+    found = ", ".join(names)
+    return f"found {found}: pickled weights are not read; save the model again with safetensors" if names else None
 
 
 def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
