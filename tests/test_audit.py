@@ -154,7 +154,7 @@ def test_an_end_that_is_not_supervised_is_told(chatty: Callable[[str], Any]) -> 
     rows = [chat("Hi", "Hello"), chat("Hi", "Hello", "Bye"), chat("Hi", "Hello", "Bye")]
     report, _ = report_of(chatty(ENDLESS), *rows)
     assert (report.ends_supervised, report.ends_masked) == (1, 2)
-    assert report.template_notes == ("the chat template ends no turn: the end-of-text token is put after the last one",)
+    assert report.template_notes[0] == "the chat template ends no turn: the end-of-text token is put after the last one"
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,10 @@ def test_an_end_that_is_not_supervised_is_told(chatty: Callable[[str], Any]) -> 
     [
         (CHATML, "no generation marks"),
         (MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"), "leave out <|im_end|>"),
+        (
+            MARKED + "{% if add_generation_prompt %}<think>\n\n</think>\n\n{% endif %}",
+            r"behind '<think>\n\n</think>\n\n'",
+        ),
         (MARKED, None),
     ],
 )

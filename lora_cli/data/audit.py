@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from lora_cli.data.chat import end_of_turn, marked, written_after_words
+from lora_cli.data.chat import end_of_turn, marked, written_after_words, written_otherwise
 from lora_cli.data.examples import Examples, Fitted, Mask, per_row
 from lora_cli.errors import UserError
 
@@ -119,11 +119,14 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _template_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """What a chat template does not say by itself, and how it is made good."""
-    closing, answer = end_of_turn(tokenizer), marked(tokenizer)
+    closing, answer, extra = end_of_turn(tokenizer), marked(tokenizer), written_otherwise(tokenizer)
+    notes = []
     if not closing:
-        return ("the chat template ends no turn: the end-of-text token is put after the last one",)
+        notes.append("the chat template ends no turn: the end-of-text token is put after the last one")
     if answer is None:
-        return ("the chat template has no generation marks: the assistant's words are found by comparing renderings",)
-    if closing not in answer:
-        return (f"the chat template's generation marks leave out {closing}: it is supervised all the same",)
-    return ()
+        notes.append("the chat template has no generation marks: renderings are compared to find the assistant's words")
+    elif closing not in answer:
+        notes.append(f"the chat template's generation marks leave out {closing}: it is supervised all the same")
+    if extra:
+        notes.append(f"the chat template asks for answers behind {extra!r}, which it does not write before them")
+    return tuple(notes)

@@ -53,6 +53,13 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
     return written_after_words(tokenizer).strip()
 
 
+def written_otherwise(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the generation prompt ends in that a written answer does not have before it ('<think>…'), or ''."""
+    asked, written = render(tokenizer, PROBES[:1], None, True), render(tokenizer, PROBES, None)
+    shared = next(n for n in range(len(asked), -1, -1) if written.startswith(asked[:n]))
+    return asked[shared:]
+
+
 def marked(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """What of an answer the template's ``{% generation %}`` marks hold; None when it has no such marks."""
     if not GENERATION_MARK.search(tokenizer.get_chat_template()):
@@ -72,41 +79,54 @@ def conversation_segments(
     """
     full = render(tokenizer, turns, where)
     segments: list[Segment] = []
-    at = cursor = 0
+    at = 0
     for index, turn in enumerate(turns):
-        words = turn.content.strip()
         if turn.role != "assistant":
-            if turn.role != "system":  # some templates move the system's words to the last turn
-                cursor = max(cursor, full.find(words, cursor) + len(words))
             continue
-        start = _start(tokenizer, full, turns[:index], words, cursor)
+        words = turn.content.strip()
+        start = _start(tokenizer, full, turns, index, words or closing, at)
         end = _end(full, start, words, closing)
         if end is None:
             raise UserError(f"the chat template leaves out or rewrites turn {index} (assistant)", where)
         segments += [(full[at:start], False), (full[start:end], True)]
-        at = cursor = end
+        at = end
     segments.append((full[at:], False))
     return tuple(segment for segment in segments if segment[0])
 
 
-def _start(tokenizer: PreTrainedTokenizerBase, full: str, before: Sequence[Message], words: str, cursor: int) -> int:
-    """Where an assistant's turn begins in the rendered conversation.
+def _start(
+    tokenizer: PreTrainedTokenizerBase, full: str, turns: Sequence[Message], index: int, words: str, at: int
+) -> int:
+    """Where an assistant's turn begins in the rendered conversation, not before ``at``; -1 when it is not found.
 
-    That is where the conversation ``before`` it ends, rendered with the generation prompt: exactly what the model is
-    given when it is to answer. Templates that write earlier turns otherwise once later ones follow fail that
-    comparison; the turn then begins after the next generation prompt behind ``cursor``, or with its words.
+    That is where the conversation before it ends, rendered with the generation prompt: exactly what the model is given
+    when it is to answer. Where the conversation is written otherwise, the turn begins with as much of the prompt as is
+    written (a prompt may end in reasoning that it closes at once), or with its words.
     """
-    prompt = ""
-    if before:
-        try:
-            given, without = (render(tokenizer, before, None, asked) for asked in (True, False))
-        except UserError:  # a template may refuse part of a conversation that it takes as a whole
-            given = without = ""
-        if given and len(given) >= cursor and full.startswith(given):
-            return len(given)
-        prompt = given.removeprefix(without) if given.startswith(without) else ""
-    found = full.find(prompt, cursor) if prompt.strip() else -1
-    return found + len(prompt) if found >= 0 else full.find(words, cursor)
+    before = turns[:index]
+    given = _attempt(tokenizer, before, add_generation_prompt=True)
+    if given and len(given) >= at and full.startswith(given):
+        return len(given)
+    without = _attempt(tokenizer, before)
+    if without and len(without) >= at and full.startswith(without) and given.startswith(without):
+        asked, written = given[len(without) :], full[len(without) :]
+        for shared in range(len(asked), 0, -1):
+            if written.startswith(asked[:shared]) and written[shared:].lstrip().startswith(words):
+                return len(without) + shared
+    # The same conversation with other words in this turn: what stands before and after these is not theirs.
+    head, found, tail = _attempt(tokenizer, (*before, PROBES[1], *turns[index + 1 :])).partition(PROBE)
+    if found and len(head) >= at and full.startswith(head):
+        return len(head)
+    said = full.removesuffix(tail).rstrip()
+    return len(said) - len(words) if found and full.endswith(tail) and said[at:].endswith(words) else -1
+
+
+def _attempt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    """The conversation as text, or '' when the template refuses this part of one that it takes as a whole."""
+    try:
+        return render(tokenizer, turns, None, add_generation_prompt) if turns else ""
+    except UserError:
+        return ""
 
 
 def _end(full: str, start: int, words: str, closing: str) -> int | None:

@@ -1,0 +1,389 @@
+"""The templates of well-known families, rebuilt here in small with their own tokens and oddities: which tokens are
+supervised, token for token, in expectations written by hand (what stands in ⟦ ⟧ is learned)."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from lora_cli.data.sources import Row
+from lora_cli.data.tokenize import tokenize_rows
+from lora_cli.errors import UserError
+from lora_cli.recipe.schema import Data
+
+
+@dataclass(frozen=True)
+class Family:
+    """A chat template and its tokenizer's special tokens; ``adds_bos``: the tokenizer puts it before every text."""
+
+    template: str
+    specials: tuple[str, ...]
+    eos: str
+    bos: str | None = None
+    adds_bos: bool = False
+
+
+LLAMA_3 = Family(  # the BOS is glued to the first message, contents are trimmed
+    "{% for m in messages %}{% set text = '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim"
+    " + '<|eot_id|>' %}{% if loop.first %}{% set text = bos_token + text %}{% endif %}{{ text }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+    ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    eos="<|eot_id|>",
+    bos="<|begin_of_text|>",
+    adds_bos=True,
+)
+LLAMA_3_1 = Family(  # a system turn is always written, the date in it
+    "{{ bos_token }}{% set system = messages[0].content | trim if messages[0].role == 'system' else '' %}"
+    "<|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\n{{ system }}<|eot_id|>"
+    "{% for m in messages if m.role != 'system' %}"
+    "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    LLAMA_3.specials,
+    eos="<|eot_id|>",
+    bos="<|begin_of_text|>",
+    adds_bos=True,
+)
+CHATML = Family(
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+    eos="<|im_end|>",
+)
+QWEN_2_5 = Family(  # who gives no system turn gets one; there is no BOS
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Qwen, a helpful assistant.<|im_end|>\n{% endif %}"
+    + CHATML.template,
+    CHATML.specials,
+    eos="<|im_end|>",
+)
+QWEN_3 = Family(  # reasoning stays in the turns after the last question; these have it always, if need be empty
+    "{% set ns = namespace(last=-1) %}{% for m in messages if m.role == 'user' %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% set parts = m.content.split('</think>') %}{% set said = parts[-1].lstrip('\n') %}"
+    "{% set thought = parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 else '' %}"
+    "{% if loop.index0 > ns.last %}<think>\n{{ thought }}\n</think>\n\n{% endif %}{{ said }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    (*CHATML.specials, "<think>", "</think>"),
+    eos="<|im_end|>",
+)
+NO_THINKING = Family(  # answers are asked for behind reasoning that is closed at once, and written without it
+    CHATML.template + "{% if add_generation_prompt %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
+    QWEN_3.specials,
+    eos="<|im_end|>",
+)
+THINKING = Family(  # answers are asked for behind the beginning of reasoning
+    CHATML.template + "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}",
+    QWEN_3.specials,
+    eos="<|im_end|>",
+)
+GEMMA = Family(  # roles user and model in turns, no system; contents are trimmed
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% set role = 'model' if m.role == 'assistant' else m.role %}"
+    "{{ '<start_of_turn>' + role + '\n' + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
+    ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
+    eos="<eos>",
+    bos="<bos>",
+    adds_bos=True,
+)
+GEMMA_3 = Family(  # the system's words stand before those of the first user turn
+    "{{ bos_token }}{% set first = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
+    "{% for m in (messages[1:] if first else messages) %}"
+    "{% set role = 'model' if m.role == 'assistant' else m.role %}"
+    "{{ '<start_of_turn>' + role + '\n' + (first if loop.first else '') + m.content | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
+    GEMMA.specials,
+    eos="<eos>",
+    bos="<bos>",
+    adds_bos=True,
+)
+MISTRAL = Family(  # the system's words stand in the last user turn; there is no generation prompt
+    "{{ bos_token }}{% set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
+    "{% for m in (messages[1:] if system else messages) %}{% if m.role == 'user' %}"
+    "{% set last = loop.index0 >= loop.length - 2 and loop.index0 % 2 == 0 %}"
+    "{{ '[INST] ' + (system if last else '') + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}",
+    ("<s>", "</s>", "[INST]", "[/INST]"),
+    eos="</s>",
+    bos="<s>",
+    adds_bos=True,
+)
+MARKED = Family(  # says itself what is generated, its header left out and its end put in
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    CHATML.specials,
+    eos="<|im_end|>",
+)
+
+SYSTEM = ("system", "Say yes or no.")
+ONCE = (("user", "Is it so?"), ("assistant", "yes"))
+TWICE = (
+    ("user", "Is the answer yes or no?"),
+    ("assistant", "no"),
+    ("user", "say yes"),
+    ("assistant", "yes"),
+)
+SPACED = (("user", " Is it so?\n"), ("assistant", "\n yes. \n"))
+HEADERS = (("user", "a"), ("assistant", "a"), ("user", "user"), ("assistant", "assistant"))
+REASONED = (
+    ("user", "One?"),
+    ("assistant", "<think>\nsmall\n</think>\n\nOne."),
+    ("user", "Two?"),
+    ("assistant", "<think>\nlarger\n</think>\n\nTwo."),
+)
+
+CASES = [
+    (
+        LLAMA_3,
+        (SYSTEM, *TWICE),
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nSay yes or no.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nIs the answer yes or no?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦no<|eot_id|>⟧"
+        "<|start_header_id|>user<|end_header_id|>\n\nsay yes<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦yes<|eot_id|>⟧",
+    ),
+    (
+        LLAMA_3,
+        SPACED,
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nIs it so?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦yes.<|eot_id|>⟧",
+    ),
+    (
+        LLAMA_3,
+        HEADERS,
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\na<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦a<|eot_id|>⟧"
+        "<|start_header_id|>user<|end_header_id|>\n\nuser<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦assistant<|eot_id|>⟧",
+    ),
+    (
+        LLAMA_3_1,
+        ONCE,
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\n<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nIs it so?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦yes<|eot_id|>⟧",
+    ),
+    (
+        CHATML,
+        (*TWICE, ("user", "Bye")),
+        "<|im_start|>user\nIs the answer yes or no?<|im_end|>\n<|im_start|>assistant\n⟦no<|im_end|>⟧\n"
+        "<|im_start|>user\nsay yes<|im_end|>\n<|im_start|>assistant\n⟦yes<|im_end|>⟧\n"
+        "<|im_start|>user\nBye<|im_end|>\n",
+    ),
+    (
+        CHATML,
+        SPACED,
+        "<|im_start|>user\n Is it so?\n<|im_end|>\n<|im_start|>assistant\n⟦\n yes. \n<|im_end|>⟧\n",
+    ),
+    (
+        CHATML,
+        (("assistant", "yes"), ("user", "yes"), ("assistant", "yes")),  # before the first turn there is no prompt
+        "<|im_start|>assistant\n⟦yes<|im_end|>⟧\n<|im_start|>user\nyes<|im_end|>\n"
+        "<|im_start|>assistant\n⟦yes<|im_end|>⟧\n",
+    ),
+    (
+        QWEN_2_5,
+        HEADERS,
+        "<|im_start|>system\nYou are Qwen, a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦a<|im_end|>⟧\n"
+        "<|im_start|>user\nuser<|im_end|>\n<|im_start|>assistant\n⟦assistant<|im_end|>⟧\n",
+    ),
+    (
+        QWEN_2_5,
+        (SYSTEM, *ONCE),
+        "<|im_start|>system\nSay yes or no.<|im_end|>\n<|im_start|>user\nIs it so?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦yes<|im_end|>⟧\n",
+    ),
+    (
+        QWEN_3,
+        TWICE,
+        "<|im_start|>user\nIs the answer yes or no?<|im_end|>\n<|im_start|>assistant\n⟦no<|im_end|>⟧\n"
+        "<|im_start|>user\nsay yes<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nyes<|im_end|>⟧\n",
+    ),
+    (
+        QWEN_3,
+        REASONED,
+        "<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n⟦One.<|im_end|>⟧\n"
+        "<|im_start|>user\nTwo?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦<think>\nlarger\n</think>\n\nTwo.<|im_end|>⟧\n",
+    ),
+    (
+        QWEN_3,
+        REASONED[1:2],
+        "<|im_start|>assistant\n⟦<think>\nsmall\n</think>\n\nOne.<|im_end|>⟧\n",
+    ),
+    (
+        NO_THINKING,
+        TWICE,
+        "<|im_start|>user\nIs the answer yes or no?<|im_end|>\n<|im_start|>assistant\n⟦no<|im_end|>⟧\n"
+        "<|im_start|>user\nsay yes<|im_end|>\n<|im_start|>assistant\n⟦yes<|im_end|>⟧\n",
+    ),
+    (
+        NO_THINKING,
+        HEADERS,
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦a<|im_end|>⟧\n"
+        "<|im_start|>user\nuser<|im_end|>\n<|im_start|>assistant\n⟦assistant<|im_end|>⟧\n",
+    ),
+    (
+        NO_THINKING,
+        REASONED[:2],
+        "<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n⟦<think>\nsmall\n</think>\n\nOne.<|im_end|>⟧\n",
+    ),
+    (
+        NO_THINKING,
+        (("user", "One?"), ("assistant", "")),
+        "<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n⟦<|im_end|>⟧\n",
+    ),
+    (
+        THINKING,
+        REASONED,
+        "<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n<think>\n⟦small\n</think>\n\nOne.<|im_end|>⟧\n"
+        "<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n<think>\n⟦larger\n</think>\n\nTwo.<|im_end|>⟧\n",
+    ),
+    (
+        THINKING,
+        ONCE,
+        "<|im_start|>user\nIs it so?<|im_end|>\n<|im_start|>assistant\n⟦yes<|im_end|>⟧\n",
+    ),
+    (
+        GEMMA,
+        TWICE,
+        "<bos><start_of_turn>user\nIs the answer yes or no?<end_of_turn>\n<start_of_turn>model\n⟦no<end_of_turn>⟧\n"
+        "<start_of_turn>user\nsay yes<end_of_turn>\n<start_of_turn>model\n⟦yes<end_of_turn>⟧\n",
+    ),
+    (
+        GEMMA,
+        SPACED,
+        "<bos><start_of_turn>user\nIs it so?<end_of_turn>\n<start_of_turn>model\n⟦yes.<end_of_turn>⟧\n",
+    ),
+    (
+        GEMMA_3,
+        (SYSTEM, *ONCE),
+        "<bos><start_of_turn>user\nSay yes or no.\n\nIs it so?<end_of_turn>\n"
+        "<start_of_turn>model\n⟦yes<end_of_turn>⟧\n",
+    ),
+    (
+        MISTRAL,
+        TWICE,
+        "<s>[INST] Is the answer yes or no? [/INST]⟦ no</s>⟧[INST] say yes [/INST]⟦ yes</s>⟧",
+    ),
+    (
+        MISTRAL,  # the system's words move on with the conversation, and the first turn cannot be asked for as written
+        (SYSTEM, *TWICE),
+        "<s>[INST] Is the answer yes or no? [/INST] ⟦no</s>⟧[INST] Say yes or no.\n\nsay yes [/INST]⟦ yes</s>⟧",
+    ),
+    (
+        MARKED,
+        (SYSTEM, *TWICE),
+        "<|im_start|>system\nSay yes or no.<|im_end|>\n"
+        "<|im_start|>user\nIs the answer yes or no?<|im_end|>\n<|im_start|>assistant\n⟦no<|im_end|>⟧\n"
+        "<|im_start|>user\nsay yes<|im_end|>\n<|im_start|>assistant\n⟦yes<|im_end|>⟧\n",
+    ),
+]
+NAMES = {id(value): name for name, value in list(globals().items()) if isinstance(value, Family)}
+
+
+def tokens_of(family: Family, expected: str) -> list[tuple[str, bool]]:
+    """The expectation, token for token, each with whether it is supervised."""
+    pattern = "|".join([*map(re.escape, family.specials), "⟦|⟧", r"\w+", r"[^\w]"])
+    tokens, learned = [], False
+    for token in re.findall(pattern, expected):
+        if token in "⟦⟧":
+            learned = token == "⟦"
+        else:
+            tokens.append((token, learned))
+    return tokens
+
+
+def tokenizer_of(family: Family, expected: str) -> Any:
+    """Every word, space and mark of the expectation is a token of its own."""
+    words = sorted({token for token, _ in tokens_of(family, expected)} - set(family.specials))
+    vocabulary = {word: index for index, word in enumerate(["<unk>", *words])}
+    words_alone = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words_alone.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w]"), "isolated")
+    named = {"bos_token": family.bos} if family.bos else {}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words_alone,
+        unk_token="<unk>",
+        eos_token=family.eos,
+        additional_special_tokens=list(family.specials),
+        **named,
+    )
+    if family.adds_bos:
+        bos = (family.bos, tokenizer.convert_tokens_to_ids(family.bos))
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    tokenizer.chat_template = family.template
+    return tokenizer
+
+
+def messages_of(turns: tuple[tuple[str, str], ...]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+@pytest.mark.parametrize(
+    ("family", "turns", "expected"), CASES, ids=[f"{NAMES[id(case[0])]}-{n}" for n, case in enumerate(CASES)]
+)
+def test_the_assistants_words_and_their_end_are_supervised(
+    family: Family, turns: tuple[tuple[str, str], ...], expected: str
+) -> None:
+    tokenizer = tokenizer_of(family, expected)
+    rows = [Row({"messages": messages_of(turns)}, "rows.jsonl:1")]
+    ids, mask = tokenize_rows(Data(train="rows.jsonl"), rows, tokenizer).examples.row(0)
+    found = list(zip(tokenizer.convert_ids_to_tokens(ids.tolist()), mask.tolist(), strict=True))
+    assert found == tokens_of(family, expected)
+
+
+@pytest.mark.parametrize("family", [LLAMA_3, LLAMA_3_1, CHATML, QWEN_2_5, QWEN_3, GEMMA, MISTRAL, MARKED], ids=str)
+def test_an_answer_is_learned_behind_what_is_given_to_the_model(family: Family) -> None:
+    messages = messages_of(TWICE)
+    plain = tokenizer_of(family, "".join(words for _, words in TWICE))
+    text = plain.apply_chat_template(messages, tokenize=False)
+    tokenizer = tokenizer_of(family, text)
+    rows = [Row({"messages": messages}, "rows.jsonl:1")]
+    ids, mask = tokenize_rows(Data(train="rows.jsonl"), rows, tokenizer).examples.row(0)
+    given = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+    assert ids[: len(given)].tolist() == given
+    assert mask[len(given)] and not mask[len(given) - 1]
+
+
+def test_a_marked_template_agrees_with_its_marks() -> None:
+    messages = messages_of((SYSTEM, *TWICE))
+    tokenizer = tokenizer_of(MARKED, CASES[-1][2])
+    marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    ids, mask = tokenize_rows(Data(train="x"), [Row({"messages": messages}, "x:1")], tokenizer).examples.row(0)
+    assert ids.tolist() == marked["input_ids"]
+    assert mask.tolist() == [bool(one) for one in marked["assistant_masks"]]
+
+
+def test_a_role_that_a_template_does_not_take_is_told_by_its_row(
+    tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    (base / "chat_template.jinja").write_text(GEMMA.template)
+    rows = [messages_of(ONCE), messages_of((SYSTEM, *ONCE))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    refused = lora("train", write_recipe({"model.name_or_path": base, "data.train": tmp_path / "rows.jsonl"}))
+    assert refused.exit_code == 2
+    assert f"{tmp_path / 'rows.jsonl'}:2: the chat template refuses the conversation: System role" in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_words_that_a_template_changes_are_not_guessed_at() -> None:
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content | replace('y', 'Y') }};{% endfor %}"
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: the chat template leaves out or rewrites turn 1"):
+        rows = [Row({"messages": messages_of(ONCE)}, "rows.jsonl:1")]
+        tokenize_rows(Data(train="rows.jsonl"), rows, tokenizer_of(Family(template, (), eos="<eos>"), "a"))
