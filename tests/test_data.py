@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_cli.data.batches import Schedule, collate, epoch_order, group, split_validation
-from lora_cli.data.examples import Examples, fit, join_pieces, sliding_windows
-from lora_cli.data.formats import FORMATS, Message, check_rows, read_content
+from lora_cli.data.examples import Examples, cut_for_evaluation, fit, join_pieces, sliding_windows
+from lora_cli.data.formats import FORMATS, Message, check_rows, column_faults, read_content
 from lora_cli.data.sources import READERS, Row, hub_rows, read_rows, sources_of
 from lora_cli.data.tokenize import tokenize
 from lora_cli.errors import Fault, LoraError, UserError
@@ -96,9 +96,26 @@ def test_parquet(tmp_path: Path) -> None:
     assert columns_of(tmp_path / "rows.parquet") == rows
 
 
-def test_text_file_is_one_row(tmp_path: Path) -> None:
-    (tmp_path / "book.txt").write_text("Once upon\na time", encoding="utf-8")
-    assert columns_of(tmp_path / "book.txt") == [{"text": "Once upon\na time"}]
+def test_a_paragraph_of_a_text_file_is_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_bytes("\ufeff\n \nOnce upon\r\n  a time\r\n\t\r\n\r\nthere\u2028was\x0c\n\nA hill".encode())
+    rows = list(read_rows(sources_of(str(path))))
+    assert [(row.columns["text"], row.where) for row in rows if isinstance(row, Row)] == [
+        ("Once upon\n  a time", f"{path}:3"),
+        ("there\u2028was\x0c", f"{path}:7"),
+        ("A hill", f"{path}:9"),
+    ]
+    path.write_text(" \n\n")
+    assert [fault.what for fault in read_rows(sources_of(str(path))) if isinstance(fault, Fault)] == ["holds no rows"]
+
+
+@pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
+def test_a_csv_of_another_kind_gets_a_hint(mark: str, name: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f"question{mark}answer\nWhy, then?{mark}Because.\n")
+    (fault,) = check_rows(Data(train=str(path)), sources_of(str(path)))
+    assert fault.where == f"{path}:1" and name in fault.what
+    assert fault.hint == "save the file with commas between columns"
 
 
 def test_folder_glob_and_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +209,13 @@ TURNS = (Message("user", "Hi"), Message("assistant", "Hello"))
             {},
             (("### Instruction:\nAdd\n\n### Response:\n", False), ("2", True)),
         ),
+        (
+            {"instruction": "Add", "input": None, "output": "2"},
+            {},
+            (("### Instruction:\nAdd\n\n### Response:\n", False), ("2", True)),
+        ),
         ({"messages": HI}, {}, TURNS),
+        ({"system": None, "messages": HI}, {}, TURNS),
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, {}, TURNS),
         ({"system": "Be kind", "messages": HI}, {}, (Message("system", "Be kind"), *TURNS)),
         ({"system": "", "messages": HI}, {}, TURNS),
@@ -218,6 +241,97 @@ def test_formats_are_the_schemas_choices() -> None:
     from typing import get_args
 
     assert set(FORMATS) | {"auto"} == set(get_args(Data.model_fields["format"].annotation))
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "says"),
+    [
+        ({"columns": {"prmpt": "q"}}, "prmpt", "did you mean 'prompt'?"),
+        ({"format": "alpaca", "columns": {"outputs": "a"}}, "outputs", "did you mean 'output'?"),
+        ({"format": "alpaca", "columns": {"prompt": "a"}}, "prompt", "known: input, instruction, output"),
+        ({"format": "chat", "columns": {"message": "talk"}}, "message", "did you mean 'messages'?"),
+        ({"template": {"completion": "{answer}"}, "columns": {"anser": "a"}}, "anser", "did you mean 'answer'?"),
+        ({"template": {"completion": "x"}, "columns": {"text": "a"}}, "text", None),
+    ],
+)
+def test_unknown_names_of_columns_are_told(
+    settings: dict[str, Any], name: str, says: str | None, write_recipe: Any, lora: Any, qa_file: Path
+) -> None:
+    assert [(fault.where, fault.hint) for fault in column_faults(Data.model_validate({"train": "x", **settings}))] == [
+        (f"data.columns.{name}", says)
+    ]
+    refused = lora("train", write_recipe({"data": settings}))
+    assert refused.exit_code == 2
+    assert f"data.columns.{name}: " in refused.stderr
+
+
+COLUMNS_OF: dict[str, list[dict[str, Any]]] = {
+    "text": [{"text": "T"}],
+    "prompt_completion": [{"prompt": "P", "completion": "C"}],
+    "alpaca": [{"instruction": "I", "input": "N", "output": "O"}],
+    "chat": [
+        {"messages": HI, "system": "S"},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        {"prompt": "P", "completion": "C"},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS_OF)
+def test_every_name_of_a_format_can_be_mapped(name: str) -> None:
+    assert set().union(*COLUMNS_OF[name]) == set(FORMATS[name].names)
+    for columns in COLUMNS_OF[name]:
+        plain = read_content(Row(columns, "x:1"), name, Data(train="x", format=name))
+        for key, value in columns.items():
+            data = Data(train="x", format=name, columns={key: "mine"})
+            renamed = {column: "other" if column == key else inner for column, inner in columns.items()} | {
+                "mine": value
+            }
+            assert read_content(Row(renamed, "x:1"), name, data) == plain
+            assert column_faults(data) == column_faults(data.model_copy(update={"format": "auto"})) == []
+
+
+def test_the_fields_of_patterns_can_be_mapped() -> None:
+    data = Data(train="x", template=Template(completion="{answer}"), columns={"answer": "a"})
+    assert column_faults(data) == []
+    assert read_content(Row({"a": "A"}, "x:1"), "template", data) == (("", False), ("A", True))
+
+
+def test_each_source_of_a_mixture_has_its_own_format(tokenizer: Any, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", QA, QA)
+    write_jsonl(tmp_path / "b.jsonl", {"messages": HI})
+    write_jsonl(tmp_path / "c.jsonl", {"text": "a"}, {"text": "b"})
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = CHATML
+    data = Data(train=tuple(str(tmp_path / f"{name}.jsonl") for name in "abc"))
+    assert check_rows(data, sources_of(data.train)) == []
+    examples = tokenize(data, sources_of(data.train), chatty)
+    assert examples.format == "prompt_completion+chat+text"
+    assert examples.source.tolist() == [0, 0, 1, 2, 2]
+    texts = [tokenizer.decode(examples.row(index)[0]) for index in range(5)]
+    chat_text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+    assert texts == [f"Why? Because.{END}"] * 2 + [chat_text, f"a{END}", f"b{END}"]
+    assert supervised_text(chatty, examples, 2) == ["Hello<|im_end|>"]
+    assert supervised_text(chatty, examples, 0) == [f" Because.{END}"]
+
+
+def test_a_source_of_no_known_format_is_told_once_and_the_others_are_read(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", {"x": 1}, {"x": 2})
+    write_jsonl(tmp_path / "b.jsonl", QA, {"question": "Why?", "answer": 3})
+    data = Data(train=(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")))
+    faults = check_rows(data, sources_of(data.train))
+    assert [fault.where for fault in faults] == [f"{tmp_path / 'a.jsonl'}:1", f"{tmp_path / 'b.jsonl'}:2"]
+
+
+def test_windows_are_for_text_alone(tokenizer: Any, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", {"text": "Rivers carry salt from the rocks down to it. " * 9})
+    write_jsonl(tmp_path / "b.jsonl", QA)
+    alone, both = (
+        tokenize(Data(train=train), sources_of(train), tokenizer)
+        for train in (str(tmp_path / "a.jsonl"), (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")))
+    )
+    assert len(cut_for_evaluation(alone, 20, "rows")) > 5
+    assert len(cut_for_evaluation(both, 20, "rows")) == 2
 
 
 def test_a_system_turn_that_is_there_wins_over_the_column() -> None:

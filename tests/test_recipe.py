@@ -252,6 +252,14 @@ def test_a_folder_is_not_a_recipe() -> None:
 
 def test_a_data_file_given_as_recipe_is_refused_unread() -> None:
     assert "1 MiB" in fault(b"x" * (1 << 21)).what
+    for name in ("rows.jsonl", "rows.csv", "rows.parquet"):
+        Path(name).write_text('{"text": "a"}\n')
+        with pytest.raises(UserError) as caught:
+            load_recipe(name)
+        (told,) = caught.value.faults
+        assert (told.where, told.what) == (name, "this is a data file; a recipe is a YAML file")
+        assert told.hint == "name the rows in the recipe, under data.train"
+    assert fault('[{"text": "a"}]').hint == "name the rows in the recipe, under data.train"
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000])

@@ -22,7 +22,8 @@ class Examples:
 
     ``ids`` (total tokens, int32), ``supervised`` (total tokens, bool; never a row's first token, which nothing
     predicts), ``offsets`` (rows + 1, int64), ``source`` (rows, int32: the part of the mixture a row is from).
-    ``fingerprint`` is a SHA-256 over ids and supervision.
+    ``format`` names the format; of a mixture of several, all of them, joined by '+'. ``fingerprint`` is a SHA-256 over
+    the arrays.
     """
 
     ids: Tokens

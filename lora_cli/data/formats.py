@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_cli.data.sources import Row, kind_of, read_rows
-from lora_cli.errors import Fault, UserError
+from lora_cli.errors import Fault, UserError, did_you_mean
 from lora_cli.recipe.schema import Data, Source, Template
 
 Segment = tuple[str, bool]
@@ -65,8 +65,12 @@ class Columns:
         return value
 
     def text(self, name: str, default: str | None = None) -> str:
-        """The column's text. Raises UserError when it is missing (and there is no default), null or no text."""
-        if default is not None and self.column(name) is None:
+        """The column's text; ``default``, when there is one, for a column that is missing or null.
+
+        Raises UserError when it is missing or null without a default, or no text.
+        """
+        column = self.column(name)
+        if default is not None and (column is None or self.row.columns[column] is None):
             return default
         value = self.value(name)
         if not isinstance(value, str):
@@ -152,6 +156,13 @@ def _fill(pattern: str, row: Columns) -> str:
     return "".join(literal + (row.text(name) if name else "") for literal, name, _, _ in pieces)
 
 
+def _fields(pattern: str) -> set[str]:
+    try:
+        return {name for _, name, _, _ in string.Formatter().parse(pattern) if name}
+    except ValueError:  # ``pattern_faults`` tells it
+        return set()
+
+
 def pattern_faults(patterns: Template) -> list[Fault]:
     """What is wrong with the patterns themselves: braces that do not close, fields that are no plain column name."""
     faults = []
@@ -170,19 +181,41 @@ def pattern_faults(patterns: Template) -> list[Fault]:
 
 @dataclass(frozen=True)
 class Format:
-    """A format: how a row is read, and the sets of names by any one of which ``auto`` knows it."""
+    """A format: how a row is read, the names it uses, and the sets of these by any one of which ``auto`` knows it."""
 
     read: Callable[[Columns, Template | None], Content]
+    names: tuple[str, ...]
     known_by: tuple[tuple[str, ...], ...]
 
 
 FORMATS: dict[str, Format] = {
-    "chat": Format(lambda row, _: chat(row), (("messages",), ("conversations",))),
-    "alpaca": Format(lambda row, _: alpaca(row), (("instruction", "output"),)),
-    "prompt_completion": Format(lambda row, _: prompt_completion(row), (("prompt", "completion"),)),
-    "text": Format(lambda row, _: text(row), (("text",),)),
-    "template": Format(template, ()),
+    "chat": Format(
+        lambda row, _: chat(row),
+        ("messages", "conversations", "prompt", "completion", "system"),
+        (("messages",), ("conversations",)),
+    ),
+    "alpaca": Format(lambda row, _: alpaca(row), ("instruction", "input", "output"), (("instruction", "output"),)),
+    "prompt_completion": Format(
+        lambda row, _: prompt_completion(row), ("prompt", "completion"), (("prompt", "completion"),)
+    ),
+    "text": Format(lambda row, _: text(row), ("text",), (("text",),)),
+    "template": Format(template, (), ()),  # the names are those in the patterns
 }
+
+
+def column_faults(data: Data) -> list[Fault]:
+    """The names in ``data.columns`` that the format does not use."""
+    if data.template is not None:
+        known = {name for pattern in (data.template.prompt, data.template.completion) for name in _fields(pattern)}
+        told = "the patterns have no such field"
+    else:
+        wanted = FORMATS if data.format == "auto" else (data.format,)
+        known = {name for format_name in wanted for name in FORMATS[format_name].names}
+        told = "no format uses" if data.format == "auto" else f"format: {data.format} does not use"
+        told = f"{told} this name"
+    return [
+        Fault(told, f"data.columns.{name}", did_you_mean(name, known)) for name in data.columns if name not in known
+    ]
 
 
 def detect(row: Row, data: Data) -> str:

@@ -183,6 +183,7 @@ def _csv(path: Path) -> Iterator[Record | Fault]:
                 continue
             if header is None:
                 header = cells
+                _check_separator(header, where)
                 repeated = sorted({name for name in header if header.count(name) > 1})
                 if repeated:
                     raise UserError(f"column named twice: {', '.join(repeated)}", where, "give each its own name")
@@ -193,6 +194,14 @@ def _csv(path: Path) -> Iterator[Record | Fault]:
     except csv.Error as error:
         hint = "a cell with quotes, commas or line breaks stands in quotes, and quotes in it are doubled"
         raise UserError(f"not valid CSV: {error}", f"{path}:{line}", hint) from error
+
+
+def _check_separator(header: list[str], where: str) -> None:
+    """Raises UserError for a header of one column that holds what other programs put between columns."""
+    for mark, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if len(header) == 1 and mark in header[0]:
+            what = f"one column, named {header[0]!r}: these look to be columns set apart by {name}"
+            raise UserError(what, where, "save the file with commas between columns")
 
 
 def _parquet(path: Path) -> Iterator[Record | Fault]:
@@ -212,9 +221,21 @@ def _parquet(path: Path) -> Iterator[Record | Fault]:
 
 
 def _text(path: Path) -> Iterator[Record | Fault]:
-    text = _decode(_read_bytes(path), path)
-    if text.strip():
-        yield str(path), {"text": text}
+    """A row for each paragraph: lines between blank ones, joined as they stand."""
+    lines: list[str] = []
+    number = 0
+    for number, line in enumerate(io.StringIO(_decode(_read_bytes(path), path), newline=None), 1):
+        if line.strip():
+            lines.append(line)
+        elif lines:
+            yield _paragraph(path, number, lines)
+            lines = []
+    if lines:
+        yield _paragraph(path, number + 1, lines)
+
+
+def _paragraph(path: Path, after: int, lines: list[str]) -> Record:
+    return f"{path}:{after - len(lines)}", {"text": "".join(lines).removesuffix("\n")}
 
 
 READERS: dict[str, Callable[[Path], Iterator[Record | Fault]]] = {

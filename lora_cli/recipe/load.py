@@ -16,6 +16,8 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.yaml12 import BROKEN, Faults, Node, Place, parse, plain_scalar
 
 MAX_BYTES = 1 << 20  # whoever gives a data file by mistake hears so at once
+DATA_FILES = (".jsonl", ".csv", ".parquet", ".arrow", ".tsv")
+ROWS_GO_IN = "name the rows in the recipe, under data.train"
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -100,6 +102,9 @@ def _layers(path: str, faults: Faults) -> tuple[list[Node], bool]:
 def _text(file: str, named_at: Place | None, faults: Faults) -> str | None:
     path = Path(file)
     place, subject = (Place(file), "") if named_at is None else (named_at, f"base: {file}: ")
+    if path.suffix.lower() in DATA_FILES and path.is_file():
+        faults.add(place, f"{subject}this is a data file; a recipe is a YAML file", ROWS_GO_IN)
+        return None
     try:
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
@@ -133,9 +138,10 @@ def _top_level(file: str, text: str, faults: Faults) -> dict[str, Node] | None:
     if isinstance(root.value, dict):
         return dict(root.value)
     if root.value is None:
-        faults.add(Place(file, 1, 1), "the recipe is empty", "'lora new' writes one to start from")
+        faults.add(Place(file, 1, 1), "the recipe is empty", "'lora explain' lists its keys")
     elif root.value is not BROKEN:
-        faults.add(root.place, f"expected a recipe's sections (model, data, …), found {found(root.value)}")
+        hint = ROWS_GO_IN if isinstance(root.value, tuple) else None
+        faults.add(root.place, f"expected a recipe's sections (model, data, …), found {found(root.value)}", hint)
     return None
 
 

@@ -99,8 +99,9 @@ class Data(Section):
     """What is learned from."""
 
     train: Text | Sources = Field(
-        description="Rows to train on: a .jsonl, .json, .csv, .parquet or .txt file, a folder or glob of these, a hub "
-        "id, or a list of these, each alone or as a mapping with path, weight and split."
+        description="Rows to train on: a .jsonl, .json, .csv, .parquet or .txt file (a row for each paragraph, set "
+        "apart by blank lines), a folder or glob of these, a hub id, or a list of these, each alone or as a mapping "
+        "with path, weight and split."
     )
     validation: Share | Text | Sources | None = Field(
         None, description="A share of the training rows to hold out (0.05), or rows given as in train; null: none."
@@ -109,7 +110,8 @@ class Data(Section):
         "auto",
         description="How a row is read: text, prompt_completion (prompt and completion, or question and answer, joined "
         "as they stand), alpaca (instruction, input, output), chat (messages, conversations, or a prompt and "
-        "completion as two turns, through the tokenizer's chat template), template. auto: by the columns.",
+        "completion as two turns, through the tokenizer's chat template), template. auto: by the columns of each "
+        "source's first row.",
     )
     columns: dict[str, str] = Field(
         {}, description="The row's column for each name the format uses, e.g. {prompt: question, completion: answer}."

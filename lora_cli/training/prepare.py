@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_cli.data.formats import check_rows, pattern_faults
+from lora_cli.data.formats import check_rows, column_faults, pattern_faults
 from lora_cli.data.sources import check_sources, sources_of
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import check_quantizable, check_tokenizer, locate
@@ -147,7 +147,7 @@ def _check_weights_without_torch(recipe: Recipe, base: Path) -> None:
 
 def check_data(data: Data) -> list[Fault]:
     """Every fault in the data section and in the rows it names."""
-    faults = pattern_faults(data.template) if data.template else []
+    faults = [*(pattern_faults(data.template) if data.template else []), *column_faults(data)]
     for spec in (data.train, data.validation):
         if spec is not None and not isinstance(spec, float):
             sources = sources_of(spec)
