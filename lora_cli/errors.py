@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,15 @@ class Interrupted(LoraError):
     def __init__(self, what: str, signal_number: int, hint: str | None = None) -> None:
         super().__init__(what, hint=hint)
         self.exit_code = 128 + signal_number
+
+
+def unwritable(path: Path, error: Exception, needed: int | None = None) -> RunError:
+    """What to raise when ``error`` came while ``path`` was written, which takes ``needed`` bytes."""
+    reason = getattr(error, "strerror", None) or str(error)
+    free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
+    room = f"{free:,} bytes are free there" if needed is None else f"{needed:,} bytes are needed, {free:,} are free"
+    what = f"could not be written: {reason} ({room})"
+    return RunError(what, str(path), "what was whole before still is; make room and go on")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TRAIN_KEYS, VALIDATION_KEYS, Run, done
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 EVERYTHING_RANDOM = {
     "adapter.lora_dropout": 0.2,
@@ -81,13 +82,113 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint(
     assert resumed.checkpoints == [1, 2, 3, 4]
 
 
-def test_resume_refuses_another_run(train: Callable[..., Run], write_recipe: Any, lora: Any) -> None:
+def files_of(run: Run) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+
+
+def test_resume_refuses_another_run_with_all_its_changes(
+    train: Callable[..., Run], write_recipe: Any, tiny_llama: Path, qa_file: Path, lora: Any
+) -> None:
     run = train()
-    recipe = write_recipe({"training": {"output_dir": run.folder, "learning_rate": 0.1}, "adapter.r": 2})
-    result = lora("train", recipe, "--resume")
+    before = files_of(run)
+    other = {
+        "model.name_or_path": tiny_llama,
+        "quantization.method": "nf4",
+        "adapter.r": 2,
+        "data": {"train": shutil.copy(qa_file, qa_file.with_name("other.jsonl")), "shuffle": False},
+        "training": {"output_dir": run.folder, "learning_rate": 0.1, "seed": 7, "optim": "adamw_8bit", "max_steps": 9}
+        | {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 1},
+    }
+    result = lora("train", write_recipe(other), "--resume")
     assert result.exit_code == 2
-    assert "training.learning_rate was 0.005 and is now 0.1" in result.stderr
-    assert "adapter.r was 4 and is now 2" in result.stderr
+    for told in (
+        f"model.name_or_path was {run.info['base']['name_or_path']!r} and is now {str(tiny_llama)!r}",
+        "quantization.method was None and is now 'nf4'",
+        "adapter.r was 4 and is now 2",
+        "data.shuffle was True and is now False",
+        f"data.train was {str(qa_file)!r} and is now {str(qa_file.with_name('other.jsonl'))!r}",
+        "training.learning_rate was 0.005 and is now 0.1",
+        "training.seed was 42 and is now 7",
+        "training.optim was 'adamw_torch' and is now 'adamw_8bit'",
+        "training.per_device_train_batch_size was 2 and is now 3",
+        "training.gradient_accumulation_steps was 2 and is now 1",
+    ):
+        assert told in result.stderr
+    assert "max_steps" not in result.stderr and "loading" not in result.stderr
+    assert files_of(run) == before
+
+
+def test_resume_takes_over_what_it_can_and_says_so(train: Callable[..., Run], write_recipe: Any, lora: Any) -> None:
+    run = train({"training": {"max_steps": None, "num_train_epochs": 1.0, "save_steps": None, "warmup_steps": 0}})
+    assert run.column("step") == list(range(1, 7))
+    changes = {"output_dir": run.folder, "max_steps": None, "num_train_epochs": 2.0, "warmup_steps": 0}
+    changes |= {"save_steps": 2, "save_total_limit": None, "logging_steps": 3, "gradient_checkpointing": True}
+    result = done(lora("train", write_recipe({"training": changes}), "--resume"))
+    for told in (
+        "--resume: training.num_train_epochs was 1.0 and is now 2.0",
+        "--resume: training.save_steps was None and is now 2",
+        "--resume: training.save_total_limit was 2 and is now None",
+        "--resume: training.logging_steps was 1 and is now 3",
+        "--resume: training.gradient_checkpointing was auto and is now True",
+        "the cosine schedule now ends at step 12, not 6: from here on the learning rate is another",
+    ):
+        assert told in result.stderr
+        assert told in (run.folder / "train.log").read_text()
+    assert run.column("step") == [*range(1, 7), 9, 12]
+    assert run.checkpoints == [6, 8, 10, 12]
+    assert run.column("learning_rate")[-2:] == pytest.approx(
+        [0.005 * (1 + math.cos(math.pi * step / 12)) / 2 for step in (8, 11)]
+    )
+    assert "was" not in done(lora("train", run.folder / "recipe.yaml", "--resume")).stderr
+
+
+def test_resume_refuses_fewer_steps_than_were_taken(train: Callable[..., Run], lora: Any) -> None:
+    run = train()
+    before = files_of(run)
+    result = lora("train", run.folder / "recipe.yaml", "training.max_steps=3", "--resume")
+    assert result.exit_code == 2
+    assert "the run has taken 4 steps already, and 3 are asked for" in result.stderr
+    assert files_of(run) == before
+
+
+def test_resume_refuses_changed_rows_and_another_base_before_loading_it(
+    train: Callable[..., Run], tiny_gpt2: Path, qa_file: Path, tmp_path: Path, lora: Any
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_gpt2, base)
+    validation = tmp_path / "validation.jsonl"
+    shutil.copy(qa_file, validation)
+    run = train({"model.name_or_path": base, "data.validation": validation})
+    before = files_of(run)
+    weights = load_file(base / "model.safetensors")
+    weights["transformer.h.1.attn.c_attn.weight"][0, 0] += 1
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    for file in (qa_file, validation):
+        file.write_text(file.read_text().replace("lamp", "lamb", 1))
+    result = lora("train", run.folder / "recipe.yaml", "--resume")
+    assert result.exit_code == 2
+    for what in ("the base model's weights have", "the training rows have", "the validation rows have"):
+        assert f"--resume: {what} changed since the run began" in result.stderr
+    assert "loading" not in result.stderr
+    assert files_of(run) == before
+
+
+@pytest.mark.parametrize("left", ["a draft", "a record", "another run's checkpoints"])
+def test_resume_begins_where_a_run_was_killed_before_it_began(
+    left: str, train: Callable[..., Run], write_recipe: Any, tmp_path: Path, lora: Any
+) -> None:
+    whole = train()
+    killed = Run(tmp_path / "killed")
+    shutil.copytree(whole.folder, killed.folder)
+    for path in killed.folder.iterdir():
+        if left == "a draft" or (left == "a record" and path.name != "run.json") or path.name == "recipe.yaml":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (killed.folder / ".run.json.new").write_text("{")
+    done(lora("train", write_recipe({"training": {"output_dir": killed.folder, "seed": 7}}), "--resume"))
+    anew = train({"training.seed": 7})
+    assert killed.losses == anew.losses != whole.losses
+    assert killed.adapter_bytes == anew.adapter_bytes
+    assert not list(killed.folder.glob(".*"))
 
 
 def test_resume_of_nothing_is_refused(write_recipe: Any, tmp_path: Path, lora: Any) -> None:

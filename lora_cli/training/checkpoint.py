@@ -85,7 +85,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def write(folder: Path, state: State) -> Path:
     """Write ``folder``/step-NNNNNNNN as safetensors and JSON, whole or not at all."""
     target = path_of(folder, state.document["progress"]["step"])
-    with whole_folder(target, replace=True) as draft:
+    tensors = [tensor for name in FILES for tensor in getattr(state, name).values()]
+    with whole_folder(target, replace=True, needed=sum(tensor.nbytes for tensor in tensors)) as draft:
         for name in FILES:
             save_file(getattr(state, name), draft / f"{name}.safetensors")
         (draft / DOCUMENT).write_text(json.dumps(state.document), encoding="utf-8")

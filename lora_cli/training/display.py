@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lora_cli.errors import unwritable
+
 
 class Display:
     """Writes to stderr, and to the run's log once there is one.
@@ -42,9 +44,14 @@ class Display:
         self._append(text)
 
     def _append(self, text: str) -> None:
-        if self._log is not None:
+        if self._log is None:
+            return
+        line = f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n"
+        try:
             with self._log.open("a", encoding="utf-8") as file:
-                file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
+                file.write(line)
+        except OSError as error:
+            raise unwritable(self._log, error, len(line.encode())) from error
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A small table; numbers are set to the right."""

@@ -30,7 +30,7 @@ from lora_cli.training.prepare import Prepared
 from lora_cli.training.processes import highest, own_share, summed
 from lora_cli.training.proof import digests, prove
 from lora_cli.training.record import now, provenance, result_record, run_record, tell
-from lora_cli.training.resume import choose_weights, keeps_best, restore, save
+from lora_cli.training.resume import choose_weights, go_on, keeps_best, restore, save
 from lora_cli.training.setup import Trainer, parameters, set_up, unwrap
 from lora_cli.weights.shards import whole_folder
 
@@ -68,12 +68,11 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
     untrained = digests(whole_weights(trainer))
     with catch_signals() as interrupt:
         if trainer.writes:
-            if job.resume:
-                folder.go_on(job.recipe, info)
-            else:
-                folder.begin(job.recipe, info)
+            told = go_on(trainer, info) if job.resume else folder.begin(job.recipe, info)
             prune(folder.cache, job.cache_keys)
             display.log_to(folder.log)
+            for line in told:
+                display.note(line)
         tell(trainer)
         start_trackers(trainer)
         progress = (restore(trainer) if job.resume else None) or start(trainer)
@@ -85,7 +84,8 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
     info |= {"finished": now(), "result": result}
     weights = whole_weights(trainer)
     if trainer.writes:
-        with whole_folder(folder.adapter, replace=True) as draft:  # in place once it is proven
+        needed = sum(weight.nbytes for weight in weights.values())
+        with whole_folder(folder.adapter, replace=True, needed=needed) as draft:  # in place once it is proven
             write_adapter(draft, unwrap(trainer), weights, job.tokenizer, provenance(trainer, info), job.recipe)
             row = torch.from_numpy(job.train.examples.row(0)[0][:PROOF_TOKENS]).long()
             prove(draft, str(folder.root), unwrap(trainer), weights, untrained, row)

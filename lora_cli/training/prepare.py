@@ -18,6 +18,7 @@ from lora_cli.model.targets import Target, choose_targets, compile_pattern
 from lora_cli.recipe.schema import Data, Recipe
 from lora_cli.training.run import RunFolder
 from lora_cli.weights.check import check_adapter, check_start, check_weights, stored_layers
+from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.provenance import check_base
 
 if TYPE_CHECKING:
@@ -79,6 +80,10 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     for examples in (train.examples, validation):
         if examples is not None:
             check_ids(examples, config.get_text_config().vocab_size, str(base))
+    resume = resume and folder.is_begun
+    if resume:
+        held_out = validation.fingerprint if validation is not None else None
+        folder.check_same_content(fingerprint(base), train.examples.fingerprint, held_out)
     return Prepared(
         recipe=recipe,
         resume=resume,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from accelerate.utils import broadcast_object_list
 
-from lora_cli.errors import RunError
+from lora_cli.errors import RunError, UserError
 from lora_cli.recipe.schema import Training
 from lora_cli.training import checkpoint
 from lora_cli.training.checkpoint import Progress, State
@@ -18,11 +21,26 @@ def keeps_best(training: Training) -> bool:
     return training.load_best_model_at_end or training.early_stopping_patience is not None
 
 
+def go_on(trainer: Trainer, info: Mapping[str, Any]) -> list[str]:
+    """Take the folder's run up again with this record; returns what is to be said of changes to its recipe.
+
+    Raises UserError when the run has gone farther than it is to go now.
+    """
+    folder = trainer.job.folder
+    reached = max(map(checkpoint.step_of, checkpoint.checkpoints(folder.checkpoints)), default=0)
+    if reached > trainer.total_steps:
+        what = f"--resume: the run has taken {reached:,} steps already, and {trainer.total_steps:,} are asked for"
+        hint = "raise training.max_steps or training.num_train_epochs, or begin a new run"
+        raise UserError(what, str(folder.root), hint)
+    return folder.go_on(trainer.job.recipe, info)
+
+
 def save(trainer: Trainer, progress: Progress) -> None:
     """Write a checkpoint; only then remove older ones."""
     training = trainer.job.recipe.training
     state = checkpoint.capture(progress, parameters(trainer), trainer.optimizer)
     if trainer.writes:
+        trainer.job.folder.sync_metrics()
         folder = trainer.job.folder.checkpoints
         checkpoint.write(folder, state)
         best = progress.best_step if keeps_best(training) else None

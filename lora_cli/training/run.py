@@ -10,26 +10,30 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import Fault, UserError
+from lora_cli.errors import Fault, UserError, unwritable
 from lora_cli.recipe.load import dump_recipe, load_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.lock import check_unlocked
-from lora_cli.weights.shards import check_writable
+from lora_cli.weights.shards import check_writable, sync
 
 MAY_CHANGE = {
-    "num_train_epochs",
-    "max_steps",
-    "logging_steps",
-    "eval_steps",
-    "save_steps",
-    "save_total_limit",
-    "load_best_model_at_end",
-    "on_nonfinite",
-    "early_stopping_patience",
-    "report_to",
-    "output_dir",
+    f"training.{key}"
+    for key in (
+        "num_train_epochs",
+        "max_steps",
+        "logging_steps",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "load_best_model_at_end",
+        "early_stopping_patience",
+        "on_nonfinite",
+        "gradient_checkpointing",
+        "report_to",
+        "output_dir",
+    )
 }
-"""Keys of ``training`` that a resumed run may set anew; any other would make it another run."""
+"""Keys that a resumed run may set anew; any other would make it another run."""
 
 
 class RunFolder:
@@ -54,6 +58,11 @@ class RunFolder:
         except UserError:
             return False
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is a run to go on with: its recipe is the last thing that ``begin`` writes."""
+        return self.holds_run and self.recipe.is_file()
+
     def check(self, recipe: Recipe, resume: bool, overwrite: bool) -> None:
         """Raises UserError when this folder may not take the run that is asked for; writes nothing."""
         if self.root.is_file():
@@ -62,68 +71,108 @@ class RunFolder:
         if start is not None and Path(start).resolve().is_relative_to(self.root.resolve()):
             hint = "copy that adapter elsewhere, or choose another training.output_dir"
             raise UserError("adapter.init_from lies in the folder that the run would write", start, hint)
-        if self.holds_run:
-            if resume:
-                self._check_same(recipe)
-            elif not overwrite:
-                hint = "--resume goes on with it, --overwrite replaces it; or choose another training.output_dir"
-                raise UserError("the folder already holds a run", str(self.root), hint)
-        elif resume:
+        if self.is_begun and resume:
+            self._check_same_keys(recipe)
+        elif self.holds_run and not resume and not overwrite:
+            hint = "--resume goes on with it, --overwrite replaces it; or choose another training.output_dir"
+            raise UserError("the folder already holds a run", str(self.root), hint)
+        elif not self.root.is_dir() and resume:
             raise UserError("there is no run to resume", str(self.root), "leave --resume out to begin one")
-        elif self.root.is_dir() and any(path != self.cache or not path.is_dir() for path in self.root.iterdir()):
+        elif not self.holds_run and self.root.is_dir() and not set(self.root.iterdir()) <= self._before_a_run:
             raise UserError("the folder is not empty and holds no run", str(self.root), "choose another folder")
         check_writable(self.root)
         check_unlocked(self.root)
 
-    def _check_same(self, recipe: Recipe) -> None:
-        before, now = load_recipe(self.recipe).model_dump(), recipe.model_dump()
-        changed = [
-            (f"{section}.{key}" if isinstance(values, dict) else section, old, new)
-            for section, values in now.items()
-            for key, old, new in _changes(before[section], values)
-            if not (section == "training" and key in MAY_CHANGE)
-        ]
-        if changed:
-            hint = "set it back, or begin a new run in another folder"
-            raise UserError(
-                Fault(f"--resume: {key} was {old!r} and is now {new!r}", str(self.recipe), hint)
-                for key, old, new in changed
-            )
+    @property
+    def _before_a_run(self) -> set[Path]:
+        """All that a run may leave behind that was killed before its folder held one."""
+        return {_draft(self.info)} | ({self.cache} if self.cache.is_dir() else set())
 
-    def begin(self, recipe: Recipe, info: Mapping[str, Any]) -> None:
-        """Make the folder for a new run, in place of the one it holds."""
-        self.write_info(info)  # first: from here on the folder holds a run that can be resumed or replaced
-        for path in (self.checkpoints, self.adapter):
-            shutil.rmtree(path, ignore_errors=True)
-        for path in (self.metrics, self.log, self.report):
-            path.unlink(missing_ok=True)
-        self.write_recipe(recipe)
-        self.checkpoints.mkdir(exist_ok=True)
-
-    def go_on(self, recipe: Recipe, info: Mapping[str, Any]) -> None:
-        """Take the folder's run up again. Raises UserError when base or rows are not those it began with."""
-        before = self.read_info()
+    def _check_same_keys(self, recipe: Recipe) -> None:
+        changed = changed_keys(load_recipe(self.recipe), recipe)
+        hint = "set it back, or begin a new run in another folder"
         faults = [
-            Fault(f"--resume: {what} changed since the run began", str(self.root), "restore it, or begin a new run")
-            for what, old, new in (
-                ("the base model's weights have", before.get("base"), info["base"]),
-                ("the training rows have", before.get("data"), info["data"]),
-                ("the validation rows have", before["data"].get("validation"), info["data"].get("validation")),
-            )
-            if old and new and old["fingerprint"] != new["fingerprint"]
+            Fault(f"--resume: {key} was {old!r} and is now {new!r}", str(self.recipe), hint)
+            for key, (old, new) in changed.items()
+            if key not in MAY_CHANGE
         ]
         if faults:
             raise UserError(faults)
+
+    def check_same_content(self, base: str, data: str, validation: str | None) -> None:
+        """Raises UserError when the fingerprints of base or rows are not those that the run began with."""
+        before = self.read_info()
+        known = before.get("data") or {}
+        faults = [
+            Fault(f"--resume: {what} changed since the run began", str(self.root), "restore it, or begin a new run")
+            for what, record, new in (
+                ("the base model's weights have", before.get("base"), base),
+                ("the training rows have", known, data),
+                ("the validation rows have", known.get("validation"), validation),
+            )
+            if record and new and record["fingerprint"] != new
+        ]
+        if faults:
+            raise UserError(faults)
+
+    def begin(self, recipe: Recipe, info: Mapping[str, Any]) -> list[str]:
+        """Make the folder for a new run, in place of the one it holds.
+
+        Killed at any point, it leaves a folder that ``--resume`` begins with again: nothing of the former run is gone
+        on with.
+        """
+        self._clear_drafts()
+        self.recipe.unlink(missing_ok=True)
+        self.write_info(info)  # from here on the folder holds a run, which may be replaced
+        for path in (self.adapter, self.checkpoints):
+            if path.exists():
+                path.replace(_draft(path))
+        self._clear_drafts()
+        for path in (self.metrics, self.log, self.report):
+            path.unlink(missing_ok=True)
+        self.checkpoints.mkdir()
+        self.write_recipe(recipe)
+        return []
+
+    def go_on(self, recipe: Recipe, info: Mapping[str, Any]) -> list[str]:
+        """Take the folder's run up again; returns what is to be said of changes to its recipe."""
+        before, changed = self.read_info(), changed_keys(load_recipe(self.recipe), recipe)
+        told = [f"--resume: {key} was {old} and is now {new}" for key, (old, new) in changed.items()]
+        course = recipe.training.lr_scheduler_type
+        if before["steps"] != info["steps"] and course != "constant":
+            told.append(
+                f"the {course} schedule now ends at step {info['steps']:,}, not {before['steps']:,}: from here on the "
+                "learning rate is another than in a run of one piece"
+            )
+        self._clear_drafts()
         self.write_info({**info, "started": before["started"]})
         self.write_recipe(recipe)
+        return told
+
+    def _clear_drafts(self) -> None:
+        """Remove what a killed process was writing."""
+        for draft in (*self.root.glob(f".{self.adapter.name}.*"), *self.checkpoints.glob(".*")):
+            shutil.rmtree(draft)
+        shutil.rmtree(_draft(self.checkpoints), ignore_errors=True)
+        for path in (self.recipe, self.info, self.metrics, self.report):
+            _draft(path).unlink(missing_ok=True)
 
     def write_recipe(self, recipe: Recipe) -> None:
         write_whole(self.recipe, dump_recipe(recipe))
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        """Add one line to metrics.jsonl. Raises RunError when it cannot be written."""
+        text = json.dumps(line, allow_nan=False) + "\n"
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise unwritable(self.metrics, error, len(text)) from error
+
+    def sync_metrics(self) -> None:
+        """Make the lines written so far survive a crash of the machine."""
+        if self.metrics.exists():
+            sync(self.metrics)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every whole line of metrics.jsonl; a process killed while writing leaves a part of one."""
@@ -152,20 +201,37 @@ class RunFolder:
         write_whole(self.info, json.dumps(info, indent=2, allow_nan=False) + "\n")
 
 
-def _changes(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        return [(key, before.get(key), value) for key, value in now.items() if before.get(key) != value]
-    return [] if before == now else [("", before, now)]
+def changed_keys(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
+    """The keys, dotted, whose values differ, each with both values."""
+    old, new = _flat(before.model_dump()), _flat(now.model_dump())
+    return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+
+
+def _flat(dumped: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, section in dumped.items():
+        flat |= {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {}
+    return flat
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a file's content at once: a reader sees the old or the new, never a part."""
-    draft = path.with_name(f".{path.name}.new")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    """Replace a file's content at once: a reader sees the old or the new, never a part.
+
+    Raises RunError when it cannot be written.
+    """
+    try:
+        with _draft(path).open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        _draft(path).replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise unwritable(path, error, len(text.encode())) from error
 
 
 def newest_finished(root: Path = Path("runs")) -> Path:

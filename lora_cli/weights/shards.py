@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from lora_cli.errors import RunError, UserError
+from lora_cli.errors import UserError, unwritable
 from lora_cli.model.files import MODEL_FOLDER
 
 if TYPE_CHECKING:
@@ -103,35 +103,34 @@ def stored_dtype(headers: dict[str, TensorInfo]) -> torch.dtype:
 
 
 @contextmanager
-def whole_folder(out: Path, replace: bool = False) -> Iterator[Path]:
+def whole_folder(out: Path, replace: bool = False, needed: int | None = None) -> Iterator[Path]:
     """A folder to write into that becomes ``out`` when the block ends well, and vanishes when it does not.
 
-    Raises UserError when ``out`` exists and is not an empty folder (unless it is to be replaced), or its parent cannot
-    be written; RunError when writing fails.
+    ``needed`` are the bytes that will be written, as far as they are known. Raises UserError when ``out`` exists and is
+    not an empty folder (unless it is to be replaced), or its parent cannot be written; RunError when writing fails.
     """
     out = out.resolve()  # a link is followed, not replaced
     if not replace:
         check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    former = draft.with_name(f"{draft.name}.former")
     try:
         draft.chmod(0o777 & ~_umask())
         yield draft
-        for file in draft.rglob("*"):
-            if file.is_file():
-                sync(file)
-        former = draft.with_name(f"{draft.name}.former")
+        for path in (*draft.rglob("*"), draft):
+            sync(path)
         if replace and out.exists():
             out.replace(former)
         draft.replace(out)
         sync(out.parent)
-        shutil.rmtree(former, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        what = f"could not be written: {reason} ({shutil.disk_usage(out.parent).free:,} bytes are free there)"
-        raise RunError(what, str(out), "what was whole before still is; make room and go on") from error
+        raise unwritable(out, error, needed) from error
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if former.exists() and not out.exists():
+            former.replace(out)
+        for folder in (draft, former):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_out(out: Path) -> None:
