@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from lora_cli.data.chat import end_of_turn, marked, written_after_words, written_otherwise
+from lora_cli.data.chat import DAY, end_of_turn, marked, written_after_words, written_otherwise
 from lora_cli.data.examples import Examples, Fitted, Mask, per_row
 from lora_cli.errors import UserError
 
@@ -129,4 +129,8 @@ def _template_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
         notes.append(f"the chat template's generation marks leave out {closing}: it is supervised all the same")
     if extra:
         notes.append(f"the chat template asks for answers behind {extra!r}, which it does not write before them")
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        told = f"{DAY} here" if "date_string" in template else "the same rows give other tokens on another day"
+        notes.append(f"the chat template writes today's date: {told}")
     return tuple(notes)
