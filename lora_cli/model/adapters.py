@@ -45,15 +45,18 @@ def adapt(base: PreTrainedModel, adapter: Adapter, targets: Sequence[str]) -> Pe
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """The base with the adapter stored in ``folder`` (safetensors alone; check_adapter says whether it fits)."""
-    return PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
+    """The base with the adapter stored in ``folder``, which check_adapter has passed.
+
+    PEFT reads a pickle where there is no safetensors file: check_adapter sees to it that there is one.
+    """
+    return PeftModel.from_pretrained(base, str(folder))
 
 
 def continue_adapter(base: PreTrainedModel, folder: Path, adapter: Adapter) -> PeftModel:
-    """The base with the adapter stored in ``folder``, to be trained on with the recipe's dropout."""
+    """The base with the adapter stored in ``folder``, as ``load_adapter``; trained on with the recipe's dropout."""
     config = PeftConfig.from_pretrained(str(folder))
     config.lora_dropout = adapter.lora_dropout
-    return PeftModel.from_pretrained(base, str(folder), config=config, is_trainable=True, use_safetensors=True)
+    return PeftModel.from_pretrained(base, str(folder), config=config, is_trainable=True)
 
 
 def trainable_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:

@@ -121,9 +121,7 @@ def _reloaded(model: PeftModel, folder: Path) -> Iterator[tuple[str, str]]:
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):  # a new adapter is filled at random before the file's tensors come
-            model.load_adapter(
-                str(folder), RELOADED, torch_device=str(model.device), use_safetensors=True, local_files_only=True
-            )
+            model.load_adapter(str(folder), RELOADED, torch_device=str(model.device))
         yield trained, RELOADED
     finally:
         model.set_adapter(trained)
