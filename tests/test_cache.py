@@ -21,8 +21,10 @@ import pytest
 from lora_cli.data.cache import ARRAYS, Cached, prune, publish, tokenize_cached, withdraw
 from lora_cli.data.sources import sources_of
 from lora_cli.data.tokenize import tokenize
+from lora_cli.errors import UserError
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Data, Source
+from lora_cli.training.lock import check_unlocked, locked
 from lora_cli.training.prepare import prepare
 
 ROWS = [
@@ -286,3 +288,10 @@ def test_a_cache_that_cannot_be_written_fails_the_run(write_recipe: Any, tmp_pat
     assert "bytes are needed" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert not any(path.is_file() for path in (tmp_path / "run").rglob("*"))
+
+
+def test_processes_of_a_run_that_check_its_folder_at_once_do_not_refuse_each_other(tmp_path: Path) -> None:
+    with locked(tmp_path, shared=True):
+        check_unlocked(tmp_path)
+    with locked(tmp_path), pytest.raises(UserError, match="another run is at work"):
+        check_unlocked(tmp_path)

@@ -12,13 +12,16 @@ from lora_cli.errors import UserError
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder, made if need be, as long as the block lasts. Raises UserError while another process does."""
+def locked(folder: Path, shared: bool = False) -> Iterator[None]:
+    """Hold the folder, made if need be, as long as the block lasts; ``shared`` with others who do so as well.
+
+    Raises UserError while another process holds it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)  # the folder itself is locked: no file to leave behind
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             hint = "wait until it ends, or choose another training.output_dir"
             raise UserError("another run is at work in this folder", str(folder), hint) from error
@@ -30,5 +33,5 @@ def locked(folder: Path) -> Iterator[None]:
 def check_unlocked(folder: Path) -> None:
     """Raises UserError while another process holds the folder; writes nothing."""
     if folder.is_dir():
-        with locked(folder):
+        with locked(folder, shared=True):  # the processes of one run may ask at the same instant
             pass
