@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 
 from lora_cli.errors import RunError
 from lora_cli.evaluation.loss import evaluating
-from lora_cli.weights.check import ADAPTER_WEIGHTS
+from lora_cli.weights.check import ADAPTER_WEIGHTS, PEFT_PREFIX
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 Tensors = Mapping[str, torch.Tensor]
 RELOADED = "reloaded"
-NAMED_AT_MOST = 5
+NAMED_AT_MOST = 3
 MAGNIFIED = (1, 1024)  # a few steps may move an adapter by less than 16-bit logits show
 KEPT = "the checkpoints are kept and no adapter was put in place"
 
@@ -50,7 +50,8 @@ def prove(
         raise RunError(what, where, f"{KEPT}: --resume writes it again")
     still, layers = unmoved(stored, {stored_name(name): digest for name, digest in start.items()})
     if still:
-        what = f"{len(still)} of {layers} adapted layers are as they were before training: {_some(still)}"
+        names = _some([layer.removeprefix(PEFT_PREFIX) for layer in still])
+        what = f"{len(still)} of {layers} adapted layers are as they were before training: {names}"
         unused = "leave layers that the model does not use out of adapter.target_modules"
         early = "the step they are of had learned nothing yet: raise training.learning_rate, or train for more steps"
         hint = f"{KEPT}; {unused if len(still) < layers else early}"
