@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 import os
 import resource
@@ -12,10 +13,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lora_cli.data.cache import ARRAYS, Cached, prune, publish, tokenize_cached, withdraw
@@ -295,3 +299,23 @@ def test_processes_of_a_run_that_check_its_folder_at_once_do_not_refuse_each_oth
         check_unlocked(tmp_path)
     with locked(tmp_path), pytest.raises(UserError, match="another run is at work"):
         check_unlocked(tmp_path)
+
+
+@pytest.mark.parametrize("depth", [10, 400, 900, 990, 5000, 100_000])
+def test_deeply_nested_rows_are_read_or_told(depth: int, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "deep.jsonl").write_text('{"text": "a", "more": ' + "[" * depth + "]" * depth + "}\n")
+    try:
+        found = cached(tokenizer, tmp_path, str(tmp_path / "deep.jsonl"))
+    except UserError as error:
+        assert error.faults[0].where == f"{tmp_path / 'deep.jsonl'}:1"
+    else:
+        assert len(found.tokenized.examples) == 1
+
+
+def test_values_that_json_has_no_word_for_are_counted_in(tokenizer: Any, tmp_path: Path) -> None:
+    odd = {"a": b"\xff\x00", "b": datetime.datetime(2024, 7, 26), "c": Decimal("1.5"), "d": float("nan")}
+    for name in ("one", "two"):
+        columns = {"text": ["a"], **{key: [value] for key, value in odd.items()}}
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+    one, two = (cached(tokenizer, tmp_path, str(tmp_path / f"{name}.parquet")).key for name in ("one", "two"))
+    assert one == two
