@@ -15,6 +15,7 @@ import typer
 from lora_cli import __version__
 from lora_cli.cli import evaluate, explain, merge, quantize, train
 from lora_cli.errors import LoraError, RunError
+from lora_cli.training.launched import process_index
 
 app = typer.Typer(
     name="lora",
@@ -90,6 +91,8 @@ def _hush_libraries() -> None:
 
 
 def _tell(error: LoraError) -> None:
+    if process_index() > 0 and not isinstance(error, RunError):
+        return  # every process of a run finds the same fault; the first tells it
     for fault in error.faults:
         typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
         typer.echo(str(fault), err=True)

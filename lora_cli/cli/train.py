@@ -18,6 +18,7 @@ def command(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that output_dir holds.")] = False,
+    num_processes: Annotated[int, typer.Option("--num-processes", min=1, help="Processes to train in, one a GPU.")] = 1,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -31,14 +32,28 @@ def command(
     loaded = load_recipe(recipe, overrides or ())
 
     from lora_cli.training.display import Display
+    from lora_cli.training.launched import process_count, process_index
     from lora_cli.training.prepare import prepare
 
     job = prepare(loaded, resume, overwrite)
+    if num_processes > 1 and process_count() == 1:
+        from lora_cli.data.cache import publish, withdraw
+        from lora_cli.training.launch import launch
+
+        made = publish(job.folder.cache, job.tokenized)  # the processes read it
+        flags = {"--resume": resume, "--overwrite": overwrite, "--json": json, "--quiet": quiet, "--debug": debug}
+        options = [flag for flag, given in flags.items() if given]
+        code = launch(["train", str(recipe), *(overrides or ()), *options], num_processes)
+        if code == UserError.exit_code:
+            withdraw(made)
+        raise typer.Exit(code)
 
     from lora_cli.study.report import write_report
     from lora_cli.training.loop import train
 
-    info = train(job, Display(quiet))
+    info = train(job, Display(quiet, silent=process_index() > 0))
+    if process_index() > 0:
+        return
     write_report(job.folder)
     if json:
         typer.echo(jsonlib.dumps({"run": str(job.folder.root), **info["result"]}))

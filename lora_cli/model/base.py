@@ -127,8 +127,9 @@ def load_base(
     quantization: Quantization | None,
     device: torch.device,
     dtype: torch.dtype,
+    sharded: bool = False,
 ) -> PreTrainedModel:
-    """The base with its weights, frozen, on ``device``.
+    """The base with its weights, frozen, on ``device``; to be ``sharded``, 4-bit weights are stored as ``dtype``.
 
     Raises UserError for what ``load_config`` refuses, and when stored weights are missing: Transformers would fill them
     at random.
@@ -138,7 +139,10 @@ def load_base(
     if model.attn_implementation != "auto":
         options["attn_implementation"] = model.attn_implementation
     if quantization is not None:
-        options["quantization_config"] = bitsandbytes_config(quantization, device)
+        quantized = bitsandbytes_config(quantization, device)
+        if sharded:  # torch shards no integers that stand for floating-point numbers
+            quantized.bnb_4bit_quant_storage = dtype
+        options["quantization_config"] = quantized
     if device.type == "cuda":
         options["device_map"] = {"": device}
     try:

@@ -144,6 +144,12 @@ class Data(Section):
         return self
 
 
+class Fsdp(Section):
+    """Shard base, adapter and optimizer over the processes (FSDP2), instead of a copy on each."""
+
+    cpu_offload: bool = Field(False, description="Keep the shards in host memory between uses.")
+
+
 class Training(Section):
     """How it is learned, and what is kept."""
 
@@ -194,6 +200,7 @@ class Training(Section):
         description="Recompute activations in the backward pass: less memory, about a fifth slower. auto: when the "
         "activations would not fit.",
     )
+    fsdp: Fsdp | None = Field(None, description="Shard over the processes (FSDP2); absent: a copy on each (DDP).")
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"], ...] = Field(
         (), description="Trackers that get the metrics too, through Accelerate."
     )
@@ -206,6 +213,12 @@ class Training(Section):
             raise ValueError(f"training.warmup_steps: warmup_ratio is given too ({self.warmup_ratio}); keep one")
         if self.warmup_steps and self.max_steps == 1:
             raise ValueError("training.warmup_steps: with max_steps: 1 the learning rate would be 0; set it to 0")
+        return self
+
+    @model_validator(mode="after")
+    def _sharding_and_optimizer_agree(self) -> Training:
+        if self.fsdp is not None and self.optim.endswith("8bit"):
+            raise ValueError(f"training.optim: {self.optim} cannot be sharded; with training.fsdp use adamw_torch")
         return self
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lora_cli.errors import UserError
+from lora_cli.training.processes import laid_out_as, whole
 from lora_cli.weights.shards import read_headers, whole_folder
 
 MANIFEST = "manifest.json"
@@ -70,16 +70,13 @@ def capture(progress: Progress, parameters: NamedParameters, optimizer: torch.op
         "optimizer": {"numbers": numbers, "param_groups": state["param_groups"]},
         "random": random_numbers,
     }
-    return State({name: whole(tensor) for name, tensor in parameters}, moments, random_tensors, document)
+    return State({name: host_copy(tensor) for name, tensor in parameters}, moments, random_tensors, document)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy in host memory; of a sharded tensor, all processes' shards (every process must call this)."""
-    tensor = tensor.detach()
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy in host memory, whole; every process must call this, since sharded tensors are gathered."""
     # A copy each: 8-bit optimizers share one table of levels, and safetensors refuses shared storage.
-    return tensor.cpu().clone().contiguous()
+    return whole(tensor.detach()).cpu().clone().contiguous()
 
 
 def write(folder: Path, state: State) -> Path:
@@ -164,7 +161,7 @@ def restore(state: State, parameters: NamedParameters, optimizer: torch.optim.Op
         index, _, name = key.partition(".")
         parameter = parameters[int(index)][1]
         is_moment = isinstance(value, torch.Tensor) and value.shape == parameter.shape
-        entries.setdefault(int(index), {})[name] = _laid_out_as(value, parameter) if is_moment else value
+        entries.setdefault(int(index), {})[name] = laid_out_as(value, parameter) if is_moment else value
     optimizer.load_state_dict({"state": entries, "param_groups": state.document["optimizer"]["param_groups"]})
     if process < len(state.document["random"]):
         own = f"{process}."
@@ -181,14 +178,7 @@ def restore_weights(state: State, parameters: NamedParameters) -> None:
         for name, parameter in parameters:
             if parameter.shape != state.weights[name].shape:
                 raise UserError(f"{name} has another shape in the checkpoint")
-            parameter.copy_(_laid_out_as(state.weights[name], parameter))
-
-
-def _laid_out_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Sharded over processes as ``like`` is."""
-    if isinstance(like, DTensor):
-        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return tensor
+            parameter.copy_(laid_out_as(state.weights[name], parameter))
 
 
 def _split_state(state: dict[int, dict[str, Any]]) -> tuple[Tensors, dict[str, Any]]:
@@ -201,7 +191,7 @@ def _split_state(state: dict[int, dict[str, Any]]) -> tuple[Tensors, dict[str, A
             flat |= value if isinstance(value, dict) else {name: value}
         for name, value in flat.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = whole(value)
+                tensors[f"{index}.{name}"] = host_copy(value)
             else:
                 numbers[f"{index}.{name}"] = value
     return tensors, numbers

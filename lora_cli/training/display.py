@@ -21,12 +21,12 @@ class Display:
     """Writes to stderr, and to the run's log once there is one.
 
     On a terminal a bar shows loss, learning rate, tokens/s, time left and peak memory; elsewhere each logged step is a
-    line. ``quiet`` leaves warnings alone.
+    line. ``quiet`` leaves warnings alone, ``silent`` nothing: of several processes one speaks.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, silent: bool = False) -> None:
         self.quiet = quiet
-        self.console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+        self.console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), quiet=silent)
         self._log: Path | None = None
         self._progress: Progress | None = None
         self._task = TaskID(0)

@@ -17,21 +17,22 @@ from lora_cli.data.cache import prune, publish, withdraw
 from lora_cli.errors import Interrupted, RunError, UserError
 from lora_cli.evaluation.loss import Score, evaluation_groups, score, summed_loss, tally_loss
 from lora_cli.model.base import pad_token_id
-from lora_cli.training import checkpoint
 from lora_cli.training.artifacts import write_adapter
-from lora_cli.training.checkpoint import Progress
+from lora_cli.training.checkpoint import Progress, host_copy
 from lora_cli.training.clock import Clock
 from lora_cli.training.display import Display
 from lora_cli.training.interrupt import Interrupt, catch_signals
+from lora_cli.training.launched import process_count
 from lora_cli.training.lock import locked
 from lora_cli.training.nonfinite import check_finite, count_skipped, weight_norm
 from lora_cli.training.optimizer import learning_rate_at
 from lora_cli.training.prepare import Prepared
-from lora_cli.training.processes import highest, own_share, summed
+from lora_cli.training.processes import firsts, highest, is_broken_connection, own_share, summed, whole
 from lora_cli.training.proof import digests, prove
 from lora_cli.training.record import now, provenance, result_record, run_record, tell
 from lora_cli.training.resume import choose_weights, go_on, keeps_best, restore, save
 from lora_cli.training.setup import Trainer, parameters, set_up, unwrap
+from lora_cli.training.sharding import is_sharded
 from lora_cli.weights.shards import whole_folder
 
 PROOF_TOKENS = 64
@@ -59,6 +60,13 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise RunError(f"out of memory: {str(error).splitlines()[0]}", str(job.folder.root), OUT_OF_MEMORY) from error
+    except RuntimeError as error:
+        if process_count() == 1 or not is_broken_connection(error):
+            raise
+        what = "the connection to another process of this run broke"
+        raise RunError(
+            what, str(job.folder.root), "the checkpoints are kept; --resume goes on from the newest"
+        ) from error
 
 
 def run(trainer: Trainer, began: float) -> dict[str, Any]:
@@ -82,21 +90,31 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
     adapter_step = choose_weights(trainer, progress)
     result = result_record(trainer, progress, adapter_step, time.perf_counter() - began)
     info |= {"finished": now(), "result": result}
-    weights = whole_weights(trainer)
+    save_adapter(trainer, info, untrained)
     if trainer.writes:
-        needed = sum(weight.nbytes for weight in weights.values())
-        with whole_folder(folder.adapter, replace=True, needed=needed) as draft:  # in place once it is proven
-            write_adapter(draft, unwrap(trainer), weights, job.tokenizer, provenance(trainer, info), job.recipe)
-            row = torch.from_numpy(job.train.examples.row(0)[0][:PROOF_TOKENS]).long()
-            prove(draft, str(folder.root), unwrap(trainer), weights, untrained, row)
         folder.write_info(info)
     trainer.accelerator.end_training()
     return info
 
 
+def save_adapter(trainer: Trainer, info: dict[str, Any], untrained: dict[str, str]) -> None:
+    """Write the adapter's folder, in place once it is proven; ``untrained`` are the digests of the weights at first."""
+    job, weights = trainer.job, whole_weights(trainer)
+    row = torch.from_numpy(job.train.examples.row(0)[0][:PROOF_TOKENS]).long()
+    needed = sum(weight.nbytes for weight in weights.values())
+    with whole_folder(job.folder.adapter, True, needed) if trainer.writes else nullcontext() as draft:
+        if draft is not None:
+            write_adapter(draft, unwrap(trainer), weights, job.tokenizer, provenance(trainer, info), job.recipe)
+        written = firsts(draft)
+        if draft is not None or is_sharded(trainer.accelerator):  # a sharded model computes on all processes or on none
+            assert written is not None
+            prove(written, str(job.folder.root), unwrap(trainer), weights, untrained, row)
+        trainer.accelerator.wait_for_everyone()
+
+
 def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     """What is trained, by name, gathered from all processes."""
-    return {name: checkpoint.whole(weight) for name, weight in parameters(trainer)}
+    return {name: host_copy(weight) for name, weight in parameters(trainer)}
 
 
 def start_trackers(trainer: Trainer) -> None:
@@ -172,7 +190,7 @@ def take_step(trainer: Trainer, step: Step, learning_rate: float) -> tuple[float
     weights = [parameter for _, parameter in parameters(trainer)]
     grad_norm = accelerator.clip_grad_norm_(weights, training.max_grad_norm or float("inf"))
     assert grad_norm is not None
-    loss, norm = float(summed(total, accelerator)) / step.supervised, float(grad_norm)
+    loss, norm = float(summed(total, accelerator)) / step.supervised, float(whole(grad_norm))
     is_finite = math.isfinite(loss) and math.isfinite(norm)
     if not is_finite:
         optimizer.zero_grad()

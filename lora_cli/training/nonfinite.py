@@ -11,6 +11,7 @@ import torch
 from lora_cli.data.batches import Step
 from lora_cli.errors import RunError
 from lora_cli.training.checkpoint import Progress
+from lora_cli.training.processes import whole
 from lora_cli.training.setup import Trainer, parameters
 
 GIVE_UP_AFTER = 5
@@ -65,7 +66,7 @@ def check_finite(trainer: Trainer, step: int, **values: float) -> None:
 
 def weight_norm(trainer: Trainer) -> float:
     """The norm of all trained weights; infinite or NaN when one of them is."""
-    return float(torch.nn.utils.get_total_norm([parameter.detach() for _, parameter in parameters(trainer)]))
+    return float(whole(torch.nn.utils.get_total_norm([parameter.detach() for _, parameter in parameters(trainer)])))
 
 
 def _told(**values: float) -> str:

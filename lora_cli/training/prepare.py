@@ -16,6 +16,7 @@ from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import check_quantizable, check_tokenizer, locate
 from lora_cli.model.targets import Target, choose_targets, compile_pattern
 from lora_cli.recipe.schema import Data, Recipe
+from lora_cli.training.launched import process_index
 from lora_cli.training.run import RunFolder
 from lora_cli.weights.check import check_adapter, check_start, check_weights, stored_layers
 from lora_cli.weights.fingerprint import fingerprint
@@ -111,7 +112,8 @@ def _check_without_torch(recipe: Recipe, folder: RunFolder, resume: bool, overwr
         except UserError as error:
             faults.extend(error.faults)
 
-    collect(lambda: folder.check(recipe, resume, overwrite))
+    if process_index() == 0:  # the one that writes; the others may come when it has begun
+        collect(lambda: folder.check(recipe, resume, overwrite))
     collect(lambda: _check_model(recipe))
     attention = recipe.model.attn_implementation
     if attention.startswith("flash") and not any(importlib.util.find_spec(name) for name in FLASH_PACKAGES):

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import distributed
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 Item = TypeVar("Item")
-
-
-def process_index() -> int:
-    """Which process of the run this is, known from the launcher before the processes meet."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def process_count() -> int:
-    """How many processes the run has, known before they meet."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def own_share(items: Sequence[Item], accelerator: Accelerator) -> list[tuple[Item, float]]:
@@ -42,6 +33,25 @@ def summed(tensor: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
     return tensor
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or all processes' shards of it together; every process must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def firsts(value: Item) -> Item:
+    """The first process's value, on each."""
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
+
+
+def laid_out_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Sharded over processes as ``like`` is."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return tensor
+
+
 def highest(number: int, accelerator: Accelerator) -> int:
     """The largest of the numbers that the processes bring, on each."""
     if accelerator.num_processes == 1:
@@ -49,3 +59,8 @@ def highest(number: int, accelerator: Accelerator) -> int:
     agreed = torch.tensor(number, device=accelerator.device)
     distributed.all_reduce(agreed, distributed.ReduceOp.MAX)
     return int(agreed)
+
+
+def is_broken_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone; gloo has no error class of its own."""
+    return isinstance(error, distributed.DistError) or "gloo" in str(error).lower()

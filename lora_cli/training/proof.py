@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.helpers import rescale_adapter_scale
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from lora_cli.errors import RunError
 from lora_cli.evaluation.loss import evaluating
+from lora_cli.model.adapters import trainable_parameters
+from lora_cli.training.processes import laid_out_as
 from lora_cli.weights.check import ADAPTER_WEIGHTS, PEFT_PREFIX
 
 if TYPE_CHECKING:
@@ -56,7 +59,7 @@ def prove(
         early = "the step they are of had learned nothing yet: raise training.learning_rate, or train for more steps"
         hint = f"{KEPT}; {unused if len(still) < layers else early}"
         raise RunError(what, where, hint)
-    _check_logits(folder, where, model, ids)
+    _check_logits(folder, where, model, stored, ids)
 
 
 def stored_name(parameter: str) -> str:
@@ -96,39 +99,52 @@ def _differences(weights: Tensors, stored: Tensors) -> Iterator[str]:
             yield f"{key} has other numbers"
 
 
-def _check_logits(folder: Path, where: str, model: PeftModel, ids: torch.Tensor) -> None:
-    with _reloaded(model, folder) as names:
-        for times in MAGNIFIED:
-            with rescale_adapter_scale(model, times):
-                trained, reloaded = (_logits(model, name, ids) for name in names)
-            with model.disable_adapter():
-                base = _logits(model, names[0], ids)
-            effect, error = float((trained - base).norm()), float((reloaded - trained).norm())
-            if effect > 0:
-                break
+def _check_logits(folder: Path, where: str, model: PeftModel, stored: Tensors, ids: torch.Tensor) -> None:
+    adapter = model.active_adapter
+    assert isinstance(adapter, str)
+    for times in MAGNIFIED:
+        with rescale_adapter_scale(model, times):
+            trained = _logits(model, adapter, ids)
+        with model.disable_adapter():
+            base = _logits(model, adapter, ids)
+        effect = float((trained - base).norm())
+        if effect > 0:
+            break
     if effect == 0:
         what = f"the adapter changes no logit of a training row, even {times:,} times enlarged"
         raise RunError(what, where, f"{KEPT}; raise training.learning_rate, or train for more steps")
+    sharded = any(isinstance(weight, DTensor) for weight in model.parameters())
+    again = _refilled(model, adapter, stored) if sharded else _reloaded(model, adapter, folder)
+    with again as name, rescale_adapter_scale(model, times):
+        error = float((_logits(model, name, ids) - trained).norm())
     if not error <= 0.01 * effect:  # also when one is no number
         what = f"loaded again from disk, the adapter moves the logits by {error:.3g} from where training left them"
         raise RunError(f"{what} ({effect:.3g} from the base's)", where, f"{KEPT}; please report it")
 
 
 @contextmanager
-def _reloaded(model: PeftModel, folder: Path) -> Iterator[tuple[str, str]]:
-    """The adapter in ``folder`` beside the one that was trained, on the same base: the names of both, trained first."""
-    trained, training = model.active_adapter, model.training
-    assert isinstance(trained, str)
+def _reloaded(model: PeftModel, trained: str, folder: Path) -> Iterator[str]:
+    """The adapter in ``folder`` beside the ``trained`` one, on the same base: its name."""
+    training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):  # a new adapter is filled at random before the file's tensors come
             model.load_adapter(str(folder), RELOADED, torch_device=str(model.device))
-        yield trained, RELOADED
+        yield RELOADED
     finally:
         model.set_adapter(trained)
         if RELOADED in model.peft_config:
             model.delete_adapter(RELOADED)
         model.train(training)
+
+
+@contextmanager
+def _refilled(model: PeftModel, trained: str, stored: Tensors) -> Iterator[str]:
+    """The ``trained`` adapter, whose sharded weights are taken from the file: PEFT loads no second one beside it."""
+    with torch.no_grad():
+        for name, weight in trainable_parameters(model):
+            weight.copy_(laid_out_as(stored[stored_name(name)], weight))
+    yield trained
 
 
 def _logits(model: PeftModel, adapter: str, ids: torch.Tensor) -> torch.Tensor:

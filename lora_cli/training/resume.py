@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-
 from lora_cli.errors import RunError, UserError
 from lora_cli.recipe.schema import Training
 from lora_cli.training import checkpoint
 from lora_cli.training.checkpoint import Progress, State
+from lora_cli.training.processes import firsts
 from lora_cli.training.setup import Trainer, parameters
 
 TAKE_THE_LAST = "--resume training.load_best_model_at_end=false takes the last step's weights instead"
@@ -51,9 +50,7 @@ def save(trainer: Trainer, progress: Progress) -> None:
 def restore(trainer: Trainer) -> Progress | None:
     """Go on from the newest whole checkpoint; None when there is none."""
     folder = trainer.job.folder
-    found: list[State | None] = [newest_whole(trainer) if trainer.writes else None]
-    broadcast_object_list(found)
-    state = found[0]
+    state = firsts(newest_whole(trainer) if trainer.writes else None)
     progress = (
         checkpoint.restore(state, parameters(trainer), trainer.optimizer, trainer.accelerator.process_index)
         if state
@@ -101,11 +98,10 @@ def choose_weights(trainer: Trainer, progress: Progress) -> int:
             trainer.display.note(f"the adapter has the weights of step {progress.step}, the last; {hint}")
         return progress.step
     path = checkpoint.path_of(trainer.job.folder.checkpoints, best)
-    found: list[State | None] = [checkpoint.read(path) if trainer.writes and checkpoint.is_whole(path) else None]
-    broadcast_object_list(found)
-    if found[0] is None:
+    state = firsts(checkpoint.read(path) if trainer.writes and checkpoint.is_whole(path) else None)
+    if state is None:
         what = "the best step's checkpoint is missing or damaged; no adapter was written, the others are kept"
         raise RunError(what, str(path), TAKE_THE_LAST)
-    checkpoint.restore_weights(found[0], parameters(trainer))
+    checkpoint.restore_weights(state, parameters(trainer))
     trainer.display.note(f"the adapter has the weights of step {best}, the best")
     return best

@@ -13,6 +13,7 @@ from typing import Any
 from lora_cli.errors import Fault, UserError, unwritable
 from lora_cli.recipe.load import dump_recipe, load_recipe
 from lora_cli.recipe.schema import Recipe
+from lora_cli.training.launched import process_count
 from lora_cli.training.lock import check_unlocked
 from lora_cli.weights.shards import check_writable, sync
 
@@ -34,6 +35,10 @@ MAY_CHANGE = {
     )
 }
 """Keys that a resumed run may set anew; any other would make it another run."""
+
+
+MAY_CHANGE_TOGETHER = {"training.per_device_train_batch_size", "training.gradient_accumulation_steps"}
+"""Keys that may change with the number of processes, as long as each step takes the rows it would have taken."""
 
 
 class RunFolder:
@@ -89,13 +94,22 @@ class RunFolder:
         return {_draft(self.info)} | ({self.cache} if self.cache.is_dir() else set())
 
     def _check_same_keys(self, recipe: Recipe) -> None:
-        changed = changed_keys(load_recipe(self.recipe), recipe)
+        before = load_recipe(self.recipe)
+        began_on, count = int(self.read_info().get("processes", 1)), process_count()
+        same_steps = step_of(before, began_on) == step_of(recipe, count)
+        changed = changed_keys(before, recipe)
         hint = "set it back, or begin a new run in another folder"
         faults = [
             Fault(f"--resume: {key} was {old!r} and is now {new!r}", str(self.recipe), hint)
             for key, (old, new) in changed.items()
-            if key not in MAY_CHANGE
+            if key not in MAY_CHANGE and not (same_steps and key in MAY_CHANGE_TOGETHER)
         ]
+        if began_on != count and not same_steps:
+            batches = before.training.gradient_accumulation_steps * began_on
+            what = f"--resume: the run began in {began_on} process(es) and has {count} now, with another step's batch"
+            wanted = f"training.gradient_accumulation_steps={batches // count} keeps it"
+            other = f"a step takes {batches} micro-batches; choose a number of processes that divides it"
+            faults = [Fault(what, str(self.recipe), other if batches % count else wanted)]
         if faults:
             raise UserError(faults)
 
@@ -199,6 +213,12 @@ class RunFolder:
     def write_info(self, info: Mapping[str, Any]) -> None:
         """Replace run.json."""
         write_whole(self.info, json.dumps(info, indent=2, allow_nan=False) + "\n")
+
+
+def step_of(recipe: Recipe, processes: int) -> tuple[int, ...]:
+    """What decides which rows a step takes: their number; packed, the batches' size and number."""
+    size, batches = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps * processes
+    return (size, batches) if recipe.data.packing else (size * batches,)
 
 
 def changed_keys(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:

@@ -20,6 +20,7 @@ from lora_cli.model.memory import activation_bytes, free_bytes
 from lora_cli.training.display import Display
 from lora_cli.training.optimizer import check_warmup, make_optimizer
 from lora_cli.training.prepare import Prepared
+from lora_cli.training.sharding import is_sharded, make_accelerator
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -49,18 +50,14 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     """Load the base, put the adapter on it, and make what the loop needs; writes nothing."""
     recipe = job.recipe
     dtype = resolve_dtype(recipe.model.dtype, best_device())
-    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision=precision,
-        log_with=list(recipe.training.report_to) or None,
-        project_dir=recipe.training.output_dir,
-    )
+    accelerator = make_accelerator(recipe.training, dtype)
     set_seed(recipe.training.seed)
     display.note(f"loading {recipe.model.name_or_path}")
-    base = load_base(job.base, recipe.model, recipe.quantization, accelerator.device, dtype)
-    packing = recipe.data.packing and packs_exactly(base, accelerator.device)
+    sharded = is_sharded(accelerator)
+    device = torch.device("cpu") if sharded else accelerator.device  # each process then takes its shards from there
+    base = load_base(job.base, recipe.model, recipe.quantization, device, dtype, sharded)
+    packing = recipe.data.packing and packs_exactly(base, device)
     if recipe.data.packing and not packing:
         display.note("data.packing: this architecture mixes packed rows; rows are padded instead", warning=True)
     schedule = make_schedule(job, packing, accelerator.num_processes)

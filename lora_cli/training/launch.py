@@ -1,0 +1,45 @@
+"""Several processes on this machine, through Accelerate's launcher, and their one exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+
+import psutil
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from lora_cli.errors import RunError
+
+SECONDS_TO_STOP = 120
+"""How long processes may take to finish a step and write its checkpoint once a signal asks them to stop."""
+
+
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """Run ``lora`` with ``arguments`` in so many processes on this machine; returns the exit code of the first to fail.
+
+    What the processes have to say they say themselves. Raises RunError when one was killed.
+    """
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_STOP))
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    options = ["--multi_gpu", "--num_machines=1", "--main_process_port=0", f"--num_processes={processes}"]
+    options += ["--mixed_precision=no", "--dynamo_backend=no"]
+    options += [f"--num_cpu_threads_per_process={os.environ.get('OMP_NUM_THREADS', threads)}", "--module", "lora_cli"]
+    for name in ("torch.distributed.elastic", "accelerate"):  # what fails is told once, by the process it fails in
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        launch_command(launch_command_parser().parse_args([*options, *arguments]))
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    except ChildFailedError as failed:
+        process, first = failed.get_first_failure()
+        if first.exitcode < 0:
+            hint = "the checkpoints are kept; --resume goes on from the newest"
+            raise RunError(f"process {process} was killed (signal {-first.exitcode})", hint=hint) from failed
+        return int(first.exitcode)
+    finally:
+        for child in psutil.Process().children(recursive=True):  # a second signal leaves the launcher no time for them
+            child.kill()
+    return 0
