@@ -31,22 +31,19 @@ def command(
         raise UserError("--resume and --overwrite exclude each other")
     loaded = load_recipe(recipe, overrides or ())
 
-    from lora_cli.training.display import Display
     from lora_cli.training.launched import process_count, process_index
+
+    if num_processes > 1 and process_count() == 1:
+        from lora_cli.training.launch import launch
+
+        flags = {"--resume": resume, "--overwrite": overwrite, "--json": json, "--quiet": quiet, "--debug": debug}
+        options = [flag for flag, given in flags.items() if given]
+        raise typer.Exit(launch(["train", str(recipe), *(overrides or ()), *options], num_processes))
+
+    from lora_cli.training.display import Display
     from lora_cli.training.prepare import prepare
 
     job = prepare(loaded, resume, overwrite)
-    if num_processes > 1 and process_count() == 1:
-        from lora_cli.data.cache import publish, withdraw
-        from lora_cli.training.launch import launch
-
-        made = publish(job.folder.cache, job.tokenized)  # the processes read it
-        flags = {"--resume": resume, "--overwrite": overwrite, "--json": json, "--quiet": quiet, "--debug": debug}
-        options = [flag for flag, given in flags.items() if given]
-        code = launch(["train", str(recipe), *(overrides or ()), *options], num_processes)
-        if code == UserError.exit_code:
-            withdraw(made)
-        raise typer.Exit(code)
 
     from lora_cli.study.report import write_report
     from lora_cli.training.loop import train

@@ -144,12 +144,6 @@ class Data(Section):
         return self
 
 
-class Fsdp(Section):
-    """Shard base, adapter and optimizer over the processes (FSDP2), instead of a copy on each."""
-
-    cpu_offload: bool = Field(False, description="Keep the shards in host memory between uses.")
-
-
 class Training(Section):
     """How it is learned, and what is kept."""
 
@@ -200,7 +194,11 @@ class Training(Section):
         description="Recompute activations in the backward pass: less memory, about a fifth slower. auto: when the "
         "activations would not fit.",
     )
-    fsdp: Fsdp | None = Field(None, description="Shard over the processes (FSDP2); absent: a copy on each (DDP).")
+    fsdp: bool = Field(
+        False,
+        description="Of several processes each holds a part of base, adapter and optimizer state (FSDP2), not a copy "
+        "(DDP).",
+    )
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"], ...] = Field(
         (), description="Trackers that get the metrics too, through Accelerate."
     )
@@ -217,7 +215,7 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _sharding_and_optimizer_agree(self) -> Training:
-        if self.fsdp is not None and self.optim.endswith("8bit"):
+        if self.fsdp and self.optim.endswith("8bit"):
             raise ValueError(f"training.optim: {self.optim} cannot be sharded; with training.fsdp use adamw_torch")
         return self
 

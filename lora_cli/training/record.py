@@ -110,6 +110,7 @@ def run_record(trainer: Trainer) -> dict[str, Any]:
         "finished": None,
         "versions": versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "processes": trainer.accelerator.num_processes,
         "dtype": str(trainer.dtype).removeprefix("torch."),
         "seed": recipe.training.seed,
         "base": base_record(recipe, job.base, fingerprint(job.base), job.folder.adapter),

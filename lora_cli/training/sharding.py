@@ -36,11 +36,10 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def _fsdp_plugin(training: Training) -> FullyShardedDataParallelPlugin | None:
-    if training.fsdp is None:
+    if not training.fsdp:
         return None
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
-        cpu_offload=training.fsdp.cpu_offload and torch.cuda.is_available(),  # elsewhere the shards lie there anyway
         auto_wrap_policy="transformer_based_wrap",
         # Adapters stay float32, gradients are summed in float32; autocast alone says what is computed in 16 bits.
         mixed_precision_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),

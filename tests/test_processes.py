@@ -1,0 +1,201 @@
+"""One run on several processes: the same numbers as on one, one voice, one exit code, nothing lost when one dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from lora_cli.training.checkpoint import is_whole
+from tests.conftest import Run, done
+
+TWO = {"training.gradient_accumulation_steps": 2}
+"""Half of the recipe's accumulation, for twice the processes: the same rows in each step."""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, write_recipe: Any) -> Callable[..., Path]:
+    """A recipe whose epochs end in an odd number of uneven batches, with these changes."""
+    draw = random.Random(3)
+    rows = tmp_path / "uneven.jsonl"
+    with rows.open("w", encoding="utf-8") as file:
+        for number in range(37):
+            words = " ".join(draw.choices(["alpha", "beta", "gamma", "delta"], k=draw.randint(1, 12)))
+            file.write(json.dumps({"prompt": f"{number} {'?' * draw.randint(1, 9)}", "completion": f" {words}"}) + "\n")
+    usual = {
+        "data.train": str(rows),
+        "data.validation": 0.2,
+        "training.per_device_train_batch_size": 2,
+        "training.gradient_accumulation_steps": 4,
+        "training.max_steps": ...,
+        "training.num_train_epochs": 2,
+        "training.logging_steps": 1,
+        "training.eval_steps": 3,
+        "training.save_steps": 3,
+        "training.learning_rate": 0.01,
+    }
+    count = iter(range(100))
+
+    def write(changes: dict[str, Any] | None = None) -> Path:
+        number = next(count)
+        folder = {"training.output_dir": str(tmp_path / f"run{number}")}
+        return write_recipe(usual | folder | (changes or {}), name=f"recipe{number}.yaml")
+
+    return write
+
+
+def run_of(recipe: Path) -> Run:
+    """The run whose recipe has the same number."""
+    return Run(recipe.with_name(recipe.stem.replace("recipe", "run")))
+
+
+def assert_same_numbers(found: Run, wanted: Run) -> None:
+    """Losses to 1e-5 and counted tokens exactly, line by line; adapters as far as that carries."""
+    assert found.column("step") == wanted.column("step")
+    assert found.column("tokens") == wanted.column("tokens")
+    assert found.column("learning_rate") == wanted.column("learning_rate")
+    assert found.column("loss") == pytest.approx(wanted.column("loss"), rel=1e-5)
+    assert found.column("grad_norm") == pytest.approx(wanted.column("grad_norm"), rel=1e-4)
+    assert found.column("tokens", "validation") == wanted.column("tokens", "validation")
+    assert found.column("loss", "validation") == pytest.approx(wanted.column("loss", "validation"), rel=1e-5)
+    assert found.tensors.keys() == wanted.tensors.keys()
+    for name, tensor in wanted.tensors.items():
+        assert float((found.tensors[name] - tensor).norm()) <= 1e-3 * float(tensor.norm()) + 1e-5, name
+
+
+@pytest.mark.parametrize("kind", ["copies", "shards of NF4"])
+def test_two_processes_take_the_steps_of_one(
+    kind: str, recipe: Callable[..., Path], lora: Any, lora_process: Any
+) -> None:
+    changes = {"quantization.method": "nf4"} if "NF4" in kind else {}
+    alone, shared = recipe(changes), recipe(changes | TWO | {"training.fsdp": "shards" in kind})
+    done(lora("train", alone))
+    result = done(lora_process("train", shared, "--num-processes", "2", "--json"))
+
+    wanted, found = run_of(alone), run_of(shared)
+    assert_same_numbers(found, wanted)
+    report = result.json  # one process alone has spoken on stdout, and each line once on stderr
+    assert report["steps"] == wanted.column("step")[-1] == 8
+    assert result.stderr.count("step 8  loss") == 1
+    assert found.info["data"] == wanted.info["data"]
+    assert found.info["processes"] == 2
+
+
+def launched(*options: str) -> list[str]:
+    """Accelerate's command line for two processes, up to the module's arguments."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    return [*launcher, "--mixed_precision", "no", "--dynamo_backend", "no", *options, "-m", "lora_cli"]
+
+
+def start(command: Sequence[str], *arguments: str | Path) -> subprocess.Popen[str]:
+    repository = str(Path(__file__).resolve().parent.parent)
+    environment = os.environ | {"PYTHONPATH": repository, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [*command, *map(str, arguments)], env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+
+
+def test_two_machines_of_one_process_each(recipe: Callable[..., Path], lora: Any) -> None:
+    alone = recipe({"data.packing": True})
+    shared = recipe({"data.packing": True} | TWO)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    machines = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port, "--machine_rank"]
+    children = [start(launched(*machines, rank), "train", shared) for rank in "01"]
+    done(lora("train", alone))
+    for child in children:
+        _, errors = child.communicate(timeout=200)
+        assert child.returncode == 0, errors
+    assert_same_numbers(run_of(shared), run_of(alone))
+
+
+def wait_for(folder: Path, step: int, child: subprocess.Popen[str]) -> None:
+    """Until the run has logged a step."""
+    metrics = folder / "metrics.jsonl"
+    for _ in range(1200):
+        if metrics.is_file() and f'"step": {step},' in metrics.read_text(encoding="utf-8"):
+            return
+        assert child.poll() is None, child.communicate()[1]
+        time.sleep(0.1)
+    raise AssertionError(f"no step {step}")
+
+
+LORA = (sys.executable, "-m", "lora_cli")
+
+
+def test_stopped_and_gone_on_with(recipe: Callable[..., Path], lora_process: Any) -> None:
+    """Dropout, packing and shuffling on two processes: both random states and the place in the rows are kept."""
+    changes = TWO | {"adapter.lora_dropout": 0.2, "data.packing": True, "training.num_train_epochs": 40}
+    undisturbed, stopped = recipe(changes), recipe(changes)
+    child = start(LORA, "train", stopped, "--num-processes", "2")
+    wait_for(run_of(stopped).folder, 5, child)
+    child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(timeout=100)
+    assert child.returncode == 143, errors
+    assert errors.count("checkpoint written") == 1
+
+    done(lora_process("train", stopped, "--resume", "--num-processes", "2"))
+    done(lora_process("train", undisturbed, "--num-processes", "2"))
+    found, wanted = run_of(stopped), run_of(undisturbed)
+    assert found.column("step") == wanted.column("step")
+    assert found.column("loss") == wanted.column("loss")
+    weights = "adapter/adapter_model.safetensors"
+    assert (found.folder / weights).read_bytes() == (wanted.folder / weights).read_bytes()
+
+
+def children_of(process: int) -> list[int]:
+    return [int(line) for line in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def test_a_process_that_dies_ends_the_run(recipe: Callable[..., Path], lora: Any, lora_process: Any) -> None:
+    """The other one does not wait for it; the checkpoints are whole, and one process goes on with what two began."""
+    long = {"training.num_train_epochs": 100, "training.save_total_limit": None}
+    dying = recipe(TWO | long)
+    folder = run_of(dying).folder
+    child = start(LORA, "train", dying, "--num-processes", "2")
+    wait_for(folder, 7, child)
+    began = time.monotonic()
+    os.kill(children_of(child.pid)[-1], signal.SIGKILL)
+    _, errors = child.communicate(timeout=100)
+    assert child.returncode == 3, errors
+    assert time.monotonic() - began < 60
+    assert "killed (signal 9)" in errors
+    assert "--resume" in errors
+    kept = sorted((folder / "checkpoints").glob("step-*"))
+    assert kept
+    assert all(map(is_whole, kept))
+    assert not (folder / "adapter").exists()
+
+    refused = lora("train", dying, "--resume", "training.num_train_epochs=4")
+    assert refused.exit_code == 2
+    assert "training.gradient_accumulation_steps=4" in refused.stderr
+    arguments = ["training.gradient_accumulation_steps=4", "training.num_train_epochs=6"]
+    done(lora("train", dying, "--resume", *arguments))
+    alone = recipe({"training.num_train_epochs": 100, "training.save_total_limit": None})
+    done(lora("train", alone, "training.max_steps=7"))
+    first = len(run_of(alone).column("step"))
+    assert run_of(dying).column("loss")[:first] == pytest.approx(run_of(alone).column("loss"), rel=1e-5)
+    assert run_of(dying).column("step") == list(range(1, 25))
+    assert load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_fault_is_told_once(recipe: Callable[..., Path], lora_process: Any) -> None:
+    broken = recipe({"adapter.target_modules": ["no_such_layer"]})
+    result = lora_process("train", broken, "--num-processes", "2")
+    assert result.exit_code == 2
+    assert result.stderr.count("no_such_layer") == 1
+    assert not run_of(broken).folder.exists()
+    assert lora_process("train", broken, "--num-processes", "0").exit_code == 2
