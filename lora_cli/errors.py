@@ -8,12 +8,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+_LONGEST = 700  # characters of a fault's parts; three of them are half a screen
+
 
 @dataclass(frozen=True)
 class Fault:
     """One thing that is wrong.
 
-    ``where`` is a place the user can open (``medical.yaml:14:3``, ``train.jsonl:381``), ``hint`` what to do.
+    ``where`` is a place the user can open (``medical.yaml:14:3``, ``train.jsonl:381``), ``hint`` what to do. Each may
+    quote what stands in somebody's file: as text, what a terminal would not show is escaped, what is endless cut.
     """
 
     what: str
@@ -21,9 +24,14 @@ class Fault:
     hint: str | None = None
 
     def __str__(self) -> str:
-        place = f"{self.where}: " if self.where else ""
-        hint = f"\n    {self.hint}" if self.hint else ""
-        return f"{place}{self.what}{hint}"
+        place = f"{_shown(self.where)}: " if self.where else ""
+        hint = f"\n    {_shown(self.hint)}" if self.hint else ""
+        return f"{place}{_shown(self.what)}{hint}"
+
+
+def _shown(text: str) -> str:
+    short = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+    return short if short.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in short)
 
 
 class LoraError(Exception):

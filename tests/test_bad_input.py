@@ -153,6 +153,22 @@ def several_faults_in_a_recipe(w: World) -> Arguments:
     return w.train({"training.learning_rate": -1.0, "adapter.r": 0, "training.optimizr": "x"})
 
 
+@case("recipe.yaml:2:3: adapter.a0: unknown key", "... and 288 more")
+def hundreds_of_faults(w: World) -> Arguments:
+    return ["train", w.file("recipe.yaml", "adapter:\n" + "".join(f"  a{n}: 1\n" for n in range(297)))]
+
+
+@case("recipe.yaml:1:1", r"\x1b[31mred", "unknown key")
+def names_that_would_paint_the_terminal(w: World) -> Arguments:
+    return ["train", w.file("recipe.yaml", '"\\e[31mred": 1\nmodel: {name_or_path: x}\ndata: {train: x}\n')]
+
+
+@case("rows.jsonl:1", r"columns seen: \x1b[2J\n\n", "...")
+def columns_that_would_fill_the_terminal(w: World) -> Arguments:
+    columns = {"data.format": "text"}
+    return w.train(columns, data=w.rows({"\x1b[2J" + "\n" * 50 + "x" * 100_000: "a"}))
+
+
 @case(
     "training.report_to: wandb", "pip install wandb", "missing.jsonl", "no such data file", "nowhere", "no such model"
 )

@@ -34,6 +34,9 @@ app.command("quantize")(quantize.command)
 app.command("explain")(explain.command)
 
 
+_SHOWN = 12  # faults; more fill a screen
+
+
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"lora {__version__}")
@@ -93,9 +96,11 @@ def _hush_libraries() -> None:
 def _tell(error: LoraError) -> None:
     if process_index() > 0 and not isinstance(error, RunError):
         return  # every process of a run finds the same fault; the first tells it
-    for fault in error.faults:
+    for fault in error.faults[:_SHOWN]:
         typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
         typer.echo(str(fault), err=True)
+    if (more := len(error.faults) - _SHOWN) > 0:
+        typer.echo(f"... and {more:,} more", err=True)
 
 
 def run() -> None:

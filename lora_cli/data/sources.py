@@ -215,7 +215,8 @@ def _parquet(path: Path) -> Iterator[Record | Fault]:
                 for columns in batch.to_pylist():
                     number += 1
                     yield f"{path} (row {number})", columns
-    except (pa.ArrowException, OSError) as error:
+    # OverflowError, ValueError, KeyError: a date or a time zone that Python has none for.
+    except (pa.ArrowException, OSError, OverflowError, ValueError, KeyError) as error:
         what = f"not a readable Parquet file: {str(error).splitlines()[0]}"
         raise UserError(what, str(path), "copy or write it again") from error
 
