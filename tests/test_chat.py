@@ -6,16 +6,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli.data.chat import render
+from lora_cli.data.chat import conversation_segments, end_of_turn, render
 from lora_cli.data.formats import Message
 from lora_cli.data.sources import Row
 from lora_cli.data.tokenize import tokenize_rows
@@ -361,6 +364,35 @@ def test_an_answer_is_learned_behind_what_is_given_to_the_model(family: Family) 
     ]
     assert ids[: len(given)].tolist() == given
     assert mask[len(given)] and not mask[len(given) - 1]
+
+
+THOUGHT = "<think>\n\n</think>\n\n"
+WRITTEN: list[tuple[Family, Callable[[str, bool], str]]] = [
+    (LLAMA_3, lambda words, last: f"{words.strip()}<|eot_id|>"),
+    (CHATML, lambda words, last: f"{words}<|im_end|>"),
+    (QWEN_3, lambda words, last: THOUGHT * last + words.lstrip("\n") + "<|im_end|>"),
+    (NO_THINKING, lambda words, last: f"{words}<|im_end|>"),
+    (THINKING, lambda words, last: f"{words}<|im_end|>"),
+    (GEMMA, lambda words, last: f"{words.strip()}<end_of_turn>"),
+    (MISTRAL, lambda words, last: f" {words.strip()}</s>"),
+    (MARKED, lambda words, last: f"{words}<|im_end|>"),
+]
+PIECES = ["a", "no", "yes", "user", "assistant", "model", " ", "\n", "<", "|im_end|", "think", "[/INST", "</", "/s"]
+WORDS = st.lists(st.sampled_from(PIECES), max_size=5).map("".join)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(WRITTEN), st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3))
+def test_any_words_are_supervised_and_no_others(
+    case: tuple[Family, Callable[[str, bool], str]], pairs: list[tuple[str, str]]
+) -> None:
+    family, written = case
+    tokenizer = tokenizer_of(family, "")
+    turns = [Message(role, words) for pair in pairs for role, words in zip(("user", "assistant"), pair, strict=True)]
+    segments = conversation_segments(tokenizer, turns, end_of_turn(tokenizer), "rows.jsonl:1")
+    learned = [text for text, wanted in segments if wanted]
+    assert "".join(text for text, _ in segments) == render(tokenizer, turns, None)
+    assert learned == [written(answer, number == len(pairs)) for number, (_, answer) in enumerate(pairs, 1)]
 
 
 def test_a_marked_template_agrees_with_its_marks() -> None:

@@ -88,9 +88,8 @@ def conversation_segments(
     for index, turn in enumerate(turns):
         if turn.role != "assistant":
             continue
-        words = turn.content.strip()
-        start = _start(tokenizer, full, turns, index, words or closing, at)
-        end = _end(full, start, words, closing)
+        start = _start(tokenizer, full, turns, index, at)
+        end = _end(tokenizer, full, turns, index, start, closing)
         if end is None:
             raise UserError(f"the chat template leaves out or rewrites turn {index} (assistant)", where)
         segments += [(full[at:start], False), (full[start:end], True)]
@@ -99,31 +98,30 @@ def conversation_segments(
     return tuple(segment for segment in segments if segment[0])
 
 
-def _start(
-    tokenizer: PreTrainedTokenizerBase, full: str, turns: Sequence[Message], index: int, words: str, at: int
-) -> int:
+def _start(tokenizer: PreTrainedTokenizerBase, full: str, turns: Sequence[Message], index: int, at: int) -> int:
     """Where an assistant's turn begins in the rendered conversation, not before ``at``; -1 when it is not found.
 
     That is where the conversation before it ends, rendered with the generation prompt: exactly what the model is given
-    when it is to answer. Where the conversation is written otherwise, the turn begins with as much of the prompt as is
-    written (a prompt may end in reasoning that it closes at once), or with its words.
+    when it is to answer. Where the conversation is written otherwise (a prompt may end in reasoning that it closes at
+    once, system words may move on to a later turn), the turn begins with its words.
     """
-    before = turns[:index]
-    given = _attempt(tokenizer, before, add_generation_prompt=True)
+    given = _attempt(tokenizer, turns[:index], add_generation_prompt=True)
     if given and len(given) >= at and full.startswith(given):
         return len(given)
-    without = _attempt(tokenizer, before)
-    if without and len(without) >= at and full.startswith(without) and given.startswith(without):
-        asked, written = given[len(without) :], full[len(without) :]
-        for shared in range(len(asked), 0, -1):
-            if written.startswith(asked[:shared]) and written[shared:].lstrip().startswith(words):
-                return len(without) + shared
-    # The same conversation with other words in this turn: what stands before and after these is not theirs.
-    head, found, tail = _attempt(tokenizer, (*before, PROBES[1], *turns[index + 1 :])).partition(PROBE)
-    if found and len(head) >= at and full.startswith(head):
+    around = _around(tokenizer, turns, index)
+    if around is None:
+        return -1
+    head, tail = around
+    if len(head) >= at and full.startswith(head):
         return len(head)
-    said = full.removesuffix(tail).rstrip()
-    return len(said) - len(words) if found and full.endswith(tail) and said[at:].endswith(words) else -1
+    words, said = turns[index].content.strip(), full.removesuffix(tail).rstrip()
+    return len(said) - len(words) if words and full.endswith(tail) and said[at:].endswith(words) else -1
+
+
+def _around(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], index: int) -> tuple[str, str] | None:
+    """What stands before and after a turn's words when these are others; None when that cannot be told."""
+    head, found, tail = _attempt(tokenizer, (*turns[:index], PROBES[1], *turns[index + 1 :])).partition(PROBE)
+    return (head, tail) if found else None
 
 
 def _attempt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], add_generation_prompt: bool = False) -> str:
@@ -134,23 +132,29 @@ def _attempt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], add_g
         return ""
 
 
-def _end(full: str, start: int, words: str, closing: str) -> int | None:
+def _end(
+    tokenizer: PreTrainedTokenizerBase, full: str, turns: Sequence[Message], index: int, start: int, closing: str
+) -> int | None:
     """Where the turn that begins at ``start`` ends, its ``closing`` included; None when its words are not there."""
     if start < 0:
         return None
-    said = full[start:]
+    words, said = turns[index].content.strip(), full[start:]
     if words and said.lstrip().startswith(words):
         end = start + len(said) - len(said.lstrip()) + len(words)
         gap = full.find(closing, end)
-        if gap >= 0 and not full[end:gap].strip():
+        if closing and gap >= 0 and not full[end:gap].strip():
             return gap + len(closing)
-        if words or gap < 0:
-            return end
-    gap = full.find(closing, start) if closing else -1
-    if gap < 0:
-        found = full.find(words, start)
-        return found + len(words) if found >= 0 else None
-    # Reasoning left out, put in empty, or spaced anew: the one must still end as the other does.
-    written, meant = ("".join(text.split()) for text in (full[start:gap], words))
-    same = written.endswith(meant) or (bool(written) and meant.endswith(written))
-    return gap + len(closing) if same else None
+    # Reasoning may stand before the words, or the template closes this turn otherwise than the last.
+    around = _around(tokenizer, turns, index)
+    if around and full.endswith(around[1]) and len(full) - len(around[1]) >= start:
+        end = len(full) - len(around[1])
+        gap = around[1].find(closing)
+        closed = end + gap + len(closing) if gap >= 0 and not around[1][:gap].strip() else end
+    else:
+        end = full.find(closing, start) if closing else -1
+        closed = end + len(closing)
+    if end < 0:
+        return None
+    # Words may be spaced anew, reasoning put in or left out: the one must still end as the other does.
+    written, meant = ("".join(text.split()) for text in (full[start:end], words))
+    return closed if written.endswith(meant) or (bool(written) and meant.endswith(written)) else None
