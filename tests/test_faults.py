@@ -4,115 +4,170 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import soak
 from conftest import Run, done
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from lora_cli.training.checkpoint import is_whole
+
+ENDLESS = {"max_steps": 1_000_000, "save_steps": 2, "lr_scheduler_type": "constant", "warmup_steps": 0}
+RANDOM = {"adapter.lora_dropout": 0.1, "data": {"packing": True, "validation": 0.2}}
 
 
-def test_a_signal_stops_with_a_checkpoint(write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None) -> None:
-    steps = 1_000_000
-    endless = {"max_steps": steps, "save_steps": None, "lr_scheduler_type": "constant"}
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-    children = []
-    for kind, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        run = Run(tmp_path / str(code))
-        recipe = write_recipe({"training": {**endless, "output_dir": run.folder}}, name=f"{code}.yaml")
-        command = [sys.executable, "-m", "lora_cli", "train", str(recipe)]
-        pipe = subprocess.PIPE
-        child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
-        children.append((kind, code, run, recipe, child))
-    until = time.monotonic() + 120
-    for kind, code, run, recipe, child in children:
-        try:
-            while not (run.folder / "metrics.jsonl").exists() and child.poll() is None and time.monotonic() < until:
-                time.sleep(0.05)
-            child.send_signal(kind)
-            stdout, stderr = child.communicate(timeout=60)
-        finally:
-            child.kill()
-        assert child.returncode == code, stderr
-        assert stdout == ""
-        assert "--resume" in stderr and "Traceback" not in stderr
-        before = run.losses
-        stopped = len(before)
-        assert run.checkpoints == [stopped] and 0 < stopped < steps
-        assert run.info["finished"] is None
-        assert not (run.folder / "adapter").exists()
-
-        done(lora("train", recipe, f"training.max_steps={stopped + 2}", "--resume"))
-        assert run.losses[:stopped] == before
-        assert run.column("step") == list(range(1, stopped + 3))
-        assert run.info["finished"] is not None
-        assert (run.folder / "adapter" / "adapter_model.safetensors").is_file()
+# --- signals and kills -----------------------------------------------------------------------------------------------
 
 
-def test_a_killed_run_goes_on_exactly_and_its_folder_is_its_own(
+def test_runs_killed_at_random_instants_end_as_the_one_left_alone(write_recipe: Any, tmp_path: Path) -> None:
+    steps = {"max_steps": 6, "save_steps": 1, "eval_steps": 3, "load_best_model_at_end": True}
+    seen = soak.soak(write_recipe({"training": steps, **RANDOM}), tmp_path / "soak", rounds=6, seed=0)
+    assert seen["kills"] == 6 and seen["runs"] > 0
+
+
+def test_a_run_stopped_by_a_signal_or_a_kill_goes_on_exactly_and_its_folder_is_its_own(
     write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
 ) -> None:
-    run = Run(tmp_path / "killed")
-    changes = {"save_steps": 2, "save_total_limit": 2, "lr_scheduler_type": "constant", "warmup_steps": 0}
-    endless = {**changes, "max_steps": 1_000_000, "output_dir": run.folder}
-    recipe = write_recipe({"training": endless, "adapter.lora_dropout": 0.1}, name="killed.yaml")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-    command = [sys.executable, "-m", "lora_cli", "train", str(recipe), "--quiet"]
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    stops = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
+    recipe = write_recipe({"training": ENDLESS | {"load_best_model_at_end": True}, **RANDOM}, name="endless.yaml")
+    runs = {kind: Run(tmp_path / kind.name) for kind in stops}
+    logs = {kind: tmp_path / f"{kind.name}.log" for kind in stops}
+    context = soak.forking()
+    children = {kind: soak.start(context, recipe, run.folder, logs[kind]) for kind, run in runs.items()}
+    before = {}
     try:
-        until = time.monotonic() + 120
-        while not (run.folder / "checkpoints" / "step-00000004").exists() and time.monotonic() < until:
-            time.sleep(0.02)
-        for flag in ("--resume", "--overwrite"):
-            refused = lora("train", recipe, flag)
-            assert refused.exit_code == 2
-            assert "another run is at work in this folder" in refused.stderr
+        for kind, code in stops.items():
+            run, child = runs[kind], children[kind]
+            until = time.monotonic() + 120
+            while not run.checkpoints[-1:] > [3] and child.is_alive() and time.monotonic() < until:
+                time.sleep(0.01)
+            for flag in ("--resume", "--overwrite"):
+                refused = lora("train", recipe, f"training.output_dir={run.folder}", flag)
+                assert refused.exit_code == 2
+                assert "another run is at work in this folder" in refused.stderr
+            os.kill(child.pid, kind)
+            child.join(60)
+            assert child.exitcode == code, logs[kind].read_text()
+            assert run.info["finished"] is None
+            assert not (run.folder / "adapter").exists()
+            before[kind] = run.losses
+            if kind != signal.SIGKILL:
+                told = logs[kind].read_text()
+                assert f"stopped after step {len(run.losses)}, checkpoint written" in told
+                assert "--resume" in told and "Traceback" not in told
+                assert run.checkpoints[-1] == len(run.losses)
     finally:
-        child.kill()
-        child.wait()
+        for child in children.values():
+            child.kill()
+            child.join()
 
-    reached = max(run.checkpoints)
-    done(lora("train", recipe, f"training.max_steps={reached + 3}", "--resume"))
+    steps = f"training.max_steps={max(map(len, before.values())) + 3}"
     undisturbed = Run(tmp_path / "undisturbed")
-    changes |= {"max_steps": reached + 3, "output_dir": undisturbed.folder}
-    done(lora("train", write_recipe({"training": changes, "adapter.lora_dropout": 0.1}, name="undisturbed.yaml")))
-    assert run.column("step") == list(range(1, reached + 4))
-    assert run.losses == undisturbed.losses
-    assert run.adapter_bytes == undisturbed.adapter_bytes
+    done(lora("train", recipe, steps, f"training.output_dir={undisturbed.folder}"))
+    for kind, run in runs.items():
+        done(lora("train", recipe, steps, f"training.output_dir={run.folder}", "--resume"))
+        assert undisturbed.losses[: len(before[kind])] == before[kind]
+        assert soak.measured(run.folder) == soak.measured(undisturbed.folder)
+        assert run.adapter_bytes == undisturbed.adapter_bytes
 
 
-def test_a_failing_write_leaves_earlier_checkpoints_whole(
-    write_recipe: Any, train: Callable[..., Run], tmp_path: Path, lora: Any, no_curves: None
+# --- failing writes --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """Let no file grow beyond so many bytes: the system then fails a write as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def many_words(tiny_gpt2: Path, tmp_path: Path) -> Path:
+    """tiny_gpt2 with so many tokens more that its tokenizer is the largest file a run writes."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    tokenizer.add_tokens([f"<word-{number}>" for number in range(400)])
+    shutil.copytree(tiny_gpt2, tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+FAILING = {  # what can be written no more: the file that is too large (or a size), and where it is told
+    "run.json": (500, "run.json"),
+    "checkpoint": ("checkpoints/step-00000004/state.json", "checkpoints/step-00000004"),
+    "adapter": ("adapter/tokenizer.json", "adapter"),
+    "metrics.jsonl": ("metrics.jsonl", "metrics.jsonl"),
+}
+
+
+@pytest.mark.parametrize("what", FAILING)
+def test_a_failing_write_is_told_with_the_bytes_it_needs_and_leaves_what_was_whole(
+    what: str, tiny_gpt2: Path, many_words: Path, write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
 ) -> None:
-    changes = {"max_steps": 4, "save_steps": 2, "lr_scheduler_type": "constant", "warmup_steps": 0}
-    whole = train({"training": changes})
-    run = Run(tmp_path / "full")
-    recipe = write_recipe({"training": changes | {"max_steps": 2, "output_dir": run.folder}}, name="full.yaml")
-    done(lora("train", recipe))
-    size = (run.folder / "checkpoints" / "step-00000002" / "optimizer.safetensors").stat().st_size
+    too_large, place = FAILING[what]
+    base = many_words if what == "adapter" else tiny_gpt2
+    changes = {"max_steps": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    changes |= {"save_steps": None, "save_total_limit": None} if what == "metrics.jsonl" else {}
+    recipe = write_recipe({"model.name_or_path": base, "training": ENDLESS | changes, "adapter.r": 1})
+    whole, run = Run(tmp_path / "whole"), Run(tmp_path / "run")
+    steps = f"training.max_steps={120 if what == 'metrics.jsonl' else 4}"
+    for command in ([steps, f"training.output_dir={whole.folder}"], []):
+        done(lora("train", recipe, *command))
+    limit = too_large if isinstance(too_large, int) else int(0.9 * (whole.folder / too_large).stat().st_size)
+    with files_up_to(limit):
+        result = lora("train", recipe, steps, "--resume")
+    assert result.exit_code == 3, result.stderr
+    assert f"{run.folder / place}: could not be written: " in result.stderr and "File too large" in result.stderr
+    assert re.search(r"[(][1-9][0-9,]* bytes are needed, [0-9,]+ are free", result.stderr)
+    assert 2 in run.checkpoints and all(is_whole(path) for path in (run.folder / "checkpoints").iterdir())
 
-    command = [sys.executable, "-m", "lora_cli", "train", str(recipe), "training.max_steps=4", "--resume"]
-    refused = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, size - 1)),
-    )
-    assert refused.returncode == 3, refused.stderr
-    assert f"{run.folder / 'checkpoints' / 'step-00000004'}: could not be written" in refused.stderr
-    assert run.checkpoints == [2]
-
-    done(lora("train", recipe, "training.max_steps=4", "--resume"))
-    assert run.losses == whole.losses
+    done(lora("train", recipe, steps, "--resume"))
+    assert soak.measured(run.folder) == soak.measured(whole.folder)
     assert run.adapter_bytes == whole.adapter_bytes
+    assert not soak.drafts(run.folder)
+
+
+def test_a_full_disk_ends_the_run_and_leaves_what_was_whole(
+    write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"no small disk can be made here: {mounted.stderr.strip()}")
+    try:
+        run = Run(disk / "run")
+        steps = ENDLESS | {"max_steps": 40, "save_total_limit": None, "output_dir": run.folder}
+        result = lora("train", write_recipe({"training": steps}))
+        assert result.exit_code == 3
+        told = re.search(r"(\S+): could not be written: .*No space left .*[(][0-9,]+ bytes are needed", result.stderr)
+        assert told and Path(told[1]).is_relative_to(run.folder)
+        assert 1 < len(run.checkpoints) < 20
+        assert all(is_whole(path) for path in (run.folder / "checkpoints").iterdir())
+        assert not soak.drafts(run.folder)
+
+        kept = len(run.checkpoints)
+        for step in run.checkpoints[:-1]:
+            shutil.rmtree(run.folder / "checkpoints" / f"step-{step:08d}")
+        longer = write_recipe({"training": steps | {"max_steps": 2 * kept + 4, "save_total_limit": 1}})
+        done(lora("train", longer, "--resume"))
+        assert run.column("step") == list(range(1, 2 * kept + 5))
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 # --- numbers that are none -------------------------------------------------------------------------------------------

@@ -36,15 +36,19 @@ def go_on(trainer: Trainer, info: Mapping[str, Any]) -> list[str]:
 
 def save(trainer: Trainer, progress: Progress) -> None:
     """Write a checkpoint; only then remove older ones."""
-    training = trainer.job.recipe.training
     state = checkpoint.capture(progress, parameters(trainer), trainer.optimizer)
     if trainer.writes:
         trainer.job.folder.sync_metrics()
-        folder = trainer.job.folder.checkpoints
-        checkpoint.write(folder, state)
-        best = progress.best_step if keeps_best(training) else None
-        checkpoint.rotate(folder, progress.step, training.save_total_limit, best)
+        checkpoint.write(trainer.job.folder.checkpoints, state)
+        rotate(trainer, progress)
     trainer.accelerator.wait_for_everyone()
+
+
+def rotate(trainer: Trainer, progress: Progress) -> None:
+    """Remove the checkpoints that need not be kept now that this step's is whole."""
+    training = trainer.job.recipe.training
+    best = progress.best_step if keeps_best(training) else None
+    checkpoint.rotate(trainer.job.folder.checkpoints, progress.step, training.save_total_limit, best)
 
 
 def restore(trainer: Trainer) -> Progress | None:
@@ -58,6 +62,8 @@ def restore(trainer: Trainer) -> Progress | None:
     )
     if trainer.writes:
         folder.cut_metrics(progress.step if progress else -1)
+        if progress:
+            rotate(trainer, progress)  # a killed process may not have come to it
     return progress
 
 
