@@ -182,6 +182,22 @@ def tracker_not_installed(w: World) -> Arguments:
     return w.train({"training.report_to": ["trackio"]})
 
 
+@case("recipe.yaml:", "HF_TOKEN looks to be a secret", "leave it in the environment")
+def secret_in_a_recipe(w: World) -> Arguments:
+    return w.train({"model.name_or_path": "https://user:${HF_TOKEN}@hub/model"})
+
+
+@case("training.output_dir=${wandb_api_key:-runs} (command line)", "looks to be a secret")
+def secret_in_an_override(w: World) -> Arguments:
+    return w.train({}, "training.output_dir=${wandb_api_key:-runs}")
+
+
+@case("recipes", "this is a folder", "did you mean 'recipes/recipe.yaml'?")
+def folder_as_recipe(w: World) -> Arguments:
+    w.file("recipes/recipe.yaml", "")
+    return ["train", "recipes"]
+
+
 # The adapter's place in the model.
 
 
@@ -371,6 +387,79 @@ def quantize_again_in_training(w: World) -> Arguments:
 def quantize_again(w: World) -> Arguments:
     w.edit_json(w.model() / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     return ["quantize", "model", "--out", "out"]
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+@case("model/model.safetensors", "not a whole safetensors file")
+def weights_that_git_lfs_did_not_fetch(w: World) -> Arguments:
+    w.file(f"{w.model()}/model.safetensors", LFS)
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/config.json", "not readable")
+def config_that_git_lfs_did_not_fetch(w: World) -> Arguments:
+    w.file(f"{w.model()}/config.json", LFS)
+    return ["quantize", "model", "--out", "out"]
+
+
+@case("model/config.json", "'t5'", "no causal language model")
+def encoder_and_decoder(w: World) -> Arguments:
+    w.file(f"{w.model()}/config.json", json.dumps({"model_type": "t5"}))
+    return ["eval", "model", "--data", w.rows(ROW)]
+
+
+@case("model/config.json", "None")
+def config_without_a_type(w: World) -> Arguments:
+    w.edit_json(w.model() / "config.json", model_type=...)
+    return ["eval", "model", "--data", w.rows(ROW)]
+
+
+@case("model/config.json", "['gpt2']", "unknown to transformers")
+def config_with_a_type_that_is_a_list(w: World) -> Arguments:
+    w.edit_json(w.model() / "config.json", model_type=["gpt2"])
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("run/adapter/adapter_model.safetensors", "not a whole safetensors file")
+def adapter_that_git_lfs_did_not_fetch(w: World) -> Arguments:
+    w.file(f"{w.run()}/adapter/adapter_model.safetensors", LFS)
+    return ["eval", "run", "--data", w.rows(ROW)]
+
+
+@case("run/adapter/adapter_config.json")
+def adapter_config_that_is_a_list(w: World) -> Arguments:
+    w.file(f"{w.run()}/adapter/adapter_config.json", "[]")
+    return ["eval", "run", "--data", w.rows(ROW)]
+
+
+@case("run/adapter/provenance.json")
+def provenance_that_is_broken(w: World) -> Arguments:
+    w.file(f"{w.run()}/adapter/provenance.json", "{")
+    return ["merge", "run", "--out", "out"]
+
+
+@case("run/adapter", "h.9.attn.c_attn")
+def adapter_with_a_tensor_too_many(w: World) -> Arguments:
+    w.run()
+
+    def add(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if "h.1.attn.c_attn" in name]:
+            tensors[name.replace("h.1.", "h.9.")] = tensors[name].clone()
+
+    w.tensors("run/adapter/adapter_model.safetensors", add)
+    return ["eval", "run", "--data", w.rows(ROW)]
+
+
+@case("File name too long", "choose another name")
+def output_of_too_long_a_name(w: World) -> Arguments:
+    return w.train({"training.output_dir": "x" * 300})
+
+
+@case("File name too long", "choose another name")
+def merge_into_too_long_a_name(w: World) -> Arguments:
+    return ["merge", w.run(), "--out", "x" * 300]
 
 
 # The data.
@@ -956,7 +1045,10 @@ def world(
 def everything_in(root: Path) -> dict[str, tuple[int, bytes]]:
     """Every file and folder below ``root`` with the time it was last changed and its content."""
     return {
-        str(path.relative_to(root)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        str(path.relative_to(root)): (
+            path.lstat().st_mtime_ns,
+            path.read_bytes() if not path.is_symlink() and path.is_file() else b"",
+        )
         for path in sorted(root.rglob("*"))
     }
 

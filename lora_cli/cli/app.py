@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -14,7 +15,7 @@ import typer
 
 from lora_cli import __version__
 from lora_cli.cli import evaluate, explain, merge, quantize, train
-from lora_cli.errors import LoraError, RunError
+from lora_cli.errors import LoraError, RunError, UserError
 from lora_cli.training.launched import process_index
 
 app = typer.Typer(
@@ -73,10 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if debug:
             traceback.print_exc()
-        _tell(
-            RunError(f"the system refused: {error.strerror or error}", error.filename, "what was whole before still is")
-        )
-        return RunError.exit_code
+        what = f"the system refused: {error.strerror or error}"
+        refused: LoraError = RunError(what, error.filename, "what was whole before still is")
+        if error.errno == errno.ENAMETOOLONG:
+            refused = UserError(what, error.filename, "choose another name")
+        _tell(refused)
+        return refused.exit_code
     except Exception as error:  # the last resort of the program: whatever comes here is a bug to be told as one
         if debug:
             traceback.print_exc()

@@ -27,7 +27,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
     where = str(folder / "config.json")
     stored = read_config(folder)
     kind = stored.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         own = ", ".join(own_code(stored))
         what = f"model type '{kind}' is unknown to transformers {transformers.__version__}"
         needs = f" and needs its own code ({own}), which lora does not run (trust_remote_code)" if own else ""

@@ -208,6 +208,11 @@ class _Reader:
             hint = "write ${NAME} or ${NAME:-default} for an environment variable, $${ for the characters themselves"
             self._faults.add(place, "'${' without a variable's name and a closing '}'", hint)
             return ""
+        if _SECRET.search(name):
+            hint = "leave it in the environment: the hub's client and the trackers take it from there themselves"
+            what = f"{name} looks to be a secret, and what a recipe says is written into the run's files"
+            self._faults.add(place, what, hint)
+            return ""
         value = self._env.get(name)
         if default is not None:
             return value or default  # as in a shell, ':-' is for the empty variable too
@@ -235,6 +240,7 @@ class _Reader:
 
 
 _YAML_TAG = "tag:yaml.org,2002:"
+_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|(API)?KEY)($|_)", re.IGNORECASE)
 _VARIABLE = re.compile(r"\$\$\{|\$\{(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>(?:(?!\$\{)[^}])*))?\})?")
 
 _CONSTANTS: dict[str, Scalar] = {
