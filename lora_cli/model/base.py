@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from lora_cli.errors import UserError
 from lora_cli.model.files import check_tokenizer, hub_kernels, own_code, read_config
+from lora_cli.model.memory import is_out_of_memory
 from lora_cli.recipe.schema import Model, Quantization
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def load_base(
     try:
         loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except (ImportError, ValueError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         raise UserError(f"the model could not be loaded: {str(error).splitlines()[0]}", str(folder)) from error
     base, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)

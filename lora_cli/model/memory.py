@@ -1,34 +1,89 @@
-"""What a run will need, from shapes alone."""
+"""What a run will need, from shapes alone; what the device has; and how it says that there is no more."""
 
 from __future__ import annotations
 
+import re
+import resource
 from typing import TYPE_CHECKING
 
 import psutil
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+ALLOCATION_FAILED = ("not enough memory", "Cannot allocate memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
 
-def activation_bytes(config: PreTrainedConfig, tokens: int, supervised: int, element_size: int) -> int:
+
+def activation_bytes(
+    config: PreTrainedConfig, tokens: int, positions: int, element_size: int, checkpointing: bool = False
+) -> int:
     """Bytes that the backward pass of one micro-batch keeps, roughly.
 
-    A layer keeps about 12 vectors of the hidden width and 4 of the MLP's width a token (Korthikanti et al. 2022,
-    arXiv:2205.05198, section 4.1, without the attention matrices that fused attention never stores); the head keeps its
-    logits, and float32 copies of them for the loss, at ``supervised`` positions.
+    Counted as in Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1), without the attention matrices that fused
+    attention never stores: of a frozen layer the norms' inputs, queries, keys, values, the attention's result and
+    adapters' inputs are kept, about 7 vectors of the hidden width a token, and 3 of the MLP's. With ``checkpointing``
+    a layer's input is, and one layer at a time the rest. The head keeps its logits, and float32 copies of them for the
+    loss, at ``positions``.
     """
     text = config.get_text_config()
     hidden = int(text.hidden_size)
     inner = int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden)
     layers = int(text.num_hidden_layers)
-    body = tokens * layers * (12 * hidden + 4 * inner) * element_size
-    head = supervised * int(text.vocab_size) * (element_size + 8)
+    layer = 7 * hidden + 3 * inner
+    body = tokens * (layers * hidden + layer if checkpointing else layers * layer) * element_size
+    head = positions * int(text.vocab_size) * (element_size + 8)
     return body + head
 
 
+def weight_bytes(
+    parameters: int, linear_parameters: int, method: str | None, double_quant: bool, element_size: int
+) -> int:
+    """Bytes of a frozen base, of whose parameters those of its linear layers are quantized by ``method``.
+
+    A 4-bit block of 64 has a scale of 32 bits, double-quantized one of about 8 (QLoRA, arXiv:2305.14314, section 3).
+    """
+    if method is None:
+        return parameters * element_size
+    bits = 8.0 if method == "int8" else 4 + (0.127 if double_quant else 0.5)
+    return int((parameters - linear_parameters) * element_size + linear_parameters * bits / 8)
+
+
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had on the device."""
+    """Memory that can still be had on the device; of a processor's, no more than this process is allowed."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    own = psutil.Process().memory_info()
+    free = int(psutil.virtual_memory().available)
+    for limit, used in ((resource.RLIMIT_AS, own.vms), (resource.RLIMIT_DATA, getattr(own, "data", own.rss))):
+        allowed = resource.getrlimit(limit)[0]
+        if allowed != resource.RLIM_INFINITY:
+            free = max(0, min(free, allowed - used))
+    return free
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory that the device has."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return int(psutil.virtual_memory().total)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the processor, where torch has no error class of its own."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError | OSError):
+        return False
+    told = str(error)
+    # Accelerate takes a lack of a cuDNN kernel for a lack of memory as well.
+    known = should_reduce_batch_size(error) and "CUDNN" not in told
+    return known or any(words in told for words in ALLOCATION_FAILED)
+
+
+def asked_bytes(error: BaseException) -> int | None:
+    """How much the allocation that failed was for, when the error tells."""
+    found = re.search(r"tried to allocate ([\d.]+) (bytes|[KMG]iB)", str(error), re.IGNORECASE)
+    return int(float(found[1]) * UNITS[found[2]]) if found else None

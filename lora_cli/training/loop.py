@@ -17,6 +17,7 @@ from lora_cli.data.cache import prune, publish, withdraw
 from lora_cli.errors import Interrupted, RunError, UserError
 from lora_cli.evaluation.loss import Score, evaluation_groups, score, summed_loss, tally_loss
 from lora_cli.model.base import pad_token_id
+from lora_cli.model.memory import is_out_of_memory
 from lora_cli.training.artifacts import write_adapter
 from lora_cli.training.checkpoint import Progress, host_copy
 from lora_cli.training.clock import Clock
@@ -26,6 +27,7 @@ from lora_cli.training.launched import process_count
 from lora_cli.training.lock import locked
 from lora_cli.training.nonfinite import check_finite, count_skipped, weight_norm
 from lora_cli.training.optimizer import learning_rate_at
+from lora_cli.training.out_of_memory import out_of_memory
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.processes import firsts, highest, is_broken_connection, own_share, summed, whole
 from lora_cli.training.proof import digests, prove
@@ -36,11 +38,6 @@ from lora_cli.training.sharding import is_sharded
 from lora_cli.weights.shards import whole_folder
 
 PROOF_TOKENS = 64
-OUT_OF_MEMORY = (
-    "the checkpoints are kept; what helps most: a smaller training.per_device_train_batch_size (with more "
-    "gradient_accumulation_steps), training.gradient_checkpointing: true, a shorter data.max_length, or "
-    "quantization.method: nf4"
-)
 
 
 def train(job: Prepared, display: Display) -> dict[str, Any]:
@@ -51,6 +48,7 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
     """
     began = time.perf_counter()
     made = publish(job.folder.cache, job.tokenized)
+    trainer = None
     try:
         trainer = set_up(job, display)
         with locked(job.folder.root) if trainer.writes else nullcontext():
@@ -58,10 +56,11 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
     except UserError:
         withdraw(made)
         raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise RunError(f"out of memory: {str(error).splitlines()[0]}", str(job.folder.root), OUT_OF_MEMORY) from error
-    except RuntimeError as error:
-        if process_count() == 1 or not is_broken_connection(error):
+    except (RuntimeError, MemoryError, OSError) as error:
+        if is_out_of_memory(error):
+            checkpointing = bool(trainer and unwrap(trainer).base_model.is_gradient_checkpointing)
+            raise out_of_memory(job, error, checkpointing) from error
+        if process_count() == 1 or not isinstance(error, RuntimeError) or not is_broken_connection(error):
             raise
         what = "the connection to another process of this run broke"
         raise RunError(

@@ -19,6 +19,7 @@ from lora_cli.model.base import best_device, load_base, resolve_dtype
 from lora_cli.model.memory import activation_bytes, free_bytes
 from lora_cli.training.display import Display
 from lora_cli.training.optimizer import check_warmup, make_optimizer
+from lora_cli.training.out_of_memory import largest_batch
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.sharding import is_sharded, make_accelerator
 
@@ -99,10 +100,10 @@ def needs_checkpointing(job: Prepared, schedule: Schedule, dtype: torch.dtype, d
     wanted = job.recipe.training.gradient_checkpointing
     if wanted != "auto":
         return wanted
-    longest = int(schedule.lengths.max())
-    tokens = schedule.batch_size * (job.max_length if schedule.packing else longest)
-    supervised = min(tokens, int(schedule.supervised.sum()))
-    return activation_bytes(job.config, tokens, supervised, dtype.itemsize) > 0.8 * free_bytes(device)
+    tokens, positions = largest_batch(
+        schedule.lengths, schedule.supervised, schedule.batch_size, job.max_length, schedule.packing
+    )
+    return activation_bytes(job.config, tokens, positions, dtype.itemsize) > 0.8 * free_bytes(device)
 
 
 def unwrap(trainer: Trainer) -> PeftModel:

@@ -1,0 +1,150 @@
+"""A run that ran out of memory: what there was, what the recipe needs, and what would help most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_cli.data.examples import Ints
+from lora_cli.errors import RunError
+from lora_cli.model.base import best_device, resolve_dtype, skeleton
+from lora_cli.model.layers import linear_layers
+from lora_cli.model.memory import activation_bytes, asked_bytes, free_bytes, total_bytes, weight_bytes
+from lora_cli.recipe.schema import Recipe
+from lora_cli.training.prepare import Prepared
+
+REMEDIES = 3
+
+
+@dataclass(frozen=True)
+class Need:
+    """Estimated bytes: the frozen base, what is trained with its gradients and state, one batch's activations."""
+
+    weights: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.optimizer + self.activations
+
+
+def out_of_memory(job: Prepared, error: BaseException, checkpointing: bool) -> RunError:
+    """What to raise when ``error`` came of a lack of memory; to be called while what filled it still does.
+
+    ``checkpointing`` is whether activations were recomputed.
+    """
+    device = best_device()
+    free, total, asked = free_bytes(device), total_bytes(device), asked_bytes(error)
+    wanted = "an allocation failed" if asked is None else f"{size(asked)} more were asked for"
+    recipe = changed(job.recipe, {"training.gradient_checkpointing": checkpointing})
+    need = estimate(job, recipe)
+    lines = [
+        f"this recipe needs about {size(need.total)}: {size(need.weights)} for the base, {size(need.optimizer)} for "
+        f"the adapter and its optimizer, {size(need.activations)} for the activations of a batch",
+        "what helps most:",
+        *(f"  {words} (saves about {size(saved)})" for words, saved in remedies(job, recipe)),
+        "the checkpoints are kept",
+    ]
+    what = f"out of memory: {wanted}; {device.type} has {size(total)}, of which {size(free)} were free"
+    return RunError(what, str(job.folder.root), "\n    ".join(lines))
+
+
+def remedies(job: Prepared, recipe: Recipe) -> list[tuple[str, int]]:
+    """The changes to the recipe that would save most, as overrides, each with the bytes it would save."""
+    now = estimate(job, recipe).total
+    saved = [
+        (" ".join(f"{key}={_word(value)}" for key, value in changes.items()), now - estimate(job, other).total)
+        for changes in _changes(recipe, job)
+        for other in [changed(recipe, changes)]
+    ]
+    return sorted((item for item in saved if item[1] > 0), key=lambda item: -item[1])[:REMEDIES]
+
+
+def _changes(recipe: Recipe, job: Prepared) -> Iterator[dict[str, Any]]:
+    training = recipe.training
+    size, batches = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    if not training.gradient_checkpointing:
+        yield {"training.gradient_checkpointing": True}
+    if size > 1:
+        kept = {"training.gradient_accumulation_steps": batches * 2} if size % 2 == 0 else {}
+        yield {"training.per_device_train_batch_size": size // 2} | kept
+    if job.max_length > 2:
+        yield {"data.max_length": job.max_length // 2}
+    if recipe.quantization is None:
+        yield {"quantization.method": "nf4"}
+        if resolve_dtype(recipe.model.dtype, best_device()) == torch.float32:
+            yield {"model.dtype": "bfloat16"}
+    if not training.optim.endswith("8bit") and not training.fsdp:
+        yield {"training.optim": "adamw_8bit"}
+    if recipe.adapter.r > 1:
+        yield {"adapter.r": recipe.adapter.r // 2}
+
+
+def estimate(job: Prepared, recipe: Recipe) -> Need:
+    """What a run of this recipe needs, from shapes alone; ``job`` gives the base's and the rows'."""
+    bare, quantization = skeleton(job.config), recipe.quantization
+    dtype = resolve_dtype(recipe.model.dtype, best_device())
+    linear = sum(layer.in_features * layer.out_features for layer in linear_layers(bare).values())
+    weights = weight_bytes(
+        sum(parameter.numel() for parameter in bare.parameters()),
+        linear,
+        quantization.method if quantization else None,
+        bool(quantization and quantization.double_quant),
+        dtype.itemsize,
+    )
+    trained = sum(recipe.adapter.r * (target.in_features + target.out_features) for target in job.targets)
+    state = 2 if recipe.training.optim.endswith("8bit") else 8
+    examples, training = job.train.examples, recipe.training
+    limit = min(job.max_length, recipe.data.max_length)
+    tokens, positions = largest_batch(
+        examples.lengths,
+        examples.supervised_per_row,
+        training.per_device_train_batch_size,
+        limit,
+        recipe.data.packing,
+    )
+    checkpointing = training.gradient_checkpointing is True
+    return Need(
+        weights,
+        trained * (8 + state),
+        activation_bytes(job.config, tokens, positions, dtype.itemsize, checkpointing),
+    )
+
+
+def largest_batch(lengths: Ints, supervised: Ints, batch_size: int, max_length: int, packing: bool) -> tuple[int, int]:
+    """Of no micro-batch is more: its tokens, padding included, and the positions whose logits are computed.
+
+    ``lengths`` and ``supervised`` (rows,) count each row's tokens. Padded, each row has logits wherever one of them is
+    supervised.
+    """
+    lengths = np.minimum(lengths, max_length)
+    supervised = np.minimum(supervised, lengths)
+    if packing:
+        tokens = min(batch_size * max_length, int(lengths.sum()))
+        return tokens, min(tokens, int(supervised.sum()))
+    rows, longest = min(batch_size, len(lengths)), int(lengths.max())
+    columns = min(longest, int(np.sort(supervised)[-rows:].sum()))
+    return rows * longest, rows * columns
+
+
+def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """The recipe with these dotted keys set anew."""
+    dumped = recipe.model_dump()
+    for dotted, value in changes.items():
+        section, key = dotted.split(".")
+        dumped[section] = {**(dumped[section] or {}), key: value}
+    return Recipe.model_validate(dumped)
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
