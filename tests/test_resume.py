@@ -34,25 +34,64 @@ def test_the_recipe_alone_repeats_the_run(train: Callable[..., Run], tmp_path: P
     assert other.adapter_bytes != first.adapter_bytes
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
-def test_resume_is_exact(optim: str, train: Callable[..., Run], tmp_path: Path, lora: Any) -> None:
-    whole = train(
-        EVERYTHING_RANDOM
-        | {"adapter": {"r": 32, "target_modules": "all-linear", "lora_dropout": 0.2}}
-        | {"training": {"max_steps": 7, "save_steps": 3, "eval_steps": 2, "optim": optim, "save_total_limit": None}}
-    )
-    assert whole.checkpoints == [3, 6, 7]
-    cut = tmp_path / "cut"
-    shutil.copytree(whole.folder, cut)
-    for step in (6, 7):
-        shutil.rmtree(cut / "checkpoints" / f"step-{step:08d}")
-    shutil.rmtree(cut / "adapter")
-    done(lora("train", cut / "recipe.yaml", f"training.output_dir={cut}", "--resume"))
-    resumed = Run(cut)
-    for split, columns in (("train", TRAIN_KEYS[:-2]), ("validation", VALIDATION_KEYS)):
-        for column in columns:
-            assert resumed.column(column, split) == whole.column(column, split), column
-    assert resumed.adapter_bytes == whole.adapter_bytes
+CONSTANT = {"lr_scheduler_type": "constant"}
+WIDE = {"r": 32, "target_modules": "all-linear", "lora_dropout": 0.1}  # wide enough for state in 8 bits
+EXACT: dict[str, dict[str, Any]] = {
+    "adamw_torch": {"training": {"optim": "adamw_torch"}},
+    "adamw_torch_fused": {"training": {"optim": "adamw_torch_fused"}},
+    "adamw_8bit": {"training": {"optim": "adamw_8bit"}, "adapter": WIDE},
+    "paged_adamw_8bit": {"training": {"optim": "paged_adamw_8bit"}, "adapter": WIDE},
+    "DoRA": {"adapter": {"use_dora": True}},
+    "NF4": {"quantization.method": "nf4", "training": {"eval_steps": 1}},
+    "early stopping": {"training": {"early_stopping_patience": 2, "eval_steps": 1, "learning_rate": 1.0}},
+    "best at the end": {"training": {"load_best_model_at_end": True, "eval_steps": 1, "learning_rate": 0.2} | CONSTANT},
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_resume_is_exact_from_every_step(case: str, train: Callable[..., Run], tmp_path: Path, lora: Any) -> None:
+    changes = dict(EXACT[case])
+    training = {"max_steps": 7, "save_steps": 1, "eval_steps": 2, "warmup_steps": 0, "save_total_limit": None}
+    data = {"packing": True, "shuffle": True, "validation": 0.2}
+    training |= changes.pop("training", {})
+    whole = train({"adapter.lora_dropout": 0.1, "data": data, "training": training} | changes)
+    last = whole.info["result"]["steps"]
+    assert whole.checkpoints == list(range(1, last + 1))
+    if case == "early stopping":
+        assert 3 <= last < 7
+    if case == "best at the end":
+        assert whole.info["result"]["adapter_step"] < last
+    for stopped in {1, last // 2, last - 1, last}:
+        cut = Run(tmp_path / f"cut{stopped}")
+        shutil.copytree(whole.folder, cut.folder)
+        for step in range(stopped + 1, last + 1):
+            shutil.rmtree(cut.folder / "checkpoints" / f"step-{step:08d}")
+        shutil.rmtree(cut.folder / "adapter")
+        done(lora("train", cut.folder / "recipe.yaml", f"training.output_dir={cut.folder}", "--resume"))
+        for split, columns in (("train", TRAIN_KEYS[:-2]), ("validation", VALIDATION_KEYS)):
+            for column in columns:
+                assert cut.column(column, split) == whole.column(column, split), column
+        assert cut.adapter_bytes == whole.adapter_bytes
+        for key in ("steps", "adapter_step", "validation", "best", "base"):
+            assert cut.info["result"][key] == whole.info["result"][key]
+
+
+def test_evaluating_and_keeping_the_best_leave_training_as_it_is(
+    train: Callable[..., Run], qa_file: Path, tmp_path: Path
+) -> None:
+    validation = tmp_path / "validation.jsonl"
+    shutil.copy(qa_file, validation)
+    random = {"adapter.lora_dropout": 0.1, "data": {"packing": True, "shuffle": True}}
+    watching = {"eval_steps": 1, "early_stopping_patience": 9, "load_best_model_at_end": True, "save_total_limit": 1}
+    alone = train({**random, "training.max_steps": 6})
+    data = random["data"] | {"validation": validation}
+    watched = train(random | {"data": data, "training": {"max_steps": 6} | watching})
+    assert len(watched.lines("validation")) == 7
+    for column in TRAIN_KEYS[:-2]:
+        assert watched.column(column) == alone.column(column), column
+    for name in ("weights.safetensors", "optimizer.safetensors", "random.safetensors"):
+        path = Path("checkpoints", "step-00000006", name)
+        assert (watched.folder / path).read_bytes() == (alone.folder / path).read_bytes(), name
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "no manifest"])
