@@ -82,6 +82,32 @@ def test_a_run_stopped_by_a_signal_or_a_kill_goes_on_exactly_and_its_folder_is_i
         assert run.adapter_bytes == undisturbed.adapter_bytes
 
 
+def test_a_second_signal_stops_at_once_with_nothing_torn(
+    write_recipe: Any, tmp_path: Path, qa_file: Path, lora: Any, no_curves: None
+) -> None:
+    rows = tmp_path / "many.jsonl"
+    rows.write_text(40 * qa_file.read_text(encoding="utf-8"), encoding="utf-8")
+    run, log = Run(tmp_path / "run"), tmp_path / "log"
+    long_steps = ENDLESS | {"save_steps": 1, "gradient_accumulation_steps": 80}
+    recipe = write_recipe({"training": long_steps, "data.train": rows}, name="long.yaml")
+    child = soak.start(soak.forking(), recipe, run.folder, log)
+    try:
+        while not run.checkpoints and child.is_alive():
+            time.sleep(0.01)
+        time.sleep(0.05)  # into the next step
+        for _ in range(2):
+            os.kill(child.pid, signal.SIGTERM)
+            time.sleep(0.05)
+        child.join(60)
+        assert child.exitcode == -signal.SIGTERM, log.read_text()
+    finally:
+        child.kill()
+        child.join()
+    assert run.checkpoints == [1] and is_whole(run.folder / "checkpoints" / "step-00000001")
+    done(lora("train", recipe, "training.max_steps=2", "--resume"))
+    assert run.column("step") == [1, 2]
+
+
 # --- failing writes --------------------------------------------------------------------------------------------------
 
 
