@@ -64,9 +64,11 @@ def lora(arguments: list[str], log: Path) -> None:
                 os.dup2(file.fileno(), stream)
         from lora_cli.cli.app import main
 
-        sys.exit(main(arguments))
+        code = main(arguments)
+        sys.stdout.flush()
+        os._exit(code)  # what multiprocessing does at an end is not lora's, nor a signal that comes meanwhile
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        os._exit(128 + signal.SIGINT)
 
 
 def start(context: Any, recipe: Path, run: Path, log: Path, *more: str) -> BaseProcess:
