@@ -199,6 +199,9 @@ class Training(Section):
         description="Of several processes each holds a part of base, adapter and optimizer state (FSDP2), not a copy "
         "(DDP).",
     )
+    deepspeed: Text | None = Field(
+        None, description="DeepSpeed's configuration, a JSON file whose zero_optimization says what is sharded (ZeRO)."
+    )
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"], ...] = Field(
         (), description="Trackers that get the metrics too, through Accelerate."
     )

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 
 from lora_cli.errors import UserError
-from lora_cli.training.processes import laid_out_as, whole
+from lora_cli.training.processes import fill, laid_out_as, shape_of, whole
 from lora_cli.weights.shards import read_headers, whole_folder
 
 MANIFEST = "manifest.json"
@@ -76,7 +76,7 @@ def capture(progress: Progress, parameters: NamedParameters, optimizer: torch.op
 def host_copy(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous copy in host memory, whole; every process must call this, since sharded tensors are gathered."""
     # A copy each: 8-bit optimizers share one table of levels, and safetensors refuses shared storage.
-    return whole(tensor.detach()).cpu().clone().contiguous()
+    return whole(tensor).detach().cpu().clone().contiguous()
 
 
 def write(folder: Path, state: State) -> Path:
@@ -160,7 +160,7 @@ def restore(state: State, parameters: NamedParameters, optimizer: torch.optim.Op
     for key, value in (*state.document["optimizer"]["numbers"].items(), *state.optimizer.items()):
         index, _, name = key.partition(".")
         parameter = parameters[int(index)][1]
-        is_moment = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        is_moment = isinstance(value, torch.Tensor) and value.shape == shape_of(parameter)
         entries.setdefault(int(index), {})[name] = laid_out_as(value, parameter) if is_moment else value
     optimizer.load_state_dict({"state": entries, "param_groups": state.document["optimizer"]["param_groups"]})
     if process < len(state.document["random"]):
@@ -176,9 +176,9 @@ def restore_weights(state: State, parameters: NamedParameters) -> None:
         raise UserError("the checkpoint holds other parameters than the recipe trains")
     with torch.no_grad():
         for name, parameter in parameters:
-            if parameter.shape != state.weights[name].shape:
+            if shape_of(parameter) != state.weights[name].shape:
                 raise UserError(f"{name} has another shape in the checkpoint")
-            parameter.copy_(laid_out_as(state.weights[name], parameter))
+            fill(parameter, state.weights[name])
 
 
 def _split_state(state: dict[int, dict[str, Any]]) -> tuple[Tensors, dict[str, Any]]:

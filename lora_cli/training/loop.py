@@ -29,12 +29,12 @@ from lora_cli.training.nonfinite import check_finite, count_skipped, weight_norm
 from lora_cli.training.optimizer import learning_rate_at
 from lora_cli.training.out_of_memory import out_of_memory
 from lora_cli.training.prepare import Prepared
-from lora_cli.training.processes import firsts, highest, is_broken_connection, own_share, summed, whole
+from lora_cli.training.processes import firsts, highest, is_broken_connection, own_share, summed
 from lora_cli.training.proof import digests, prove
 from lora_cli.training.record import now, provenance, result_record, run_record, tell
 from lora_cli.training.resume import choose_weights, go_on, keeps_best, restore, save
 from lora_cli.training.setup import Trainer, parameters, set_up, unwrap
-from lora_cli.training.sharding import is_sharded
+from lora_cli.training.sharding import backward, clip_gradient, is_sharded
 from lora_cli.weights.shards import whole_folder
 
 PROOF_TOKENS = 64
@@ -182,14 +182,14 @@ def take_step(trainer: Trainer, step: Step, learning_rate: float) -> tuple[float
     micro_batches = own_share(step.micro_batches, accelerator)
     for index, (rows, weight) in enumerate(micro_batches):
         batch = collate(trainer.job.train.examples, rows, trainer.packing, pad_token_id(trainer.job.tokenizer))
-        with nullcontext() if index == len(micro_batches) - 1 else accelerator.no_sync(trainer.model):
+        last = index == len(micro_batches) - 1
+        with nullcontext() if last else accelerator.no_sync(trainer.model):
             nll = weight * summed_loss(trainer.model, batch.to(accelerator.device))
-            accelerator.backward(nll * accelerator.num_processes / step.supervised)
+            backward(accelerator, trainer.model, optimizer, nll * accelerator.num_processes / step.supervised, last)
         total += nll.detach()
     weights = [parameter for _, parameter in parameters(trainer)]
-    grad_norm = accelerator.clip_grad_norm_(weights, training.max_grad_norm or float("inf"))
-    assert grad_norm is not None
-    loss, norm = float(summed(total, accelerator)) / step.supervised, float(whole(grad_norm))
+    norm = clip_gradient(accelerator, optimizer, weights, training.max_grad_norm or float("inf"))
+    loss = float(summed(total, accelerator)) / step.supervised
     is_finite = math.isfinite(loss) and math.isfinite(norm)
     if not is_finite:
         optimizer.zero_grad()

@@ -66,7 +66,7 @@ def check_finite(trainer: Trainer, step: int, **values: float) -> None:
 
 def weight_norm(trainer: Trainer) -> float:
     """The norm of all trained weights; infinite or NaN when one of them is."""
-    return float(whole(torch.nn.utils.get_total_norm([parameter.detach() for _, parameter in parameters(trainer)])))
+    return float(torch.nn.utils.get_total_norm([whole(parameter).detach() for _, parameter in parameters(trainer)]))
 
 
 def _told(**values: float) -> str:

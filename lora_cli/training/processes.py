@@ -11,6 +11,8 @@ from accelerate.utils import broadcast_object_list
 from torch import distributed
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lora_cli.training.zero import fill_zero, gather, is_partitioned, is_zero_parameter
+
 Item = TypeVar("Item")
 
 
@@ -35,7 +37,14 @@ def summed(tensor: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or all processes' shards of it together; every process must call this."""
+    if is_partitioned(tensor):
+        return gather(tensor)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shape_of(parameter: torch.Tensor) -> torch.Size:
+    """The parameter's whole shape: partitioned by DeepSpeed, it has none of its own."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def firsts(value: Item) -> Item:
@@ -50,6 +59,14 @@ def laid_out_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if isinstance(like, DTensor):
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
     return tensor
+
+
+def fill(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Put a whole tensor into a parameter, each process its shard; every process must call this."""
+    if is_zero_parameter(parameter):
+        fill_zero(parameter, value)
+    else:
+        parameter.copy_(laid_out_as(value, parameter))
 
 
 def highest(number: int, accelerator: Accelerator) -> int:

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from lora_cli.errors import RunError
 from lora_cli.evaluation.loss import evaluating
 from lora_cli.model.adapters import trainable_parameters
-from lora_cli.training.processes import laid_out_as
+from lora_cli.training.processes import fill
+from lora_cli.training.zero import is_partitioned
 from lora_cli.weights.check import ADAPTER_WEIGHTS, PEFT_PREFIX
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _check_logits(folder: Path, where: str, model: PeftModel, stored: Tensors, i
     if effect == 0:
         what = f"the adapter changes no logit of a training row, even {times:,} times enlarged"
         raise RunError(what, where, f"{KEPT}; raise training.learning_rate, or train for more steps")
-    sharded = any(isinstance(weight, DTensor) for weight in model.parameters())
+    sharded = any(isinstance(weight, DTensor) or is_partitioned(weight) for weight in model.parameters())
     again = _refilled(model, adapter, stored) if sharded else _reloaded(model, adapter, folder)
     with again as name, rescale_adapter_scale(model, times):
         error = float((_logits(model, name, ids) - trained).norm())
@@ -143,7 +144,7 @@ def _refilled(model: PeftModel, trained: str, stored: Tensors) -> Iterator[str]:
     """The ``trained`` adapter, whose sharded weights are taken from the file: PEFT loads no second one beside it."""
     with torch.no_grad():
         for name, weight in trainable_parameters(model):
-            weight.copy_(laid_out_as(stored[stored_name(name)], weight))
+            fill(weight, stored[stored_name(name)])
     yield trained
 
 

@@ -21,7 +21,7 @@ from lora_cli.training.display import Display
 from lora_cli.training.optimizer import check_warmup, make_optimizer
 from lora_cli.training.out_of_memory import largest_batch
 from lora_cli.training.prepare import Prepared
-from lora_cli.training.sharding import is_sharded, make_accelerator
+from lora_cli.training.sharding import is_sharded, make_accelerator, prepare_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,7 +33,7 @@ class Trainer:
 
     job: Prepared
     accelerator: Accelerator
-    model: PeftModel
+    model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     packing: bool
@@ -69,12 +69,12 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     else:
         model = continue_adapter(base, Path(recipe.adapter.init_from), recipe.adapter)
     optimizer = make_optimizer(recipe.training, [p for _, p in trainable_parameters(model)])
-    model, optimizer = accelerator.prepare(model, optimizer)
-    model.train()
+    prepared, optimizer = prepare_model(accelerator, model, optimizer, dtype)
+    prepared.train()
     set_seed(recipe.training.seed, device_specific=True)  # the same start on all processes, dropout of its own on each
     total = schedule.total_steps(recipe.training.num_train_epochs, recipe.training.max_steps)
     check_warmup(recipe.training, total)
-    return Trainer(job, accelerator, model, optimizer, schedule, packing, total, dtype, display)
+    return Trainer(job, accelerator, prepared, optimizer, schedule, packing, total, dtype, display)
 
 
 def make_schedule(job: Prepared, packing: bool, processes: int) -> Schedule:

@@ -1,14 +1,23 @@
-"""How Accelerate lays the model over processes: a copy on each, or shards (FSDP2)."""
+"""How Accelerate lays the model over processes: a copy on each, or shards (FSDP2, DeepSpeed ZeRO)."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.optim import Optimizer
 
 from lora_cli.errors import UserError
+from lora_cli.model.adapters import trainable_parameters
 from lora_cli.recipe.schema import Training
+from lora_cli.training.processes import whole
+from lora_cli.training.zero import ZeroOptimizer, configure, is_zero, zero_plugin
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def make_accelerator(training: Training, dtype: torch.dtype) -> Accelerator:
@@ -16,23 +25,62 @@ def make_accelerator(training: Training, dtype: torch.dtype) -> Accelerator:
 
     Raises UserError for FSDP's first version, whose flat parameters hide which tensors are the adapter's.
     """
+    plugins = {"fsdp_plugin": _fsdp_plugin(training), "deepspeed_plugin": zero_plugin(training)}
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no"),
         log_with=list(training.report_to) or None,
         project_dir=training.output_dir,
-        fsdp_plugin=_fsdp_plugin(training),
+        **plugins,
     )
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
-        _shard_on_cpu(accelerator, training)
+        _shard_on_cpu(accelerator, plugins["fsdp_plugin"], plugins["deepspeed_plugin"])
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UserError("FSDP 1 is not supported", "Accelerate's configuration", "set fsdp_version: 2")
+    if is_zero(accelerator):
+        configure(accelerator.state.deepspeed_plugin, training, accelerator.num_processes)
     return accelerator
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether each process holds a part of every weight."""
+    if is_zero(accelerator):
+        return int(accelerator.state.deepspeed_plugin.zero_stage) == 3
     return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+def prepare_model(
+    accelerator: Accelerator, model: PeftModel, optimizer: Optimizer, dtype: torch.dtype
+) -> tuple[torch.nn.Module, Optimizer]:
+    """Both as the processes hold them."""
+    if not is_zero(accelerator):
+        prepared: tuple[torch.nn.Module, Optimizer] = accelerator.prepare(model, optimizer)
+        return prepared
+    if dtype != torch.float32:  # as Accelerate does elsewhere; DeepSpeed would train the adapter in 16 bits as well
+        model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)  # type: ignore[method-assign]
+    engine, _ = accelerator.prepare(model, optimizer)
+    return engine, ZeroOptimizer(engine, [parameter for _, parameter in trainable_parameters(model)])
+
+
+def backward(
+    accelerator: Accelerator, model: torch.nn.Module, optimizer: Optimizer, loss: torch.Tensor, last: bool
+) -> None:
+    """Add the loss's gradient, summed over the processes after the step's ``last`` alone."""
+    if isinstance(optimizer, ZeroOptimizer):
+        optimizer.backward(loss, last)
+    else:
+        accelerator.backward(loss)
+
+
+def clip_gradient(
+    accelerator: Accelerator, optimizer: Optimizer, weights: list[torch.nn.Parameter], norm: float
+) -> float:
+    """Bound the gradient's norm; returns what it was. DeepSpeed bounds it when it takes the step."""
+    if isinstance(optimizer, ZeroOptimizer):
+        return float(optimizer.gradient_norm())
+    found = accelerator.clip_grad_norm_(weights, norm)
+    assert found is not None
+    return float(whole(found))
 
 
 def _fsdp_plugin(training: Training) -> FullyShardedDataParallelPlugin | None:
@@ -47,10 +95,16 @@ def _fsdp_plugin(training: Training) -> FullyShardedDataParallelPlugin | None:
     )
 
 
-def _shard_on_cpu(accelerator: Accelerator, training: Training) -> None:
-    """Accelerate (1.15) leaves its FSDP plugin unused on processors, where torch shards as well."""
-    plugin = _fsdp_plugin(training)
-    if plugin is not None:
-        accelerator.state.fsdp_plugin = plugin
-        for state in (accelerator.state, PartialState()):
-            state.distributed_type = DistributedType.FSDP
+def _shard_on_cpu(
+    accelerator: Accelerator, fsdp: FullyShardedDataParallelPlugin | None, zero: DeepSpeedPlugin | None
+) -> None:
+    """Accelerate (1.15) leaves its plugins unused on processors, where torch and DeepSpeed shard as well."""
+    state = accelerator.state
+    if fsdp is not None:
+        state.fsdp_plugin = fsdp
+    if zero is not None:
+        zero.select(_from_accelerator_state=True)
+        state.deepspeed_plugins = {"default": zero}
+    if fsdp is not None or zero is not None:
+        for each in (state, PartialState()):
+            each.distributed_type = DistributedType.DEEPSPEED if fsdp is None else DistributedType.FSDP
