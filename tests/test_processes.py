@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -153,6 +154,52 @@ def test_stopped_and_gone_on_with(recipe: Callable[..., Path], lora_process: Any
     assert found.column("loss") == wanted.column("loss")
     weights = "adapter/adapter_model.safetensors"
     assert (found.folder / weights).read_bytes() == (wanted.folder / weights).read_bytes()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero(stage: int, recipe: Callable[..., Path], lora: Any, lora_process: Any, tmp_path: Path) -> None:
+    """DeepSpeed's parts come and go as whole tensors: begun by it, gone on with by it or without it."""
+    pytest.importorskip("deepspeed", reason="an extra: pip install --no-build-isolation deepspeed")
+    configuration = tmp_path / "zero.json"
+    configuration.write_text(json.dumps({"zero_optimization": {"stage": stage}, "bf16": {"enabled": "auto"}}))
+    alone, shared = recipe(), recipe(TWO | {"training.deepspeed": str(configuration)})
+    done(lora("train", alone))
+    done(lora_process("train", shared, "--num-processes", "2"))
+    wanted, found = run_of(alone), run_of(shared)
+    assert_same_numbers(found, wanted)
+
+    weights = found.adapter_bytes
+    shutil.rmtree(found.folder / "checkpoints" / "step-00000008")
+    done(lora_process("train", shared, "--resume", "--num-processes", "2"))
+    assert found.adapter_bytes == weights
+    shutil.rmtree(found.folder / "checkpoints" / "step-00000008")
+    plain = ["training.gradient_accumulation_steps=4", "training.deepspeed=null"]
+    done(lora("train", shared, "--resume", *plain))
+    assert_same_numbers(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("content", "changes", "says"),
+    [
+        (None, {}, "zero.json"),
+        ('{"zero_optimization": 2}', {}, "names no stage"),
+        ('{"zero_optimization": {"stage": 3}}', {"quantization.method": "nf4"}, "training.fsdp: true"),
+        ("{}", {"training.fsdp": True}, "keep one"),
+        ("{}", {"training.optim": "adamw_8bit"}, "cannot be sharded"),
+        ("{}", {"training.on_nonfinite": "skip"}, "takes every step"),
+    ],
+)
+def test_zero_refused(
+    content: str | None, changes: dict[str, Any], says: str, recipe: Callable[..., Path], lora: Any, tmp_path: Path
+) -> None:
+    configuration = tmp_path / "zero.json"
+    if content is not None:
+        configuration.write_text(content)
+    refused = recipe(changes | {"training.deepspeed": str(configuration)})
+    result = lora("train", refused)
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert not run_of(refused).folder.exists()
 
 
 def children_of(process: int) -> list[int]:

@@ -200,7 +200,9 @@ class Training(Section):
         "(DDP).",
     )
     deepspeed: Text | None = Field(
-        None, description="DeepSpeed's configuration, a JSON file whose zero_optimization says what is sharded (ZeRO)."
+        None,
+        description="DeepSpeed's configuration, a JSON file whose zero_optimization says what is sharded (ZeRO). Batch "
+        "sizes, optimizer, schedule, clipping and precision stay the recipe's.",
     )
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"], ...] = Field(
         (), description="Trackers that get the metrics too, through Accelerate."
@@ -218,8 +220,13 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _sharding_and_optimizer_agree(self) -> Training:
-        if self.fsdp and self.optim.endswith("8bit"):
-            raise ValueError(f"training.optim: {self.optim} cannot be sharded; with training.fsdp use adamw_torch")
+        way = "fsdp" if self.fsdp else "deepspeed"
+        if self.fsdp and self.deepspeed is not None:
+            raise ValueError("training.deepspeed: shards what training.fsdp shards; keep one")
+        if (self.fsdp or self.deepspeed is not None) and self.optim.endswith("8bit"):
+            raise ValueError(f"training.optim: {self.optim} cannot be sharded; with training.{way} use adamw_torch")
+        if self.deepspeed is not None and self.on_nonfinite == "skip":
+            raise ValueError("training.on_nonfinite: skip does not go with training.deepspeed, which takes every step")
         return self
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Callable
@@ -124,9 +125,28 @@ def _check_without_torch(recipe: Recipe, folder: RunFolder, resume: bool, overwr
             tracker == "tensorboard" and importlib.util.find_spec("tensorboardX")
         ):
             faults.append(Fault(f"training.report_to: {tracker} is not installed", hint=f"pip install {tracker}"))
+    faults += _check_deepspeed(recipe)
     faults += check_data(recipe.data)
     if faults:
         raise UserError(faults)
+
+
+def _check_deepspeed(recipe: Recipe) -> list[Fault]:
+    path = recipe.training.deepspeed
+    if path is None:
+        return []
+    try:
+        stage = json.loads(Path(path).read_text(encoding="utf-8"))["zero_optimization"]["stage"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        hint = 'it is a JSON file such as {"zero_optimization": {"stage": 2}}'
+        return [Fault(f"training.deepspeed: names no stage of ZeRO: {error!r}", path, hint)]
+    if stage == 3 and recipe.quantization is not None:
+        return [Fault("training.deepspeed: stage 3 does not shard a quantized base", path, "use training.fsdp: true")]
+    if importlib.util.find_spec("deepspeed") is None:
+        return [
+            Fault("training.deepspeed: deepspeed is not installed", hint="pip install --no-build-isolation deepspeed")
+        ]
+    return []
 
 
 def _check_model(recipe: Recipe) -> None:

@@ -30,6 +30,8 @@ MAY_CHANGE = {
         "early_stopping_patience",
         "on_nonfinite",
         "gradient_checkpointing",
+        "fsdp",
+        "deepspeed",
         "report_to",
         "output_dir",
     )

@@ -30,10 +30,9 @@ def zero_plugin(training: Training) -> DeepSpeedPlugin | None:
 
 
 def configure(plugin: DeepSpeedPlugin, training: Training, processes: int) -> None:
-    """Leave steps, clipping and precision to the recipe: a step is one backward pass to DeepSpeed, in the weights' own
-    types."""
-    for precision in ("bf16", "fp16"):
-        plugin.deepspeed_config.pop(precision, None)
+    """Leave all but the sharding to the recipe: to DeepSpeed, a step is one backward pass in the weights' own types."""
+    for key in ("bf16", "fp16", "optimizer", "scheduler"):
+        plugin.deepspeed_config.pop(key, None)
     plugin.deepspeed_config |= {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -136,8 +135,8 @@ def gather(parameter: torch.Tensor) -> torch.Tensor:
 
 def fill_zero(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Put a whole tensor into a parameter and into the optimizer's copy of it; every process must call this."""
-    from deepspeed.utils import safe_set_full_fp32_param
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_set_full_fp32_param
 
     value = value.to(parameter.device)
     if is_partitioned(parameter):
