@@ -122,6 +122,29 @@ def test_two_machines_of_one_process_each(recipe: Callable[..., Path], lora: Any
     assert_same_numbers(run_of(shared), run_of(alone))
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_shards_by_the_launchers_own_configuration(
+    version: int, recipe: Callable[..., Path], lora: Any, tmp_path: Path
+) -> None:
+    fsdp = {"fsdp_version": version, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    usual = {"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no", "use_cpu": False, "num_processes": 2}
+    configuration = tmp_path / "accelerate.yaml"
+    configuration.write_text(json.dumps(usual | {"distributed_type": "FSDP", "fsdp_config": fsdp}))
+    alone, shared = recipe({"data.packing": True}), recipe({"data.packing": True} | TWO)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration)]
+    child = start([*launcher, "-m", "lora_cli"], "train", shared)
+    if version == 2:
+        done(lora("train", alone))
+    _, errors = child.communicate(timeout=200)
+    if version == 1:
+        assert child.returncode != 0
+        assert "set fsdp_version: 2" in errors
+        assert not run_of(shared).folder.exists()
+    else:
+        assert child.returncode == 0, errors
+        assert_same_numbers(run_of(shared), run_of(alone))
+
+
 def wait_for(folder: Path, step: int, child: subprocess.Popen[str]) -> None:
     """Until the run has logged a step."""
     metrics = folder / "metrics.jsonl"
@@ -162,17 +185,19 @@ def test_zero(stage: int, recipe: Callable[..., Path], lora: Any, lora_process: 
     pytest.importorskip("deepspeed", reason="an extra: pip install --no-build-isolation deepspeed")
     configuration = tmp_path / "zero.json"
     configuration.write_text(json.dumps({"zero_optimization": {"stage": stage}, "bf16": {"enabled": "auto"}}))
-    alone, shared = recipe(), recipe(TWO | {"training.deepspeed": str(configuration)})
+    packing = {"data.packing": stage == 3}
+    alone, shared = recipe(packing), recipe(packing | TWO | {"training.deepspeed": str(configuration)})
     done(lora("train", alone))
     done(lora_process("train", shared, "--num-processes", "2"))
     wanted, found = run_of(alone), run_of(shared)
     assert_same_numbers(found, wanted)
 
     weights = found.adapter_bytes
-    shutil.rmtree(found.folder / "checkpoints" / "step-00000008")
+    newest = max((found.folder / "checkpoints").iterdir()).name
+    shutil.rmtree(found.folder / "checkpoints" / newest)
     done(lora_process("train", shared, "--resume", "--num-processes", "2"))
     assert found.adapter_bytes == weights
-    shutil.rmtree(found.folder / "checkpoints" / "step-00000008")
+    shutil.rmtree(found.folder / "checkpoints" / newest)
     plain = ["training.gradient_accumulation_steps=4", "training.deepspeed=null"]
     done(lora("train", shared, "--resume", *plain))
     assert_same_numbers(found, wanted)

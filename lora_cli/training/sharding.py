@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lora_cli.errors import UserError
 from lora_cli.model.adapters import trainable_parameters
@@ -35,10 +37,9 @@ def make_accelerator(training: Training, dtype: torch.dtype) -> Accelerator:
     )
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         _shard_on_cpu(accelerator, plugins["fsdp_plugin"], plugins["deepspeed_plugin"])
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise UserError("FSDP 1 is not supported", "Accelerate's configuration", "set fsdp_version: 2")
     if is_zero(accelerator):
         configure(accelerator.state.deepspeed_plugin, training, accelerator.num_processes)
+        unset_hf_deepspeed_config()  # else from_pretrained keeps a part only, before the base has been checked whole
     return accelerator
 
 
@@ -84,14 +85,20 @@ def clip_gradient(
 
 
 def _fsdp_plugin(training: Training) -> FullyShardedDataParallelPlugin | None:
-    if not training.fsdp:
+    if training.fsdp:
+        options: dict[str, Any] = {"fsdp_version": 2, "auto_wrap_policy": "transformer_based_wrap"}
+    elif os.environ.get("ACCELERATE_USE_FSDP") == "true":  # a launcher's, from its own configuration
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise UserError("FSDP 1 is not supported", "Accelerate's configuration", "set fsdp_version: 2")
+        options = {}
+    else:
         return None
     return FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
         # Adapters stay float32, gradients are summed in float32; autocast alone says what is computed in 16 bits.
         mixed_precision_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        # Each process loads the base whole, as it is checked, and then keeps its part.
         cpu_ram_efficient_loading=False,
+        **options,
     )
 
 

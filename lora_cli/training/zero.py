@@ -7,6 +7,7 @@ gathered and filled by parameter, so that checkpoints and adapters are the same 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def zero_plugin(training: Training) -> DeepSpeedPlugin | None:
-    """The configuration that ``training.deepspeed`` names, with what the recipe itself says."""
-    if training.deepspeed is None:
+    """The configuration that ``training.deepspeed`` names, or that a launcher was given."""
+    if training.deepspeed is None and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         return None
-    plugin = DeepSpeedPlugin(hf_ds_config=json.loads(Path(training.deepspeed).read_text(encoding="utf-8")))
+    named = None if training.deepspeed is None else json.loads(Path(training.deepspeed).read_text(encoding="utf-8"))
+    plugin = DeepSpeedPlugin(hf_ds_config=named)
     configure(plugin, training, processes=1)
     return plugin
 
