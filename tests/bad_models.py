@@ -1,0 +1,226 @@
+"""Model folders that are damaged, of another kind, or not there."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from bad_input import LFS, ROW, Arguments, World, case
+
+
+@case("nowhere/model", "no such model folder")
+def missing_model(w: World) -> Arguments:
+    return w.train({"model.name_or_path": "./nowhere/model"})
+
+
+@case("modl", "no such model folder", "did you mean 'model'?")
+def misspelt_model(w: World) -> Arguments:
+    w.model()
+    return w.train({"model.name_or_path": "modl"})
+
+
+@case("somebody/something", "HF_HUB_OFFLINE", "not in the local cache")
+def hub_id_while_offline(w: World) -> Arguments:
+    return w.train({"model.name_or_path": "somebody/something"})
+
+
+@case("no config.json", "model")
+def no_config(w: World) -> Arguments:
+    (w.root / w.model() / "config.json").unlink()
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/config.json", "line 1")
+def broken_config(w: World) -> Arguments:
+    w.file(f"{w.model()}/config.json", '{"model_type": "gpt2"')
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/config.json")
+def config_that_is_a_list(w: World) -> Arguments:
+    w.file(f"{w.model()}/config.json", "[]")
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/config.json", "gpt17")
+def unknown_model_type(w: World) -> Arguments:
+    w.edit_json(w.model() / "config.json", model_type="gpt17")
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/config.json", "'vit'", "no causal language model")
+def model_of_another_kind(w: World) -> Arguments:
+    w.file(f"{w.model()}/config.json", json.dumps({"model_type": "vit"}))
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model", "no tokenizer", "tokenizer.json")
+def no_tokenizer(w: World) -> Arguments:
+    model = w.root / w.model()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model", "no usable tokenizer")
+def broken_tokenizer(w: World) -> Arguments:
+    w.file(f"{w.model()}/tokenizer.json", "{")
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model", "no usable tokenizer")
+def tokenizer_that_is_none(w: World) -> Arguments:
+    w.file(f"{w.model()}/tokenizer.json", "{}")
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model", "tokenizer", "vocabulary", "300")
+def tokenizer_of_a_larger_vocabulary(w: World) -> Arguments:
+    w.edit_json(w.model() / "config.json", vocab_size=300)
+
+    def shorten(tensors: dict[str, Any]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith(("wte.weight", "lm_head.weight")):
+                tensors[name] = tensor[:300]
+
+    w.tensors("model/model.safetensors", shorten)
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model", "no safetensors weights")
+def no_weights(w: World) -> Arguments:
+    (w.root / w.model() / "model.safetensors").unlink()
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model", "no safetensors weights", "pytorch_model.bin", "save the model again with safetensors")
+def pickled_weights(w: World) -> Arguments:
+    (w.root / w.model() / "model.safetensors").rename(w.root / "model" / "pytorch_model.bin")
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/model.safetensors", "not a whole safetensors file", "bytes", "again")
+def truncated_weights(w: World) -> Arguments:
+    w.truncate(w.model() / "model.safetensors")
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/model.safetensors", "not a whole safetensors file")
+def weights_cut_within_the_header(w: World) -> Arguments:
+    w.truncate(w.model() / "model.safetensors", 0.001)
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/model.safetensors", "not a whole safetensors file")
+def empty_weights(w: World) -> Arguments:
+    w.file(f"{w.model()}/model.safetensors", b"")
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/model.safetensors", "h.0.mlp.c_fc.weight", "[32, 130]", "[32, 128]", "config.json")
+def weights_of_another_shape(w: World) -> Arguments:
+    def widen(tensors: dict[str, Any]) -> None:
+        name = next(name for name in tensors if name.endswith("h.0.mlp.c_fc.weight"))
+        tensors[name] = tensors[name].new_zeros(32, 130)
+
+    w.tensors(w.model() / "model.safetensors", widen)
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/model.safetensors.index.json", "model-00002-of-00002.safetensors")
+def missing_shard(w: World) -> Arguments:
+    model = w.root / w.model()
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    w.file("model/model.safetensors.index.json", json.dumps({"weight_map": shards}))
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/model.safetensors.index.json", "not a readable shard index")
+def broken_shard_index(w: World) -> Arguments:
+    w.file(f"{w.model()}/model.safetensors.index.json", "{}")
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model", "lack", "h.1.ln_2.weight", loads=True)
+def missing_tensor(w: World) -> Arguments:
+    def drop(tensors: dict[str, Any]) -> None:
+        del tensors[next(name for name in tensors if name.endswith("h.1.ln_2.weight"))]
+
+    w.tensors(w.model() / "model.safetensors", drop)
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model", "quantized already (bitsandbytes)", "leave the quantization out")
+def quantize_again_in_training(w: World) -> Arguments:
+    w.edit_json(w.model() / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    return w.train({"model.name_or_path": "model", "quantization.method": "nf4"})
+
+
+@case("model", "quantized already (gptq)", "unquantized model")
+def quantize_again(w: World) -> Arguments:
+    w.edit_json(w.model() / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    return ["quantize", "model", "--out", "out"]
+
+
+@case("model/model.safetensors", "not a whole safetensors file")
+def weights_that_git_lfs_did_not_fetch(w: World) -> Arguments:
+    w.file(f"{w.model()}/model.safetensors", LFS)
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/config.json", "not readable")
+def config_that_git_lfs_did_not_fetch(w: World) -> Arguments:
+    w.file(f"{w.model()}/config.json", LFS)
+    return ["quantize", "model", "--out", "out"]
+
+
+@case("model/config.json", "'t5'", "no causal language model")
+def encoder_and_decoder(w: World) -> Arguments:
+    w.file(f"{w.model()}/config.json", json.dumps({"model_type": "t5"}))
+    return ["eval", "model", "--data", w.rows(ROW)]
+
+
+@case("model/config.json", "None")
+def config_without_a_type(w: World) -> Arguments:
+    w.edit_json(w.model() / "config.json", model_type=...)
+    return ["eval", "model", "--data", w.rows(ROW)]
+
+
+@case("model/config.json", "['gpt2']", "unknown to transformers")
+def config_with_a_type_that_is_a_list(w: World) -> Arguments:
+    w.edit_json(w.model() / "config.json", model_type=["gpt2"])
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("nothing", "no such model folder")
+def quantize_of_nothing(w: World) -> Arguments:
+    return ["quantize", "nothing", "--out", "out"]
+
+
+@case("model/model.safetensors", "not a whole safetensors file")
+def quantize_of_truncated_weights(w: World) -> Arguments:
+    w.truncate(w.model() / "model.safetensors")
+    return ["quantize", "model", "--out", "out"]
+
+
+@case("nothing", "no such model folder")
+def eval_of_a_missing_target(w: World) -> Arguments:
+    return ["eval", "nothing", "--data", w.rows(ROW)]
+
+
+@case("model", "no tokenizer")
+def eval_without_a_tokenizer(w: World) -> Arguments:
+    (w.root / w.model() / "tokenizer.json").unlink()
+    return ["eval", "model", "--data", w.rows(ROW)]
+
+
+@case("model/model.safetensors", "not a whole safetensors file")
+def eval_of_truncated_weights(w: World) -> Arguments:
+    w.truncate(w.model() / "model.safetensors")
+    return ["eval", "model", "--data", w.rows(ROW)]
+
+
+@case("an adapter", "base")
+def adapter_given_as_model(w: World) -> Arguments:
+    return w.train({"model.name_or_path": str(w.run() / "adapter")})

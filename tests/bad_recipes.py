@@ -1,0 +1,125 @@
+"""Recipes that are wrong, in themselves or for the model they name. tests/test_recipe.py has many more."""
+
+from __future__ import annotations
+
+from bad_input import Arguments, World, case
+
+
+@case("recipe.yaml:", "adapter.lora_alhpa", "did you mean 'lora_alpha'?")
+def misspelt_key_in_a_section(w: World) -> Arguments:
+    return w.train({"adapter.lora_alhpa": 8})
+
+
+@case("recipe.yaml:", "optimizer")
+def unknown_section(w: World) -> Arguments:
+    return w.train({"optimizer": {"lr": 1}})
+
+
+@case("training.learning_rat=1e-4", "did you mean 'learning_rate'?")
+def misspelt_override(w: World) -> Arguments:
+    return w.train({}, "training.learning_rat=1e-4")
+
+
+@case("recipe.yaml:", "adapter.r", "whole number", "sixteen")
+def wrong_type(w: World) -> Arguments:
+    return w.train({"adapter.r": "sixteen"})
+
+
+@case("recipe.yaml:", "model.name_or_path", "text", "in quotes")
+def number_for_text(w: World) -> Arguments:
+    return w.train({"model.name_or_path": 7})
+
+
+@case("recipe.yaml:", "adapter.r", "at least 1", "0")
+def rank_zero(w: World) -> Arguments:
+    return w.train({"adapter.r": 0})
+
+
+@case("training.learning_rate", "above 0", "-0.001")
+def negative_rate(w: World) -> Arguments:
+    return w.train({"training.learning_rate": -0.001})
+
+
+@case("recipe.yaml:", "training.learning_rate", "above 0", "nan")
+def nan_rate(w: World) -> Arguments:
+    return w.train({"training.learning_rate": float("nan")})
+
+
+@case("nothing.yaml", "no such file")
+def missing_recipe(w: World) -> Arguments:
+    return ["train", "nothing.yaml"]
+
+
+@case("learning_rate", "adapter.r", "optimizr")
+def several_faults_in_a_recipe(w: World) -> Arguments:
+    return w.train({"training.learning_rate": -1.0, "adapter.r": 0, "training.optimizr": "x"})
+
+
+@case("recipe.yaml:2:3: adapter.a0: unknown key", "... and 288 more")
+def hundreds_of_faults(w: World) -> Arguments:
+    return ["train", w.file("recipe.yaml", "adapter:\n" + "".join(f"  a{n}: 1\n" for n in range(297)))]
+
+
+@case("recipe.yaml:1:1", r"\x1b[31mred", "unknown key")
+def names_that_would_paint_the_terminal(w: World) -> Arguments:
+    return ["train", w.file("recipe.yaml", '"\\e[31mred": 1\nmodel: {name_or_path: x}\ndata: {train: x}\n')]
+
+
+@case("rows.jsonl:1", r"columns seen: \x1b[2J\n\n", "...")
+def columns_that_would_fill_the_terminal(w: World) -> Arguments:
+    columns = {"data.format": "text"}
+    return w.train(columns, data=w.rows({"\x1b[2J" + "\n" * 50 + "x" * 100_000: "a"}))
+
+
+@case(
+    "training.report_to: wandb", "pip install wandb", "missing.jsonl", "no such data file", "nowhere", "no such model"
+)
+def several_faults_outside_the_recipe(w: World) -> Arguments:
+    changes = {"training.report_to": ["wandb"], "model.name_or_path": "nowhere"}
+    return w.train(changes, data="missing.jsonl")
+
+
+@case("training.report_to: trackio is not installed", "pip install trackio")
+def tracker_not_installed(w: World) -> Arguments:
+    return w.train({"training.report_to": ["trackio"]})
+
+
+@case("recipe.yaml:", "HF_TOKEN looks to be a secret", "leave it in the environment")
+def secret_in_a_recipe(w: World) -> Arguments:
+    return w.train({"model.name_or_path": "https://user:${HF_TOKEN}@hub/model"})
+
+
+@case("training.output_dir=${wandb_api_key:-runs} (command line)", "looks to be a secret")
+def secret_in_an_override(w: World) -> Arguments:
+    return w.train({}, "training.output_dir=${wandb_api_key:-runs}")
+
+
+@case("recipes", "this is a folder", "did you mean 'recipes/recipe.yaml'?")
+def folder_as_recipe(w: World) -> Arguments:
+    w.file("recipes/recipe.yaml", "")
+    return ["train", "recipes"]
+
+
+@case("adapter.target_modules: 'q_proj'", "c_attn", "c_proj", "c_fc")
+def targets_of_another_architecture(w: World) -> Arguments:
+    return w.train({"adapter.target_modules": ["q_proj"]})
+
+
+@case("adapter.target_modules: 'c_atn'", "did you mean 'c_attn'?")
+def misspelt_target(w: World) -> Arguments:
+    return w.train({"adapter.target_modules": ["c_fc", "c_atn"]})
+
+
+@case("adapter.target_modules", r".*\.query", "c_attn")
+def pattern_without_match(w: World) -> Arguments:
+    return w.train({"adapter.target_modules": r".*\.query"})
+
+
+@case("adapter.target_modules", "regular expression", "(c_attn", "c_fc")
+def broken_pattern(w: World) -> Arguments:
+    return w.train({"adapter.target_modules": "(c_attn"})
+
+
+@case("adapter.r: 64", "32")
+def rank_wider_than_the_layer(w: World) -> Arguments:
+    return w.train({"adapter.r": 64})

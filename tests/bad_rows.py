@@ -1,0 +1,269 @@
+"""Data that cannot be read, or nothing be learned from."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from bad_input import ROW, Arguments, World, case
+
+
+@case("rows.jsonl:3", "not valid JSON", "one JSON object a line")
+def broken_json_line(w: World) -> Arguments:
+    rows = f"{json.dumps(ROW)}\n\n{{'question': 1}}\n{json.dumps(ROW)}\n"
+    return w.train(data=w.file("rows.jsonl", rows))
+
+
+@case("rows.jsonl:2", "rows.jsonl:4")
+def two_broken_lines_at_once(w: World) -> Arguments:
+    return w.train(data=w.file("rows.jsonl", f"{json.dumps(ROW)}\n{{\n{json.dumps(ROW)}\n]\n"))
+
+
+@case("rows.jsonl:1", "rows.jsonl:10", "there may be more")
+def a_hundred_broken_lines(w: World) -> Arguments:
+    return w.train(data=w.file("rows.jsonl", "oops\n" * 100))
+
+
+@case("rows.jsonl:2", "not UTF-8", "0xe9", "save the file as UTF-8")
+def jsonl_in_latin_1(w: World) -> Arguments:
+    return w.train(data=w.file("rows.jsonl", json.dumps(ROW).encode() + b'\n{"question": "caf\xe9", "answer": " x"}\n'))
+
+
+@case("rows.csv:3", "not UTF-8", "0xe9", "UTF-8")
+def csv_in_latin_1(w: World) -> Arguments:
+    return w.train(data=w.file("rows.csv", b"question,answer\na,b\ncaf\xe9,d\n"))
+
+
+@case("rows.json:2", "not UTF-8")
+def json_in_utf_16(w: World) -> Arguments:
+    return w.train(data=w.file("rows.json", b"[\n\xff\xfe]"))
+
+
+@case("rows.jsonl", "holds no rows", "at least one row")
+def empty_file(w: World) -> Arguments:
+    return w.train(data=w.file("rows.jsonl", ""))
+
+
+@case("rows.json", "holds no rows")
+def empty_list(w: World) -> Arguments:
+    return w.train(data=w.file("rows.json", "[]"))
+
+
+@case("rows.csv", "holds no rows")
+def csv_with_a_header_alone(w: World) -> Arguments:
+    return w.train(data=w.file("rows.csv", "question,answer\n"))
+
+
+@case("empty.jsonl", "holds no rows")
+def empty_part_of_a_mixture(w: World) -> Arguments:
+    return w.train({"data.train": [w.rows(ROW), {"path": w.file("empty.jsonl", "\n\n"), "weight": 2.0}]})
+
+
+@case("rows.jsnl", "no such data file", "did you mean 'rows.jsonl'?")
+def misspelt_file(w: World) -> Arguments:
+    w.rows(ROW)
+    return w.train(data="rows.jsnl")
+
+
+@case("data/train.jsonl", "no such data file", "paths are relative to")
+def missing_file(w: World) -> Arguments:
+    return w.train(data="data/train.jsonl")
+
+
+@case("validation.jsonl", "no such data file")
+def missing_validation_file(w: World) -> Arguments:
+    return w.train({"data.validation": "validation.jsonl"})
+
+
+@case("folder", "holds no data file", ".jsonl", ".parquet")
+def folder_without_data(w: World) -> Arguments:
+    w.file("folder/readme.md", "nothing")
+    return w.train(data="folder")
+
+
+@case("folder/*.jsonl", "no data file matches")
+def glob_without_match(w: World) -> Arguments:
+    return w.train(data="folder/*.jsonl")
+
+
+@case("rows.xlsx", "cannot read files of type '.xlsx'", ".csv")
+def unknown_suffix(w: World) -> Arguments:
+    return w.train(data=w.file("rows.xlsx", "PK"))
+
+
+@case("somebody/rows", "hub")
+def data_on_the_hub_while_offline(w: World) -> Arguments:
+    return w.train(data="somebody/rows")
+
+
+@case("rows.csv:3", "3 cells under 2 columns", "question, answer")
+def ragged_csv(w: World) -> Arguments:
+    return w.train(data=w.file("rows.csv", "question,answer\na,b\na,b,c\n"))
+
+
+@case("rows.csv:1", "column named twice: answer")
+def csv_column_twice(w: World) -> Arguments:
+    return w.train(data=w.file("rows.csv", "answer,answer\na,b\n"))
+
+
+@case("rows.csv:", "not valid CSV")
+def csv_quote_left_open(w: World) -> Arguments:
+    return w.train(data=w.file("rows.csv", 'question,answer\na,"b\n'))
+
+
+@case("rows.parquet", "not a readable Parquet file")
+def broken_parquet(w: World) -> Arguments:
+    return w.train(data=w.file("rows.parquet", b"PAR1 no PAR1"))
+
+
+@case("rows.jsonl:2", "expected a JSON object, found a list")
+def json_line_that_is_no_object(w: World) -> Arguments:
+    return w.train(data=w.rows(ROW, [1, 2]))
+
+
+@case("rows.json (row 2)", "expected an object, found a number")
+def json_item_that_is_no_object(w: World) -> Arguments:
+    return w.train(data=w.file("rows.json", json.dumps([ROW, 5])))
+
+
+@case("rows.json:2", "not valid JSON")
+def broken_json(w: World) -> Arguments:
+    return w.train(data=w.file("rows.json", '[\n{"question": ]'))
+
+
+@case("rows.json", "expected a list of objects, found an object")
+def json_that_is_no_list(w: World) -> Arguments:
+    return w.train(data=w.file("rows.json", json.dumps(ROW)))
+
+
+@case("rows.jsonl:2", "no column 'completion' or 'answer'", "columns seen: question, reply", "data.columns")
+def row_without_a_column(w: World) -> Arguments:
+    return w.train(data=w.rows(ROW, {"question": "Why?", "reply": " x"}))
+
+
+@case("rows.jsonl:2", "column 'answer' is null", "columns seen: question, answer")
+def row_with_null(w: World) -> Arguments:
+    return w.train(data=w.rows(ROW, ROW | {"answer": None}))
+
+
+@case("rows.jsonl:1", "column 'answer' holds", "number", "expected text")
+def row_with_a_number(w: World) -> Arguments:
+    return w.train(data=w.rows(ROW | {"answer": 5}, ROW))
+
+
+@case("rows.jsonl:1", "half a character", "\\ud800")
+def row_with_a_lone_surrogate(w: World) -> Arguments:
+    return w.train(data=w.rows({"text": "half \ud83d"}))
+
+
+@case("rows.jsonl:1", "ask, reply", "prompt/question + completion/answer", "data.columns")
+def columns_unknown_to_auto(w: World) -> Arguments:
+    return w.train(data=w.rows({"ask": "Why?", "reply": "x"}))
+
+
+@case("rows.jsonl:1", "no column", "asked", "columns seen: question, answer")
+def mapped_column_missing(w: World) -> Arguments:
+    return w.train({"data.columns": {"prompt": "asked"}, "data.format": "prompt_completion"}, data=w.rows(ROW))
+
+
+def chat(w: World, *turns: Any, model: str = "llama") -> Arguments:
+    good = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    changes = {"data.format": "chat", "model.name_or_path": getattr(w, model)}
+    return w.train(changes, data=w.rows(good, *({"messages": turn} for turn in turns)))
+
+
+@case("rows.jsonl:2", "messages[0]", "unknown role 'robot'", "user, assistant")
+def chat_with_a_bad_role(w: World) -> Arguments:
+    return chat(w, [{"role": "robot", "content": "Beep"}])
+
+
+@case("rows.jsonl:2", "messages", "list of turns", "{role, content}")
+def chat_without_turns(w: World) -> Arguments:
+    return chat(w, [])
+
+
+@case("rows.jsonl:2", "messages[1]", "null or missing")
+def chat_with_null_content(w: World) -> Arguments:
+    return chat(w, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}])
+
+
+@case("rows.jsonl:2", "messages[0]", "expected a turn")
+def chat_turn_that_is_text(w: World) -> Arguments:
+    return chat(w, ["Hi"])
+
+
+@case("chat template", "instruct model", "data.format")
+def chat_without_a_template(w: World) -> Arguments:
+    return chat(w, model="gpt2")
+
+
+@case("rows.jsonl:2", "chat template", "roles must alternate")
+def conversation_that_the_template_refuses(w: World) -> Arguments:
+    text = "{% for m in messages %}{% if loop.index0 % 2 != (m.role == 'assistant')|int %}"
+    text += "{{ raise_exception('roles must alternate') }}{% endif %}{{ m.role + m.content }}{% endfor %}"
+    w.file(f"{w.model('llama')}/chat_template.jinja", text)
+    good = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    twice = {"messages": [good["messages"][0], *good["messages"]]}
+    return w.train({"data.format": "chat", "model.name_or_path": "model"}, data=w.rows(good, twice))
+
+
+@case("chat template is broken", "line 1", "chat_template.jinja")
+def broken_chat_template(w: World) -> Arguments:
+    w.file(f"{w.model('llama')}/chat_template.jinja", "{% for m in messages %}{{ m.content ")
+    rows = w.rows({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]})
+    return w.train({"data.format": "chat", "model.name_or_path": "model"}, data=rows)
+
+
+def template(w: World, prompt: str, completion: str) -> Arguments:
+    return w.train({"data.template": {"prompt": prompt, "completion": completion}}, data=w.rows(ROW))
+
+
+@case("data.template.prompt", "{{ and }}")
+def template_with_an_open_brace(w: World) -> Arguments:
+    return template(w, "Q: {question", " {answer}")
+
+
+@case("data.template.completion", "answer.__class__", "write {column}")
+def template_that_reaches_into_a_value(w: World) -> Arguments:
+    return template(w, "Q: {question}", " {answer.__class__}")
+
+
+@case("data.template.prompt", "no column", "write {column}")
+def template_with_an_empty_field(w: World) -> Arguments:
+    return template(w, "Q: {}", " {answer}")
+
+
+@case("rows.jsonl:1", "no column 'reply'", "columns seen: question, answer")
+def template_of_a_missing_column(w: World) -> Arguments:
+    return template(w, "Q: {question}", " {reply}")
+
+
+@case("data.train", "nothing to learn", "first 4", "data.max_length")
+def nothing_left_to_learn(w: World) -> Arguments:
+    return w.train({"data.max_length": 4}, data=w.rows({"question": "Why do swallows fly? " * 9, "answer": " So."}))
+
+
+@case("data.validation", "none", "first 4")
+def nothing_left_to_evaluate(w: World) -> Arguments:
+    long = w.rows({"question": "Why do swallows fly? " * 9, "answer": " So."}, name="long.jsonl")
+    return w.train({"data.max_length": 4, "data.validation": long}, data=w.rows({"text": "Swallows fly."}))
+
+
+@case("rows.jsonl", "at least two rows")
+def share_of_one_row(w: World) -> Arguments:
+    return w.train({"data.validation": 0.5}, data=w.rows(ROW))
+
+
+@case("rows.jsonl:1", "not valid JSON")
+def quantize_with_broken_rows(w: World) -> Arguments:
+    return ["quantize", w.gpt2, "--out", "out", "--data", w.file("rows.jsonl", "oops\n")]
+
+
+@case("missing.jsonl", "no such data file")
+def eval_of_missing_rows(w: World) -> Arguments:
+    return ["eval", w.gpt2, "--data", "missing.jsonl"]
+
+
+@case("nothing to measure on", "--data")
+def eval_without_rows(w: World) -> Arguments:
+    return ["eval", w.gpt2]
