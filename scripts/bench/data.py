@@ -1,0 +1,50 @@
+"""Rows to train on: MedQuAD where it stands beside the checkout, else rows of the same lengths, generated."""
+
+from __future__ import annotations
+
+import json
+import random
+from itertools import accumulate, islice
+from pathlib import Path
+
+from bench.processes import ROOT
+
+MEDQUAD = ROOT.parent / "shared" / "data" / "medquad"
+WORDS = 4000
+MEDIAN_WORDS, SPREAD, MOST_WORDS = 140, 0.95, 4000  # of an answer in MedQuAD: log-normal, roughly
+
+
+def texts(seed: int) -> tuple[str, list[dict[str, str]], list[dict[str, str]]]:
+    """Where the rows come from, those to train on and those held out: ``prompt`` and ``completion``."""
+    if MEDQUAD.is_dir():
+        return "MedQuAD", _medquad("train"), _medquad("validation")
+    draw = random.Random(seed)
+    words = sorted({"".join(draw.choices("aeiourstlnmdk", k=draw.randint(2, 9))) for _ in range(WORDS)})
+    draw.shuffle(words)
+    return "generated", _generate(draw, words, 4000), _generate(draw, words, 400)
+
+
+def _medquad(split: str) -> list[dict[str, str]]:
+    lines = (MEDQUAD / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [_row(row["question"], row["answer"]) for row in map(json.loads, lines)]
+
+
+def _generate(draw: random.Random, words: list[str], count: int) -> list[dict[str, str]]:
+    """Words drawn with the frequencies of language (Zipf), so that byte pairs are worth merging."""
+    summed = list(accumulate(1 / rank for rank in range(1, len(words) + 1)))
+
+    def text(length: int) -> str:
+        return " ".join(draw.choices(words, cum_weights=summed, k=length))
+
+    lengths = (min(MOST_WORDS, 1 + int(MEDIAN_WORDS * draw.lognormvariate(0, SPREAD))) for _ in range(count))
+    return [_row(text(draw.randint(4, 12)), text(length)) for length in lengths]
+
+
+def _row(question: str, answer: str) -> dict[str, str]:
+    return {"prompt": f"Question: {question}\nAnswer:", "completion": f" {answer}"}
+
+
+def write(path: Path, rows: list[dict[str, str]], count: int) -> str:
+    """The first ``count`` rows as .jsonl."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in islice(rows, count)), encoding="utf-8")
+    return str(path)

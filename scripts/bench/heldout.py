@@ -1,0 +1,66 @@
+"""One judge for everyone's adapter: loss on the held-out rows, row by row, through Transformers and PEFT alone;
+``python -m bench.heldout job.json``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bench.work import read_job, read_rows
+
+BASE = "base"
+
+
+def main(job: str) -> None:
+    """Writes losses.json: mean negative log-likelihood of the supervised tokens for each adapter, and for the base."""
+    work, folder, adapters = read_job(job)
+    tokenizer = AutoTokenizer.from_pretrained(work.model)
+    rows = []
+    for row in read_rows(work.heldout):
+        prompt, whole = (tokenizer(text)["input_ids"] for text in (row["prompt"], row["prompt"] + row["completion"]))
+        rows.append((len(prompt), torch.tensor([*whole, tokenizer.eos_token_id][: work.max_length])))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loading: dict[str, Any] = {"dtype": torch.float32, "device_map": device} if not work.nf4 else quantized()
+    base = AutoModelForCausalLM.from_pretrained(work.model, **loading).eval()
+    losses = {BASE: loss(base, rows, device)}
+    model = None
+    for name, path in adapters.items():
+        if model is None:
+            model = PeftModel.from_pretrained(base, path, adapter_name=name)
+        else:
+            model.load_adapter(path, adapter_name=name)
+        model.set_adapter(name)
+        losses[name] = loss(model.eval(), rows, device)
+        if len(model.peft_config) > 1:
+            model.delete_adapter(next(iter(model.peft_config)))
+    (folder / "losses.json").write_text(json.dumps(losses), encoding="utf-8")
+
+
+def quantized() -> dict[str, Any]:
+    """The base as the contestants train on it."""
+    from bench.peers.sft import nf4
+
+    return {"quantization_config": nf4(), "dtype": torch.bfloat16, "device_map": {"": 0}}
+
+
+@torch.no_grad()
+def loss(model: torch.nn.Module, rows: list[tuple[int, torch.Tensor]], device: str) -> float:
+    """Summed over tokens first, then divided by their number."""
+    total, count = 0.0, 0
+    for prompt, ids in rows:
+        ids = ids.to(device)
+        wanted = ids[prompt:]
+        logits = model(input_ids=ids[None]).logits[0, prompt - 1 : -1].float()
+        total += float(cross_entropy(logits, wanted, reduction="sum"))
+        count += len(wanted)
+    return total / count
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

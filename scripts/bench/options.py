@@ -1,0 +1,22 @@
+"""What the command line says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of ``scripts/bench/run``, shared by all benchmarks."""
+
+    benchmark: str
+    shape: str
+    rounds: int
+    steps: int
+    threads: int
+    dtype: str
+    gpu: bool
+    quick: bool
+    only: tuple[str, ...]
+    out: Path | None

@@ -1,0 +1,77 @@
+"""lora itself on the work, through its command line; what it did is read from the files of its run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bench.processes import Ended
+from bench.work import Did, Work
+
+
+def write_recipe(work: Work, folder: Path, options: dict[str, Any]) -> Path:
+    """The recipe for this work: what the work fixes and these dotted keys; all else is lora's default."""
+    packing = options.get("data.packing", True)
+    recipe: dict[str, Any] = {
+        "model": {"name_or_path": work.model},
+        "adapter": {"r": work.r, "lora_alpha": work.lora_alpha, "target_modules": list(work.targets)},
+        "data": {"train": work.train, "max_length": work.max_length},
+        "training": {
+            "output_dir": str(folder / "run"),
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": work.packed_batch_size if packing else work.batch_size,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": work.learning_rate,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+            "seed": work.seed,
+            "logging_steps": 1,
+            "save_steps": None,
+        },
+    }
+    if work.precision == "float32":
+        recipe["model"]["dtype"] = "float32"
+    if work.nf4:
+        recipe["quantization"] = {"method": "nf4"}
+    for dotted, value in options.items():
+        section, key = dotted.split(".")
+        recipe[section][key] = value
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The training lines that are there so far."""
+    path = folder / "run" / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    return [line for line in map(json.loads, whole) if line["split"] == "train"]
+
+
+def read_run(work: Work, folder: Path, ended: Ended) -> Did:
+    """What the run's files say. A line's tokens_per_second are those since the line before it."""
+    lines = metrics(folder)
+    info = json.loads((folder / "run" / "run.json").read_text(encoding="utf-8"))
+    seconds = [line["seconds"] for line in lines]
+    warm = work.warmup_steps
+    per_step = [
+        line["tokens_per_second"] * (now - before)
+        for line, before, now in zip(lines, [0.0, *seconds], seconds, strict=False)
+    ]
+    assert ended.sign is not None
+    return Did(
+        steps=len(lines),
+        rows=info["data"]["rows"],
+        tokens=info["data"]["tokens"],
+        supervised_tokens=sum(line["tokens"] for line in lines),
+        trainable_parameters=info["result"]["trainable_parameters"],
+        losses=[line["loss"] for line in lines],
+        tokens_per_second=sum(per_step[warm:]) / (seconds[-1] - seconds[warm - 1]),
+        first_step_at=ended.began + ended.sign,
+        adapter=str(folder / "run" / "adapter"),
+        settings={"weights": [info["dtype"]], "packed": info["data"]["packed"]},
+    )

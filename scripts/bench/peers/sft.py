@@ -1,0 +1,59 @@
+"""TRL's SFTTrainer on the work; ``python -m bench.peers.sft job.json``. Options are SFTConfig's."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from bench.peers.meter import Meter, common_arguments, settings_of
+from bench.work import read_job, read_rows, write_did
+
+
+def main(job: str) -> None:
+    work, folder, options = read_job(job)
+    attention = options.pop("attn_implementation", None)
+    loading: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if work.precision == "float32":
+        options, loading = options | {"bf16": False}, loading | {"dtype": "float32"}
+    arguments = SFTConfig(
+        **common_arguments(work, folder, options.get("packing", False)),
+        **options,
+        max_length=work.max_length,
+        model_init_kwargs=loading,
+    )
+    meter = Meter()
+    trainer = SFTTrainer(
+        model=work.model,
+        args=arguments,
+        train_dataset=Dataset.from_list(read_rows(work.train)),
+        peft_config=LoraConfig(
+            r=work.r, lora_alpha=work.lora_alpha, target_modules=list(work.targets), task_type="CAUSAL_LM"
+        ),
+        callbacks=[meter],
+        **({"quantization_config": nf4()} if work.nf4 else {}),
+    )
+    meter.watch(trainer.model)
+    trainer.train()
+    trainer.model.save_pretrained(folder / "adapter")
+    write_did(meter.did(work, trainer.model, folder / "adapter", settings_of(arguments, trainer.model)), folder)
+
+
+def nf4() -> Any:
+    """QLoRA's quantization, as TRL's documentation writes it."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,52 @@
+"""Make a model and its rows, and count what is in them; ``python -m bench.prepare job.json``, in a process of its own
+so that the bench itself stays small."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from bench import data
+from bench.models import make
+from bench.shapes import SHAPES
+
+SEED = 0
+
+
+def main(job: str) -> None:
+    """Writes rows.json: where the files are, and what a pass over the training rows holds."""
+    told = json.loads(Path(job).read_text(encoding="utf-8"))
+    folder, max_length = Path(told["folder"]), told["max_length"]
+    source, train, heldout = data.texts(SEED)
+    made_from = hashlib.sha256(json.dumps([source, asdict(SHAPES[told["shape"]])]).encode()).hexdigest()
+    model = Path(told["models"]) / f"{told['shape']}-{made_from[:8]}"
+    if not model.exists():
+        make(SHAPES[told["shape"]], (row["prompt"] + row["completion"] for row in train), model, SEED)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lengths = []
+    for row in train[: told["rows"]]:
+        prompt, whole = (
+            len(tokenizer(text)["input_ids"]) for text in (row["prompt"], row["prompt"] + row["completion"])
+        )
+        lengths.append((prompt, min(whole + 1, max_length)))  # the end-of-text token
+    if len(lengths) < told["rows"] or any(prompt >= whole for prompt, whole in lengths):
+        raise SystemExit(f"{source}: too few rows, or a prompt that fills {max_length} tokens")
+    rows = {
+        "source": source,
+        "model": str(model),
+        "train": data.write(folder / "train.jsonl", train, told["rows"]),
+        "heldout": data.write(folder / "heldout.jsonl", heldout, told["heldout_rows"]),
+        "rows": len(lengths),
+        "tokens": sum(whole for _, whole in lengths),
+        "supervised_tokens": sum(whole - prompt for prompt, whole in lengths),
+    }
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

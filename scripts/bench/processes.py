@@ -1,0 +1,141 @@
+"""A command in a fresh process: how long it took, when it gave a sign, and the memory it needed at most."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LOOK = 0.02  # seconds between two looks for the sign
+COUNT = 0.2  # seconds between two counts of the children's memory
+
+
+@dataclass(frozen=True)
+class Ended:
+    """``sign`` is the seconds from the start to the sign, None when it never came; ``device_bytes`` the GPU memory that
+    came into use, 0 without one."""
+
+    exit_code: int
+    began: float
+    seconds: float
+    sign: float | None
+    peak_bytes: int
+    device_bytes: int
+
+
+def environment(threads: int, cache: Path) -> dict[str, str]:
+    """This environment with the same threads for everyone, no network, and caches of libraries under ``cache``."""
+    path = os.pathsep.join(filter(None, [str(ROOT / "scripts"), str(ROOT), os.environ.get("PYTHONPATH")]))
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
+    told = {name: str(threads) for name in names} | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    folders = {"HF_HOME": "huggingface", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+    return {**os.environ, **told, **{name: str(cache / folder) for name, folder in folders.items()}}
+
+
+def run(
+    arguments: list[str],
+    env: Mapping[str, str],
+    log: Path,
+    has_sign: Callable[[], bool] | None = None,
+    gpu: bool = False,
+    cwd: Path = ROOT,
+) -> Ended:
+    """Python with these ``arguments``, its streams in ``log``.
+
+    Memory is the process's resident memory at its highest, as Linux counts it (VmHWM), and what its children hold for
+    themselves alone at the time.
+    """
+    with log.open("w", encoding="utf-8") as stream, _DeviceMemory(gpu) as device:
+        began, start = time.time(), time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, *arguments], stdout=stream, stderr=subprocess.STDOUT, env=dict(env), cwd=cwd
+        )
+        sign, peak, children, counted = None, 0, 0, 0.0
+        while True:
+            exit_code = process.poll()
+            now = time.perf_counter()
+            if sign is None and has_sign is not None and has_sign():
+                sign = now - start
+            if exit_code is not None:
+                break
+            if now - counted > COUNT:
+                children, counted = _held_by_children(process.pid), now
+            peak = max(peak, _high_water(process.pid) + children)
+            time.sleep(LOOK)
+    return Ended(exit_code, began, now - start, sign, peak, device.used)
+
+
+def _held_by_children(pid: int) -> int:
+    """Bytes that the children of a process share with nobody."""
+    total = 0
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.Error):
+                total += child.memory_full_info().uss
+    return total
+
+
+def _high_water(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
+class _DeviceMemory:
+    """The most GPU memory in use over what was in use before, as nvidia-smi tells it ten times a second: the same
+    measure for every tool, caches of its allocator and the driver's context with it."""
+
+    def __init__(self, watch: bool) -> None:
+        self.used = 0
+        self._watch = watch
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> _DeviceMemory:
+        if self._watch:
+            command = [
+                "nvidia-smi",
+                "--id=0",
+                "--query-gpu=memory.used",
+                "--format=csv,noheader,nounits",
+                "-lms",
+                "100",
+            ]
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            assert self._process.stdout is not None
+            before = int(self._process.stdout.readline())
+            threading.Thread(target=self._read, args=(self._process.stdout, before), daemon=True).start()
+        return self
+
+    def _read(self, stream: IO[str], before: int) -> None:
+        for line in stream:
+            if line.strip().isdigit():
+                self.used = max(self.used, (int(line) - before) * 2**20)
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+
+
+def fresh_folder(parent: Path) -> Path:
+    """A new empty folder."""
+    parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(dir=parent))
+
+
+def tail(log: Path, lines: int = 15) -> str:
+    """The end of what a process wrote."""
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

@@ -1,0 +1,72 @@
+"""Whether all contestants did the same work: counts exactly, losses within what order and precision allow."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+
+from bench.contestants import Contestant
+from bench.work import Did, Work
+
+STEPS_OF_PACKED = 0.25  # share by which the steps of who packs may differ
+FIRST_LOSS = 0.02  # share by which the first loss may differ from the base's on held-out rows: the weights are random
+STEP_LOSS = {"float32": 1e-3, "default": 2e-2}  # share, step by step, of those that take the rows in the same order
+LEARNED = 0.25  # share by which the held-out loss's fall may differ from the median fall
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def tensors(adapter: Path) -> Shapes:
+    """Names and shapes of an adapter's tensors, from the file's header."""
+    with (adapter / "adapter_model.safetensors").open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    return {name: tuple(value["shape"]) for name, value in header.items() if name != "__metadata__"}
+
+
+def count_faults(contestant: Contestant, did: Did, shapes: Shapes, work: Work, expected: Shapes) -> list[str]:
+    """What one run did otherwise than the work says."""
+    faults = [
+        f"{name} {got:,}, not {wanted:,}"
+        for name, got, wanted in (
+            ("rows", did.rows, work.rows),
+            ("tokens", did.tokens, work.tokens),
+            ("supervised tokens", did.supervised_tokens, work.supervised_tokens),
+            ("trainable parameters", did.trainable_parameters, sum(map(_size, expected.values()))),
+        )
+        if got != wanted
+    ]
+    if shapes != expected:
+        faults.append(f"its adapter's tensors are others ({len(shapes)}, not {len(expected)})")
+    slack = STEPS_OF_PACKED * work.steps if contestant.packs else 0
+    if abs(did.steps - work.steps) > slack:
+        faults.append(f"{did.steps} steps, not {work.steps}")
+    return faults
+
+
+def loss_faults(dids: Mapping[Contestant, Did], falls: Mapping[str, float], base: float, work: Work) -> list[str]:
+    """What the losses of one round say; ``falls`` is by how much each adapter lowers the ``base`` held-out loss."""
+    faults = []
+    in_order = {each.name: did.losses for each, did in dids.items() if each.in_order}
+    model_losses = next(iter(in_order.values()), [])
+    for each, did in dids.items():
+        if abs(did.losses[0] - base) > FIRST_LOSS * base:
+            faults.append(f"{each.name}: first loss {did.losses[0]:.3f}, the base's is {base:.3f}")
+        if each.in_order:
+            apart = max(abs(a - b) / b for a, b in zip(did.losses, model_losses, strict=False))
+            if apart > STEP_LOSS[work.precision]:
+                faults.append(f"{each.name}: a step's loss is {apart:.1e} from {next(iter(in_order))}'s")
+    middle = median(falls.values())
+    for name, fall in falls.items():
+        if abs(fall - middle) > LEARNED * abs(middle):
+            faults.append(f"{name}: held-out loss fell by {fall:.4f}, the median is {middle:.4f}")
+    return faults
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for wide in shape:
+        size *= wide
+    return size

@@ -1,0 +1,74 @@
+"""The models that are measured on: shapes with random weights, nothing to download."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A configuration in Transformers' terms and the layers that get an adapter."""
+
+    model_type: str
+    config: dict[str, Any]
+    targets: tuple[str, ...]
+    dtype: str = "float32"
+
+
+LLAMA_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LLAMA_LINEAR = (*LLAMA_ATTENTION, "gate_proj", "up_proj", "down_proj")
+GPT2_ATTENTION = ("attn.c_attn", "attn.c_proj")
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+SHAPES = {
+    "llama": Shape(  # 40M in the body with its embedding, 16M in the head
+        "llama",
+        {
+            "vocab_size": 32_000,
+            "hidden_size": 512,
+            "intermediate_size": 1344,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": False,
+        },
+        LLAMA_ATTENTION,
+    ),
+    "gpt2": Shape(
+        "gpt2",
+        {"vocab_size": 50_257, "n_embd": 256, "n_layer": 6, "n_head": 4, "n_positions": 1024, **NO_DROPOUT},
+        GPT2_ATTENTION,
+    ),
+    "tiny": Shape(  # to try the bench itself
+        "llama",
+        {
+            "vocab_size": 1000,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": False,
+        },
+        LLAMA_ATTENTION,
+    ),
+    "llama-8b": Shape(  # Llama 3.1 8B, with positions for the search of the longest context
+        "llama",
+        {
+            "vocab_size": 128_256,
+            "hidden_size": 4096,
+            "intermediate_size": 14_336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 1_048_576,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+            "tie_word_embeddings": False,
+        },
+        LLAMA_LINEAR,
+        "bfloat16",
+    ),
+}

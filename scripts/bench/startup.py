@@ -1,0 +1,135 @@
+"""Start-up: help, a refused recipe, the first step of the demo's recipe, and what imports what."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench import machine, ours, table
+from bench.options import Options
+from bench.processes import ROOT, Ended, environment, fresh_folder, run, tail
+
+PLACE = ROOT / ".bench"
+LIMITS = {"refused recipe": 1.0, "first step": 5.0}  # seconds, asked of two cores
+LORA = ["-m", "lora_cli"]
+IMPORT = re.compile(r"import time:\s*(\d+) \|\s*(\d+) \|( *)(\S+)")
+SHOWN = 20
+
+
+def benchmark(options: Options) -> dict[str, Any]:
+    """Each command once a round, in fresh processes."""
+    folder = fresh_folder(PLACE / "work")
+    try:
+        return measure(options, folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+def measure(options: Options, folder: Path) -> dict[str, Any]:
+    """All rounds, then one traced run."""
+    env = environment(options.threads, folder / "caches")
+    before = machine.describe(options.threads)
+    recipe = demo_recipe(folder, env)
+    bad = folder / "bad.yaml"
+    bad.write_text(
+        "model: {name_or_path: nowhere}\nadapter: {rank: 8}\ndata: {train: nowhere.jsonl}\n", encoding="utf-8"
+    )
+    seconds: dict[str, list[float]] = {}
+    for number in range(options.rounds):
+        place = folder / f"round{number}"
+        place.mkdir()
+        found = {
+            "import torch": timed(["-c", "import torch"], env, place),
+            "--help": timed([*LORA, "--help"], env, place),
+            "train --help": timed([*LORA, "train", "--help"], env, place),
+            "refused recipe": timed([*LORA, "train", str(bad)], env, place, exit_code=2),
+            "first step": first_step(recipe, env, place),
+        }
+        for name, value in found.items():
+            seconds.setdefault(name, []).append(value)
+    rows = [["", "s", "least-most", "asked"]]
+    for name, values in seconds.items():
+        asked = f"{LIMITS[name]:.0f}" if name in LIMITS else ""
+        rows.append([name, f"{median(values):.2f}", f"{min(values):.2f}-{max(values):.2f}", asked])
+    print(table.markdown(rows))
+    imports = imported(recipe, env, folder)
+    rows = [["import", "by", "ms"], *([each["module"], each["by"], each["ms"]] for each in imports)]
+    print(f"\nWhat pulls in what, with all that it imports in turn:\n\n{table.markdown(rows)}")
+    return {
+        "benchmark": "startup",
+        "machine": before | {"load_after": machine.describe(options.threads)["load"]},
+        "versions": machine.versions(),
+        "rounds": options.rounds,
+        "seconds": seconds,
+        "limits": LIMITS,
+        "imports": imports,
+        "faults": [],
+    }
+
+
+def demo_recipe(folder: Path, env: dict[str, str]) -> list[str]:
+    """configs/tiny-gpt2.yaml on a model and rows of its own, made by the demo's scripts; the model is pretrained for a
+    step only, which takes nothing from what is measured."""
+    data, model = folder / "data", folder / "base"
+    for script in (
+        ["scripts/demo_data.py", "--out", data],
+        ["scripts/demo_model.py", "--data", data, "--out", model, "--steps", "1"],
+    ):
+        checked(run([str(part) for part in script], env, folder / "demo.log"), folder / "demo.log")
+    return [
+        "configs/tiny-gpt2.yaml",
+        f"model.name_or_path={model}",
+        f"data.train={data / 'train.jsonl'}",
+        f"data.validation={data / 'validation.jsonl'}",
+        "training.logging_steps=1",
+    ]
+
+
+def timed(arguments: list[str], env: dict[str, str], folder: Path, exit_code: int = 0) -> float:
+    """Seconds that Python takes with these arguments."""
+    log = folder / "log"
+    return checked(run(arguments, env, log), log, exit_code).seconds
+
+
+def first_step(recipe: Sequence[str], env: dict[str, str], folder: Path) -> float:
+    """Seconds from the start of the process to the end of the first step; the run is short."""
+    arguments = [*LORA, "train", *recipe, "training.max_steps=3", f"training.output_dir={folder / 'run'}"]
+    ended = checked(run(arguments, env, folder / "log", lambda: bool(ours.metrics(folder))), folder / "log")
+    assert ended.sign is not None
+    return ended.sign
+
+
+def checked(ended: Ended, log: Path, exit_code: int = 0) -> Ended:
+    """Raises SystemExit with the end of its output when it ended otherwise."""
+    if ended.exit_code != exit_code:
+        raise SystemExit(f"exit code {ended.exit_code}, expected {exit_code}:\n{tail(log)}")
+    return ended
+
+
+def imported(recipe: Sequence[str], env: dict[str, str], folder: Path) -> list[dict[str, Any]]:
+    """What a run of one step imports, from Python's own trace."""
+    log = folder / "imports.log"
+    told = ["training.max_steps=1", f"training.output_dir={folder / 'run'}"]
+    checked(run(["-X", "importtime", *LORA, "train", *recipe, *told], env, log), log)
+    return crossings(log.read_text(encoding="utf-8", errors="replace"))
+
+
+def crossings(trace: str) -> list[dict[str, Any]]:
+    """The imports of one package by another, those that took longest first, with all that they imported in turn.
+
+    ``trace`` is what -X importtime wrote: a module after those it imports, so that read backwards each stands below its
+    importer.
+    """
+    found = []
+    chain: list[str] = []
+    for _, whole, indent, module in reversed(IMPORT.findall(trace)):
+        depth = (len(indent) - 1) // 2
+        chain[depth:] = [module]
+        importer = chain[depth - 1] if depth else "(at run time)"
+        if importer.partition(".")[0] != module.partition(".")[0]:
+            found.append({"module": module, "by": importer, "ms": round(int(whole) / 1000)})
+    return sorted(found, key=lambda each: -each["ms"])[:SHOWN]

@@ -1,0 +1,73 @@
+"""Medians, spread and ratios, and the table that shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+FIGURES = ("tokens_per_second", "peak_bytes", "device_bytes", "first_step_seconds", "heldout_loss", "steps")
+
+
+def summary(runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """For each figure its median, least and most over a contestant's runs."""
+    columns = {name: [run[name] for run in runs] for name in FIGURES}
+    return {
+        name: {"median": median(values), "least": min(values), "most": max(values)} for name, values in columns.items()
+    }
+
+
+def ratios(summaries: Mapping[str, dict[str, dict[str, float]]], ours: str) -> dict[str, dict[str, float]]:
+    """Our median over each contestant's: above 1 is faster for tokens, more for bytes, later for the first step."""
+    own = summaries[ours]
+    return {
+        name: {
+            figure: own[figure]["median"] / other[figure]["median"]
+            for figure in ("tokens_per_second", "peak_bytes", "device_bytes", "first_step_seconds")
+            if other[figure]["median"]
+        }
+        for name, other in summaries.items()
+        if name != ours
+    }
+
+
+def show(summaries: Mapping[str, dict[str, dict[str, float]]], ours: str) -> str:
+    """The table in Markdown: ratios say how many times as fast ``ours`` is, and what share of the memory it takes."""
+    compared = ratios(summaries, ours)
+    gpu = any(each["device_bytes"]["median"] for each in summaries.values())
+    memory = "device_bytes" if gpu else "peak_bytes"
+    heads = ["", "tokens/s", "least-most", f"{ours} is", "peak MB", f"{ours} takes", "first step s"]
+    rows = [[*heads, "held-out loss", "steps"]]
+    for name, each in summaries.items():
+        speed, first = each["tokens_per_second"], each["first_step_seconds"]
+        other = compared.get(name)
+        rows.append(
+            [
+                name,
+                f"{speed['median']:,.0f}",
+                f"{speed['least']:,.0f}-{speed['most']:,.0f}",
+                f"{other['tokens_per_second']:.2f}x" if other else "",
+                f"{each[memory]['median'] / 1e6:,.0f}",
+                f"{other[memory]:.2f}x" if other else "",
+                f"{first['median']:.1f}",
+                f"{each['heldout_loss']['median']:.4f}",
+                f"{each['steps']['median']:.0f}",
+            ]
+        )
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[Any]]) -> str:
+    """Rows as a table, the first of them its head; columns but the first are aligned to the right."""
+    widths = [max(len(str(row[column])) for row in rows) for column in range(len(rows[0]))]
+    rule = [
+        f"{'-' * max(width, 1)}" if not column else f"{'-' * max(width - 1, 1)}:" for column, width in enumerate(widths)
+    ]
+    lines = [
+        " | ".join(
+            f"{cell!s:<{width}}" if not at else f"{cell!s:>{width}}"
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in (rows[0], rule, *rows[1:])
+    ]
+    return "\n".join(f"| {line} |" for line in lines)

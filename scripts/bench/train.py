@@ -1,0 +1,206 @@
+"""Training: every contestant on the same work, in fresh processes, one after the other in each round."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench import machine, table
+from bench.contestants import CPU, OURS, Contestant, choose, on_gpu, read, start
+from bench.options import Options
+from bench.processes import ROOT, environment, fresh_folder, run, tail
+from bench.same_work import count_faults, loss_faults, tensors
+from bench.shapes import SHAPES
+from bench.work import Did, Work, write_job
+
+PLACE = ROOT / ".bench"
+BASE = "base"  # the judge's name for the model without an adapter
+WARMUP_STEPS = 3
+HELDOUT_ROWS = 32
+BATCH_SIZE = 8
+SIZES = {  # max_length, r, lora_alpha, learning rate
+    "tiny": (128, 4, 8, 1e-2),
+    "gpt2": (512, 8, 16, 2e-3),
+    "llama": (512, 8, 16, 2e-3),
+    "llama-8b": (2048, 16, 32, 2e-4),
+}
+
+
+def benchmark(options: Options) -> dict[str, Any]:
+    """Run the rounds and say what came of them; the record that is kept as JSON."""
+    folder = fresh_folder(PLACE / "work")
+    try:
+        return compare(options, folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+def compare(options: Options, folder: Path) -> dict[str, Any]:
+    """All rounds, the judge, the check, the table."""
+    env = environment(options.threads, folder / "caches")
+    rows = prepare(options, folder, env)
+    ceiling = measure_ceiling(options, rows, folder, env)
+    work = make_work(options, rows, ceiling["bf16_units"])
+    contestants, skipped = choose(on_gpu() if options.gpu else CPU, options.only, work, ceiling["bf16_units"])
+    for name, reason in skipped.items():
+        print(f"left out: {name}: {reason}")
+    before = machine.describe(options.threads)
+    rounds = []
+    for number in range(options.rounds):
+        rounds.append(one_round(number, contestants, work, folder / f"round{number}", options))
+        ceiling = higher(ceiling, measure_ceiling(options, rows, folder, env))
+    losses = judge(work, rounds, folder, env)
+    faults = check(work, rounds, losses)
+    runs = {
+        each.name: [
+            {**figures, "heldout_loss": losses[f"{each.name}-{number}"]}
+            for number, (_, figures) in enumerate(round_[each] for round_ in rounds)
+        ]
+        for each in contestants
+    }
+    summaries = {name: table.summary(each) for name, each in runs.items()}
+    own = summaries[OURS]["tokens_per_second"]["median"]
+    reached = {name: own / each["tokens_per_second"] for name, each in ceiling["ceilings"].items()}
+    print(
+        f"\n{options.shape}, {rows['source']}, {work.rows} rows, {work.tokens:,} tokens, base loss {losses[BASE]:.4f}\n"
+    )
+    print(table.show(summaries, OURS))
+    for name, share in reached.items():
+        flop = f"{ceiling['flop_per_token']:,} FLOP (4N) a token"
+        print(f"\n{OURS} reaches {share:.0%} of what {name} matmuls allow at {flop}")
+    print("\nthe same work was done by all" if not faults else "\nNOT the same work:\n  " + "\n  ".join(faults))
+    return {
+        "benchmark": "train",
+        "shape": {"name": options.shape, **asdict(SHAPES[options.shape])},
+        "machine": before | {"load_after": machine.describe(options.threads)["load"], "gpu": ceiling["gpu"]},
+        "versions": machine.versions(),
+        "data": rows["source"],
+        "work": {key: value for key, value in asdict(work).items() if key not in ("model", "train", "heldout")},
+        "ceiling": ceiling | {"reached": reached},
+        "base_heldout_loss": losses[BASE],
+        "rounds": options.rounds,
+        "summary": summaries,
+        "ratios": table.ratios(summaries, OURS),
+        "runs": runs,
+        "settings": {each.name: rounds[0][each][0].settings for each in contestants},
+        "skipped": skipped,
+        "faults": faults,
+    }
+
+
+def prepare(options: Options, folder: Path, env: dict[str, str]) -> dict[str, Any]:
+    """Model and rows, made on the spot; the model is kept for the next time."""
+    told = {
+        "shape": options.shape,
+        "models": str(PLACE / "models"),
+        "folder": str(folder),
+        "rows": options.steps * BATCH_SIZE,
+        "heldout_rows": HELDOUT_ROWS,
+        "max_length": SIZES[options.shape][0],
+    }
+    return helper("prepare", told, folder, env, "rows.json")
+
+
+def measure_ceiling(options: Options, rows: dict[str, Any], folder: Path, env: dict[str, str]) -> dict[str, Any]:
+    """What the chip's matmuls allow on a step's tokens."""
+    told = {"model": rows["model"], "folder": str(folder), "tokens": rows["tokens"] // options.steps}
+    return helper("machine", told, folder, env, "ceiling.json")
+
+
+def higher(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Of two measured ceilings the higher, type by type: what disturbs a measurement lowers it."""
+    pairs = ((name, one["ceilings"][name], other["ceilings"][name]) for name in one["ceilings"])
+    return one | {"ceilings": {name: max(a, b, key=lambda each: each["tflops"]) for name, a, b in pairs}}
+
+
+def helper(module: str, told: dict[str, Any], folder: Path, env: dict[str, str], result: str) -> dict[str, Any]:
+    """What one of the bench's own processes found out."""
+    job = folder / f"{module}-job.json"
+    job.write_text(json.dumps(told), encoding="utf-8")
+    return run_helper(module, job, env, folder / result)
+
+
+def run_helper(module: str, job: Path, env: dict[str, str], result: Path) -> dict[str, Any]:
+    """Runs ``module`` on ``job`` and reads what it wrote."""
+    log = job.with_suffix(".log")
+    if run(["-m", f"bench.{module}", str(job)], env, log).exit_code:
+        raise SystemExit(f"bench.{module} failed:\n{tail(log)}")
+    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return found
+
+
+def make_work(options: Options, rows: dict[str, Any], has_bf16: bool) -> Work:
+    """The work as every contestant is told it."""
+    max_length, r, lora_alpha, learning_rate = SIZES[options.shape]
+    if options.dtype == "auto" and not has_bf16:
+        print("this chip has no units for bfloat16: float32 for everyone")
+    return Work(
+        model=rows["model"],
+        train=rows["train"],
+        heldout=rows["heldout"],
+        rows=rows["rows"],
+        tokens=rows["tokens"],
+        supervised_tokens=rows["supervised_tokens"],
+        targets=SHAPES[options.shape].targets,
+        batch_size=BATCH_SIZE,
+        packed_batch_size=max(1, round(rows["tokens"] / options.steps / max_length)),
+        max_length=max_length,
+        r=r,
+        lora_alpha=lora_alpha,
+        learning_rate=learning_rate,
+        warmup_steps=min(WARMUP_STEPS, options.steps - 1),
+        precision="default" if options.dtype == "auto" and has_bf16 else "float32",
+        nf4=options.gpu,
+    )
+
+
+Round = dict[Contestant, tuple[Did, dict[str, float]]]
+
+
+def one_round(number: int, contestants: list[Contestant], work: Work, folder: Path, options: Options) -> Round:
+    """Each contestant once, beginning with another one each round."""
+    turn = number % len(contestants)
+    done: Round = {}
+    for contestant in contestants[turn:] + contestants[:turn]:
+        place = folder / contestant.name
+        place.mkdir(parents=True)
+        ended = start(contestant, work, place, environment(options.threads, place / "caches"), options.gpu)
+        if ended.exit_code:
+            raise SystemExit(f"{contestant.name} failed:\n{tail(place / 'log')}")
+        did = read(contestant, work, place, ended)
+        figures = {
+            "tokens_per_second": did.tokens_per_second,
+            "peak_bytes": ended.peak_bytes,
+            "device_bytes": ended.device_bytes,
+            "first_step_seconds": did.first_step_at - ended.began,
+            "seconds": ended.seconds,
+            "steps": did.steps,
+        }
+        megabytes, first = (ended.device_bytes or ended.peak_bytes) / 1e6, figures["first_step_seconds"]
+        speed = f"{did.tokens_per_second:8,.0f} tokens/s  {megabytes:8,.0f} MB  first step {first:5.1f} s"
+        print(f"round {number + 1}  {contestant.name:<22} {speed}", flush=True)
+        done[contestant] = did, figures
+    return done
+
+
+def judge(work: Work, rounds: list[Round], folder: Path, env: dict[str, str]) -> dict[str, float]:
+    """Held-out loss of the base and of every adapter, by the one judge."""
+    adapters = {f"{each.name}-{n}": did.adapter for n, round_ in enumerate(rounds) for each, (did, _) in round_.items()}
+    return run_helper("heldout", write_job(work, folder, adapters), env, folder / "losses.json")
+
+
+def check(work: Work, rounds: list[Round], losses: dict[str, float]) -> list[str]:
+    """Every way in which the work was not the same."""
+    expected = tensors(Path(next(iter(rounds[0].values()))[0].adapter))
+    faults = []
+    for number, round_ in enumerate(rounds):
+        for each, (did, _) in round_.items():
+            found = count_faults(each, did, tensors(Path(did.adapter)), work, expected)
+            faults += [f"round {number + 1}, {each.name}: {fault}" for fault in found]
+        dids = {each: did for each, (did, _) in round_.items()}
+        falls = {each.name: losses[BASE] - losses[f"{each.name}-{number}"] for each in round_}
+        faults += [f"round {number + 1}, {fault}" for fault in loss_faults(dids, falls, losses[BASE], work)]
+    return faults

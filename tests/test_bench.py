@@ -1,0 +1,113 @@
+"""The bench's plumbing: lora alone goes through it whole, and it tells who did other work. No peer, no timed claim."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench import contestants, heldout, prepare, same_work, startup, table, train
+from bench.options import Options
+from bench.processes import environment, run
+from bench.work import Did, Work, write_job
+
+OPTIONS = Options(
+    "train", "tiny", rounds=1, steps=2, threads=1, dtype="float32", gpu=False, quick=True, only=(), out=None
+)
+LORA = contestants.CPU[0]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The tiny model and 16 rows, made as the bench makes them."""
+    folder = tmp_path_factory.mktemp("bench")
+    told = {"shape": "tiny", "models": str(folder), "folder": str(folder), "rows": 16, "heldout_rows": 8}
+    (folder / "job.json").write_text(json.dumps(told | {"max_length": 128}), encoding="utf-8")
+    prepare.main(str(folder / "job.json"))
+    return dict(json.loads((folder / "rows.json").read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="module")
+def work(rows: dict[str, Any]) -> Work:
+    return train.make_work(OPTIONS, rows, has_bf16=False)
+
+
+def test_a_round_is_run_judged_and_checked(work: Work, tmp_path: Path) -> None:
+    round_ = train.one_round(0, [LORA], work, tmp_path / "round", OPTIONS)
+    did, figures = round_[LORA]
+    heldout.main(str(write_job(work, tmp_path, {"lora-0": did.adapter})))
+    losses = json.loads((tmp_path / "losses.json").read_text(encoding="utf-8"))
+    assert losses["lora-0"] < losses[heldout.BASE]
+    assert train.check(work, [round_], losses) == []
+
+    assert did.tokens_per_second > 0
+    assert 0 < figures["first_step_seconds"] < figures["seconds"]
+    assert figures["peak_bytes"] > 100e6  # torch is in there
+    summary = table.summary([{**figures, "heldout_loss": losses["lora-0"]}])
+    assert f"{did.tokens_per_second:,.0f}" in table.show({"lora": summary, "other": summary}, "lora")
+
+
+GOOD = Did(2, 16, 1000, 900, 64, [6.9, 6.8], 100.0, 0.0, "")
+SHAPES = {"layer.lora_A.weight": (4, 8), "layer.lora_B.weight": (8, 4)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, []),
+        ({"rows": 15}, ["rows 15, not 16"]),
+        ({"tokens": 999}, ["tokens 999, not 1,000"]),
+        ({"supervised_tokens": 1}, ["supervised tokens 1, not 900"]),
+        ({"trainable_parameters": 32}, ["trainable parameters 32, not 64"]),
+        ({"steps": 3}, ["3 steps, not 2"]),
+    ],
+)
+def test_other_work_is_told(work: Work, changed: dict[str, Any], told: list[str]) -> None:
+    counted = replace(work, rows=16, tokens=1000, supervised_tokens=900)
+    assert same_work.count_faults(LORA, replace(GOOD, **changed), SHAPES, counted, SHAPES) == told
+
+
+def test_other_targets_are_told(work: Work) -> None:
+    counted = replace(work, rows=16, tokens=1000, supervised_tokens=900)
+    others = {"other.lora_A.weight": (4, 8), "other.lora_B.weight": (8, 4)}
+    (fault,) = same_work.count_faults(LORA, GOOD, others, counted, SHAPES)
+    assert "tensors are others" in fault
+
+
+def test_losses_that_disagree_are_told(work: Work) -> None:
+    in_order = [each for each in contestants.CPU if each.in_order][:2]
+    same = dict.fromkeys(in_order, GOOD)
+    falls = {each.name: 0.1 for each in in_order}
+    assert same_work.loss_faults(same, falls, 6.9, work) == []
+    apart = {in_order[0]: GOOD, in_order[1]: replace(GOOD, losses=[6.9, 6.9])}
+    (fault,) = same_work.loss_faults(apart, falls, 6.9, work)
+    assert fault.startswith(f"{in_order[1].name}: a step's loss")
+    (fault,) = same_work.loss_faults(same, falls | {"third": 0.3}, 6.9, work)
+    assert fault.startswith("third: held-out loss fell by 0.3")
+    assert len(same_work.loss_faults(same, falls, 5.0, work)) == 2
+
+
+def test_memory_counts_children_and_the_sign_is_timed(tmp_path: Path) -> None:
+    hold = "x = b'1' * 60_000_000"
+    child = f"import time; {hold}; time.sleep(1)"
+    script = f"import subprocess, sys; open('sign', 'w'); {hold}; subprocess.run([sys.executable, '-c', {child!r}])"
+    ended = run(["-c", script], environment(1, tmp_path), tmp_path / "log", (tmp_path / "sign").exists, cwd=tmp_path)
+    assert ended.exit_code == 0
+    assert 120e6 < ended.peak_bytes < 200e6
+    assert ended.sign is not None
+    assert 0 < ended.sign < ended.seconds - 1
+
+
+def test_a_trace_of_imports_tells_what_pulls_in_what() -> None:
+    trace = (
+        "import time: self [us] | cumulative | imported package\n"
+        "import time:       100 |        100 |     heavy.part\n"
+        "import time:      2000 |       2100 |   heavy\n"
+        "import time:       500 |       2600 | light\n"
+    )
+    assert startup.crossings(trace) == [
+        {"module": "light", "by": "(at run time)", "ms": 3},
+        {"module": "heavy", "by": "light", "ms": 2},
+    ]
