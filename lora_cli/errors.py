@@ -73,6 +73,25 @@ def unwritable(path: Path, error: Exception, needed: int | None = None) -> RunEr
     return RunError(what, str(path), "what was whole before still is; make room and go on")
 
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether git-LFS has left its pointer to a file here, not the file."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
+
+
+def mend(path: Path) -> str:
+    """What to do about a file that cannot be read as what it should be."""
+    if is_pointer(path):
+        return "this is git-LFS's pointer to the file, not the file: 'git lfs pull' fetches it"
+    return "copy or download it again"
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """A hint naming the nearest known name, or None when none is near."""
     near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)

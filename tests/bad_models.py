@@ -224,3 +224,196 @@ def eval_of_truncated_weights(w: World) -> Arguments:
 @case("an adapter", "base")
 def adapter_given_as_model(w: World) -> Arguments:
     return w.train({"model.name_or_path": str(w.run() / "adapter")})
+
+
+@case("model/tokenizer.json", "git lfs pull")
+def tokenizer_that_git_lfs_did_not_fetch(w: World) -> Arguments:
+    w.file(f"{w.model()}/tokenizer.json", LFS)
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/chat_template.jinja", "git lfs pull")
+def chat_template_that_git_lfs_did_not_fetch(w: World) -> Arguments:
+    w.file(f"{w.model('llama')}/chat_template.jinja", LFS)
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/model.safetensors.index.json", "not a readable shard index", "git lfs pull")
+def index_that_git_lfs_did_not_fetch(w: World) -> Arguments:
+    w.file(f"{w.model()}/model.safetensors.index.json", LFS)
+    return ["quantize", "model", "--out", "out"]
+
+
+@case("model/model.safetensors.index.json", "not a readable shard index")
+def index_of_numbers(w: World) -> Arguments:
+    w.file(f"{w.model()}/model.safetensors.index.json", json.dumps({"weight_map": {"a": 1, "b": 2}}))
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/model.safetensors.index.json", "not a readable shard index")
+def index_that_leads_out_of_the_folder(w: World) -> Arguments:
+    model = w.root / w.model()
+    (model / "model.safetensors").rename(w.root / "other.safetensors")
+    w.file("model/model.safetensors.index.json", json.dumps({"weight_map": {"a": "../other.safetensors"}}))
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/model.safetensors.index.json", "not a readable shard index")
+def index_without_a_shard(w: World) -> Arguments:
+    w.file(f"{w.model()}/model.safetensors.index.json", json.dumps({"weight_map": {}}))
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/model.safetensors", "holds no tensor")
+def weights_without_a_tensor(w: World) -> Arguments:
+    w.tensors(w.model() / "model.safetensors", lambda tensors: tensors.clear())
+    return w.train({"model.name_or_path": "model"})
+
+
+def header(w: World, changes: dict[str, Any] | bytes) -> Arguments:
+    """Train on a model whose first tensor is described otherwise in the header of its file."""
+    file = w.root / w.model() / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8 : 8 + length])
+    if isinstance(changes, bytes):
+        told = changes
+    else:
+        entries[next(name for name in entries if name != "__metadata__")] |= changes
+        told = json.dumps(entries).encode()
+    file.write_bytes(len(told).to_bytes(8, "little") + told + content[8 + length :])
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/model.safetensors", "not a whole safetensors file")
+def header_of_a_tensor_beyond_the_file(w: World) -> Arguments:
+    return header(w, {"data_offsets": [0, 10**9]})
+
+
+@case("model/model.safetensors", "not a whole safetensors file")
+def header_of_another_shape(w: World) -> Arguments:
+    return header(w, {"shape": [3, 5]})
+
+
+@case("model/model.safetensors", "not a whole safetensors file")
+def header_of_a_negative_shape(w: World) -> Arguments:
+    return header(w, {"shape": [-1, 5]})
+
+
+@case("model/model.safetensors", "not a whole safetensors file")
+def header_of_an_unknown_type(w: World) -> Arguments:
+    return header(w, {"dtype": "F7"})
+
+
+@case("model/model.safetensors", "not a whole safetensors file")
+def header_that_is_no_json(w: World) -> Arguments:
+    return header(w, b'{"a": ')
+
+
+@case("model/model.safetensors", "not a whole safetensors file")
+def header_that_is_a_list(w: World) -> Arguments:
+    return header(w, b"[]      ")
+
+
+@case("model/model.safetensors", "not a whole safetensors file")
+def header_as_long_as_the_memory(w: World) -> Arguments:
+    w.file(f"{w.model()}/model.safetensors", (2**62).to_bytes(8, "little") + b"{}")
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model", "lack", "h.0.ln_1.weight", loads=True)
+def shard_without_its_tensors(w: World) -> Arguments:
+    model = w.root / w.model()
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+
+    def drop(tensors: dict[str, Any]) -> None:
+        del tensors[next(name for name in tensors if name.endswith("h.0.ln_1.weight"))]
+
+    w.tensors("model/model-00001-of-00001.safetensors", drop)
+    index = {"metadata": {"total_size": 1}, "weight_map": {"h.0.ln_1.weight": "model-00001-of-00001.safetensors"}}
+    w.file("model/model.safetensors.index.json", json.dumps(index))
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model", "no config.json")
+def config_that_is_a_folder(w: World) -> Arguments:
+    (w.root / w.model() / "config.json").unlink()
+    w.file("model/config.json/x", "")
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/config.json", "not readable")
+def config_nested_without_end(w: World) -> Arguments:
+    w.file(f"{w.model()}/config.json", "[" * 100_000)
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/config.json", "not readable")
+def config_in_utf_16(w: World) -> Arguments:
+    w.file(f"{w.model()}/config.json", '{"model_type": "gpt2"}'.encode("utf-16"))
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/config.json", "not a usable model configuration")
+def config_with_text_for_a_width(w: World) -> Arguments:
+    w.edit_json(w.model() / "config.json", n_embd="wide")
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model", "config.json")
+def config_with_a_negative_width(w: World) -> Arguments:
+    w.edit_json(w.model() / "config.json", n_embd=-32)
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model", "config.json")
+def config_with_a_width_that_the_heads_do_not_divide(w: World) -> Arguments:
+    w.edit_json(w.model() / "config.json", n_head=5)
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model", "config.json")
+def config_without_a_head(w: World) -> Arguments:
+    w.edit_json(w.model() / "config.json", n_head=0)
+    return ["eval", "model", "--data", w.rows(ROW)]
+
+
+@case("model", "config.json")
+def config_with_an_unknown_activation(w: World) -> Arguments:
+    w.edit_json(w.model() / "config.json", activation_function="gelu_newest")
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/config.json", "n_layer says 1,000,000,000 layers")
+def config_with_more_layers_than_weights(w: World) -> Arguments:
+    w.edit_json(w.model() / "config.json", n_layer=10**9)
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("taken", "no such model folder")
+def model_that_is_a_file(w: World) -> Arguments:
+    return w.train({"model.name_or_path": w.file("taken", "x")})
+
+
+@case("no such model folder")
+def model_that_is_a_link_to_itself(w: World) -> Arguments:
+    (w.root / "loop").symlink_to("loop")
+    return w.train({"model.name_or_path": "./loop"})
+
+
+@case("model/generation_config.json")
+def broken_generation_config(w: World) -> Arguments:
+    w.file(f"{w.model()}/generation_config.json", "{")
+    return ["quantize", "model", "--out", "out"]
+
+
+@case("model/tokenizer_config.json")
+def broken_tokenizer_config(w: World) -> Arguments:
+    w.file(f"{w.model()}/tokenizer_config.json", "[1")
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("no end-of-text token", "eos_token")
+def tokenizer_without_an_end(w: World) -> Arguments:
+    w.edit_json(w.model() / "tokenizer_config.json", eos_token=...)
+    return w.train({"model.name_or_path": "model"})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 from typing import Any
 
-from bad_input import ROW, Arguments, World, case
+import pytest
+from bad_input import LFS, ROW, Arguments, World, case
 
 
 @case("rows.jsonl:3", "not valid JSON", "one JSON object a line")
@@ -267,3 +270,227 @@ def eval_of_missing_rows(w: World) -> Arguments:
 @case("nothing to measure on", "--data")
 def eval_without_rows(w: World) -> Arguments:
     return ["eval", w.gpt2]
+
+
+@case("chat template takes over", "chat_template.jinja")
+def chat_template_that_fills_the_memory(w: World) -> Arguments:
+    return templated(w, "{{ 'a' * 10 ** 11 }}")
+
+
+@case("chat template takes over", "chat_template.jinja")
+def chat_template_that_pads_without_end(w: World) -> Arguments:
+    return templated(w, "{{ '%99999999999s' % 'a' }}")
+
+
+@case("chat template takes over", "chat_template.jinja")
+def chat_template_with_a_number_without_end(w: World) -> Arguments:
+    return templated(w, "{{ 10 ** (10 ** 10) % 7 }}")
+
+
+@case("chat template takes over", "chat_template.jinja")
+def chat_template_of_loops_in_loops(w: World) -> Arguments:
+    return templated(w, "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+
+
+@case("chat template takes over", "chat_template.jinja")
+def chat_template_that_doubles_a_text(w: World) -> Arguments:
+    text = "{% set n = namespace(t='a') %}{% for a in range(60) %}{% set n.t = n.t + n.t %}{% endfor %}{{ n.t }}"
+    return templated(w, text)
+
+
+@case("chat template", "Range too big")
+def chat_template_of_a_long_range(w: World) -> Arguments:
+    return templated(w, "{% for a in range(10 ** 9) %}{% endfor %}")
+
+
+@case("chat template makes 50,0", "characters of one conversation")
+def chat_template_of_a_long_text(w: World) -> Arguments:
+    return templated(w, "{{ 'a' * 50000000 }}")
+
+
+@case("chat template refuses the conversation", "recursion")
+def chat_template_that_calls_itself(w: World) -> Arguments:
+    return templated(w, "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}")
+
+
+@case("data.template.prompt", "write {column}")
+def template_with_a_width(w: World) -> Arguments:
+    return template(w, "Q: {question!r:>1000000000}", " {answer}")
+
+
+@case("data.template.completion", "write {column}")
+def template_with_a_width_that_is_a_column(w: World) -> Arguments:
+    return template(w, "Q: {question}", " {answer:{question}}")
+
+
+@case("data.template.prompt", "question[0]", "write {column}")
+def template_that_takes_an_index(w: World) -> Arguments:
+    return template(w, "Q: {question[0]}", " {answer}")
+
+
+@case("rows.jsonl", "git lfs pull")
+def rows_that_git_lfs_did_not_fetch(w: World) -> Arguments:
+    return w.train(data=w.file("rows.jsonl", LFS))
+
+
+@case("rows.txt", "git lfs pull")
+def text_that_git_lfs_did_not_fetch(w: World) -> Arguments:
+    return w.train(data=w.file("rows.txt", LFS))
+
+
+@case("data/rows.parquet", "git lfs pull")
+def folder_that_git_lfs_did_not_fetch(w: World) -> Arguments:
+    w.file("data/rows.parquet", LFS)
+    return ["eval", w.gpt2, "--data", "data"]
+
+
+@case("rows.jsonl.gz", "cannot read files of type '.gz'")
+def rows_in_gzip(w: World) -> Arguments:
+    return w.train(data=w.file("rows.jsonl.gz", gzip.compress(b"{}\n")))
+
+
+@case("rows.jsonl:1", "not UTF-8", "0x8b")
+def rows_in_gzip_under_another_name(w: World) -> Arguments:
+    return w.train(data=w.file("rows.jsonl", gzip.compress(b"{}\n")))
+
+
+@case("rows.arrow", "cannot read files of type '.arrow'")
+def rows_in_arrow(w: World) -> Arguments:
+    return w.train(data=w.file("rows.arrow", b"ARROW1"))
+
+
+@case("rows.jsonl:1", "not UTF-8", "save the file as UTF-8")
+def rows_in_utf_16(w: World) -> Arguments:
+    return w.train(data=w.file("rows.jsonl", json.dumps(ROW).encode("utf-16")))
+
+
+@case("rows.jsonl:1", "not valid JSON")
+def rows_in_utf_16_without_a_mark(w: World) -> Arguments:
+    return w.train(data=w.file("rows.jsonl", json.dumps(ROW).encode("utf-16-le")))
+
+
+@case("rows.txt:1", "not UTF-8")
+def text_in_utf_16(w: World) -> Arguments:
+    return w.train(data=w.file("rows.txt", "Swallows fly.".encode("utf-16")))
+
+
+@case("rows.jsonl", "holds no rows")
+def rows_of_a_byte_order_mark(w: World) -> Arguments:
+    return w.train(data=w.file("rows.jsonl", b"\xef\xbb\xbf\n"))
+
+
+@case("rows.txt", "holds no rows")
+def text_of_white_space(w: World) -> Arguments:
+    return w.train(data=w.file("rows.txt", " \n\t\n\r\n"))
+
+
+@case("rows.jsonl:1", "named twice", "answer")
+def row_with_a_key_twice(w: World) -> Arguments:
+    return w.train(data=w.file("rows.jsonl", '{"question": "Why?", "answer": "a", "answer": "b"}\n'))
+
+
+@case("rows.json", "named twice", "answer")
+def json_with_a_key_twice(w: World) -> Arguments:
+    return w.train(data=w.file("rows.json", '[{"question": "Why?", "answer": "a", "answer": "b"}]'))
+
+
+@case("rows.jsonl:1", "not valid JSON")
+def row_with_a_number_without_end(w: World) -> Arguments:
+    return w.train(data=w.file("rows.jsonl", '{"question": "Why?", "answer": ' + "1" * 5000 + "}\n"))
+
+
+@case("rows.jsonl:1", "not valid JSON", "recursion")
+def row_nested_without_end(w: World) -> Arguments:
+    return w.train(data=w.file("rows.jsonl", '{"question": ' + "[" * 100_000 + "\n"))
+
+
+@case("rows.json", "not valid JSON")
+def json_that_ends_too_soon(w: World) -> Arguments:
+    return w.train(data=w.file("rows.json", json.dumps([ROW, ROW])[:-9]))
+
+
+@case("rows.jsonl:2", "not valid JSON")
+def torn_last_line(w: World) -> Arguments:
+    return w.train(data=w.file("rows.jsonl", json.dumps(ROW) + "\n" + json.dumps(ROW)[:-9]))
+
+
+@case("rows.jsonl:2", "column 'text' holds a list")
+def text_that_is_a_list(w: World) -> Arguments:
+    return w.train(data=w.rows({"text": "Swallows fly."}, {"text": ["Swallows", "fly."]}))
+
+
+@case("rows.csv:1", "semicolons", "commas")
+def csv_with_semicolons(w: World) -> Arguments:
+    return w.train(data=w.file("rows.csv", "question;answer\na;b\n"))
+
+
+@case("rows.csv:2", "no format is known", "Why?, Because.")
+def csv_without_a_header(w: World) -> Arguments:
+    return w.train(data=w.file("rows.csv", "Why?,Because.\nWhen?,Now.\n"))
+
+
+@case("rows.parquet", "not a readable Parquet file")
+def parquet_that_ends_too_soon(w: World) -> Arguments:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["Swallows fly."] * 100}), w.root / "rows.parquet")
+    w.truncate("rows.parquet", 0.9)
+    return w.train(data="rows.parquet")
+
+
+@case("rows.parquet", "no format is known", "number")
+def parquet_of_other_columns(w: World) -> Arguments:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"number": [1, 2]}), w.root / "rows.parquet")
+    return w.train(data="rows.parquet")
+
+
+@case("loop.jsonl", "no such data file")
+def rows_that_are_a_link_to_themselves(w: World) -> Arguments:
+    (w.root / "loop.jsonl").symlink_to("loop.jsonl")
+    return w.train(data="loop.jsonl")
+
+
+@case("rows.jsonl", "cannot be read", "Permission denied")
+def rows_that_may_not_be_read(w: World) -> Arguments:
+    (w.root / w.rows(ROW)).chmod(0)
+    if os.access(w.root / "rows.jsonl", os.R_OK):
+        pytest.skip("root may read everything")
+    return w.train(data="rows.jsonl")
+
+
+@case("rows.jsonl:2", "messages[1]", "a number")
+def chat_with_a_number_for_words(w: World) -> Arguments:
+    return chat(w, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": 5}])
+
+
+@case("rows.jsonl:2", "messages[0]", "unknown role None")
+def chat_without_a_role(w: World) -> Arguments:
+    return chat(w, [{"content": "Hi"}])
+
+
+@case("rows.jsonl:2", "messages", "list of turns")
+def chat_that_is_an_object(w: World) -> Arguments:
+    return chat(w, {"role": "user", "content": "Hi"})
+
+
+@case("rows.jsonl:2", "messages[0]", "unknown role ['user']")
+def chat_with_a_list_for_a_role(w: World) -> Arguments:
+    return chat(w, [{"role": ["user"], "content": "Hi"}])
+
+
+@case("nothing to learn")
+def chat_without_an_answer(w: World) -> Arguments:
+    turn = {"role": "user", "content": "Hi"}
+    return w.train(
+        {"data.format": "chat", "model.name_or_path": w.llama}, data=w.rows({"messages": [turn]}, {"messages": [turn]})
+    )
+
+
+def templated(w: World, text: str) -> Arguments:
+    w.file(f"{w.model('llama')}/chat_template.jinja", text)
+    rows = w.rows({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]})
+    return w.train({"data.format": "chat", "model.name_or_path": "model"}, data=rows)

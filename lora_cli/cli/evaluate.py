@@ -40,9 +40,10 @@ def command(
     section = measure.data_section(data, recipe)
     measure.check(section)
     if adapter is None:
-        from lora_cli.model.files import locate
+        from lora_cli.model.files import check_model_type, locate
         from lora_cli.weights.shards import check_whole
 
+        check_model_type(locate(target))
         base = locate(target, weights=True)
         check_whole(base)
     else:

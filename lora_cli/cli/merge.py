@@ -31,6 +31,7 @@ def command(
     if warning:
         typer.echo(f"warning: {warning}", err=True)
     origin = trace(found or adapter)
+    check_out(out, origin.base, origin.folder)
     check_mergeable(origin.base)
 
     from lora_cli.weights.merge import merge

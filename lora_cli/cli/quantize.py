@@ -28,15 +28,17 @@ def command(
 ) -> None:
     """Store a model's linear layers in 4 or 8 bits."""
     from lora_cli.cli import measure
-    from lora_cli.model.files import check_quantizable, locate
+    from lora_cli.model.files import check_model_type, check_quantizable, locate
     from lora_cli.recipe.schema import Quantization
     from lora_cli.weights.shards import check_out, check_whole
 
     if any((Path(model) / part / "adapter_config.json").is_file() for part in ("", "adapter")):
         raise UserError("this is an adapter, not a model", model, "lora merge makes a model of it first")
     check_out(out)
+    check_model_type(locate(model))
     check_quantizable(locate(model))
     folder = locate(model, weights=True)
+    check_out(out, folder)
     check_whole(folder)
     rows = None
     if data is not None:

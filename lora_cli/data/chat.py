@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from lora_cli.data.bounds import BYTES, SECONDS, bounded
 from lora_cli.data.formats import Message, Segment
 from lora_cli.errors import UserError
 
@@ -18,6 +19,9 @@ PROBE = "lora-probe-7f3a"
 PROBES = (Message("user", PROBE), Message("assistant", PROBE))
 DAY = "26 Jul 2024"
 """Today, for Llama's templates, which fall back to this day: the same rows are to give the same tokens on any day."""
+MEND = "mend the model's chat_template.jinja, or chat_template in its JSON"
+MOST_ADDED, MOST_REPEATED = 1_000_000, 10
+"""Characters that a template may add to a conversation, and how often it may repeat what is said there."""
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -30,16 +34,24 @@ def render(
     """
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DAY
-        )
-        return str(text)
+        with bounded():
+            text = str(
+                tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DAY
+                )
+            )
     except TemplateSyntaxError as error:
         what = f"the tokenizer's chat template is broken in its line {error.lineno}: {error.message}"
-        raise UserError(what, hint="mend the model's chat_template.jinja, or chat_template in its JSON") from error
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise UserError(what, hint=MEND) from error
+    except (MemoryError, TimeoutError) as error:
+        what = f"the chat template takes over {SECONDS:g} s or {BYTES >> 20} MiB for one conversation"
+        raise UserError(what, where, MEND) from error
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         hint = "see which roles, and in which order, this model's template takes"
         raise UserError(f"the chat template refuses the conversation: {error}", where, hint) from error
+    if len(text) > MOST_ADDED + MOST_REPEATED * sum(len(turn.content) for turn in turns):
+        raise UserError(f"the chat template makes {len(text):,} characters of one conversation", where, MEND)
+    return text
 
 
 def written_after_words(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import Fault, UserError, nearest
+from lora_cli.errors import Fault, UserError, is_pointer, mend, nearest
 from lora_cli.recipe.schema import Source
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -65,6 +65,8 @@ def read_rows(sources: Iterable[Source]) -> Iterator[Row | Fault]:
                 read += 1
         else:
             for file in files:
+                if is_pointer(file):
+                    raise UserError("not the file itself", str(file), mend(file))
                 for item in READERS[file.suffix.lower()](file):
                     yield item if isinstance(item, Fault) else Row(item[1], item[0], index)
                     read += 1
@@ -142,7 +144,7 @@ def _jsonl(path: Path) -> Iterator[Record | Fault]:
 
 def _json_object(text: str, where: str) -> Record | Fault:
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         return Fault(f"not valid JSON: {error.msg} (column {error.colno})", where, "one JSON object a line")
     except (ValueError, RecursionError) as error:
@@ -152,10 +154,19 @@ def _json_object(text: str, where: str) -> Record | Fault:
     return where, value
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for a key that stands there twice, of which JSON would keep the last alone."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"named twice: {', '.join(sorted({name for name in names if names.count(name) > 1}))}")
+    return found
+
+
 def _json(path: Path) -> Iterator[Record | Fault]:
     text = _decode(_read_bytes(path), path)
     try:
-        value = json.loads(text) if text.strip() else []
+        value = json.loads(text, object_pairs_hook=_object) if text.strip() else []
     except json.JSONDecodeError as error:
         what, place = f"not valid JSON: {error.msg} (column {error.colno})", f"{path}:{error.lineno}"
         raise UserError(what, place, "a .json file is one list of objects, a .jsonl file an object a line") from error

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from lora_cli.errors import UserError
-from lora_cli.model.files import check_tokenizer, hub_kernels, own_code, read_config
+from lora_cli.model.files import check_tokenizer, hub_kernels, own_code, read_config, unknown_type
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.recipe.schema import Model, Quantization
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WRONG_VALUES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What Transformers raises for a configuration of values that no model can have."""
 transformers_logging.disable_progress_bar()
 
 
@@ -29,19 +31,15 @@ def load_config(folder: Path) -> PreTrainedConfig:
     stored = read_config(folder)
     kind = stored.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        own = ", ".join(own_code(stored))
-        what = f"model type '{kind}' is unknown to transformers {transformers.__version__}"
-        needs = f" and needs its own code ({own}), which lora does not run (trust_remote_code)" if own else ""
-        raise UserError(what + needs, where, "use a model that transformers knows; is there a newer release of it?")
+        raise unknown_type(stored, folder)
     kernels = sorted(set(hub_kernels(stored)))
     if kernels:
         what = f"the model asks for code from the hub ({', '.join(kernels)}), which lora does not run"
         raise UserError(what, where, "take its *_implementation keys out")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        what = f"not a usable model configuration: {str(error).splitlines()[0]}"
-        raise UserError(what, where, "copy or download it again") from error
+    except (*WRONG_VALUES, StrictDataclassError, OSError) as error:
+        raise _unusable(error, where) from error
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(
             f"model type '{config.model_type}' is no causal language model", where, "lora adapts models that write text"
@@ -77,10 +75,21 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without weights: every module and shape, on the meta device."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    """The model without weights: every module and shape, on the meta device.
+
+    Raises UserError when there can be no such model.
+    """
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except WRONG_VALUES as error:
+        raise _unusable(error, str(Path(config.name_or_path or "") / "config.json")) from error
     return model
+
+
+def _unusable(error: Exception, where: str) -> UserError:
+    what = f"not a usable model configuration: {type(error).__name__}: {' '.join(str(error).split())}"
+    return UserError(what, where, "copy or download it again")
 
 
 def best_device() -> torch.device:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import UserError, nearest
+from lora_cli.errors import UserError, is_pointer, mend, nearest
 
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 TOKENIZER_FILES = ["tokenizer.json", "*.model", "vocab.*", "tekken.json"]
+TYPES = "models/auto"
 NO_TEMPLATE = "use an instruct model, or another data.format (template lays a row out as you say)"
 MODEL_FOLDER = "a model folder holds config.json, a tokenizer and weights in safetensors"
 
@@ -57,12 +60,15 @@ def _nearest_folder(folder: Path) -> str:
 
 
 def check_tokenizer(folder: Path, chat: bool = False) -> None:
-    """Raises UserError when a model folder holds no tokenizer, or, for ``chat``, no chat template.
+    """Raises UserError when a model folder holds no tokenizer, not all of it or, for ``chat``, no chat template.
 
     Without a tokenizer's files Transformers makes up an empty one in silence.
     """
     if not any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern)):
         raise UserError("the folder holds no tokenizer (no tokenizer.json)", str(folder), MODEL_FOLDER)
+    for path in sorted(file for pattern in SMALL_FILES for file in folder.glob(pattern)):
+        if is_pointer(path):
+            raise UserError("not the file itself", str(path), mend(path))
     config = folder / "tokenizer_config.json"
     inside = config.is_file() and b'"chat_template"' in config.read_bytes()
     if chat and not inside and not any((folder / f"chat_template.{kind}").is_file() for kind in ("jinja", "json")):
@@ -75,10 +81,33 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"not readable: {error}", str(path), "copy or download it again") from error
+        raise UserError(f"not readable: {error}", str(path), mend(path)) from error
     if not isinstance(config, dict):
         raise UserError("not a model configuration", str(path), "it must be one JSON object")
     return config
+
+
+def check_model_type(folder: Path) -> None:
+    """Raises UserError when Transformers has no model of the type that config.json names.
+
+    Its tables are read as text, in milliseconds: to import them takes seconds.
+    """
+    config = read_config(folder)
+    kind = config.get("model_type")
+    package = importlib.util.find_spec("transformers")
+    places = (package and package.submodule_search_locations) or ()
+    tables = [file.read_text(encoding="utf-8") for place in places for file in Path(place, TYPES).glob("*.py")]
+    if not isinstance(kind, str) or (tables and not any(f'"{kind}"' in table for table in tables)):
+        raise unknown_type(config, folder)
+
+
+def unknown_type(config: Mapping[str, Any], folder: Path) -> UserError:
+    """What to raise for a model type that Transformers does not know."""
+    own = ", ".join(own_code(config))
+    what = f"model type '{config.get('model_type')}' is unknown to transformers {version('transformers')}"
+    needs = f" and needs its own code ({own}), which lora does not run (trust_remote_code)" if own else ""
+    hint = "use a model that transformers knows; is there a newer release of it?"
+    return UserError(what + needs, str(folder / "config.json"), hint)
 
 
 def own_code(config: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lora_cli.data.formats import check_rows, column_faults, pattern_faults
 from lora_cli.data.sources import check_sources, sources_of
 from lora_cli.errors import Fault, UserError
-from lora_cli.model.files import check_quantizable, check_tokenizer, locate
+from lora_cli.model.files import check_model_type, check_quantizable, check_tokenizer, locate
 from lora_cli.model.targets import Target, choose_targets, compile_pattern
 from lora_cli.recipe.schema import Data, Recipe
 from lora_cli.training.launched import process_index
@@ -22,6 +22,7 @@ from lora_cli.training.run import RunFolder
 from lora_cli.weights.check import check_adapter, check_start, check_weights, stored_layers
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.provenance import check_base
+from lora_cli.weights.shards import check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -151,6 +152,7 @@ def _check_deepspeed(recipe: Recipe) -> list[Fault]:
 
 def _check_model(recipe: Recipe) -> None:
     base = locate(recipe.model.name_or_path)
+    check_model_type(base)
     check_tokenizer(base, chat=recipe.data.format == "chat")
     if recipe.quantization is not None:
         check_quantizable(base)
@@ -159,6 +161,7 @@ def _check_model(recipe: Recipe) -> None:
 
 
 def _check_weights_without_torch(recipe: Recipe, base: Path) -> None:
+    check_whole(base)
     layers = stored_layers(base)
     wanted = recipe.adapter.target_modules
     # Stored names may leave out the name of the model's body: whole names and patterns wait for the model itself.

@@ -74,6 +74,7 @@ class RunFolder:
         """Raises UserError when this folder may not take the run that is asked for; writes nothing."""
         if self.root.is_file():
             raise UserError("training.output_dir is a file", str(self.root), "choose another folder")
+        check_writable(self.root)
         start = recipe.adapter.init_from
         if start is not None and Path(start).resolve().is_relative_to(self.root.resolve()):
             hint = "copy that adapter elsewhere, or choose another training.output_dir"
@@ -87,7 +88,6 @@ class RunFolder:
             raise UserError("there is no run to resume", str(self.root), "leave --resume out to begin one")
         elif not self.holds_run and self.root.is_dir() and not set(self.root.iterdir()) <= self._before_a_run:
             raise UserError("the folder is not empty and holds no run", str(self.root), "choose another folder")
-        check_writable(self.root)
         check_unlocked(self.root)
 
     @property

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.errors import Fault, UserError
+from lora_cli.errors import Fault, UserError, mend
 from lora_cli.model.files import read_config, stored_quantization
 from lora_cli.model.targets import Target
 from lora_cli.recipe.schema import Adapter
-from lora_cli.weights.shards import pickled, read_headers, weight_files
+from lora_cli.weights.shards import pickled, read_headers, read_tensor, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
+OTHER_TENSORS = ("bias", "modules_to_save", "trainable_token_indices", "target_parameters")
+"""Keys of an adapter's configuration that say it holds more than LoRA's own tensors."""
+_SHOWN = 5  # faults of one adapter
 EMBEDDINGS = ("wte", "wpe", "embed_tokens", "embed_positions", "embed_in", "word_embeddings", "lm_head", "embed_out")
 
 
@@ -49,7 +55,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"not readable: {error}", str(path), "copy or download it again") from error
+        raise UserError(f"not readable: {error}", str(path), mend(path)) from error
     if not isinstance(config, dict) or "peft_type" not in config:
         raise UserError("not an adapter's configuration (no peft_type)", str(path))
     if not (folder / ADAPTER_WEIGHTS).is_file():
@@ -88,6 +94,9 @@ def check_adapter(folder: Path, base: Path) -> None:
             str(folder),
             "LoRA adapters are (peft_type: LORA)",
         )
+    faults = list(_config_faults(config, str(folder / ADAPTER_CONFIG)))
+    if faults:
+        raise UserError(faults)
     halves = adapted_layers(folder)
     faults = [
         Fault(f"tensor {name}.lora_{kind}.weight is missing", str(folder))
@@ -102,13 +111,63 @@ def check_adapter(folder: Path, base: Path) -> None:
             for name in _named(config, layers)
             if not any(adapted == name or adapted.endswith(f".{name}") for adapted in halves)
         ]
+    faults += _unexpected(config, folder, halves)
     if not halves:
         faults.append(Fault("the adapter holds no LoRA tensors", str(folder)))
     if faults:
-        hint = "the adapter belongs to another base, or its file is damaged"
-        raise UserError(
-            [*faults[:5], Fault(f"the adapter does not fit its base (faults: {len(faults)})", str(folder), hint)]
-        )
+        more = f"{len(faults) - _SHOWN} more like these: " if len(faults) > _SHOWN else ""
+        hint = f"{more}the adapter does not fit its base: it belongs to another, or its file is damaged"
+        *first, last = faults[:_SHOWN]
+        raise UserError([*first, replace(last, hint=hint)])
+    _check_finite(folder)
+
+
+def _config_faults(config: Mapping[str, Any], where: str) -> Iterator[Fault]:
+    """Values in an adapter's configuration that PEFT would fail of, or compute no numbers with."""
+    rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
+    if not isinstance(rank, int) or rank < 1:
+        yield Fault(f"r is {rank!r}, expected a whole number from 1", where)
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        yield Fault(f"lora_alpha is {alpha!r}, expected a number", where)
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            yield Fault(f"target_modules is no regular expression: {error}: {targets}", where)
+    elif targets is not None and not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
+        yield Fault(f"target_modules is {targets!r}, expected names or a regular expression", where)
+
+
+def _unexpected(
+    config: Mapping[str, Any], folder: Path, halves: dict[str, dict[str, tuple[int, ...]]]
+) -> Iterator[Fault]:
+    """Tensors that are not what the adapter's configuration says, which PEFT passes over or makes up in silence."""
+    rank, place = config["r"], str(folder)
+    if not config.get("rank_pattern"):
+        for name, shapes in halves.items():
+            if "A" in shapes and shapes["A"][0] != rank:
+                yield Fault(f"tensor {name}.lora_A has rank {shapes['A'][0]}, {ADAPTER_CONFIG} says r: {rank}", place)
+    stored = read_headers([folder / ADAPTER_WEIGHTS])
+    if config.get("use_dora"):
+        kept = {name.removeprefix(PEFT_PREFIX).partition(".lora_magnitude_vector")[0] for name in stored}
+        plain = {name.removeprefix(PEFT_PREFIX) for name in stored}
+        for name in sorted(set(halves) - (kept - plain)):
+            yield Fault(f"tensor {name}.lora_magnitude_vector is missing (use_dora)", place)
+    if not any(config.get(key) not in (None, [], "none") for key in OTHER_TENSORS):
+        for name in stored:
+            if ".lora_" not in name:
+                yield Fault(f"tensor {name} is none of a LoRA adapter's", place)
+
+
+def _check_finite(folder: Path) -> None:
+    """Raises UserError when the adapter's weights are no numbers: all that the model says would be none."""
+    faults = []
+    for name, info in read_headers([folder / ADAPTER_WEIGHTS]).items():
+        if not read_tensor(info, name).float().isfinite().all():
+            faults.append(Fault(f"tensor {name} holds NaN or infinity", str(info.file)))
+    if faults:
+        hint = "the training that made it diverged, or the file is damaged: take an earlier checkpoint, or train again"
+        raise UserError([*faults[: _SHOWN - 1], replace(faults[-1], hint=hint)])
 
 
 def check_mergeable(base: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import ValidationError
 
@@ -15,8 +15,10 @@ from lora_cli.recipe.explain import dotted_keys
 from lora_cli.recipe.schema import Recipe
 from lora_cli.weights.check import check_adapter, read_adapter_config
 from lora_cli.weights.fingerprint import fingerprint
+from lora_cli.weights.shards import check_whole
 
 PROVENANCE = "provenance.json"
+DTYPES = ("float32", "bfloat16", "float16")
 WITHOUT = "copy it again, or remove it: the adapter then counts as made elsewhere"
 
 
@@ -58,6 +60,7 @@ def trace(folder: Path) -> AdapterOrigin:
     except UserError as error:
         what = f"the base that this adapter is for is not found: {error.faults[0].where}: {error.faults[0].what}"
         raise UserError(what, str(folder), "put it back, or move adapter and base together") from error
+    check_whole(base)
     check_base(folder, base)
     check_adapter(folder, base)
     return AdapterOrigin(folder, base, name, recipe_of(folder), record.get("dtype"))
@@ -81,9 +84,17 @@ def read_record(folder: Path) -> dict[str, Any]:
         record: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise UserError(f"not readable: {error}", str(path), WITHOUT) from error
-    if not isinstance(record, dict) or not all(isinstance(record.get(key, {}), dict) for key in ("base", "data")):
+    if not _is_record(record):
         raise UserError("not an adapter's record", str(path), WITHOUT)
     return record
+
+
+def _is_record(record: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether what is read of a record is of the kinds that it is written in."""
+    if not isinstance(record, dict) or not all(isinstance(record.get(key, {}), dict) for key in ("base", "data")):
+        return False
+    names = [record.get("base", {}).get(key) for key in ("name_or_path", "relative_path", "fingerprint")]
+    return record.get("dtype") in (None, *DTYPES) and all(isinstance(name, str | None) for name in names)
 
 
 def recipe_of(folder: Path) -> Recipe | None:

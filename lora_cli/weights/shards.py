@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from lora_cli.errors import UserError, unwritable
-from lora_cli.model.files import MODEL_FOLDER
+from lora_cli.errors import UserError, mend, unwritable
+from lora_cli.model.files import MODEL_FOLDER, read_config
 
 if TYPE_CHECKING:
     import torch
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 
@@ -46,15 +48,30 @@ def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
                     found[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:
             size = f"{file.stat().st_size:,} bytes" if file.exists() else "missing"
-            raise UserError(
-                f"not a whole safetensors file ({size}): {error}", str(file), "copy or download it again"
-            ) from error
+            raise UserError(f"not a whole safetensors file ({size}): {error}", str(file), mend(file)) from error
     return found
 
 
 def check_whole(folder: Path) -> None:
-    """Raises UserError when a model folder holds no safetensors weights or a damaged file, without importing torch."""
-    read_headers(weight_files(folder))
+    """Raises UserError when a model folder holds no safetensors weights, a damaged file, or fewer tensors than layers.
+
+    Without importing torch: a model of a billion layers is not to be laid out before it is found to be none.
+    """
+    files = weight_files(folder)
+    tensors = read_headers(files)
+    if not tensors:
+        raise UserError("holds no tensor", str(files[0]), mend(files[0]))
+    if (folder / GENERATION).is_file():
+        read_config(folder, GENERATION)
+    config = read_config(folder)
+    text_config = config.get("text_config")
+    for section in (config, text_config if isinstance(text_config, dict) else {}):
+        for key in DEPTHS:
+            depth = section.get(key)
+            if isinstance(depth, int) and depth > len(tensors):
+                what = f"{key} says {depth:,} layers, but the weights are {len(tensors):,} tensors"
+                hint = "config.json and the weights are of different models"
+                raise UserError(what, str(folder / "config.json"), hint)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -63,9 +80,11 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if not names or any(Path(name).name != name for name in names):
+                raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            what = "not a readable shard index (a JSON object with a weight_map)"
-            raise UserError(what, str(index), "copy or download it again") from error
+            what = "not a readable shard index (a JSON object with a weight_map to files beside it)"
+            raise UserError(what, str(index), mend(index)) from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             what = f"shards named in the index are missing: {', '.join(missing)}"
@@ -133,16 +152,22 @@ def whole_folder(out: Path, replace: bool = False, needed: int | None = None) ->
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_out(out: Path) -> None:
-    """Raises UserError when a folder cannot be made at ``out`` or holds something already."""
+def check_out(out: Path, *made_from: Path) -> None:
+    """Raises UserError when a folder cannot be made at ``out``, holds something already, or lies in one of
+    ``made_from``."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError("exists already", str(out), "choose another --out, or remove it first")
     check_writable(out)
+    for folder in made_from:
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"lies in {folder}, which it is made from", str(out), "choose another --out")
 
 
 def check_writable(folder: Path) -> None:
     """Raises UserError when ``folder`` could not be made or written; makes nothing."""
-    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists() or p.is_symlink())
+    if not nearest.exists():
+        raise UserError(f"{nearest} is a link that leads nowhere", str(folder), "choose another folder")
     if not nearest.is_dir():
         raise UserError(f"{nearest} is a file, not a folder", str(folder), "choose another folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
