@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,27 +19,25 @@ if TYPE_CHECKING:
 class Batch:
     """A micro-batch.
 
-    ``input_ids`` and ``position_ids`` (rows, tokens) int64; ``attention_mask`` (rows, tokens) int64, or None when rows
-    are packed and the position ids, starting again at 0, tell them apart. ``predict_from`` (k,) int64 are the positions
-    whose next token is supervised in some row; ``targets`` (rows, k) int64 holds those next tokens, -100 elsewhere.
+    ``input_ids`` and ``position_ids`` (rows, tokens) int64. Padded rows have ``attention_mask`` (rows, tokens) int64,
+    packed ones, which lie in one line, ``cu_seq_lens`` (rows + 1) int32, where each begins and the last one ends; the
+    other one is None. ``longest`` is the most tokens of a row. ``predict_from`` (k,) int64 are the positions whose next
+    token is supervised in some row; of their rows * k places, flattened, ``supervised`` (n,) int64 are those where it
+    is, and ``targets`` (n,) int64 the tokens there.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor | None
+    cu_seq_lens: torch.Tensor | None
+    longest: int
     predict_from: torch.Tensor
+    supervised: torch.Tensor
     targets: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``."""
-        mask = self.attention_mask
-        return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            self.position_ids.to(device, non_blocking=True),
-            None if mask is None else mask.to(device, non_blocking=True),
-            self.predict_from.to(device, non_blocking=True),
-            self.targets.to(device, non_blocking=True),
-        )
+        return Batch(*(each.to(device, non_blocking=True) if hasattr(each, "to") else each for each in astuple(self)))
 
 
 def epoch_order(
@@ -86,31 +84,37 @@ def collate(examples: Examples, rows: Sequence[int] | Ints, packing: bool, pad_t
     import torch
 
     pairs = [examples.row(int(index)) for index in rows]
+    lengths = np.array([len(ids) for ids, _ in pairs])
+    longest = int(lengths.max())
+    mask = starts = None
     if packing:
         ids = np.concatenate([ids for ids, _ in pairs])[None]
         wanted = np.concatenate([mask for _, mask in pairs])[None]
-        positions = np.concatenate([np.arange(len(ids)) for ids, _ in pairs])[None]
-        mask = None
+        positions = np.concatenate([np.arange(length) for length in lengths])[None]
+        starts = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
     else:
-        longest = max(len(ids) for ids, _ in pairs)
         ids = np.full((len(pairs), longest), pad_token_id, dtype=np.int64)
         wanted = np.zeros((len(pairs), longest), dtype=np.bool_)
-        mask = np.zeros((len(pairs), longest), dtype=np.int64)
-        positions = np.tile(np.arange(longest), (len(pairs), 1))
         for index, (row_ids, row_wanted) in enumerate(pairs):
             ids[index, : len(row_ids)] = row_ids
             wanted[index, : len(row_ids)] = row_wanted
-            mask[index, : len(row_ids)] = 1
+        positions = np.tile(np.arange(longest), (len(pairs), 1))
+        mask = torch.from_numpy((positions < lengths[:, None]).astype(np.int64))
     next_wanted = wanted[:, 1:]
     predict_from = np.flatnonzero(next_wanted.any(axis=0))
-    targets = np.where(next_wanted, ids[:, 1:], -100)[:, predict_from]
-    return Batch(
-        torch.from_numpy(ids.astype(np.int64)),
-        torch.from_numpy(positions.astype(np.int64)),
-        None if mask is None else torch.from_numpy(mask),
-        torch.from_numpy(predict_from.astype(np.int64)),
-        torch.from_numpy(targets.astype(np.int64)),
-    )
+    next_wanted = next_wanted[:, predict_from]
+    numbers = [
+        each.astype(np.int64)
+        for each in (
+            ids,
+            positions,
+            predict_from,
+            np.flatnonzero(next_wanted),
+            ids[:, 1:][:, predict_from][next_wanted],
+        )
+    ]
+    input_ids, position_ids, *rest = map(torch.from_numpy, numbers)
+    return Batch(input_ids, position_ids, mask, starts, longest, *rest)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from peft import PeftModel
 
 from lora_cli.errors import RunError
-from lora_cli.evaluation.loss import Score, evaluate, evaluation_batches, packs_exactly
+from lora_cli.evaluation.head import frozen_head
+from lora_cli.evaluation.loss import Score, evaluate, evaluation_batches, evaluating, lay_end_to_end
 from lora_cli.model.base import pad_token_id
 
 if TYPE_CHECKING:
@@ -34,17 +35,20 @@ def compare(
     examples: Examples,
     max_length: int,
     where: str,
+    attn_implementation: str = "auto",
 ) -> Comparison:
     """Score the examples with the adapter on and, when there is one, off.
 
     Raises RunError about ``where``, the model's or adapter's place, when a loss is no finite number.
     """
     device = next(model.parameters()).device
-    packing = packs_exactly(model, device)
+    packing = lay_end_to_end(model, device, attn_implementation)
+    with evaluating(model):
+        head = frozen_head(model)
 
     def score(what: str) -> Score:
         batches = evaluation_batches(examples, ROWS_AT_ONCE, max_length, packing, pad_token_id(tokenizer))
-        found = evaluate(model, batches, device)
+        found = evaluate(model, batches, device, head)
         if not math.isfinite(found.loss):
             hint = f"the weights are damaged, or their products are beyond what {model.dtype} holds".replace(
                 "torch.", ""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
 from lora_cli.data.batches import Batch, collate, group
+from lora_cli.evaluation.head import Head
+from lora_cli.model.attention import ROWS, knows_rows
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from lora_cli.data.examples import Examples, Ints
@@ -36,24 +37,35 @@ class Score:
         return math.exp(min(self.loss, 709.0))
 
 
-def summed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+def summed_loss(model: torch.nn.Module, batch: Batch, head: Head | None = None) -> torch.Tensor:
     """Summed negative log-likelihood (float32 scalar) of the batch's supervised tokens.
 
     The head runs on the positions that predict a supervised token alone: Transformers' ``logits_to_keep`` takes their
-    indices, so that each architecture applies its own scaling or capping of logits.
+    indices, so that each architecture applies its own scaling or capping of logits. With ``head``, the model's own as
+    ``frozen_head`` has found it, the loss is made in chunks and no logits are kept.
     """
-    # Padded on the right, rows need no position ids, and not every architecture takes them.
-    rows_apart = (
-        {"position_ids": batch.position_ids}
-        if batch.attention_mask is None
-        else {"attention_mask": batch.attention_mask}
-    )
-    output = model(input_ids=batch.input_ids, logits_to_keep=batch.predict_from, use_cache=False, **rows_apart)
-    logits = output.logits
-    if logits.shape[1] != len(batch.predict_from):  # an architecture that has no such argument gives them all
-        logits = logits[:, batch.predict_from]
-    logits = logits.float()
-    return cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="sum")
+    with nullcontext([]) if head is None else head.set_aside() as taken:
+        output = model(
+            input_ids=batch.input_ids, logits_to_keep=batch.predict_from, use_cache=False, **rows_apart(batch)
+        )
+    outputs = taken[0] if taken else output.logits
+    if outputs.shape[1] != len(batch.predict_from):  # an architecture that has no such argument gives them all
+        outputs = outputs[:, batch.predict_from]
+    outputs = outputs.flatten(0, 1)
+    if len(outputs) != len(batch.supervised):
+        outputs = outputs[batch.supervised]
+    if head is not None:
+        return head.summed_loss(outputs, batch.targets)
+    return cross_entropy(outputs.float(), batch.targets, reduction="sum")
+
+
+def rows_apart(batch: Batch) -> dict[str, Any]:
+    """The arguments that keep the batch's rows apart, padded or packed (those of FlashAttention)."""
+    if batch.cu_seq_lens is None:  # padded on the right, rows need no position ids, and not every model takes them
+        return {"attention_mask": batch.attention_mask}
+    starts, longest = batch.cu_seq_lens, batch.longest
+    lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+    return {"position_ids": batch.position_ids, **lengths}
 
 
 @contextmanager
@@ -69,12 +81,17 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def evaluate(model: torch.nn.Module, batches: Iterable[Batch], device: torch.device) -> Score:
+def evaluate(model: torch.nn.Module, batches: Iterable[Batch], device: torch.device, head: Head | None = None) -> Score:
     """Loss over all supervised tokens of all batches, each counted once; draws no random number."""
-    return score(tally_loss(model, ((batch, 1.0) for batch in batches), device))
+    return score(tally_loss(model, ((batch, 1.0) for batch in batches), device, head))
 
 
-def tally_loss(model: torch.nn.Module, batches: Iterable[tuple[Batch, float]], device: torch.device) -> torch.Tensor:
+def tally_loss(
+    model: torch.nn.Module,
+    batches: Iterable[tuple[Batch, float]],
+    device: torch.device,
+    head: Head | None = None,
+) -> torch.Tensor:
     """Summed negative log-likelihood and number of supervised tokens: (2,) float64 on ``device``.
 
     A batch of weight 0 is gone through and not counted. Draws no random number.
@@ -82,8 +99,8 @@ def tally_loss(model: torch.nn.Module, batches: Iterable[tuple[Batch, float]], d
     tally = torch.zeros(2, dtype=torch.float64, device=device)
     with evaluating(model):
         for batch, weight in batches:
-            nll = summed_loss(model, batch.to(device)).double()
-            tally += weight * torch.stack([nll, (batch.targets != -100).sum().to(nll)])
+            nll = summed_loss(model, batch.to(device), head).double()
+            tally += weight * torch.stack([nll, torch.full_like(nll, len(batch.targets))])
     return tally
 
 
@@ -106,21 +123,33 @@ def evaluation_batches(
         yield collate(examples, rows, packing, pad_token_id)
 
 
-def packs_exactly(model: PreTrainedModel | PeftModel, device: torch.device) -> bool:
-    """Whether two rows laid end to end give the hidden states that each gives alone.
+def lay_end_to_end(model: PreTrainedModel, device: torch.device, attn_implementation: str) -> bool:
+    """Prepare the model for packed rows, with attention by rows where it can be chosen; whether it gives them exactly.
 
-    True for attention that masks by position ids; models with a state, a convolution over time or positions of
-    another kind fail it and are padded instead.
+    Two rows laid end to end have to give the hidden states that each gives alone. Models with a state, a convolution
+    over time or positions of another kind do not, and are left as they were.
     """
+    given = model.config._attn_implementation
     vocabulary = model.config.get_text_config().vocab_size
     ids = (torch.arange(12, device=device) * 7919 + 3) % vocabulary
-    places = torch.cat([torch.arange(7), torch.arange(5)]).to(device)
+    with evaluating(model):
+        alone = torch.cat([model(input_ids=part[None], use_cache=False).logits[0] for part in (ids[:7], ids[7:])])
+    for implementation in (ROWS, given) if attn_implementation == "auto" and knows_rows(model) else (given,):
+        model.set_attn_implementation(implementation)
+        if _packs_exactly(model, ids, alone):
+            return True
+    return False
+
+
+def _packs_exactly(model: PreTrainedModel, ids: torch.Tensor, alone: torch.Tensor) -> bool:
+    places = torch.cat([torch.arange(7), torch.arange(5)]).to(ids.device)
+    starts = torch.tensor([0, 7, 12], dtype=torch.int32, device=ids.device)
+    nothing = torch.empty(0, dtype=torch.long, device=ids.device)
+    batch = Batch(ids[None], places[None], None, starts, 7, nothing, nothing, nothing)
     with evaluating(model):
         try:
-            packed = model(input_ids=ids[None], position_ids=places[None], use_cache=False).logits[0].float()
-        except TypeError:  # the architecture takes no position ids
+            packed = model(input_ids=batch.input_ids, use_cache=False, **rows_apart(batch)).logits[0]
+        except (TypeError, ValueError):  # the architecture takes no position ids, or more than attention by rows knows
             return False
-        parts = [model(input_ids=part[None], use_cache=False).logits[0].float() for part in (ids[:7], ids[7:])]
-    alone = torch.cat(parts)
-    error = float((packed - alone).norm() / alone.norm())
+    error = float((packed - alone).float().norm() / alone.float().norm())
     return error < (1e-3 if model.dtype == torch.float32 else 0.05)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.model.fused_lora import register
 from lora_cli.recipe.schema import Adapter
 
 if TYPE_CHECKING:
@@ -32,13 +33,15 @@ def lora_config(adapter: Adapter, targets: Sequence[str]) -> PeftConfig:
 METHODS: dict[str, Callable[[Adapter, Sequence[str]], PeftConfig]] = {"lora": lora_config}
 
 
-def adapt(base: PreTrainedModel, adapter: Adapter, targets: Sequence[str]) -> PeftModel:
+def adapt(base: PreTrainedModel, adapter: Adapter, targets: Sequence[str], fused: bool) -> PeftModel:
     """The base with a new trainable adapter on ``targets`` (full module names); adapter weights are float32."""
     config = METHODS[adapter.method](adapter, targets)
     layers = [base.get_submodule(name) for name in targets]
     # For those who load the adapter: PEFT sees GPT-2's transposed layers by itself, but not once they are quantized.
     if any(getattr(layer, "source_cls", type(layer)) is Conv1D for layer in layers):
         config.fan_in_fan_out = True  # type: ignore[attr-defined]
+    if fused:
+        register(config, layers)
     model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
     return model
@@ -52,10 +55,14 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     return PeftModel.from_pretrained(base, str(folder))
 
 
-def continue_adapter(base: PreTrainedModel, folder: Path, adapter: Adapter) -> PeftModel:
+def continue_adapter(
+    base: PreTrainedModel, folder: Path, adapter: Adapter, targets: Sequence[str], fused: bool
+) -> PeftModel:
     """The base with the adapter stored in ``folder``, as ``load_adapter``; trained on with the recipe's dropout."""
     config = PeftConfig.from_pretrained(str(folder))
     config.lora_dropout = adapter.lora_dropout
+    if fused:
+        register(config, [base.get_submodule(name) for name in targets])
     return PeftModel.from_pretrained(base, str(folder), config=config, is_trainable=True)
 
 

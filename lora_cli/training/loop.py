@@ -184,7 +184,7 @@ def take_step(trainer: Trainer, step: Step, learning_rate: float) -> tuple[float
         batch = collate(trainer.job.train.examples, rows, trainer.packing, pad_token_id(trainer.job.tokenizer))
         last = index == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(trainer.model):
-            nll = weight * summed_loss(trainer.model, batch.to(accelerator.device))
+            nll = weight * summed_loss(trainer.model, batch.to(accelerator.device), trainer.head)
             backward(accelerator, trainer.model, optimizer, nll * accelerator.num_processes / step.supervised, last)
         total += nll.detach()
     weights = [parameter for _, parameter in parameters(trainer)]
@@ -221,7 +221,7 @@ def validate(trainer: Trainer) -> Score:
         (collate(job.validation, rows, trainer.packing, pad_token_id(job.tokenizer)), weight)
         for rows, weight in own_share(groups, trainer.accelerator)
     )
-    tally = summed(tally_loss(trainer.model, batches, trainer.accelerator.device), trainer.accelerator)
+    tally = summed(tally_loss(trainer.model, batches, trainer.accelerator.device, trainer.head), trainer.accelerator)
     return score(tally)
 
 

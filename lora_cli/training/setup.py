@@ -13,7 +13,8 @@ from accelerate.utils import set_seed
 
 from lora_cli.data.batches import Schedule
 from lora_cli.data.sources import sources_of
-from lora_cli.evaluation.loss import packs_exactly
+from lora_cli.evaluation.head import Head, frozen_head
+from lora_cli.evaluation.loss import evaluating, lay_end_to_end
 from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameters
 from lora_cli.model.base import best_device, load_base, resolve_dtype
 from lora_cli.model.memory import activation_bytes, free_bytes
@@ -22,6 +23,7 @@ from lora_cli.training.optimizer import check_warmup, make_optimizer
 from lora_cli.training.out_of_memory import largest_batch
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.sharding import is_sharded, make_accelerator, prepare_model
+from lora_cli.training.zero import is_zero
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -34,6 +36,7 @@ class Trainer:
     job: Prepared
     accelerator: Accelerator
     model: torch.nn.Module
+    head: Head | None
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     packing: bool
@@ -58,23 +61,27 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     sharded = is_sharded(accelerator)
     device = torch.device("cpu") if sharded else accelerator.device  # each process then takes its shards from there
     base = load_base(job.base, recipe.model, recipe.quantization, device, dtype, sharded)
-    packing = recipe.data.packing and packs_exactly(base, device)
+    packing = recipe.data.packing and lay_end_to_end(base, device, recipe.model.attn_implementation)
     if recipe.data.packing and not packing:
         display.note("data.packing: this architecture mixes packed rows; rows are padded instead", warning=True)
     schedule = make_schedule(job, packing, accelerator.num_processes)
     if needs_checkpointing(job, schedule, dtype, accelerator.device):
         base.gradient_checkpointing_enable({"use_reentrant": False})
+    targets = [target.name for target in job.targets]
+    fused = recipe.adapter.fused and not is_zero(accelerator)  # ZeRO gathers a weight when its own layer is called
     if recipe.adapter.init_from is None:
-        model = adapt(base, recipe.adapter, [target.name for target in job.targets])
+        model = adapt(base, recipe.adapter, targets, fused)
     else:
-        model = continue_adapter(base, Path(recipe.adapter.init_from), recipe.adapter)
+        model = continue_adapter(base, Path(recipe.adapter.init_from), recipe.adapter, targets, fused)
+    with evaluating(model):
+        head = None if sharded else frozen_head(model)
     optimizer = make_optimizer(recipe.training, [p for _, p in trainable_parameters(model)])
     prepared, optimizer = prepare_model(accelerator, model, optimizer, dtype)
     prepared.train()
     set_seed(recipe.training.seed, device_specific=True)  # the same start on all processes, dropout of its own on each
     total = schedule.total_steps(recipe.training.num_train_epochs, recipe.training.max_steps)
     check_warmup(recipe.training, total)
-    return Trainer(job, accelerator, prepared, optimizer, schedule, packing, total, dtype, display)
+    return Trainer(job, accelerator, prepared, head, optimizer, schedule, packing, total, dtype, display)
 
 
 def make_schedule(job: Prepared, packing: bool, processes: int) -> Schedule:

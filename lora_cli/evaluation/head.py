@@ -1,0 +1,154 @@
+"""The frozen output layer and the loss behind it as one, in chunks: full logits never exist.
+
+The layer is set aside in the forward pass by a hook, which takes its input and passes none on, so that every
+architecture's own way up to it stays untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
+"""Of float32 logits at a time: a processor's caches hold little more, a GPU wants products of some size."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A frozen linear output layer; logits = cap * tanh(scale * (h W^T + bias) / cap), uncapped where ``cap`` is None."""
+
+    module: nn.Linear
+    scale: float
+    cap: float | None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(n, width) to (n, vocabulary), float32."""
+        return _bounded(self.module(hidden).float(), self.scale, self.cap)
+
+    def summed_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Summed negative log-likelihood (float32 scalar) of ``targets`` (n,) after ``hidden`` (n, width)."""
+        weight, bias = self.module.weight, self.module.bias
+        if hidden.is_cuda and bias is None and find_spec("liger_kernel"):
+            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+            liger = LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=self.cap)
+            fused: torch.Tensor = liger(weight, (hidden * self.scale).to(weight.dtype), targets)
+            return fused
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        with torch.autocast(hidden.device.type, enabled=False):
+            wants_gradient = hidden.requires_grad and torch.is_grad_enabled()
+            loss = LinearCrossEntropy.apply(hidden, weight, bias, targets, self.scale, self.cap, wants_gradient)
+        assert isinstance(loss, torch.Tensor)
+        return loss
+
+    @contextmanager
+    def set_aside(self) -> Iterator[list[torch.Tensor]]:
+        """Within, a forward pass leaves this layer's input in the list and gives no logits."""
+        taken: list[torch.Tensor] = []
+
+        def take(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            taken.append(inputs[0])
+            return (inputs[0][:, :0], *inputs[1:])
+
+        hook = self.module.register_forward_pre_hook(take)
+        try:
+            yield taken
+        finally:
+            hook.remove()
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """sum_i -log softmax(z_i)[t_i] with z = cap * tanh(scale * (h W^T + bias) / cap), W frozen.
+
+    The gradient of h, (softmax(z) - onehot(t)) * dz/dh, is made chunk by chunk in the forward pass, while the chunk's
+    logits are there, as in Liger (arXiv:2410.10989, section 3.2); the exponentials are made once for both.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        scale: float,
+        cap: float | None,
+        wants_gradient: bool,
+    ) -> torch.Tensor:
+        weight = weight.to(hidden.dtype)
+        total = torch.zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32).to(
+            hidden.device
+        )
+        gradient = torch.empty_like(hidden) if wants_gradient else None
+        rows = max(16, CHUNK_BYTES.get(hidden.device.type, 2**26) // (4 * weight.shape[0]))
+        for start in range(0, len(hidden), rows):
+            part, wanted = hidden[start : start + rows], targets[start : start + rows, None]
+            raw = part @ weight.T if bias is None else torch.addmm(bias.to(part.dtype), part, weight.T)
+            z = _bounded(raw.to(total.dtype), scale, cap)
+            slope = None if cap is None else (1 - (z / cap).square_())
+            picked = z.gather(1, wanted)
+            highest = z.amax(1, keepdim=True)
+            exponentials = z.sub_(highest).exp_()
+            normalizer = exponentials.sum(1, keepdim=True)
+            total += (normalizer.log() + highest - picked).sum()
+            if gradient is None:
+                continue
+            if slope is None:  # softmax(z) W - W[t], divided after the product, where there is less to divide
+                mean = (exponentials.to(part.dtype) @ weight).div_(normalizer)
+                torch.sub(mean, weight[wanted[:, 0]], out=gradient[start : start + rows]).mul_(scale)
+            else:
+                by_logit = (
+                    exponentials.div_(normalizer).scatter_add_(1, wanted, -torch.ones_like(normalizer)).mul_(slope)
+                )
+                torch.mm(by_logit.to(part.dtype), weight, out=gradient[start : start + rows]).mul_(scale)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype), None, None, None, None, None, None
+
+
+def _bounded(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
+    """The logits as the architecture bounds them; may be in place."""
+    if scale != 1:
+        logits = logits * scale
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def frozen_head(model: PreTrainedModel | PeftModel) -> Head | None:
+    """The model's output layer, when it is a frozen linear one whose logits are as the configuration says.
+
+    Gemma caps its logits, Granite divides and Cohere multiplies them. The result is held to the model's own logits,
+    so that an architecture that does anything else there keeps its own way: None.
+    """
+    config, module = model.config.get_text_config(), model.get_output_embeddings()
+    if type(module) is not nn.Linear or module.weight.requires_grad:
+        return None
+    scale = float(getattr(config, "logit_scale", None) or 1) / float(getattr(config, "logits_scaling", None) or 1)
+    head = Head(module, scale, getattr(config, "final_logit_softcapping", None))
+    ids = (torch.arange(8, device=module.weight.device) * 7919 + 3)[None] % config.vocab_size
+    device, dtype = module.weight.device.type, module.weight.dtype
+    with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+        wanted = model(input_ids=ids, use_cache=False).logits[0].float()
+        with head.set_aside() as taken:
+            model(input_ids=ids, use_cache=False)
+        found = head.logits(taken[0][0]).float() if taken else wanted[:0]
+    if found.shape != wanted.shape or not torch.allclose(
+        found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())
+    ):
+        return None
+    return head

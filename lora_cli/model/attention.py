@@ -1,0 +1,109 @@
+"""Attention for rows laid end to end: each row among its own tokens alone, without a mask over the whole line.
+
+Registered with Transformers under the name ``ROWS``; a forward pass says where rows begin and end by the arguments that
+FlashAttention has there. On a GPU, in 16 bits, the rows go through torch's variable-length FlashAttention together;
+elsewhere one after the other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ROWS = "rows"
+
+
+def attend_by_rows(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each row.
+
+    query (1, heads, tokens, width); key and value (1, key heads, tokens, width); ``cu_seq_lens_q`` (rows + 1) int32.
+    Returns (1, tokens, heads, width), as Transformers wants it. Without ``cu_seq_lens_q``, or where a mask says more,
+    this is Transformers' own sdpa. Raises ValueError for what needs the scores themselves (soft caps, sinks, biases).
+    """
+    needs = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+    if needs:
+        raise ValueError(f"attention by rows does not know {', '.join(needs)}")
+    if cu_seq_lens_q is None or attention_mask is not None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
+        )
+    is_grouped = query.shape[1] != key.shape[1]
+    if query.is_cuda and query.dtype != torch.float32 and not dropout:
+        from torch.nn.attention.varlen import varlen_attn
+
+        assert max_length_q is not None
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        lines = [part[0].transpose(0, 1) for part in (query, key, value)]
+        length = max_length_q
+        attended = varlen_attn(
+            *lines,
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            length,
+            length,
+            scale=scaling,
+            window_size=window,
+            enable_gqa=is_grouped,
+        )
+        return attended[None], None
+    lengths = cu_seq_lens_q.diff().tolist()
+    rows = zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
+    attended = [
+        scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=_window(q.shape[2], sliding_window, q.device),
+            dropout_p=dropout,
+            is_causal=sliding_window is None or q.shape[2] <= sliding_window,
+            scale=scaling,
+            enable_gqa=is_grouped,
+        )
+        for q, k, v in rows
+    ]
+    return torch.cat(attended, dim=2).transpose(1, 2), None
+
+
+def _window(length: int, width: int | None, device: torch.device) -> torch.Tensor | None:
+    """Which of ``length`` tokens each sees (length, length) when it sees ``width`` at most; None when it sees all."""
+    if width is None or length <= width:
+        return None
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - width)
+
+
+def _mask(
+    batch_size: int, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **others: Any
+) -> torch.Tensor | None:
+    """None for a line of rows, else sdpa's mask."""
+    if batch_size == 1 and q_length == kv_length and attention_mask is None:
+        return None
+    return sdpa_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, **others)
+
+
+AttentionInterface.register(ROWS, attend_by_rows)
+AttentionMaskInterface.register(ROWS, _mask)
+
+
+def knows_rows(model: PreTrainedModel) -> bool:
+    """Whether the architecture's attention takes rows by FlashAttention's arguments."""
+    return bool(model._supports_flash_attn)

@@ -1,0 +1,135 @@
+"""Plain LoRA in one autograd function: PEFT's own layers with another forward pass, the same numbers and names.
+
+PEFT computes a layer as base(x) + B(A(x)) * scaling, each part an operation with temporaries and saved tensors of its
+own. Here the products are accumulated in place, nothing of the output's size is kept for the backward pass, and of the
+frozen weight nothing but a reference is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners import lora
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from peft import LoraConfig
+
+
+class LoraProduct(torch.autograd.Function):
+    """y = x W^T + bias + s (x A^T) B^T (LoRA, arXiv:2106.09685, equation 3) for a frozen W.
+
+    x (…, in), W (out, in) or, ``transposed``, (in, out), A (r, in), B (out, r), bias (out) or None; the product is
+    computed in x's dtype and gradients of A and B are returned in their own. ``state`` is bitsandbytes' for a W of 4 bits,
+    which is expanded in each pass and not kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+        transposed: bool,
+        state: Any,
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        a_low, b_low = a.to(x.dtype), b.to(x.dtype)
+        expanded = _expanded(weight, state, transposed, x.dtype)
+        y = rows @ expanded.T if bias is None else torch.addmm(bias.to(x.dtype), rows, expanded.T)
+        down = rows @ a_low.T
+        y.addmm_(down, b_low.T, alpha=scaling)
+        ctx.save_for_backward(rows, weight, down, a, b)
+        ctx.scaling, ctx.transposed, ctx.state = scaling, transposed, state
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        rows, weight, down, a, b = ctx.saved_tensors
+        g = grad.reshape(-1, grad.shape[-1])
+        up = (g @ b.to(g.dtype)).mul_(ctx.scaling)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = g @ _expanded(weight, ctx.state, ctx.transposed, g.dtype)
+            grad_x = grad_x.addmm_(up, a.to(g.dtype)).view(*grad.shape[:-1], rows.shape[-1])
+        grad_a = (up.T @ rows).to(a.dtype)
+        grad_b = (g.T @ down).mul_(ctx.scaling).to(b.dtype)
+        return grad_x, None, None, grad_a, grad_b, None, None, None
+
+
+def _expanded(weight: torch.Tensor, state: Any, transposed: bool, dtype: torch.dtype) -> torch.Tensor:
+    """The weight as (out, in) in ``dtype``."""
+    if state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(weight, state)
+    return (weight.T if transposed else weight).to(dtype)
+
+
+def product(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """The layer's output when it is plain LoRA in training: one active adapter, no dropout, no variant; else None."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or len(names) != 1 or not torch.is_grad_enabled():
+        return None
+    name, base = names[0], layer.base_layer
+    dropout = layer.lora_dropout[name]
+    random = isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training
+    a, b = layer.lora_A[name], layer.lora_B[name]
+    if random or name in layer.lora_variant or b.bias is not None or base.weight.requires_grad:
+        return None
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if getattr(base, "compute_dtype", None) not in (None, dtype):
+        return None
+    with torch.autocast(x.device.type, enabled=False):
+        result = LoraProduct.apply(
+            x.to(dtype),
+            base.weight,
+            base.bias,
+            a.weight,
+            b.weight,
+            layer.scaling[name],
+            isinstance(base, Conv1D),
+            getattr(base, "quant_state", None),
+        )
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+class FusedLinear(lora.Linear):  # type: ignore[misc]
+    """PEFT's LoRA layer over torch's Linear or Transformers' Conv1D."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = None if args or kwargs else product(self, x)
+        return super().forward(x, *args, **kwargs) if result is None else result
+
+
+def register(config: LoraConfig, layers: Iterable[nn.Module]) -> None:
+    """Have PEFT make these layers fused ones, as far as their kind is known here."""
+    kinds = {type(layer) for layer in layers}
+    known: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FusedLinear, Conv1D: FusedLinear}
+    if any(kind.__module__.startswith("bitsandbytes") for kind in kinds):
+        from bitsandbytes.nn import Linear4bit
+
+        known = {Linear4bit: _fused_4bit()}
+    if kinds <= known.keys():
+        config._register_custom_module(known)
+
+
+def _fused_4bit() -> type[nn.Module]:
+    from peft.tuners.lora.bnb import Linear4bit
+
+    class FusedLinear4bit(Linear4bit):  # type: ignore[misc]
+        """PEFT's LoRA layer over bitsandbytes' 4-bit Linear."""
+
+        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            result = None if args or kwargs else product(self, x)
+            return super().forward(x, *args, **kwargs) if result is None else result
+
+    return FusedLinear4bit
