@@ -755,8 +755,10 @@ def test_padded_batches(few: Examples) -> None:
         length = len(ids)
         assert batch.input_ids[at].tolist() == ids.tolist() + [1] * (int(few.lengths[1]) - length)
         assert batch.attention_mask[at].tolist() == [1] * length + [0] * (int(few.lengths[1]) - length)
-        learned = [token for token in batch.targets[at].tolist() if token != -100]
-        assert learned == ids[mask].tolist()
+        here = batch.supervised // len(batch.predict_from) == at
+        assert batch.targets[here].tolist() == ids[mask].tolist()
+        before = batch.predict_from[batch.supervised[here] % len(batch.predict_from)]
+        assert batch.input_ids[at, before + 1].tolist() == ids[mask].tolist()
     assert batch.position_ids[1].tolist() == list(range(int(few.lengths[1])))
 
 
@@ -765,9 +767,12 @@ def test_packed_batches(few: Examples) -> None:
     assert batch.attention_mask is None
     assert batch.input_ids[0].tolist() == flat(few.row(row)[0].tolist() for row in (2, 0, 1))
     assert batch.position_ids[0].tolist() == flat(list(range(int(few.lengths[row]))) for row in (2, 0, 1))
-    assert batch.targets[0].tolist() == flat(few.row(row)[0][few.row(row)[1]].tolist() for row in (2, 0, 1))
+    assert batch.cu_seq_lens is not None
+    assert batch.cu_seq_lens.tolist() == [0, *few.lengths[[2, 0, 1]].cumsum().tolist()]
+    assert batch.targets.tolist() == flat(few.row(row)[0][few.row(row)[1]].tolist() for row in (2, 0, 1))
     after = [batch.input_ids[0, at + 1].item() for at in batch.predict_from.tolist()]
-    assert after == batch.targets[0].tolist()
+    assert after == batch.targets.tolist()
+    assert batch.supervised.tolist() == list(range(len(after)))
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])

@@ -397,6 +397,7 @@ ELSEWHERE = {
     "quantization.double_quant": "test_what_quantization_keys_do",
     "quantization.compute_dtype": "test_what_quantization_keys_do",
     "adapter.method": "has one value",
+    "adapter.fused": "test_fused_or_not (test_fast_paths.py)",
     "adapter.init_from": "test_steps_and_adapter_equal_the_reference",
     "data.min_supervised_rows": "test_too_few_rows_to_learn_from (test_audit.py)",
     "training.output_dir": "test_the_recipe_alone_repeats_the_run",

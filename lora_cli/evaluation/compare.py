@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from lora_cli.errors import RunError
 from lora_cli.evaluation.head import frozen_head
-from lora_cli.evaluation.loss import Score, evaluate, evaluation_batches, evaluating, lay_end_to_end
+from lora_cli.evaluation.loss import Score, evaluate, evaluating, evaluation_batches, lay_end_to_end
 from lora_cli.model.base import pad_token_id
 
 if TYPE_CHECKING:

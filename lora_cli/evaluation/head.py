@@ -25,7 +25,7 @@ CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
 
 @dataclass(frozen=True)
 class Head:
-    """A frozen linear output layer; logits = cap * tanh(scale * (h W^T + bias) / cap), uncapped where ``cap`` is None."""
+    """A frozen linear output layer: logits are z = scale * (h W^T + bias), or cap * tanh(z / cap) with a cap."""
 
     module: nn.Linear
     scale: float
@@ -48,7 +48,9 @@ class Head:
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         with torch.autocast(hidden.device.type, enabled=False):
             wants_gradient = hidden.requires_grad and torch.is_grad_enabled()
-            loss = LinearCrossEntropy.apply(hidden, weight, bias, targets, self.scale, self.cap, wants_gradient)
+            loss = LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+                hidden, weight, bias, targets, self.scale, self.cap, wants_gradient
+            )
         assert isinstance(loss, torch.Tensor)
         return loss
 
@@ -69,7 +71,7 @@ class Head:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """sum_i -log softmax(z_i)[t_i] with z = cap * tanh(scale * (h W^T + bias) / cap), W frozen.
+    """The sum of -log softmax(z_i)[t_i] over rows i, with the logits z that ``Head`` gives and W frozen.
 
     The gradient of h, (softmax(z) - onehot(t)) * dz/dh, is made chunk by chunk in the forward pass, while the chunk's
     logits are there, as in Liger (arXiv:2410.10989, section 3.2); the exponentials are made once for both.
@@ -117,7 +119,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None, None, None, None, None, None
 
@@ -147,8 +149,7 @@ def frozen_head(model: PreTrainedModel | PeftModel) -> Head | None:
         with head.set_aside() as taken:
             model(input_ids=ids, use_cache=False)
         found = head.logits(taken[0][0]).float() if taken else wanted[:0]
-    if found.shape != wanted.shape or not torch.allclose(
-        found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())
-    ):
+    if found.shape != wanted.shape:
         return None
-    return head
+    error = float((found - wanted).norm() / wanted.norm())
+    return head if error < (1e-4 if dtype == torch.float32 else 0.02) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from lora_cli.evaluation.head import Head
 from lora_cli.model.attention import ROWS, knows_rows
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from lora_cli.data.examples import Examples, Ints
@@ -44,7 +45,8 @@ def summed_loss(model: torch.nn.Module, batch: Batch, head: Head | None = None) 
     indices, so that each architecture applies its own scaling or capping of logits. With ``head``, the model's own as
     ``frozen_head`` has found it, the loss is made in chunks and no logits are kept.
     """
-    with nullcontext([]) if head is None else head.set_aside() as taken:
+    aside: AbstractContextManager[list[torch.Tensor]] = nullcontext([]) if head is None else head.set_aside()
+    with aside as taken:
         output = model(
             input_ids=batch.input_ids, logits_to_keep=batch.predict_from, use_cache=False, **rows_apart(batch)
         )
@@ -123,7 +125,7 @@ def evaluation_batches(
         yield collate(examples, rows, packing, pad_token_id)
 
 
-def lay_end_to_end(model: PreTrainedModel, device: torch.device, attn_implementation: str) -> bool:
+def lay_end_to_end(model: PreTrainedModel | PeftModel, device: torch.device, attn_implementation: str) -> bool:
     """Prepare the model for packed rows, with attention by rows where it can be chosen; whether it gives them exactly.
 
     Two rows laid end to end have to give the hidden states that each gives alone. Models with a state, a convolution
@@ -141,7 +143,7 @@ def lay_end_to_end(model: PreTrainedModel, device: torch.device, attn_implementa
     return False
 
 
-def _packs_exactly(model: PreTrainedModel, ids: torch.Tensor, alone: torch.Tensor) -> bool:
+def _packs_exactly(model: PreTrainedModel | PeftModel, ids: torch.Tensor, alone: torch.Tensor) -> bool:
     places = torch.cat([torch.arange(7), torch.arange(5)]).to(ids.device)
     starts = torch.tensor([0, 7, 12], dtype=torch.int32, device=ids.device)
     nothing = torch.empty(0, dtype=torch.long, device=ids.device)

@@ -40,7 +40,7 @@ def adapt(base: PreTrainedModel, adapter: Adapter, targets: Sequence[str], fused
     # For those who load the adapter: PEFT sees GPT-2's transposed layers by itself, but not once they are quantized.
     if any(getattr(layer, "source_cls", type(layer)) is Conv1D for layer in layers):
         config.fan_in_fan_out = True  # type: ignore[attr-defined]
-    if fused:
+    if fused and isinstance(config, LoraConfig):
         register(config, layers)
     model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
@@ -61,7 +61,7 @@ def continue_adapter(
     """The base with the adapter stored in ``folder``, as ``load_adapter``; trained on with the recipe's dropout."""
     config = PeftConfig.from_pretrained(str(folder))
     config.lora_dropout = adapter.lora_dropout
-    if fused:
+    if fused and isinstance(config, LoraConfig):
         register(config, [base.get_submodule(name) for name in targets])
     return PeftModel.from_pretrained(base, str(folder), config=config, is_trainable=True)
 

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 ROWS = "rows"
@@ -47,27 +48,11 @@ def attend_by_rows(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
         )
-    is_grouped = query.shape[1] != key.shape[1]
     if query.is_cuda and query.dtype != torch.float32 and not dropout:
-        from torch.nn.attention.varlen import varlen_attn
-
         assert max_length_q is not None
-        window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        lines = [part[0].transpose(0, 1) for part in (query, key, value)]
-        length = max_length_q
-        attended = varlen_attn(
-            *lines,
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            length,
-            length,
-            scale=scaling,
-            window_size=window,
-            enable_gqa=is_grouped,
-        )
-        return attended[None], None
+        return _together(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
     lengths = cu_seq_lens_q.diff().tolist()
-    rows = zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
+    rows = zip(*(torch.split(part, lengths, dim=2) for part in (query, key, value)), strict=True)
     attended = [
         scaled_dot_product_attention(
             q,
@@ -77,11 +62,39 @@ def attend_by_rows(
             dropout_p=dropout,
             is_causal=sliding_window is None or q.shape[2] <= sliding_window,
             scale=scaling,
-            enable_gqa=is_grouped,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
         for q, k, v in rows
     ]
     return torch.cat(attended, dim=2).transpose(1, 2), None
+
+
+def _together(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+    starts: torch.Tensor,
+    longest: int,
+) -> torch.Tensor:
+    """All rows in one kernel."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    attended = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        starts,
+        starts,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(attended, torch.Tensor)
+    return attended[None]
 
 
 def _window(length: int, width: int | None, device: torch.device) -> torch.Tensor | None:
@@ -104,6 +117,6 @@ AttentionInterface.register(ROWS, attend_by_rows)
 AttentionMaskInterface.register(ROWS, _mask)
 
 
-def knows_rows(model: PreTrainedModel) -> bool:
+def knows_rows(model: PreTrainedModel | PeftModel) -> bool:
     """Whether the architecture's attention takes rows by FlashAttention's arguments."""
     return bool(model._supports_flash_attn)

@@ -24,8 +24,8 @@ class LoraProduct(torch.autograd.Function):
     """y = x W^T + bias + s (x A^T) B^T (LoRA, arXiv:2106.09685, equation 3) for a frozen W.
 
     x (…, in), W (out, in) or, ``transposed``, (in, out), A (r, in), B (out, r), bias (out) or None; the product is
-    computed in x's dtype and gradients of A and B are returned in their own. ``state`` is bitsandbytes' for a W of 4 bits,
-    which is expanded in each pass and not kept.
+    computed in x's dtype and gradients of A and B are returned in their own. ``state`` is bitsandbytes' for a W of
+    4 bits, which is expanded in each pass and not kept.
     """
 
     @staticmethod
@@ -51,7 +51,7 @@ class LoraProduct(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, weight, down, a, b = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         up = (g @ b.to(g.dtype)).mul_(ctx.scaling)
@@ -88,7 +88,7 @@ def product(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     if getattr(base, "compute_dtype", None) not in (None, dtype):
         return None
     with torch.autocast(x.device.type, enabled=False):
-        result = LoraProduct.apply(
+        result = LoraProduct.apply(  # type: ignore[no-untyped-call]
             x.to(dtype),
             base.weight,
             base.bias,
@@ -96,13 +96,13 @@ def product(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
             b.weight,
             layer.scaling[name],
             isinstance(base, Conv1D),
-            getattr(base, "quant_state", None),
+            getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None),
         )
     assert isinstance(result, torch.Tensor)
     return result
 
 
-class FusedLinear(lora.Linear):  # type: ignore[misc]
+class FusedLinear(lora.Linear):
     """PEFT's LoRA layer over torch's Linear or Transformers' Conv1D."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -125,7 +125,7 @@ def register(config: LoraConfig, layers: Iterable[nn.Module]) -> None:
 def _fused_4bit() -> type[nn.Module]:
     from peft.tuners.lora.bnb import Linear4bit
 
-    class FusedLinear4bit(Linear4bit):  # type: ignore[misc]
+    class FusedLinear4bit(Linear4bit):
         """PEFT's LoRA layer over bitsandbytes' 4-bit Linear."""
 
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
