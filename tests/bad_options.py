@@ -71,3 +71,86 @@ def override_without_a_value(w: World) -> Arguments:
 @case("no key 'adapter.rr'", "adapter.r")
 def reference_of_an_unknown_key(w: World) -> Arguments:
     return ["explain", "adapter.rr"]
+
+
+@case("--num-processes", "greater than or equal to 1")
+def no_processes(w: World) -> Arguments:
+    return w.train({}, "--num-processes", "0")
+
+
+@case("--num-processes", "greater than or equal to 1")
+def fewer_processes_than_none(w: World) -> Arguments:
+    return w.train({}, "--num-processes", "-1")
+
+
+@case("--num-processes", "integer")
+def processes_in_words(w: World) -> Arguments:
+    return w.train({}, "--num-processes", "two")
+
+
+@case("base/merged", "lies in", "choose another --out")
+def merge_into_the_base(w: World) -> Arguments:
+    return ["merge", w.run(), "--out", "base/merged"]
+
+
+@case("base", "exists already")
+def merge_onto_the_base(w: World) -> Arguments:
+    return ["merge", w.run(), "--out", "base"]
+
+
+@case("run/adapter/merged", "lies in", "choose another --out")
+def merge_into_the_adapter(w: World) -> Arguments:
+    return ["merge", w.run(), "--out", "run/adapter/merged"]
+
+
+@case("link/merged", "lies in", "choose another --out")
+def merge_into_the_base_through_a_link(w: World) -> Arguments:
+    (w.root / "link").symlink_to("base")
+    return ["merge", w.run(), "--out", "link/merged"]
+
+
+@case("model/small", "lies in", "choose another --out")
+def quantize_into_the_model(w: World) -> Arguments:
+    return ["quantize", w.model(), "--out", "model/small"]
+
+
+@case("loop", "link that leads nowhere")
+def quantize_into_a_link_to_itself(w: World) -> Arguments:
+    (w.root / "loop").symlink_to("loop")
+    return ["quantize", w.gpt2, "--out", "loop"]
+
+
+@case("gone", "link that leads nowhere")
+def merge_into_a_link_to_nothing(w: World) -> Arguments:
+    (w.root / "gone").symlink_to("nowhere")
+    return ["merge", w.run(), "--out", "gone/merged"]
+
+
+@case("model", "no adapter here")
+def merge_of_a_model(w: World) -> Arguments:
+    return ["merge", w.model(), "--out", "out"]
+
+
+@case("recipe.yaml", "no adapter here")
+def merge_of_a_file(w: World) -> Arguments:
+    return ["merge", w.file("recipe.yaml", ""), "--out", "out"]
+
+
+@case("recipe.yaml", "no such model folder")
+def quantize_of_a_file(w: World) -> Arguments:
+    return ["quantize", w.file("recipe.yaml", ""), "--out", "out"]
+
+
+@case("recipe.yaml", "no such model folder")
+def eval_of_a_file(w: World) -> Arguments:
+    return ["eval", w.file("recipe.yaml", ""), "--data", w.rows(ROW)]
+
+
+@case("--data", "the name is empty")
+def eval_of_rows_without_a_name(w: World) -> Arguments:
+    return ["eval", w.gpt2, "--data", ""]
+
+
+@case("--resume", "--overwrite", "exclude each other")
+def resume_and_overwrite_with_processes(w: World) -> Arguments:
+    return w.train({}, "--resume", "--overwrite", "--num-processes", "2")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from bad_input import Arguments, World, case
 
 
@@ -123,3 +125,53 @@ def broken_pattern(w: World) -> Arguments:
 @case("adapter.r: 64", "32")
 def rank_wider_than_the_layer(w: World) -> Arguments:
     return w.train({"adapter.r": 64})
+
+
+@case("training.deepspeed", "shards what training.fsdp shards", "keep one")
+def two_ways_to_shard(w: World) -> Arguments:
+    return w.train({"training.fsdp": True, "training.deepspeed": w.file("zero.json", "{}")})
+
+
+@case("training.optim: adamw_8bit cannot be sharded", "adamw_torch")
+def sharded_8bit_optimizer(w: World) -> Arguments:
+    return w.train({"training.fsdp": True, "training.optim": "adamw_8bit"})
+
+
+@case("zero.json", "training.deepspeed", "zero_optimization")
+def deepspeed_file_that_is_missing(w: World) -> Arguments:
+    return w.train({"training.deepspeed": "zero.json"})
+
+
+@case("zero.json", "training.deepspeed")
+def deepspeed_file_that_is_no_json(w: World) -> Arguments:
+    return w.train({"training.deepspeed": w.file("zero.json", "zero: 2")})
+
+
+@case("zero.json", "training.deepspeed")
+def deepspeed_file_that_is_a_list(w: World) -> Arguments:
+    return w.train({"training.deepspeed": w.file("zero.json", "[]")})
+
+
+@case("zero.json", "training.deepspeed", "stage")
+def deepspeed_of_an_unknown_stage(w: World) -> Arguments:
+    return w.train({"training.deepspeed": w.file("zero.json", json.dumps({"zero_optimization": {"stage": 7}}))})
+
+
+@case("zero.json", "training.deepspeed", "stage")
+def deepspeed_of_a_stage_in_words(w: World) -> Arguments:
+    return w.train({"training.deepspeed": w.file("zero.json", json.dumps({"zero_optimization": {"stage": "two"}}))})
+
+
+@case("WANDB_API_KEY looks to be a secret")
+def key_in_a_recipe(w: World) -> Arguments:
+    return w.train({"training.output_dir": "runs/${WANDB_API_KEY}"})
+
+
+@case("the environment variable TOKENIZER_DIR is not set")
+def variable_that_only_sounds_like_a_secret(w: World) -> Arguments:
+    return w.train({"model.name_or_path": "${TOKENIZER_DIR}"})
+
+
+@case("the environment variable MAX_TOKENS is not set", "the environment variable KEYBOARD is not set")
+def two_variables_that_only_sound_like_secrets(w: World) -> Arguments:
+    return w.train({"model.name_or_path": "${MAX_TOKENS}", "training.output_dir": "${KEYBOARD}"})

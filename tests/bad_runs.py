@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from bad_input import Arguments, World, case
+import json
+import os
+import shutil
+
+import pytest
+from bad_input import ROW, Arguments, World, case
 
 
 @case("File name too long", "choose another name")
@@ -51,3 +56,87 @@ def resume_of_another_run(w: World) -> Arguments:
 @case("data.train", "adapter.r")
 def resume_with_several_changes(w: World) -> Arguments:
     return ["train", w.run() / "recipe.yaml", "adapter.r=2", "data.train=other.jsonl", "--resume"]
+
+
+@case("loop", "link that leads nowhere", "choose another folder")
+def output_is_a_link_to_itself(w: World) -> Arguments:
+    (w.root / "loop").symlink_to("loop")
+    return w.train({"training.output_dir": "loop"})
+
+
+@case("gone is a link that leads nowhere", "choose another folder")
+def output_is_a_link_to_nothing(w: World) -> Arguments:
+    (w.root / "gone").symlink_to("nowhere")
+    return w.train({"training.output_dir": "gone"})
+
+
+@case("link that leads nowhere")
+def output_below_a_link_to_nothing(w: World) -> Arguments:
+    (w.root / "gone").symlink_to("nowhere")
+    return w.train({"training.output_dir": "gone/run"})
+
+
+@case("/proc/run", "no permission", loads=True)
+def output_in_a_folder_that_takes_none(w: World) -> Arguments:
+    if os.access("/proc", os.W_OK):
+        pytest.skip("root may write everywhere")
+    return w.train({"training.output_dir": "/proc/run"})
+
+
+@case("adapter.init_from lies in the folder", "copy that adapter elsewhere")
+def output_holds_the_adapter_to_start_from(w: World) -> Arguments:
+    w.run()
+    return w.train(
+        {"adapter.init_from": "run/adapter", "model.name_or_path": "base", "training.output_dir": "run"}, "--overwrite"
+    )
+
+
+def resume(w: World, file: str, content: str | bytes) -> Arguments:
+    """Go on with a run one of whose files holds something else."""
+    w.file(f"{w.run()}/{file}", content)
+    w.rows(*[ROW] * 4)
+    return ["train", "run/recipe.yaml", "--resume", "training.max_steps=3"]
+
+
+@case("run/run.json", "not readable", "remove the run's folder")
+def resume_with_a_torn_record(w: World) -> Arguments:
+    return resume(w, "run.json", '{"started": "2026')
+
+
+@case("run/run.json", "not readable", "remove the run's folder")
+def resume_with_a_record_that_is_no_text(w: World) -> Arguments:
+    return resume(w, "run.json", b"\xff\xfe\x00")
+
+
+@case("run/run.json", "not a run's record", "remove the run's folder")
+def resume_with_a_record_that_is_a_list(w: World) -> Arguments:
+    return resume(w, "run.json", "[]")
+
+
+@case("run/run.json", "not a run's record", "remove the run's folder")
+def resume_with_a_record_of_other_kinds(w: World) -> Arguments:
+    record = {"started": 5, "versions": [], "steps": "many", "processes": "two", "base": 1, "data": []}
+    return resume(w, "run.json", json.dumps(record))
+
+
+@case("run/recipe.yaml:1")
+def resume_with_a_broken_recipe(w: World) -> Arguments:
+    w.run()
+    shutil.copy(w.root / "run/recipe.yaml", w.root / "recipe.yaml")
+    w.file("run/recipe.yaml", "model: [")
+    return ["train", "recipe.yaml", "--resume"]
+
+
+@case("run/metrics.jsonl:1", "not a line of metrics", "remove that line")
+def resume_with_broken_metrics(w: World) -> Arguments:
+    return resume(w, "metrics.jsonl", "oops\n")
+
+
+@case("run/metrics.jsonl:1", "not a line of metrics", "remove that line")
+def resume_with_metrics_of_another_kind(w: World) -> Arguments:
+    return resume(w, "metrics.jsonl", "[1, 2]\n")
+
+
+@case("run/metrics.jsonl:1", "not a line of metrics")
+def resume_with_metrics_that_are_no_text(w: World) -> Arguments:
+    return resume(w, "metrics.jsonl", b"\xff\xfe\n")

@@ -141,6 +141,9 @@ def _check_deepspeed(recipe: Recipe) -> list[Fault]:
     except (OSError, ValueError, LookupError, TypeError) as error:
         hint = 'it is a JSON file such as {"zero_optimization": {"stage": 2}}'
         return [Fault(f"training.deepspeed: names no stage of ZeRO: {error!r}", path, hint)]
+    if stage not in (0, 1, 2, 3):
+        what = f"training.deepspeed: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3"
+        return [Fault(what, path)]
     if stage == 3 and recipe.quantization is not None:
         return [Fault("training.deepspeed: stage 3 does not shard a quantized base", path, "use training.fsdp: true")]
     if importlib.util.find_spec("deepspeed") is None:

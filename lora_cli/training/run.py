@@ -43,6 +43,12 @@ MAY_CHANGE_TOGETHER = {"training.per_device_train_batch_size", "training.gradien
 """Keys that may change with the number of processes, as long as each step takes the rows it would have taken."""
 
 
+KINDS = {"started": str, "versions": dict, "steps": int, "processes": int, "base": dict, "data": dict}
+"""What run.json holds under the keys that are read again."""
+
+RESTORE = "restore it from a copy, or remove the run's folder and begin anew"
+
+
 class RunFolder:
     """Paths and files of one run."""
 
@@ -79,6 +85,9 @@ class RunFolder:
         if start is not None and Path(start).resolve().is_relative_to(self.root.resolve()):
             hint = "copy that adapter elsewhere, or choose another training.output_dir"
             raise UserError("adapter.init_from lies in the folder that the run would write", start, hint)
+        if resume and self.info.exists():
+            self.read_info()
+            self.read_metrics()
         if self.is_begun and resume:
             self._check_same_keys(recipe)
         elif self.holds_run and not resume and not overwrite:
@@ -126,7 +135,7 @@ class RunFolder:
                 ("the training rows have", known, data),
                 ("the validation rows have", known.get("validation"), validation),
             )
-            if record and new and record["fingerprint"] != new
+            if record and new and record.get("fingerprint") != new
         ]
         if faults:
             raise UserError(faults)
@@ -191,11 +200,14 @@ class RunFolder:
             sync(self.metrics)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Every whole line of metrics.jsonl; a process killed while writing leaves a part of one."""
+        """Every whole line of metrics.jsonl; a process killed while writing leaves a part of one.
+
+        Raises UserError for a line that is none of a run's.
+        """
         if not self.metrics.is_file():
             return []
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = self.metrics.read_bytes().split(b"\n")[:-1]
+        return [_metrics_line(line, f"{self.metrics}:{number}") for number, line in enumerate(lines, 1)]
 
     def cut_metrics(self, step: int) -> None:
         """Leave out what was measured after ``step``: the steps a resumed run will take again."""
@@ -207,14 +219,26 @@ class RunFolder:
         try:
             info: Any = json.loads(self.info.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"not readable: {error}", str(self.info)) from error
-        if not isinstance(info, dict):
-            raise UserError("not a run's record", str(self.info))
+            raise UserError(f"not readable: {error}", str(self.info), RESTORE) from error
+        if not isinstance(info, dict) or not all(
+            isinstance(info.get(key, kind()), kind) for key, kind in KINDS.items()
+        ):
+            raise UserError("not a run's record", str(self.info), RESTORE)
         return info
 
     def write_info(self, info: Mapping[str, Any]) -> None:
         """Replace run.json."""
         write_whole(self.info, json.dumps(info, indent=2, allow_nan=False) + "\n")
+
+
+def _metrics_line(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        read: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        read = None
+    if not isinstance(read, dict) or not isinstance(read.get("step"), int) or "split" not in read:
+        raise UserError("not a line of metrics", where, "remove that line")
+    return read
 
 
 def step_of(recipe: Recipe, processes: int) -> tuple[int, ...]:
