@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +94,20 @@ def test_what_files_alone_tell_is_told_without_torch(
     code, modules, stdout, _ = run(*(argument.format(recipe=recipe) for argument in arguments), cwd=tmp_path)
     assert (code, stdout) == (2, "")
     assert not {"torch", "transformers", "peft", "datasets", "pandas"} & set(modules)
+
+
+def test_an_unknown_model_type_is_told_without_torch(tiny_gpt2: Path, write_recipe: Any, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_gpt2, model)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt17"}), encoding="utf-8")
+    recipe = str(write_recipe({"model.name_or_path": model}))
+    for arguments in (
+        ("train", recipe),
+        ("quantize", "model", "--out", "out"),
+        ("eval", "model", "--data", "qa.jsonl"),
+    ):
+        code, modules, stdout, stderr = run(*arguments, cwd=tmp_path)
+        assert (code, stdout) == (2, "")
+        assert "'gpt17' is unknown to transformers" in stderr
+        assert not {"torch", "transformers"} & set(modules)
