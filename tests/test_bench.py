@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import contestants, heldout, prepare, same_work, startup, table, train
+from bench import contestants, context, heldout, prepare, same_work, startup, table, train
 from bench.options import Options
 from bench.processes import environment, run
 from bench.work import Did, Work, write_job
 
-OPTIONS = Options(
-    "train", "tiny", rounds=1, steps=2, threads=1, dtype="float32", gpu=False, quick=True, only=(), out=None
-)
+OPTIONS = Options("tiny", rounds=1, steps=2, threads=1, dtype="float32", gpu=False, quick=True, only=(), out=None)
 LORA = contestants.CPU[0]
 
 
@@ -35,7 +33,7 @@ def work(rows: dict[str, Any]) -> Work:
 
 
 def test_a_round_is_run_judged_and_checked(work: Work, tmp_path: Path) -> None:
-    round_ = train.one_round(0, [LORA], work, tmp_path / "round", OPTIONS)
+    round_ = train.one_round(0, [LORA], work, tmp_path / "round", OPTIONS, {})
     did, figures = round_[LORA]
     heldout.main(str(write_job(work, tmp_path, {"lora-0": did.adapter})))
     losses = json.loads((tmp_path / "losses.json").read_text(encoding="utf-8"))
@@ -77,15 +75,16 @@ def test_other_targets_are_told(work: Work) -> None:
 
 
 def test_losses_that_disagree_are_told(work: Work) -> None:
-    in_order = [each for each in contestants.CPU if each.in_order][:2]
-    same = dict.fromkeys(in_order, GOOD)
-    falls = {each.name: 0.1 for each in in_order}
+    one, other = [each for each in contestants.CPU if each.in_order][:2]
+    same, falls = {one: GOOD, other: GOOD}, {one.name: 0.1, other.name: 0.1}
     assert same_work.loss_faults(same, falls, 6.9, work) == []
-    apart = {in_order[0]: GOOD, in_order[1]: replace(GOOD, losses=[6.9, 6.9])}
-    (fault,) = same_work.loss_faults(apart, falls, 6.9, work)
-    assert fault.startswith(f"{in_order[1].name}: a step's loss")
-    (fault,) = same_work.loss_faults(same, falls | {"third": 0.3}, 6.9, work)
-    assert fault.startswith("third: held-out loss fell by 0.3")
+    (fault,) = same_work.loss_faults(same | {other: replace(GOOD, losses=[6.9, 6.9])}, falls, 6.9, work)
+    assert fault.startswith(f"{other.name}: a step's loss is 1.5e-02 from {one.name}'s")
+    (fault,) = same_work.loss_faults(same, falls | {other.name: 0.11}, 6.9, work)
+    assert fault == f"{other.name}: held-out loss fell by 0.1100, {one.name}'s by 0.1000"
+    assert same_work.loss_faults(same | {LORA: GOOD}, falls | {"lora": 0.11}, 6.9, work) == []  # packed
+    (fault,) = same_work.loss_faults(same | {LORA: GOOD}, falls | {"lora": 0.2}, 6.9, work)
+    assert fault.startswith("lora: held-out loss fell by 0.2000, the median")
     assert len(same_work.loss_faults(same, falls, 5.0, work)) == 2
 
 
@@ -111,3 +110,17 @@ def test_a_trace_of_imports_tells_what_pulls_in_what() -> None:
         {"module": "light", "by": "(at run time)", "ms": 3},
         {"module": "heavy", "by": "light", "ms": 2},
     ]
+
+
+@pytest.mark.parametrize("fit", [50, 64, 1000, 2048, 3000, 99_999, 100_000])
+def test_the_longest_that_fits_is_found(fit: int) -> None:
+    tried = []
+
+    def fits(length: int) -> bool:
+        tried.append(length)
+        return length <= fit
+
+    longest = context.search(fits, 2048, limit=100_000)
+    assert longest <= fit
+    assert fit - longest <= max(64, 0.01 * fit)
+    assert len(tried) == len(set(tried)) < 20

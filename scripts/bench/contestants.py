@@ -47,15 +47,28 @@ CPU = (
 
 
 def on_gpu() -> tuple[Contestant, ...]:
-    """On a GPU, where Liger and FlashAttention are TRL's best when they are installed."""
-    best = BEST | ({"use_liger_kernel": True} if find_spec("liger_kernel") else {})
-    best |= {"attn_implementation": "flash_attention_2"} if find_spec("flash_attn") else {}
+    """On a GPU."""
+    best = _best_on_gpu()
     return (
         Contestant(OURS, OURS),
         Contestant("trl", "sft", in_order=True),
-        Contestant("trl-best", "sft", best),
-        Contestant("trl-best-checkpointing", "sft", best | {"gradient_checkpointing": True}),
+        Contestant("trl-best", "sft", best | BEST),
+        Contestant("trl-best-checkpointing", "sft", best | {"packing": True}),
     )
+
+
+def for_context(gpu: bool) -> tuple[Contestant, ...]:
+    """For the longest row that fits: TRL checkpoints by default, and on a GPU can keep activations in host memory."""
+    best = _best_on_gpu()
+    offloading = Contestant("trl-best-offloading", "sft", best | {"activation_offloading": True}, in_order=True)
+    both = Contestant(OURS, OURS), Contestant("trl-best-checkpointing", "sft", best, in_order=True)
+    return (*both, offloading) if gpu else both
+
+
+def _best_on_gpu() -> dict[str, Any]:
+    """Liger and FlashAttention for TRL when they are installed."""
+    options: dict[str, Any] = {"use_liger_kernel": True} if find_spec("liger_kernel") else {}
+    return options | ({"attn_implementation": "flash_attention_2"} if find_spec("flash_attn") else {})
 
 
 def choose(

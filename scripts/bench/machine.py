@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -51,6 +52,12 @@ def describe(threads: int) -> dict[str, Any]:
     }
 
 
+def gpu_name() -> str:
+    """What nvidia-smi calls the card."""
+    command = ["nvidia-smi", "--id=0", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def _chip() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -79,7 +86,6 @@ def main(job: str) -> None:
     parameters = sum(wide * out * count for (wide, out), count in layers.items())
     found = {
         "bf16_units": has_bf16,
-        "gpu": torch.cuda.get_device_name(0) if gpu else None,
         "matmul_parameters": parameters,
         "flop_per_token": 4 * parameters,
         "ceilings": ceilings,

@@ -10,7 +10,6 @@ from pathlib import Path
 class Options:
     """The options of ``scripts/bench/run``, shared by all benchmarks."""
 
-    benchmark: str
     shape: str
     rounds: int
     steps: int

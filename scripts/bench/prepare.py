@@ -23,10 +23,7 @@ def main(job: str) -> None:
     told = json.loads(Path(job).read_text(encoding="utf-8"))
     folder, max_length = Path(told["folder"]), told["max_length"]
     source, train, heldout = data.texts(SEED)
-    made_from = hashlib.sha256(json.dumps([source, asdict(SHAPES[told["shape"]])]).encode()).hexdigest()
-    model = Path(told["models"]) / f"{told['shape']}-{made_from[:8]}"
-    if not model.exists():
-        make(SHAPES[told["shape"]], (row["prompt"] + row["completion"] for row in train), model, SEED)
+    model = model_folder(told["shape"], Path(told["models"]), source, train)
     tokenizer = AutoTokenizer.from_pretrained(model)
     lengths = []
     for row in train[: told["rows"]]:
@@ -46,6 +43,15 @@ def main(job: str) -> None:
         "supervised_tokens": sum(whole - prompt for prompt, whole in lengths),
     }
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
+def model_folder(name: str, models: Path, source: str, rows: list[dict[str, str]]) -> Path:
+    """The model of this shape, made unless it is there; its folder is named after what it is made from."""
+    made_from = hashlib.sha256(json.dumps([source, asdict(SHAPES[name])]).encode()).hexdigest()
+    folder = models / f"{name}-{made_from[:8]}"
+    if not folder.exists():
+        make(SHAPES[name], (row["prompt"] + row["completion"] for row in rows), folder, SEED)
+    return folder
 
 
 if __name__ == "__main__":

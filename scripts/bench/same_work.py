@@ -14,7 +14,8 @@ from bench.work import Did, Work
 STEPS_OF_PACKED = 0.25  # share by which the steps of who packs may differ
 FIRST_LOSS = 0.02  # share by which the first loss may differ from the base's on held-out rows: the weights are random
 STEP_LOSS = {"float32": 1e-3, "default": 2e-2}  # share, step by step, of those that take the rows in the same order
-LEARNED = 0.25  # share by which the held-out loss's fall may differ from the median fall
+LEARNED = 0.5  # share by which the held-out loss's fall may differ from the median: other rows and steps in packed ones
+LEARNED_IN_ORDER = {"float32": 0.01, "default": 0.1}  # the same among those that take the rows in the same order
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -49,19 +50,21 @@ def count_faults(contestant: Contestant, did: Did, shapes: Shapes, work: Work, e
 def loss_faults(dids: Mapping[Contestant, Did], falls: Mapping[str, float], base: float, work: Work) -> list[str]:
     """What the losses of one round say; ``falls`` is by how much each adapter lowers the ``base`` held-out loss."""
     faults = []
-    in_order = {each.name: did.losses for each, did in dids.items() if each.in_order}
-    model_losses = next(iter(in_order.values()), [])
+    model = next((each for each in dids if each.in_order), None)
+    middle = median(falls.values())
     for each, did in dids.items():
+        fall = falls[each.name]
         if abs(did.losses[0] - base) > FIRST_LOSS * base:
             faults.append(f"{each.name}: first loss {did.losses[0]:.3f}, the base's is {base:.3f}")
-        if each.in_order:
-            apart = max(abs(a - b) / b for a, b in zip(did.losses, model_losses, strict=False))
-            if apart > STEP_LOSS[work.precision]:
-                faults.append(f"{each.name}: a step's loss is {apart:.1e} from {next(iter(in_order))}'s")
-    middle = median(falls.values())
-    for name, fall in falls.items():
         if abs(fall - middle) > LEARNED * abs(middle):
-            faults.append(f"{name}: held-out loss fell by {fall:.4f}, the median is {middle:.4f}")
+            faults.append(f"{each.name}: held-out loss fell by {fall:.4f}, the median is {middle:.4f}")
+        if model is None or not each.in_order:
+            continue
+        apart = max(abs(a - b) / b for a, b in zip(did.losses, dids[model].losses, strict=False))
+        if apart > STEP_LOSS[work.precision]:
+            faults.append(f"{each.name}: a step's loss is {apart:.1e} from {model.name}'s")
+        if abs(fall - falls[model.name]) > LEARNED_IN_ORDER[work.precision] * abs(falls[model.name]):
+            faults.append(f"{each.name}: held-out loss fell by {fall:.4f}, {model.name}'s by {falls[model.name]:.4f}")
     return faults
 
 

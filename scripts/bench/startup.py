@@ -10,10 +10,10 @@ from statistics import median
 from typing import Any
 
 from bench import machine, ours, table
+from bench.helpers import PLACE
 from bench.options import Options
-from bench.processes import ROOT, Ended, environment, fresh_folder, run, tail
+from bench.processes import Ended, environment, fresh_folder, run, tail
 
-PLACE = ROOT / ".bench"
 LIMITS = {"refused recipe": 1.0, "first step": 5.0}  # seconds, asked of two cores
 LORA = ["-m", "lora_cli"]
 IMPORT = re.compile(r"import time:\s*(\d+) \|\s*(\d+) \|( *)(\S+)")

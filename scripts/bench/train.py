@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -10,22 +9,21 @@ from typing import Any
 
 from bench import machine, table
 from bench.contestants import CPU, OURS, Contestant, choose, on_gpu, read, start
+from bench.helpers import PLACE, helper, run_helper
 from bench.options import Options
-from bench.processes import ROOT, environment, fresh_folder, run, tail
+from bench.processes import environment, fresh_folder, tail
 from bench.same_work import count_faults, loss_faults, tensors
 from bench.shapes import SHAPES
 from bench.work import Did, Work, write_job
 
-PLACE = ROOT / ".bench"
 BASE = "base"  # the judge's name for the model without an adapter
 WARMUP_STEPS = 3
 HELDOUT_ROWS = 32
-BATCH_SIZE = 8
-SIZES = {  # max_length, r, lora_alpha, learning rate
-    "tiny": (128, 4, 8, 1e-2),
-    "gpt2": (512, 8, 16, 2e-3),
-    "llama": (512, 8, 16, 2e-3),
-    "llama-8b": (2048, 16, 32, 2e-4),
+SIZES = {  # rows a step, max_length, r, lora_alpha, learning rate
+    "tiny": (8, 128, 4, 8, 1e-2),
+    "gpt2": (8, 512, 8, 16, 2e-3),
+    "llama": (8, 512, 8, 16, 2e-3),
+    "llama-8b": (16, 2048, 16, 32, 2e-4),
 }
 
 
@@ -48,10 +46,13 @@ def compare(options: Options, folder: Path) -> dict[str, Any]:
     for name, reason in skipped.items():
         print(f"left out: {name}: {reason}")
     before = machine.describe(options.threads)
-    rounds = []
+    rounds: list[Round] = []
+    failed: dict[str, str] = {}
     for number in range(options.rounds):
-        rounds.append(one_round(number, contestants, work, folder / f"round{number}", options))
+        rounds.append(one_round(number, contestants, work, folder / f"round{number}", options, failed))
+        contestants = [each for each in contestants if each.name not in failed]
         ceiling = higher(ceiling, measure_ceiling(options, rows, folder, env))
+    rounds = [{each: round_[each] for each in contestants} for round_ in rounds]
     losses = judge(work, rounds, folder, env)
     faults = check(work, rounds, losses)
     runs = {
@@ -75,7 +76,8 @@ def compare(options: Options, folder: Path) -> dict[str, Any]:
     return {
         "benchmark": "train",
         "shape": {"name": options.shape, **asdict(SHAPES[options.shape])},
-        "machine": before | {"load_after": machine.describe(options.threads)["load"], "gpu": ceiling["gpu"]},
+        "machine": before
+        | {"load_after": machine.describe(options.threads)["load"], "gpu": machine.gpu_name() if options.gpu else None},
         "versions": machine.versions(),
         "data": rows["source"],
         "work": {key: value for key, value in asdict(work).items() if key not in ("model", "train", "heldout")},
@@ -87,6 +89,7 @@ def compare(options: Options, folder: Path) -> dict[str, Any]:
         "runs": runs,
         "settings": {each.name: rounds[0][each][0].settings for each in contestants},
         "skipped": skipped,
+        "failed": failed,
         "faults": faults,
     }
 
@@ -97,9 +100,9 @@ def prepare(options: Options, folder: Path, env: dict[str, str]) -> dict[str, An
         "shape": options.shape,
         "models": str(PLACE / "models"),
         "folder": str(folder),
-        "rows": options.steps * BATCH_SIZE,
+        "rows": options.steps * SIZES[options.shape][0],
         "heldout_rows": HELDOUT_ROWS,
-        "max_length": SIZES[options.shape][0],
+        "max_length": SIZES[options.shape][1],
     }
     return helper("prepare", told, folder, env, "rows.json")
 
@@ -116,25 +119,9 @@ def higher(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return one | {"ceilings": {name: max(a, b, key=lambda each: each["tflops"]) for name, a, b in pairs}}
 
 
-def helper(module: str, told: dict[str, Any], folder: Path, env: dict[str, str], result: str) -> dict[str, Any]:
-    """What one of the bench's own processes found out."""
-    job = folder / f"{module}-job.json"
-    job.write_text(json.dumps(told), encoding="utf-8")
-    return run_helper(module, job, env, folder / result)
-
-
-def run_helper(module: str, job: Path, env: dict[str, str], result: Path) -> dict[str, Any]:
-    """Runs ``module`` on ``job`` and reads what it wrote."""
-    log = job.with_suffix(".log")
-    if run(["-m", f"bench.{module}", str(job)], env, log).exit_code:
-        raise SystemExit(f"bench.{module} failed:\n{tail(log)}")
-    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return found
-
-
 def make_work(options: Options, rows: dict[str, Any], has_bf16: bool) -> Work:
     """The work as every contestant is told it."""
-    max_length, r, lora_alpha, learning_rate = SIZES[options.shape]
+    batch_size, max_length, r, lora_alpha, learning_rate = SIZES[options.shape]
     if options.dtype == "auto" and not has_bf16:
         print("this chip has no units for bfloat16: float32 for everyone")
     return Work(
@@ -145,7 +132,7 @@ def make_work(options: Options, rows: dict[str, Any], has_bf16: bool) -> Work:
         tokens=rows["tokens"],
         supervised_tokens=rows["supervised_tokens"],
         targets=SHAPES[options.shape].targets,
-        batch_size=BATCH_SIZE,
+        batch_size=batch_size,
         packed_batch_size=max(1, round(rows["tokens"] / options.steps / max_length)),
         max_length=max_length,
         r=r,
@@ -160,8 +147,13 @@ def make_work(options: Options, rows: dict[str, Any], has_bf16: bool) -> Work:
 Round = dict[Contestant, tuple[Did, dict[str, float]]]
 
 
-def one_round(number: int, contestants: list[Contestant], work: Work, folder: Path, options: Options) -> Round:
-    """Each contestant once, beginning with another one each round."""
+def one_round(
+    number: int, contestants: list[Contestant], work: Work, folder: Path, options: Options, failed: dict[str, str]
+) -> Round:
+    """Each contestant once, beginning with another one each round; who fails is named in ``failed``.
+
+    Raises SystemExit when lora itself fails.
+    """
     turn = number % len(contestants)
     done: Round = {}
     for contestant in contestants[turn:] + contestants[:turn]:
@@ -169,7 +161,11 @@ def one_round(number: int, contestants: list[Contestant], work: Work, folder: Pa
         place.mkdir(parents=True)
         ended = start(contestant, work, place, environment(options.threads, place / "caches"), options.gpu)
         if ended.exit_code:
-            raise SystemExit(f"{contestant.name} failed:\n{tail(place / 'log')}")
+            failed[contestant.name] = tail(place / "log")
+            print(f"{contestant.name} failed:\n{failed[contestant.name]}", flush=True)
+            if contestant.name == OURS:
+                raise SystemExit(1)
+            continue
         did = read(contestant, work, place, ended)
         figures = {
             "tokens_per_second": did.tokens_per_second,

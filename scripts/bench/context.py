@@ -1,0 +1,136 @@
+"""The longest context that trains on this card: rows of one length, batch 1, lengths searched in fresh processes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench import machine, table
+from bench.contestants import Contestant, choose, for_context, read, start
+from bench.helpers import PLACE, helper
+from bench.options import Options
+from bench.processes import environment, fresh_folder, tail
+from bench.shapes import SHAPES
+from bench.work import Work
+
+R, QUICK_R = 32, 8
+FIRST, QUICK_LIMIT = 2048, 256
+GRAIN = 0.01  # share of the length to which the search goes
+MULTIPLE = 64  # of which lengths are
+ROWS = 2  # a step each: the second has the optimizer's state in memory
+OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "CUBLAS_STATUS_ALLOC_FAILED")
+PUBLISHED = {"unsloth": 342_733, "huggingface-flash-attention-2": 28_454}  # 8B, NF4, r=32, all linear layers, 80 GB
+
+
+def benchmark(options: Options) -> dict[str, Any]:
+    """The search for each contestant."""
+    folder = fresh_folder(PLACE / "work")
+    try:
+        return search_all(options, folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+def search_all(options: Options, folder: Path) -> dict[str, Any]:
+    limit = QUICK_LIMIT if options.quick else SHAPES[options.shape].config["max_position_embeddings"]
+    env = environment(options.threads, folder / "caches")
+    told = {"shape": options.shape, "models": str(PLACE / "models"), "folder": str(folder), "tokens": limit}
+    rows = helper("prepare_long", told | {"rows": ROWS}, folder, env, "rows.json")
+    work = long_work(options, rows)
+    contestants, skipped = choose(for_context(options.gpu), options.only, work, has_bf16=options.gpu)
+    probes: dict[str, list[dict[str, Any]]] = {}
+    longest: dict[str, int] = {}
+    for contestant in contestants:
+        tried = probes.setdefault(contestant.name, [])
+
+        def fits(length: int, contestant: Contestant = contestant, tried: list[dict[str, Any]] = tried) -> bool:
+            tried.append(probe(contestant, replace(work, max_length=length), folder, options))
+            return bool(tried[-1]["fits"])
+
+        longest[contestant.name] = search(fits, min(FIRST, limit), limit)
+    lines = [["", "longest context", "tokens/s there"]]
+    for name, length in longest.items():
+        speed = next((f"{each['tokens_per_second']:,.0f}" for each in probes[name] if each["length"] == length), "")
+        lines.append([name, f"{length:,}{' or more' if length == limit else ''}", speed])
+    print(table.markdown(lines))
+    print("published, on 80 GB: " + ", ".join(f"{name} {length:,}" for name, length in PUBLISHED.items()))
+    return {
+        "benchmark": "context",
+        "shape": options.shape,
+        "machine": machine.describe(options.threads) | {"gpu": machine.gpu_name() if options.gpu else None},
+        "versions": machine.versions(),
+        "r": work.r,
+        "limit": limit,
+        "longest": longest,
+        "published": PUBLISHED,
+        "probes": probes,
+        "skipped": skipped,
+        "faults": [],
+    }
+
+
+def long_work(options: Options, rows: dict[str, Any]) -> Work:
+    """Rows longer than any length that is tried: each is cut to it."""
+    return Work(
+        model=rows["model"],
+        train=rows["train"],
+        heldout="",
+        rows=ROWS,
+        tokens=0,
+        supervised_tokens=0,
+        targets=SHAPES[options.shape].targets,
+        batch_size=1,
+        packed_batch_size=1,
+        max_length=0,
+        r=QUICK_R if options.quick else R,
+        lora_alpha=R,
+        learning_rate=2e-4,
+        warmup_steps=1,
+        precision="default" if options.gpu else "float32",
+        nf4=options.gpu,
+    )
+
+
+def probe(contestant: Contestant, work: Work, folder: Path, options: Options) -> dict[str, Any]:
+    """Whether two steps of one row of ``work.max_length`` tokens go through.
+
+    Raises SystemExit when they fail for another reason than memory, or when other rows were trained on.
+    """
+    place = fresh_folder(folder / contestant.name)
+    ended = start(contestant, work, place, environment(options.threads, place / "caches"), options.gpu)
+    found: dict[str, Any] = {"length": work.max_length, "fits": ended.exit_code == 0, "seconds": ended.seconds}
+    if found["fits"]:
+        did = read(contestant, work, place, ended)
+        if (did.steps, did.tokens) != (ROWS, ROWS * work.max_length):
+            raise SystemExit(f"{contestant.name}: {did.tokens:,} tokens in {did.steps} steps at {work.max_length:,}")
+        found |= {"tokens_per_second": did.tokens_per_second, "device_bytes": ended.device_bytes}
+    else:
+        log = (place / "log").read_text(encoding="utf-8", errors="replace")
+        if not any(word in log for word in OUT_OF_MEMORY):
+            raise SystemExit(f"{contestant.name} failed at {work.max_length:,} tokens:\n{tail(place / 'log')}")
+    shutil.rmtree(place)
+    print(f"{contestant.name:<24} {work.max_length:>9,} {'fits' if found['fits'] else 'does not fit'}", flush=True)
+    return found
+
+
+def search(fits: Callable[[int], bool], first: int, limit: int) -> int:
+    """The greatest length up to ``limit`` that fits, to within GRAIN below: doubled from ``first`` until one does not
+    fit, then halved; 0 when no multiple of MULTIPLE fits."""
+    good, bad, length = 0, limit + MULTIPLE, first
+    while good < limit and bad > limit:
+        if fits(length):
+            good, length = length, min(2 * length, limit)
+        else:
+            bad = length
+    while bad <= limit and bad - good > max(MULTIPLE, GRAIN * good):
+        middle = (good + bad) // 2 // MULTIPLE * MULTIPLE
+        if middle <= good:
+            break
+        if fits(middle):
+            good = middle
+        else:
+            bad = middle
+    return good

@@ -1,0 +1,36 @@
+"""A model, and rows that are longer than any context tried; ``python -m bench.prepare_long job.json``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import cycle
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from bench import data
+from bench.prepare import SEED, model_folder
+
+
+def main(job: str) -> None:
+    """Writes rows.json; each row has at least ``tokens`` tokens, made of other rows laid one after the other."""
+    told = json.loads(Path(job).read_text(encoding="utf-8"))
+    source, train, _ = data.texts(SEED)
+    model = model_folder(told["shape"], Path(told["models"]), source, train)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    texts = cycle(row["completion"] for row in train)
+    rows = []
+    for _ in range(told["rows"]):
+        parts, tokens = [], 0
+        while tokens <= told["tokens"] * 1.01:  # some tokens join where two texts meet
+            parts.append(next(texts))
+            tokens += len(tokenizer(parts[-1])["input_ids"])
+        rows.append({"prompt": train[0]["prompt"], "completion": "".join(parts)})
+    folder = Path(told["folder"])
+    written = {"source": source, "model": str(model), "train": data.write(folder / "train.jsonl", rows, len(rows))}
+    (folder / "rows.json").write_text(json.dumps(written), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
