@@ -337,3 +337,38 @@ def int8_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
 def int8_dequantize(codes: Tensor, absmax: Tensor) -> Tensor:
     """What INT8 codes stand for, in float32."""
     return codes.float() * (absmax / 127)[:, None]
+
+
+def first_fit(sizes: Sequence[int], budget: int, most_open: int) -> list[list[int]]:
+    """Rows (by index) put into batches first-fit, in the order in which the batches close.
+
+    A row goes into the oldest open batch with room for it. A batch closes when not even the smallest row fits it, or
+    when it is the oldest of ``most_open`` and another has to be opened; at the end the rest close, oldest first.
+    """
+    batches: list[list[int]] = []  # in the order in which they are opened
+    closed: list[int] = []
+
+    def room(number: int) -> int:
+        return budget - sum(sizes[row] for row in batches[number])
+
+    for row, size in enumerate(sizes):
+        still_open = [number for number in range(len(batches)) if number not in closed]
+        fitting = [number for number in still_open if room(number) >= size]
+        if not fitting:
+            closed += still_open[: len(still_open) + 1 - most_open] if len(still_open) >= most_open else []
+            fitting = [len(batches)]
+            batches.append([])
+        batches[fitting[0]].append(row)
+        if room(fitting[0]) < min(sizes):
+            closed.append(fitting[0])
+    return [batches[number] for number in [*closed, *(n for n in range(len(batches)) if n not in closed)]]
+
+
+def next_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Rows (by index) in batches, the next one opened when a row does not fit any more."""
+    batches: list[list[int]] = [[]]
+    for row, size in enumerate(sizes):
+        if sum(sizes[other] for other in batches[-1]) + size > budget:
+            batches.append([])
+        batches[-1].append(row)
+    return [batch for batch in batches if batch]

@@ -8,23 +8,25 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable
-from itertools import chain, pairwise
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import reference
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_cli.data.batches import Schedule, collate, epoch_order, group, split_validation
+from lora_cli.data.batches import Schedule, collate, epoch_order, split_validation
 from lora_cli.data.examples import Examples, cut_for_evaluation, fit, join_pieces, sliding_windows
 from lora_cli.data.formats import FORMATS, Message, check_rows, column_faults, read_content
+from lora_cli.data.grouping import OPEN, POOL, pack_first_fit, pack_in_order, pad_by_length
 from lora_cli.data.sources import READERS, Row, hub_rows, read_rows, sources_of
 from lora_cli.data.tokenize import tokenize
 from lora_cli.errors import Fault, LoraError, UserError
-from lora_cli.evaluation.loss import summed_loss
+from lora_cli.evaluation.loss import evaluation_groups, summed_loss
 from lora_cli.recipe.schema import Data, Source, Template
 
 QA = {"question": "Why?", "answer": " Because."}
@@ -671,21 +673,69 @@ def schedule(**changes: Any) -> Schedule:
     return Schedule(**(plain | changes))
 
 
+def rows_of(batches: list[Any]) -> list[list[int]]:
+    return [batch.tolist() for batch in batches]
+
+
+def shuffled(lengths: list[int]) -> tuple[Any, Any]:
+    return np.random.default_rng(0).permutation(len(lengths)), np.asarray(lengths, np.int64)
+
+
 @settings(max_examples=200, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 16), min_size=1, max_size=60), batch_size=st.integers(1, 4), packing=st.booleans()
-)
-def test_groups_hold_each_row_once_and_keep_the_budget(lengths: list[int], batch_size: int, packing: bool) -> None:
-    order = np.random.default_rng(0).permutation(len(lengths)).astype(np.int64)
+@given(lengths=st.lists(st.integers(1, 16), min_size=1, max_size=200), budget=st.integers(16, 64))
+def test_whole_rows_are_packed(lengths: list[int], budget: int) -> None:
+    order, sizes = shuffled(lengths)
+    in_order = [lengths[row] for row in order]
+    first, following = pack_first_fit(order, sizes, budget), pack_in_order(order, sizes, budget)
+    wanted = reference.first_fit(in_order, budget, OPEN)
+    assert rows_of(first) == [order[batch].tolist() for batch in wanted]
+    assert rows_of(following) == [order[batch].tolist() for batch in reference.next_fit(in_order, budget)]
+    assert max(sizes[batch].sum() for batch in (*first, *following)) <= budget
+    assert len(first) <= len(following)
+
+
+def test_first_fit_fills_batches_and_keeps_rows_near_their_place() -> None:
+    draw = np.random.default_rng(5)
+    sizes = np.minimum(np.exp(draw.normal(5, 0.8, 20_000)).astype(np.int64) + 1, 512)
+    order = draw.permutation(len(sizes))
+    full = [sizes.sum() / 2048 / len(pack(order, sizes, 2048)) for pack in (pack_first_fit, pack_in_order)]
+    assert full[0] > 0.985 and full[1] < 0.95
+    batches = pack_first_fit(order, sizes, 2048)
+    place = np.argsort(np.concatenate(batches))[order]  # of the row at each place in the order
+    assert np.abs(place - np.arange(len(order))).max() < 3 * OPEN * len(order) / len(batches)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 99), min_size=1, max_size=400), batch_size=st.integers(1, 4))
+def test_rows_of_like_length_are_padded_together(lengths: list[int], batch_size: int) -> None:
+    order, sizes = shuffled(lengths)
+    batches = pad_by_length(order, sizes, batch_size, np.random.default_rng(1))
+    assert sorted(np.concatenate(batches)) == sorted(order)
+    assert sizes[batches[0]].max() == max(lengths)
+    pool = POOL * batch_size
+    for start in range(0, len(order), pool):
+        sorted_rows = sorted(order[start : start + pool].tolist(), key=lambda row: -lengths[row])
+        for at in range(0, len(sorted_rows), batch_size):
+            assert sorted_rows[at : at + batch_size] in rows_of(batches)
+    again, other = (pad_by_length(order, sizes, batch_size, np.random.default_rng(seed)) for seed in (1, 2))
+    assert rows_of(again) == rows_of(batches)
+    assert len(batches) < 8 or rows_of(other) != rows_of(batches)
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(1, 16), min_size=1, max_size=60), packing=st.booleans())
+def test_evaluation_takes_each_row_once(lengths: list[int], packing: bool) -> None:
     sizes = np.asarray(lengths, np.int64)
-    batches = group(order, sizes, batch_size, 16, packing)
-    assert np.concatenate(batches).tolist() == order.tolist()
-    for batch in batches:
-        assert len(batch)
-        assert sizes[batch].sum() <= batch_size * 16 if packing else len(batch) <= batch_size
-    if packing:  # nothing is left for the next batch that had room in this one
-        for batch, following in pairwise(batches):
-            assert sizes[batch].sum() + sizes[following[0]] > batch_size * 16
+    total = int(sizes.sum())
+    ids, mask = np.zeros(total, np.int32), np.ones(total, np.bool_)
+    source = np.zeros(len(sizes), np.int32)
+    examples = Examples(ids, mask, np.concatenate(([0], sizes.cumsum())), source, "text")
+    batches = evaluation_groups(examples, 3, 16, packing)
+    assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
+    if packing:
+        assert max(sizes[batch].sum() for batch in batches) <= 3 * 16
+    else:
+        assert [length for batch in batches for length in sizes[batch]] == sorted(lengths, reverse=True)
 
 
 def test_every_row_once_an_epoch_in_an_order_of_its_own() -> None:
@@ -714,6 +764,21 @@ def test_weights_repeat_and_thin_out(shuffle: bool) -> None:
     else:
         thinned = {tuple(sorted(set(epoch_order(source, (1.0, 0.3, 2.5), 1, epoch, True)))) for epoch in range(6)}
         assert len(thinned) > 1
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_steps_are_found_again_from_any_number(packing: bool) -> None:
+    lengths = np.random.default_rng(3).integers(1, 10, 300)
+    changes = {"lengths": lengths, "supervised": lengths, "source": np.zeros(300, np.int32), "packing": packing}
+
+    def described(steps: Any) -> list[Any]:
+        return [(step.number, step.epoch, rows_of(list(step.micro_batches))) for step in steps]
+
+    whole = described(islice(schedule(**changes).steps(), 200))
+    ends = {number for number, epoch, _ in whole if epoch == int(epoch)}
+    assert len(ends) > 1
+    for start in {0, 1, 150, *ends, *(end - 1 for end in ends)}:
+        assert described(islice(schedule(**changes).steps(start), 200 - start)) == whole[start:]
 
 
 def test_steps_windows_and_epochs() -> None:

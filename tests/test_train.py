@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -40,6 +41,7 @@ class Case:
     base: str = "gpt2"
     kind: str = "lora"
     packing: bool = False
+    shuffle: bool = False
     batch_size: int = 3
     accumulation: int = 3  # 24 rows in batches of 3 are 8 batches: the last window is short
     epochs: float = 2
@@ -53,6 +55,8 @@ class Case:
 CASES = {
     "gpt2-lora": Case(),
     "gpt2-lora-packed-clipped": Case(packing=True, clip=0.05, warmup={"warmup_steps": 2}, weight_decay=0.1),
+    "gpt2-lora-shuffled": Case(shuffle=True, epochs=2.5),
+    "gpt2-lora-packed-shuffled": Case(packing=True, shuffle=True, accumulation=2, max_length=32, epochs=2.5),
     "gpt2-rslora-linear": Case(kind="rslora", schedule="linear", warmup={"warmup_ratio": 0.3}, epochs=2.5),
     "gpt2-dora": Case(kind="dora", weight_decay=0.05),
     "gpt2-dora-packed": Case(kind="dora", packing=True, schedule="constant", warmup={"warmup_steps": 3}),
@@ -62,7 +66,7 @@ CASES = {
     "llama-dora-clipped": Case("llama", "dora", clip=0.1, accumulation=5, epochs=3),
     "llama-dora-packed": Case("llama", "dora", packing=True, weight_decay=0.1),
 }
-R, ALPHA, RATE = 4, 6.0, 2e-3
+R, ALPHA, RATE, SEED = 4, 6.0, 2e-3, 11
 SCHEDULES = {"cosine": reference.cosine, "linear": reference.linear_decay, "constant": reference.constant}
 
 
@@ -102,15 +106,21 @@ def tokenized(file: Path, tokenizer: Any, max_length: int) -> list[tuple[list[in
     return rows
 
 
-def batches_of(rows: list[Any], case: Case) -> list[list[Any]]:
-    if not case.packing:
+def batches_of(rows: list[Any], case: Case, epoch: int) -> list[list[Any]]:
+    if case.shuffle:
+        rows = [rows[index] for index in np.random.default_rng([SEED, epoch]).permutation(len(rows))]
+    lengths = [len(ids) for ids, _ in rows]
+    if case.packing:
+        budget = case.batch_size * case.max_length
+        packed = reference.first_fit(lengths, budget, 16) if case.shuffle else reference.next_fit(lengths, budget)
+        return [[rows[index] for index in batch] for batch in packed]
+    if not case.shuffle:
         return [rows[at : at + case.batch_size] for at in range(0, len(rows), case.batch_size)]
-    batches: list[list[Any]] = [[]]
-    for row in rows:
-        if sum(len(ids) for ids, _ in [*batches[-1], row]) > case.batch_size * case.max_length:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
+    alike = sorted(rows, key=lambda row: -len(row[0]))  # fewer rows than are sorted at a time
+    batches = [alike[at : at + case.batch_size] for at in range(0, len(alike), case.batch_size)]
+    drawn = [batches[index] for index in np.random.default_rng([SEED, epoch, 1]).permutation(len(batches))]
+    first = max(drawn, key=lambda batch: max(len(ids) for ids, _ in batch))
+    return [first, *(batch for batch in drawn if batch is not first)]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -125,8 +135,9 @@ def test_steps_and_adapter_equal_the_reference(
             "model.name_or_path": folder,
             "adapter": {"r": R, "lora_alpha": ALPHA, "target_modules": "all-linear", "init_from": start}
             | {"use_rslora": case.kind == "rslora", "use_dora": case.kind == "dora"},
-            "data": {"packing": case.packing, "shuffle": False, "max_length": case.max_length},
+            "data": {"packing": case.packing, "shuffle": case.shuffle, "max_length": case.max_length},
             "training": {
+                "seed": SEED,
                 "max_steps": None,
                 "num_train_epochs": float(case.epochs),
                 "per_device_train_batch_size": case.batch_size,
@@ -141,10 +152,15 @@ def test_steps_and_adapter_equal_the_reference(
     )
 
     rows = tokenized(qa_file, AutoTokenizer.from_pretrained(folder), case.max_length)
-    batches = batches_of(rows, case)
-    windows = [batches[at : at + case.accumulation] for at in range(0, len(batches), case.accumulation)]
-    per_epoch = [[row for batch in window for row in batch] for window in windows]
-    total = math.ceil(case.epochs * len(windows))
+    steps, passes = [], []
+    for epoch in range(math.ceil(case.epochs)):
+        batches = batches_of(rows, case, epoch)
+        windows = [batches[at : at + case.accumulation] for at in range(0, len(batches), case.accumulation)]
+        share = min(1.0, case.epochs - epoch)
+        for number, window in enumerate(windows[: math.ceil(share * len(windows))], 1):
+            steps.append([row for batch in window for row in batch])
+            passes.append(epoch + min(1.0, number * case.accumulation / len(batches)))
+    total = len(steps)
     warmup = case.warmup or {}
     rising = warmup.get("warmup_steps", math.ceil(warmup.get("warmup_ratio", 0) * total))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -154,7 +170,7 @@ def test_steps_and_adapter_equal_the_reference(
     reference.load_adapter_tensors(layers, before)
     wanted = reference.train_reference(
         model,
-        (per_epoch * math.ceil(case.epochs))[:total],
+        steps,
         lambda t: RATE * SCHEDULES[case.schedule](t, total, rising),
         max_grad_norm=case.clip,
         weight_decay=case.weight_decay,
@@ -170,12 +186,7 @@ def test_steps_and_adapter_equal_the_reference(
     )
     if case.clip is not None:
         assert min(step.grad_norm for step in wanted) > case.clip, "clipping must have something to do"
-    passes = [
-        (step + min(1.0, (at + 1) * case.accumulation / len(batches)))
-        for step in range(4)
-        for at in range(len(windows))
-    ]
-    assert [line["epoch"] for line in lines] == pytest.approx(passes[:total], abs=1e-6)
+    assert [line["epoch"] for line in lines] == pytest.approx(passes, abs=1e-6)
     found, after = run.tensors, reference.adapter_tensors(layers)
     assert found.keys() == after.keys()
     for key, tensor in after.items():

@@ -1,15 +1,16 @@
-"""Examples -> micro-batches: an order of rows that is the run's own, packed or padded tensors."""
+"""Examples -> steps of micro-batches in an order that is the run's own, and these as packed or padded tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from lora_cli.data.examples import Examples, Ints
+from lora_cli.data.grouping import pack_first_fit, pack_in_order, pad_by_length, pad_in_order
 
 if TYPE_CHECKING:
     import torch
@@ -54,29 +55,10 @@ def epoch_order(
         rows = np.flatnonzero(source == index)
         times = int(weight)
         extra = round((weight - times) * len(rows))
-        chosen = np.sort(draw.permutation(rows)[:extra]) if shuffle else rows[:extra]
+        chosen = np.sort(draw.choice(rows, extra, replace=False)) if shuffle and extra else rows[:extra]
         parts += [rows] * times + [chosen]
     order = np.concatenate(parts).astype(np.int64)
     return draw.permutation(order) if shuffle else order
-
-
-def group(order: Ints, lengths: Ints, batch_size: int, max_length: int, packing: bool) -> list[Ints]:
-    """Cut an order into micro-batches.
-
-    Packed, a micro-batch takes the next whole rows as long as they fit ``batch_size`` x ``max_length`` tokens; padded,
-    the next ``batch_size`` rows.
-    """
-    if not packing:
-        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    budget = batch_size * max_length
-    cuts = []
-    used = 0
-    for index, length in enumerate(lengths[order].tolist()):
-        if used and used + length > budget:
-            cuts.append(index)
-            used = 0
-        used += length
-    return np.split(order, cuts)
 
 
 def collate(examples: Examples, rows: Sequence[int] | Ints, packing: bool, pad_token_id: int) -> Batch:
@@ -147,10 +129,24 @@ class Schedule:
     packing: bool
     accumulation: int
 
+    _counts: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
+
     def epoch_batches(self, epoch: int) -> list[Ints]:
-        """The micro-batches of one pass over the data, in order."""
+        """The micro-batches of one pass over the data, in order; a million rows take a second or two.
+
+        With ``shuffle`` rows change places so that batches are full, or of rows of like length.
+        """
         order = epoch_order(self.source, self.weights, self.seed, epoch, self.shuffle)
-        return group(order, self.lengths, self.batch_size, self.max_length, self.packing)
+        if self.packing:
+            pack = pack_first_fit if self.shuffle else pack_in_order
+            batches = pack(order, self.lengths, self.batch_size * self.max_length)
+        elif self.shuffle:
+            draw = np.random.default_rng([self.seed, epoch, 1])
+            batches = pad_by_length(order, self.lengths, self.batch_size, draw)
+        else:
+            batches = pad_in_order(order, self.batch_size)
+        self._counts[epoch] = len(batches)
+        return batches
 
     def total_steps(self, epochs: float, max_steps: int | None) -> int:
         """Optimizer steps of the run. An epoch's last short window is a step; a part of an epoch is rounded up."""
@@ -163,11 +159,15 @@ class Schedule:
         return total
 
     def _steps_in(self, epoch: int) -> int:
-        return -(-len(self.epoch_batches(epoch)) // self.accumulation)
+        count = self._counts[epoch] if epoch in self._counts else len(self.epoch_batches(epoch))
+        return -(-count // self.accumulation)
 
     def steps(self, start: int = 0) -> Iterator[Step]:
         """The steps after step ``start``, without end."""
         number = epoch = 0
+        while start >= number + self._steps_in(epoch):
+            number += self._steps_in(epoch)
+            epoch += 1
         while True:
             batches = self.epoch_batches(epoch)
             for at in range(0, len(batches), self.accumulation):

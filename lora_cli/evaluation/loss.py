@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from lora_cli.data.batches import Batch, collate, group
+from lora_cli.data.batches import Batch, collate
+from lora_cli.data.grouping import pack_first_fit, pad_in_order
 from lora_cli.evaluation.head import Head
 from lora_cli.model.attention import ROWS, knows_rows
 
@@ -113,14 +114,16 @@ def score(tally: torch.Tensor) -> Score:
 
 
 def evaluation_groups(examples: Examples, batch_size: int, max_length: int, packing: bool) -> list[Ints]:
-    """The examples in their own order, cut into packed or padded batches."""
-    return group(np.arange(len(examples)), examples.lengths, batch_size, max_length, packing)
+    """The examples in packed batches, or in padded ones of like length: the loss does not depend on which."""
+    if packing:
+        return pack_first_fit(np.arange(len(examples)), examples.lengths, batch_size * max_length)
+    return pad_in_order(np.argsort(-examples.lengths, kind="stable"), batch_size)
 
 
 def evaluation_batches(
     examples: Examples, batch_size: int, max_length: int, packing: bool, pad_token_id: int
 ) -> Iterable[Batch]:
-    """The examples in their own order, as packed or padded batches."""
+    """The examples as packed or padded batches."""
     for rows in evaluation_groups(examples, batch_size, max_length, packing):
         yield collate(examples, rows, packing, pad_token_id)
 

@@ -140,9 +140,11 @@ class Data(Section):
     packing: bool = Field(
         True,
         description="Lay whole rows end to end, each seeing only itself, up to per_device_train_batch_size x "
-        "max_length tokens a batch; false: pad per_device_train_batch_size rows to the longest.",
+        "max_length tokens a batch; false: pad per_device_train_batch_size rows, of like length, to the longest.",
     )
-    shuffle: bool = Field(True, description="Draw a new order every epoch from the seed; false: the file's order.")
+    shuffle: bool = Field(
+        True, description="Draw a new order every epoch from the seed; false: the file's order, batch after batch."
+    )
 
     @model_validator(mode="after")
     def _template_goes_with_its_format(self) -> Data:

@@ -63,7 +63,8 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     base = load_base(job.base, recipe.model, recipe.quantization, device, dtype, sharded)
     packing = recipe.data.packing and lay_end_to_end(base, device, recipe.model.attn_implementation)
     if recipe.data.packing and not packing:
-        display.note("data.packing: this architecture mixes packed rows; rows are padded instead", warning=True)
+        told = "rows of like length are padded instead"
+        display.note(f"data.packing: this architecture mixes packed rows; {told}", warning=True)
     schedule = make_schedule(job, packing, accelerator.num_processes)
     if needs_checkpointing(job, schedule, dtype, accelerator.device):
         base.gradient_checkpointing_enable({"use_reentrant": False})
