@@ -26,7 +26,7 @@ def texts(seed: int) -> tuple[str, list[dict[str, str]], list[dict[str, str]]]:
 
 def _medquad(split: str) -> list[dict[str, str]]:
     lines = (MEDQUAD / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [_row(row["question"], row["answer"]) for row in map(json.loads, lines)]
+    return [row(each["question"], each["answer"]) for each in map(json.loads, lines)]
 
 
 def _generate(draw: random.Random, words: list[str], count: int) -> list[dict[str, str]]:
@@ -37,10 +37,11 @@ def _generate(draw: random.Random, words: list[str], count: int) -> list[dict[st
         return " ".join(draw.choices(words, cum_weights=summed, k=length))
 
     lengths = (min(MOST_WORDS, 1 + int(MEDIAN_WORDS * draw.lognormvariate(0, SPREAD))) for _ in range(count))
-    return [_row(text(draw.randint(4, 12)), text(length)) for length in lengths]
+    return [row(text(draw.randint(4, 12)), text(length)) for length in lengths]
 
 
-def _row(question: str, answer: str) -> dict[str, str]:
+def row(question: str, answer: str) -> dict[str, str]:
+    """A question and its answer as prompt and completion."""
     return {"prompt": f"Question: {question}\nAnswer:", "completion": f" {answer}"}
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import machine, ours, table
+from bench import data, machine, ours, table
 from bench.helpers import PLACE
 from bench.options import Options
 from bench.processes import Ended, environment, fresh_folder, run, tail
+from bench.work import Work, read_did, write_job
 
 LIMITS = {"refused recipe": 1.0, "first step": 5.0}  # seconds, asked of two cores
 LORA = ["-m", "lora_cli"]
+IMPORTS = ("import torch", "from transformers import AutoModelForCausalLM", "import peft", "import datasets")
 IMPORT = re.compile(r"import time:\s*(\d+) \|\s*(\d+) \|( *)(\S+)")
 SHOWN = 20
 
@@ -43,12 +47,14 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
         place = folder / f"round{number}"
         place.mkdir()
         found = {
-            "import torch": timed(["-c", "import torch"], env, place),
+            **{line: timed(["-c", line], env, place) for line in IMPORTS},
             "--help": timed([*LORA, "--help"], env, place),
             "train --help": timed([*LORA, "train", "--help"], env, place),
             "refused recipe": timed([*LORA, "train", str(bad)], env, place, exit_code=2),
             "first step": first_step(recipe, env, place),
         }
+        if find_spec("trl"):
+            found["first step of TRL"] = first_step_of_trl(folder, env, place)
         for name, value in found.items():
             seconds.setdefault(name, []).append(value)
     rows = [["", "s", "least-most", "asked"]]
@@ -74,17 +80,17 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
 def demo_recipe(folder: Path, env: dict[str, str]) -> list[str]:
     """configs/tiny-gpt2.yaml on a model and rows of its own, made by the demo's scripts; the model is pretrained for a
     step only, which takes nothing from what is measured."""
-    data, model = folder / "data", folder / "base"
+    rows, model = folder / "data", folder / "base"
     for script in (
-        ["scripts/demo_data.py", "--out", data],
-        ["scripts/demo_model.py", "--data", data, "--out", model, "--steps", "1"],
+        ["scripts/demo_data.py", "--out", rows],
+        ["scripts/demo_model.py", "--data", rows, "--out", model, "--steps", "1"],
     ):
         checked(run([str(part) for part in script], env, folder / "demo.log"), folder / "demo.log")
     return [
         "configs/tiny-gpt2.yaml",
         f"model.name_or_path={model}",
-        f"data.train={data / 'train.jsonl'}",
-        f"data.validation={data / 'validation.jsonl'}",
+        f"data.train={rows / 'train.jsonl'}",
+        f"data.validation={rows / 'validation.jsonl'}",
         "training.logging_steps=1",
     ]
 
@@ -101,6 +107,31 @@ def first_step(recipe: Sequence[str], env: dict[str, str], folder: Path) -> floa
     ended = checked(run(arguments, env, folder / "log", lambda: bool(ours.metrics(folder))), folder / "log")
     assert ended.sign is not None
     return ended.sign
+
+
+def first_step_of_trl(folder: Path, env: dict[str, str], place: Path) -> float:
+    """The same for SFTTrainer on the demo's model, adapter and first rows, without an evaluation before it."""
+    rows = [json.loads(line) for line in (folder / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    work = Work(
+        model=str(folder / "base"),
+        train=data.write(place / "train.jsonl", [data.row(each["question"], each["answer"]) for each in rows], 48),
+        heldout="",
+        rows=48,
+        tokens=0,
+        supervised_tokens=0,
+        targets=("c_attn", "c_proj", "c_fc"),
+        batch_size=16,
+        packed_batch_size=16,
+        max_length=128,
+        r=16,
+        lora_alpha=32,
+        learning_rate=5e-3,
+        warmup_steps=1,
+        precision="float32",
+    )
+    log = place / "log"
+    began = checked(run(["-m", "bench.peers.sft", str(write_job(work, place, {}))], env, log), log).began
+    return read_did(place).first_step_at - began
 
 
 def checked(ended: Ended, log: Path, exit_code: int = 0) -> Ended:
