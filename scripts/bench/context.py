@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ def benchmark(options: Options) -> dict[str, Any]:
 
 def search_all(options: Options, folder: Path) -> dict[str, Any]:
     limit = QUICK_LIMIT if options.quick else SHAPES[options.shape].config["max_position_embeddings"]
-    env = environment(options.threads, folder / "caches")
+    env = environment(options.threads, folder / "caches", options.gpu)
     told = {"shape": options.shape, "models": str(PLACE / "models"), "folder": str(folder), "tokens": limit}
     rows = helper("prepare_long", told | {"rows": ROWS}, folder, env, "rows.json")
     work = long_work(options, rows)
@@ -100,7 +101,7 @@ def probe(contestant: Contestant, work: Work, folder: Path, options: Options) ->
     Raises SystemExit when they fail for another reason than memory, or when other rows were trained on.
     """
     place = fresh_folder(folder / contestant.name)
-    ended = start(contestant, work, place, environment(options.threads, place / "caches"), options.gpu)
+    ended = start(contestant, work, place, environment(options.threads, place / "caches", options.gpu), options.gpu)
     found: dict[str, Any] = {"length": work.max_length, "fits": ended.exit_code == 0, "seconds": ended.seconds}
     if found["fits"]:
         did = read(contestant, work, place, ended)
@@ -109,7 +110,8 @@ def probe(contestant: Contestant, work: Work, folder: Path, options: Options) ->
         found |= {"tokens_per_second": did.tokens_per_second, "device_bytes": ended.device_bytes}
     else:
         log = (place / "log").read_text(encoding="utf-8", errors="replace")
-        if not any(word in log for word in OUT_OF_MEMORY):
+        killed = ended.exit_code == -signal.SIGKILL  # out of host memory
+        if not killed and not any(word in log for word in OUT_OF_MEMORY):
             raise SystemExit(f"{contestant.name} failed at {work.max_length:,} tokens:\n{tail(place / 'log')}")
     shutil.rmtree(place)
     print(f"{contestant.name:<24} {work.max_length:>9,} {'fits' if found['fits'] else 'does not fit'}", flush=True)

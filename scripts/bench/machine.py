@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from bench.processes import gpu_number
+
 PACKAGES = (
     "lora-cli",
     "torch",
@@ -54,7 +56,7 @@ def describe(threads: int) -> dict[str, Any]:
 
 def gpu_name() -> str:
     """What nvidia-smi calls the card."""
-    command = ["nvidia-smi", "--id=0", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    command = ["nvidia-smi", f"--id={gpu_number()}", "--query-gpu=name,memory.total", "--format=csv,noheader"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 

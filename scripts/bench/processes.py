@@ -34,13 +34,20 @@ class Ended:
     device_bytes: int
 
 
-def environment(threads: int, cache: Path) -> dict[str, str]:
-    """This environment with the same threads for everyone, no network, and caches of libraries under ``cache``."""
+def environment(threads: int, cache: Path, gpu: bool = False) -> dict[str, str]:
+    """This environment with the same threads for everyone, one GPU or none, no network, and the caches of libraries
+    under ``cache``."""
     path = os.pathsep.join(filter(None, [str(ROOT / "scripts"), str(ROOT), os.environ.get("PYTHONPATH")]))
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
     told = {name: str(threads) for name in names} | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    told |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": gpu_number() if gpu else ""}
     folders = {"HF_HOME": "huggingface", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
     return {**os.environ, **told, **{name: str(cache / folder) for name, folder in folders.items()}}
+
+
+def gpu_number() -> str:
+    """The GPU that is measured on, as nvidia-smi and CUDA both number it: the first that may be used."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 
 def run(
@@ -105,14 +112,8 @@ class _DeviceMemory:
 
     def __enter__(self) -> _DeviceMemory:
         if self._watch:
-            command = [
-                "nvidia-smi",
-                "--id=0",
-                "--query-gpu=memory.used",
-                "--format=csv,noheader,nounits",
-                "-lms",
-                "100",
-            ]
+            wanted = ["--query-gpu=memory.used", "--format=csv,noheader,nounits", "--loop-ms=100"]
+            command = ["nvidia-smi", f"--id={gpu_number()}", *wanted]
             self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             assert self._process.stdout is not None
             before = int(self._process.stdout.readline())

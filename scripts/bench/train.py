@@ -38,7 +38,7 @@ def benchmark(options: Options) -> dict[str, Any]:
 
 def compare(options: Options, folder: Path) -> dict[str, Any]:
     """All rounds, the judge, the check, the table."""
-    env = environment(options.threads, folder / "caches")
+    env = environment(options.threads, folder / "caches", options.gpu)
     rows = prepare(options, folder, env)
     ceiling = measure_ceiling(options, rows, folder, env)
     work = make_work(options, rows, ceiling["bf16_units"])
@@ -159,7 +159,7 @@ def one_round(
     for contestant in contestants[turn:] + contestants[:turn]:
         place = folder / contestant.name
         place.mkdir(parents=True)
-        ended = start(contestant, work, place, environment(options.threads, place / "caches"), options.gpu)
+        ended = start(contestant, work, place, environment(options.threads, place / "caches", options.gpu), options.gpu)
         if ended.exit_code:
             failed[contestant.name] = tail(place / "log")
             print(f"{contestant.name} failed:\n{failed[contestant.name]}", flush=True)
