@@ -80,6 +80,7 @@ def common_arguments(work: Work, folder: Path, packing: bool) -> dict[str, Any]:
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),  # without it bf16 is refused on a CPU
         "disable_tqdm": True,
     }
 
@@ -90,4 +91,7 @@ def settings_of(arguments: TrainingArguments, model: torch.nn.Module) -> dict[st
     found = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     dtypes = {str(weight.dtype).removeprefix("torch.") for weight in model.parameters()}
     attention = model.get_base_model().config._attn_implementation
-    return {k: str(v) for k, v in found.items()} | {"weights": sorted(dtypes), "attention": attention}
+    return {name: getattr(value, "value", value) for name, value in found.items()} | {
+        "weights": sorted(dtypes),
+        "attention": attention,
+    }
