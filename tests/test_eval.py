@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.evaluation import compare
 from lora_cli.evaluation.loss import evaluating
+from lora_cli.model.base import has_units_for
 
 TEXTS = (
     "The lighthouse keeper lights the lamp and writes down every ship that passes in the night. " * 6,
@@ -100,7 +101,9 @@ def test_run_adapter_and_model_equal_a_row_by_row_loop(
 
     whole = tokenized(qa_file, AutoTokenizer.from_pretrained(base), 1000)
     found = done(lora("eval", base, "--data", qa_file, "--json")).json
-    assert found["perplexity"] == pytest.approx(reference.perplexity_row_by_row(load(base), whole), rel=1e-6)
+    in_16_bits = has_units_for(torch.bfloat16, torch.device("cpu"))  # a model alone has no recipe that says float32
+    wanted = reference.perplexity_row_by_row(load(base), whole)
+    assert found["perplexity"] == pytest.approx(wanted, rel=0.01 if in_16_bits else 1e-6)
     assert set(found) == {"target", "data", "tokens", "loss", "perplexity"}
 
 

@@ -100,23 +100,29 @@ def best_device() -> torch.device:
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """``model.dtype`` in torch's terms. Raises UserError for float16 off the GPU, where there is no loss scaling."""
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if has_units_for(torch.bfloat16, device) else torch.float32
     if dtype == "float16" and device.type != "cuda":
         raise UserError("model.dtype: float16 trains on a GPU alone", hint="use bfloat16 or float32")
     return DTYPES[dtype]
 
 
-def resolve_compute_dtype(quantization: Quantization, device: torch.device) -> torch.dtype:
-    """``quantization.compute_dtype`` in torch's terms; float32 for 16 bits on a processor without units for them.
+def has_units_for(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device multiplies matrices of this type in hardware.
 
-    There a 16-bit matrix product is emulated, 7 to 15 times slower than float32 and less exact.
+    A processor without AMX or AVX512 units emulates 16 bits: 7 to 250 times slower than float32, and less exact.
     """
+    if dtype == torch.float32:
+        return True
+    if device.type == "cuda":
+        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    units = ("avx512_bf16", "amx_bf16", "bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16", "fp16")
+    return any(torch.cpu.get_capabilities().get(unit) for unit in units)
+
+
+def resolve_compute_dtype(quantization: Quantization, device: torch.device) -> torch.dtype:
+    """``quantization.compute_dtype`` in torch's terms; float32 for 16 bits on a processor without units for them."""
     dtype = DTYPES[quantization.compute_dtype]
-    if device.type == "cpu" and dtype != torch.float32:
-        has = torch.cpu.get_capabilities()
-        units = ("avx512_bf16", "amx_bf16", "bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16", "fp16")
-        return dtype if any(has.get(unit) for unit in units) else torch.float32
-    return dtype
+    return dtype if device.type == "cuda" or has_units_for(dtype, device) else torch.float32
 
 
 def bitsandbytes_config(quantization: Quantization, device: torch.device) -> BitsAndBytesConfig:
@@ -167,6 +173,9 @@ def load_base(
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise UserError(f"the weights lack {', '.join(names[:3])}{more}", str(folder), "copy or download them again")
     keep_packing(base)
+    for parameter in base.parameters():  # Transformers (5.23) leaves some of a base stored quantized as they lay there
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
     base.requires_grad_(False)
     base.config.use_cache = False
     return base

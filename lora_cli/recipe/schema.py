@@ -34,7 +34,7 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Type of the frozen weights and of the matrix products; adapters stay float32. auto: bfloat16 on a "
-        "GPU that has it, float32 elsewhere.",
+        "GPU or a processor with units for it (AMX, AVX512-BF16), float32 elsewhere.",
     )
     attn_implementation: Literal[
         "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"

@@ -1,0 +1,305 @@
+"""Attention by rows, the loss in chunks and fused LoRA: the numbers of rows taken one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft.tuners.lora import Linear
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.data.batches import Batch
+from lora_cli.evaluation.head import Head, LinearCrossEntropy, frozen_head
+from lora_cli.evaluation.loss import evaluating, lay_end_to_end, summed_loss
+from lora_cli.model.adapters import adapt
+from lora_cli.model.attention import ROWS
+from lora_cli.model.fused_lora import LoraProduct
+from lora_cli.model.layers import linear_layers
+from lora_cli.recipe.schema import Adapter
+from tests.conftest import Run, done
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
+ROW_LENGTHS = (9, 5, 11, 2)
+
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str | None, bool]] = {
+    "llama": ("Llama", GROUPED, ROWS, True),
+    "gpt2": ("GPT2", {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, ROWS, True),
+    "mistral with a window": ("Mistral", GROUPED | {"sliding_window": 4}, ROWS, True),
+    "qwen3": ("Qwen3", GROUPED, ROWS, True),
+    "phi3": ("Phi3", GROUPED, ROWS, True),
+    "gpt-neox": ("GPTNeoX", SMALL, ROWS, True),
+    "phi with a biased head": ("Phi", SMALL, ROWS, True),
+    "granite, which divides logits": ("Granite", GROUPED | {"logits_scaling": 3.0}, ROWS, True),
+    "cohere, which multiplies logits": ("Cohere", GROUPED | {"logit_scale": 0.25}, ROWS, True),
+    "gemma2, which caps scores and logits": (
+        "Gemma2",
+        GROUPED | {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 5.0, "sliding_window": 4},
+        "eager",
+        True,
+    ),
+    "gemma3 with a window": (
+        "Gemma3Text",
+        GROUPED | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+        ROWS,
+        True,
+    ),
+    "mixtral": ("Mixtral", GROUPED | {"num_local_experts": 2}, ROWS, True),
+    "bloom, which counts positions itself": ("Bloom", {**SMALL, "n_layer": 2, "n_head": 4}, None, True),
+    "mamba, which has a state": ("Mamba", {**SMALL, "state_size": 4}, None, True),
+}
+"""Configuration class, its arguments, the attention that packed rows get (None: they are padded), and whether the
+loss is made in chunks."""
+
+
+def build(name: str, arguments: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**arguments)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():  # random starts are too near to zero to tell two ways apart
+        nn.init.normal_(parameter, std=0.2) if parameter.dim() > 1 else nn.init.normal_(parameter, mean=0.5, std=0.2)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model
+
+
+def rows_of(lengths: Sequence[int]) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 97, (length,), generator=draw) for length in lengths]
+
+
+def packed(rows: list[torch.Tensor]) -> Batch:
+    """The rows end to end, each token but a row's first supervised: put together apart from ``collate``."""
+    starts = np.cumsum([0, *map(len, rows)])
+    ids = torch.cat(rows)
+    predict = torch.tensor([at for at in range(len(ids) - 1) if at + 1 not in starts])
+    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    return Batch(
+        ids[None],
+        positions[None],
+        None,
+        torch.tensor(starts, dtype=torch.int32),
+        max(map(len, rows)),
+        predict,
+        torch.arange(len(predict)),
+        ids[predict + 1],
+    )
+
+
+def one_at_a_time(model: Any, rows: list[torch.Tensor]) -> torch.Tensor:
+    """Summed loss by the model's own forward pass and logits, row after row."""
+    logits = (model(input_ids=row[None]).logits[0, :-1].float() for row in rows)
+    pairs = zip(logits, rows, strict=True)
+    losses = (nn.functional.cross_entropy(each, row[1:], reduction="sum") for each, row in pairs)
+    return sum(losses, torch.zeros(()))
+
+
+def learned(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_an_architecture_gives_what_its_rows_give_one_at_a_time(kind: str) -> None:
+    name, arguments, attention, in_chunks = ARCHITECTURES[kind]
+    base = build(name, arguments)
+    own = base.config._attn_implementation
+    rows = rows_of(ROW_LENGTHS)
+    targets = [name for name in linear_layers(base) if name.split(".")[-1] not in ("lm_head", "router", "out_proj")]
+    model = adapt(base, Adapter(r=3, target_modules="all-linear"), targets, fused=False)
+    for weight_name, weight in model.named_parameters():
+        if "lora_B" in weight_name:
+            nn.init.normal_(weight, std=0.3)
+    model.eval()  # some of these drop out in training
+    expected = one_at_a_time(model, rows)
+    wanted = learned(model, expected)
+
+    assert lay_end_to_end(model, torch.device("cpu"), "auto") is (attention is not None)
+    assert base.config._attn_implementation == (attention or own)
+    with evaluating(model):
+        head = frozen_head(model)
+    assert (head is not None) is in_chunks
+    if attention is None:
+        return
+    found = summed_loss(model, packed(rows), head)
+    gradients = learned(model, found)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    scale = max(float(gradient.abs().max()) for gradient in wanted.values())
+    assert gradients.keys() == wanted.keys()
+    for weight_name, gradient in wanted.items():
+        assert float((gradients[weight_name] - gradient).abs().max()) < 1e-5 * scale, weight_name
+
+
+def test_rows_do_not_see_each_other() -> None:
+    """Another first row changes nothing in the second one's loss."""
+    model = build("Llama", GROUPED)
+    assert lay_end_to_end(model, torch.device("cpu"), "auto")
+    first, other, second = rows_of((6, 6, 8))
+
+    def loss(*rows: torch.Tensor) -> float:
+        return float(summed_loss(model, packed(list(rows))))
+
+    assert loss(first, second) - loss(first) == pytest.approx(loss(second), rel=1e-5)
+    assert loss(other, second) - loss(other) == pytest.approx(loss(second), rel=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.3, None), (1.0, 2.0), (1.7, 1.5)])
+def test_the_loss_in_chunks_is_the_plain_one(
+    scale: float, cap: float | None, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_cli.evaluation.head.CHUNK_BYTES", {"cpu": 4 * 11 * 16})  # 16 rows a chunk
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(37, 6, generator=draw, dtype=torch.float64, requires_grad=True)
+    head = nn.Linear(6, 11, bias=bias, dtype=torch.float64).requires_grad_(False)
+    targets = torch.randint(11, (37,), generator=draw)
+
+    def by_hand() -> torch.Tensor:
+        logits = scale * head(hidden)
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return -(logits - logits.exp().sum(1, keepdim=True).log())[torch.arange(37), targets].sum()
+
+    (wanted,) = torch.autograd.grad(3 * by_hand(), hidden)
+    loss = Head(head, scale, cap).summed_loss(hidden, targets)
+    (found,) = torch.autograd.grad(3 * loss, hidden)
+    assert loss.item() == pytest.approx(by_hand().item(), rel=1e-12)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    arguments = (head.weight, head.bias, targets, scale, cap, True)
+    assert torch.autograd.gradcheck(lambda h: LinearCrossEntropy.apply(h, *arguments), (hidden,))
+    with torch.no_grad():
+        assert Head(head, scale, cap).summed_loss(hidden, targets).item() == pytest.approx(loss.item(), rel=1e-12)
+
+
+def test_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 60 supervised positions no more than a chunk's meet the vocabulary at once."""
+    monkeypatch.setattr("lora_cli.evaluation.head.CHUNK_BYTES", {"cpu": 4 * 97 * 16})
+    model = build("Llama", GROUPED)
+    assert lay_end_to_end(model, torch.device("cpu"), "auto")
+    head = frozen_head(model.eval())
+    shapes: list[torch.Size] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.shape[-1:] == (97,):
+                shapes.append(result.shape)
+            return result
+
+    with Watch():
+        summed_loss(model, packed(rows_of((30, 32))), head)
+    transposed_head = torch.Size([32, 97])
+    assert max(shape.numel() for shape in shapes if shape != transposed_head) == 16 * 97
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fused_lora_is_the_formula(transposed: bool, bias: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    x, a, b = normal(2, 3, 5).requires_grad_(), normal(2, 5).requires_grad_(), normal(4, 2).requires_grad_()
+    weight = normal(5, 4) if transposed else normal(4, 5)
+    offset = normal(4) if bias else None
+
+    def fused(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return LoraProduct.apply(x, weight, offset, a, b, 0.7, transposed, None)
+
+    wanted = x @ (weight if transposed else weight.T) + 0.7 * x @ a.T @ b.T + (0 if offset is None else offset)
+    torch.testing.assert_close(fused(x, a, b), wanted)
+    assert torch.autograd.gradcheck(fused, (x, a, b))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "nf4"])
+def test_fused_layers_give_what_pefts_give(kind: str) -> None:
+    def layer(fused: bool) -> Any:
+        torch.manual_seed(0)
+        holder = nn.Module()
+        holder.config = {"model_type": "none"}  # type: ignore[assignment]
+        holder.proj = Conv1D(24, 16) if kind == "conv1d" else nn.Linear(16, 24)
+        if kind == "nf4":
+            from bitsandbytes.nn import Linear4bit, Params4bit
+
+            weight = holder.proj.weight.data
+            holder.proj = Linear4bit(16, 24, compute_dtype=torch.float32, quant_type="nf4")
+            holder.proj.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")
+            holder.proj.to("cpu")
+            holder.is_loaded_in_4bit = True  # type: ignore[assignment]
+        holder.requires_grad_(False)
+        holder.prepare_inputs_for_generation = None  # type: ignore[assignment]
+        adapted = adapt(holder, Adapter(r=2), ["proj"], fused)  # type: ignore[arg-type]
+        nn.init.normal_(adapted.base_model.model.proj.lora_B["default"].weight)
+        return adapted.base_model.model.proj
+
+    fused, plain = layer(True), layer(False)
+    assert type(fused) is not type(plain)
+    assert isinstance(fused, type(plain))
+    torch.manual_seed(1)
+    x = torch.randn(3, 7, 16)
+    for each in (fused, plain):
+        each.train()
+        inputs = x.clone().requires_grad_()
+        each.outputs = each(inputs)
+        each.outputs.square().sum().backward()
+        each.seen = inputs.grad
+    torch.testing.assert_close(fused.outputs, plain.outputs)
+    torch.testing.assert_close(fused.seen, plain.seen)
+    for (name, found), (_, wanted) in zip(fused.named_parameters(), plain.named_parameters(), strict=True):
+        if wanted.grad is not None:
+            torch.testing.assert_close(found.grad, wanted.grad, msg=name)
+    assert "LoraProduct" in type(fused.outputs.grad_fn.next_functions[0][0]).__name__ or "LoraProduct" in str(
+        fused.outputs.grad_fn
+    )
+
+
+@pytest.mark.parametrize("changes", [{"adapter.lora_dropout": 0.3}, {"adapter.use_dora": True}])
+def test_dropout_and_dora_keep_pefts_path(
+    changes: dict[str, Any], write_recipe: Any, lora: Any, tmp_path: Any, no_curves: None
+) -> None:
+    runs = []
+    for fused in (True, False):
+        folder = tmp_path / f"fused-{fused}"
+        recipe = write_recipe(changes | {"adapter.fused": fused, "training.output_dir": str(folder)})
+        done(lora("train", recipe))
+        runs.append(Run(folder))
+    assert runs[0].adapter_bytes == runs[1].adapter_bytes
+
+
+def test_fused_or_not(write_recipe: Any, lora: Any, tmp_path: Any, no_curves: None, monkeypatch: Any) -> None:
+    calls: list[int] = []
+    original: Callable[..., Any] = LoraProduct.apply
+    monkeypatch.setattr(LoraProduct, "apply", lambda *arguments: (calls.append(1), original(*arguments))[1])
+    losses, counted = [], []
+    for fused in (True, False):
+        calls.clear()
+        folder = tmp_path / f"fused-{fused}"
+        done(lora("train", write_recipe({"adapter.fused": fused, "training.output_dir": str(folder)})))
+        counted.append(len(calls))
+        losses.append(Run(folder).losses)
+    assert counted[0] > 0
+    assert counted[1] == 0
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_pefts_own_layers_stand_where_fused_ones_are_off() -> None:
+    base = build("Llama", GROUPED)
+    model = adapt(base, Adapter(r=2), ["model.layers.0.self_attn.q_proj"], fused=False)
+    assert type(model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")) is Linear
