@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import Run
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_cli.model.memory import activation_bytes, asked_bytes, is_out_of_memory
+from lora_cli.model.memory import activation_bytes, asked_bytes, free_bytes, is_out_of_memory, total_bytes
 from lora_cli.training.out_of_memory import largest_batch
 
 LIMITED = """
@@ -59,6 +60,40 @@ def test_an_allocation_the_processor_refuses_is_a_lack_of_memory() -> None:
 def test_what_is_a_lack_of_memory(error: Exception, is_one: bool, asked: int | None) -> None:
     assert is_out_of_memory(error) is is_one
     assert asked_bytes(error) == asked
+
+
+GROUPS: dict[str, tuple[str, str, dict[str, int], int, int]] = {
+    # proc/self/cgroup, folder under sys/fs/cgroup, limits by group, wanted total, wanted free
+    "version 2": ("0::/a/b", "", {"a/b": 1000}, 1000, 1000 - 60),
+    "version 2, a group above": ("0::/a/b", "", {"a": 500, "a/b": 1000}, 500, 500 - 60),
+    "version 2, a container's own": ("0::/", "", {"": 700}, 700, 700 - 60),
+    "version 1": ("9:name=systemd:/x\n4:cpu,memory:/a/b\n0::/", "memory", {"a/b": 900}, 900, 900 - 60),
+    "version 1, a container's own": ("4:memory:/docker/f00", "memory", {"": 800}, 800, 800 - 60),
+    "all is used": ("0::/a", "", {"a": 50}, 50, 0),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_a_control_groups_limit_is_the_memory_there_is(case: str, tmp_path: Path) -> None:
+    membership, mount, limits, total, free = GROUPS[case]
+    limit, used, reclaimable = ("max", "current", "inactive_file")
+    if mount:
+        limit, used, reclaimable = ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(membership + "\n")
+    for group in ("", "a", "a/b"):
+        folder = tmp_path / "sys/fs/cgroup" / mount / group
+        folder.mkdir(parents=True, exist_ok=True)
+        allowed = limits.get(group, "max" if not mount else 0x7FFFFFFFFFFFF000)
+        (folder / f"memory.{limit}").write_text(f"{allowed}\n")
+        (folder / f"memory.{used}").write_text("100\n")
+        (folder / "memory.stat").write_text(f"anon 55\n{reclaimable} 40\nactive_file 5\n")
+    assert total_bytes(torch.device("cpu"), tmp_path) == total
+    assert free_bytes(torch.device("cpu"), tmp_path) == free
+
+
+def test_without_control_groups_memory_is_the_machines(tmp_path: Path) -> None:
+    assert total_bytes(torch.device("cpu"), tmp_path) == psutil.virtual_memory().total
 
 
 def test_the_largest_batch() -> None:

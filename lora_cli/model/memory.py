@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import resource
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+
+from lora_cli.model.cgroups import memory_limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -51,24 +54,28 @@ def weight_bytes(
     return int((parameters - linear_parameters) * element_size + linear_parameters * bits / 8)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had on the device; of a processor's, no more than this process is allowed."""
+def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
+    """Memory that can still be had on the device; of a processor's, no more than this process is allowed.
+
+    ``root`` is the folder that holds ``proc`` and ``sys``, where control groups tell their limits.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     own = psutil.Process().memory_info()
     free = int(psutil.virtual_memory().available)
+    limits = list(memory_limits(root))
     for limit, used in ((resource.RLIMIT_AS, own.vms), (resource.RLIMIT_DATA, getattr(own, "data", own.rss))):
         allowed = resource.getrlimit(limit)[0]
         if allowed != resource.RLIM_INFINITY:
-            free = max(0, min(free, allowed - used))
-    return free
+            limits.append((allowed, used))
+    return max(0, min([free, *(allowed - used for allowed, used in limits)]))
 
 
-def total_bytes(device: torch.device) -> int:
-    """Memory that the device has."""
+def total_bytes(device: torch.device, root: Path = Path("/")) -> int:
+    """Memory that the device has; of a processor's, no more than the control groups allow."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
-    return int(psutil.virtual_memory().total)
+    return min([int(psutil.virtual_memory().total), *(allowed for allowed, _ in memory_limits(root))])
 
 
 def is_out_of_memory(error: BaseException) -> bool:
