@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_cli.data.chat import conversation_segments, end_of_turn
-from lora_cli.data.examples import Examples, Ints, Mask, Piece, Tokens, join_pieces
-from lora_cli.data.formats import Message, Segment, detect, read_content
+from lora_cli.data.examples import Examples, Ints, Mask, Piece, Tokens, join, join_pieces
+from lora_cli.data.formats import Content, Message, Segment, detect, read_content
+from lora_cli.data.parallel import in_order
 from lora_cli.data.sources import Row, whole_rows
 from lora_cli.errors import UserError
 from lora_cli.recipe.schema import Data, Source
@@ -19,7 +21,7 @@ from lora_cli.recipe.schema import Data, Source
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROWS_AT_ONCE = 1000
+ROWS_AT_ONCE = 250
 
 
 @dataclass(frozen=True)
@@ -30,21 +32,32 @@ class Tokenized:
     bos_removed: int
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of one format: what each says, its place and its source. ``closing`` ends a turn of a conversation."""
+
+    format: str
+    closing: str
+    rows: tuple[tuple[Content, str, int], ...]
+
+
 def tokenize(data: Data, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> Examples:
     """Read, format and tokenize every row of the sources, whole. Raises UserError as ``tokenize_rows`` does."""
     return tokenize_rows(data, whole_rows(sources), tokenizer).examples
 
 
 def tokenize_rows(data: Data, rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Tokenized:
-    """Format and tokenize every row, whole.
+    """Format and tokenize every row, whole; on all cores when there are many.
 
     Raises UserError at the first row that is wrong; ``check_rows`` finds these sooner, and all of them.
     """
     check_usable(tokenizer)
-    encoder = _Encoder(data, tokenizer)
-    pieces = list(encoder.encode_all(rows))
-    formats = "+".join(dict.fromkeys(encoder.formats.values()))
-    return Tokenized(join_pieces(pieces, formats), encoder.bos_removed)
+    encode = partial(encode_chunk, tokenizer, data.train_on == "all")
+    parts, removed = [], 0
+    for part in in_order(encode, read_chunks(data, rows, tokenizer)):
+        parts.append(part.examples)
+        removed += part.bos_removed
+    return Tokenized(join(parts), removed)
 
 
 def check_usable(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -55,81 +68,80 @@ def check_usable(tokenizer: PreTrainedTokenizerBase) -> None:
         raise UserError("the tokenizer has no end-of-text token", hint="set eos_token in tokenizer_config.json")
 
 
-class _Encoder:
-    """Turns rows into ids and masks, many at a time; holds what is found out once about formats and tokenizer."""
+def read_chunks(data: Data, rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[Chunk]:
+    """What the rows say, in order, in chunks of one format. Raises UserError at the first row that is wrong."""
+    formats: dict[int, str] = {}  # by source, found out at its first row
+    closing: str | None = None
 
-    def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.data = data
-        self.tokenizer = tokenizer
-        self.formats: dict[int, str] = {}  # by source
-        self.closing = ""  # how the chat template ends a turn
-        self.bos_removed = 0
+    def format_of(row: Row) -> str:
+        if row.source not in formats:
+            formats[row.source] = detect(row, data)
+        return formats[row.source]
 
-    def encode_all(self, rows: Iterable[Row]) -> Iterator[Piece]:
-        """Each row's ids, its supervision and its source, in order."""
-        for format_name, alike in groupby(rows, self._format_of):
-            segments = ((row.source, self._segments(row, format_name)) for row in alike)
-            while chunk := list(islice(segments, ROWS_AT_ONCE)):
-                encoded = self._encode([parts for _, parts in chunk], format_name)
-                for (source, _), (ids, mask) in zip(chunk, encoded, strict=True):
-                    yield ids, mask, source
+    for format_name, alike in groupby(rows, format_of):
+        read = ((read_content(row, format_name, data), row.where, row.source) for row in alike)
+        while chunk := tuple(islice(read, ROWS_AT_ONCE)):
+            if format_name == "chat" and closing is None:
+                closing = _closing(tokenizer, chunk[0][1])
+            yield Chunk(format_name, closing or "", chunk)
 
-    def _format_of(self, row: Row) -> str:
-        """The format of the row's source, found out at the source's first row."""
-        if row.source not in self.formats:
-            self.formats[row.source] = detect(row, self.data)
-            if self.formats[row.source] == "chat":
-                self._settle_chat(row.where)
-        return self.formats[row.source]
 
-    def _settle_chat(self, where: str) -> None:
-        if not self.tokenizer.chat_template:
-            hint = "use an instruct model, or another data.format (template lays a row out as you say)"
-            raise UserError("the tokenizer has no chat template, which format: chat needs", where, hint)
-        self.closing = end_of_turn(self.tokenizer)
+def _closing(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    if not tokenizer.chat_template:
+        hint = "use an instruct model, or another data.format (template lays a row out as you say)"
+        raise UserError("the tokenizer has no chat template, which format: chat needs", where, hint)
+    return end_of_turn(tokenizer)
 
-    def _segments(self, row: Row, format_name: str) -> tuple[Segment, ...]:
-        content = read_content(row, format_name, self.data)
-        if format_name == "chat":
-            turns = [turn for turn in content if isinstance(turn, Message)]
-            segments = conversation_segments(self.tokenizer, turns, self.closing, row.where)
-        else:
-            segments = tuple(segment for segment in content if not isinstance(segment, Message))
-        return tuple((text, True) for text, _ in segments) if self.data.train_on == "all" else segments
 
-    def _encode(self, batch: Sequence[tuple[Segment, ...]], format_name: str) -> Iterator[tuple[Tokens, Mask]]:
-        texts = ["".join(text for text, _ in segments) for segments in batch]
-        # A chat template writes its own special tokens; asked again, the tokenizer would add a second BOS.
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=format_name != "chat",
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        for segments, numbers, places in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            ids, offsets = np.asarray(numbers, np.int32), np.asarray(places, np.int64).reshape(-1, 2)
-            if self._doubles_bos(ids, offsets):
-                ids, offsets = ids[1:], offsets[1:]
-                self.bos_removed += 1
-            mask = _supervised(segments, offsets)
-            if format_name != "chat" or not self.closing:
-                ids, mask = self._close(ids, mask, segments)
-            mask[:1] = False
-            yield ids, mask
+def encode_chunk(tokenizer: PreTrainedTokenizerBase, supervise_all: bool, chunk: Chunk) -> Tokenized:
+    """The chunk's rows as ids and masks. Raises UserError for a conversation that the template refuses."""
+    is_chat = chunk.format == "chat"
+    batch = [_segments(tokenizer, content, chunk, where) for content, where, _ in chunk.rows]
+    if supervise_all:
+        batch = [tuple((text, True) for text, _ in segments) for segments in batch]
+    # A chat template writes its own special tokens; asked again, the tokenizer would add a second BOS.
+    encoded = tokenizer(
+        ["".join(text for text, _ in segments) for segments in batch],
+        add_special_tokens=not is_chat,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    pieces: list[Piece] = []
+    removed = 0
+    told = zip(batch, chunk.rows, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    for segments, (_, _, source), numbers, places in told:
+        ids, offsets = np.asarray(numbers, np.int32), np.asarray(places, np.int64).reshape(-1, 2)
+        if _doubles_bos(tokenizer.bos_token_id, ids, offsets):
+            ids, offsets = ids[1:], offsets[1:]
+            removed += 1
+        mask = _supervised(segments, offsets)
+        if not is_chat or not chunk.closing:
+            ids, mask = _close(tokenizer.eos_token_id, ids, mask, segments)
+        mask[:1] = False
+        pieces.append((ids, mask, source))
+    return Tokenized(join_pieces(pieces, chunk.format), removed)
 
-    def _doubles_bos(self, ids: Tokens, offsets: Ints) -> bool:
-        """Whether the tokenizer put its BOS (which stands for no character) before a text that begins with one."""
-        bos = self.tokenizer.bos_token_id
-        return bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos and not offsets[0].any()
 
-    def _close(self, ids: Tokens, mask: Mask, segments: tuple[Segment, ...]) -> tuple[Tokens, Mask]:
-        """End the row with the end-of-text token, supervised when what stands before it is."""
-        last = segments[-1][1]
-        if len(ids) and ids[-1] == self.tokenizer.eos_token_id:
-            mask[-1] = last
-            return ids, mask
-        return np.append(ids, np.int32(self.tokenizer.eos_token_id)), np.append(mask, last)
+def _segments(tokenizer: PreTrainedTokenizerBase, content: Content, chunk: Chunk, where: str) -> tuple[Segment, ...]:
+    if chunk.format == "chat":
+        turns = [turn for turn in content if isinstance(turn, Message)]
+        return conversation_segments(tokenizer, turns, chunk.closing, where)
+    return tuple(segment for segment in content if not isinstance(segment, Message))
+
+
+def _doubles_bos(bos: int | None, ids: Tokens, offsets: Ints) -> bool:
+    """Whether the tokenizer put its BOS (which stands for no character) before a text that begins with one."""
+    return bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos and not offsets[0].any()
+
+
+def _close(eos: int, ids: Tokens, mask: Mask, segments: tuple[Segment, ...]) -> tuple[Tokens, Mask]:
+    """End the row with the end-of-text token, supervised when what stands before it is."""
+    last = segments[-1][1]
+    if len(ids) and ids[-1] == eos:
+        mask[-1] = last
+        return ids, mask
+    return np.append(ids, np.int32(eos)), np.append(mask, last)
 
 
 def _supervised(segments: tuple[Segment, ...], offsets: Ints) -> Mask:

@@ -1,0 +1,90 @@
+"""Work on one item after another: in this process, and when that takes long, in one for each core."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from lora_cli.errors import RunError, UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+ALONE = 4.0
+"""Seconds of work before other processes are started, which takes about as long."""
+MOST = 12
+"""Processes: reading the items keeps no more of them busy."""
+_given: list[Callable[[Any], Any]] = []
+"""The work, in a process that was started for it; sent with each item, the tokenizer would be most of what is sent."""
+
+
+def in_order(work: Callable[[Item], Result], items: Iterator[Item]) -> Iterator[Result]:
+    """``work`` of each item, in order; it and the items must be picklable.
+
+    Raises what comes first in that order: an error of ``work``, or the UserError with which the items end. RunError
+    when a process is killed.
+    """
+    spent = 0.0
+    cores = len(os.sched_getaffinity(0))
+    for item in items:
+        began = time.perf_counter()
+        result = work(item)
+        spent += time.perf_counter() - began
+        yield result
+        if spent >= ALONE and cores > 1:
+            break
+    yield from _in_processes(work, items, min(cores, MOST))
+
+
+def _in_processes(work: Callable[[Item], Result], items: Iterator[Item], count: int) -> Iterator[Result]:
+    item = next(items, None)
+    if item is None:
+        return
+    # Not forked: a copy of a process whose libraries run threads may hang.
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin, (work,))
+    waiting: deque[Future[Result]] = deque()
+    failed: UserError | None = None
+    try:
+        while item is not None or waiting:
+            if item is not None:
+                waiting.append(pool.submit(_take, item))
+                try:
+                    item = next(items, None)
+                except UserError as error:  # told unless something is wrong with what was read before
+                    item, failed = None, error
+            while waiting and (item is None or len(waiting) > 2 * count):
+                yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        what = "a process that tokenized rows was killed, perhaps for want of memory"
+        raise RunError(what, hint="leave the command fewer cores (taskset), and it starts fewer processes") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if failed is not None:
+        raise failed
+
+
+def _begin(work: Callable[[Any], Any]) -> None:
+    """In a new process: what it is to do, on one core; Ctrl-C and the parent's end are the parent's to act upon."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _given.append(work)
+
+
+def _take(item: Any) -> Any:
+    return _given[0](item)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
