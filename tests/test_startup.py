@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from lora_cli.model.cores import usable_cores
 
 HEAVY = ("torch", "transformers", "datasets", "pandas", "peft", "accelerate", "bitsandbytes", "numpy", "pyarrow")
 VERBS = {
@@ -111,3 +114,21 @@ def test_an_unknown_model_type_is_told_without_torch(tiny_gpt2: Path, write_reci
         assert (code, stdout) == (2, "")
         assert "'gpt17' is unknown to transformers" in stderr
         assert not {"torch", "transformers"} & set(modules)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+        ({"cpu.max": "?"}, None),
+    ],
+)
+def test_a_control_groups_share_of_the_cores(files: dict[str, str], expected: int | None, tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content + "\n")
+    assert usable_cores(tmp_path) == (expected or len(os.sched_getaffinity(0)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import sys
@@ -108,4 +109,5 @@ def _tell(error: LoraError) -> None:
 
 def run() -> None:
     """Entry point of the installed script."""
+    gc.set_threshold(100_000)  # libraries make a million objects that stay; looking them through delays the start
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from lora_cli.errors import UserError
+from lora_cli.model.cores import usable_cores
 from lora_cli.model.files import check_tokenizer, hub_kernels, own_code, read_config, unknown_type
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.recipe.schema import Model, Quantization
@@ -151,6 +153,8 @@ def load_base(
     at random.
     """
     load_config(folder)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     if model.attn_implementation != "auto":
         options["attn_implementation"] = model.attn_implementation

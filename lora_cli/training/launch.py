@@ -12,6 +12,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from lora_cli.errors import RunError
+from lora_cli.model.cores import usable_cores
 
 SECONDS_TO_STOP = 120
 """How long processes may take to finish a step and write its checkpoint once a signal asks them to stop."""
@@ -23,7 +24,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     What the processes have to say they say themselves. Raises RunError when one was killed.
     """
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_STOP))
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    threads = max(1, usable_cores() // processes)
     options = ["--multi_gpu", "--num_machines=1", "--main_process_port=0", f"--num_processes={processes}"]
     options += ["--mixed_precision=no", "--dynamo_backend=no"]
     options += [f"--num_cpu_threads_per_process={os.environ.get('OMP_NUM_THREADS', threads)}", "--module", "lora_cli"]
