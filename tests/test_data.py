@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_cli.data.batches import Schedule, collate, epoch_order, split_validation
-from lora_cli.data.examples import Examples, cut_for_evaluation, fit, join_pieces, sliding_windows
+from lora_cli.data.examples import Examples, Flat, cut_for_evaluation, end_to_end, fit, join_pieces, sliding_windows
 from lora_cli.data.formats import FORMATS, Message, check_rows, column_faults, read_content
 from lora_cli.data.grouping import OPEN, POOL, pack_first_fit, pack_in_order, pad_by_length
 from lora_cli.data.sources import READERS, Row, hub_rows, read_rows, sources_of
@@ -503,7 +503,7 @@ def test_windows_score_each_token_once_with_context(max_length: int, tokenizer: 
     texts = ["Rivers carry salt from the rocks down to it. " * 5, "So.", "x"]
     examples = examples_of(tokenizer, tmp_path, *({"text": text} for text in texts))
     windows = sliding_windows(examples, max_length)
-    assert int(windows.supervised.sum()) == int(examples.supervised.sum())
+    assert windows.supervised_per_row.sum() == examples.supervised_per_row.sum()
     scored = [ids[mask].tolist() for ids, mask in map(windows.row, range(len(windows)))]
     wanted = [ids[mask].tolist() for ids, mask in map(examples.row, range(len(examples)))]
     assert flat(scored) == flat(wanted)
@@ -729,7 +729,7 @@ def test_evaluation_takes_each_row_once(lengths: list[int], packing: bool) -> No
     total = int(sizes.sum())
     ids, mask = np.zeros(total, np.int32), np.ones(total, np.bool_)
     source = np.zeros(len(sizes), np.int32)
-    examples = Examples(ids, mask, np.concatenate(([0], sizes.cumsum())), source, "text")
+    examples = end_to_end(Flat(ids, mask, np.concatenate(([0], sizes.cumsum()))), source, "text")
     batches = evaluation_groups(examples, 3, 16, packing)
     assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
     if packing:
@@ -796,12 +796,13 @@ def test_steps_windows_and_epochs() -> None:
 
 def test_a_share_is_held_out() -> None:
     ids = np.arange(20, dtype=np.int32)
-    examples = Examples(ids, np.ones(20, np.bool_), np.arange(21, dtype=np.int64), np.zeros(20, np.int32), "text")
+    flat = Flat(ids, np.ones(20, np.bool_), np.arange(21, dtype=np.int64))
+    examples = end_to_end(flat, np.zeros(20, np.int32), "text")
     train, held = split_validation(examples, 0.25, 3)
     assert (len(train), len(held)) == (15, 5)
-    assert sorted([*train.ids, *held.ids]) == list(range(20))
-    assert split_validation(examples, 0.25, 3)[1].ids.tolist() == held.ids.tolist()
-    assert split_validation(examples, 0.25, 4)[1].ids.tolist() != held.ids.tolist()
+    assert sorted([*train.flat().ids, *held.flat().ids]) == list(range(20))
+    assert split_validation(examples, 0.25, 3)[1].flat().ids.tolist() == held.flat().ids.tolist()
+    assert split_validation(examples, 0.25, 4)[1].flat().ids.tolist() != held.flat().ids.tolist()
     assert [len(split_validation(examples, share, 3)[1]) for share in (0.001, 0.999)] == [1, 19]
 
 

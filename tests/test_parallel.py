@@ -15,7 +15,6 @@ import psutil
 import pytest
 
 from lora_cli.data import parallel
-from lora_cli.data.cache import ARRAYS
 from lora_cli.data.sources import sources_of
 from lora_cli.data.tokenize import ROWS_AT_ONCE, tokenize
 from lora_cli.errors import RunError, UserError
@@ -67,9 +66,10 @@ def test_tokens_are_those_of_one_process(tokenizer: Any, tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     together = tokenize(data, sources_of(data.train), tokenizer)
     assert sum(submitted) == 2 * COUNT + 1 - ROWS_AT_ONCE, "the first rows are not waited with"
+    assert together.source.tolist() == alone.source.tolist()
     assert together.format == alone.format == "chat+prompt_completion"
-    for name in ARRAYS:
-        one, other = getattr(alone, name), getattr(together, name)
+    for name in ("ids", "supervised", "offsets"):
+        one, other = (getattr(each, name) for each in (alone.flat(), together.flat()))
         assert one.dtype == other.dtype and np.array_equal(one, other)
     assert tokenizer(f"Boat {COUNT}?").input_ids[-1] in together.row(COUNT - 1)[0]
 

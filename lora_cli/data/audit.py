@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_cli.data.chat import DAY, end_of_turn, marked, written_after_words, written_otherwise
-from lora_cli.data.examples import Examples, Fitted, Mask, per_row
+from lora_cli.data.examples import Examples, Fitted, per_row
 from lora_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,21 +48,13 @@ def audit(
     leaked = 0
     if held_out is not None:
         leaked = int(np.isin(_digests(held_out, supervision=False), _digests(whole, supervision=False)).sum())
-    bos, lowest, highest, doubled = tokenizer.bos_token_id, 0, 0, 0
-    if bos is not None:
-        is_bos = kept.ids == bos
-        if bos == tokenizer.eos_token_id:
-            is_bos[kept.offsets[1:] - 1] = False  # there it is the end
-        counts = per_row(is_bos, kept.offsets)
-        lowest, highest = int(counts.min()), int(counts.max())
-        second = np.minimum(kept.offsets[:-1] + 1, len(kept.ids) - 1)
-        doubled = int((is_bos[kept.offsets[:-1]] & is_bos[second] & (kept.lengths > 1)).sum())
+    fewest, most, doubled = _bos_counts(kept, tokenizer)
     return Report(
         duplicates=len(learned) - len(np.unique(learned)),
         validation_in_train=leaked,
-        ends_supervised=int(_ends_supervised(kept, tokenizer).sum()),
-        ends_masked=int((~_ends_supervised(whole, tokenizer)).sum()),
-        bos_per_row=(lowest, highest),
+        ends_supervised=_ends_supervised(kept, tokenizer),
+        ends_masked=len(whole) - _ends_supervised(whole, tokenizer),
+        bos_per_row=(fewest, most),
         bos_doubled=doubled,
         bos_removed=bos_removed,
         template_notes=_template_notes(tokenizer) if "chat" in whole.format.split("+") else (),
@@ -83,18 +75,36 @@ def check_supervised(fitted: Fitted, least: float, max_length: int, what: str) -
 
 def _digests(examples: Examples, supervision: bool) -> npt.NDArray[np.uint64]:
     """64 bits of BLAKE2 for each row's ids, and for its supervision when asked."""
-    ids, mask = np.ascontiguousarray(examples.ids).data, np.ascontiguousarray(examples.supervised).data
     found = []
-    for start, end in pairwise(examples.offsets.tolist()):
-        digest = hashlib.blake2b(ids[start:end], digest_size=8)
-        if supervision:
-            digest.update(mask[start:end])
-        found.append(digest.digest())
+    for flat in examples.chunks():
+        ids, mask = np.ascontiguousarray(flat.ids).data, np.ascontiguousarray(flat.supervised).data
+        for start, end in pairwise(flat.offsets.tolist()):
+            digest = hashlib.blake2b(ids[start:end], digest_size=8)
+            if supervision:
+                digest.update(mask[start:end])
+            found.append(digest.digest())
     return np.frombuffer(b"".join(found), np.uint64)
 
 
-def _ends_supervised(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> Mask:
-    """Whether a row's last supervised token is the end of the text or of a turn; shape (rows,).
+def _bos_counts(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
+    """The fewest and the most BOS in a row, and how many rows begin with two."""
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return 0, 0, 0
+    counts, doubled = [], 0
+    for flat in examples.chunks():
+        starts, ends = flat.offsets[:-1], flat.offsets[1:]
+        is_bos = flat.ids == bos
+        if bos == tokenizer.eos_token_id:
+            is_bos[ends - 1] = False  # there it is the end
+        counts.append(per_row(is_bos, flat.offsets))
+        second = np.minimum(starts + 1, len(flat.ids) - 1)
+        doubled += int((is_bos[starts] & is_bos[second] & (ends - starts > 1)).sum())
+    return min(int(each.min()) for each in counts), max(int(each.max()) for each in counts), doubled
+
+
+def _ends_supervised(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> int:
+    """In how many rows the last supervised token is the end of the text or of a turn.
 
     With ``train_on: all`` what the chat template writes behind a turn's end is supervised too, and is passed over.
     """
@@ -102,15 +112,19 @@ def _ends_supervised(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> 
     if "chat" in examples.format.split("+") and (closing := end_of_turn(tokenizer)):
         ends.append(_ids(tokenizer, closing)[-1])
         behind = len(_ids(tokenizer, written_after_words(tokenizer).partition(closing)[2]))
-    supervised = np.flatnonzero(examples.supervised)
-    found = np.zeros(len(examples), np.bool_)
-    if len(supervised):
-        last = supervised[np.maximum(np.searchsorted(supervised, examples.offsets[1:]) - 1, 0)]
+    count = 0
+    for flat in examples.chunks():
+        supervised = np.flatnonzero(flat.supervised)
+        if not len(supervised):
+            continue
+        found = np.zeros(len(flat.offsets) - 1, np.bool_)
+        last = supervised[np.maximum(np.searchsorted(supervised, flat.offsets[1:]) - 1, 0)]
         for at in {0, behind}:
             before = last - at
-            inside = (before >= examples.offsets[:-1]) & (before < examples.offsets[1:])
-            found |= inside & examples.supervised[before] & np.isin(examples.ids[before], ends)
-    return found
+            inside = (before >= flat.offsets[:-1]) & (before < flat.offsets[1:])
+            found |= inside & flat.supervised[before] & np.isin(flat.ids[before], ends)
+        count += int(found.sum())
+    return count
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

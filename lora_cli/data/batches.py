@@ -95,6 +95,7 @@ def collate(examples: Examples, rows: Sequence[int] | Ints, packing: bool, pad_t
             ids[:, 1:][:, predict_from][next_wanted],
         )
     ]
+    examples.store.release()
     input_ids, position_ids, *rest = map(torch.from_numpy, numbers)
     return Batch(input_ids, position_ids, mask, starts, longest, *rest)
 

@@ -1,13 +1,15 @@
 """Tokenized rows kept in the run's folder, under a key made of all that they depend on: contents, never paths or times.
 
-A file ``<key>.safetensors`` holds the arrays of ``Examples``; its header says their SHA-256, and a file that does not
-agree with it is not read.
+A file ``<key>.safetensors`` holds the rows' ids and supervision, end to end, where each begins, and its source; its
+header says their SHA-256, and a file that does not agree with it is not read. Once it is written the tokens are read
+from there, so that the memory a run takes does not grow with them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -26,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lora_cli import __version__
-from lora_cli.data.examples import Examples
+from lora_cli.data.examples import CHUNK, Examples, Store
 from lora_cli.data.sources import Row, whole_rows
 from lora_cli.data.tokenize import Tokenized, check_usable, tokenize_rows
 from lora_cli.errors import RunError, UserError
@@ -35,7 +37,14 @@ from lora_cli.recipe.schema import Data, Source
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ARRAYS = ("ids", "supervised", "offsets", "source")
+ARRAYS: dict[str, type[np.generic]] = {
+    "ids": np.int32,
+    "supervised": np.bool_,
+    "offsets": np.int64,
+    "source": np.int32,
+}
+DTYPES = {np.int32: "I32", np.int64: "I64", np.bool_: "BOOL"}
+"""Safetensors' names."""
 SETTINGS = {"format", "columns", "template", "train_on"}
 """Keys of ``data`` on which a row's tokens depend."""
 OWN_FILE = re.compile(r"([0-9a-f]{64})\.safetensors|\.[0-9a-f]{64}\.[0-9a-f]{32}")
@@ -77,7 +86,8 @@ def tokenize_cached(
 
 
 def publish(cache: Path, parts: list[Cached]) -> list[Path]:
-    """Write what was tokenized anew and let go of ``parts``; returns the folders and files made, in that order.
+    """Write what was tokenized anew, leave its tokens on the disk, and let go of ``parts``; returns the folders and
+    files made, in that order.
 
     Raises RunError, with the bytes that were needed, when writing fails.
     """
@@ -86,6 +96,9 @@ def publish(cache: Path, parts: list[Cached]) -> list[Path]:
     made = [folder for folder in (*reversed(cache.parents), cache) if not folder.exists()] if fresh else []
     for part in fresh:
         made.append(_write(cache, part))
+        store = part.tokenized.examples.store
+        if (written := _mapped(made[-1])) is not None:  # from here on the rows lie on the disk
+            store.mapping, store.ids, store.supervised = written[0], written[1]["ids"], written[1]["supervised"]
     return made
 
 
@@ -139,29 +152,50 @@ def _wait_for(cache: Path, key: str) -> Tokenized:
 
 
 def _read(cache: Path, key: str) -> Tokenized | None:
-    """What is stored under the key; None when there is nothing, or nothing whole."""
-    try:
-        with safe_open(cache / f"{key}.safetensors", framework="np") as file:
-            words = (file.metadata() or {}).get("about", "")
-            arrays: dict[str, Any] = {name: file.get_tensor(name) for name in ARRAYS}
-    except (OSError, SafetensorError):
+    """What is stored under the key, its tokens mapped from the file; None when there is nothing, or nothing whole."""
+    found = _mapped(cache / f"{key}.safetensors")
+    if found is None:
         return None
+    mapping, arrays, words = found
     checksum, _, about = words.partition(" ")
-    if checksum != _checksum(key, about, arrays):
+    store = Store(arrays["ids"], arrays["supervised"], mapping)
+    if checksum != _checksum(key, about, arrays, store):
         return None
-    stated = json.loads(about)
-    return Tokenized(Examples(**arrays, format=stated["format"]), stated["bos_removed"])
+    stated, offsets = json.loads(about), arrays["offsets"].copy()
+    examples = Examples(store, offsets[:-1], offsets[1:], arrays["source"].copy(), stated["format"])
+    return Tokenized(examples, stated["bos_removed"])
+
+
+def _mapped(path: Path) -> tuple[mmap.mmap, dict[str, Any], str] | None:
+    """A file's mapping, the arrays in it, and what its header says; None when it is none of ours."""
+    try:
+        with safe_open(path, framework="np") as file:  # of the right length, and its arrays lie side by side
+            words = (file.metadata() or {}).get("about", "")
+        with path.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
+            mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError, SafetensorError):
+        return None
+    arrays = {}
+    for name, dtype in ARRAYS.items():
+        if header.get(name, {}).get("dtype") != DTYPES[dtype]:
+            return None
+        start, end = header[name]["data_offsets"]
+        arrays[name] = np.frombuffer(mapping, dtype, (end - start) // np.dtype(dtype).itemsize, 8 + size + start)
+    return mapping, arrays, words
 
 
 def _write(cache: Path, part: Cached) -> Path:
     examples = part.tokenized.examples
-    arrays = {name: np.ascontiguousarray(getattr(examples, name)) for name in ARRAYS}
+    flat = examples.flat()
+    arrays = {"ids": flat.ids, "supervised": flat.supervised, "offsets": flat.offsets, "source": examples.source}
     about = json.dumps({"format": examples.format, "bos_removed": part.tokenized.bos_removed})
     draft = cache / f".{part.key}.{uuid.uuid4().hex}"
     target = cache / f"{part.key}.safetensors"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, draft, {"about": f"{_checksum(part.key, about, arrays)} {about}"})
+        save_file(arrays, draft, {"about": f"{_checksum(part.key, about, arrays, examples.store)} {about}"})
         _sync(draft)
         draft.replace(target)
         _sync(cache)
@@ -184,10 +218,12 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _checksum(key: str, about: str, arrays: dict[str, Any]) -> str:
-    """SHA-256 over key and header, and over the arrays with their shapes and types."""
+def _checksum(key: str, about: str, arrays: dict[str, Any], store: Store) -> str:
+    """SHA-256 over key and header, and over the arrays with their shapes and types; ``store``'s may be mapped."""
     digest = hashlib.sha256(f"{key} {about}".encode())
     for name in ARRAYS:
         digest.update(f"{arrays[name].dtype}{arrays[name].shape}".encode())
-        digest.update(np.ascontiguousarray(arrays[name]).data)
+        for start in range(0, len(arrays[name]), CHUNK):
+            digest.update(np.ascontiguousarray(arrays[name][start : start + CHUNK]).data)
+            store.release()
     return digest.hexdigest()

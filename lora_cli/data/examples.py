@@ -1,10 +1,12 @@
-"""Tokenized rows in flat arrays: selected, cut to what fits the model, laid in windows."""
+"""Tokenized rows, in memory or in a file: selected, cut to what fits the model, laid in windows."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import mmap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -16,49 +18,113 @@ Tokens = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Tokenized rows, end to end.
+CHUNK = 1 << 20
+"""Tokens looked at together."""
 
-    ``ids`` (total tokens, int32), ``supervised`` (total tokens, bool; never a row's first token, which nothing
-    predicts), ``offsets`` (rows + 1, int64), ``source`` (rows, int32: the part of the mixture a row is from).
-    ``format`` names the format; of a mixture of several, all of them, joined by '+'. ``fingerprint`` is a SHA-256 over
-    the arrays.
-    """
+
+@dataclass
+class Store:
+    """The tokens of many rows, ``ids`` (tokens,) int32 and ``supervised`` (tokens,) bool: in memory, or in a file that
+    is mapped there."""
+
+    ids: Tokens
+    supervised: Mask
+    mapping: mmap.mmap | None = None
+
+    def release(self) -> None:
+        """Let go of the pages that were read of a file; they would count as this process's for as long as there is room
+        for them. The system keeps them at hand."""
+        if self.mapping is not None:
+            self.mapping.madvise(mmap.MADV_DONTNEED)
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Rows end to end: ``ids`` (tokens,) int32, ``supervised`` (tokens,) bool, ``offsets`` (rows + 1,) int64."""
 
     ids: Tokens
     supervised: Mask
     offsets: Ints
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenized rows: from ``starts`` to ``ends`` (rows, int64) in a store that others may share.
+
+    Never a row's first token is supervised, which nothing predicts. ``source`` (rows, int32) is the part of the mixture
+    a row is from. ``format`` names the format; of a mixture of several, all of them, joined by '+'.
+    """
+
+    store: Store
+    starts: Ints
+    ends: Ints
     source: Tokens
     format: str
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.starts)
 
     @property
     def lengths(self) -> Ints:
-        return np.diff(self.offsets)
+        return self.ends - self.starts
 
     @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    @cached_property
     def supervised_per_row(self) -> Ints:
-        return per_row(self.supervised, self.offsets)
+        counts = [per_row(flat.supervised, flat.offsets) for flat in self.chunks()]
+        return np.concatenate([np.zeros(0, np.int64), *counts])
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
+        """A SHA-256 over the rows' tokens, their supervision, their lengths and their sources."""
         digest = hashlib.sha256()
-        for array in (self.ids, self.supervised, self.offsets, self.source):
-            digest.update(np.ascontiguousarray(array).tobytes())
+        for flat in self.chunks():
+            digest.update(np.ascontiguousarray(flat.ids).data)
+        for flat in self.chunks():
+            digest.update(np.ascontiguousarray(flat.supervised).data)
+        digest.update(_offsets(self.lengths).data)
+        digest.update(np.ascontiguousarray(self.source).data)
         return digest.hexdigest()
 
     def row(self, index: int) -> tuple[Tokens, Mask]:
         """Ids and supervision of one row."""
-        span = slice(self.offsets[index], self.offsets[index + 1])
-        return self.ids[span], self.supervised[span]
+        span = slice(self.starts[index], self.ends[index])
+        return self.store.ids[span], self.store.supervised[span]
 
-    def select(self, rows: Sequence[int] | Ints) -> Examples:
+    def select(self, rows: Sequence[int] | Ints | Mask) -> Examples:
         """These rows alone, in this order."""
-        chosen = np.asarray(rows, np.int64)
-        return _spans(self, self.offsets[:-1][chosen], self.offsets[1:][chosen], self.source[chosen])
+        return replace(self, starts=self.starts[rows], ends=self.ends[rows], source=self.source[rows])
+
+    def flat(self, first: int = 0, last: int | None = None) -> Flat:
+        """The rows from ``first`` to before ``last``, end to end; copied unless they lie so in the store."""
+        starts, ends = self.starts[first:last], self.ends[first:last]
+        offsets = _offsets(ends - starts)
+        places: slice | Ints = slice(starts[0], ends[-1]) if len(starts) else slice(0)
+        if (starts[1:] != ends[:-1]).any():
+            places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], ends - starts)
+        return Flat(self.store.ids[places], self.store.supervised[places], offsets)
+
+    def chunks(self) -> Iterator[Flat]:
+        """All rows in order, about CHUNK tokens at a time; what was read of a file is then let go of."""
+        offsets = _offsets(self.lengths)
+        first = 0
+        while first < len(self):
+            last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + CHUNK, side="right")) - 1)
+            yield self.flat(first, last)
+            self.store.release()
+            first = last
+
+
+def end_to_end(flat: Flat, source: Tokens, format_name: str) -> Examples:
+    """Examples of rows that lie so."""
+    return Examples(Store(flat.ids, flat.supervised), flat.offsets[:-1], flat.offsets[1:], source, format_name)
+
+
+def _offsets(lengths: Ints) -> Ints:
+    return np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
 
 
 def per_row(flags: Mask, offsets: Ints) -> Ints:
@@ -67,58 +133,34 @@ def per_row(flags: Mask, offsets: Ints) -> Ints:
     return running[offsets[1:]] - running[offsets[:-1]]
 
 
-def _spans(examples: Examples, starts: Ints, ends: Ints, source: Tokens) -> Examples:
-    """Rows made of the tokens between ``starts`` and ``ends``, all (rows,)."""
-    if (starts[1:] >= ends[:-1]).all():  # in order and apart: ten times faster than slice by slice
-        edges = np.zeros(len(examples.ids) + 1, np.int8)
-        np.add.at(edges, starts, 1)
-        np.add.at(edges, ends, -1)
-        kept = np.cumsum(edges[:-1], dtype=np.int8).astype(np.bool_)
-        ids, supervised = examples.ids[kept], examples.supervised[kept]
-    else:
-        cuts = [slice(*span) for span in zip(starts.tolist(), ends.tolist(), strict=True)]
-        ids = np.concatenate([examples.ids[cut] for cut in cuts])
-        supervised = np.concatenate([examples.supervised[cut] for cut in cuts])
-    offsets = np.concatenate(([0], np.cumsum(ends - starts))).astype(np.int64)
-    return Examples(ids, supervised, offsets, source, examples.format)
-
-
 Piece = tuple[Tokens, Mask, int]
 """A row's ids, its supervision and its source."""
 
 
 def join_pieces(pieces: Sequence[Piece], format_name: str) -> Examples:
     """The rows, end to end."""
-    offsets = np.concatenate(([0], np.cumsum([len(ids) for ids, _, _ in pieces], dtype=np.int64)))
-    return Examples(
-        ids=np.concatenate([ids for ids, _, _ in pieces]) if pieces else np.zeros(0, np.int32),
-        supervised=np.concatenate([mask for _, mask, _ in pieces]) if pieces else np.zeros(0, np.bool_),
-        offsets=offsets.astype(np.int64),
-        source=np.asarray([source for _, _, source in pieces], np.int32),
-        format=format_name,
+    flat = Flat(
+        ids=np.concatenate([np.zeros(0, np.int32), *(ids for ids, _, _ in pieces)]),
+        supervised=np.concatenate([np.zeros(0, np.bool_), *(mask for _, mask, _ in pieces)]),
+        offsets=_offsets(np.asarray([len(ids) for ids, _, _ in pieces], np.int64)),
     )
+    return end_to_end(flat, np.asarray([source for _, _, source in pieces], np.int32), format_name)
 
 
 def join(parts: list[Examples]) -> Examples:
     """The rows of all parts, end to end; lets go of each part once it is copied."""
-    tokens, rows = sum(len(part.ids) for part in parts), sum(len(part) for part in parts)
-    whole = Examples(
-        ids=np.empty(tokens, np.int32),
-        supervised=np.empty(tokens, np.bool_),
-        offsets=np.zeros(rows + 1, np.int64),
-        source=np.empty(rows, np.int32),
-        format="+".join(dict.fromkeys(part.format for part in parts)),
-    )
-    token = row = 0
+    lengths = np.concatenate([np.zeros(0, np.int64), *(part.lengths for part in parts)])
+    source = np.concatenate([np.zeros(0, np.int32), *(part.source for part in parts)])
+    format_name = "+".join(dict.fromkeys(part.format for part in parts))
+    whole = Flat(np.empty(lengths.sum(), np.int32), np.empty(lengths.sum(), np.bool_), _offsets(lengths))
+    at = 0
     parts.reverse()
     while parts:
-        part = parts.pop()
-        whole.ids[token : token + len(part.ids)] = part.ids
-        whole.supervised[token : token + len(part.ids)] = part.supervised
-        whole.offsets[row + 1 : row + 1 + len(part)] = token + part.offsets[1:]
-        whole.source[row : row + len(part)] = part.source
-        token, row = token + len(part.ids), row + len(part)
-    return whole
+        flat = parts.pop().flat()
+        end = at + len(flat.ids)
+        whole.ids[at:end], whole.supervised[at:end] = flat.ids, flat.supervised
+        at = end
+    return end_to_end(whole, source, format_name)
 
 
 @dataclass(frozen=True)
@@ -136,10 +178,8 @@ def fit(examples: Examples, max_length: int, what: str) -> Fitted:
 
     Raises UserError, naming ``what``, when no row is left.
     """
-    starts = examples.offsets[:-1]
-    ends = np.minimum(examples.offsets[1:], starts + max_length)
-    running = np.concatenate(([0], np.cumsum(examples.supervised, dtype=np.int64)))
-    learned = running[ends] > running[starts]
+    cut = replace(examples, ends=np.minimum(examples.ends, examples.starts + max_length))
+    learned = cut.supervised_per_row > 0
     if not learned.any():
         raise UserError(
             f"nothing to learn or measure: none of {len(examples)} rows has a supervised token among its first "
@@ -149,9 +189,7 @@ def fit(examples: Examples, max_length: int, what: str) -> Fitted:
         )
     truncated = int((examples.lengths > max_length).sum())
     dropped = int((~learned).sum())
-    fitted = examples
-    if truncated or dropped:
-        fitted = _spans(examples, starts[learned], ends[learned], examples.source[learned])
+    fitted = cut.select(learned) if truncated or dropped else examples
     return Fitted(fitted, len(examples), truncated, dropped)
 
 
@@ -179,7 +217,7 @@ def sliding_windows(examples: Examples, max_length: int) -> Examples:
 
 def check_ids(examples: Examples, vocabulary: int, where: str) -> None:
     """Raises UserError when a token's id is beyond the model's vocabulary: the tokenizer is another model's."""
-    highest = int(examples.ids.max(initial=0))
+    highest = max(int(flat.ids.max(initial=0)) for flat in examples.chunks())
     if highest >= vocabulary:
         what = f"the tokenizer gives ids up to {highest}, but the model's vocabulary has {vocabulary}"
         raise UserError(what, where, "tokenizer and weights are of different models")

@@ -99,7 +99,7 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
 def save_adapter(trainer: Trainer, info: dict[str, Any], untrained: dict[str, str]) -> None:
     """Write the adapter's folder, in place once it is proven; ``untrained`` are the digests of the weights at first."""
     job, weights = trainer.job, whole_weights(trainer)
-    row = torch.from_numpy(job.train.examples.row(0)[0][:PROOF_TOKENS]).long()
+    row = torch.tensor(job.train.examples.row(0)[0][:PROOF_TOKENS], dtype=torch.long)
     needed = sum(weight.nbytes for weight in weights.values())
     with whole_folder(job.folder.adapter, True, needed) if trainer.writes else nullcontext() as draft:
         if draft is not None:

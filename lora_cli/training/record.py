@@ -37,8 +37,8 @@ def tell(trainer: Trainer) -> None:
     display.note(f"trainable: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     examples = job.train.examples
     display.note(
-        f"training rows: {len(examples):,} with {int(examples.supervised.sum()):,} supervised of "
-        f"{len(examples.ids):,} tokens, read as {examples.format}; {trainer.total_steps:,} steps"
+        f"training rows: {len(examples):,} with {int(examples.supervised_per_row.sum()):,} supervised of "
+        f"{examples.tokens:,} tokens, read as {examples.format}; {trainer.total_steps:,} steps"
     )
     if job.from_cache:
         display.note(f"tokenized rows read from {job.folder.cache}")
@@ -94,8 +94,8 @@ def run_record(trainer: Trainer) -> dict[str, Any]:
     data = {
         "format": examples.format,
         "rows": len(examples),
-        "tokens": len(examples.ids),
-        "supervised_tokens": int(examples.supervised.sum()),
+        "tokens": examples.tokens,
+        "supervised_tokens": int(examples.supervised_per_row.sum()),
         "truncated": job.train.truncated,
         "dropped": job.train.dropped,
         "fingerprint": examples.fingerprint,
