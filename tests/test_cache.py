@@ -6,6 +6,7 @@ import copy
 import datetime
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lora_cli.data.audit import audit
+from lora_cli.data.batches import collate
 from lora_cli.data.cache import Cached, prune, publish, tokenize_cached, withdraw
+from lora_cli.data.examples import fit
 from lora_cli.data.sources import sources_of
 from lora_cli.data.tokenize import tokenize
 from lora_cli.errors import UserError
@@ -71,6 +76,43 @@ def test_what_is_read_is_what_was_tokenized(tokenizer: Any, tmp_path: Path, rows
             one, other = (getattr(each, name) for each in (found.flat(), wanted.flat()))
             assert one.dtype == other.dtype and np.array_equal(one, other)
     assert publish(tmp_path / "cache", [again]) == []
+
+
+def resident(file: Path) -> int:
+    """Bytes of the mapped file that count as this process's memory."""
+    found, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            ours = line.endswith(str(file))
+        elif ours and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
+def test_tokens_stay_on_the_disk(tokenizer: Any, tmp_path: Path) -> None:
+    rows = write_rows(
+        tmp_path / "rows.jsonl", [{"text": f"{n}: the boats stay in the harbour. " * 30} for n in range(900)]
+    )
+    parts = [cached(tokenizer, tmp_path, rows)]
+    first = parts[0].tokenized.examples
+    assert first.store.mapping is None
+    wanted = first.fingerprint
+    *_, file = publish(tmp_path / "cache", parts)
+    again = cached(tokenizer, tmp_path, rows).tokenized.examples
+    for examples in (first, again):
+        assert examples.store.mapping is not None
+        assert examples.store.ids.sum() > 0
+        touched = resident(file)
+        assert touched > examples.store.ids.nbytes / 2 > 200_000
+        assert replace(examples).fingerprint == wanted
+        fitted = fit(examples, 100, "rows")
+        assert fitted.examples.store is examples.store and fitted.truncated == 900
+        audit(examples, fitted, again.select([3, 1]), tokenizer, 0)
+        batch = collate(fitted.examples, [5, 899], packing=True, pad_token_id=0)
+        assert batch.input_ids[0, :100].tolist() == examples.row(5)[0][:100].tolist()
+        examples.store.release()
+        collate(fitted.examples, list(range(0, 900, 10)), packing=True, pad_token_id=0)
+        assert resident(file) == 0
 
 
 def test_the_key_is_of_contents_alone(tokenizer: Any, tmp_path: Path, rows_file: str) -> None:

@@ -794,6 +794,25 @@ def test_steps_windows_and_epochs() -> None:
     assert [rows.tolist() for rows in resumed.micro_batches] == [rows.tolist() for rows in steps[3].micro_batches]
 
 
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40), data=st.data())
+def test_rows_are_gone_through_a_chunk_at_a_time(lengths: list[int], data: st.DataObject) -> None:
+    draw = np.random.default_rng(1)
+    rows = [(draw.integers(0, 99, n).astype(np.int32), draw.integers(0, 2, n) > 0, 0) for n in lengths]
+    chosen = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=60))
+    examples = join_pieces(rows, "text").select(chosen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_cli.data.examples.CHUNK", 32)
+        flats = list(examples.chunks())
+        counts, print_ = examples.supervised_per_row, examples.fingerprint
+    assert len(flats) >= sum(lengths[row] for row in chosen) / 32
+    assert flat(flat_.ids.tolist() for flat_ in flats) == flat(rows[row][0].tolist() for row in chosen)
+    assert flat(flat_.supervised.tolist() for flat_ in flats) == flat(rows[row][1].tolist() for row in chosen)
+    assert flat(np.diff(flat_.offsets).tolist() for flat_ in flats) == [lengths[row] for row in chosen]
+    assert counts.tolist() == [int(rows[row][1].sum()) for row in chosen]
+    assert print_ == join_pieces([rows[row] for row in chosen], "text").fingerprint
+
+
 def test_a_share_is_held_out() -> None:
     ids = np.arange(20, dtype=np.int32)
     flat = Flat(ids, np.ones(20, np.bool_), np.arange(21, dtype=np.int64))
