@@ -7,6 +7,7 @@ elsewhere one after the other.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,6 +82,8 @@ def _together(
     """All rows in one kernel."""
     from torch.nn.attention.varlen import varlen_attn
 
+    # torch 2.11 takes fewer key heads as they come; later releases want to be told.
+    told = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in signature(varlen_attn).parameters else {}
     attended = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -91,7 +94,7 @@ def _together(
         longest,
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **told,
     )
     assert isinstance(attended, torch.Tensor)
     return attended[None]
