@@ -83,7 +83,9 @@ def _together(
     from torch.nn.attention.varlen import varlen_attn
 
     # torch 2.11 takes fewer key heads as they come; later releases want to be told.
-    told = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    told: dict[str, Any] = (
+        {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    )
     attended = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
