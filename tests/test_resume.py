@@ -13,6 +13,8 @@ import torch
 from conftest import TRAIN_KEYS, VALIDATION_KEYS, Run, done
 from safetensors.torch import load_file, save_file
 
+from lora_cli.model.base import has_units_for
+
 EVERYTHING_RANDOM = {
     "adapter.lora_dropout": 0.2,
     "data": {"packing": True, "shuffle": True, "validation": 0.2},
@@ -188,6 +190,16 @@ def test_resume_refuses_fewer_steps_than_were_taken(train: Callable[..., Run], l
     assert result.exit_code == 2
     assert "the run has taken 4 steps already, and 3 are asked for" in result.stderr
     assert files_of(run) == before
+
+
+def test_resume_computes_in_the_type_it_began_in(train: Callable[..., Run], lora: Any) -> None:
+    run = train()
+    refused = lora("train", run.folder / "recipe.yaml", "--resume", "training.max_steps=6", "model.dtype=bfloat16")
+    assert refused.exit_code == 2
+    assert "computes in float32, and would go on in bfloat16" in refused.stderr
+    assert "model.dtype=float32" in refused.stderr
+    told = lora("train", run.folder / "recipe.yaml", "--resume", "training.max_steps=6", "model.dtype=auto")
+    assert told.exit_code == (2 if has_units_for(torch.bfloat16, torch.device("cpu")) else 0), told.stderr
 
 
 def test_resume_refuses_changed_rows_and_another_base_before_loading_it(

@@ -23,7 +23,7 @@ def keeps_best(training: Training) -> bool:
 def go_on(trainer: Trainer, info: Mapping[str, Any]) -> list[str]:
     """Take the folder's run up again with this record; returns what is to be said of changes to its recipe.
 
-    Raises UserError when the run has gone farther than it is to go now.
+    Raises UserError when the run has gone farther than it is to go now, or was computed in another type.
     """
     folder = trainer.job.folder
     reached = max(map(checkpoint.step_of, checkpoint.checkpoints(folder.checkpoints)), default=0)
@@ -31,6 +31,10 @@ def go_on(trainer: Trainer, info: Mapping[str, Any]) -> list[str]:
         what = f"--resume: the run has taken {reached:,} steps already, and {trainer.total_steps:,} are asked for"
         hint = "raise training.max_steps or training.num_train_epochs, or begin a new run"
         raise UserError(what, str(folder.root), hint)
+    before = folder.read_info().get("dtype", info["dtype"])
+    if before != info["dtype"]:
+        what = f"--resume: the run computes in {before}, and would go on in {info['dtype']}"
+        raise UserError(what, str(folder.root), f"model.dtype={before} goes on as it began")
     return folder.go_on(trainer.job.recipe, info)
 
 

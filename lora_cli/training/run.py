@@ -35,8 +35,9 @@ MAY_CHANGE = {
         "report_to",
         "output_dir",
     )
-}
-"""Keys that a resumed run may set anew; any other would make it another run."""
+} | {"model.dtype"}
+"""Keys that a resumed run may set anew; any other would make it another run. What model.dtype comes to may not change,
+which is known only when the run is set up."""
 
 
 MAY_CHANGE_TOGETHER = {"training.per_device_train_batch_size", "training.gradient_accumulation_steps"}
