@@ -15,18 +15,19 @@ _LONGEST = 700  # characters of a fault's parts; three of them are half a screen
 class Fault:
     """One thing that is wrong.
 
-    ``where`` is a place the user can open (``medical.yaml:14:3``, ``train.jsonl:381``), ``hint`` what to do. Each may
-    quote what stands in somebody's file: as text, what a terminal would not show is escaped, what is endless cut.
+    ``where`` is a place the user can open (``medical.yaml:14:3``, ``train.jsonl:381``), ``hint`` what to do, in a
+    line or several. Each may quote what stands in somebody's file: as text, what a terminal would not show is escaped,
+    what is endless cut.
     """
 
     what: str
     where: str | None = None
-    hint: str | None = None
+    hint: str | tuple[str, ...] | None = None
 
     def __str__(self) -> str:
         place = f"{_shown(self.where)}: " if self.where else ""
-        hint = f"\n    {_shown(self.hint)}" if self.hint else ""
-        return f"{place}{_shown(self.what)}{hint}"
+        hint = (self.hint,) if isinstance(self.hint, str) else self.hint or ()
+        return "\n    ".join([f"{place}{_shown(self.what)}", *map(_shown, hint)])
 
 
 def _shown(text: str) -> str:
@@ -39,7 +40,9 @@ class LoraError(Exception):
 
     exit_code = 1
 
-    def __init__(self, what: str | Iterable[Fault], where: str | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self, what: str | Iterable[Fault], where: str | None = None, hint: str | tuple[str, ...] | None = None
+    ) -> None:
         self.faults = (Fault(what, where, hint),) if isinstance(what, str) else tuple(what)
         super().__init__("\n".join(str(fault) for fault in self.faults))
 

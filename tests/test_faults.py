@@ -255,7 +255,7 @@ def test_a_step_that_overflows_ends_the_run_before_the_optimizer_sees_it(overflo
     result, run = overflow("ssslss", "stop")
     assert result.exit_code == 3
     message = " ".join(result.stderr.split())
-    assert "step 4 was not taken: loss is nan" in message
+    assert "step 4 was not taken: loss is nan" in message and "; the checkpoints are kept; " in message
     assert "its rows are 4 (Row l0 of the sea" in message
     assert "training.learning_rate is too high" in message and "training.on_nonfinite: skip" in message
     assert run.checkpoints == [1, 2, 3]
@@ -299,5 +299,5 @@ def test_a_learning_rate_beyond_all_bounds(write_recipe: Any, tmp_path: Path, lo
         run = Run(tmp_path / policy)
         result = lora("train", write_recipe({"training": wild | {"on_nonfinite": policy, "output_dir": run.folder}}))
         assert result.exit_code == 3
-        assert told in result.stderr
+        assert told in result.stderr and "; there was no checkpoint yet; " in result.stderr
         assert not (run.folder / "adapter").exists()

@@ -21,19 +21,28 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lora_cli.model.memory import activation_bytes, asked_bytes, free_bytes, is_out_of_memory, total_bytes
 from lora_cli.training.out_of_memory import largest_batch
 
-LIMITED = """
+LIMIT = """
 import resource, sys
 from pathlib import Path
 from lora_cli.cli.app import main
+def limit():
+    data = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, ((data << 10) + int(sys.argv[1]), resource.RLIM_INFINITY))
+"""
+LIMITED_AT_STEP_2 = """
 from lora_cli.training import loop
 take = loop.take_step
 def limited(trainer, step, rate):
     if step.number == 2:
-        data = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines()
-                    if line.startswith("VmData"))
-        resource.setrlimit(resource.RLIMIT_DATA, ((data << 10) + int(sys.argv[1]), resource.RLIM_INFINITY))
+        limit()
     return take(trainer, step, rate)
 loop.take_step = limited
+sys.exit(main(sys.argv[2:]))
+"""
+LIMITED_ONCE_IMPORTED = """
+import peft, transformers.models.llama.modeling_llama, lora_cli.evaluation.compare, lora_cli.weights.merge
+limit()
 sys.exit(main(sys.argv[2:]))
 """
 
@@ -126,20 +135,39 @@ def test_activations_kept_by_a_small_llama_are_as_estimated() -> None:
     assert 0.7 < activation_bytes(config, 4 * 128, 0, 4) / measured < 1.3
 
 
-def test_a_run_out_of_memory_tells_what_would_help_and_keeps_its_checkpoints(
-    write_recipe: Any, tmp_path: Path, tokenizer: Any
-) -> None:
-    base = tmp_path / "wide"
+def wide_llama(folder: Path, tokenizer: Any, width: int, layers: int) -> Path:
+    """A model whose MLPs are ``width`` wide, and all else is small."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
-        intermediate_size=24_000,
-        num_hidden_layers=4,
+        intermediate_size=width,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=256,
     )
-    LlamaForCausalLM(config).save_pretrained(base)
-    tokenizer.save_pretrained(base)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run_limited(script: str, folder: Path, more: int, *arguments: str | Path) -> tuple[Any, str]:
+    """``lora`` in a process that the system refuses more than so many bytes beyond what it has: how it ended, and what
+    it told in one line."""
+    (folder / "limited.py").write_text(LIMIT + script)
+    done = subprocess.run(
+        [sys.executable, folder / "limited.py", str(more), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    return done, " ".join(done.stderr.split())
+
+
+def test_a_run_out_of_memory_tells_what_would_help_and_keeps_its_checkpoints(
+    write_recipe: Any, tmp_path: Path, tokenizer: Any
+) -> None:
+    base = wide_llama(tmp_path / "wide", tokenizer, 24_000, 4)
     run = Run(tmp_path / "run")
     recipe = write_recipe(
         {
@@ -148,22 +176,33 @@ def test_a_run_out_of_memory_tells_what_would_help_and_keeps_its_checkpoints(
             "training": {"save_steps": 1, "per_device_train_batch_size": 12, "gradient_accumulation_steps": 1},
         }
     )
-    script = tmp_path / "limited.py"
-    script.write_text(LIMITED)
-    done = subprocess.run(
-        [sys.executable, script, str(100_000_000), "train", recipe],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-    )
-    told = " ".join(done.stderr.split())
+    done, told = run_limited(LIMITED_AT_STEP_2, tmp_path, 100_000_000, "train", recipe)
     assert done.returncode == 3, told
     assert re.search(r"out of memory: [\d.]+ [GM]B more were asked for; cpu has [\d.]+ GB, of which", told), told
-    ways = re.findall(r"(\S+=\S+(?: \S+=\S+)?) \(saves about ([\d.]+) [MG]B\)", told)
+    ways = re.findall(r"^ {6}(\S+=\S+(?: \S+=\S+)?) \(saves about ([\d.]+) [MG]B\)$", done.stderr, re.MULTILINE)
     assert len(ways) == 3
     assert "training.per_device_train_batch_size=6 training.gradient_accumulation_steps=2" in dict(ways)
     saved = [float(amount) for _, amount in ways]
     assert saved == sorted(saved, reverse=True)
-    assert run.checkpoints == [1]
+    assert run.checkpoints == [1] and told.endswith("the checkpoints are kept")
     assert json.loads((run.folder / "checkpoints/step-00000001/manifest.json").read_text())
+
+
+@pytest.mark.parametrize("verb", ["eval", "merge", "quantize"])
+def test_other_commands_tell_of_a_lack_of_memory(verb: str, tmp_path: Path, tokenizer: Any, qa_file: Path) -> None:
+    base = wide_llama(tmp_path / "wide", tokenizer, 200_000, 1)
+    model = LlamaForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(r=1, target_modules=["up_proj"])).save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "out"
+    arguments: dict[str, list[str | Path]] = {
+        "eval": [base, "--data", qa_file],
+        "merge": [tmp_path / "adapter", "--out", out],
+        "quantize": [base, "--out", out],
+    }
+    done, told = run_limited(LIMITED_ONCE_IMPORTED, tmp_path, 30_000_000, verb, *arguments[verb])
+    assert done.returncode == 3, told
+    number = r"[\d.]+ [GM]B"
+    assert re.search(rf"error: out of memory: .*; cpu has {number}, of which {number} were free", told), told
+    assert "what would help: " in told and ("lora quantize" in told) == (verb == "eval")
+    assert "Traceback" not in told and done.stdout == ""
+    assert not out.exists() and not list(tmp_path.glob(".*"))

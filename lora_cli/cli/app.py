@@ -81,12 +81,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             refused = UserError(what, error.filename, "choose another name")
         _tell(refused)
         return refused.exit_code
-    except Exception as error:  # the last resort of the program: whatever comes here is a bug to be told as one
+    except (
+        Exception
+    ) as error:  # the last resort of the program: what comes here is a lack of memory, or a bug to be told as one
         if debug:
             traceback.print_exc()
+        if isinstance(error, RuntimeError | MemoryError) and (lack := _lack_of_memory(error, given)) is not None:
+            _tell(lack)
+            return lack.exit_code
         typer.echo(f"bug in lora: {type(error).__name__}: {error}\n  --debug shows where; please report it", err=True)
         return 1
     return 0
+
+
+def _lack_of_memory(error: RuntimeError | MemoryError, given: Sequence[str]) -> RunError | None:
+    """What to tell when ``error`` came of a lack of memory; training, which keeps more, tells of its own."""
+    what = "out of memory"
+    if "torch" in sys.modules:
+        from lora_cli.model.memory import describe_lack, is_out_of_memory
+
+        if not is_out_of_memory(error):
+            return None
+        what = describe_lack(error)
+    elif not isinstance(error, MemoryError):
+        return None
+    smaller = "shorter rows, a smaller model (lora quantize makes one), " if "eval" in given[:1] else ""
+    return RunError(what, hint=f"what was whole before still is; what would help: {smaller}more free memory")
 
 
 def _hush_libraries() -> None:

@@ -35,10 +35,12 @@ def command(
 
     if num_processes > 1 and process_count() == 1:
         from lora_cli.training.launch import launch
+        from lora_cli.training.run import RunFolder
 
         flags = {"--resume": resume, "--overwrite": overwrite, "--json": json, "--quiet": quiet, "--debug": debug}
+        folder = RunFolder(loaded.training.output_dir)
         options = [flag for flag, given in flags.items() if given]
-        raise typer.Exit(launch(["train", str(recipe), *(overrides or ()), *options], num_processes))
+        raise typer.Exit(launch(["train", str(recipe), *(overrides or ()), *options], num_processes, folder))
 
     from lora_cli.training.display import Display
     from lora_cli.training.prepare import prepare

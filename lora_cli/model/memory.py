@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 
 from lora_cli.model.cgroups import memory_limits
 
@@ -17,7 +16,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-ALLOCATION_FAILED = ("not enough memory", "Cannot allocate memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+ALLOCATION_FAILED = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "bad_alloc",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def activation_bytes(
@@ -84,13 +90,25 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if not isinstance(error, RuntimeError | OSError):
         return False
-    told = str(error)
-    # Accelerate takes a lack of a cuDNN kernel for a lack of memory as well.
-    known = should_reduce_batch_size(error) and "CUDNN" not in told
-    return known or any(words in told for words in ALLOCATION_FAILED)
+    return any(words in str(error) for words in ALLOCATION_FAILED)
 
 
 def asked_bytes(error: BaseException) -> int | None:
     """How much the allocation that failed was for, when the error tells."""
     found = re.search(r"tried to allocate ([\d.]+) (bytes|[KMG]iB)", str(error), re.IGNORECASE)
     return int(float(found[1]) * UNITS[found[2]]) if found else None
+
+
+def describe_lack(error: BaseException) -> str:
+    """What was asked for, what its device has, and what is free there; said best while what filled it still does."""
+    told, asked = str(error), asked_bytes(error)
+    is_gpus = isinstance(error, torch.OutOfMemoryError) or "CUDA" in told or "CUBLAS" in told
+    device = torch.device("cuda" if is_gpus and torch.cuda.is_available() else "cpu")
+    wanted = "an allocation failed" if asked is None else f"{size(asked)} more were asked for"
+    free, total = free_bytes(device), total_bytes(device)
+    return f"out of memory: {wanted}; {device.type} has {size(total)}, of which {size(free)} were free"
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -25,6 +25,7 @@ MANIFEST = "manifest.json"
 DOCUMENT = "state.json"
 FILES = ("weights", "optimizer", "random")
 NAME = re.compile(r"step-(\d{8})")
+GO_ON = "; --resume goes on from the newest"
 NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
 Tensors = dict[str, torch.Tensor]
 
@@ -110,6 +111,11 @@ def step_of(path: Path) -> int:
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     return sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name))
+
+
+def kept(folder: Path, then: str = "") -> str:
+    """What to say of the checkpoints in a folder when a run fails, and ``then`` when there are some."""
+    return f"the checkpoints are kept{then}" if checkpoints(folder) else "there was no checkpoint yet"
 
 
 def is_whole(path: Path) -> bool:

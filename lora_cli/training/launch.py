@@ -13,15 +13,17 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from lora_cli.errors import RunError
 from lora_cli.model.cores import usable_cores
+from lora_cli.training.checkpoint import GO_ON, kept
+from lora_cli.training.run import RunFolder
 
 SECONDS_TO_STOP = 120
 """How long processes may take to finish a step and write its checkpoint once a signal asks them to stop."""
 
 
-def launch(arguments: Sequence[str], processes: int) -> int:
+def launch(arguments: Sequence[str], processes: int, folder: RunFolder) -> int:
     """Run ``lora`` with ``arguments`` in so many processes on this machine; returns the exit code of the first to fail.
 
-    What the processes have to say they say themselves. Raises RunError when one was killed.
+    What the processes have to say they say themselves. Raises RunError about the run's ``folder`` when one was killed.
     """
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_STOP))
     threads = max(1, usable_cores() // processes)
@@ -37,8 +39,8 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     except ChildFailedError as failed:
         process, first = failed.get_first_failure()
         if first.exitcode < 0:
-            hint = "the checkpoints are kept; --resume goes on from the newest"
-            raise RunError(f"process {process} was killed (signal {-first.exitcode})", hint=hint) from failed
+            what = f"process {process} was killed (signal {-first.exitcode})"
+            raise RunError(what, str(folder.root), kept(folder.checkpoints, GO_ON)) from failed
         return int(first.exitcode)
     finally:
         for child in psutil.Process().children(recursive=True):  # a second signal leaves the launcher no time for them

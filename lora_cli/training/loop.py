@@ -19,7 +19,7 @@ from lora_cli.evaluation.loss import Score, evaluation_groups, score, summed_los
 from lora_cli.model.base import pad_token_id
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.training.artifacts import write_adapter
-from lora_cli.training.checkpoint import Progress, host_copy
+from lora_cli.training.checkpoint import GO_ON, Progress, host_copy, kept
 from lora_cli.training.clock import Clock
 from lora_cli.training.display import Display
 from lora_cli.training.interrupt import Interrupt, catch_signals
@@ -63,9 +63,7 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
         if process_count() == 1 or not isinstance(error, RuntimeError) or not is_broken_connection(error):
             raise
         what = "the connection to another process of this run broke"
-        raise RunError(
-            what, str(job.folder.root), "the checkpoints are kept; --resume goes on from the newest"
-        ) from error
+        raise RunError(what, str(job.folder.root), kept(job.folder.checkpoints, GO_ON)) from error
 
 
 def run(trainer: Trainer, began: float) -> dict[str, Any]:

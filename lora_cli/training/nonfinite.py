@@ -10,18 +10,17 @@ import torch
 
 from lora_cli.data.batches import Step
 from lora_cli.errors import RunError
-from lora_cli.training.checkpoint import Progress
+from lora_cli.training.checkpoint import Progress, kept
 from lora_cli.training.processes import whole
 from lora_cli.training.setup import Trainer, parameters
 
 GIVE_UP_AFTER = 5
 ROWS_NAMED = 6
 WORDS_SHOWN = 8
-DIVERGED = "the checkpoints are kept; lower training.learning_rate, or look at the rows around this step"
+DIVERGED = "lower training.learning_rate, or look at the rows around this step"
 CAUSES = (
-    "this step left the weights alone and the checkpoints are kept; likely causes: training.learning_rate is too high, "
-    "model.dtype: float16 is too narrow (bfloat16, float32), or one of these rows; training.on_nonfinite: skip leaves "
-    "single steps out"
+    "likely causes: training.learning_rate is too high, model.dtype: float16 is too narrow (bfloat16, float32), or one "
+    "of these rows; training.on_nonfinite: skip leaves single steps out"
 )
 
 
@@ -37,10 +36,12 @@ def count_skipped(trainer: Trainer, step: Step, loss: float, grad_norm: float, p
         return progress  # float16's scaler multiplied the loss by more than the gradient has room for; it halves that
     what = f"step {step.number} was not taken: {_told(loss=loss, grad_norm=grad_norm)}; {describe_rows(trainer, step)}"
     skipped = progress.skipped_in_a_row + 1
+    folder = trainer.job.folder
+    hint = f"this step left the weights alone; {kept(folder.checkpoints)}; {CAUSES}"
     if trainer.job.recipe.training.on_nonfinite == "stop":
-        raise RunError(what, str(trainer.job.folder.root), CAUSES)
+        raise RunError(what, str(folder.root), hint)
     if skipped == GIVE_UP_AFTER:
-        raise RunError(f"{what}; {skipped} steps in a row were skipped", str(trainer.job.folder.root), CAUSES)
+        raise RunError(f"{what}; {skipped} steps in a row were skipped", str(folder.root), hint)
     trainer.display.note(what, warning=True)
     return replace(progress, skipped_steps=progress.skipped_steps + 1, skipped_in_a_row=skipped)
 
@@ -61,7 +62,8 @@ def check_finite(trainer: Trainer, step: int, **values: float) -> None:
     """Raises RunError when one of the values is no finite number."""
     told = _told(**values)
     if told:
-        raise RunError(f"step {step}: {told}", str(trainer.job.folder.root), DIVERGED)
+        folder = trainer.job.folder
+        raise RunError(f"step {step}: {told}", str(folder.root), f"{kept(folder.checkpoints)}; {DIVERGED}")
 
 
 def weight_norm(trainer: Trainer) -> float:

@@ -13,8 +13,9 @@ from lora_cli.data.examples import Ints
 from lora_cli.errors import RunError
 from lora_cli.model.base import best_device, resolve_dtype, skeleton
 from lora_cli.model.layers import linear_layers
-from lora_cli.model.memory import activation_bytes, asked_bytes, free_bytes, total_bytes, weight_bytes
+from lora_cli.model.memory import activation_bytes, describe_lack, size, weight_bytes
 from lora_cli.recipe.schema import Recipe
+from lora_cli.training.checkpoint import kept
 from lora_cli.training.prepare import Prepared
 
 REMEDIES = 3
@@ -38,9 +39,6 @@ def out_of_memory(job: Prepared, error: BaseException, checkpointing: bool) -> R
 
     ``checkpointing`` is whether activations were recomputed.
     """
-    device = best_device()
-    free, total, asked = free_bytes(device), total_bytes(device), asked_bytes(error)
-    wanted = "an allocation failed" if asked is None else f"{size(asked)} more were asked for"
     recipe = changed(job.recipe, {"training.gradient_checkpointing": checkpointing})
     need = estimate(job, recipe)
     lines = [
@@ -48,10 +46,9 @@ def out_of_memory(job: Prepared, error: BaseException, checkpointing: bool) -> R
         f"the adapter and its optimizer, {size(need.activations)} for the activations of a batch",
         "what helps most:",
         *(f"  {words} (saves about {size(saved)})" for words, saved in remedies(job, recipe)),
-        "the checkpoints are kept",
+        kept(job.folder.checkpoints),
     ]
-    what = f"out of memory: {wanted}; {device.type} has {size(total)}, of which {size(free)} were free"
-    return RunError(what, str(job.folder.root), "\n    ".join(lines))
+    return RunError(describe_lack(error), str(job.folder.root), tuple(lines))
 
 
 def remedies(job: Prepared, recipe: Recipe) -> list[tuple[str, int]]:
@@ -139,11 +136,6 @@ def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
         section, key = dotted.split(".")
         dumped[section] = {**(dumped[section] or {}), key: value}
     return Recipe.model_validate(dumped)
-
-
-def size(count: int) -> str:
-    """Bytes for people."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _word(value: object) -> str:
