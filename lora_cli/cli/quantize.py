@@ -21,6 +21,9 @@ def command(
     double_quant: Annotated[
         bool, typer.Option("--double-quant/--no-double-quant", help="4 bits: quantize the blocks' scales as well.")
     ] = True,
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="Tensors in a file at most, as 500MB or 5GB.")
+    ] = "50GB",
     data: Annotated[str | None, typer.Option("--data", help="Rows to measure perplexity on, before and after.")] = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -30,10 +33,11 @@ def command(
     from lora_cli.cli import measure
     from lora_cli.model.files import check_model_type, check_quantizable, locate
     from lora_cli.recipe.schema import Quantization
-    from lora_cli.weights.shards import check_out, check_whole
+    from lora_cli.weights.shards import bytes_of, check_out, check_whole
 
     if any((Path(model) / part / "adapter_config.json").is_file() for part in ("", "adapter")):
         raise UserError("this is an adapter, not a model", model, "lora merge makes a model of it first")
+    max_shard = bytes_of(max_shard_size)
     check_out(out)
     check_model_type(locate(model))
     check_quantizable(locate(model))
@@ -50,7 +54,7 @@ def command(
 
     from lora_cli.weights.quantize import quantize
 
-    result = quantize(folder, out, Quantization(method=method, double_quant=double_quant))
+    result = quantize(folder, out, Quantization(method=method, double_quant=double_quant), max_shard)
     report: dict[str, Any] = {
         "out": str(out),
         "method": method,

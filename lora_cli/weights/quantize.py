@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -28,8 +28,10 @@ from lora_cli.model.base import (
 from lora_cli.model.files import check_quantizable
 from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.weights.check import check_weights
+from lora_cli.weights.codes import PARTS, encode, roundtrip
 from lora_cli.weights.provenance import PROVENANCE
 from lora_cli.weights.shards import (
+    MAX_SHARD,
     TensorInfo,
     check_out,
     read_headers,
@@ -38,9 +40,10 @@ from lora_cli.weights.shards import (
     weight_files,
     whole_folder,
 )
+from lora_cli.weights.stream import shard_writer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Quantized:
     layers: tuple[LayerError, ...]
 
 
-def quantize(folder: Path, out: Path, quantization: Quantization) -> Quantized:
+def quantize(folder: Path, out: Path, quantization: Quantization, max_shard: int = MAX_SHARD) -> Quantized:
     """Write the model in ``folder`` to ``out`` with its linear layers (but the head) in 4 or 8 bits.
 
     Raises UserError when it is quantized already, its weights are damaged or no numbers, or ``out`` will not do.
@@ -71,20 +74,116 @@ def quantize(folder: Path, out: Path, quantization: Quantization) -> Quantized:
     check_quantizable(folder)
     check_weights(folder, skeleton(load_config(folder)))
     files = weight_files(folder)
-    headers = read_headers(files)
-    model = load_base(folder, Model(name_or_path=str(folder)), quantization, best_device(), stored_dtype(headers))
-    model.config.use_cache = True
-    if quantization.method != "int8":  # what was asked for, not what this machine computes best in
-        model.config.quantization_config.bnb_4bit_compute_dtype = DTYPES[quantization.compute_dtype]
-    layers = sorted(_errors(model, headers), key=lambda layer: -layer.relative)
+    dtype, compute_dtype = stored_dtype(read_headers(files)), DTYPES[quantization.compute_dtype]
     with whole_folder(out) as draft:
-        model.save_pretrained(str(draft))
+        layers = write_quantized(folder, draft, quantization, dtype, compute_dtype, max_shard)
         load_tokenizer(folder).save_pretrained(str(draft))
         for name in ("generation_config.json", PROVENANCE):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, draft / name)
     before, after = (sum(file.stat().st_size for file in found) for found in (files, weight_files(out)))
-    return Quantized(out, quantization.method, before, after, tuple(layers))
+    worst_first = sorted(layers, key=lambda layer: -layer.relative)
+    return Quantized(out, quantization.method, before, after, tuple(worst_first))
+
+
+def write_quantized(
+    folder: Path,
+    out: Path,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    max_shard: int = MAX_SHARD,
+) -> list[LayerError]:
+    """Write configuration and weights as ``from_pretrained`` and ``save_pretrained`` would, without the model.
+
+    Tensors are read, quantized and written one at a time; what is not quantized is written as ``dtype``. Only a model
+    whose tensors Transformers renames, joins or splits while loading is loaded whole. Raises UserError when weights are
+    missing or no numbers.
+    """
+    settings = bitsandbytes_config(quantization, best_device())
+    if quantization.method != "int8":  # not always what this machine computes best in
+        settings.bnb_4bit_compute_dtype = compute_dtype
+    bare = skeleton(load_config(folder))
+    headers = read_headers(weight_files(folder))
+    names = _model_names(bare, headers)
+    if names is None:
+        return _write_whole(folder, out, quantization, dtype, settings, max_shard)
+    turned = _quantized_skeleton(bare, settings)
+    bare.config.dtype, bare.config.quantization_config = dtype, settings
+    bare.config.architectures = [type(bare).__name__]
+    bare.config.save_pretrained(str(out))
+    if bare.can_generate():
+        bare.generation_config.save_pretrained(str(out))
+    layers = []
+    announced = [*names.values(), *(f"{layer}.{part}" for layer in turned for part in PARTS)]
+    with shard_writer(out, announced, max_shard) as write:
+        for stored, name in names.items():
+            tensor = read_tensor(headers[stored], stored)
+            if tensor.is_floating_point():
+                tensor = tensor.to(dtype)
+            layer, _, kind = name.rpartition(".")
+            if kind != "weight" or layer not in turned:
+                write(name, tensor)
+                continue
+            weight = tensor.T.contiguous() if turned[layer] else tensor
+            encoded = encode(weight.to(best_device()), quantization)
+            if not math.isfinite(encoded.size):
+                raise _no_numbers(stored, headers[stored])
+            for suffix, part in encoded.tensors.items():
+                write(f"{layer}.{suffix}", part)
+            layers.append(LayerError(layer, encoded.error / encoded.size if encoded.size else encoded.error))
+    return layers
+
+
+def _model_names(bare: PreTrainedModel, headers: dict[str, TensorInfo]) -> dict[str, str] | None:
+    """The model's name for each stored tensor that it has, but for repeated tied ones.
+
+    None when the model has other tensors than the stored ones, with or without the name of its body before them, and
+    when it has buffers among them, whose types are its own affair.
+    """
+    wanted = {name for name, _ in bare.named_parameters()}
+    tied = bare.state_dict().keys() - wanted
+    prefix = f"{bare.base_model_prefix}."
+    names = {}
+    for stored in headers:
+        found = [name for name in (stored, prefix + stored, stored.removeprefix(prefix)) if name in wanted | tied]
+        if found and found[0] in tied:
+            return None
+        if found:
+            names[stored] = found[0]
+    return names if wanted == set(names.values()) and len(names) == len(wanted) else None
+
+
+def _quantized_skeleton(bare: PreTrainedModel, settings: BitsAndBytesConfig) -> dict[str, bool]:
+    """Replace the layers that Transformers quantizes, in place; their names, and whether their weight lies turned."""
+    quantizer = AutoHfQuantizer.from_config(settings)
+    quantizer.preprocess_model(model=bare, device_map=None)
+    return {
+        name: module.source_cls is Conv1D  # set by Transformers where it replaces a layer
+        for name, module in bare.named_modules()
+        if isinstance(module, Linear4bit | Linear8bitLt)
+    }
+
+
+def _no_numbers(name: str, info: TensorInfo) -> UserError:
+    return UserError(f"tensor {name} holds values that are no finite numbers", str(info.file))
+
+
+def _write_whole(
+    folder: Path,
+    out: Path,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    settings: BitsAndBytesConfig,
+    max_shard: int,
+) -> list[LayerError]:
+    """By Transformers itself, with the quantized model in memory."""
+    model = load_base(folder, Model(name_or_path=str(folder)), quantization, best_device(), dtype)
+    model.config.use_cache = True
+    model.config.quantization_config = settings
+    layers = list(_errors(model, read_headers(weight_files(folder))))
+    model.save_pretrained(str(out), max_shard_size=max_shard)
+    return layers
 
 
 def _errors(model: PreTrainedModel, headers: dict[str, TensorInfo]) -> Iterator[LayerError]:
@@ -101,7 +200,7 @@ def _errors(model: PreTrainedModel, headers: dict[str, TensorInfo]) -> Iterator[
             original = original.T
         size = float(original.norm())
         if not math.isfinite(size):
-            raise UserError(f"tensor {stored} holds values that are no finite numbers", str(headers[stored].file))
+            raise _no_numbers(stored, headers[stored])
         error = float((_expand(module).float() - original).norm())
         yield LayerError(name, error / size if size else error)
 
@@ -121,33 +220,9 @@ def expand_quantized(model: PreTrainedModel, quantization: Quantization, dtype: 
 
     ``dtype`` is the type they were quantized from. Transformers itself says which layers those are.
     """
-    there_and_back = roundtrip(quantization)
-    for name in quantized_layers(model, quantization):
+    settings = bitsandbytes_config(quantization, torch.device("cpu"))
+    for name, turned in _quantized_skeleton(skeleton(model.config), settings).items():
         parameter = model.get_parameter(f"{name}.weight")
-        turned = isinstance(model.get_submodule(name), Conv1D)
-        expanded = there_and_back((parameter.data.T if turned else parameter.data).to(dtype).contiguous())
+        weight = (parameter.data.T if turned else parameter.data).to(dtype).contiguous()
+        expanded = roundtrip(weight, quantization)
         parameter.data = (expanded.T if turned else expanded).to(parameter.dtype).contiguous()
-
-
-def quantized_layers(model: PreTrainedModel, quantization: Quantization) -> set[str]:
-    """Names of the layers that Transformers quantizes in this architecture."""
-    bare = skeleton(model.config)
-    quantizer = AutoHfQuantizer.from_config(bitsandbytes_config(quantization, torch.device("cpu")))
-    quantizer.preprocess_model(model=bare, device_map=None)
-    return {name for name, module in bare.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)}
-
-
-def roundtrip(quantization: Quantization) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Quantize and expand again, as bitsandbytes does it in a layer."""
-
-    def four_bit(weight: torch.Tensor) -> torch.Tensor:
-        codes, state = functional.quantize_4bit(
-            weight, compress_statistics=quantization.double_quant, quant_type=quantization.method
-        )
-        return cast("torch.Tensor", functional.dequantize_4bit(codes, state))
-
-    def eight_bit(weight: torch.Tensor) -> torch.Tensor:
-        codes, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
-        return cast("torch.Tensor", functional.int8_vectorwise_dequant(codes, scales))
-
-    return eight_bit if quantization.method == "int8" else four_bit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+MAX_SHARD = 50 * 10**9
+"""Bytes of tensors in a file, as in ``save_pretrained``."""
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 
@@ -100,6 +104,14 @@ def pickled(folder: Path) -> str | None:
     names = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES) if folder.is_dir() else []
     found = ", ".join(names)
     return f"found {found}: pickled weights are not read; save the model again with safetensors" if names else None
+
+
+def bytes_of(size: str) -> int:
+    """The bytes of a size such as 500MB, 5GB or 1000. Raises UserError for any other text."""
+    found = re.fullmatch(r"([1-9][0-9]*)(KB|MB|GB|)", size)
+    if found is None:
+        raise UserError(f"--max-shard-size: {size!r} is no size", hint="a whole number with KB, MB, GB or nothing")
+    return int(found[1]) * UNITS[found[2]]
 
 
 def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:

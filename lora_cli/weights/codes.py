@@ -1,0 +1,87 @@
+"""One weight in 4 or 8 bits: the tensors that bitsandbytes stores for it, computed a piece at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from bitsandbytes import functional
+
+from lora_cli.recipe.schema import Quantization
+
+PIECE = 2**20  # weights: their temporaries stay in the processor's cache, seven times as fast as a whole tensor's
+BLOCK = 64  # weights that share a scale, bitsandbytes' own choice; divides PIECE
+STATE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
+PARTS = ("weight", "SCB", "weight_format", *(f"weight.{part}" for part in STATE))
+"""The longest names of what a layer's weight may be stored as."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tensors to store, named as they are in a layer, and the Frobenius norms |Q(W) - W| and |W|."""
+
+    tensors: dict[str, torch.Tensor]
+    error: float
+    size: float
+
+
+def encode(weight: torch.Tensor, quantization: Quantization) -> Encoded:
+    """``weight`` (out, in), of a floating-point type, as Linear4bit or Linear8bitLt would hold and save it.
+
+    ``size`` is NaN or infinite when the weight holds values that are no numbers.
+    """
+    return _eight_bits(weight) if quantization.method == "int8" else _four_bits(weight, quantization)
+
+
+def _four_bits(weight: torch.Tensor, quantization: Quantization) -> Encoded:
+    method = quantization.method
+    pieces = torch.split(weight.reshape(-1), PIECE)
+    parts = [functional.quantize_4bit(piece, blocksize=BLOCK, quant_type=method) for piece in pieces]
+    codes, scales = (torch.cat(found) for found in zip(*((code, state.absmax) for code, state in parts), strict=True))
+    levels = parts[0][1].code
+    state = functional.QuantState(scales, weight.shape, levels, BLOCK, method, weight.dtype)
+    if quantization.double_quant:  # the scales in 8 bits, in blocks of their own, as quantize_4bit does it
+        state.offset = scales.mean()
+        state.absmax, state.state2 = functional.quantize_blockwise(scales - state.offset, blocksize=256)
+        state.nested = True
+        scales = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    tensors = {"weight": codes} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    expanded = (
+        functional.dequantize_4bit(code, functional.QuantState(scale, piece.shape, levels, BLOCK, method, weight.dtype))
+        for piece, code, scale in zip(
+            pieces, torch.split(codes, PIECE // 2), torch.split(scales, PIECE // BLOCK), strict=True
+        )
+    )
+    return Encoded(tensors, *_norms(pieces, expanded))
+
+
+def _eight_bits(weight: torch.Tensor) -> Encoded:
+    pieces = torch.split(weight, max(1, PIECE // weight.shape[1]))
+    parts = [functional.int8_vectorwise_quant(piece.to(torch.float16)) for piece in pieces]
+    codes, scales = (torch.cat(found) for found in zip(*(part[:2] for part in parts), strict=True))
+    tensors = {"weight": codes, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    expanded = (functional.int8_vectorwise_dequant(*part[:2]) for part in parts)
+    return Encoded(tensors, *_norms(pieces, expanded))
+
+
+def _norms(pieces: Iterable[torch.Tensor], expanded: Iterable[torch.Tensor]) -> tuple[float, float]:
+    errors, sizes = [], []
+    for piece, stored in zip(pieces, expanded, strict=True):
+        original = piece.float()
+        sizes.append(float(original.norm(dtype=torch.float64)))
+        errors.append(float((stored.float().reshape(original.shape) - original).norm(dtype=torch.float64)))
+    return math.hypot(*errors), math.hypot(*sizes)
+
+
+def roundtrip(weight: torch.Tensor, quantization: Quantization) -> torch.Tensor:
+    """Quantized and expanded again, as bitsandbytes does it in a layer."""
+    if quantization.method == "int8":
+        codes, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
+        return cast("torch.Tensor", functional.int8_vectorwise_dequant(codes, scales))
+    codes, state = functional.quantize_4bit(
+        weight, compress_statistics=quantization.double_quant, quant_type=quantization.method
+    )
+    return cast("torch.Tensor", functional.dequantize_4bit(codes, state))

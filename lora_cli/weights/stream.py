@@ -1,0 +1,107 @@
+"""Safetensors written as a stream: each tensor goes to its file when it comes, and none is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_cli.weights.shards import INDEX, MAX_SHARD, SINGLE
+
+ENTRY = 160  # bytes that a tensor takes in a file's header at most, beside its name
+ALIGNMENT = 8  # bytes: the format has no room between tensors, and readers want each where its type may lie
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@contextmanager
+def shard_writer(
+    folder: Path, names: Iterable[str], max_shard: int = MAX_SHARD
+) -> Iterator[Callable[[str, torch.Tensor], None]]:
+    """A function that writes a tensor of any device under a name, into files of at most ``max_shard`` bytes of tensors
+    (one tensor at least). When the block ends well, they get their names and, if there are several, their index.
+
+    ``names`` are those that may come, for which room is kept in the headers.
+    """
+    room = ENTRY + sum(len(json.dumps(name)) + ENTRY for name in names)
+    shards = [_Shard(folder / f".{SINGLE}.1", room)]
+
+    def write(name: str, tensor: torch.Tensor) -> None:
+        if shards[-1].entries and shards[-1].size + tensor.nbytes > max_shard:
+            shards[-1].close()
+            shards.append(_Shard(folder / f".{SINGLE}.{len(shards) + 1}", room))
+        shards[-1].add(name, tensor)
+
+    try:
+        yield write
+        shards[-1].close()
+    finally:
+        for shard in shards:
+            shard.file.close()
+    stem, ending = SINGLE.split(".")
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = SINGLE if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.{ending}"
+        shard.path.rename(folder / name)
+        places |= dict.fromkeys(shard.entries, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(shard.size for shard in shards)}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class _Shard:
+    """A file being written: room for the header, the tensors as they come, the header last.
+
+    Tensors that would leave the next ones unaligned, which are small but for odd shapes, wait for the end.
+    """
+
+    def __init__(self, path: Path, room: int) -> None:
+        self.path = path
+        self.file = path.open("wb")
+        self.room = -(-room // ALIGNMENT) * ALIGNMENT
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.size = 0
+        self._written = 0
+        self._waiting: list[tuple[str, torch.Tensor]] = []
+        self.file.seek(8 + self.room)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        self.size += tensor.nbytes
+        self.entries[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        if tensor.nbytes % ALIGNMENT:
+            self._waiting.append((name, tensor.cpu().clone()))
+        else:
+            self._write(name, tensor)
+
+    def _write(self, name: str, tensor: torch.Tensor) -> None:
+        self.entries[name]["data_offsets"] = [self._written, self._written + tensor.nbytes]
+        self.file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._written += tensor.nbytes
+
+    def close(self) -> None:
+        """Write what has waited, and the header, padded with spaces as the format allows."""
+        for name, tensor in sorted(self._waiting, key=lambda waiting: -waiting[1].itemsize):
+            self._write(name, tensor)
+        self._waiting.clear()
+        header = json.dumps({"__metadata__": {"format": "pt"}, **self.entries}, separators=(",", ":")).encode()
+        if len(header) > self.room:
+            raise ValueError(f"{self.path}: more tensors were written than announced")
+        self.file.seek(0)
+        self.file.write(self.room.to_bytes(8, "little") + header.ljust(self.room))
+        self.file.close()

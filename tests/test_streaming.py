@@ -1,0 +1,162 @@
+"""`lora quantize` writes tensor by tensor what Transformers writes from a whole model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes import functional
+from conftest import done
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM
+
+from lora_cli.recipe.schema import Quantization
+from lora_cli.weights.codes import encode
+
+SETTINGS = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
+CASES = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False), ("int8", True)]
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever loads a model object fails."""
+
+    def load(*_: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("lora_cli.weights.quantize.load_base", load)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder, and nothing in it that its index does not name."""
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    found: dict[str, torch.Tensor] = {}
+    for file in files:
+        tensors = load_file(file)
+        if index.is_file():
+            places = json.loads(index.read_text())["weight_map"]
+            assert {name for name, place in places.items() if place == file.name} == tensors.keys()
+        found |= tensors
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    return found
+
+
+def same_as_transformers(base: Path, out: Path, method: str, double_quant: bool, plain: Path) -> None:
+    """``out`` holds what from_pretrained and save_pretrained make of ``base``, in ``plain``."""
+    settings: dict[str, Any] = dict(SETTINGS[method])
+    if method != "int8":
+        settings |= {"bnb_4bit_use_double_quant": double_quant, "bnb_4bit_compute_dtype": torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=BitsAndBytesConfig(**settings))
+    model.save_pretrained(plain)
+    found, wanted = tensors_of(out), tensors_of(plain)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+    assert json.loads((out / "config.json").read_text()) == json.loads((plain / "config.json").read_text())
+
+
+@pytest.mark.parametrize(("method", "double_quant"), CASES)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_several_shards_in_and_out(
+    name: str, method: str, double_quant: bool, request: Any, tmp_path: Path, lora: Any, no_model: None
+) -> None:
+    """GPT-2 has Conv1D layers, biases and a tied head, Llama none of these; here both lie in bfloat16 over shards."""
+    base = tmp_path / "base"
+    tiny = request.getfixturevalue(f"tiny_{name}")
+    shutil.copytree(tiny, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).save_pretrained(base, max_shard_size="30KB")
+    flags = ["--method", method, "--double-quant" if double_quant else "--no-double-quant"]
+    done(lora("quantize", base, "--out", tmp_path / "out", *flags, "--max-shard-size", "20KB"))
+    assert len(list(base.glob("*.safetensors"))) > 2 and len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        sizes = [tensor.nbytes for tensor in load_file(file).values()]
+        assert sum(sizes) <= 20_000 or len(sizes) == 1
+    same_as_transformers(base, tmp_path / "out", method, double_quant, tmp_path / "plain")
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_names_without_the_bodys(tiny_gpt2: Path, tmp_path: Path, lora: Any, no_model: None) -> None:
+    """Published GPT-2 checkpoints say h.0 for transformer.h.0, and hold masks that the model no longer has."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_gpt2, base)
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in tensors_of(tiny_gpt2).items()}
+    save_file(weights | {"h.0.attn.masked_bias": torch.tensor(-1e4)}, base / "model.safetensors", {"format": "pt"})
+    done(lora("quantize", base, "--out", tmp_path / "out"))
+    same_as_transformers(base, tmp_path / "out", "nf4", True, tmp_path / "plain")
+
+
+def test_a_tied_head_that_is_stored_as_well(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_gpt2, base)
+    weights = tensors_of(tiny_gpt2)
+    weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    done(lora("quantize", base, "--out", tmp_path / "out"))
+    same_as_transformers(base, tmp_path / "out", "nf4", True, tmp_path / "plain")
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_experts_that_transformers_joins(tiny_llama: Path, method: str, tmp_path: Path, lora: Any) -> None:
+    """Their stored tensors are not the model's; they are not quantized, the attention beside them is."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_local_experts": 2, "max_position_embeddings": 64}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(vocab_size=400, **sizes, **heads)).save_pretrained(base)
+    report = done(lora("quantize", base, "--out", tmp_path / "out", "--method", method, "--json")).json
+    assert len(report["layers"]) == 4
+    same_as_transformers(base, tmp_path / "out", method, True, tmp_path / "plain")
+
+
+@pytest.mark.parametrize(("method", "double_quant"), CASES)
+@pytest.mark.parametrize("shape", [(1100, 1001), (1049, 1001), (2048, 1024), (3, 5)])
+def test_pieces_make_the_whole(method: str, double_quant: bool, shape: tuple[int, int]) -> None:
+    """A tensor of several pieces, its end in no whole block or byte, is what one call of bitsandbytes makes of it."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    found = encode(weight, Quantization(method=method, double_quant=double_quant))
+    if method == "int8":
+        codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
+        wanted = {"weight": codes, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+        expanded = functional.int8_vectorwise_dequant(codes, scales)
+    else:
+        codes, state = functional.quantize_4bit(weight, compress_statistics=double_quant, quant_type=method)
+        wanted = {"weight": codes} | {f"weight.{key}": part for key, part in state.as_dict(packed=True).items()}
+        expanded = functional.dequantize_4bit(codes, state)
+    assert found.tensors.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found.tensors[name].shape == tensor.shape and torch.equal(found.tensors[name], tensor), name
+    assert found.size == pytest.approx(float(weight.double().norm()), rel=1e-5)
+    assert found.error == pytest.approx(float((expanded.double() - weight.double()).norm()), rel=1e-4)
+
+
+def test_tensors_lie_where_their_types_may(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    """Readers map the file: a float at an odd address is an error in some, slow in others."""
+    done(lora("quantize", tiny_llama, "--out", tmp_path / "out"))
+    file = tmp_path / "out" / "model.safetensors"
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    assert header.pop("__metadata__") == {"format": "pt"}
+    with safe_open(file, framework="pt") as shard:
+        for name, entry in header.items():
+            assert (8 + length + entry["data_offsets"][0]) % shard.get_tensor(name).itemsize == 0, name
+
+
+@pytest.mark.parametrize("size", ["5 GB", "0", "-1MB", "5GiB", "half"])
+def test_no_size_of_a_shard(size: str, tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
+    result = lora("quantize", tiny_gpt2, "--out", tmp_path / "out", "--max-shard-size", size)
+    assert result.exit_code == 2
+    assert "--max-shard-size" in result.stderr and not (tmp_path / "out").exists()
