@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import cast
 
@@ -33,13 +34,16 @@ def encode(weight: torch.Tensor, quantization: Quantization) -> Encoded:
 
     ``size`` is NaN or infinite when the weight holds values that are no numbers.
     """
-    return _eight_bits(weight) if quantization.method == "int8" else _four_bits(weight, quantization)
+    # A thread for a piece, not for each part of each operation: on a busy machine these would wait for one another.
+    threads = torch.get_num_threads() if weight.device.type == "cpu" else 1
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return _eight_bits(weight, pool) if quantization.method == "int8" else _four_bits(weight, quantization, pool)
 
 
-def _four_bits(weight: torch.Tensor, quantization: Quantization) -> Encoded:
+def _four_bits(weight: torch.Tensor, quantization: Quantization, pool: ThreadPoolExecutor) -> Encoded:
     method = quantization.method
     pieces = torch.split(weight.reshape(-1), PIECE)
-    parts = [functional.quantize_4bit(piece, blocksize=BLOCK, quant_type=method) for piece in pieces]
+    parts = list(pool.map(lambda piece: functional.quantize_4bit(piece, blocksize=BLOCK, quant_type=method), pieces))
     codes, scales = (torch.cat(found) for found in zip(*((code, state.absmax) for code, state in parts), strict=True))
     levels = parts[0][1].code
     state = functional.QuantState(scales, weight.shape, levels, BLOCK, method, weight.dtype)
@@ -48,31 +52,36 @@ def _four_bits(weight: torch.Tensor, quantization: Quantization) -> Encoded:
         state.absmax, state.state2 = functional.quantize_blockwise(scales - state.offset, blocksize=256)
         state.nested = True
         scales = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    tensors = {"weight": codes} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
-    expanded = (
-        functional.dequantize_4bit(code, functional.QuantState(scale, piece.shape, levels, BLOCK, method, weight.dtype))
-        for piece, code, scale in zip(
-            pieces, torch.split(codes, PIECE // 2), torch.split(scales, PIECE // BLOCK), strict=True
-        )
+
+    def expand(code: torch.Tensor, scale: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
+        state = functional.QuantState(scale, piece.shape, levels, BLOCK, method, weight.dtype)
+        return cast("torch.Tensor", functional.dequantize_4bit(code, state))
+
+    norms = pool.map(
+        lambda piece, code, scale: _norms(piece, expand(code, scale, piece)),
+        *(pieces, torch.split(codes, PIECE // 2), torch.split(scales, PIECE // BLOCK)),
     )
-    return Encoded(tensors, *_norms(pieces, expanded))
+    tensors = {"weight": codes} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    return Encoded(tensors, *_joined(norms))
 
 
-def _eight_bits(weight: torch.Tensor) -> Encoded:
+def _eight_bits(weight: torch.Tensor, pool: ThreadPoolExecutor) -> Encoded:
     pieces = torch.split(weight, max(1, PIECE // weight.shape[1]))
-    parts = [functional.int8_vectorwise_quant(piece.to(torch.float16)) for piece in pieces]
-    codes, scales = (torch.cat(found) for found in zip(*(part[:2] for part in parts), strict=True))
+    parts = list(pool.map(lambda piece: functional.int8_vectorwise_quant(piece.to(torch.float16))[:2], pieces))
+    codes, scales = (torch.cat(found) for found in zip(*parts, strict=True))
     tensors = {"weight": codes, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}
-    expanded = (functional.int8_vectorwise_dequant(*part[:2]) for part in parts)
-    return Encoded(tensors, *_norms(pieces, expanded))
+    norms = pool.map(lambda piece, part: _norms(piece, functional.int8_vectorwise_dequant(*part)), pieces, parts)
+    return Encoded(tensors, *_joined(norms))
 
 
-def _norms(pieces: Iterable[torch.Tensor], expanded: Iterable[torch.Tensor]) -> tuple[float, float]:
-    errors, sizes = [], []
-    for piece, stored in zip(pieces, expanded, strict=True):
-        original = piece.float()
-        sizes.append(float(original.norm(dtype=torch.float64)))
-        errors.append(float((stored.float().reshape(original.shape) - original).norm(dtype=torch.float64)))
+def _norms(original: torch.Tensor, expanded: torch.Tensor) -> tuple[float, float]:
+    original = original.float()
+    error = expanded.float().reshape(original.shape) - original
+    return float(error.norm(dtype=torch.float64)), float(original.norm(dtype=torch.float64))
+
+
+def _joined(norms: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    errors, sizes = zip(*norms, strict=True)
     return math.hypot(*errors), math.hypot(*sizes)
 
 
