@@ -46,6 +46,8 @@ def attend_by_rows(
     if needs:
         raise ValueError(f"attention by rows does not know {', '.join(needs)}")
     if cu_seq_lens_q is None or attention_mask is not None:
+        if attention_mask is None and query.shape[2] == key.shape[2]:  # a row alone, for which there is no mask
+            attention_mask = _window(query.shape[2], sliding_window, query.device)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
         )
