@@ -117,6 +117,11 @@ def pattern_without_match(w: World) -> Arguments:
     return w.train({"adapter.target_modules": r".*\.query"})
 
 
+@case("adapter.layers_to_transform", "layer 2", "0 to 1")
+def a_layer_beyond_the_last(w: World) -> Arguments:
+    return w.train({"adapter.layers_to_transform": [1, 2]})
+
+
 @case("adapter.target_modules", "regular expression", "(c_attn", "c_fc")
 def broken_pattern(w: World) -> Arguments:
     return w.train({"adapter.target_modules": "(c_attn"})

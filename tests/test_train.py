@@ -287,6 +287,10 @@ def modules_of(run: Run) -> set[str]:
     return {key.split(".")[-3] for key in run.tensors}
 
 
+def layers_of(run: Run) -> set[str]:
+    return {key.split(".h.")[1].split(".")[0] for key in run.tensors}
+
+
 def file_of(name: str, *rows: dict[str, Any]) -> Callable[[Path], str]:
     def write(folder: Path) -> str:
         path = folder / name
@@ -323,6 +327,7 @@ KEYS = [
     Key("adapter.lora_alpha", (4.0, 16.0), lambda run: run.losses[2:]),
     Key("adapter.lora_dropout", (0.0, 0.5), lambda run: run.losses[2:]),
     Key("adapter.target_modules", ("attention", ["c_fc"]), modules_of, ({"c_attn", "c_proj"}, {"c_fc"})),
+    Key("adapter.layers_to_transform", (None, [1]), layers_of, ({"0", "1"}, {"1"})),
     Key("adapter.use_rslora", (False, True), lambda run: (run.config["use_rslora"], run.losses[2:])),
     Key(
         "adapter.use_dora",
@@ -418,6 +423,7 @@ ELSEWHERE = {
     "training.on_nonfinite": "test_a_learning_rate_beyond_all_bounds",
     "training.load_best_model_at_end": "test_the_best_steps_weights_are_taken_when_asked",
     "training.gradient_checkpointing": "test_gradient_checkpointing",
+    "training.cache_frozen": "test_runs_with_and_without_take_the_same_steps (test_frozen.py)",
     "training.report_to": "test_tensorboard",
     "training.deepspeed": "test_zero (test_processes.py)",
     "training.fsdp": "test_two_processes_take_the_steps_of_one (test_processes.py)",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +24,8 @@ class Batch:
     packed ones, which lie in one line, ``cu_seq_lens`` (rows + 1) int32, where each begins and the last one ends; the
     other one is None. ``longest`` is the most tokens of a row. ``predict_from`` (k,) int64 are the positions whose next
     token is supervised in some row; of their rows * k places, flattened, ``supervised`` (n,) int64 are those where it
-    is, and ``targets`` (n,) int64 the tokens there.
+    is, and ``targets`` (n,) int64 the tokens there. ``hidden`` (rows, tokens, width), where it is known, is what the
+    frozen layers below the lowest adapted one give for the batch.
     """
 
     input_ids: torch.Tensor
@@ -35,10 +36,13 @@ class Batch:
     predict_from: torch.Tensor
     supervised: torch.Tensor
     targets: torch.Tensor
+    hidden: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``."""
-        return Batch(*(each.to(device, non_blocking=True) if hasattr(each, "to") else each for each in astuple(self)))
+        return Batch(
+            *(each.to(device, non_blocking=True) if hasattr(each, "to") else each for each in vars(self).values())
+        )
 
 
 def epoch_order(
@@ -154,20 +158,21 @@ class Schedule:
         if max_steps is not None:
             return max_steps
         whole = int(epochs)
-        total = sum(self._steps_in(epoch) for epoch in range(whole))
+        total = sum(self.steps_in(epoch) for epoch in range(whole))
         if epochs > whole:
-            total += int(np.ceil((epochs - whole) * self._steps_in(whole)))
+            total += int(np.ceil((epochs - whole) * self.steps_in(whole)))
         return total
 
-    def _steps_in(self, epoch: int) -> int:
+    def steps_in(self, epoch: int) -> int:
+        """Optimizer steps of this pass over the data."""
         count = self._counts[epoch] if epoch in self._counts else len(self.epoch_batches(epoch))
         return -(-count // self.accumulation)
 
     def steps(self, start: int = 0) -> Iterator[Step]:
         """The steps after step ``start``, without end."""
         number = epoch = 0
-        while start >= number + self._steps_in(epoch):
-            number += self._steps_in(epoch)
+        while start >= number + self.steps_in(epoch):
+            number += self.steps_in(epoch)
             epoch += 1
         while True:
             batches = self.epoch_batches(epoch)

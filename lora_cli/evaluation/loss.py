@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lora_cli.data.examples import Examples, Ints
+    from lora_cli.model.frozen_layers import FrozenLayers
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,21 @@ class Score:
         return math.exp(min(self.loss, 709.0))
 
 
-def summed_loss(model: torch.nn.Module, batch: Batch, head: Head | None = None) -> torch.Tensor:
+def summed_loss(
+    model: torch.nn.Module, batch: Batch, head: Head | None = None, below: FrozenLayers | None = None
+) -> torch.Tensor:
     """Summed negative log-likelihood (float32 scalar) of the batch's supervised tokens.
 
     The head runs on the positions that predict a supervised token alone: Transformers' ``logits_to_keep`` takes their
     indices, so that each architecture applies its own scaling or capping of logits. With ``head``, the model's own as
-    ``frozen_head`` has found it, the loss is made in chunks and no logits are kept.
+    ``frozen_head`` has found it, the loss is made in chunks and no logits are kept. With ``below`` the layers that have
+    given the batch's ``hidden``, where it has any, are not run again.
     """
     aside: AbstractContextManager[list[torch.Tensor]] = nullcontext([]) if head is None else head.set_aside()
-    with aside as taken:
+    known: AbstractContextManager[None] = nullcontext()
+    if below is not None and batch.hidden is not None:
+        known = below.giving(batch.hidden)
+    with aside as taken, known:
         output = model(
             input_ids=batch.input_ids, logits_to_keep=batch.predict_from, use_cache=False, **rows_apart(batch)
         )
@@ -94,6 +101,7 @@ def tally_loss(
     batches: Iterable[tuple[Batch, float]],
     device: torch.device,
     head: Head | None = None,
+    below: FrozenLayers | None = None,
 ) -> torch.Tensor:
     """Summed negative log-likelihood and number of supervised tokens: (2,) float64 on ``device``.
 
@@ -102,7 +110,7 @@ def tally_loss(
     tally = torch.zeros(2, dtype=torch.float64, device=device)
     with evaluating(model):
         for batch, weight in batches:
-            nll = summed_loss(model, batch.to(device), head).double()
+            nll = summed_loss(model, batch.to(device), head, below).double()
             tally += weight * torch.stack([nll, torch.full_like(nll, len(batch.targets))])
     return tally
 

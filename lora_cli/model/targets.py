@@ -24,8 +24,10 @@ class Target:
     out_features: int
 
 
-def choose_targets(layers: Mapping[str, Target], wanted: str | tuple[str, ...], r: int) -> list[Target]:
-    """Those of a model's linear layers that ``adapter.target_modules`` means.
+def choose_targets(
+    layers: Mapping[str, Target], wanted: str | tuple[str, ...], r: int, numbers: tuple[int, ...] | None = None
+) -> list[Target]:
+    """Those of a model's linear layers that ``adapter.target_modules`` means, in its layers of these ``numbers``.
 
     Raises UserError for every name that matches nothing, naming what exists, and for a rank above a layer's width.
     """
@@ -33,6 +35,8 @@ def choose_targets(layers: Mapping[str, Target], wanted: str | tuple[str, ...], 
         names = _by_word(wanted, layers) if wanted in WORDS else _by_pattern(wanted, layers)
     else:
         names = _by_list(wanted, layers)
+    if numbers is not None:
+        names = _in_layers(numbers, names)
     targets = [layers[name] for name in names]
     narrow = [target for target in targets if r > min(target.in_features, target.out_features)]
     if narrow:
@@ -93,6 +97,19 @@ def _by_list(wanted: Iterable[str], layers: Iterable[str]) -> list[str]:
     if not chosen:
         raise UserError("adapter.target_modules: the list is empty", hint=_what_exists(layers))
     return [name for name in layers if name in chosen]
+
+
+def _in_layers(wanted: tuple[int, ...], names: list[str]) -> list[str]:
+    """The names that lie in the model's layers of these numbers: the first number in a name is the layer's."""
+    found = {name: int(number[1]) for name in names if (number := re.search(r"\.(\d+)\.", name))}
+    missing = sorted(set(wanted) - set(found.values()))
+    if missing:
+        what = f"adapter.layers_to_transform: adapter.target_modules has nothing in layer {missing[0]}"
+        there = (
+            f"its layers are {min(found.values())} to {max(found.values())}" if found else "its layers have no number"
+        )
+        raise UserError(what, hint=there)
+    return [name for name, number in found.items() if number in wanted]
 
 
 def _leaf(name: str) -> str:

@@ -72,6 +72,9 @@ class Adapter(Section):
         "output), attention (all attention projections), all-linear (every linear layer but the head), a list of "
         "module names, or a regular expression that matches whole module names.",
     )
+    layers_to_transform: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = Field(
+        None, description="Numbers of the layers that are adapted, from 0, e.g. [6, 7]; null: all."
+    )
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead (arXiv:2312.03732).")
     use_dora: bool = Field(False, description="Split each weight in magnitude and direction (DoRA, arXiv:2402.09353).")
     fused: bool = Field(
@@ -204,6 +207,12 @@ class Training(Section):
         "auto",
         description="Recompute activations in the backward pass: less memory, about a fifth slower. auto: when the "
         "activations would not fit.",
+    )
+    cache_frozen: bool | Literal["auto", "memory", "disk"] = Field(
+        "auto",
+        description="Compute what the layers below the lowest adapted one give once for each row, before the first "
+        "step, and keep it in memory or on disk; never where dropout stands below or weights are sharded. auto (or "
+        "true): for rows that are gone through more than once, in a fifth of the free memory or half of the free disk.",
     )
     fsdp: bool = Field(
         False,

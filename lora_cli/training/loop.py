@@ -11,13 +11,14 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
-from lora_cli.data.batches import Step, collate
+from lora_cli.data.batches import Step
 from lora_cli.data.cache import prune, publish, withdraw
 from lora_cli.errors import Interrupted, RunError, UserError
 from lora_cli.evaluation.loss import Score, evaluation_groups, score, summed_loss, tally_loss
-from lora_cli.model.base import pad_token_id
 from lora_cli.model.memory import is_out_of_memory
+from lora_cli.training import hidden_states
 from lora_cli.training.artifacts import write_adapter
 from lora_cli.training.checkpoint import GO_ON, Progress, host_copy, kept
 from lora_cli.training.clock import Clock
@@ -51,6 +52,7 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
     trainer = None
     try:
         trainer = set_up(job, display)
+        trainer.hidden_states = hidden_states.plan(trainer)
         with locked(job.folder.root) if trainer.writes else nullcontext():
             return run(trainer, began)
     except UserError:
@@ -80,7 +82,10 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
                 display.note(line)
         tell(trainer)
         start_trackers(trainer)
-        progress = (restore(trainer) if job.resume else None) or start(trainer)
+        restored = restore(trainer) if job.resume else None
+        if restored is None or is_unfinished(trainer, restored):
+            hidden_states.compute(trainer, interrupt)
+        progress = restored or start(trainer)
         with display.steps(progress.step, trainer.total_steps):
             progress = run_steps(trainer, progress, interrupt)
 
@@ -90,8 +95,20 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
     save_adapter(trainer, info, untrained)
     if trainer.writes:
         folder.write_info(info)
-    trainer.accelerator.end_training()
+    end(trainer)
     return info
+
+
+def end(trainer: Trainer) -> None:
+    """Close trackers and process group.
+
+    DistributedDataParallel goes first: were it the last to hold the group, it would wait with the interpreter's lock
+    for a thread of the group's that may be waiting for that lock.
+    """
+    if isinstance(trainer.model, DistributedDataParallel):
+        trainer.model = unwrap(trainer)
+        trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
 
 
 def save_adapter(trainer: Trainer, info: dict[str, Any], untrained: dict[str, str]) -> None:
@@ -179,10 +196,10 @@ def take_step(trainer: Trainer, step: Step, learning_rate: float) -> tuple[float
     total = torch.zeros((), device=accelerator.device)
     micro_batches = own_share(step.micro_batches, accelerator)
     for index, (rows, weight) in enumerate(micro_batches):
-        batch = collate(trainer.job.train.examples, rows, trainer.packing, pad_token_id(trainer.job.tokenizer))
+        batch = hidden_states.batch_of(trainer, "train", rows).to(accelerator.device)
         last = index == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(trainer.model):
-            nll = weight * summed_loss(trainer.model, batch.to(accelerator.device), trainer.head)
+            nll = weight * summed_loss(trainer.model, batch, trainer.head, trainer.below)
             backward(accelerator, trainer.model, optimizer, nll * accelerator.num_processes / step.supervised, last)
         total += nll.detach()
     weights = [parameter for _, parameter in parameters(trainer)]
@@ -215,12 +232,10 @@ def validate(trainer: Trainer) -> Score:
     job, training = trainer.job, trainer.job.recipe.training
     assert job.validation is not None
     groups = evaluation_groups(job.validation, training.per_device_train_batch_size, job.max_length, trainer.packing)
-    batches = (
-        (collate(job.validation, rows, trainer.packing, pad_token_id(job.tokenizer)), weight)
-        for rows, weight in own_share(groups, trainer.accelerator)
-    )
-    tally = summed(tally_loss(trainer.model, batches, trainer.accelerator.device, trainer.head), trainer.accelerator)
-    return score(tally)
+    mine = own_share(groups, trainer.accelerator)
+    batches = ((hidden_states.batch_of(trainer, "validation", rows), weight) for rows, weight in mine)
+    tally = tally_loss(trainer.model, batches, trainer.accelerator.device, trainer.head, trainer.below)
+    return score(summed(tally, trainer.accelerator))
 
 
 def log_step(trainer: Trainer, step: Step, loss: float, grad_norm: float, learning_rate: float, clock: Clock) -> None:
@@ -257,10 +272,15 @@ def log(trainer: Trainer, line: dict[str, Any], seconds_left: float | None = Non
 
 
 def remaining(trainer: Trainer, progress: Progress) -> Iterator[Step]:
-    """The steps still to take: none when the run has stopped early."""
-    if has_converged(trainer, progress):
+    """The steps still to take."""
+    if not is_unfinished(trainer, progress):
         return iter(())
-    return islice(trainer.schedule.steps(progress.step), max(0, trainer.total_steps - progress.step))
+    return islice(trainer.schedule.steps(progress.step), trainer.total_steps - progress.step)
+
+
+def is_unfinished(trainer: Trainer, progress: Progress) -> bool:
+    """Whether there are steps still to take: none when the run has stopped early."""
+    return progress.step < trainer.total_steps and not has_converged(trainer, progress)
 
 
 def has_converged(trainer: Trainer, progress: Progress) -> bool:

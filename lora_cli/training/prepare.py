@@ -71,7 +71,8 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     config = load_config(base)
     tokenizer = load_tokenizer(base)
     bare = skeleton(config)
-    targets = choose_targets(linear_layers(bare), recipe.adapter.target_modules, recipe.adapter.r)
+    adapter = recipe.adapter
+    targets = choose_targets(linear_layers(bare), adapter.target_modules, adapter.r, adapter.layers_to_transform)
     check_weights(base, bare)
     if recipe.adapter.init_from is not None:
         check_start(Path(recipe.adapter.init_from), recipe.adapter, [target.name for target in targets])
@@ -170,7 +171,7 @@ def _check_weights_without_torch(recipe: Recipe, base: Path) -> None:
     # Stored names may leave out the name of the model's body: whole names and patterns wait for the model itself.
     plain = all(re.fullmatch(r"[\w-]+", item) for item in ((wanted,) if isinstance(wanted, str) else wanted))
     if layers is not None and plain:
-        choose_targets(layers, wanted, recipe.adapter.r)
+        choose_targets(layers, wanted, recipe.adapter.r, recipe.adapter.layers_to_transform)
     elif layers is not None and isinstance(wanted, str):
         compile_pattern(wanted, layers)
     if recipe.adapter.init_from is not None:

@@ -115,6 +115,7 @@ def run_record(trainer: Trainer) -> dict[str, Any]:
         "seed": recipe.training.seed,
         "base": base_record(recipe, job.base, fingerprint(job.base), job.folder.adapter),
         "data": data,
+        "cache_frozen": dict(trainer.hidden_states.places) if trainer.hidden_states else {},
         "steps": trainer.total_steps,
     }
 

@@ -30,6 +30,7 @@ MAY_CHANGE = {
         "early_stopping_patience",
         "on_nonfinite",
         "gradient_checkpointing",
+        "cache_frozen",
         "fsdp",
         "deepspeed",
         "report_to",
@@ -44,7 +45,15 @@ MAY_CHANGE_TOGETHER = {"training.per_device_train_batch_size", "training.gradien
 """Keys that may change with the number of processes, as long as each step takes the rows it would have taken."""
 
 
-KINDS = {"started": str, "versions": dict, "steps": int, "processes": int, "base": dict, "data": dict}
+KINDS = {
+    "started": str,
+    "versions": dict,
+    "steps": int,
+    "processes": int,
+    "base": dict,
+    "data": dict,
+    "cache_frozen": dict,
+}
 """What run.json holds under the keys that are read again."""
 
 RESTORE = "restore it from a copy, or remove the run's folder and begin anew"

@@ -28,6 +28,9 @@ from lora_cli.training.zero import is_zero
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from lora_cli.model.frozen_layers import FrozenLayers
+    from lora_cli.training.hidden_states import HiddenStates
+
 
 @dataclass
 class Trainer:
@@ -43,11 +46,17 @@ class Trainer:
     total_steps: int
     dtype: torch.dtype
     display: Display
+    hidden_states: HiddenStates | None = None
 
     @property
     def writes(self) -> bool:
         """Whether this process writes the run's files: one does."""
         return bool(self.accelerator.is_main_process)
+
+    @property
+    def below(self) -> FrozenLayers | None:
+        """The layers whose output is kept."""
+        return self.hidden_states.layers if self.hidden_states else None
 
 
 def set_up(job: Prepared, display: Display) -> Trainer:
@@ -66,14 +75,15 @@ def set_up(job: Prepared, display: Display) -> Trainer:
         told = "rows of like length are padded instead"
         display.note(f"data.packing: this architecture mixes packed rows; {told}", warning=True)
     schedule = make_schedule(job, packing, accelerator.num_processes)
-    if needs_checkpointing(job, schedule, dtype, accelerator.device):
-        base.gradient_checkpointing_enable({"use_reentrant": False})
     targets = [target.name for target in job.targets]
     fused = recipe.adapter.fused and not is_zero(accelerator)  # ZeRO gathers a weight when its own layer is called
     if recipe.adapter.init_from is None:
         model = adapt(base, recipe.adapter, targets, fused)
     else:
         model = continue_adapter(base, Path(recipe.adapter.init_from), recipe.adapter, targets, fused)
+    if needs_checkpointing(job, schedule, dtype, accelerator.device):
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.disable_input_require_grads()  # which reentrant checkpoints need: it sends the gradient down to the bottom
     with evaluating(model):
         head = None if sharded else frozen_head(model)
     optimizer = make_optimizer(recipe.training, [p for _, p in trainable_parameters(model)])

@@ -1,0 +1,220 @@
+"""What the frozen layers below the lowest adapted one give for each row: computed once, kept in memory or on disk.
+
+It is computed before the first step, in batches that depend on the rows and the recipe alone, so that a run that was
+stopped goes on with the same numbers.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast
+
+from lora_cli.data.batches import Batch, collate
+from lora_cli.errors import Interrupted, unwritable
+from lora_cli.evaluation.loss import evaluating, evaluation_groups, rows_apart
+from lora_cli.model.base import pad_token_id
+from lora_cli.model.frozen_layers import FrozenLayers, draws_random_numbers, frozen_layers, gives_the_same, some_ids
+from lora_cli.model.memory import free_bytes
+from lora_cli.training.processes import firsts, highest, own_share
+from lora_cli.training.setup import Trainer, unwrap
+from lora_cli.training.sharding import is_sharded
+from lora_cli.training.zero import is_zero
+
+if TYPE_CHECKING:
+    from lora_cli.data.examples import Examples, Ints
+    from lora_cli.training.interrupt import Interrupt
+
+MEMORY_SHARE, DISK_SHARE = 0.2, 0.5
+"""How much of what is free ``training.cache_frozen: auto`` takes; activations may have four fifths of the memory."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Hidden states of every token of some rows, ``states`` (tokens, width), each row's from its ``offsets`` on."""
+
+    states: torch.Tensor
+    offsets: Ints
+
+    def of(self, rows: Sequence[int] | Ints, packing: bool) -> torch.Tensor:
+        """Those of a batch's rows, laid out as ``collate`` does (rows, tokens, width); padded with a row's last."""
+        chosen = np.asarray(rows)
+        if packing:
+            return self.states[token_places(self.offsets, chosen)][None]
+        starts, lengths = self.offsets[chosen], np.diff(self.offsets)[chosen]
+        places = starts[:, None] + np.minimum(np.arange(lengths.max()), lengths[:, None] - 1)
+        return self.states[torch.from_numpy(places)]
+
+
+def token_places(offsets: Ints, rows: Ints) -> torch.Tensor:
+    """Where the rows' tokens lie among those of all rows, row after row: (tokens,) int64."""
+    return torch.from_numpy(np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows]))
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """Where each part of the rows ("train", "validation") has its hidden states, and these once they are computed.
+
+    A token's are ``width`` numbers of type ``dtype``.
+    """
+
+    layers: FrozenLayers
+    width: int
+    dtype: torch.dtype
+    places: Mapping[str, str]
+    kept: dict[str, Kept] = field(default_factory=dict)
+
+
+def plan(trainer: Trainer) -> HiddenStates | None:
+    """Whether and where to keep hidden states, as ``training.cache_frozen`` says; None: nowhere.
+
+    All processes come to the same plan, and a run that is gone on with to the one that it began with.
+    """
+    wanted = trainer.job.recipe.training.cache_frozen
+    if wanted is False:
+        return None
+    wanted = "auto" if wanted is True else wanted
+    with evaluating(unwrap(trainer)):
+        below, why = usable_layers(trainer)
+        if below is None:
+            if why or wanted != "auto":
+                why = why or "no whole layer lies below the lowest adapted one"
+                trainer.display.note(f"training.cache_frozen: {wanted} -> false: {why}", warning=wanted != "auto")
+            return None
+        like = below.states({"input_ids": some_ids(unwrap(trainer))})
+    sizes = {part: rows.tokens * like.shape[-1] * like.itemsize for part, rows in parts(trainer).items()}
+    if wanted == "auto":
+        sizes = {part: size for part, size in sizes.items() if is_gone_through_again(trainer, part)}
+    places = firsts(choose_places(sizes, wanted, room(trainer)))
+    left_out = [f"{size:,} bytes ({part})" for part, size in sizes.items() if part not in places]
+    if left_out:
+        trainer.display.note(f"training.cache_frozen: no room to spare for {' and '.join(left_out)}")
+    return HiddenStates(below, like.shape[-1], like.dtype, places) if places else None
+
+
+def usable_layers(trainer: Trainer) -> tuple[FrozenLayers | None, str]:
+    """The layers whose output can be kept; None, and why not if there are any."""
+    model = unwrap(trainer)
+    if is_sharded(trainer.accelerator) or is_zero(trainer.accelerator):
+        return None, "weights are sharded"
+    below = frozen_layers(model)
+    if below is None:
+        return None, ""
+    if draws_random_numbers(model, below):
+        return None, f"below layer {below.count}, the lowest adapted one, dropout or something else is random"
+    if not gives_the_same(model, below):
+        return None, "layers of this architecture get more from those below than hidden states"
+    return below, ""
+
+
+def parts(trainer: Trainer) -> dict[str, Examples]:
+    """The rows that are gone through: those to learn from, and those to measure."""
+    validation = trainer.job.validation
+    return {"train": trainer.job.train.examples} | ({} if validation is None else {"validation": validation})
+
+
+def is_gone_through_again(trainer: Trainer, part: str) -> bool:
+    """Whether the whole run takes the part's rows more than once; of a run gone on with: whether it began so."""
+    if trainer.job.resume:
+        return part in firsts(trainer.job.folder.read_info().get("cache_frozen", {}) if trainer.writes else {})
+    return part == "validation" or trainer.total_steps > trainer.schedule.steps_in(0)
+
+
+def room(trainer: Trainer) -> dict[str, int]:
+    """Bytes that each of the processes may take, in memory and on disk."""
+    free = {
+        "memory": MEMORY_SHARE * free_bytes(torch.device("cpu")),
+        "disk": DISK_SHARE * shutil.disk_usage(trainer.job.folder.cache).free,
+    }
+    return {place: int(share / trainer.accelerator.num_processes) for place, share in free.items()}
+
+
+def choose_places(sizes: Mapping[str, int], wanted: str, room: Mapping[str, int]) -> dict[str, str]:
+    """Where each part of so many bytes goes; for auto in memory while there is room, then on disk while there is."""
+    if wanted != "auto":
+        return dict.fromkeys(sizes, wanted)
+    left, places = dict(room), {}
+    for part, size in sizes.items():
+        fitting = [place for place in ("memory", "disk") if size <= left[place]]
+        if fitting:
+            places[part] = fitting[0]
+            left[fitting[0]] -= size
+    return places
+
+
+def compute(trainer: Trainer, interrupt: Interrupt) -> None:
+    """Go through the frozen layers with every row of the planned parts.
+
+    Raises Interrupted between two batches when a signal asks for it, RunError when the disk is full.
+    """
+    planned = trainer.hidden_states
+    if planned is None:
+        return
+    for part, place in planned.places.items():
+        began = time.perf_counter()
+        examples = parts(trainer)[part]
+        offsets = np.concatenate(([0], np.cumsum(examples.lengths))).astype(np.int64)
+        states = make_room(place, (examples.tokens, planned.width), planned.dtype, trainer.job.folder.cache)
+        planned.kept[part] = Kept(states, offsets)
+        fill(trainer, part, interrupt)
+        trainer.display.note(
+            f"{part} rows: hidden states below layer {planned.layers.count} computed once in "
+            f"{time.perf_counter() - began:.1f} s ({states.nbytes:,} bytes, {place})"
+        )
+
+
+def make_room(place: str, shape: tuple[int, int], dtype: torch.dtype, folder: Path) -> torch.Tensor:
+    """An empty tensor in memory, or in a file in ``folder``. Raises RunError when the disk is full.
+
+    The file has no name: however the process ends, nothing is left of it and no other can take it for its own.
+    """
+    if place == "memory":
+        return torch.empty(shape, dtype=dtype)
+    size = shape[0] * shape[1] * dtype.itemsize
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a write beyond what the disk has would kill the process
+            return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype).view(shape)
+    except OSError as error:
+        raise unwritable(folder / "hidden states", error, size) from error
+
+
+def fill(trainer: Trainer, part: str, interrupt: Interrupt) -> None:
+    """Compute the part's hidden states, each process a share of the batches, which the others get from it."""
+    accelerator, planned, examples = trainer.accelerator, trainer.hidden_states, parts(trainer)[part]
+    assert planned is not None
+    kept = planned.kept[part]
+    size = trainer.job.recipe.training.per_device_train_batch_size
+    groups = evaluation_groups(examples, size, trainer.job.max_length, trainer.packing)
+    count = accelerator.num_processes
+    with evaluating(trainer.model):
+        for at, (rows, _) in enumerate(own_share(groups, accelerator)):
+            batch = collate(examples, rows, trainer.packing, pad_token_id(trainer.job.tokenizer))
+            batch = batch.to(accelerator.device)
+            found = planned.layers.states({"input_ids": batch.input_ids, **rows_apart(batch)})
+            found = found[0] if batch.attention_mask is None else found[batch.attention_mask.bool()]
+            for process, shared in enumerate(groups[at * count : (at + 1) * count]):
+                places = token_places(kept.offsets, shared)
+                own = process == accelerator.process_index
+                given = found if own else found.new_empty(len(places), planned.width)
+                kept.states[places] = broadcast(given, process).to("cpu")
+            asked_to_stop = highest(interrupt.number, accelerator)
+            if asked_to_stop:
+                raise Interrupted("stopped before the first step", asked_to_stop, "--resume begins it again")
+
+
+def batch_of(trainer: Trainer, part: str, rows: Ints) -> Batch:
+    """The rows of a part as a batch, with their hidden states where these are kept."""
+    batch = collate(parts(trainer)[part], rows, trainer.packing, pad_token_id(trainer.job.tokenizer))
+    kept = trainer.hidden_states.kept.get(part) if trainer.hidden_states else None
+    return replace(batch, hidden=kept.of(rows, trainer.packing)) if kept else batch

@@ -1,0 +1,394 @@
+"""Layers below the lowest adapted one: no gradient goes there; their output is computed once, for the same numbers."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from lora_cli.data.batches import Batch
+from lora_cli.errors import RunError
+from lora_cli.evaluation.loss import evaluating, lay_end_to_end, rows_apart, summed_loss
+from lora_cli.model.adapters import adapt
+from lora_cli.model.frozen_layers import draws_random_numbers, frozen_layers, gives_the_same
+from lora_cli.model.layers import linear_layers
+from lora_cli.model.targets import choose_targets
+from lora_cli.recipe.schema import Adapter
+from lora_cli.training import loop
+from lora_cli.training.hidden_states import choose_places, make_room
+from tests.conftest import TRAIN_KEYS, VALIDATION_KEYS, Run, done
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+    "tie_word_embeddings": False,
+}
+GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
+GPT2 = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0}
+DROPOUT = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", GROUPED),
+    "gpt2": ("GPT2", GPT2 | dict.fromkeys(DROPOUT, 0.0)),
+    "gemma, which scales embeddings": ("Gemma", GROUPED),
+    "gemma3, whose layers see differently far": (
+        "Gemma3Text",
+        GROUPED | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "mixtral": ("Mixtral", GROUPED | {"num_local_experts": 2}),
+    "gpt-neox": ("GPTNeoX", SMALL),
+    "bloom, whose layers return tuples": ("Bloom", SMALL | {"n_layer": 4, "n_head": 4}),
+    "falcon": ("Falcon", SMALL),
+}
+UPPER = (2, 3)
+
+
+def build(kind: str, vocabulary: int = 97, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A model of four layers whose weights are large enough that a wrong one shows."""
+    name, arguments = ARCHITECTURES[kind]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**arguments | changes, vocab_size=vocabulary)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.1) if weight.dim() > 1 else nn.init.normal_(weight, mean=0.5, std=0.1)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model
+
+
+def adapted(base: Any, layers: tuple[int, ...] = UPPER) -> Any:
+    """The base with an adapter away from its start, on these layers."""
+    targets = [target.name for target in choose_targets(linear_layers(base), "all-linear", 2, layers)]
+    model = adapt(base, Adapter(r=2), targets, fused=False)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.3)
+    return model
+
+
+def laid_out(rows: list[torch.Tensor], packing: bool) -> Batch:
+    """The rows end to end or one under the other, every token but a first one supervised; made apart from collate."""
+    lengths = [len(row) for row in rows]
+    positions = [torch.arange(length) for length in lengths]
+    if packing:
+        ids, place = torch.cat(rows)[None], torch.cat(positions)[None]
+        starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+        wanted, mask = place[0, 1:] > 0, None
+    else:
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=1)
+        place, starts = torch.arange(max(lengths)).expand_as(ids), None
+        mask = (place < torch.tensor(lengths)[:, None]).long()
+        wanted = mask[:, 1:].bool()
+    predict = torch.arange(ids.shape[1] - 1)
+    targets = ids[:, 1:].flatten()[wanted.flatten()]
+    return Batch(ids, place, mask, starts, max(lengths), predict, wanted.flatten().nonzero()[:, 0], targets)
+
+
+def gradients_of(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@contextmanager
+def broken(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Within, to run these layers is an error."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("this layer was run")
+
+    hooks = [layer.register_forward_pre_hook(fail) for layer in layers]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_upper_half_alone_gives_what_the_whole_model_gives(kind: str) -> None:
+    # In float64, as layers make much of a last bit; Mixtral's experts know no float64.
+    base = build(kind, dtype=torch.float32 if kind == "mixtral" else torch.float64)
+    model = adapted(base)
+    packs = lay_end_to_end(base, torch.device("cpu"), "auto")
+    model.eval()
+    below = frozen_layers(model)
+    assert below is not None and below.count == 2
+    assert gives_the_same(model, below) and not draws_random_numbers(model, below)
+    draw = torch.Generator().manual_seed(1)
+    rows = [torch.randint(2, 97, (length,), generator=draw) for length in (9, 3, 12, 6)]
+    losses = [model(input_ids=row[None], labels=row[None]).loss * (len(row) - 1) for row in rows]
+    wanted = torch.stack(losses).sum()
+    wanted_gradients = gradients_of(model, wanted)
+
+    for packing in (True, False) if packs else (False,):
+        batch = laid_out(rows, packing)
+        with evaluating(model):
+            hidden = below.states({"input_ids": batch.input_ids, **rows_apart(batch)})
+        given = Batch(**{**vars(batch), "hidden": hidden})
+        with broken(below.layers[:2]):
+            found = summed_loss(model, given, None, below)
+        assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+        gradients = gradients_of(model, found)
+        assert gradients.keys() == wanted_gradients.keys()
+        scale = max(float(gradient.abs().max()) for gradient in wanted_gradients.values())
+        for name, gradient in wanted_gradients.items():
+            assert float((gradients[name] - gradient).abs().max()) < 1e-5 * scale, name
+    assert [type(layer).__name__ for layer in below.layers] == [type(below.layers[0]).__name__] * 4
+
+
+def test_nothing_lies_below_the_first_layer_or_beside_the_layers() -> None:
+    assert frozen_layers(adapted(build("llama"), (0, 3))) is None
+    base = build("llama")
+    base.add_module("embeddings_too", None)
+    model = adapted(base)
+    model.get_base_model().get_input_embeddings().weight.requires_grad_(True)
+    assert frozen_layers(model) is None
+
+
+@pytest.mark.parametrize("key", DROPOUT)
+def test_dropout_below_is_seen_and_draws_nothing_from_the_runs_random_state(key: str) -> None:
+    model = adapted(build("gpt2", **{key: 1e-6})).eval()
+    below = frozen_layers(model)
+    before = torch.get_rng_state()
+    assert draws_random_numbers(model, below)
+    assert torch.equal(torch.get_rng_state(), before) and not model.training
+
+
+def test_an_architecture_whose_layers_share_more_than_hidden_states_is_left_alone() -> None:
+    ARCHITECTURES["gemma3n"] = (
+        "Gemma3nText",
+        GROUPED
+        | {"intermediate_size": [48] * 4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
+        | {"num_kv_shared_layers": 2, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4}
+        | {"layer_types": ["full_attention"] * 4},
+    )
+    model = adapted(build("gemma3n")).eval()
+    below = frozen_layers(model)
+    assert below is None or not gives_the_same(model, below)
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def model_of(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of a model of this kind."""
+
+    def make(kind: str, **changes: Any) -> Path:
+        folder = tmp_path_factory.mktemp("models") / "deep"
+        build(kind, len(tokenizer), **changes).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def upper(model_of: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
+    """Changes to the recipe: three passes over the rows with the upper half of such a model adapted."""
+
+    def changes(kind: str = "llama", **of_model: Any) -> dict[str, Any]:
+        return {
+            "model.name_or_path": model_of(kind, **of_model),
+            "adapter": {"target_modules": "all-linear", "layers_to_transform": list(UPPER), "lora_dropout": 0.1},
+            "data": {"packing": True, "validation": 0.2},
+            "training": {"max_steps": None, "num_train_epochs": 3.0, "eval_steps": 2, "save_steps": 1}
+            | {"save_total_limit": None},
+        }
+
+    return changes
+
+
+@pytest.fixture
+def tokens_below(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens that went through the first layer of each run of the test, last run last."""
+    seen: list[int] = []
+    original = loop.set_up
+
+    def watch(*args: Any) -> Any:
+        trainer = original(*args)
+        seen.append(0)
+
+        def count(_: Any, inputs: Any, output: Any) -> None:
+            seen[-1] += (output[0] if isinstance(output, tuple) else output).shape[:-1].numel()
+
+        below = frozen_layers(trainer.accelerator.unwrap_model(trainer.model))
+        below.layers[0].register_forward_hook(count)
+        return trainer
+
+    monkeypatch.setattr(loop, "set_up", watch)
+    return seen
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+def test_no_gradient_goes_below_the_lowest_adapted_layer(
+    kind: str, checkpointing: bool, train: Callable[..., Run], upper: Callable[..., Any], monkeypatch: Any
+) -> None:
+    seen: list[tuple[int, bool]] = []
+    original = loop.set_up
+
+    def note(index: int, layer: nn.Module, _: Any, output: torch.Tensor) -> None:
+        if layer.training:
+            seen.append((index, output.requires_grad))
+
+    def watch(*args: Any) -> Any:
+        trainer = original(*args)
+        layers = frozen_layers(trainer.accelerator.unwrap_model(trainer.model)).layers
+        for index, layer in enumerate(layers):
+            layer.register_forward_hook(partial(note, index))
+        return trainer
+
+    monkeypatch.setattr(loop, "set_up", watch)
+    run = {"max_steps": 2, "cache_frozen": False, "gradient_checkpointing": checkpointing}
+    train(upper(kind) | {"training": run, "data.validation": None})
+    assert set(seen) == {(0, False), (1, False), (2, True), (3, True)}
+
+
+def with_cache(changes: dict[str, Any], wanted: Any) -> dict[str, Any]:
+    return changes | {"training": changes["training"] | {"cache_frozen": wanted}}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma, which scales embeddings", "mixtral", "falcon"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_runs_with_and_without_take_the_same_steps(
+    kind: str, packing: bool, train: Callable[..., Run], upper: Callable[..., Any], tokens_below: list[int]
+) -> None:
+    changes = upper(kind)
+    changes["data"]["packing"] = packing
+    plain = train(with_cache(changes, False))
+    runs = [train(with_cache(changes, wanted)) for wanted in ("auto", "memory", "disk")]
+    for run in runs:
+        for split in ("train", "validation"):
+            assert run.column("step", split) == plain.column("step", split)
+            assert run.column("tokens", split) == plain.column("tokens", split)
+            assert run.column("loss", split) == pytest.approx(plain.column("loss", split), abs=1e-5)
+        assert run.column("grad_norm") == pytest.approx(plain.column("grad_norm"), rel=1e-4)
+        assert run.adapter_bytes == runs[0].adapter_bytes
+        assert sorted(path.suffix for path in (run.folder / "cache").iterdir()) == [".safetensors"]
+    assert [run.info["cache_frozen"] for run in (plain, *runs)] == [
+        {},
+        *({"train": place, "validation": place} for place in ("memory", "memory", "disk")),
+    ]
+    rows = plain.info["data"]["tokens"]
+    assert tokens_below[0] > 3 * rows
+    if packing:
+        assert rows < tokens_below[1] == tokens_below[2] == tokens_below[3] < 2 * rows
+    assert max(tokens_below[1:]) < tokens_below[0] / 2
+
+
+def test_dropout_below_turns_it_off(
+    train: Callable[..., Run], upper: Callable[..., Any], write_recipe: Any, lora: Any, tmp_path: Path
+) -> None:
+    changes = upper("gpt2", resid_pdrop=0.1)
+    plain = train(with_cache(changes, False))
+    asked = with_cache(changes, "memory") | {"training.output_dir": tmp_path / "asked"}
+    told = done(lora("train", write_recipe(asked))).stderr
+    assert "training.cache_frozen: memory -> false: below layer 2" in told and "dropout" in told
+    assert Run(tmp_path / "asked").adapter_bytes == plain.adapter_bytes
+    assert Run(tmp_path / "asked").info["cache_frozen"] == {}
+
+
+def test_auto_keeps_what_is_gone_through_again(train: Callable[..., Run], upper: Callable[..., Any]) -> None:
+    changes = upper()
+    once = changes | {"training": changes["training"] | {"num_train_epochs": 1.0}}
+    assert train(once).info["cache_frozen"] == {"validation": "memory"}
+    assert train(with_cache(once, "disk")).info["cache_frozen"] == {"train": "disk", "validation": "disk"}
+    everything = changes | {"adapter": {"target_modules": "all-linear"}}
+    assert train(everything).info["cache_frozen"] == {}
+
+
+def test_gradient_checkpointing_and_nf4_go_with_it(train: Callable[..., Run], upper: Callable[..., Any]) -> None:
+    for more in ({"training.gradient_checkpointing": True}, {"quantization": {"method": "nf4"}}):
+        changes = upper()
+        plain, kept = (train(with_cache(changes, wanted) | more) for wanted in (False, "memory"))
+        assert kept.info["cache_frozen"] == {"train": "memory", "validation": "memory"}
+        assert kept.losses == pytest.approx(plain.losses, abs=1e-5)
+
+
+@pytest.mark.parametrize("place", ["auto", "disk"])
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    place: str, train: Callable[..., Run], upper: Callable[..., Any], tmp_path: Path, lora: Any
+) -> None:
+    whole = train(with_cache(upper(), place))
+    last = whole.info["result"]["steps"]
+    for stopped in (1, last // 2, last):
+        cut = Run(tmp_path / f"cut{stopped}")
+        shutil.copytree(whole.folder, cut.folder)
+        for step in range(stopped + 1, last + 1):
+            shutil.rmtree(cut.folder / "checkpoints" / f"step-{step:08d}")
+        shutil.rmtree(cut.folder / "adapter")
+        done(lora("train", cut.folder / "recipe.yaml", f"training.output_dir={cut.folder}", "--resume"))
+        for split, columns in (("train", TRAIN_KEYS[:-2]), ("validation", VALIDATION_KEYS)):
+            for column in columns:
+                assert cut.column(column, split) == whole.column(column, split), column
+        assert cut.adapter_bytes == whole.adapter_bytes
+        assert cut.info["cache_frozen"] == whole.info["cache_frozen"]
+
+
+def test_a_run_goes_on_as_it_began(train: Callable[..., Run], upper: Callable[..., Any], lora: Any) -> None:
+    """With more epochs auto would keep the training rows' hidden states; the run began without."""
+    changes = upper()
+    run = train(changes | {"training": changes["training"] | {"num_train_epochs": 1.0}})
+    recipe = run.folder / "recipe.yaml"
+    done(lora("train", recipe, f"training.output_dir={run.folder}", "training.num_train_epochs=2.0", "--resume"))
+    assert run.info["cache_frozen"] == {"validation": "memory"}
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_two_processes_share_the_computing(
+    place: str,
+    train: Callable[..., Run],
+    upper: Callable[..., Any],
+    write_recipe: Any,
+    lora_process: Any,
+    tmp_path: Path,
+) -> None:
+    changes = upper() | {"adapter.lora_dropout": 0.0}
+    one = train(with_cache(changes, place))
+    training = changes["training"] | {"gradient_accumulation_steps": 1, "output_dir": tmp_path / "two"}
+    two = Run(tmp_path / "two")
+    done(
+        lora_process("train", write_recipe(with_cache(changes | {"training": training}, place)), "--num-processes", "2")
+    )
+    assert two.info["processes"] == 2 and two.info["cache_frozen"] == {"train": place, "validation": place}
+    for split in ("train", "validation"):
+        assert two.column("tokens", split) == one.column("tokens", split)
+        assert two.column("loss", split) == pytest.approx(one.column("loss", split), rel=1e-5)
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(two.tensors[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+# --- where -----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_first_then_disk_then_nowhere() -> None:
+    sizes = {"train": 100, "validation": 10}
+    assert choose_places(sizes, "auto", {"memory": 110, "disk": 0}) == {"train": "memory", "validation": "memory"}
+    assert choose_places(sizes, "auto", {"memory": 109, "disk": 10}) == {"train": "memory", "validation": "disk"}
+    assert choose_places(sizes, "auto", {"memory": 10, "disk": 100}) == {"train": "disk", "validation": "memory"}
+    assert choose_places(sizes, "auto", {"memory": 9, "disk": 99}) == {"validation": "disk"}
+    assert choose_places(sizes, "disk", {"memory": 110, "disk": 0}) == {"train": "disk", "validation": "disk"}
+
+
+def test_the_file_on_disk_has_no_name_and_room_from_the_start(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    states = make_room("disk", (2**16, 64), torch.bfloat16, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert free - shutil.disk_usage(tmp_path).free >= states.nbytes / 2
+    states[5] = 3.0
+    assert states[4:7, 0].tolist() == [0.0, 3.0, 0.0]
+    with pytest.raises(RunError, match="bytes are needed"):
+        make_room("disk", (2**34, 2**10), torch.float32, tmp_path)
