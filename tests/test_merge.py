@@ -313,3 +313,46 @@ def test_a_base_stored_quantized_is_refused(tiny_llama: Path, write_recipe: Any,
     assert result.exit_code == 2
     assert "stored quantized (bitsandbytes)" in result.stderr and "quantization.method" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"use_rslora": True, "rank_pattern": {"0.mlp.down_proj": 5}, "alpha_pattern": {"layers.1.*": 3.0}},
+        {"use_dora": True, "alpha_pattern": {"q_proj": 1.5}},
+        {"modules_to_save": ["norm"]},
+        {"bias": "all"},
+    ],
+    ids=["plain", "patterns", "dora", "modules_to_save", "bias"],
+)
+def test_to_the_bit_what_peft_merges(config: dict[str, Any], tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    """From a base of several shards; what is no plain product PEFT itself merges."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_llama, folder)
+    (folder / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    adapter = make_adapter("llama", folder, tmp_path / "adapter", **config)
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    wanted = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        assert torch.equal(found[name], weight), name
+
+
+def test_no_more_than_a_tensor_at_a_time(tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: Any) -> None:
+    """A plain adapter is merged without a model."""
+    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("lora_cli.weights.merge.load_base", refuse)
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+    assert (tmp_path / "merged" / "model.safetensors").stat().st_size == (
+        tiny_llama / "model.safetensors"
+    ).stat().st_size
