@@ -44,9 +44,8 @@ def make_adapter(name: str, folder: Path, out: Path, **config: Any) -> Path:
         task_type="CAUSAL_LM",
         r=R,
         lora_alpha=ALPHA,  # type: ignore[arg-type]
-        target_modules=ALL_LINEAR[name],
         fan_in_fan_out=name == "gpt2",
-        **config,
+        **{"target_modules": ALL_LINEAR[name], **config},
     )
     adapted = get_peft_model(model, wanted)
     draw = torch.Generator().manual_seed(5)
@@ -56,7 +55,7 @@ def make_adapter(name: str, folder: Path, out: Path, **config: Any) -> Path:
                 weight.mul_(1 + 0.2 * torch.rand(weight.shape, generator=draw))
             elif "lora_" in key:
                 weight.copy_(0.1 * torch.randn(weight.shape, generator=draw))
-    adapted.save_pretrained(str(out))
+    adapted.save_pretrained(str(out), save_embedding_layers=False)
     return out
 
 
@@ -322,9 +321,12 @@ def test_a_base_stored_quantized_is_refused(tiny_llama: Path, write_recipe: Any,
         {"use_rslora": True, "rank_pattern": {"0.mlp.down_proj": 5}, "alpha_pattern": {"layers.1.*": 3.0}},
         {"use_dora": True, "alpha_pattern": {"q_proj": 1.5}},
         {"modules_to_save": ["norm"]},
+        {"modules_to_save": ["lm_head"]},
         {"bias": "all"},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"trainable_token_indices": [3, 5]},
     ],
-    ids=["plain", "patterns", "dora", "modules_to_save", "bias"],
+    ids=["plain", "patterns", "dora", "norms", "head", "bias", "embedding", "tokens"],
 )
 def test_to_the_bit_what_peft_merges(config: dict[str, Any], tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
     """From a base of several shards; what is no plain product PEFT itself merges."""
@@ -344,15 +346,100 @@ def test_to_the_bit_what_peft_merges(config: dict[str, Any], tiny_llama: Path, t
         assert torch.equal(found[name], weight), name
 
 
-def test_no_more_than_a_tensor_at_a_time(tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: Any) -> None:
-    """A plain adapter is merged without a model."""
-    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter")
+@pytest.fixture
+def no_model(monkeypatch: Any) -> None:
+    """Whoever would load a model fails."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("lora_cli.weights.merge.load_base", refuse)
+    monkeypatch.setattr("lora_cli.weights.merge_in_memory.load_base", refuse)
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"modules_to_save": ["norm", "lm_head"]}, {"bias": "all"}])
+def test_no_model_is_loaded(config: dict[str, Any], base: Base, tmp_path: Path, lora: Any, no_model: None) -> None:
+    name, folder = base
+    if name == "gpt2":
+        config = {key: value for key, value in config.items() if key != "modules_to_save"}
+    adapter = make_adapter(name, folder, tmp_path / "adapter", **config)
     done(lora("merge", adapter, "--out", tmp_path / "merged"))
-    assert (tmp_path / "merged" / "model.safetensors").stat().st_size == (
-        tiny_llama / "model.safetensors"
-    ).stat().st_size
+
+
+def test_two_adapters_add_up(base: Base, tmp_path: Path, lora: Any, no_model: None) -> None:
+    name, folder = base
+    first = make_adapter(name, folder, tmp_path / "first")
+    second = make_adapter(name, folder, tmp_path / "second", use_rslora=True)
+    done(lora("merge", first, second, "--out", tmp_path / "merged"))
+    before, after = weights_of(folder), weights_of(tmp_path / "merged")
+    sums = [
+        expected(name, before, load_file(adapter / "adapter_model.safetensors"), scale, False)
+        for adapter, scale in ((first, ALPHA / R), (second, ALPHA / math.sqrt(R)))
+    ]
+    for key, (once, size) in sums[0].items():
+        wanted = once + sums[1][key][0] - before[key].double()
+        assert ((after[key].double() - wanted).abs() <= 4 * 2.0**-23 * (size + sums[1][key][1])).all(), key
+
+
+def test_adapters_that_cannot_be_added_are_refused(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    first, second = (
+        make_adapter("llama", tiny_llama, tmp_path / name, modules_to_save=["norm"]) for name in ("first", "second")
+    )
+    out = tmp_path / "merged"
+    for adapters, told in (((first, second), "is in two of the adapters"), ((first, first), "given twice")):
+        result = lora("merge", *adapters, "--out", out)
+        assert result.exit_code == 2 and told in result.stderr, result.stderr
+    other = in_dtype(tiny_llama, torch.bfloat16, tmp_path / "other")
+    third = make_adapter("llama", other, tmp_path / "third")
+    result = lora("merge", first, third, "--out", out)
+    assert result.exit_code == 2 and "another base" in result.stderr
+    assert not out.exists()
+
+
+def test_the_type_and_the_size_of_files_can_be_chosen(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    folder = in_dtype(tiny_llama, torch.bfloat16, tmp_path / "base")
+    adapter = make_adapter("llama", folder, tmp_path / "adapter")
+    out = tmp_path / "merged"
+    done(lora("merge", adapter, "--out", out, "--dtype", "float32", "--max-shard-size", "60KB"))
+    shards = sorted(out.glob("*.safetensors"))
+    assert len(shards) > 2
+    after = {name: weight for shard in shards for name, weight in load_file(shard).items()}
+    before = weights_of(folder)
+    wanted = expected("llama", before, load_file(adapter / "adapter_model.safetensors"), ALPHA / R, False)
+    assert after.keys() == before.keys()
+    for name, weight in after.items():
+        assert weight.dtype == torch.float32
+        exact, size = wanted.get(name, (before[name].double(), before[name].double().abs()))
+        assert ((weight.double() - exact).abs() <= 4 * 2.0**-23 * size).all(), name  # and not rounded to bfloat16
+    assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.float32
+
+
+def test_what_rounding_swallows_is_told(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    """The share of numbers that a merge in bfloat16 leaves as they were, counted here from the files."""
+    folder = in_dtype(tiny_llama, torch.bfloat16, tmp_path / "base")
+    adapter = make_adapter("llama", folder, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: tensor * 0.02 for name, tensor in tensors.items()}, adapter / "adapter_model.safetensors")
+    out = tmp_path / "merged"
+    told = json.loads(done(lora("merge", adapter, "--out", out, "--json")).stdout)
+    before, after = weights_of(folder), weights_of(out)
+    adapted = [name for name in before if any(f".{leaf}.weight" in name for leaf in ALL_LINEAR["llama"])]
+    same = sum(int((before[name] == after[name]).sum()) for name in adapted)
+    share = same / sum(before[name].numel() for name in adapted)
+    assert 0.5 < share < 1
+    assert told["unchanged"] == pytest.approx(share)
+    text = done(lora("merge", adapter, "--out", tmp_path / "again")).stdout
+    assert f"{share:.1%} of the numbers" in text and "--dtype float32" in text
+
+
+def test_the_base_can_be_named(tiny_llama: Path, tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_llama, folder)
+    adapter = make_adapter("llama", folder, tmp_path / "adapter")
+    moved = folder.rename(tmp_path / "moved")
+    out = tmp_path / "merged"
+    result = lora("merge", adapter, "--out", out)
+    assert result.exit_code == 2 and "--base" in result.stderr
+    result = lora("merge", adapter, "--out", out, "--base", tiny_gpt2)
+    assert result.exit_code == 2 and "layer that the base does not have" in result.stderr
+    done(lora("merge", adapter, "--out", out, "--base", moved))
+    assert weights_of(out).keys() == weights_of(moved).keys()

@@ -1,46 +1,104 @@
-"""``lora merge ADAPTER --out DIR``"""
+"""``lora merge ADAPTER [ADAPTER ...] --out DIR``"""
 
 from __future__ import annotations
 
 import dataclasses
 import json as jsonlib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lora_cli.cli.options import Debug, Json, Quiet
+from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet
+from lora_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from lora_cli.weights.merge import Merged
+    from lora_cli.weights.provenance import AdapterOrigin
+
+MANY_UNCHANGED = 0.5
 
 
 def command(
-    adapter: Annotated[Path, typer.Argument(help="A run or an adapter folder.", show_default=False)],
+    adapters: Annotated[
+        list[Path], typer.Argument(help="Runs or adapter folders; several are added up.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--out", help="The folder to write; must not exist.", show_default=False)],
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base, a folder or hub id; left out: the one the adapter names.")
+    ] = None,
+    into: Annotated[
+        Literal["expanded", "original"] | None,
+        typer.Option(
+            "--into",
+            help="Of a base that training held quantized: what its quantized weights stand for, which the adapter was "
+            "fitted to (when left out), or the original weights.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option("--dtype", help="The type to store; left out: the base's."),
+    ] = None,
+    max_shard_size: MaxShardSize = "50GB",
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Fold an adapter into its base model's weights."""
-    from lora_cli.training.run import unfinished
+    """Fold adapters into their base model's weights."""
     from lora_cli.weights.check import check_mergeable
-    from lora_cli.weights.provenance import adapter_folder, trace
-    from lora_cli.weights.shards import check_out
+    from lora_cli.weights.shards import bytes_of, check_out
 
+    max_shard = bytes_of(max_shard_size)
     check_out(out)
+    origins = [_trace(adapter, base) for adapter in adapters]
+    for origin in origins:
+        check_out(out, origin.base, origin.folder)
+    check_mergeable(origins[0].base)
+    _check_together(origins, into)
+
+    import torch
+
+    from lora_cli.weights.merge import merge
+
+    result = merge(origins, out, into, getattr(torch, dtype) if dtype else None, max_shard)
+    typer.echo(jsonlib.dumps(dataclasses.asdict(result), default=str) if json else _text(result))
+
+
+def _trace(adapter: Path, base: str | None) -> AdapterOrigin:
+    from lora_cli.training.run import unfinished
+    from lora_cli.weights.provenance import adapter_folder, trace
+
     found = adapter_folder(adapter)
     warning = unfinished(adapter, found)
     if warning:
         typer.echo(f"warning: {warning}", err=True)
-    origin = trace(found or adapter)
-    check_out(out, origin.base, origin.folder)
-    check_mergeable(origin.base)
+    return trace(found or adapter, base)
 
-    from lora_cli.weights.merge import merge
 
-    result = merge(origin, out)
-    if json:
-        typer.echo(jsonlib.dumps(dataclasses.asdict(result), default=str))
-    else:
-        typer.echo(
-            f"merged {result.modules} layers into {result.into} ({result.base})\n"
-            f"{result.out}: {result.bytes / 1e6:,.1f} MB in {result.dtype}"
-        )
+def _check_together(origins: list[AdapterOrigin], into: str | None) -> None:
+    """Raises UserError when the adapters are of different bases, or ``into`` is for a quantized base and none is."""
+    from lora_cli.weights.fingerprint import fingerprint
+
+    first = origins[0]
+    for origin in origins[1:]:
+        if origin.folder == first.folder:
+            raise UserError("this adapter is given twice", str(origin.folder))
+        if origin.base != first.base and fingerprint(origin.base) != fingerprint(first.base):
+            raise UserError(f"another base than that of {first.folder}", str(origin.folder), f"it is for {origin.base}")
+    if into is not None and not any(origin.recipe and origin.recipe.quantization for origin in origins):
+        told = "the adapter's recipe does not say that its base was quantized"
+        raise UserError(f"--into {into}: {told}", str(first.folder), "leave --into out")
+
+
+def _text(result: Merged) -> str:
+    lines = [
+        f"merged {result.modules} layers into {result.into} ({result.base})",
+        f"{result.out}: {result.bytes / 1e6:,.1f} MB in {result.dtype}",
+    ]
+    if result.in_memory:
+        lines.insert(0, "this adapter is more than LoRA's products: PEFT merged it, with the model in memory")
+    if result.unchanged:
+        told = f"{result.unchanged:.1%} of the numbers in these layers are what they were, rounded to {result.dtype}"
+        advice = "; --dtype float32 would keep what the adapter adds" if result.unchanged > MANY_UNCHANGED else ""
+        lines.append(f"{told}{advice}")
+    return "\n".join(lines)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lora_cli.cli.options import Debug, Json, Quiet
+from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet
 from lora_cli.errors import UserError
 
 WORST = 5
@@ -21,9 +21,7 @@ def command(
     double_quant: Annotated[
         bool, typer.Option("--double-quant/--no-double-quant", help="4 bits: quantize the blocks' scales as well.")
     ] = True,
-    max_shard_size: Annotated[
-        str, typer.Option("--max-shard-size", help="Tensors in a file at most, as 500MB or 5GB.")
-    ] = "50GB",
+    max_shard_size: MaxShardSize = "50GB",
     data: Annotated[str | None, typer.Option("--data", help="Rows to measure perplexity on, before and after.")] = None,
     json: Json = False,
     quiet: Quiet = False,

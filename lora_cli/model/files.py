@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ from lora_cli.errors import UserError, is_pointer, mend, nearest
 
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 TOKENIZER_FILES = ["tokenizer.json", "*.model", "vocab.*", "tekken.json"]
+TOKENIZER_EXTRAS = [*("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"), "*.tiktoken"]
 TYPES = "models/auto"
 NO_TEMPLATE = "use an instruct model, or another data.format (template lays a row out as you say)"
 MODEL_FOLDER = "a model folder holds config.json, a tokenizer and weights in safetensors"
@@ -73,6 +75,15 @@ def check_tokenizer(folder: Path, chat: bool = False) -> None:
     inside = config.is_file() and b'"chat_template"' in config.read_bytes()
     if chat and not inside and not any((folder / f"chat_template.{kind}").is_file() for kind in ("jinja", "json")):
         raise UserError("the tokenizer has no chat template, which format: chat needs", str(folder), NO_TEMPLATE)
+
+
+def copy_tokenizer(folder: Path, to: Path) -> None:
+    """Copy a tokenizer's files and its chat templates."""
+    for pattern in (*TOKENIZER_FILES, *TOKENIZER_EXTRAS, "chat_template.*", "additional_chat_templates/*.jinja"):
+        for file in folder.glob(pattern):
+            target = to / file.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:

@@ -41,11 +41,13 @@ def adapter_folder(target: Path) -> Path | None:
     return None
 
 
-def trace(folder: Path) -> AdapterOrigin:
-    """Find the adapter's base and check that it is the one it was trained on.
+def trace(folder: Path, base: str | None = None) -> AdapterOrigin:
+    """Find the adapter's base, or take the one given, and check that it is the one it was trained on.
 
     Raises UserError when the base is not found, its fingerprint is another, or the adapter's tensors do not fit it.
     """
+    if base is not None:
+        return _checked(folder, locate(base, weights=True), base)
     config = read_adapter_config(folder)
     record = read_record(folder)
     stored = record.get("base", {})
@@ -56,14 +58,18 @@ def trace(folder: Path) -> AdapterOrigin:
         raise UserError("the adapter does not say which base it is for", str(folder / "adapter_config.json"))
     place = str(moved.resolve()) if moved is not None and moved.is_dir() and not Path(name).is_dir() else name
     try:
-        base = locate(place, weights=True)
+        found = locate(place, weights=True)
     except UserError as error:
         what = f"the base that this adapter is for is not found: {error.faults[0].where}: {error.faults[0].what}"
-        raise UserError(what, str(folder), "put it back, or move adapter and base together") from error
+        raise UserError(what, str(folder), "put it back, move adapter and base together, or name it with --base") from error
+    return _checked(folder, found, name)
+
+
+def _checked(folder: Path, base: Path, name: str) -> AdapterOrigin:
     check_whole(base)
     check_base(folder, base)
     check_adapter(folder, base)
-    return AdapterOrigin(folder, base, name, recipe_of(folder), record.get("dtype"))
+    return AdapterOrigin(folder, base, name, recipe_of(folder), read_record(folder).get("dtype"))
 
 
 def check_base(folder: Path, base: Path) -> None:

@@ -165,6 +165,11 @@ def _quantized_skeleton(bare: PreTrainedModel, settings: BitsAndBytesConfig) -> 
     }
 
 
+def quantized_layers(folder: Path, quantization: Quantization) -> dict[str, bool]:
+    """The layers of a model that Transformers quantizes, and whether their weight lies turned, as (in, out)."""
+    return _quantized_skeleton(skeleton(load_config(folder)), bitsandbytes_config(quantization, torch.device("cpu")))
+
+
 def _no_numbers(name: str, info: TensorInfo) -> UserError:
     return UserError(f"tensor {name} holds values that are no finite numbers", str(info.file))
 

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,28 +119,6 @@ def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
     with safe_open(info.file, framework="pt") as shard:
         tensor: torch.Tensor = shard.get_tensor(name)
         return tensor
-
-
-def rewrite(
-    source: Path, target: Path, names: Container[str], change: Callable[[str, torch.Tensor], torch.Tensor]
-) -> None:
-    """Copy a safetensors file tensor by tensor, those named as ``change`` makes them: of the same shape and type.
-
-    The format is the length of a JSON header (8 bytes, little endian), the header, and the tensors' bytes.
-    """
-    import torch
-
-    with source.open("rb") as old, target.open("wb") as new, safe_open(source, framework="pt") as tensors:
-        length = old.read(8)
-        header = old.read(int.from_bytes(length, "little"))
-        new.write(length + header)
-        places = {name: part["data_offsets"] for name, part in json.loads(header).items() if name != "__metadata__"}
-        for name, (start, end) in sorted(places.items(), key=lambda item: item[1]):
-            if name in names:
-                new.write(change(name, tensors.get_tensor(name)).flatten().view(torch.uint8).numpy().data)
-            else:
-                old.seek(8 + len(header) + start)
-                new.write(old.read(end - start))
 
 
 def stored_dtype(headers: dict[str, TensorInfo]) -> torch.dtype:
