@@ -136,8 +136,10 @@ def find_sums(
     """The merged model's tensors, stored as ``dtype``; None where PEFT has to make them, in memory."""
     base = origins[0].base
     changes = find_changes([origin.folder for origin in origins], base, headers)
-    if changes is None or quantization is None:
-        return changes and Sums(headers, changes, None, {}, seen, dtype)
+    if changes is None:
+        return None
+    if quantization is None:
+        return Sums(headers, changes, None, {}, seen, dtype)
     from lora_cli.weights.quantize import quantized_layers
 
     layers = quantized_layers(base, quantization)

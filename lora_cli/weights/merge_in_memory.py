@@ -15,6 +15,7 @@ from lora_cli.weights.provenance import AdapterOrigin
 from lora_cli.weights.quantize import expand_quantized
 from lora_cli.weights.shards import TensorInfo, stored_dtype
 
+
 def merge_in_memory(
     origins: Sequence[AdapterOrigin],
     quantization: Quantization | None,

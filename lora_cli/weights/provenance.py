@@ -61,7 +61,7 @@ def trace(folder: Path, base: str | None = None) -> AdapterOrigin:
         found = locate(place, weights=True)
     except UserError as error:
         what = f"the base that this adapter is for is not found: {error.faults[0].where}: {error.faults[0].what}"
-        raise UserError(what, str(folder), "put it back, move adapter and base together, or name it with --base") from error
+        raise UserError(what, str(folder), "put it back, move both together, or name it with --base") from error
     return _checked(folder, found, name)
 
 

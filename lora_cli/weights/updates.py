@@ -68,14 +68,14 @@ class Product:
     def shape(self) -> tuple[int, int]:
         """Of the update: (out, in), an embedding's (tokens, width)."""
         shapes = {part: info.shape for part, (_, info) in self.parts.items()}
-        if EMBEDDING <= shapes.keys():
+        if shapes.keys() >= EMBEDDING:
             return shapes["embedding_A"][1], shapes["embedding_B"][0]
         return shapes["B.weight"][0], shapes["A.weight"][1]
 
     def read(self) -> Factors:
         """The update as it is to be added to the weight of its shape."""
         read = {part: read_tensor(info, name).float() for part, (name, info) in self.parts.items()}
-        if EMBEDDING <= read.keys():
+        if read.keys() >= EMBEDDING:
             return Factors(read["embedding_A"].T, read["embedding_B"].T, self.scaling, None)
         return Factors(read["B.weight"], read["A.weight"], self.scaling, read.get(MAGNITUDE))
 
@@ -206,7 +206,9 @@ def _is_tied(name: str, info: TensorInfo, words: int | None, skeleton: Callable[
 
 
 def _turned(
-    products: Mapping[str, Sequence[Product]], headers: Mapping[str, TensorInfo], skeleton: Callable[[], PreTrainedModel]
+    products: Mapping[str, Sequence[Product]],
+    headers: Mapping[str, TensorInfo],
+    skeleton: Callable[[], PreTrainedModel],
 ) -> frozenset[str]:
     """The weights stored as (in, out). A square one's shape does not tell: it is as all the others are."""
     square = {name for name in products if headers[name].shape[0] == headers[name].shape[-1]}
@@ -225,7 +227,7 @@ def _turned(
 def _scaling(config: Mapping[str, Any], layer: str, parts: Mapping[str, Place]) -> float:
     """alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732); an alpha of the layer's own in ``alpha_pattern``,
     whose keys are the ends of names, or regular expressions for them."""
-    rank = parts["embedding_A" if EMBEDDING <= parts.keys() else "A.weight"][1].shape[0]
+    rank = parts["embedding_A" if parts.keys() >= EMBEDDING else "A.weight"][1].shape[0]
     patterns = config.get("alpha_pattern") or {}
     alpha = next((patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", layer)), config["lora_alpha"])
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
