@@ -45,6 +45,7 @@ def command(
     debug: Debug = False,
 ) -> None:
     """Fold adapters into their base model's weights."""
+    from lora_cli.model.files import check_model_type
     from lora_cli.weights.check import check_mergeable
     from lora_cli.weights.shards import bytes_of, check_out
 
@@ -53,6 +54,7 @@ def command(
     origins = [_trace(adapter, base) for adapter in adapters]
     for origin in origins:
         check_out(out, origin.base, origin.folder)
+    check_model_type(origins[0].base)
     check_mergeable(origins[0].base)
     _check_together(origins, into)
 
