@@ -59,6 +59,12 @@ class RunError(LoraError):
     exit_code = 3
 
 
+class CheckError(LoraError):
+    """What was made is not what it should be, by a check that was asked for. Exit code 4."""
+
+    exit_code = 4
+
+
 class Interrupted(LoraError):
     """The run was stopped by a signal, with a checkpoint written. Exit code 128 + the signal's number."""
 

@@ -381,12 +381,12 @@ def test_two_adapters_add_up(base: Base, tmp_path: Path, lora: Any, no_model: No
 
 
 def test_adapters_that_cannot_be_added_are_refused(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    first, second = (
-        make_adapter("llama", tiny_llama, tmp_path / name, modules_to_save=["norm"]) for name in ("first", "second")
-    )
+    first = make_adapter("llama", tiny_llama, tmp_path / "first")
+    norms = make_adapter("llama", tiny_llama, tmp_path / "norms", modules_to_save=["norm"])
+    dora = make_adapter("llama", tiny_llama, tmp_path / "dora", use_dora=True)
     out = tmp_path / "merged"
-    for adapters, told in (((first, second), "is in two of the adapters"), ((first, first), "given twice")):
-        result = lora("merge", *adapters, "--out", out)
+    for second, told in ((norms, "plain LoRA"), (dora, "plain LoRA"), (first, "given twice")):
+        result = lora("merge", first, second, "--out", out)
         assert result.exit_code == 2 and told in result.stderr, result.stderr
     other = in_dtype(tiny_llama, torch.bfloat16, tmp_path / "other")
     third = make_adapter("llama", other, tmp_path / "third")
@@ -443,3 +443,55 @@ def test_the_base_can_be_named(tiny_llama: Path, tiny_gpt2: Path, tmp_path: Path
     assert result.exit_code == 2 and "layer that the base does not have" in result.stderr
     done(lora("merge", adapter, "--out", out, "--base", moved))
     assert weights_of(out).keys() == weights_of(moved).keys()
+
+
+def shown(logits: torch.Tensor) -> torch.Tensor:
+    return logits - logits.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("into", ["expanded", "original"])
+def test_the_choice_of_a_base_is_seen(
+    into: str, tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
+) -> None:
+    """Differences, divergence and perplexity of both candidates, computed here from the models and the rows."""
+    recipe = write_recipe(
+        model={"name_or_path": str(tiny_llama)},
+        quantization={"method": "nf4", "compute_dtype": "float32"},
+        adapter={"target_modules": "all-linear"},
+        training={"learning_rate": 0.02, "warmup_steps": 0},
+    )
+    done(lora("train", recipe))
+    adapter, out = tmp_path / "run" / "adapter", tmp_path / "merged"
+    rows = tmp_path / "rows.txt"
+    rows.write_text("The first row of several words.\n\nAnother one, which is longer than the first.\n")
+    given = ("merge", adapter, "--out", out, "--into", into, "--data", rows, "--json")
+    told = done(lora(*given)).json["verified"]
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    ids = [[*tokenizer(line.strip()).input_ids, tokenizer.eos_token_id] for line in rows.read_text().split("\n\n")]
+
+    def run(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([model.eval()(input_ids=torch.tensor([row])).logits[0] for row in ids]).double()
+
+    seen = run(PeftModel.from_pretrained(in_4_bits(tiny_llama, True, torch.float32), str(adapter)))
+    original = run(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), str(adapter)))
+    merged = run(AutoModelForCausalLM.from_pretrained(out))
+    own = original if into == "original" else seen
+    assert told["merged"]["largest"] == pytest.approx(float((shown(merged) - shown(own)).abs().max()), abs=2e-5)
+    assert told["merged"]["relative"] < 1e-4
+    kl = (seen.softmax(-1) * (seen.log_softmax(-1) - original.log_softmax(-1))).sum(-1).mean()
+    assert told["candidates"]["original"]["kl"] == pytest.approx(float(kl), rel=1e-3)
+    assert told["candidates"]["expanded"]["kl"] < float(kl) / 10
+    text = lora("merge", adapter, "--out", tmp_path / "again", "--data", rows).stdout
+    assert "KL to training" in text and "original" in text
+
+
+def test_a_wrong_sum_is_found(tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: Any) -> None:
+    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter")
+    monkeypatch.setattr("lora_cli.weights.updates._scaling", lambda *_: 1.1 * ALPHA / R)
+    result = lora("merge", adapter, "--out", tmp_path / "merged")
+    assert result.exit_code == 4 and "rounding to float32 does not explain" in result.stderr
+    done(lora("merge", adapter, "--out", tmp_path / "unseen", "--no-verify"))
+    monkeypatch.setattr("lora_cli.model.memory.free_bytes", lambda *_: 1000)
+    assert "not verified" in done(lora("merge", adapter, "--out", tmp_path / "too-large")).stdout

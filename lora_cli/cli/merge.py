@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from lora_cli.cli import verify as checking
 from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet
 from lora_cli.errors import UserError
 
@@ -21,7 +22,8 @@ MANY_UNCHANGED = 0.5
 
 def command(
     adapters: Annotated[
-        list[Path], typer.Argument(help="Runs or adapter folders; several are added up.", show_default=False)
+        list[Path],
+        typer.Argument(help="Runs or adapter folders; several are added up.", metavar="ADAPTER...", show_default=False),
     ],
     out: Annotated[Path, typer.Option("--out", help="The folder to write; must not exist.", show_default=False)],
     base: Annotated[
@@ -40,6 +42,18 @@ def command(
         typer.Option("--dtype", help="The type to store; left out: the base's."),
     ] = None,
     max_shard_size: MaxShardSize = "50GB",
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Run the merged model and what it was made of on a few rows: on, where they fit into memory.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="The rows to verify on; left out: the adapter's own, or a few sentences."),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -49,6 +63,8 @@ def command(
     from lora_cli.weights.check import check_mergeable
     from lora_cli.weights.shards import bytes_of, check_out
 
+    if data is not None and verify is False:
+        raise UserError("--data: there is nothing to verify with --no-verify", hint="leave one of them out")
     max_shard = bytes_of(max_shard_size)
     check_out(out)
     origins = [_trace(adapter, base) for adapter in adapters]
@@ -63,7 +79,14 @@ def command(
     from lora_cli.weights.merge import merge
 
     result = merge(origins, out, into, getattr(torch, dtype) if dtype else None, max_shard)
-    typer.echo(jsonlib.dumps(dataclasses.asdict(result), default=str) if json else _text(result))
+    report, lines = dataclasses.asdict(result), _lines(result)
+    if verify or (verify is None and checking.fits(origins[0].base)):
+        found = checking.verify(origins, out, into, result.dtype, data)
+        report["verified"] = dataclasses.asdict(found)
+        lines.extend(checking.text(found))
+    elif verify is None:
+        lines.append("not verified: base and adapter do not fit into this machine's memory in float32")
+    typer.echo(jsonlib.dumps(report, default=str) if json else "\n".join(lines))
 
 
 def _trace(adapter: Path, base: str | None) -> AdapterOrigin:
@@ -92,7 +115,7 @@ def _check_together(origins: list[AdapterOrigin], into: str | None) -> None:
         raise UserError(f"--into {into}: {told}", str(first.folder), "leave --into out")
 
 
-def _text(result: Merged) -> str:
+def _lines(result: Merged) -> list[str]:
     lines = [
         f"merged {result.modules} layers into {result.into} ({result.base})",
         f"{result.out}: {result.bytes / 1e6:,.1f} MB in {result.dtype}",
@@ -103,4 +126,4 @@ def _text(result: Merged) -> str:
         told = f"{result.unchanged:.1%} of the numbers in these layers are what they were, rounded to {result.dtype}"
         advice = "; --dtype float32 would keep what the adapter adds" if result.unchanged > MANY_UNCHANGED else ""
         lines.append(f"{told}{advice}")
-    return "\n".join(lines)
+    return lines

@@ -55,6 +55,16 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     return PeftModel.from_pretrained(base, str(folder))
 
 
+def load_adapters(base: PreTrainedModel, folders: Sequence[Path]) -> PeftModel:
+    """The base with several adapters, all of them at work; each as ``load_adapter`` has it."""
+    model = load_adapter(base, folders[0])
+    names = ["default", *(f"adapter_{number}" for number in range(1, len(folders)))]
+    for name, folder in zip(names[1:], folders[1:], strict=True):
+        model.load_adapter(str(folder), adapter_name=name)
+    model.base_model.set_adapter(names)  # type: ignore[operator]  # PeftModel has one for a single name
+    return model
+
+
 def continue_adapter(
     base: PreTrainedModel, folder: Path, adapter: Adapter, targets: Sequence[str], fused: bool
 ) -> PeftModel:

@@ -105,6 +105,9 @@ def merge(
     quantization = common_quantization(origins) if into != "original" else None
     seen = getattr(torch, origin.dtype) if origin.dtype else stored_dtype(headers)
     sums = find_sums(origins, headers, quantization, seen, dtype)
+    if len(origins) > 1 and (sums is None or sums.changes.taken or sums.changes.rescaled):
+        what = "several adapters can be added up where all are plain LoRA: no DoRA, and no tensors beside the products"
+        raise UserError(what, str(origin.folder), "merge one, then train the others on the result")
     with_tokenizer = next((o.folder for o in origins if (o.folder / "tokenizer_config.json").is_file()), origin.base)
     check_tokenizer(with_tokenizer)
     needed = sum(math.prod(info.shape) for info in headers.values()) * stored.itemsize
@@ -112,7 +115,7 @@ def merge(
         if sums is None:
             from lora_cli.weights.merge_in_memory import merge_in_memory
 
-            modules, unchanged = merge_in_memory(origins, quantization, seen, headers, dtype, draft, max_shard), None
+            modules, unchanged = merge_in_memory(origin, quantization, seen, headers, dtype, draft, max_shard), None
         else:
             modules, unchanged = len(sums.changes.products), _write(sums, draft, max_shard)
             _write_config(origin.base, draft, dtype)

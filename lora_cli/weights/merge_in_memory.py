@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from lora_cli.weights.shards import TensorInfo, stored_dtype
 
 
 def merge_in_memory(
-    origins: Sequence[AdapterOrigin],
+    origin: AdapterOrigin,
     quantization: Quantization | None,
     seen: torch.dtype,
     headers: dict[str, TensorInfo],
@@ -31,21 +30,19 @@ def merge_in_memory(
     ``quantization`` and ``seen`` say what the base was quantized to and from in training. Raises UserError when a sum
     is no number.
     """
-    folder = origins[0].base
-    model = load_base(folder, Model(name_or_path=str(folder)), None, torch.device("cpu"), torch.float32)
+    folder = origin.base
+    base = load_base(folder, Model(name_or_path=str(folder)), None, torch.device("cpu"), torch.float32)
     if quantization is not None:
-        expand_quantized(model, quantization, seen)
-    modules = set()
-    for origin in origins:
-        adapted = load_adapter(model, origin.folder)
-        modules.update(adapted.targeted_module_names)
-        try:
-            model = adapted.merge_and_unload(safe_merge=True)
-        except ValueError as error:  # NaN or infinity in the sum
-            raise UserError(f"the weights cannot be merged: {error}", str(origin.folder)) from error
-    for name, parameter in model.named_parameters():  # a base in bfloat16 may keep its norms in float32
-        info = headers.get(name) or headers.get(name.removeprefix(f"{model.base_model_prefix}."))
+        expand_quantized(base, quantization, seen)
+    adapted = load_adapter(base, origin.folder)
+    modules = len(adapted.targeted_module_names)
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # NaN or infinity in the sum
+        raise UserError(f"the weights cannot be merged: {error}", str(origin.folder)) from error
+    for name, parameter in merged.named_parameters():  # a base in bfloat16 may keep its norms in float32
+        info = headers.get(name) or headers.get(name.removeprefix(f"{merged.base_model_prefix}."))
         parameter.data = parameter.data.to(dtype or stored_dtype({name: info} if info else headers))
-    model.config.use_cache = True
-    model.save_pretrained(str(draft), max_shard_size=max_shard)
-    return len(modules)
+    merged.config.use_cache = True
+    merged.save_pretrained(str(draft), max_shard_size=max_shard)
+    return modules

@@ -91,6 +91,11 @@ class Changes:
     taken: Mapping[str, Place]
     turned: frozenset[str]
 
+    @property
+    def rescaled(self) -> bool:
+        """Whether a product is DoRA's, which changes the whole weight and not only adds to it."""
+        return any(MAGNITUDE in product.parts for found in self.products.values() for product in found)
+
 
 @dataclass(frozen=True)
 class Summed:
@@ -101,10 +106,7 @@ class Summed:
 
 
 def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, TensorInfo]) -> Changes | None:
-    """What LoRA adapters do to the tensors that a base stores; None where PEFT has to do it.
-
-    Raises UserError when two adapters both hold a tensor in place of the same one.
-    """
+    """What LoRA adapters do to the tensors that a base stores; None where PEFT has to do it."""
     skeleton = functools.cache(lambda: _skeleton(base))
     words = read_config(base).get("vocab_size")
     products: dict[str, tuple[Product, ...]] = {}
@@ -122,8 +124,6 @@ def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, Ten
             stored = found[name]
             if stored is None or headers[stored].shape != info.shape:
                 return None
-            if stored in taken:
-                raise UserError(f"tensor {name} is in two of the adapters, and they cannot be added", str(folder))
             taken[stored] = (own, info)
         for layer, parts in halves.items():
             stored = found[f"{layer}.weight"]

@@ -1,0 +1,62 @@
+"""Whether two models say the same: their logits, predictions and perplexity on a few rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from lora_cli.evaluation.loss import evaluating
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What a model says beside a reference, on the same tokens.
+
+    ``largest`` is the largest difference of a logit, ``relative`` that of all of them, |z' - z| / |z|, each position's
+    logits about their mean, which no prediction depends on. ``kl`` is KL(reference || model) in nats, the mean over
+    positions.
+    """
+
+    largest: float
+    relative: float
+    kl: float
+    perplexity: float
+
+
+def logits_of(model: PeftModel | PreTrainedModel, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Each row's logits, (tokens, vocabulary) float32 in the processor's memory; ``rows`` are token ids (tokens,)."""
+    device = next(model.parameters()).device
+    with evaluating(model):
+        return [model(input_ids=row[None].to(device), use_cache=False).logits[0].float().cpu() for row in rows]
+
+
+def agreement(
+    reference: Sequence[torch.Tensor], found: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]
+) -> Agreement:
+    """``found`` beside ``reference``, logits as ``logits_of`` gives them."""
+    wanted, got = (_about_mean(torch.cat(list(logits))) for logits in (reference, found))
+    apart = got - wanted
+    kl = kl_div(log_softmax(got, -1), log_softmax(wanted, -1), reduction="batchmean", log_target=True)
+    size = float(wanted.norm())
+    relative = float(apart.norm()) / size if size else float(apart.norm())
+    return Agreement(float(apart.abs().max()), relative, max(float(kl), 0.0), perplexity(found, rows))
+
+
+def perplexity(logits: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> float:
+    """Of every token but each row's first."""
+    told = [cross_entropy(each[:-1], row[1:], reduction="sum") for each, row in zip(logits, rows, strict=True)]
+    mean = sum(map(float, told)) / max(sum(len(row) - 1 for row in rows), 1)
+    return math.exp(min(mean, 709.0)) if math.isfinite(mean) else math.inf
+
+
+def _about_mean(logits: torch.Tensor) -> torch.Tensor:
+    return logits - logits.mean(dim=-1, keepdim=True)
