@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lora_cli.cli import verify as checking
 from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet
 from lora_cli.errors import UserError
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from lora_cli.weights.merge import Merged
     from lora_cli.weights.provenance import AdapterOrigin
 
-MANY_UNCHANGED = 0.5
+WORTH_TELLING, MANY_UNCHANGED = 0.01, 0.5
 
 
 def command(
@@ -76,6 +75,7 @@ def command(
 
     import torch
 
+    from lora_cli.cli import verify as checking
     from lora_cli.weights.merge import merge
 
     result = merge(origins, out, into, getattr(torch, dtype) if dtype else None, max_shard)
@@ -122,7 +122,7 @@ def _lines(result: Merged) -> list[str]:
     ]
     if result.in_memory:
         lines.insert(0, "this adapter is more than LoRA's products: PEFT merged it, with the model in memory")
-    if result.unchanged:
+    if result.unchanged and result.unchanged >= WORTH_TELLING:
         told = f"{result.unchanged:.1%} of the numbers in these layers are what they were, rounded to {result.dtype}"
         advice = "; --dtype float32 would keep what the adapter adds" if result.unchanged > MANY_UNCHANGED else ""
         lines.append(f"{told}{advice}")

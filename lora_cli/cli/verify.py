@@ -87,8 +87,8 @@ def text(found: Verified) -> Iterator[str]:
     """What a person is told."""
     merged = found.merged
     yield (
-        f"checked on {found.rows} rows ({found.tokens} tokens) of {found.of}: largest difference of a logit "
-        f"{merged.largest:.2g} ({merged.relative:.2g} of them all), perplexity {found.apart:.3f} apart, "
+        f"checked on {found.rows} rows ({found.tokens} tokens) of {found.of}: logits differ by at most "
+        f"{merged.largest:.2g} ({merged.relative:.2g} of all they are), perplexity {found.apart:.3f} apart, "
         f"{merged.perplexity:.3f} merged"
     )
     if found.candidates:
