@@ -12,7 +12,18 @@ from typing import Any
 import pytest
 import reference
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -495,3 +506,47 @@ def test_a_wrong_sum_is_found(tiny_llama: Path, tmp_path: Path, lora: Any, monke
     done(lora("merge", adapter, "--out", tmp_path / "unseen", "--no-verify"))
     monkeypatch.setattr("lora_cli.model.memory.free_bytes", lambda *_: 1000)
     assert "not verified" in done(lora("merge", adapter, "--out", tmp_path / "too-large")).stdout
+
+
+@pytest.mark.parametrize("kind", [LoHaConfig, LoKrConfig, IA3Config, OFTConfig, VeraConfig, AdaLoraConfig])
+def test_other_kinds_peft_merges(kind: Any, tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    given: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    given |= {IA3Config: {"feedforward_modules": []}, AdaLoraConfig: {"total_step": 10}}.get(kind, {})
+    given |= {OFTConfig: {"oft_block_size": 4, "r": 0}, VeraConfig: {"r": 4}}.get(kind, {})
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32), kind(**given))
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight.add_(0.05 * torch.randn(weight.shape, generator=draw))
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    result = done(lora("merge", tmp_path / "adapter", "--out", tmp_path / "merged"))
+    assert "PEFT merged it, with the whole model in memory" in result.stdout
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    wanted = logits(adapted, tokenizer)
+    assert distance(logits(AutoModelForCausalLM.from_pretrained(tiny_llama), tokenizer), wanted) > 1e-3
+    assert distance(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), tokenizer), wanted) < 1e-5
+
+
+def test_kinds_without_weights_of_their_own_are_refused(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    prompt = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    prompt.save_pretrained(str(tmp_path / "adapter"))
+    result = lora("merge", tmp_path / "adapter", "--out", tmp_path / "merged")
+    assert result.exit_code == 2 and "PROMPT_TUNING changes no weights" in result.stderr
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace("PROMPT_TUNING", "NEWEST_TUNING"))
+    result = lora("merge", tmp_path / "adapter", "--out", tmp_path / "merged")
+    assert result.exit_code == 2 and "cannot read an adapter of kind NEWEST_TUNING" in result.stderr
+
+
+def test_a_base_of_no_numbers_is_refused(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_llama, folder)
+    weights = weights_of(folder)
+    weights["model.norm.weight"][3] = math.inf
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    adapter = make_adapter("llama", folder, tmp_path / "adapter")
+    result = lora("merge", adapter, "--out", tmp_path / "merged")
+    assert result.exit_code == 2 and "tensor model.norm.weight holds NaN or infinity" in result.stderr
+    assert not (tmp_path / "merged").exists()

@@ -91,13 +91,19 @@ def command(
 
 def _trace(adapter: Path, base: str | None) -> AdapterOrigin:
     from lora_cli.training.run import unfinished
+    from lora_cli.weights.check import read_adapter_config
     from lora_cli.weights.provenance import adapter_folder, trace
 
     found = adapter_folder(adapter)
     warning = unfinished(adapter, found)
     if warning:
         typer.echo(f"warning: {warning}", err=True)
-    return trace(found or adapter, base)
+    origin = trace(found or adapter, base, other_kinds=True)
+    if read_adapter_config(origin.folder)["peft_type"] != "LORA":
+        from lora_cli.weights.merge_in_memory import check_kind
+
+        check_kind(origin.folder)
+    return origin
 
 
 def _check_together(origins: list[AdapterOrigin], into: str | None) -> None:
@@ -121,7 +127,7 @@ def _lines(result: Merged) -> list[str]:
         f"{result.out}: {result.bytes / 1e6:,.1f} MB in {result.dtype}",
     ]
     if result.in_memory:
-        lines.insert(0, "this adapter is more than LoRA's products: PEFT merged it, with the model in memory")
+        lines.insert(0, "this adapter is not of LoRA's products alone: PEFT merged it, with the whole model in memory")
     if result.unchanged and result.unchanged >= WORTH_TELLING:
         told = f"{result.unchanged:.1%} of the numbers in these layers are what they were, rounded to {result.dtype}"
         advice = "; --dtype float32 would keep what the adapter adds" if result.unchanged > MANY_UNCHANGED else ""

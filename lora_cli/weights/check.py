@@ -82,12 +82,15 @@ def stored_layers(folder: Path) -> dict[str, Target] | None:
     return layers
 
 
-def check_adapter(folder: Path, base: Path) -> None:
+def check_adapter(folder: Path, base: Path, other_kinds: bool = False) -> None:
     """Raises UserError, by tensor, when a LoRA adapter's tensors do not fit the base's layers or are missing.
 
-    PEFT loads such an adapter without a word and the result is the bare base.
+    PEFT loads such an adapter without a word and the result is the bare base. Of ``other_kinds``, refused if they are
+    not expected, only the numbers are looked at.
     """
     config = read_adapter_config(folder)
+    if config["peft_type"] != "LORA" and other_kinds:
+        return _check_finite(folder)
     if config["peft_type"] != "LORA":
         raise UserError(
             f"adapters of kind {config['peft_type']} are not handled",

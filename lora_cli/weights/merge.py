@@ -69,9 +69,11 @@ class Sums:
     dtype: torch.dtype | None
 
     def read(self, name: str) -> Summed:
-        """One tensor. Raises UserError when the sum is no number."""
+        """One tensor. Raises UserError when it, or the sum, holds what is no number."""
         weight = read_tensor(self.headers[name], name)
         dtype = self.dtype or weight.dtype
+        if weight.is_floating_point() and weight.itemsize > 1 and not all(map(math.isfinite, torch.aminmax(weight))):
+            raise UserError(f"tensor {name} holds NaN or infinity", str(self.headers[name].file))
         if name in self.expanded and self.quantization is not None:
             from lora_cli.weights.codes import roundtrip
 

@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict
 
-from lora_cli.errors import UserError
+from lora_cli.errors import Fault, UserError
 from lora_cli.model.adapters import load_adapter
 from lora_cli.model.base import load_base
 from lora_cli.recipe.schema import Model, Quantization
+from lora_cli.weights.check import ADAPTER_WEIGHTS, read_adapter_config
 from lora_cli.weights.provenance import AdapterOrigin
 from lora_cli.weights.quantize import expand_quantized
-from lora_cli.weights.shards import TensorInfo, stored_dtype
+from lora_cli.weights.shards import TensorInfo, read_headers, stored_dtype
+
+
+def check_kind(folder: Path) -> None:
+    """Raises UserError when an adapter is of a kind that changes no weights, or that PEFT does not know."""
+    kind = read_adapter_config(folder)["peft_type"]
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"PEFT {version('peft')} cannot read an adapter of kind {kind}: {error}"
+        raise UserError(what, str(folder)) from error
+    if config.is_prompt_learning or not hasattr(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "merge_and_unload"):
+        what = f"an adapter of kind {kind} changes no weights and cannot be merged"
+        raise UserError(what, str(folder), "load it beside its base with PEFT")
+
+
+def _check_loaded(adapted: PeftModel, folder: Path) -> None:
+    """Raises UserError when the file's tensors are not those of the adapter that PEFT has made of it."""
+    wanted, found = set(get_peft_model_state_dict(adapted)), set(read_headers([folder / ADAPTER_WEIGHTS]))
+    faults = [Fault(f"tensor {name} is missing", str(folder)) for name in sorted(wanted - found)]
+    faults += [Fault(f"tensor {name} is none of this adapter's", str(folder)) for name in sorted(found - wanted)]
+    if faults:
+        raise UserError(faults[:5])
 
 
 def merge_in_memory(
@@ -35,6 +60,7 @@ def merge_in_memory(
     if quantization is not None:
         expand_quantized(base, quantization, seen)
     adapted = load_adapter(base, origin.folder)
+    _check_loaded(adapted, origin.folder)
     modules = len(adapted.targeted_module_names)
     try:
         merged = adapted.merge_and_unload(safe_merge=True)

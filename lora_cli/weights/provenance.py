@@ -41,13 +41,14 @@ def adapter_folder(target: Path) -> Path | None:
     return None
 
 
-def trace(folder: Path, base: str | None = None) -> AdapterOrigin:
+def trace(folder: Path, base: str | None = None, other_kinds: bool = False) -> AdapterOrigin:
     """Find the adapter's base, or take the one given, and check that it is the one it was trained on.
 
-    Raises UserError when the base is not found, its fingerprint is another, or the adapter's tensors do not fit it.
+    Raises UserError when the base is not found, its fingerprint is another, or the adapter's tensors do not fit it or,
+    unless ``other_kinds`` will do, are not LoRA's.
     """
     if base is not None:
-        return _checked(folder, locate(base, weights=True), base)
+        return _checked(folder, locate(base, weights=True), base, other_kinds)
     config = read_adapter_config(folder)
     record = read_record(folder)
     stored = record.get("base", {})
@@ -62,13 +63,13 @@ def trace(folder: Path, base: str | None = None) -> AdapterOrigin:
     except UserError as error:
         what = f"the base that this adapter is for is not found: {error.faults[0].where}: {error.faults[0].what}"
         raise UserError(what, str(folder), "put it back, move both together, or name it with --base") from error
-    return _checked(folder, found, name)
+    return _checked(folder, found, name, other_kinds)
 
 
-def _checked(folder: Path, base: Path, name: str) -> AdapterOrigin:
+def _checked(folder: Path, base: Path, name: str, other_kinds: bool) -> AdapterOrigin:
     check_whole(base)
     check_base(folder, base)
-    check_adapter(folder, base)
+    check_adapter(folder, base, other_kinds)
     return AdapterOrigin(folder, base, name, recipe_of(folder), read_record(folder).get("dtype"))
 
 

@@ -113,7 +113,7 @@ def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, Ten
     taken: dict[str, Place] = {}
     for folder in adapters:
         config, read = read_adapter_config(folder), _parts(folder)
-        if read is None or config.get("target_parameters"):
+        if config["peft_type"] != "LORA" or read is None or config.get("target_parameters"):
             return None
         halves, others = read
         found = {name: stored_name(name, headers) for name in (*others, *(f"{layer}.weight" for layer in halves))}
