@@ -25,7 +25,7 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GptOssConfig
 
 ALL_LINEAR = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -550,3 +550,56 @@ def test_a_base_of_no_numbers_is_refused(tiny_llama: Path, tmp_path: Path, lora:
     result = lora("merge", adapter, "--out", tmp_path / "merged")
     assert result.exit_code == 2 and "tensor model.norm.weight holds NaN or infinity" in result.stderr
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_words_that_were_added_travel(tied: bool, tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_llama, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": tied}
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<first>", "<second>"])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=R, target_modules=ALL_LINEAR["llama"]))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:
+                weight.add_(0.05)
+    adapted.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=True)
+    tokenizer.save_pretrained(str(tmp_path / "adapter"))
+
+    done(lora("merge", tmp_path / "adapter", "--base", folder, "--out", tmp_path / "merged"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.vocab_size == len(tokenizer) == len(AutoTokenizer.from_pretrained(tmp_path / "merged"))
+    ids = torch.tensor([tokenizer("one <first> two <second> three").input_ids])
+    assert ids.max() == len(tokenizer) - 1
+    with torch.no_grad():
+        wanted, found = (each.eval()(input_ids=ids).logits for each in (adapted, merged))
+    assert distance(found.double(), wanted.double()) < 1e-5
+
+
+def test_experts_peft_merges(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    folder = tmp_path / "base"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.save_pretrained(str(folder))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_local_experts": 3, "head_dim": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2, "pad_token_id": 0}
+    config = GptOssConfig(vocab_size=len(tokenizer), eos_token_id=1, **sizes, **heads)
+    AutoModelForCausalLM.from_config(config).save_pretrained(str(folder))
+    targets: dict[str, Any] = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}
+    wanted = LoraConfig(task_type="CAUSAL_LM", r=2, **targets)
+
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), wanted)
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight.copy_(0.1 * torch.randn(weight.shape))
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    done(lora("merge", tmp_path / "adapter", "--out", tmp_path / "merged"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert distance(logits(merged, tokenizer), logits(adapted, tokenizer)) < 1e-5

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.model.fused_lora import register
@@ -48,10 +50,17 @@ def adapt(base: PreTrainedModel, adapter: Adapter, targets: Sequence[str], fused
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """The base with the adapter stored in ``folder``, which check_adapter has passed.
+    """The base with the adapter stored in ``folder``, which check_adapter has passed; its embeddings are of the size
+    that the adapter holds them in, which may have had words added.
 
     PEFT reads a pickle where there is no safetensors file: check_adapter sees to it that there is one.
     """
+    embeddings = base.get_input_embeddings()
+    name = next(name for name, module in base.named_modules() if module is embeddings)
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as stored:
+        own = f"base_model.model.{name}.weight"
+        if own in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
+            base.resize_token_embeddings(stored.get_slice(own).get_shape()[0], mean_resizing=False)
     return PeftModel.from_pretrained(base, str(folder))
 
 

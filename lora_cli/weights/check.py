@@ -146,7 +146,7 @@ def _unexpected(
 ) -> Iterator[Fault]:
     """Tensors that are not what the adapter's configuration says, which PEFT passes over or makes up in silence."""
     rank, place = config["r"], str(folder)
-    if not config.get("rank_pattern"):
+    if not config.get("rank_pattern") and not config.get("target_parameters"):  # experts have r each
         for name, shapes in halves.items():
             if "A" in shapes and shapes["A"][0] != rank:
                 yield Fault(f"tensor {name}.lora_A has rank {shapes['A'][0]}, {ADAPTER_CONFIG} says r: {rank}", place)
@@ -158,7 +158,7 @@ def _unexpected(
             yield Fault(f"tensor {name}.lora_magnitude_vector is missing (use_dora)", place)
     if not any(config.get(key) not in (None, [], "none") for key in OTHER_TENSORS):
         for name in stored:
-            if ".lora_" not in name:
+            if ".lora_" not in name and name.split(".")[-2] not in EMBEDDINGS:  # kept by PEFT when words were added
                 yield Fault(f"tensor {name} is none of a LoRA adapter's", place)
 
 

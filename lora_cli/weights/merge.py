@@ -120,7 +120,7 @@ def merge(
             modules, unchanged = merge_in_memory(origin, quantization, seen, headers, dtype, draft, max_shard), None
         else:
             modules, unchanged = len(sums.changes.products), _write(sums, draft, max_shard)
-            _write_config(origin.base, draft, dtype)
+            _write_config(origin.base, draft, dtype, sums.changes.words)
         copy_tokenizer(with_tokenizer, draft)
         for folder, name in ((origin.base, "generation_config.json"), (origin.folder, PROVENANCE)):
             if (folder / name).is_file():
@@ -176,9 +176,11 @@ def _write(sums: Sums, draft: Path, max_shard: int) -> float:
     return same / numbers if numbers else 0.0
 
 
-def _write_config(base: Path, draft: Path, dtype: torch.dtype | None) -> None:
+def _write_config(base: Path, draft: Path, dtype: torch.dtype | None, words: int | None) -> None:
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     if dtype is not None:
         config.pop("torch_dtype", None)  # the name of older versions
         config["dtype"] = str(dtype).removeprefix("torch.")
+    if words is not None:
+        config["vocab_size"] = words
     (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -61,7 +61,7 @@ def merge_in_memory(
         expand_quantized(base, quantization, seen)
     adapted = load_adapter(base, origin.folder)
     _check_loaded(adapted, origin.folder)
-    modules = len(adapted.targeted_module_names)
+    modules = len(adapted.targeted_module_names) + len(adapted.base_model.targeted_parameter_names)  # type: ignore[arg-type]
     try:
         merged = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:  # NaN or infinity in the sum

@@ -92,6 +92,12 @@ class Changes:
     turned: frozenset[str]
 
     @property
+    def words(self) -> int | None:
+        """The size of the vocabulary where an adapter's embedding or head says it; None for the base's."""
+        rows = [info.shape[0] for name, (_, info) in self.taken.items() if name.split(".")[-2] in EMBEDDINGS]
+        return max(rows, default=None)
+
+    @property
     def rescaled(self) -> bool:
         """Whether a product is DoRA's, which changes the whole weight and not only adds to it."""
         return any(MAGNITUDE in product.parts for found in self.products.values() for product in found)
@@ -122,7 +128,7 @@ def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, Ten
                 return None
         for name, (own, info) in others.items():
             stored = found[name]
-            if stored is None or headers[stored].shape != info.shape:
+            if stored is None or (headers[stored].shape != info.shape and not _has_more_words(name, info, words)):
                 return None
             taken[stored] = (own, info)
         for layer, parts in halves.items():
@@ -203,6 +209,10 @@ def _is_tied(name: str, info: TensorInfo, words: int | None, skeleton: Callable[
     bare = skeleton()
     ends = (bare.get_input_embeddings(), bare.get_output_embeddings())
     return bool(bare.config.get_text_config().tie_word_embeddings) and bare.get_submodule(layer) in ends
+
+
+def _has_more_words(name: str, info: TensorInfo, words: int | None) -> bool:
+    return name.split(".")[-2] in EMBEDDINGS and words is not None and info.shape[0] > words
 
 
 def _turned(
