@@ -24,7 +24,7 @@ from lora_cli.training.checkpoint import GO_ON, Progress, host_copy, kept
 from lora_cli.training.clock import Clock
 from lora_cli.training.display import Display
 from lora_cli.training.interrupt import Interrupt, catch_signals
-from lora_cli.training.launched import process_count
+from lora_cli.training.launched import is_first_here, process_count
 from lora_cli.training.lock import locked
 from lora_cli.training.nonfinite import check_finite, count_skipped, weight_norm
 from lora_cli.training.optimizer import learning_rate_at
@@ -36,6 +36,7 @@ from lora_cli.training.record import now, provenance, result_record, run_record,
 from lora_cli.training.resume import choose_weights, go_on, keeps_best, restore, save
 from lora_cli.training.setup import Trainer, parameters, set_up, unwrap
 from lora_cli.training.sharding import backward, clip_gradient, is_sharded
+from lora_cli.weights.kept import prune_kept
 from lora_cli.weights.shards import whole_folder
 
 PROOF_TOKENS = 64
@@ -56,6 +57,8 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
         with locked(job.folder.root) if trainer.writes else nullcontext():
             return run(trainer, began)
     except UserError:
+        if is_first_here() and not job.folder.holds_run:
+            prune_kept(job.folder.cache, None)
         withdraw(made)
         raise
     except (RuntimeError, MemoryError, OSError) as error:
@@ -77,6 +80,7 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
         if trainer.writes:
             told = go_on(trainer, info) if job.resume else folder.begin(job.recipe, info)
             prune(folder.cache, job.cache_keys)
+            prune_kept(folder.cache, trainer.kept_base.name if trainer.kept_base else None)
             display.log_to(folder.log)
             for line in told:
                 display.note(line)

@@ -13,10 +13,11 @@ from accelerate.utils import set_seed
 
 from lora_cli.data.batches import Schedule
 from lora_cli.data.sources import sources_of
+from lora_cli.errors import RunError
 from lora_cli.evaluation.head import Head, frozen_head
 from lora_cli.evaluation.loss import evaluating, lay_end_to_end
 from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameters
-from lora_cli.model.base import best_device, load_base, resolve_dtype
+from lora_cli.model.base import best_device, load_base, resolve_compute_dtype, resolve_dtype
 from lora_cli.model.memory import activation_bytes, free_bytes
 from lora_cli.training.display import Display
 from lora_cli.training.optimizer import check_warmup, make_optimizer
@@ -24,6 +25,7 @@ from lora_cli.training.out_of_memory import largest_batch
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.sharding import is_sharded, make_accelerator, prepare_model
 from lora_cli.training.zero import is_zero
+from lora_cli.weights.kept import find_kept, keep, kept_name
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,6 +48,7 @@ class Trainer:
     total_steps: int
     dtype: torch.dtype
     display: Display
+    kept_base: Path | None
     hidden_states: HiddenStates | None = None
 
     @property
@@ -60,7 +63,10 @@ class Trainer:
 
 
 def set_up(job: Prepared, display: Display) -> Trainer:
-    """Load the base, put the adapter on it, and make what the loop needs; writes nothing."""
+    """Load the base, put the adapter on it, and make what the loop needs.
+
+    Writes nothing but a quantized base into the cache.
+    """
     recipe = job.recipe
     dtype = resolve_dtype(recipe.model.dtype, best_device())
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
@@ -69,7 +75,10 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     display.note(f"loading {recipe.model.name_or_path}")
     sharded = is_sharded(accelerator)
     device = torch.device("cpu") if sharded else accelerator.device  # each process then takes its shards from there
-    base = load_base(job.base, recipe.model, recipe.quantization, device, dtype, sharded)
+    kept = None if sharded else kept_base(job, accelerator, dtype, display)
+    quantization = recipe.quantization if kept is None else None
+    base = load_base(kept or job.base, recipe.model, quantization, device, dtype, sharded)
+    base.name_or_path = base.config.name_or_path = str(job.base)
     packing = recipe.data.packing and lay_end_to_end(base, device, recipe.model.attn_implementation)
     if recipe.data.packing and not packing:
         told = "rows of like length are padded instead"
@@ -92,7 +101,30 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     set_seed(recipe.training.seed, device_specific=True)  # the same start on all processes, dropout of its own on each
     total = schedule.total_steps(recipe.training.num_train_epochs, recipe.training.max_steps)
     check_warmup(recipe.training, total)
-    return Trainer(job, accelerator, prepared, head, optimizer, schedule, packing, total, dtype, display)
+    return Trainer(job, accelerator, prepared, head, optimizer, schedule, packing, total, dtype, display, kept)
+
+
+def kept_base(job: Prepared, accelerator: Accelerator, dtype: torch.dtype, display: Display) -> Path | None:
+    """The folder that holds the base quantized as the recipe says, made when there is none; None to quantize at load.
+
+    On each machine one process makes it, the others wait.
+    """
+    if job.recipe.quantization is None:
+        return None
+    quantization, cache = job.recipe.quantization, job.folder.cache
+    compute_dtype = resolve_compute_dtype(quantization, accelerator.device)
+    name = kept_name(job.base, quantization, dtype, compute_dtype)
+    with accelerator.local_main_process_first():
+        found = find_kept(cache, name)
+        if found is None and accelerator.is_local_main_process:
+            display.note(f"quantizing it to {quantization.method}, kept in {cache / name}")
+            try:
+                keep(job.base, cache / name, quantization, dtype, compute_dtype)
+                found = cache / name
+            except RunError as error:
+                told = f"the base in {quantization.method} is not kept for the next run: {error.faults[0].what}"
+                display.note(told, warning=True)
+    return found
 
 
 def make_schedule(job: Prepared, packing: bool, processes: int) -> Schedule:

@@ -1,0 +1,101 @@
+"""A base once quantized is kept so: loaded from there, a run never holds the unquantized weights, nor waits for them.
+
+It lies in a run's cache as ``base-<key>``, the key made of all that its tensors depend on, with the SHA-256 of its
+files: a folder that does not agree with these is made again. A run takes what a run beside it has kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from lora_cli import __version__
+from lora_cli.errors import RunError
+from lora_cli.recipe.schema import Quantization
+from lora_cli.weights.fingerprint import fingerprint
+from lora_cli.weights.quantize import write_quantized
+from lora_cli.weights.shards import weight_files, whole_folder
+
+SUMS = "sha256.json"
+SHARD = 10**9  # bytes: several files, so that their sums are taken at once
+OWN_FOLDER = re.compile(r"base-[0-9a-f]{64}|\.base-[0-9a-f]{64}\..*")
+"""A kept base, or the draft of one."""
+VERSIONS = ("bitsandbytes", "transformers", "torch")
+
+
+def kept_name(base: Path, quantization: Quantization, dtype: torch.dtype, compute_dtype: torch.dtype) -> str:
+    """The name of this base's folder in a cache, when it is quantized so from ``dtype``."""
+    times = [file.stat().st_mtime_ns for file in weight_files(base)]  # a fingerprint is of samples: an edit escapes it
+    stated = [
+        [__version__, *map(version, VERSIONS)],
+        [fingerprint(base), times, (base / "config.json").read_text(encoding="utf-8")],
+        [quantization.model_dump(mode="json"), str(dtype), str(compute_dtype)],
+    ]
+    return f"base-{hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()}"
+
+
+def find_kept(cache: Path, name: str) -> Path | None:
+    """The folder of this name, whole, in a run's cache or in that of a run beside it; None when there is none."""
+    return next((folder for folder in _places(cache, name) if _is_whole(folder)), None)
+
+
+def keep(base: Path, folder: Path, quantization: Quantization, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
+    """Write the base, quantized, to ``folder``, in place of a damaged one.
+
+    Another process may do so at the same time, on another machine: the first to finish leaves its own there. Raises
+    UserError for weights that are missing or no numbers; RunError when there is no room.
+    """
+    needed = sum(file.stat().st_size for file in weight_files(base))  # unquantized: the run needs room of its own
+    free = shutil.disk_usage(next(place for place in folder.absolute().parents if place.is_dir())).free
+    if free < needed:
+        raise RunError(f"{needed:,} bytes are wanted, {free:,} are free", str(folder))
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with whole_folder(folder, needed=needed) as draft:
+            write_quantized(base, draft, quantization, dtype, compute_dtype, SHARD)
+            (draft / SUMS).write_text(json.dumps(_sums(draft)), encoding="utf-8")
+    except RunError:
+        if not _is_whole(folder):
+            raise
+
+
+def prune_kept(cache: Path, name: str | None) -> None:
+    """Remove the bases kept in a cache under other names, and drafts that a process left behind."""
+    for folder in cache.glob("*"):
+        if OWN_FOLDER.fullmatch(folder.name) and folder.name != name:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _places(cache: Path, name: str) -> Iterator[Path]:
+    yield cache / name
+    for folder in sorted(cache.parent.parent.glob(f"*/{cache.name}/{name}")):
+        if folder.stat().st_uid == os.getuid():  # nobody else's: /tmp is everybody's
+            yield folder
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / SUMS).read_text(encoding="utf-8")) == _sums(folder))
+    except (OSError, ValueError):
+        return False
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but the list of them."""
+    files = sorted(file for file in folder.iterdir() if file.name != SUMS)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((file.name for file in files), pool.map(_sum, files), strict=True))
+
+
+def _sum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,228 @@
+"""A base quantized for a run is kept for the next, and what is trained on it is what quantizing at load would give."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run, done
+from safetensors.torch import load_file, save_file
+
+from lora_cli.recipe.schema import Quantization
+from lora_cli.weights import kept
+from lora_cli.weights.fingerprint import fingerprint
+
+QUANTIZING = "quantizing it to"
+METHODS = [("nf4", True), ("nf4", False), ("fp4", True), ("int8", True)]
+
+
+@pytest.fixture
+def quantized(tmp_path: Path, write_recipe: Any, lora: Any, no_curves: None) -> Callable[..., tuple[Run, bool]]:
+    """``quantized("name", changes)``: the run, and whether its base was quantized for it."""
+
+    def go(name: str, changes: dict[str, Any] | None = None) -> tuple[Run, bool]:
+        folder = tmp_path / name
+        section = {"quantization": {"method": "nf4", "compute_dtype": "float32"}}
+        recipe = write_recipe(section | {"training.output_dir": folder} | (changes or {}))
+        result = done(lora("train", recipe, "--overwrite"))
+        return Run(folder), QUANTIZING in result.stderr
+
+    return go
+
+
+def kept_in(run: Run) -> list[Path]:
+    return sorted((run.folder / "cache").glob("*base-*"))
+
+
+@pytest.mark.parametrize(("method", "double_quant"), METHODS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("base_name", ["gpt2", "llama"])
+def test_trains_as_if_quantized_at_load(
+    base_name: str,
+    method: str,
+    double_quant: bool,
+    dtype: str,
+    request: Any,
+    quantized: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    changes = {
+        "model.name_or_path": request.getfixturevalue(f"tiny_{base_name}"),
+        "model.dtype": dtype,
+        "adapter.target_modules": "all-linear",
+        "quantization": {"method": method, "double_quant": double_quant, "compute_dtype": dtype},
+        "training.max_steps": 2,
+    }
+    first, made = quantized("first/run", changes)
+    again, made_again = quantized("first/run", changes)
+    assert made and not made_again
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_cli.training.setup.kept_base", lambda *_: None)
+        plain, _ = quantized("second/run", changes)
+    assert first.losses == again.losses == plain.losses
+    assert first.adapter_bytes == again.adapter_bytes == plain.adapter_bytes
+
+
+def test_a_run_beside_takes_it(quantized: Any) -> None:
+    first, made = quantized("first")
+    second, made_again = quantized("second")
+    assert (made, made_again) == (True, False)
+    assert len(kept_in(first)) == 1 and not kept_in(second)
+    assert first.losses == second.losses
+
+
+def test_the_adapter_is_for_the_base_itself(quantized: Any, tiny_gpt2: Path, qa_file: Path, lora: Any) -> None:
+    run, _ = quantized("run")
+    again, _ = quantized("run")
+    for told in (
+        again.info["base"]["name_or_path"],
+        again.config["base_model_name_or_path"],
+        json.loads((again.folder / "adapter" / "provenance.json").read_text())["base"]["name_or_path"],
+    ):
+        assert told == str(tiny_gpt2)
+    assert "base-" not in (again.folder / "adapter" / "README.md").read_text()
+    before = done(lora("eval", run.folder, "--data", qa_file, "--json")).json
+    shutil.rmtree(again.folder / "cache")
+    assert done(lora("eval", run.folder, "--data", qa_file, "--json")).json == before
+    merged = done(lora("merge", run.folder / "adapter", "--out", run.folder.parent / "merged", "--json")).json
+    assert merged["into"] == "the base in nf4, expanded"
+
+
+def test_every_other_base_or_recipe_has_its_own(quantized: Any, tiny_gpt2: Path, tmp_path: Path) -> None:
+    """And what this run no longer uses is removed."""
+    base = tmp_path / "bases" / "base"
+    shutil.copytree(tiny_gpt2, base)
+    own = {"model.name_or_path": base}
+    names = set()
+
+    def trained(changes: dict[str, Any], anew: bool) -> None:
+        run, made = quantized("run", own | changes)
+        assert made == anew, changes
+        names.update(path.name for path in kept_in(run))
+        assert len(kept_in(run)) == 1
+
+    trained({}, anew=True)
+    trained({"adapter.r": 2}, anew=False)
+    for changes in ({"method": "fp4"}, {"double_quant": False}, {"compute_dtype": "bfloat16"}):
+        section = {"method": "nf4", "compute_dtype": "float32"} | changes
+        if "compute_dtype" not in changes:  # a processor without units computes in float32 all the same
+            trained({"quantization": section}, anew=True)
+    trained({"model.dtype": "bfloat16"}, anew=True)
+    weights = load_file(base / "model.safetensors")
+    weights["transformer.h.0.ln_1.weight"] += 1
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    trained({"model.dtype": "bfloat16"}, anew=True)
+    weights["transformer.wte.weight"][100] += 1  # none of the samples that the fingerprint takes
+    before = fingerprint(base)
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    assert fingerprint(base) == before
+    trained({"model.dtype": "bfloat16"}, anew=True)
+    assert len(names) == 6
+    run, _ = quantized("run", own | {"quantization": ...})
+    assert not kept_in(run)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "config", "sums", "draft"])
+def test_a_damaged_one_is_made_again(damage: str, quantized: Any) -> None:
+    run, _ = quantized("run")
+    (kept,) = kept_in(run)
+    weights = kept / "model.safetensors"
+    whole = weights.read_bytes()
+    if damage == "flip":
+        middle = len(whole) // 2
+        weights.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    elif damage == "cut":
+        weights.write_bytes(whole[:-100])
+    elif damage == "missing":
+        weights.unlink()
+    elif damage == "config":
+        (kept / "config.json").write_text((kept / "config.json").read_text().replace('"nf4"', '"fp4"'))
+    elif damage == "sums":
+        (kept / "sha256.json").write_text("{")
+    else:  # killed while it was written
+        kept.rename(kept.with_name(f".{kept.name}.x1y2"))
+    losses = run.losses
+    again, made = quantized("run")
+    assert made and again.losses == losses
+    assert kept_in(again) == [kept] and weights.read_bytes() == whole
+
+
+def test_of_two_that_make_it_the_first_wins(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As processes on two machines do that share a disk: the later one must not take the files from under the first."""
+    folder, write = tmp_path / "cache" / "base", kept.write_quantized
+    settings = (tiny_llama, folder, Quantization(method="nf4"), torch.float32, torch.float32)
+
+    def overtaken(*args: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(kept, "write_quantized", write)
+            kept.keep(*settings)
+        firsts.extend(file.stat().st_ino for file in sorted(folder.iterdir()))
+        return write(*args)
+
+    firsts: list[int] = []
+    monkeypatch.setattr(kept, "write_quantized", overtaken)
+    kept.keep(*settings)
+    assert [file.stat().st_ino for file in sorted(folder.iterdir())] == firsts
+    assert [path.name for path in folder.parent.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("when", ["before", "while writing"])
+def test_without_room_it_is_quantized_at_load(
+    when: str, quantized: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write_recipe: Any, lora: Any
+) -> None:
+    wanted, _ = quantized("there/run")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if when == "before":
+        monkeypatch.setattr("lora_cli.weights.kept.weight_files", lambda _: [sparse(tmp_path / "huge")])
+    else:
+        monkeypatch.setattr("lora_cli.weights.kept.write_quantized", full)
+    changes = {"quantization": {"method": "nf4", "compute_dtype": "float32"}}
+    recipe = write_recipe(changes | {"training.output_dir": tmp_path / "here" / "run"})
+    result = done(lora("train", recipe))
+    assert "is not kept for the next run" in result.stderr and "free" in result.stderr
+    run = Run(tmp_path / "here" / "run")
+    assert run.losses == wanted.losses and not kept_in(run)
+
+
+def sparse(path: Path) -> Path:
+    """A file of 4 TB that takes no room."""
+    with path.open("wb") as file:
+        file.truncate(2**42)
+    return path
+
+
+def test_nothing_stays_of_a_refused_run(tmp_path: Path, write_recipe: Any, lora: Any) -> None:
+    """That a warm-up takes the epoch's only step is known when the base is loaded."""
+    changes = {
+        "quantization.method": "nf4",
+        "training.max_steps": ...,
+        "training.num_train_epochs": 1,
+        "training.gradient_accumulation_steps": 24,
+        "training.warmup_steps": 1,
+    }
+    result = lora("train", write_recipe(changes | {"training.output_dir": tmp_path / "run"}))
+    assert result.exit_code == 2
+    assert QUANTIZING in result.stderr and "warmup_steps" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_no_numbers_are_refused(
+    tiny_llama: Path, tmp_path: Path, write_recipe: Any, lora: Any
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.nan
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    result = lora("train", write_recipe({"model.name_or_path": base, "quantization.method": "int8"}))
+    assert result.exit_code == 2
+    assert "model.layers.1.mlp.up_proj.weight" in result.stderr and not (tmp_path / "run").exists()
