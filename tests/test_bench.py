@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import contestants, context, heldout, prepare, same_work, startup, table, train
+from bench import contestants, context, heldout, prepare, same_work, scale, stages, startup, table, train
 from bench.options import Options
 from bench.processes import environment, run
 from bench.work import Did, Work, write_job
@@ -124,3 +124,22 @@ def test_the_longest_that_fits_is_found(fit: int) -> None:
     assert longest <= fit
     assert fit - longest <= max(64, 0.01 * fit)
     assert len(tried) == len(set(tried)) < 20
+
+
+def test_stages_and_runs_of_few_rows(rows: dict[str, Any], tmp_path: Path) -> None:
+    texts = [{"prompt": f"Question: {word}?\nAnswer:", "completion": f" The {word}."} for word in ("boat", "net")]
+    scale.write_rows(texts, 5, tmp_path / "rows.jsonl")
+    written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len({row["prompt"] for row in written}) == 5
+    job = {"rows": str(tmp_path / "rows.jsonl"), "model": rows["model"], "folder": str(tmp_path), "max_length": 64}
+    (tmp_path / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    stages.main(str(tmp_path / "job.json"))
+    found = json.loads((tmp_path / "stages.json").read_text(encoding="utf-8"))
+    assert found["rows"] == 5
+    assert found["filled"] == pytest.approx(found["tokens"] / (stages.BATCH_SIZE * 64))
+    assert all(each["seconds"] > 0 and each["peak_bytes"] > 50e6 for each in found["stages"].values())
+    recipe = scale.write_recipe(tmp_path, rows["model"], replace(OPTIONS, steps=1))
+    did = scale.one_run(recipe, environment(1, tmp_path / "caches"))
+    assert did["tokens_per_second"] > 0 and did["peak_bytes"] > 100e6
+    shown = scale.show({"stages": {5: found}, "runs": {5: {"new": [did], "cached": [did]}}})
+    assert "| pack: s, peak MB |" in shown and f"{did['tokens_per_second']:,.0f}" in shown

@@ -12,12 +12,17 @@ import os
 import sys
 from pathlib import Path
 
-from bench import context, startup, train
+from bench import context, scale, startup, train
 from bench.options import Options
 from bench.shapes import SHAPES
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BENCHMARKS = {"train": train.benchmark, "context": context.benchmark, "startup": startup.benchmark}
+BENCHMARKS = {
+    "train": train.benchmark,
+    "context": context.benchmark,
+    "startup": startup.benchmark,
+    "scale": scale.benchmark,
+}
 
 
 def parse(arguments: list[str]) -> tuple[list[str], Options]:

@@ -1,0 +1,142 @@
+"""Few rows and many: time and memory of each stage before the first step, and the cost of a token in the steps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from bench import data, machine, ours, table
+from bench.helpers import PLACE, helper
+from bench.options import Options
+from bench.processes import environment, fresh_folder, run, tail
+from bench.shapes import SHAPES
+
+ROWS, QUICK_ROWS = (1_000, 10_000, 100_000), (40, 80)
+MAX_LENGTH = 256
+TOKENS = 4096  # a step
+WARMUP = 4  # steps that are left out of the rate
+TOLD = 16  # rows that ``prepare`` counts
+SEED = 0
+
+
+def benchmark(options: Options) -> dict[str, Any]:
+    """The stages once and the runs each round, in fresh processes: new rows, and the same ones read from the cache."""
+    folder = fresh_folder(PLACE / "work")
+    try:
+        return measure(options, folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+def measure(options: Options, folder: Path) -> dict[str, Any]:
+    """Rounds are interleaved over the numbers of rows."""
+    env = environment(options.threads, folder / "caches", options.gpu)
+    before = machine.describe(options.threads)
+    told = {"shape": options.shape, "models": str(PLACE / "models"), "folder": str(folder), "max_length": MAX_LENGTH}
+    made = helper("prepare", told | {"rows": TOLD, "heldout_rows": TOLD}, folder, env, "rows.json")
+    source, texts, _ = data.texts(SEED)
+    stages, runs = {}, {}
+    for count in QUICK_ROWS if options.quick else ROWS:
+        place = folder / str(count)
+        place.mkdir()
+        write_rows(texts, count, place / "rows.jsonl")
+        job = {"rows": str(place / "rows.jsonl"), "model": made["model"], "folder": str(place)}
+        stages[count] = helper("stages", job | {"max_length": MAX_LENGTH}, place, env, "stages.json")
+        runs[count] = {"new": [], "cached": []}
+    for _ in range(options.rounds):
+        for count, found in runs.items():
+            recipe = write_recipe(folder / str(count), made["model"], options)
+            shutil.rmtree(folder / str(count) / "run", ignore_errors=True)
+            for name in found:
+                found[name].append(one_run(recipe, env))
+    record = {
+        "benchmark": "scale",
+        "machine": before | {"load_after": machine.describe(options.threads)["load"]},
+        "versions": machine.versions(),
+        "rounds": options.rounds,
+        "shape": options.shape,
+        "rows_from": source,
+        "max_length": MAX_LENGTH,
+        "tokens_per_step": TOKENS,
+        "stages": stages,
+        "runs": runs,
+        "faults": [],
+    }
+    print(show(record))
+    return record
+
+
+def write_rows(texts: list[dict[str, str]], count: int, path: Path) -> None:
+    """So many rows, each by its number another."""
+    with path.open("w", encoding="utf-8") as file:
+        for number, row in enumerate(islice(cycle(texts), count)):
+            file.write(json.dumps({**row, "prompt": f"{number}. {row['prompt']}"}) + "\n")
+
+
+def write_recipe(folder: Path, model: str, options: Options) -> Path:
+    """Some steps on these rows, packed to a budget that is the same for all."""
+    recipe = {
+        "model": {"name_or_path": model} | ({} if options.dtype == "auto" else {"dtype": options.dtype}),
+        "adapter": {"r": 8, "target_modules": list(SHAPES[options.shape].targets)},
+        "data": {"train": str(folder / "rows.jsonl"), "max_length": MAX_LENGTH},
+        "training": {
+            "output_dir": str(folder / "run"),
+            "max_steps": options.steps + WARMUP,
+            "per_device_train_batch_size": TOKENS // MAX_LENGTH,
+            "gradient_accumulation_steps": 1,
+            "logging_steps": 1,
+            "save_steps": None,
+        },
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def one_run(recipe: Path, env: dict[str, str]) -> dict[str, float]:
+    """One ``lora train``: seconds to its first step, real tokens a second after the warm-up, peak resident memory."""
+    folder, log = recipe.parent, recipe.parent / "log"
+    (folder / "run" / "metrics.jsonl").unlink(missing_ok=True)
+    ended = run(["-m", "lora_cli", "train", str(recipe), "--overwrite"], env, log, lambda: bool(ours.metrics(folder)))
+    if ended.exit_code or ended.sign is None:
+        raise SystemExit(f"lora ended with {ended.exit_code}:\n{tail(log)}")
+    lines = ours.metrics(folder)
+    seconds = [line["seconds"] for line in lines]
+    tokens = sum(
+        line["tokens_per_second"] * (now - then)
+        for line, then, now in list(zip(lines, [0.0, *seconds], seconds, strict=False))[WARMUP:]
+    )
+    rate = tokens / (seconds[-1] - seconds[WARMUP - 1])
+    return {"first_step_seconds": ended.sign, "tokens_per_second": rate, "peak_bytes": ended.peak_bytes}
+
+
+def show(record: dict[str, Any]) -> str:
+    """Both tables in Markdown."""
+    names = list(next(iter(record["stages"].values()))["stages"])
+    lines = [["rows", "tokens", *(f"{name}: s, peak MB" for name in names), "filled"]]
+    for count, found in record["stages"].items():
+        cells = (f"{each['seconds']:.2f}, {each['peak_bytes'] / 1e6:,.0f}" for each in found["stages"].values())
+        lines.append([f"{count:,}", f"{found['tokens']:,}", *cells, f"{found['filled']:.1%}"])
+    runs = [["rows", "tokens/s", "least-most", "first step s: new, cached", "peak MB: new, cached"]]
+    for count, found in record["runs"].items():
+        rates = [each["tokens_per_second"] for kind in found.values() for each in kind]
+        first, peak = (
+            [median(each[figure] for each in kind) for kind in found.values()]
+            for figure in ("first_step_seconds", "peak_bytes")
+        )
+        runs.append(
+            [
+                f"{count:,}",
+                f"{median(rates):,.0f}",
+                f"{min(rates):,.0f}-{max(rates):,.0f}",
+                ", ".join(f"{each:.1f}" for each in first),
+                ", ".join(f"{each / 1e6:,.0f}" for each in peak),
+            ]
+        )
+    return f"{table.markdown(lines)}\n\n{table.markdown(runs)}"
