@@ -18,6 +18,7 @@ from bench.processes import environment, fresh_folder, run, tail
 from bench.shapes import SHAPES
 
 ROWS, QUICK_ROWS = (1_000, 10_000, 100_000), (40, 80)
+MOST_ROWS, QUICK_MOST_ROWS = 1_000_000, 160  # through the stages alone
 MAX_LENGTH = 256
 TOKENS = 4096  # a step
 WARMUP = 4  # steps that are left out of the rate
@@ -42,12 +43,14 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
     made = helper("prepare", told | {"rows": TOLD, "heldout_rows": TOLD}, folder, env, "rows.json")
     source, texts, _ = data.texts(SEED)
     stages, runs = {}, {}
-    for count in QUICK_ROWS if options.quick else ROWS:
+    trained = QUICK_ROWS if options.quick else ROWS
+    for count in (*trained, QUICK_MOST_ROWS if options.quick else MOST_ROWS):
         place = folder / str(count)
         place.mkdir()
         write_rows(texts, count, place / "rows.jsonl")
         job = {"rows": str(place / "rows.jsonl"), "model": made["model"], "folder": str(place)}
         stages[count] = helper("stages", job | {"max_length": MAX_LENGTH}, place, env, "stages.json")
+    for count in trained:
         runs[count] = {"new": [], "cached": []}
     for _ in range(options.rounds):
         for count, found in runs.items():
