@@ -147,6 +147,22 @@ def test_hub_rows_take_the_split_and_name_the_row(tmp_path: Path) -> None:
         list(hub_rows(str(tmp_path / "set"), "nosuch"))
 
 
+def test_hub_rows_that_stream_leave_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_jsonl(tmp_path / "set" / "train.jsonl", *({"text": f"row {number}"} for number in range(30)))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "copies")
+
+    def rows(streaming: bool) -> list[Row]:
+        source = Source(path=str(tmp_path / "set"), streaming=streaming)
+        return list(hub_rows(source.path, source.split, source.streaming))
+
+    streamed = rows(True)
+    assert not any((tmp_path / "copies").rglob("*.arrow"))
+    assert streamed == rows(False)
+    assert len(streamed) == 30 and any((tmp_path / "copies").rglob("*.arrow"))
+    with pytest.raises(UserError, match="nosuch"):
+        list(hub_rows(str(tmp_path / "set"), "nosuch", streaming=True))
+
+
 ANY_BYTES = st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "replace"))
 JSONISH = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=9),

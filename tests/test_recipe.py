@@ -144,7 +144,7 @@ def test_sequences_anchors_and_flow() -> None:
     assert data.validation == data.train
     assert isinstance(data.train, tuple)
     assert data.train[0] == "a.jsonl"
-    assert data.train[1].model_dump() == {"path": "b.jsonl", "weight": 2.0, "split": "train"}  # type: ignore[union-attr]
+    assert data.train[1].model_dump() == {"path": "b.jsonl", "weight": 2.0, "split": "train", "streaming": False}  # type: ignore[union-attr]
 
 
 def test_byte_order_mark_and_crlf_are_fine() -> None:
@@ -426,7 +426,7 @@ def test_an_unreadable_file() -> None:
             "validation: true",
             "4:15",
             "data.validation: expected a number above 0 and below 1, text, "
-            "a list (each text or a mapping of path, weight, split) or null, found true",
+            "a list (each text or a mapping of path, weight, split, streaming) or null, found true",
             None,
         ),
         (
@@ -448,7 +448,7 @@ def test_an_unreadable_file() -> None:
             "data",
             "validation: [[a]]",
             "4:16",
-            "data.validation[0]: expected text or a mapping of path, weight, split, found a list",
+            "data.validation[0]: expected text or a mapping of path, weight, split, streaming, found a list",
             None,
         ),
         ("data", "columns: {prompt: 3}", "4:21", "data.columns.prompt: expected text, found the number 3", ...),
@@ -1032,7 +1032,7 @@ def test_lines_of_the_reference_fit_a_terminal() -> None:
         (("training", "gradient_checkpointing"), "true, false or auto"),
         (("adapter", "method"), None),
         (("data", "columns"), "a mapping of names to text"),
-        (("data", "train", 0), "text or a mapping of path, weight, split"),
+        (("data", "train", 0), "text or a mapping of path, weight, split, streaming"),
         (("data", "train", 0, "weight"), "a number above 0"),
     ],
 )

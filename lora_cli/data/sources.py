@@ -60,7 +60,7 @@ def read_rows(sources: Iterable[Source]) -> Iterator[Row | Fault]:
         files = _files(source.path)
         read = 0
         if files is None:
-            for row in hub_rows(source.path, source.split):
+            for row in hub_rows(source.path, source.split, source.streaming):
                 yield Row(row.columns, row.where, index)
                 read += 1
         else:
@@ -259,8 +259,9 @@ READERS: dict[str, Callable[[Path], Iterator[Record | Fault]]] = {
 }
 
 
-def hub_rows(name: str, split: str) -> Iterator[Row]:
-    """The rows of a split of a data set on the hub (or in its local cache), through ``datasets``.
+def hub_rows(name: str, split: str, streaming: bool = False) -> Iterator[Row]:
+    """The rows of a split of a data set on the hub (or in its local cache), through ``datasets``; from a memory-mapped
+    copy of it or, ``streaming``, as they come.
 
     Raises UserError when it cannot be loaded: offline and not cached, no such data set, no such split.
     """
@@ -269,9 +270,9 @@ def hub_rows(name: str, split: str) -> Iterator[Row]:
 
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(name, split=split, streaming=streaming)
+        for number, columns in enumerate(rows, 1):
+            yield Row(columns, f"{name}[{split}] (row {number})")
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         what = f"the data set could not be loaded from the hub: {str(error).splitlines()[0]}"
         raise UserError(what, name, "give a path that exists, or a hub id that can be reached from here") from error
-    for number, columns in enumerate(rows, 1):
-        yield Row(columns, f"{name}[{split}] (row {number})")

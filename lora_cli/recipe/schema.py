@@ -95,6 +95,10 @@ class Source(Section):
         1.0, gt=0, description="How often an epoch passes over this source: 2 takes each row twice, 0.5 half of them."
     )
     split: str = Field("train", min_length=1, description="Split to take when path is a hub id.")
+    streaming: bool = Field(
+        False,
+        description="Read a hub id's rows over the network as they are needed, twice in all, and keep no copy on disk.",
+    )
 
 
 Sources = Annotated[tuple[Text | Source, ...], Field(min_length=1)]
