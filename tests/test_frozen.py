@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -336,6 +337,34 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
                 assert cut.column(column, split) == whole.column(column, split), column
         assert cut.adapter_bytes == whole.adapter_bytes
         assert cut.info["cache_frozen"] == whole.info["cache_frozen"]
+
+
+def test_a_signal_stops_the_computing(
+    upper: Callable[..., Any], write_recipe: Any, lora: Any, tmp_path: Path, train: Callable[..., Run], monkeypatch: Any
+) -> None:
+    whole = train(upper())
+    original = loop.set_up
+
+    def watch(*args: Any) -> Any:
+        trainer = original(*args)
+
+        def interrupt(*_: Any) -> None:
+            if trainer.hidden_states is not None:
+                signal.raise_signal(signal.SIGINT)
+                hook.remove()
+
+        below = frozen_layers(trainer.accelerator.unwrap_model(trainer.model))
+        hook = below.layers[0].register_forward_hook(interrupt)
+        return trainer
+
+    recipe = write_recipe(upper() | {"training": upper()["training"] | {"output_dir": tmp_path / "cut"}})
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "set_up", watch)
+        stopped = lora("train", recipe)
+    assert stopped.exit_code == 130 and "stopped before the first step" in stopped.stderr
+    assert not (tmp_path / "cut" / "metrics.jsonl").exists()
+    done(lora("train", recipe, "--resume"))
+    assert Run(tmp_path / "cut").adapter_bytes == whole.adapter_bytes
 
 
 def test_a_run_goes_on_as_it_began(train: Callable[..., Run], upper: Callable[..., Any], lora: Any) -> None:
