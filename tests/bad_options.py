@@ -28,9 +28,9 @@ def merge_under_a_file(w: World) -> Arguments:
     return ["merge", w.run(), "--out", "file/out"]
 
 
-@case("run", "adapter, not a model", "lora merge")
-def quantize_of_an_adapter(w: World) -> Arguments:
-    return ["quantize", w.run(), "--out", "out"]
+@case("--skip c_atn", "did you mean 'c_attn'")
+def quantize_but_for_an_unknown_layer(w: World) -> Arguments:
+    return ["quantize", w.run(), "--out", "out", "--skip", "c_atn"]
 
 
 @case("no finished run", "name a run")

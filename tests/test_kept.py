@@ -158,12 +158,12 @@ def test_of_two_that_make_it_the_first_wins(tiny_llama: Path, tmp_path: Path, mo
     folder, write = tmp_path / "cache" / "base", kept.write_quantized
     settings = (tiny_llama, folder, Quantization(method="nf4"), torch.float32, torch.float32)
 
-    def overtaken(*args: Any) -> Any:
+    def overtaken(*args: Any, **keywords: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(kept, "write_quantized", write)
             kept.keep(*settings)
         firsts.extend(file.stat().st_ino for file in sorted(folder.iterdir()))
-        return write(*args)
+        return write(*args, **keywords)
 
     firsts: list[int] = []
     monkeypatch.setattr(kept, "write_quantized", overtaken)
@@ -178,7 +178,7 @@ def test_without_room_it_is_quantized_at_load(
 ) -> None:
     wanted, _ = quantized("there/run")
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     if when == "before":

@@ -66,7 +66,7 @@ def command(
         raise UserError("--data: there is nothing to verify with --no-verify", hint="leave one of them out")
     max_shard = bytes_of(max_shard_size)
     check_out(out)
-    origins = [_trace(adapter, base) for adapter in adapters]
+    origins = [find_adapter(adapter, base) for adapter in adapters]
     for origin in origins:
         check_out(out, origin.base, origin.folder)
     check_model_type(origins[0].base)
@@ -89,7 +89,9 @@ def command(
     typer.echo(jsonlib.dumps(report, default=str) if json else "\n".join(lines))
 
 
-def _trace(adapter: Path, base: str | None) -> AdapterOrigin:
+def find_adapter(adapter: Path, base: str | None = None) -> AdapterOrigin:
+    """The adapter of a run or folder, and its base. Raises UserError when it cannot be merged; warns of a run that has
+    not ended."""
     from lora_cli.training.run import unfinished
     from lora_cli.weights.check import read_adapter_config
     from lora_cli.weights.provenance import adapter_folder, trace

@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import json as jsonlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet
 from lora_cli.errors import UserError
 
+if TYPE_CHECKING:
+    from lora_cli.weights.provenance import AdapterOrigin
+
 WORST = 5
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A model folder or hub id.", show_default=False)],
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="A model (folder or hub id), or a run or adapter, which is merged first.",
+            metavar="MODEL|RUN|ADAPTER",
+            show_default=False,
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="The folder to write; must not exist.", show_default=False)],
     method: Annotated[Literal["nf4", "fp4", "int8"], typer.Option("--method", help="The type to store.")] = "nf4",
     double_quant: Annotated[
         bool, typer.Option("--double-quant/--no-double-quant", help="4 bits: quantize the blocks' scales as well.")
     ] = True,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--skip",
+            help="Modules to leave as they are, beside the head: names or regular expressions, as in Transformers' "
+            "llm_int8_skip_modules; several with commas.",
+            metavar="MODULES",
+        ),
+    ] = None,
     max_shard_size: MaxShardSize = "50GB",
     data: Annotated[str | None, typer.Option("--data", help="Rows to measure perplexity on, before and after.")] = None,
     json: Json = False,
@@ -29,49 +48,81 @@ def command(
 ) -> None:
     """Store a model's linear layers in 4 or 8 bits."""
     from lora_cli.cli import measure
-    from lora_cli.model.files import check_model_type, check_quantizable, locate
     from lora_cli.recipe.schema import Quantization
-    from lora_cli.weights.shards import bytes_of, check_out, check_whole
+    from lora_cli.weights.provenance import recipe_of
+    from lora_cli.weights.shards import bytes_of, check_out
 
-    if any((Path(model) / part / "adapter_config.json").is_file() for part in ("", "adapter")):
-        raise UserError("this is an adapter, not a model", model, "lora merge makes a model of it first")
     max_shard = bytes_of(max_shard_size)
     check_out(out)
-    check_model_type(locate(model))
-    check_quantizable(locate(model))
-    folder = locate(model, weights=True)
-    check_out(out, folder)
-    check_whole(folder)
+    folder, origin = _find(target)
+    for place in (folder, *([origin.folder] if origin else [])):
+        check_out(out, place)
+    adapter, recipe = (origin.folder, origin.recipe) if origin else (None, None)
     rows = None
     if data is not None:
-        from lora_cli.weights.provenance import recipe_of
-
-        section = measure.data_section(data, recipe_of(folder))
+        section = measure.data_section(data, recipe if origin else recipe_of(folder))
         measure.check(section)
-        rows = measure.rows_for(folder, None, section, None)
+        rows = measure.rows_for(folder, adapter, section, recipe)
 
-    from lora_cli.weights.quantize import quantize
+    from lora_cli.weights.quantize import quantize, stored_model
+    from lora_cli.weights.quantize_merged import quantize_merged
 
-    result = quantize(folder, out, Quantization(method=method, double_quant=double_quant), max_shard)
+    wanted, skipped = Quantization(method=method, double_quant=double_quant), _split(skip)
+    if origin is None:
+        result = quantize(stored_model(folder), out, wanted, skipped, max_shard)
+    else:
+        result = quantize_merged(origin, out, wanted, skipped, max_shard)
     report: dict[str, Any] = {
         "out": str(out),
         "method": method,
+        **({"adapter": str(adapter), "base": origin.base_name} if origin else {}),
         "bytes_before": result.bytes_before,
         "bytes_after": result.bytes_after,
         "layers": {layer.name: layer.relative for layer in result.layers},
     }
     if rows is not None:
-        for key, place in (("before", folder), ("after", out)):
-            score = measure.measure(place, None, rows, None).score
+        seen = recipe.quantization if recipe else None  # an adapter is measured on the base it was trained on
+        before = measure.measure(folder, adapter, rows, recipe, seen).score
+        after = measure.measure(out, None, rows, recipe).score
+        for key, score in (("before", before), ("after", after)):
             report[key] = {"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens}
     typer.echo(jsonlib.dumps(report) if json else _text(report))
+
+
+def _find(target: str) -> tuple[Path, AdapterOrigin | None]:
+    """A model's folder; an adapter's base and the adapter. Raises UserError for what cannot be quantized."""
+    from lora_cli.model.files import check_model_type, check_quantizable, locate
+    from lora_cli.weights.check import check_mergeable
+    from lora_cli.weights.provenance import adapter_folder
+    from lora_cli.weights.shards import check_whole
+
+    if adapter_folder(Path(target)) is not None:
+        from lora_cli.cli.merge import find_adapter
+
+        origin = find_adapter(Path(target))
+        check_model_type(origin.base)
+        check_mergeable(origin.base)
+        return origin.base, origin
+    check_model_type(locate(target))
+    check_quantizable(locate(target))
+    folder = locate(target, weights=True)
+    check_whole(folder)
+    return folder, None
+
+
+def _split(skip: list[str] | None) -> list[str]:
+    names = [name.strip() for each in skip or [] for name in each.split(",")]
+    if not all(names):
+        raise UserError("--skip: a name is empty", hint="give names, with commas between them")
+    return names
 
 
 def _text(report: dict[str, Any]) -> str:
     before, after = report["bytes_before"], report["bytes_after"]
     layers = report["layers"]
     mean = sum(layers.values()) / len(layers)
-    lines = [
+    lines = [f"{report['adapter']} merged into {report['base']}, and"] if "adapter" in report else []
+    lines += [
         f"{report['out']}: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({after / before:.0%}), {report['method']}",
         f"relative error of {len(layers)} layers: mean {mean:.4f}; the largest:",
         *(f"  {error:.4f}  {name}" for name, error in list(layers.items())[:WORST]),

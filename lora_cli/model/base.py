@@ -146,8 +146,11 @@ def load_base(
     device: torch.device,
     dtype: torch.dtype,
     sharded: bool = False,
+    skip: list[str] | None = None,
 ) -> PreTrainedModel:
     """The base with its weights, frozen, on ``device``; to be ``sharded``, 4-bit weights are stored as ``dtype``.
+
+    Layers in ``skip`` are not quantized; None: the head.
 
     Raises UserError for what ``load_config`` refuses, and when stored weights are missing: Transformers would fill them
     at random.
@@ -160,6 +163,7 @@ def load_base(
         options["attn_implementation"] = model.attn_implementation
     if quantization is not None:
         quantized = bitsandbytes_config(quantization, device)
+        quantized.llm_int8_skip_modules = skip
         if sharded:  # torch shards no integers that stand for floating-point numbers
             quantized.bnb_4bit_quant_storage = dtype
         options["quantization_config"] = quantized

@@ -22,7 +22,7 @@ from lora_cli import __version__
 from lora_cli.errors import RunError
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.fingerprint import fingerprint
-from lora_cli.weights.quantize import write_quantized
+from lora_cli.weights.quantize import stored_model, write_quantized
 from lora_cli.weights.shards import weight_files, whole_folder
 
 SUMS = "sha256.json"
@@ -35,12 +35,12 @@ VERSIONS = ("bitsandbytes", "transformers", "torch")
 def kept_name(base: Path, quantization: Quantization, dtype: torch.dtype, compute_dtype: torch.dtype) -> str:
     """The name of this base's folder in a cache, when it is quantized so from ``dtype``."""
     times = [file.stat().st_mtime_ns for file in weight_files(base)]  # a fingerprint is of samples: an edit escapes it
-    stated = [
+    depends_on = [
         [__version__, *map(version, VERSIONS)],
         [fingerprint(base), times, (base / "config.json").read_text(encoding="utf-8")],
         [quantization.model_dump(mode="json"), str(dtype), str(compute_dtype)],
     ]
-    return f"base-{hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()}"
+    return f"base-{hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()}"
 
 
 def find_kept(cache: Path, name: str) -> Path | None:
@@ -61,7 +61,7 @@ def keep(base: Path, folder: Path, quantization: Quantization, dtype: torch.dtyp
     shutil.rmtree(folder, ignore_errors=True)
     try:
         with whole_folder(folder, needed=needed) as draft:
-            write_quantized(base, draft, quantization, dtype, compute_dtype, SHARD)
+            write_quantized(stored_model(base), draft, quantization, dtype, compute_dtype, max_shard=SHARD)
             (draft / SUMS).write_text(json.dumps(_sums(draft)), encoding="utf-8")
     except RunError:
         if not _is_whole(folder):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,8 +15,9 @@ from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
-from lora_cli.errors import UserError
+from lora_cli.errors import UserError, did_you_mean
 from lora_cli.model.base import (
     DTYPES,
     best_device,
@@ -47,6 +49,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Source:
+    """The model to quantize: the one in ``folder``, or what an adapter makes of it.
+
+    ``read`` gives a tensor by the name ``folder`` stores it under; ``words`` is the size of the vocabulary where the
+    adapter has grown it.
+    """
+
+    folder: Path
+    headers: dict[str, TensorInfo]
+    read: Callable[[str], torch.Tensor]
+    adapter: Path | None = None
+    words: int | None = None
+
+
+@dataclass(frozen=True)
 class LayerError:
     """A layer's relative error in the Frobenius norm, |Q(W) - W| / |W|."""
 
@@ -65,33 +82,62 @@ class Quantized:
     layers: tuple[LayerError, ...]
 
 
-def quantize(folder: Path, out: Path, quantization: Quantization, max_shard: int = MAX_SHARD) -> Quantized:
-    """Write the model in ``folder`` to ``out`` with its linear layers (but the head) in 4 or 8 bits.
+def stored_model(folder: Path) -> Source:
+    """The model in ``folder`` as it is."""
+    headers = read_headers(weight_files(folder))
+    return Source(folder, headers, lambda name: read_tensor(headers[name], name))
 
-    Raises UserError when it is quantized already, its weights are damaged or no numbers, or ``out`` will not do.
+
+def quantize(
+    source: Source, out: Path, quantization: Quantization, skip: Sequence[str] = (), max_shard: int = MAX_SHARD
+) -> Quantized:
+    """Write the model to ``out`` with its linear layers in 4 or 8 bits, but for the head and those in ``skip``.
+
+    Raises UserError when it is quantized already, its weights are damaged or no numbers, a name in ``skip`` is no
+    layer's, or ``out`` will not do.
     """
+    folder, adapter = source.folder, source.adapter
     check_out(out)
     check_quantizable(folder)
     check_weights(folder, skeleton(load_config(folder)))
-    files = weight_files(folder)
-    dtype, compute_dtype = stored_dtype(read_headers(files)), DTYPES[quantization.compute_dtype]
+    check_skip(folder, quantization, skip)
+    dtype, compute_dtype = stored_dtype(source.headers), DTYPES[quantization.compute_dtype]
     with whole_folder(out) as draft:
-        layers = write_quantized(folder, draft, quantization, dtype, compute_dtype, max_shard)
-        load_tokenizer(folder).save_pretrained(str(draft))
-        for name in ("generation_config.json", PROVENANCE):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, draft / name)
+        layers = write_quantized(source, draft, quantization, dtype, compute_dtype, skip, max_shard)
+        with_tokenizer = adapter if adapter and (adapter / "tokenizer_config.json").is_file() else folder
+        load_tokenizer(with_tokenizer).save_pretrained(str(draft))
+        for place, name in ((folder, "generation_config.json"), (adapter or folder, PROVENANCE)):
+            if (place / name).is_file():
+                shutil.copyfile(place / name, draft / name)
+    files = weight_files(folder)
     before, after = (sum(file.stat().st_size for file in found) for found in (files, weight_files(out)))
     worst_first = sorted(layers, key=lambda layer: -layer.relative)
     return Quantized(out, quantization.method, before, after, tuple(worst_first))
 
 
+def check_skip(folder: Path, quantization: Quantization, skip: Sequence[str]) -> None:
+    """Raises UserError for a name that none of the layers to quantize has, and when no layer is left."""
+    layers = list(quantized_layers(folder, quantization))
+    ends = sorted({layer.rpartition(".")[2] for layer in layers})
+    for name in skip:
+        try:
+            if not any(should_convert_module(layer, [name]) is False for layer in layers):
+                raise UserError(
+                    f"--skip {name}: no layer that would be quantized has this name", hint=did_you_mean(name, ends)
+                )
+        except re.error as error:
+            raise UserError(f"--skip {name}: neither a name nor a regular expression: {error}") from error
+    if not any(should_convert_module(layer, list(skip)) for layer in layers):
+        raise UserError("no layer is left to quantize", str(folder), "skip fewer" if skip else None)
+
+
 def write_quantized(
-    folder: Path,
+    source: Source,
     out: Path,
     quantization: Quantization,
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
+    skip: Sequence[str] = (),
     max_shard: int = MAX_SHARD,
 ) -> list[LayerError]:
     """Write configuration and weights as ``from_pretrained`` and ``save_pretrained`` would, without the model.
@@ -103,11 +149,15 @@ def write_quantized(
     settings = bitsandbytes_config(quantization, best_device())
     if quantization.method != "int8":  # not always what this machine computes best in
         settings.bnb_4bit_compute_dtype = compute_dtype
-    bare = skeleton(load_config(folder))
-    headers = read_headers(weight_files(folder))
+    bare, headers = skeleton(load_config(source.folder)), source.headers
+    if skip:  # in place of the default, the head
+        default = AutoHfQuantizer.from_config(settings).get_modules_to_not_convert(bare)
+        settings.llm_int8_skip_modules = sorted({*default, *skip})
     names = _model_names(bare, headers)
     if names is None:
-        return _write_whole(folder, out, quantization, dtype, settings, max_shard)
+        return _write_whole(source.folder, out, quantization, dtype, settings, max_shard)
+    if source.words is not None:
+        bare.config.vocab_size = source.words
     turned = _quantized_skeleton(bare, settings)
     bare.config.dtype, bare.config.quantization_config = dtype, settings
     bare.config.architectures = [type(bare).__name__]
@@ -118,7 +168,7 @@ def write_quantized(
     announced = [*names.values(), *(f"{layer}.{part}" for layer in turned for part in PARTS)]
     with shard_writer(out, announced, max_shard) as write:
         for stored, name in names.items():
-            tensor = read_tensor(headers[stored], stored)
+            tensor = source.read(stored)
             if tensor.is_floating_point():
                 tensor = tensor.to(dtype)
             layer, _, kind = name.rpartition(".")
@@ -133,6 +183,11 @@ def write_quantized(
                 write(f"{layer}.{suffix}", part)
             layers.append(LayerError(layer, encoded.error / encoded.size if encoded.size else encoded.error))
     return layers
+
+
+def is_streamed(folder: Path) -> bool:
+    """Whether ``write_quantized`` takes the model a tensor at a time."""
+    return _model_names(skeleton(load_config(folder)), read_headers(weight_files(folder))) is not None
 
 
 def _model_names(bare: PreTrainedModel, headers: dict[str, TensorInfo]) -> dict[str, str] | None:
@@ -183,7 +238,8 @@ def _write_whole(
     max_shard: int,
 ) -> list[LayerError]:
     """By Transformers itself, with the quantized model in memory."""
-    model = load_base(folder, Model(name_or_path=str(folder)), quantization, best_device(), dtype)
+    skip = settings.llm_int8_skip_modules
+    model = load_base(folder, Model(name_or_path=str(folder)), quantization, best_device(), dtype, skip=skip)
     model.config.use_cache = True
     model.config.quantization_config = settings
     layers = list(_errors(model, read_headers(weight_files(folder))))

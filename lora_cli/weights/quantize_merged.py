@@ -1,0 +1,41 @@
+"""An adapter folded into its base and the sum quantized, in one pass: no merged model is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from lora_cli.recipe.schema import Quantization
+from lora_cli.weights.merge import common_quantization, find_sums, merge
+from lora_cli.weights.provenance import AdapterOrigin
+from lora_cli.weights.quantize import Quantized, Source, is_streamed, quantize, stored_model
+from lora_cli.weights.shards import MAX_SHARD, check_out, read_headers, stored_dtype, weight_files
+
+
+def quantize_merged(
+    origin: AdapterOrigin,
+    out: Path,
+    quantization: Quantization,
+    skip: Sequence[str] = (),
+    max_shard: int = MAX_SHARD,
+) -> Quantized:
+    """Write what ``merge`` and then ``quantize`` would write.
+
+    Only where one of the two needs a model in memory, a merged model lies beside ``out`` meanwhile. Raises UserError
+    as both do.
+    """
+    check_out(out)
+    headers = read_headers(weight_files(origin.base))
+    seen = getattr(torch, origin.dtype) if origin.dtype else stored_dtype(headers)
+    sums = find_sums([origin], headers, common_quantization([origin]), seen, None)
+    if sums is None or not is_streamed(origin.base):
+        with TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as place:
+            merged = Path(place) / "merged"
+            merge([origin], merged)
+            return quantize(stored_model(merged), out, quantization, skip, max_shard)
+    read = sums.read
+    source = Source(origin.base, headers, lambda name: read(name).tensor, origin.folder, sums.changes.words)
+    return quantize(source, out, quantization, skip, max_shard)

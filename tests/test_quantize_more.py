@@ -1,0 +1,185 @@
+"""`lora quantize` of runs and adapters, and with modules left out: what merging, then Transformers, would write."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import done
+from peft import LoHaConfig, LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from test_streaming import tensors_of
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+def make_adapter(base: Path, out: Path, kind: str = "lora", **config: Any) -> Path:
+    """An adapter from PEFT alone that changes what it adapts."""
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "r": 4} | config
+    adapted = get_peft_model(model, LoHaConfig(**settings) if kind == "loha" else LoraConfig(**settings))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if weight.requires_grad and "magnitude" not in name:
+                weight.add_(0.1 * torch.randn(weight.shape))
+    adapted.save_pretrained(str(out), save_embedding_layers=False)
+    return out
+
+
+def merged_then_quantized(lora: Any, target: Path, folder: Path, *flags: str) -> Path:
+    done(lora("merge", target, "--out", folder / "merged", "--no-verify"))
+    done(lora("quantize", folder / "merged", "--out", folder / "two-steps", *flags))
+    return folder / "two-steps"
+
+
+def same_files(found: Path, wanted: Path) -> None:
+    assert sorted(path.name for path in found.iterdir()) == sorted(path.name for path in wanted.iterdir())
+    for path in wanted.iterdir():
+        assert (found / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("base_name", ["gpt2", "llama"])
+def test_an_adapter_is_merged_in_the_same_pass(
+    base_name: str, method: str, request: Any, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = request.getfixturevalue(f"tiny_{base_name}")
+    use_dora = base_name == "llama"
+    adapter = make_adapter(base, tmp_path / "adapter", use_dora=use_dora, use_rslora=True, fan_in_fan_out=not use_dora)
+    wanted = merged_then_quantized(lora, adapter, tmp_path, "--method", method)
+
+    def no_merge(*_: Any) -> None:
+        raise AssertionError("a merged model was written")
+
+    monkeypatch.setattr("lora_cli.weights.quantize_merged.merge", no_merge)
+    report = done(lora("quantize", adapter, "--out", tmp_path / "out", "--method", method, "--json")).json
+    same_files(tmp_path / "out", wanted)
+    assert (report["adapter"], report["base"]) == (str(adapter), str(base))
+    alone = done(lora("quantize", base, "--out", tmp_path / "plain", "--method", method, "--json")).json
+    assert report["layers"].keys() == alone["layers"].keys() and report["layers"] != alone["layers"]
+
+
+@pytest.mark.parametrize("trained_on", [None, {"method": "nf4", "compute_dtype": "float32"}])
+def test_a_run(
+    trained_on: dict[str, str] | None, train: Any, qa_file: Path, tiny_llama: Path, tmp_path: Path, lora: Any
+) -> None:
+    """Trained on a quantized base, it is merged into what that base's weights stand for, as lora merge does it."""
+    changes = {"model.name_or_path": tiny_llama, "adapter.target_modules": "all-linear"}
+    run = train(changes | ({"quantization": trained_on} if trained_on else {}))
+    wanted = merged_then_quantized(lora, run.folder, tmp_path)
+    told = ["--data", qa_file, "--max-shard-size", "20KB", "--json"]
+    report = done(lora("quantize", run.folder, "--out", tmp_path / "out", *told)).json
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    found, expected = tensors_of(tmp_path / "out"), tensors_of(wanted)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    for key, target in (("before", run.folder), ("after", tmp_path / "out")):
+        alone = done(lora("eval", target, "--data", qa_file, "--json")).json
+        assert report[key]["tokens"] == alone["tokens"]
+        assert report[key]["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-6)
+
+
+def test_a_grown_vocabulary(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    """The words that an adapter adds come with their rows, the size in the configuration and the tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.add_tokens(["<new>", "<newer>"])
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+    get_peft_model(model, config).save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=True)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tiny_llama)}))
+    wanted = merged_then_quantized(lora, tmp_path / "adapter", tmp_path)
+    done(lora("quantize", tmp_path / "adapter", "--out", tmp_path / "out"))
+    same_files(tmp_path / "out", wanted)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == len(tokenizer)
+
+
+@pytest.mark.parametrize("case", ["another kind", "experts"])
+def test_what_needs_a_model_in_memory(case: str, tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    base, kind = tiny_llama, "loha"
+    if case == "experts":  # which Transformers joins while loading
+        base, kind = tmp_path / "base", "lora"
+        shutil.copytree(tiny_llama, base, ignore=shutil.ignore_patterns("*.safetensors"))
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_local_experts": 2, "max_position_embeddings": 64}
+        heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+        torch.manual_seed(0)
+        MixtralForCausalLM(MixtralConfig(vocab_size=400, **sizes, **heads)).save_pretrained(base)
+    adapter = make_adapter(base, tmp_path / "adapter", kind, target_modules=["q_proj", "v_proj"])
+    wanted = merged_then_quantized(lora, adapter, tmp_path)
+    (tmp_path / "made").mkdir()
+    done(lora("quantize", adapter, "--out", tmp_path / "made" / "out"))
+    same_files(tmp_path / "made" / "out", wanted)
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("skip", "names"),
+    [
+        (["--skip", "o_proj,down_proj"], ["o_proj", "down_proj"]),
+        (["--skip", "o_proj", "--skip", r"model\.layers\.1"], ["o_proj", r"model\.layers\.1"]),
+    ],
+)
+@pytest.mark.parametrize("settings", [NF4, {"load_in_8bit": True}], ids=["nf4", "int8"])
+def test_skipped_modules_stay_as_they_are(
+    settings: dict[str, Any], skip: list[str], names: list[str], tiny_llama: Path, tmp_path: Path, lora: Any
+) -> None:
+    method = "nf4" if "load_in_4bit" in settings else "int8"
+    report = done(lora("quantize", tiny_llama, "--out", tmp_path / "out", "--method", method, *skip, "--json")).json
+    compute = {"bnb_4bit_compute_dtype": torch.bfloat16} if method == "nf4" else {}
+    config = BitsAndBytesConfig(**settings, **compute, llm_int8_skip_modules=sorted([*names, "lm_head"]))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
+    model.save_pretrained(tmp_path / "plain")
+    found, wanted = load_file(tmp_path / "out" / "model.safetensors"), load_file(tmp_path / "plain/model.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) and found[name].dtype == wanted[name].dtype for name in found)
+    configs = [json.loads((tmp_path / out / "config.json").read_text()) for out in ("out", "plain")]
+    assert configs[0] == configs[1]
+    assert (
+        "model.layers.0.self_attn.q_proj" in report["layers"]
+        and "model.layers.0.self_attn.o_proj" not in report["layers"]
+    )
+    assert found["model.layers.0.self_attn.o_proj.weight"].dtype == torch.float32
+
+
+def test_a_tied_head_stays_when_others_are_skipped(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
+    done(lora("quantize", tiny_gpt2, "--out", tmp_path / "out", "--skip", "c_fc"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model.lm_head) is torch.nn.Linear
+    assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
+    assert model.lm_head.weight.is_floating_point()
+
+
+@pytest.mark.parametrize(
+    ("skip", "told"),
+    [
+        ("q_prj", "did you mean 'q_proj'?"),
+        ("q_proj,", "a name is empty"),
+        ("(", "neither a name nor a regular expression"),
+        ("lm_head", "no layer that would be quantized"),
+        ("model", "no layer is left"),
+    ],
+)
+def test_what_cannot_be_skipped(skip: str, told: str, tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    result = lora("quantize", tiny_llama, "--out", tmp_path / "out", "--skip", skip)
+    assert result.exit_code == 2
+    assert told in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_text_names_the_adapter(train: Any, tmp_path: Path, lora: Any) -> None:
+    run = train()
+    result = done(lora("quantize", run.folder, "--out", tmp_path / "out"))
+    assert str(run.folder / "adapter") in result.stdout and "relative error of 8 layers" in result.stdout
+
+
+def test_out_inside_what_it_is_made_from_is_refused(train: Any, lora: Any) -> None:
+    run = train()
+    result = lora("quantize", run.folder, "--out", run.folder / "adapter" / "out")
+    assert result.exit_code == 2
+    assert "which it is made from" in result.stderr
