@@ -6,6 +6,7 @@ import copy
 import csv
 import io
 import json
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterable
 from itertools import chain, islice
@@ -109,6 +110,32 @@ def test_a_paragraph_of_a_text_file_is_a_row(tmp_path: Path) -> None:
     ]
     path.write_text(" \n\n")
     assert [fault.what for fault in read_rows(sources_of(str(path))) if isinstance(fault, Fault)] == ["holds no rows"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "header", "row"),
+    [(".jsonl", "", '{"text": "some words"}\n'), (".csv", "text\n", "some words\n"), (".txt", "", "some words\n\n")],
+)
+def test_many_rows_are_never_in_memory_together(suffix: str, header: str, row: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{suffix}"
+    path.write_text(header + row * 20_000)
+    tracemalloc.start()
+    try:
+        count = sum(item.columns == {"text": "some words"} for item in read_rows(sources_of(str(path))))  # type: ignore[union-attr]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 20_000
+    assert peak < path.stat().st_size / 2
+
+
+@pytest.mark.parametrize(("suffix", "header"), [(".csv", "text\n"), (".txt", "\n")])
+def test_a_byte_that_is_not_utf8_is_named_by_its_line(suffix: str, header: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(b"\xef\xbb\xbf" + header.encode() + b"good\nb\xe4d\n")
+    with pytest.raises(UserError, match=r"0xe4") as raised:
+        list(read_rows(sources_of(str(path))))
+    assert raised.value.faults[0].where == f"{path}:3"
 
 
 @pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])

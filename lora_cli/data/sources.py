@@ -123,6 +123,21 @@ def _decode(raw: bytes, path: Path) -> str:
         raise UserError(f"not UTF-8: byte 0x{raw[error.start]:02x}", f"{path}:{line}", "save it as UTF-8") from error
 
 
+def _lines(path: Path, newline: str | None) -> Iterator[str]:
+    """A file's lines, one at a time; ``newline`` as ``open`` takes it. Raises UserError at one that is not UTF-8."""
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                try:
+                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    what = f"not UTF-8: byte 0x{raw[error.start]:02x}"
+                    raise UserError(what, f"{path}:{number}", "save it as UTF-8") from error
+                yield from io.StringIO(line, newline=newline)
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", str(path)) from error
+
+
 Record = tuple[str, dict[str, Any]]
 
 
@@ -184,7 +199,7 @@ def _json(path: Path) -> Iterator[Record | Fault]:
 
 def _csv(path: Path) -> Iterator[Record | Fault]:
     csv.field_size_limit(sys.maxsize)  # a cell may hold a whole text; the library stops at 128 KiB
-    reader = csv.reader(io.StringIO(_decode(_read_bytes(path), path), newline=""), strict=True)
+    reader = csv.reader(_lines(path, newline=""), strict=True)
     header: list[str] | None = None
     line = 1  # where a record begins: a cell may hold line breaks
     try:
@@ -236,7 +251,7 @@ def _text(path: Path) -> Iterator[Record | Fault]:
     """A row for each paragraph: lines between blank ones, joined as they stand."""
     lines: list[str] = []
     number = 0
-    for number, line in enumerate(io.StringIO(_decode(_read_bytes(path), path), newline=None), 1):
+    for number, line in enumerate(_lines(path, newline=None), 1):
         if line.strip():
             lines.append(line)
         elif lines:
