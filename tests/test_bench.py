@@ -8,10 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import contestants, context, heldout, prepare, same_work, scale, stages, startup, table, train
+import torch
+from bench import (
+    contestants,
+    context,
+    heldout,
+    prepare,
+    same_weights,
+    same_work,
+    scale,
+    stages,
+    startup,
+    table,
+    train,
+    weights,
+)
 from bench.options import Options
 from bench.processes import environment, run
 from bench.work import Did, Work, write_job
+from safetensors.torch import save_file
 
 OPTIONS = Options("tiny", rounds=1, steps=2, threads=1, dtype="float32", gpu=False, quick=True, only=(), out=None)
 LORA = contestants.CPU[0]
@@ -143,3 +158,30 @@ def test_stages_and_runs_of_few_rows(rows: dict[str, Any], tmp_path: Path) -> No
     assert did["tokens_per_second"] > 0 and did["peak_bytes"] > 100e6
     shown = scale.show({"stages": {5: found}, "runs": {5: {"new": [did], "cached": [did]}}})
     assert "| pack: s, peak MB |" in shown and f"{did['tokens_per_second']:,.0f}" in shown
+
+
+def test_merge_is_measured_beside_peft(rows: dict[str, Any], tmp_path: Path) -> None:
+    record = weights.measure("merge", OPTIONS, rows["model"], tmp_path, environment(1, tmp_path))
+    assert record["faults"] == []
+    assert record["same"]["tensors"] > 10 and record["same"]["largest"] < 1e-6
+    assert record["ratios"].keys() == {"seconds", "peak_bytes"}
+    assert all(run["peak_bytes"] > 50e6 and run["seconds"] > 0 for each in record["runs"].values() for run in each)
+
+
+def test_weights_that_differ_are_told(tmp_path: Path) -> None:
+    one = {"a": torch.ones(4), "b": torch.ones(2), "c": torch.ones(3)}
+    other = {"a": torch.tensor([1.0, 1.0, 1.0, 2.0]), "b": torch.ones(2).bfloat16(), "d": torch.ones(3)}
+    for name, tensors in (("one", one), ("other", other)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    found = same_weights.compare(tmp_path / "one", tmp_path / "other")
+    assert found["largest"] == pytest.approx(1 / 7**0.5) and found["of"] == "a"
+    assert [fault.split(" ")[1] for fault in found["faults"]] == ["c", "d", "b"]
+
+
+def test_ratios_are_of_medians() -> None:
+    def runs(*seconds: float) -> list[dict[str, float]]:
+        return [{"seconds": each, "peak_bytes": 2 * each} for each in seconds]
+
+    found = weights.ratios({"lora": runs(1, 2, 30), "PEFT": runs(4, 4, 9)}, "PEFT")
+    assert found == {"seconds": 0.5, "peak_bytes": 0.5}

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from bench import context, scale, startup, train
+from bench import context, scale, startup, train, weights
 from bench.options import Options
 from bench.shapes import SHAPES
 
@@ -22,6 +22,8 @@ BENCHMARKS = {
     "context": context.benchmark,
     "startup": startup.benchmark,
     "scale": scale.benchmark,
+    "merge": weights.merge,
+    "quantize": weights.quantize,
 }
 
 
@@ -31,7 +33,11 @@ def parse(arguments: list[str]) -> tuple[list[str], Options]:
         prog="scripts/bench/run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("benchmark", nargs="?", choices=BENCHMARKS, help="train; with --gpu train and context")
-    parser.add_argument("--shape", choices=SHAPES, help="the model (llama; with --gpu llama-8b, with --quick tiny)")
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        help="the model (llama; merge and quantize llama-500m; with --gpu llama-8b, with --quick tiny)",
+    )
     parser.add_argument("--rounds", type=int, help="runs of each contestant (5; with --quick 1)")
     parser.add_argument("--steps", type=int, help="optimizer steps a run (24; with --quick 4)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="for everyone (all cores)")
@@ -51,7 +57,8 @@ def parse(arguments: list[str]) -> tuple[list[str], Options]:
     )
     told = vars(parser.parse_args(arguments))
     quick, gpu = told["quick"], told["gpu"]
-    told["shape"] = told["shape"] or ("tiny" if quick else "llama-8b" if gpu else "llama")
+    shape = "llama-8b" if gpu else "llama-500m" if told["benchmark"] in ("merge", "quantize") else "llama"
+    told["shape"] = told["shape"] or ("tiny" if quick else shape)
     told["rounds"] = told["rounds"] or (1 if quick else 5)
     told["steps"] = told["steps"] or (4 if quick else 24)
     asked = told.pop("benchmark")

@@ -55,6 +55,21 @@ SHAPES = {
         },
         LLAMA_ATTENTION,
     ),
+    "llama-500m": Shape(  # 518M, for work on weights
+        "llama",
+        {
+            "vocab_size": 32_000,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": False,
+        },
+        LLAMA_LINEAR,
+        "bfloat16",
+    ),
     "llama-8b": Shape(  # Llama 3.1 8B, with positions for the search of the longest context
         "llama",
         {

@@ -1,0 +1,34 @@
+"""A LoRA adapter that changes its base, made by PEFT; ``python -m bench.prepare_adapter job.json``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+STD = 0.02
+
+
+def main(job: str) -> None:
+    """Writes the adapter, and adapter.json, which says where it is."""
+    told = json.loads(Path(job).read_text(encoding="utf-8"))
+    model = AutoModelForCausalLM.from_pretrained(told["model"], dtype="auto")
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=told["r"], lora_alpha=told["lora_alpha"], target_modules=told["targets"]
+    )
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, config)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=STD)
+    adapted.save_pretrained(str(Path(told["folder"]) / "adapter"))
+    found = {"adapter": str(Path(told["folder"]) / "adapter")}
+    (Path(told["folder"]) / "adapter.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,125 @@
+"""Weights on disk: lora merge beside PEFT, lora quantize beside Transformers, on a model made on the spot."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench import machine, table
+from bench.helpers import PLACE, helper
+from bench.options import Options
+from bench.processes import environment, fresh_folder, run, tail
+from bench.shapes import SHAPES
+
+OURS = "lora"
+PEERS = {"merge": "PEFT", "quantize": "Transformers"}
+ASKED = {"merge": {"seconds": 0.4, "peak_bytes": 0.25}, "quantize": {}}
+"""What ratios should be at most."""
+APART = {"merge": 2**-8, "quantize": 0.0}
+"""How far a tensor may be from the peer's, relative to its norm: a merge is rounded to bfloat16 in other places."""
+RANK, ALPHA = 16, 32
+TOLD = 16  # rows that ``prepare`` counts
+MAX_LENGTH = 256
+
+
+def merge(options: Options) -> dict[str, Any]:
+    """lora merge, beside PEFT's load, merge_and_unload and save_pretrained."""
+    return benchmark("merge", options)
+
+
+def quantize(options: Options) -> dict[str, Any]:
+    """lora quantize to NF4, beside from_pretrained with a BitsAndBytesConfig and save_pretrained."""
+    return benchmark("quantize", options)
+
+
+def benchmark(verb: str, options: Options) -> dict[str, Any]:
+    """Both once a round, in fresh processes; then whether they wrote the same."""
+    folder = fresh_folder(PLACE / "work")
+    told = {"shape": options.shape, "models": str(PLACE / "models"), "folder": str(folder), "max_length": MAX_LENGTH}
+    try:
+        env = environment(options.threads, folder / "caches", options.gpu)
+        made = helper("prepare", told | {"rows": TOLD, "heldout_rows": TOLD}, folder, env, "rows.json")
+        return measure(verb, options, made["model"], folder, env)
+    finally:
+        shutil.rmtree(folder)
+
+
+def measure(verb: str, options: Options, model: str, folder: Path, env: dict[str, str]) -> dict[str, Any]:
+    """All rounds; who goes first changes from one to the next."""
+    before = machine.describe(options.threads)
+    commands = contestants(verb, options, model, folder, env)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+    for number in range(options.rounds):
+        for name in list(commands)[:: -1 if number % 2 else 1]:
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.sync()  # what the one before has left to be written
+            runs[name].append(one_run(commands[name], folder / f"{name}.log", env))
+    told = {"found": str(folder / OURS), "wanted": str(folder / PEERS[verb]), "folder": str(folder)}
+    same = helper("same_weights", told, folder, env, "same.json")
+    ratio = ratios(runs, PEERS[verb])
+    print(show(runs, ratio, ASKED[verb]))
+    print(f"\n{same['tensors']} tensors, the largest relative difference {same['largest']:.1e} ({same['of']})")
+    faults = list(same["faults"])
+    if same["largest"] > APART[verb]:
+        faults.append(f"{same['of']} is {same['largest']:.1e} from {PEERS[verb]}'s, at most {APART[verb]:.1e} is meant")
+    for fault in faults:
+        print(f"NOT the same: {fault}")
+    return {
+        "benchmark": verb,
+        "shape": {"name": options.shape, **asdict(SHAPES[options.shape])},
+        "machine": before | {"load_after": machine.describe(options.threads)["load"]},
+        "versions": machine.versions(),
+        "rounds": options.rounds,
+        "runs": runs,
+        "ratios": ratio,
+        "asked": ASKED[verb],
+        "same": same,
+        "faults": faults,
+    }
+
+
+def contestants(verb: str, options: Options, model: str, folder: Path, env: dict[str, str]) -> dict[str, list[str]]:
+    """Python's arguments for each, who writes to a folder of its name. For a merge an adapter is made on the spot."""
+    target = model
+    if verb == "merge":
+        job = {"model": model, "targets": SHAPES[options.shape].targets, "r": RANK, "lora_alpha": ALPHA}
+        target = helper("prepare_adapter", job | {"folder": str(folder)}, folder, env, "adapter.json")["adapter"]
+    flags = {"merge": ["--no-verify"], "quantize": ["--method", "nf4", "--double-quant"]}[verb]
+    return {
+        OURS: ["-m", "lora_cli", verb, target, "--out", str(folder / OURS), *flags],
+        PEERS[verb]: ["-m", f"bench.peers.{verb}", target, str(folder / PEERS[verb])],
+    }
+
+
+def one_run(arguments: list[str], log: Path, env: dict[str, str]) -> dict[str, float]:
+    """Seconds of the whole process, and its memory at most. Raises SystemExit when it failed."""
+    ended = run(arguments, env, log)
+    if ended.exit_code:
+        raise SystemExit(f"exit code {ended.exit_code}:\n{tail(log)}")
+    return {"seconds": ended.seconds, "peak_bytes": ended.peak_bytes}
+
+
+def ratios(runs: Mapping[str, Sequence[Mapping[str, float]]], peer: str) -> dict[str, float]:
+    """Our median over the peer's."""
+    medians = {name: {key: median(run[key] for run in each) for key in each[0]} for name, each in runs.items()}
+    return {key: value / medians[peer][key] for key, value in medians[OURS].items()}
+
+
+def show(
+    runs: Mapping[str, Sequence[Mapping[str, float]]], ratio: Mapping[str, float], asked: Mapping[str, float]
+) -> str:
+    """Medians, spread and ratios in Markdown."""
+    rows = [["", "s", "least-most", "peak MB"]]
+    for name, each in runs.items():
+        seconds, peak = ([run[key] for run in each] for key in ("seconds", "peak_bytes"))
+        spread = f"{min(seconds):.1f}-{max(seconds):.1f}"
+        rows.append([name, f"{median(seconds):.1f}", spread, f"{median(peak) / 1e6:,.0f}"])
+    rows.append(["ratio", f"{ratio['seconds']:.2f}", "", f"{ratio['peak_bytes']:.2f}"])
+    if asked:
+        rows.append(["asked", f"{asked['seconds']:.2f}", "", f"{asked['peak_bytes']:.2f}"])
+    return table.markdown(rows)
