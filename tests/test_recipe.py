@@ -389,7 +389,7 @@ def test_an_unreadable_file() -> None:
             "training",
             "gradient_checkpointing: on",
             "6:27",
-            "training.gradient_checkpointing: expected true, false or auto, found the text 'on'",
+            "training.gradient_checkpointing: expected true, false, auto or offload, found the text 'on'",
             None,
         ),
         (
@@ -1029,7 +1029,7 @@ def test_lines_of_the_reference_fit_a_terminal() -> None:
         (("adapter", "r"), "a whole number of at least 1"),
         (("adapter", "lora_dropout"), "a number of at least 0 and below 1"),
         (("training", "max_steps"), "a whole number of at least 1 or null"),
-        (("training", "gradient_checkpointing"), "true, false or auto"),
+        (("training", "gradient_checkpointing"), "true, false, auto or offload"),
         (("adapter", "method"), None),
         (("data", "columns"), "a mapping of names to text"),
         (("data", "train", 0), "text or a mapping of path, weight, split, streaming"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.model.targets import Target
@@ -22,6 +23,13 @@ def linear_layers(model: PreTrainedModel) -> dict[str, Target]:
         if wide is not None and module is not head and not _is_router(name, wide[1], model):
             layers[name] = Target(name, *wide)
     return layers
+
+
+def checkpointed_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The layers that gradient checkpointing recomputes, one at a time."""
+    if not model.supports_gradient_checkpointing:
+        return {}
+    return {name: part for name, part in model.named_modules() if isinstance(part, GradientCheckpointingLayer)}
 
 
 def widths(module: nn.Module) -> tuple[int, int] | None:

@@ -207,10 +207,17 @@ class Training(Section):
         description="What to do about a step whose loss or gradient is infinite or NaN; the weights are left alone in "
         "any case. stop: end the run. skip: leave the step out, count it, and end the run after 5 in a row.",
     )
-    gradient_checkpointing: bool | Literal["auto"] = Field(
+    gradient_checkpointing: bool | Literal["auto", "offload"] = Field(
         "auto",
-        description="Recompute activations in the backward pass: less memory, about a fifth slower. auto: when the "
-        "activations would not fit.",
+        description="Recompute activations in the backward pass: less memory, about a fifth slower. offload: and keep "
+        "the layers' inputs in host memory meanwhile (on a processor the same as true). auto: each when the "
+        "activations would not fit without.",
+    )
+    stream_base: bool | Literal["auto"] = Field(
+        "auto",
+        description="Hold the frozen weights of one layer at a time, read from disk or host memory whenever the layer "
+        "runs: far less memory, slower, with gradient checkpointing. In one process, without DoRA and quantization. "
+        "auto: when the weights would not fit.",
     )
     cache_frozen: bool | Literal["auto", "memory", "disk"] = Field(
         "auto",
@@ -243,6 +250,14 @@ class Training(Section):
         return self
 
     @model_validator(mode="after")
+    def _streaming_agrees(self) -> Training:
+        if self.stream_base is True and (self.fsdp or self.deepspeed is not None):
+            raise ValueError("training.stream_base: goes with one process, not with fsdp or deepspeed")
+        if self.stream_base is True and self.gradient_checkpointing is False:
+            raise ValueError("training.stream_base: needs gradient_checkpointing, which is false; leave it at auto")
+        return self
+
+    @model_validator(mode="after")
     def _sharding_and_optimizer_agree(self) -> Training:
         way = "fsdp" if self.fsdp else "deepspeed"
         if self.fsdp and self.deepspeed is not None:
@@ -262,6 +277,15 @@ class Recipe(Section):
     adapter: Adapter = Field(Adapter(), description="What is trained.")
     data: Data = Field(description="What is learned from.")
     training: Training = Field(description="How it is learned, and what is kept.")
+
+    @model_validator(mode="after")
+    def _a_layer_that_streams_is_plain(self) -> Recipe:
+        if self.training.stream_base is True and self.adapter.use_dora:
+            raise ValueError("training.stream_base: does not go with adapter.use_dora, which reads every weight's norm")
+        if self.training.stream_base is True and self.quantization is not None:
+            # MatMul4Bit and MatMul8bitLt keep the weights for the backward pass out of checkpointing's sight.
+            raise ValueError("training.stream_base: does not go with quantization, which holds its weights in memory")
+        return self
 
     @model_validator(mode="after")
     def _a_best_needs_validation(self) -> Recipe:

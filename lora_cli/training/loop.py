@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch.autograd.graph import save_on_cpu
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_cli.data.batches import Step
@@ -64,7 +65,8 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
     except (RuntimeError, MemoryError, OSError) as error:
         if is_out_of_memory(error):
             checkpointing = bool(trainer and unwrap(trainer).base_model.is_gradient_checkpointing)
-            raise out_of_memory(job, error, checkpointing) from error
+            streams = trainer.streams if trainer else job.recipe.training.stream_base is True
+            raise out_of_memory(job, error, checkpointing, streams) from error
         if process_count() == 1 or not isinstance(error, RuntimeError) or not is_broken_connection(error):
             raise
         what = "the connection to another process of this run broke"
@@ -198,12 +200,14 @@ def take_step(trainer: Trainer, step: Step, learning_rate: float) -> tuple[float
     for parameter_group in optimizer.param_groups:
         parameter_group["lr"] = learning_rate
     total = torch.zeros((), device=accelerator.device)
+    on_gpu = accelerator.device.type == "cuda"
     micro_batches = own_share(step.micro_batches, accelerator)
     for index, (rows, weight) in enumerate(micro_batches):
         batch = hidden_states.batch_of(trainer, "train", rows).to(accelerator.device)
         last = index == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(trainer.model):
-            nll = weight * summed_loss(trainer.model, batch, trainer.head, trainer.below)
+            with save_on_cpu(pin_memory=on_gpu) if trainer.offload else nullcontext():
+                nll = weight * summed_loss(trainer.model, batch, trainer.head, trainer.below)
             backward(accelerator, trainer.model, optimizer, nll * accelerator.num_processes / step.supervised, last)
         total += nll.detach()
     weights = [parameter for _, parameter in parameters(trainer)]

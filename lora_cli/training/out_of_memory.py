@@ -12,10 +12,12 @@ import torch
 from lora_cli.data.examples import Ints
 from lora_cli.errors import RunError
 from lora_cli.model.base import best_device, resolve_dtype, skeleton
-from lora_cli.model.layers import linear_layers
+from lora_cli.model.files import stored_quantization
+from lora_cli.model.layers import checkpointed_layers, linear_layers
 from lora_cli.model.memory import activation_bytes, describe_lack, size, weight_bytes
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.checkpoint import kept
+from lora_cli.training.launched import process_count
 from lora_cli.training.prepare import Prepared
 
 REMEDIES = 3
@@ -34,12 +36,13 @@ class Need:
         return self.weights + self.optimizer + self.activations
 
 
-def out_of_memory(job: Prepared, error: BaseException, checkpointing: bool) -> RunError:
+def out_of_memory(job: Prepared, error: BaseException, checkpointing: bool, streams: bool) -> RunError:
     """What to raise when ``error`` came of a lack of memory; to be called while what filled it still does.
 
-    ``checkpointing`` is whether activations were recomputed.
+    ``checkpointing`` is whether activations were recomputed, ``streams`` whether the base's layers came and went.
     """
-    recipe = changed(job.recipe, {"training.gradient_checkpointing": checkpointing})
+    now = {"training.gradient_checkpointing": checkpointing or streams, "training.stream_base": streams}
+    recipe = changed(job.recipe, now)
     need = estimate(job, recipe)
     lines = [
         f"this recipe needs about {size(need.total)}: {size(need.weights)} for the base, {size(need.optimizer)} for "
@@ -67,12 +70,14 @@ def _changes(recipe: Recipe, job: Prepared) -> Iterator[dict[str, Any]]:
     size, batches = training.per_device_train_batch_size, training.gradient_accumulation_steps
     if not training.gradient_checkpointing:
         yield {"training.gradient_checkpointing": True}
+    elif not (training.stream_base or obstacle(job, recipe, process_count())):
+        yield {"training.stream_base": True}
     if size > 1:
         kept = {"training.gradient_accumulation_steps": batches * 2} if size % 2 == 0 else {}
         yield {"training.per_device_train_batch_size": size // 2} | kept
     if job.max_length > 2:
         yield {"data.max_length": job.max_length // 2}
-    if recipe.quantization is None:
+    if recipe.quantization is None and training.stream_base is not True:
         yield {"quantization.method": "nf4"}
         if resolve_dtype(recipe.model.dtype, best_device()) == torch.float32:
             yield {"model.dtype": "bfloat16"}
@@ -82,13 +87,32 @@ def _changes(recipe: Recipe, job: Prepared) -> Iterator[dict[str, Any]]:
         yield {"adapter.r": recipe.adapter.r // 2}
 
 
+def obstacle(job: Prepared, recipe: Recipe, processes: int) -> str:
+    """What keeps this recipe's base from being streamed (``training.stream_base``); empty when nothing does."""
+    if processes > 1 or recipe.training.fsdp or recipe.training.deepspeed is not None:
+        return "it goes with one process; training.fsdp shards the base over several"
+    if recipe.quantization is not None or stored_quantization(job.base):
+        return "a quantized base stays in memory"
+    if recipe.adapter.use_dora:
+        return "adapter.use_dora reads every weight's norm"
+    if recipe.training.gradient_checkpointing is False:
+        return "it needs gradient_checkpointing, which is false"
+    if not checkpointed_layers(skeleton(job.config)):
+        return f"{job.config.model_type} has no layers that can be checkpointed"
+    return ""
+
+
 def estimate(job: Prepared, recipe: Recipe) -> Need:
     """What a run of this recipe needs, from shapes alone; ``job`` gives the base's and the rows'."""
     bare, quantization = skeleton(job.config), recipe.quantization
     dtype = resolve_dtype(recipe.model.dtype, best_device())
     linear = sum(layer.in_features * layer.out_features for layer in linear_layers(bare).values())
+    parameters = sum(parameter.numel() for parameter in bare.parameters())
+    if recipe.training.stream_base is True:  # one layer at a time
+        layers = [sum(weight.numel() for weight in one.parameters()) for one in checkpointed_layers(bare).values()]
+        parameters += max(layers) - sum(layers)
     weights = weight_bytes(
-        sum(parameter.numel() for parameter in bare.parameters()),
+        parameters,
         linear,
         quantization.method if quantization else None,
         bool(quantization and quantization.double_quant),

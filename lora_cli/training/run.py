@@ -31,6 +31,7 @@ MAY_CHANGE = {
         "on_nonfinite",
         "gradient_checkpointing",
         "cache_frozen",
+        "stream_base",
         "fsdp",
         "deepspeed",
         "report_to",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from accelerate import Accelerator
@@ -24,11 +24,14 @@ from lora_cli.training.optimizer import check_warmup, make_optimizer
 from lora_cli.training.out_of_memory import largest_batch
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.sharding import is_sharded, make_accelerator, prepare_model
+from lora_cli.training.streaming import Sources, needs_streaming, put_away, stream
 from lora_cli.training.zero import is_zero
 from lora_cli.weights.kept import find_kept, keep, kept_name
+from lora_cli.weights.shards import read_headers, stored_dtype, weight_files
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
     from lora_cli.model.frozen_layers import FrozenLayers
     from lora_cli.training.hidden_states import HiddenStates
@@ -49,6 +52,8 @@ class Trainer:
     dtype: torch.dtype
     display: Display
     kept_base: Path | None
+    offload: bool
+    streams: bool
     hidden_states: HiddenStates | None = None
 
     @property
@@ -73,13 +78,9 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     accelerator = make_accelerator(recipe.training, dtype)
     set_seed(recipe.training.seed)
     display.note(f"loading {recipe.model.name_or_path}")
-    sharded = is_sharded(accelerator)
-    device = torch.device("cpu") if sharded else accelerator.device  # each process then takes its shards from there
-    kept = None if sharded else kept_base(job, accelerator, dtype, display)
-    quantization = recipe.quantization if kept is None else None
-    base = load_base(kept or job.base, recipe.model, quantization, device, dtype, sharded)
-    base.name_or_path = base.config.name_or_path = str(job.base)
-    packing = recipe.data.packing and lay_end_to_end(base, device, recipe.model.attn_implementation)
+    base, sources, kept = load_frozen(job, accelerator, dtype, display)
+    hooks = stream(base, sources)
+    packing = recipe.data.packing and lay_end_to_end(base, base.device, recipe.model.attn_implementation)
     if recipe.data.packing and not packing:
         told = "rows of like length are padded instead"
         display.note(f"data.packing: this architecture mixes packed rows; {told}", warning=True)
@@ -90,18 +91,63 @@ def set_up(job: Prepared, display: Display) -> Trainer:
         model = adapt(base, recipe.adapter, targets, fused)
     else:
         model = continue_adapter(base, Path(recipe.adapter.init_from), recipe.adapter, targets, fused)
-    if needs_checkpointing(job, schedule, dtype, accelerator.device):
+    checkpointing = choose_checkpointing(job, schedule, dtype, accelerator.device)
+    if checkpointing or sources:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.disable_input_require_grads()  # which reentrant checkpoints need: it sends the gradient down to the bottom
+    for hook in hooks:  # an adapted layer reads its base's weights itself
+        hook.remove()
+    stream(model, sources)
     with evaluating(model):
-        head = None if sharded else frozen_head(model)
+        head = None if is_sharded(accelerator) else frozen_head(model)
     optimizer = make_optimizer(recipe.training, [p for _, p in trainable_parameters(model)])
     prepared, optimizer = prepare_model(accelerator, model, optimizer, dtype)
     prepared.train()
     set_seed(recipe.training.seed, device_specific=True)  # the same start on all processes, dropout of its own on each
     total = schedule.total_steps(recipe.training.num_train_epochs, recipe.training.max_steps)
     check_warmup(recipe.training, total)
-    return Trainer(job, accelerator, prepared, head, optimizer, schedule, packing, total, dtype, display, kept)
+    return Trainer(
+        job,
+        accelerator,
+        prepared,
+        head,
+        optimizer,
+        schedule,
+        packing,
+        total,
+        dtype,
+        display,
+        kept,
+        checkpointing == "offload",
+        bool(sources),
+    )
+
+
+def load_frozen(
+    job: Prepared, accelerator: Accelerator, dtype: torch.dtype, display: Display
+) -> tuple[PreTrainedModel, Sources, Path | None]:
+    """The base; where its layers' weights come from when they are streamed; the folder of a kept quantized one."""
+    recipe, sharded = job.recipe, is_sharded(accelerator)
+    device = torch.device("cpu") if sharded else accelerator.device  # each process then takes its shards from there
+    streams, why = needs_streaming(job, accelerator.num_processes, sharded, device)
+    if why:
+        display.note(f"training.stream_base: auto -> {str(streams).lower()}: {why}", warning=not streams)
+    if streams:
+        display.note("training.stream_base: a layer's frozen weights are read whenever it runs")
+        return *load_streamed(job, device, dtype), None
+    kept = None if sharded else kept_base(job, accelerator, dtype, display)
+    quantization = recipe.quantization if kept is None else None
+    base = load_base(kept or job.base, recipe.model, quantization, device, dtype, sharded)
+    base.name_or_path = base.config.name_or_path = str(job.base)
+    return base, {}, kept
+
+
+def load_streamed(job: Prepared, device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, Sources]:
+    """The base with its layers' weights put away."""
+    # In the stored type, for which Transformers maps the file and reads nothing of it yet.
+    stored = stored_dtype(read_headers(weight_files(job.base)))
+    base = load_base(job.base, job.recipe.model, None, torch.device("cpu"), stored)
+    return base, put_away(base, job.base, device, dtype)
 
 
 def kept_base(job: Prepared, accelerator: Accelerator, dtype: torch.dtype, display: Display) -> Path | None:
@@ -145,15 +191,23 @@ def make_schedule(job: Prepared, packing: bool, processes: int) -> Schedule:
     )
 
 
-def needs_checkpointing(job: Prepared, schedule: Schedule, dtype: torch.dtype, device: torch.device) -> bool:
-    """The recipe's word, or for auto: whether the activations would take more than 4/5 of the free memory."""
+def choose_checkpointing(
+    job: Prepared, schedule: Schedule, dtype: torch.dtype, device: torch.device
+) -> Literal["on", "offload"] | None:
+    """The recipe's word, or for auto: the first way in which the activations take at most 4/5 of the free memory."""
     wanted = job.recipe.training.gradient_checkpointing
+    if wanted == "offload":
+        return "offload"
     if wanted != "auto":
-        return wanted
+        return "on" if wanted else None
     tokens, positions = largest_batch(
         schedule.lengths, schedule.supervised, schedule.batch_size, job.max_length, schedule.packing
     )
-    return activation_bytes(job.config, tokens, positions, dtype.itemsize) > 0.8 * free_bytes(device)
+    free = 0.8 * free_bytes(device)
+    if activation_bytes(job.config, tokens, positions, dtype.itemsize) <= free:
+        return None
+    fits = activation_bytes(job.config, tokens, positions, dtype.itemsize, checkpointing=True) <= free
+    return "on" if fits or device.type == "cpu" else "offload"
 
 
 def unwrap(trainer: Trainer) -> PeftModel:

@@ -1,0 +1,140 @@
+"""The frozen base's layers, whose weights are there only while a layer runs: from disk, or else from host memory.
+
+A module's weights come before its forward pass and go after it. The backward pass finds them in what gradient
+checkpointing has recomputed, which frees them as it goes: without checkpointing autograd would hold them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn import Module, Parameter
+from torch.utils.hooks import RemovableHandle
+
+from lora_cli.errors import UserError
+from lora_cli.model.files import stored_quantization
+from lora_cli.model.layers import checkpointed_layers
+from lora_cli.model.memory import free_bytes, size
+from lora_cli.training.out_of_memory import estimate, obstacle
+from lora_cli.training.prepare import Prepared
+from lora_cli.weights.shards import TensorInfo, read_headers, read_tensor, weight_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Sources = dict[Parameter, Callable[[], torch.Tensor]]
+"""How each weight that is away is brought to the device."""
+Place = tuple[Module, str, Parameter]
+"""A module, and the name under which it holds a weight that is away."""
+COMPARED = 1024
+"""Numbers of a weight, evenly spread, that are held against the file's."""
+
+
+def needs_streaming(job: Prepared, processes: int, sharded: bool, device: torch.device) -> tuple[bool, str]:
+    """The recipe's word, or for auto: whether the weights alone would take more than 4/5 of the free memory; and why.
+
+    Raises UserError when it is asked for and cannot be.
+    """
+    recipe = job.recipe
+    wanted = recipe.training.stream_base
+    if wanted is False or (wanted == "auto" and (sharded or stored_quantization(job.base))):
+        return False, ""
+    why_not = obstacle(job, recipe, processes)
+    if wanted is True:
+        if why_not:
+            raise UserError(f"training.stream_base: {why_not}", str(job.base), "leave it at auto, or set it to false")
+        return True, ""
+    needed, free = estimate(job, recipe).weights, free_bytes(device)
+    if needed <= 0.8 * free:
+        return False, ""
+    told = f"the base needs about {size(needed)}, and {device.type} has {size(free)} free"
+    return not why_not, f"{told}; {why_not}" if why_not else told
+
+
+def put_away(base: PreTrainedModel, folder: Path, device: torch.device, dtype: torch.dtype) -> Sources:
+    """Take the weights of the base's layers out of memory; the rest goes to ``device`` as ``dtype``. Returns where they
+    come from.
+
+    ``base`` lies in host memory as ``folder`` stores it. A weight stays there when Transformers made it of others.
+    """
+    headers = read_headers(weight_files(folder))
+    sources: Sources = {}
+    for outer, layer in checkpointed_layers(base).items():
+        for inner, weight in layer.named_parameters():
+            if weight in sources:
+                continue
+            found = _stored(f"{outer}.{inner}", weight, headers, base.base_model_prefix)
+            sources[weight] = _from_disk(*found, device, dtype) if found else _from_host(weight.data, device, dtype)
+            weight.data = _nothing(weight.shape, device, dtype)
+    for weight in base.parameters():
+        if weight not in sources:
+            weight.data = weight.data.to(device, dtype)
+    for buffer in base.buffers():
+        buffer.data = buffer.data.to(device)
+    base.config.dtype = dtype
+    return sources
+
+
+def stream(model: Module, sources: Sources) -> list[RemovableHandle]:
+    """Have each module's weights come and go around its forward pass; the hooks returned undo that."""
+    return [hook for module, weights in _holders(model, sources) for hook in _hook(module, weights, sources)]
+
+
+def _holders(module: Module, sources: Sources) -> Iterator[tuple[Module, list[Place]]]:
+    """The modules that compute with weights that are away: an adapted layer, which reads its base's, or their owner."""
+    whole = isinstance(module, BaseTunerLayer)
+    owners = module.modules() if whole else [module]
+    places = [
+        (owner, name, weight)
+        for owner in owners
+        for name, weight in owner.named_parameters(recurse=False)
+        if weight in sources
+    ]
+    if places:
+        yield module, places
+    if not whole:
+        for child in module.children():
+            yield from _holders(child, sources)
+
+
+def _hook(module: Module, places: list[Place], sources: Sources) -> tuple[RemovableHandle, RemovableHandle]:
+    def bring(*_: Any) -> None:
+        for owner, name, weight in places:  # a new parameter each time: autograd keeps the one it has seen
+            setattr(owner, name, Parameter(sources[weight](), requires_grad=False))
+
+    def take(*_: Any) -> None:
+        for owner, name, weight in places:
+            setattr(owner, name, weight)
+
+    # Recomputation ends as soon as it has what it needs, by an exception.
+    return module.register_forward_pre_hook(bring), module.register_forward_hook(take, always_call=True)
+
+
+def _stored(name: str, weight: Parameter, headers: dict[str, TensorInfo], prefix: str) -> tuple[TensorInfo, str] | None:
+    """The stored tensor that the weight is; Transformers turns and joins some while loading, which is looked for."""
+    for stored in (name, name.removeprefix(f"{prefix}.")):
+        info = headers.get(stored)
+        if info is not None and info.shape == tuple(weight.shape):
+            tensor, held = read_tensor(info, stored).view(-1), weight.data.view(-1)
+            some = slice(None, None, len(held) // COMPARED | 1)  # an odd step comes by all columns
+            return (info, stored) if torch.equal(tensor[some].to(held.dtype), held[some]) else None
+    return None
+
+
+def _from_disk(info: TensorInfo, name: str, device: torch.device, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    return lambda: read_tensor(info, name).to(device, dtype)
+
+
+def _from_host(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    kept = tensor.to(dtype)
+    kept = kept.pin_memory() if device.type == "cuda" else kept
+    return lambda: kept.to(device)
+
+
+def _nothing(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of one element's memory: NaN, so that nothing computes with it unnoticed."""
+    return torch.full((), float("nan"), device=device, dtype=dtype).expand(shape)

@@ -1,0 +1,222 @@
+"""A base whose layers' weights come and go, and activations kept in host memory: the same run, in less memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import WIDTH
+from transformers import AutoModelForCausalLM
+
+from lora_cli.model.memory import activation_bytes
+from lora_cli.recipe.load import load_recipe
+from lora_cli.training import loop, setup
+from lora_cli.training.out_of_memory import largest_batch, out_of_memory
+from lora_cli.training.prepare import prepare
+
+METHODS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "PEFT's own layers": {"adapter.fused": False},
+    "some layers, dropout": {"adapter.target_modules": "minimal", "adapter.lora_dropout": 0.1},
+}
+
+
+@pytest.fixture
+def largest_away(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of the layers' weights that are in memory after each forward pass."""
+    seen: list[int] = []
+    original = loop.summed_loss
+
+    def look(model: Any, *args: Any) -> Any:
+        loss = original(model, *args)
+        gc.collect()
+        frozen = [
+            p for name, p in model.named_parameters() if not p.requires_grad and (".h." in name or ".layers." in name)
+        ]
+        seen.append(sum(p.data.untyped_storage().nbytes() for p in frozen))
+        return loss
+
+    monkeypatch.setattr(loop, "summed_loss", look)
+    return seen
+
+
+def done(result: Any) -> Any:
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("base", ["gpt2", "llama"])
+def test_a_streamed_base_trains_as_a_resident_one(
+    base: str,
+    method: str,
+    request: pytest.FixtureRequest,
+    write_recipe: Any,
+    lora: Any,
+    qa_file: Path,
+    tmp_path: Path,
+    largest_away: list[int],
+) -> None:
+    changes = (
+        {"adapter.target_modules": "all-linear"}
+        | METHODS[method]
+        | {
+            "model.name_or_path": request.getfixturevalue(f"tiny_{base}"),
+            "data.packing": True,
+            "data.validation": qa_file,
+            "training.eval_steps": 2,
+            "training.gradient_checkpointing": True,
+        }
+    )
+    held, adapters, losses = [], [], []
+    for value in (False, True):
+        folder = tmp_path / str(value)
+        largest_away.clear()
+        recipe = write_recipe(changes | {"training.stream_base": value, "training.output_dir": folder})
+        result = done(lora("train", recipe))
+        assert ("training.stream_base" in result.stderr) is value
+        held.append(max(largest_away))
+        adapters.append((folder / "adapter" / "adapter_model.safetensors").read_bytes())
+        losses.append([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    assert losses[0] == losses[1]
+    assert adapters[0] == adapters[1]
+    assert held[1] < held[0] / 20
+
+
+def test_weights_stored_in_another_type_are_converted_on_the_way(
+    tiny_llama: Path, write_recipe: Any, lora: Any, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
+    shutil.copytree(tiny_llama, tmp_path / "half")
+    model.save_pretrained(tmp_path / "half")
+    adapters = []
+    for value in (False, True):
+        changes = {"model.name_or_path": tmp_path / "half", "training.gradient_checkpointing": True}
+        changes |= {"training.stream_base": value, "training.output_dir": tmp_path / str(value)}
+        done(lora("train", write_recipe(changes)))
+        adapters.append((tmp_path / str(value) / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+
+
+@pytest.mark.parametrize(("free", "streams"), [(10**12, False), (1000, True)])
+def test_auto_streams_when_the_weights_do_not_fit(
+    free: int, streams: bool, write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_cli.training.streaming.free_bytes", lambda device: free)
+    result = done(lora("train", write_recipe({"training.max_steps": 1})))
+    told = " ".join(result.stderr.split())
+    assert (
+        "training.stream_base: auto -> true: the base needs about 0.2 MB, and cpu has 0.0 MB free" in told
+    ) is streams
+    assert ("training.stream_base: a layer's frozen weights are read" in told) is streams
+    held = done(lora("train", write_recipe({"adapter.use_dora": True, "training.max_steps": 1}), "--overwrite"))
+    told = " ".join(held.stderr.split())
+    assert ("0.0 MB free; adapter.use_dora reads every weight's norm" in told) is streams
+    assert "frozen weights are read" not in told
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_hidden_states_are_kept_of_layers_that_stream(
+    cache: str, tiny_llama: Path, write_recipe: Any, lora: Any, tmp_path: Path, largest_away: list[int]
+) -> None:
+    adapters, held = [], []
+    for value in (False, True):
+        folder = tmp_path / str(value)
+        largest_away.clear()
+        changes = {
+            "model.name_or_path": tiny_llama,
+            "adapter.layers_to_transform": [1],
+            "training.cache_frozen": cache,
+            "training.gradient_checkpointing": True,
+            "training.stream_base": value,
+            "training.output_dir": folder,
+        }
+        result = done(lora("train", write_recipe(changes)))
+        assert "hidden states below layer 1 computed once" in " ".join(result.stderr.split())
+        adapters.append((folder / "adapter" / "adapter_model.safetensors").read_bytes())
+        held.append(max(largest_away))
+    assert adapters[0] == adapters[1]
+    assert held[1] < held[0] / 20
+
+
+def test_a_base_stored_quantized_is_not_streamed(
+    tiny_llama: Path, write_recipe: Any, lora: Any, tmp_path: Path
+) -> None:
+    done(lora("quantize", tiny_llama, "--out", tmp_path / "small"))
+    changes = {"model.name_or_path": tmp_path / "small", "training.stream_base": True}
+    result = lora("train", write_recipe(changes))
+    assert result.exit_code == 2
+    assert "training.stream_base: a quantized base stays in memory" in " ".join(result.stderr.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_streaming_is_advised_once_layers_are_checkpointed(write_recipe: Any, monkeypatch: Any) -> None:
+    """Of GPT-2's two layers of 12 x 32 x 32 weights and 13 x 32 biases and scales one stays."""
+    layer = 4 * (12 * WIDTH * WIDTH + 13 * WIDTH)
+    monkeypatch.setattr("lora_cli.training.out_of_memory.REMEDIES", 9)  # among so small layers others help more
+    job = prepare(load_recipe(write_recipe({"training.gradient_checkpointing": True})), resume=False, overwrite=False)
+    told = str(out_of_memory(job, MemoryError(), checkpointing=True, streams=False).faults)
+    assert f"training.stream_base=true (saves about {layer / 1e6:.1f} MB)" in told
+    assert "stream_base" not in str(out_of_memory(job, MemoryError(), checkpointing=True, streams=True).faults)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"training.gradient_checkpointing": False},
+        {"training.fsdp": True},
+        {"adapter.use_dora": True},
+        {"quantization": {"method": "nf4"}},
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_streaming(change: dict[str, Any], write_recipe: Any, lora: Any, tmp_path: Path) -> None:
+    result = lora("train", write_recipe(change | {"training.stream_base": True}))
+    assert result.exit_code == 2
+    assert "training.stream_base" in result.stderr and not (tmp_path / "run").exists()
+
+
+def test_offloaded_activations(write_recipe: Any, lora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer takes goes through host memory once a micro-batch, and nothing that it computes does."""
+    kept: list[torch.Size] = []
+    original = loop.save_on_cpu
+
+    class Watched(original):  # type: ignore[misc, valid-type]
+        def __init__(self, pin_memory: bool) -> None:
+            super().__init__(pin_memory)
+            pack = self.pack_hook
+            self.pack_hook = lambda tensor: (kept.append(tensor.shape), pack(tensor))[1]
+
+    monkeypatch.setattr(loop, "save_on_cpu", Watched)
+    adapters = []
+    for value in (True, "offload"):
+        folder = tmp_path / str(value)
+        done(lora("train", write_recipe({"training.gradient_checkpointing": value, "training.output_dir": folder})))
+        adapters.append((folder / "adapter" / "adapter_model.safetensors").read_bytes())
+        if value is True:
+            assert not kept
+    assert adapters[0] == adapters[1]
+    widths = [shape[-1] for shape in kept if len(shape) == 3]
+    assert widths.count(WIDTH) >= 4 * 2 * 2, "steps x batches x layers"
+    assert max(widths) == WIDTH, "an MLP's inner activations are recomputed, not kept"
+
+
+@pytest.mark.parametrize(
+    ("device", "room", "wanted"),
+    [("cuda", "plain", None), ("cuda", "checkpointed", "on"), ("cuda", "none", "offload"), ("cpu", "none", "on")],
+)
+def test_auto_offloads_when_checkpointing_alone_would_not_do(
+    device: str, room: str, wanted: str | None, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = prepare(load_recipe(write_recipe()), resume=False, overwrite=False)
+    schedule = setup.make_schedule(job, packing=False, processes=1)
+    batch = largest_batch(schedule.lengths, schedule.supervised, 2, job.max_length, False)
+    needed = {"plain": activation_bytes(job.config, *batch, 4), "none": 0}
+    needed["checkpointed"] = activation_bytes(job.config, *batch, 4, checkpointing=True)
+    monkeypatch.setattr(setup, "free_bytes", lambda device: int(1.26 * needed[room]))  # 4/5 of it are to be used
+    assert setup.choose_checkpointing(job, schedule, torch.float32, torch.device(device)) == wanted
