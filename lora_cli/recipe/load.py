@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -44,6 +44,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every key, which ``load_recipe`` reads back to an equal recipe."""
     return yaml.dump(_escaped(recipe.model_dump()), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
+
+
+def changed(recipe: Recipe, changes: Mapping[str, object]) -> Recipe:
+    """The recipe with these dotted keys set anew."""
+    dumped = recipe.model_dump()
+    for dotted, value in changes.items():
+        section, key = dotted.split(".")
+        dumped[section] = {**(dumped[section] or {}), key: value}
+    return Recipe.model_validate(dumped)
 
 
 def _escaped(value: object) -> object:

@@ -169,8 +169,16 @@ class Training(Section):
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the adapter's start, the order of rows and dropout.")
     num_train_epochs: float = Field(3.0, gt=0, description="Passes over the data; may be a fraction.")
     max_steps: Positive | None = Field(None, description="Optimizer steps to take, instead of num_train_epochs.")
-    per_device_train_batch_size: Positive = Field(4, description="Rows (or, packed, rows' worth of tokens) a batch.")
-    gradient_accumulation_steps: Positive = Field(4, description="Batches whose gradients make one step.")
+    per_device_train_batch_size: Positive | Literal["auto"] = Field(
+        4,
+        description="Rows (or, packed, rows' worth of tokens) a batch. auto: as many as fit in memory, of those that "
+        "divide a step; gradient_accumulation_steps are then a step's rows on each process. The run's recipe.yaml "
+        "has the numbers found.",
+    )
+    gradient_accumulation_steps: Positive = Field(
+        4,
+        description="Batches whose gradients make one step; with per_device_train_batch_size: auto, rows instead.",
+    )
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "polynomial", "inverse_sqrt", "constant"] = Field(
         "cosine", description="Course of the learning rate after the warm-up."
@@ -238,6 +246,12 @@ class Training(Section):
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"], ...] = Field(
         (), description="Trackers that get the metrics too, through Accelerate."
     )
+
+    @property
+    def batch_size(self) -> int:
+        """per_device_train_batch_size, once a number stands for auto."""
+        assert self.per_device_train_batch_size != "auto"
+        return self.per_device_train_batch_size
 
     @model_validator(mode="after")
     def _one_way_to_say_warmup(self) -> Training:

@@ -194,7 +194,7 @@ def fill(trainer: Trainer, part: str, interrupt: Interrupt) -> None:
     accelerator, planned, examples = trainer.accelerator, trainer.hidden_states, parts(trainer)[part]
     assert planned is not None
     kept = planned.kept[part]
-    size = trainer.job.recipe.training.per_device_train_batch_size
+    size = trainer.job.recipe.training.batch_size
     groups = evaluation_groups(examples, size, trainer.job.max_length, trainer.packing)
     count = accelerator.num_processes
     with evaluating(trainer.model):

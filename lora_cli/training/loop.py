@@ -66,7 +66,7 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
         if is_out_of_memory(error):
             checkpointing = bool(trainer and unwrap(trainer).base_model.is_gradient_checkpointing)
             streams = trainer.streams if trainer else job.recipe.training.stream_base is True
-            raise out_of_memory(job, error, checkpointing, streams) from error
+            raise out_of_memory(trainer.job if trainer else job, error, checkpointing, streams) from error
         if process_count() == 1 or not isinstance(error, RuntimeError) or not is_broken_connection(error):
             raise
         what = "the connection to another process of this run broke"
@@ -239,7 +239,7 @@ def validate(trainer: Trainer) -> Score:
     """Loss on the validation rows with the model as it is, each row counted once over all processes."""
     job, training = trainer.job, trainer.job.recipe.training
     assert job.validation is not None
-    groups = evaluation_groups(job.validation, training.per_device_train_batch_size, job.max_length, trainer.packing)
+    groups = evaluation_groups(job.validation, training.batch_size, job.max_length, trainer.packing)
     mine = own_share(groups, trainer.accelerator)
     batches = ((hidden_states.batch_of(trainer, "validation", rows), weight) for rows, weight in mine)
     tally = tally_loss(trainer.model, batches, trainer.accelerator.device, trainer.head, trainer.below)

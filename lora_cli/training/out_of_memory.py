@@ -15,10 +15,12 @@ from lora_cli.model.base import best_device, resolve_dtype, skeleton
 from lora_cli.model.files import stored_quantization
 from lora_cli.model.layers import checkpointed_layers, linear_layers
 from lora_cli.model.memory import activation_bytes, describe_lack, size, weight_bytes
+from lora_cli.recipe.load import changed
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.checkpoint import kept
 from lora_cli.training.launched import process_count
 from lora_cli.training.prepare import Prepared
+from lora_cli.training.run import with_numbers
 
 REMEDIES = 3
 
@@ -42,7 +44,7 @@ def out_of_memory(job: Prepared, error: BaseException, checkpointing: bool, stre
     ``checkpointing`` is whether activations were recomputed, ``streams`` whether the base's layers came and went.
     """
     now = {"training.gradient_checkpointing": checkpointing or streams, "training.stream_base": streams}
-    recipe = changed(job.recipe, now)
+    recipe = changed(with_numbers(job.recipe), now)
     need = estimate(job, recipe)
     lines = [
         f"this recipe needs about {size(need.total)}: {size(need.weights)} for the base, {size(need.optimizer)} for "
@@ -67,7 +69,7 @@ def remedies(job: Prepared, recipe: Recipe) -> list[tuple[str, int]]:
 
 def _changes(recipe: Recipe, job: Prepared) -> Iterator[dict[str, Any]]:
     training = recipe.training
-    size, batches = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    size, batches = training.batch_size, training.gradient_accumulation_steps
     if not training.gradient_checkpointing:
         yield {"training.gradient_checkpointing": True}
     elif not (training.stream_base or obstacle(job, recipe, process_count())):
@@ -125,7 +127,7 @@ def estimate(job: Prepared, recipe: Recipe) -> Need:
     tokens, positions = largest_batch(
         examples.lengths,
         examples.supervised_per_row,
-        training.per_device_train_batch_size,
+        training.batch_size,
         limit,
         recipe.data.packing,
     )
@@ -151,15 +153,6 @@ def largest_batch(lengths: Ints, supervised: Ints, batch_size: int, max_length: 
     rows, longest = min(batch_size, len(lengths)), int(lengths.max())
     columns = min(longest, int(np.sort(supervised)[-rows:].sum()))
     return rows * longest, rows * columns
-
-
-def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    """The recipe with these dotted keys set anew."""
-    dumped = recipe.model_dump()
-    for dotted, value in changes.items():
-        section, key = dotted.split(".")
-        dumped[section] = {**(dumped[section] or {}), key: value}
-    return Recipe.model_validate(dumped)
 
 
 def _word(value: object) -> str:

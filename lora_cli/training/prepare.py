@@ -16,9 +16,10 @@ from lora_cli.data.sources import check_sources, sources_of
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import check_model_type, check_quantizable, check_tokenizer, locate
 from lora_cli.model.targets import Target, choose_targets, compile_pattern
+from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Data, Recipe
 from lora_cli.training.launched import process_index
-from lora_cli.training.run import RunFolder
+from lora_cli.training.run import RunFolder, as_begun
 from lora_cli.weights.check import check_adapter, check_start, check_weights, stored_layers
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.provenance import check_base
@@ -58,6 +59,8 @@ class Prepared:
 def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     """Check the recipe against folder, data and model. Raises UserError with every fault that a stage can find."""
     folder = RunFolder(recipe.training.output_dir)
+    if resume and folder.is_begun:
+        recipe = as_begun(recipe, load_recipe(folder.recipe))
     _check_without_torch(recipe, folder, resume, overwrite)
 
     from lora_cli.data.examples import check_ids

@@ -111,6 +111,8 @@ def run_record(trainer: Trainer) -> dict[str, Any]:
         "versions": versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "processes": trainer.accelerator.num_processes,
+        "per_device_train_batch_size": recipe.training.batch_size,
+        "gradient_accumulation_steps": recipe.training.gradient_accumulation_steps,
         "dtype": str(trainer.dtype).removeprefix("torch."),
         "seed": recipe.training.seed,
         "base": base_record(recipe, job.base, fingerprint(job.base), job.folder.adapter),

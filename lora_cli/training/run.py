@@ -7,11 +7,12 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
+from math import gcd
 from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import Fault, UserError, unwritable
-from lora_cli.recipe.load import dump_recipe, load_recipe
+from lora_cli.recipe.load import changed, dump_recipe, load_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.launched import process_count
 from lora_cli.training.lock import check_unlocked
@@ -119,11 +120,11 @@ class RunFolder:
         before = load_recipe(self.recipe)
         began_on, count = int(self.read_info().get("processes", 1)), process_count()
         same_steps = step_of(before, began_on) == step_of(recipe, count)
-        changed = changed_keys(before, recipe)
+        differing = changed_keys(before, recipe)
         hint = "set it back, or begin a new run in another folder"
         faults = [
             Fault(f"--resume: {key} was {old!r} and is now {new!r}", str(self.recipe), hint)
-            for key, (old, new) in changed.items()
+            for key, (old, new) in differing.items()
             if key not in MAY_CHANGE and not (same_steps and key in MAY_CHANGE_TOGETHER)
         ]
         if began_on != count and not same_steps:
@@ -172,8 +173,8 @@ class RunFolder:
 
     def go_on(self, recipe: Recipe, info: Mapping[str, Any]) -> list[str]:
         """Take the folder's run up again; returns what is to be said of changes to its recipe."""
-        before, changed = self.read_info(), changed_keys(load_recipe(self.recipe), recipe)
-        told = [f"--resume: {key} was {old} and is now {new}" for key, (old, new) in changed.items()]
+        before, differing = self.read_info(), changed_keys(load_recipe(self.recipe), recipe)
+        told = [f"--resume: {key} was {old} and is now {new}" for key, (old, new) in differing.items()]
         course = recipe.training.lr_scheduler_type
         if before["steps"] != info["steps"] and course != "constant":
             told.append(
@@ -254,8 +255,30 @@ def _metrics_line(line: bytes, where: str) -> dict[str, Any]:
 
 def step_of(recipe: Recipe, processes: int) -> tuple[int, ...]:
     """What decides which rows a step takes: their number; packed, the batches' size and number."""
-    size, batches = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps * processes
+    size, batches = recipe.training.batch_size, recipe.training.gradient_accumulation_steps * processes
     return (size, batches) if recipe.data.packing else (size * batches,)
+
+
+def with_batch_size(recipe: Recipe, count: int) -> Recipe:
+    """A recipe whose batch size is auto with batches of ``count`` rows, a divisor of the step's rows."""
+    rows = recipe.training.gradient_accumulation_steps
+    numbers = {"per_device_train_batch_size": count, "gradient_accumulation_steps": rows // count}
+    return changed(recipe, {f"training.{key}": number for key, number in numbers.items()})
+
+
+def with_numbers(recipe: Recipe) -> Recipe:
+    """The recipe, its batches the smallest where no number stands for auto yet."""
+    return with_batch_size(recipe, 1) if recipe.training.per_device_train_batch_size == "auto" else recipe
+
+
+def as_begun(recipe: Recipe, before: Recipe) -> Recipe:
+    """A recipe to resume by with the numbers for its auto that the run began with, or another step's that divide it."""
+    if recipe.training.per_device_train_batch_size != "auto":
+        return recipe
+    found = with_batch_size(recipe, gcd(before.training.batch_size, recipe.training.gradient_accumulation_steps))
+    if found.training.gradient_checkpointing != "auto":
+        return found
+    return changed(found, {"training.gradient_checkpointing": before.training.gradient_checkpointing})
 
 
 def changed_keys(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:

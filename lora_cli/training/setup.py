@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +19,7 @@ from lora_cli.evaluation.loss import evaluating, lay_end_to_end
 from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameters
 from lora_cli.model.base import best_device, load_base, resolve_compute_dtype, resolve_dtype
 from lora_cli.model.memory import activation_bytes, free_bytes
+from lora_cli.training.batch_size import recompute_activations, resolve
 from lora_cli.training.display import Display
 from lora_cli.training.optimizer import check_warmup, make_optimizer
 from lora_cli.training.out_of_memory import largest_batch
@@ -84,22 +85,22 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     if recipe.data.packing and not packing:
         told = "rows of like length are padded instead"
         display.note(f"data.packing: this architecture mixes packed rows; {told}", warning=True)
-    schedule = make_schedule(job, packing, accelerator.num_processes)
     targets = [target.name for target in job.targets]
     fused = recipe.adapter.fused and not is_zero(accelerator)  # ZeRO gathers a weight when its own layer is called
     if recipe.adapter.init_from is None:
         model = adapt(base, recipe.adapter, targets, fused)
     else:
         model = continue_adapter(base, Path(recipe.adapter.init_from), recipe.adapter, targets, fused)
-    checkpointing = choose_checkpointing(job, schedule, dtype, accelerator.device)
-    if checkpointing or sources:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-        base.disable_input_require_grads()  # which reentrant checkpoints need: it sends the gradient down to the bottom
     for hook in hooks:  # an adapted layer reads its base's weights itself
         hook.remove()
     stream(model, sources)
     with evaluating(model):
         head = None if is_sharded(accelerator) else frozen_head(model)
+    job = replace(job, recipe=resolve(job, accelerator, model, head, packing, dtype.itemsize, bool(sources), display))
+    schedule = make_schedule(job, packing, accelerator.num_processes)
+    checkpointing = choose_checkpointing(job, schedule, dtype, accelerator.device)
+    if checkpointing or sources:
+        recompute_activations(model)
     optimizer = make_optimizer(recipe.training, [p for _, p in trainable_parameters(model)])
     prepared, optimizer = prepare_model(accelerator, model, optimizer, dtype)
     prepared.train()
@@ -184,7 +185,7 @@ def make_schedule(job: Prepared, packing: bool, processes: int) -> Schedule:
         weights=tuple(source.weight for source in sources_of(recipe.data.train)),
         seed=recipe.training.seed,
         shuffle=recipe.data.shuffle,
-        batch_size=recipe.training.per_device_train_batch_size,
+        batch_size=recipe.training.batch_size,
         max_length=job.max_length,
         packing=packing,
         accumulation=recipe.training.gradient_accumulation_steps * processes,

@@ -21,6 +21,7 @@ from lora_cli.model.layers import checkpointed_layers
 from lora_cli.model.memory import free_bytes, size
 from lora_cli.training.out_of_memory import estimate, obstacle
 from lora_cli.training.prepare import Prepared
+from lora_cli.training.run import with_numbers
 from lora_cli.weights.shards import TensorInfo, read_headers, read_tensor, weight_files
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def needs_streaming(job: Prepared, processes: int, sharded: bool, device: torch.
         if why_not:
             raise UserError(f"training.stream_base: {why_not}", str(job.base), "leave it at auto, or set it to false")
         return True, ""
-    needed, free = estimate(job, recipe).weights, free_bytes(device)
+    needed, free = estimate(job, with_numbers(recipe)).weights, free_bytes(device)
     if needed <= 0.8 * free:
         return False, ""
     told = f"the base needs about {size(needed)}, and {device.type} has {size(free)} free"

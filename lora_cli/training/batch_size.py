@@ -1,0 +1,142 @@
+"""``per_device_train_batch_size: auto``: the largest batch that fits, and how many of them make the step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
+
+from lora_cli.data.batches import Batch, collate
+from lora_cli.data.examples import Ints
+from lora_cli.data.grouping import pack_first_fit
+from lora_cli.evaluation.head import Head
+from lora_cli.evaluation.loss import summed_loss
+from lora_cli.model.adapters import trainable_parameters
+from lora_cli.model.base import pad_token_id
+from lora_cli.model.memory import activation_bytes, free_bytes, is_out_of_memory, size
+from lora_cli.recipe.load import changed
+from lora_cli.recipe.schema import Recipe
+from lora_cli.training.display import Display
+from lora_cli.training.out_of_memory import largest_batch
+from lora_cli.training.prepare import Prepared
+from lora_cli.training.processes import highest
+from lora_cli.training.run import with_batch_size
+from lora_cli.training.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Fits = Callable[[int, bool], bool]
+"""Whether a batch of so many rows fits, its activations recomputed or not."""
+
+OPTIMIZER_BYTES = 8
+"""Of state for each trained number, at most: two moments in float32."""
+
+SHARE = 0.8
+"""Of the free memory that activations may take by the estimate; the rest is for what it does not count."""
+
+
+def resolve(
+    job: Prepared,
+    accelerator: Accelerator,
+    model: PeftModel,
+    head: Head | None,
+    packing: bool,
+    element_size: int,
+    streams: bool,
+    display: Display,
+) -> Recipe:
+    """The recipe with the numbers that ``auto`` stands for, the same on all processes; says which and why.
+
+    Activations are recomputed where they have to be: when the base ``streams``, or nothing else fits. A size is tried
+    on a GPU that holds the whole model, by a forward and a backward pass of the longest batch, and estimated elsewhere.
+    Leaves weights, gradients and random states as they were.
+    """
+    recipe = job.recipe
+    if recipe.training.per_device_train_batch_size != "auto":
+        return recipe
+    rows, wanted = recipe.training.gradient_accumulation_steps, recipe.training.gradient_checkpointing
+    ways = (True,) if streams or wanted == "offload" else (False, True) if wanted == "auto" else (wanted,)
+    device = accelerator.device
+    if device.type == "cuda" and not is_sharded(accelerator):
+        fits, why = _by_trial(job, accelerator, model, head, packing), "the largest that ran through"
+    else:
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+        free = free_bytes(device) // sharing
+        fits = _by_estimate(job, packing, element_size, int(SHARE * free))
+        why = f"the largest whose activations are estimated to fit {SHARE:.0%} of {size(free)} free"
+    found = next(((count, way) for way in ways for count in divisors(rows) if fits(count, way)), None)
+    if found is None:
+        why = "going on with 1, though not even that seems to fit"
+    count, checkpointing = found or (1, ways[-1])
+    count = -highest(-count, accelerator)
+    checkpointing = bool(highest(int(checkpointing), accelerator))
+    told = f"training.per_device_train_batch_size: auto -> {count}, gradient_accumulation_steps: {rows // count}"
+    recomputing = ", activations recomputed" if checkpointing else ""
+    display.note(f"{told}{recomputing}, a step of {rows} rows a process ({why})", warning=found is None)
+    found_out = {"training.gradient_checkpointing": checkpointing} if wanted == "auto" and not streams else {}
+    return changed(with_batch_size(recipe, count), found_out)
+
+
+def recompute_activations(model: PeftModel) -> None:
+    """Have the backward pass run each layer again instead of keeping what it computed."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # Reentrant checkpoints would need it: it sends the gradient down to the bottom.
+    model.get_base_model().disable_input_require_grads()  # type: ignore[operator]
+
+
+def divisors(number: int) -> list[int]:
+    """Its divisors, the largest first."""
+    return [each for each in range(number, 0, -1) if number % each == 0]
+
+
+def _by_estimate(job: Prepared, packing: bool, element_size: int, room: int) -> Fits:
+    examples = job.train.examples
+
+    def fits(count: int, checkpointing: bool) -> bool:
+        batch = largest_batch(examples.lengths, examples.supervised_per_row, count, job.max_length, packing)
+        return activation_bytes(job.config, *batch, element_size, checkpointing) <= room
+
+    return fits
+
+
+def _by_trial(job: Prepared, accelerator: Accelerator, model: PeftModel, head: Head | None, packing: bool) -> Fits:
+    def fits(count: int, checkpointing: bool) -> bool:
+        if checkpointing:
+            recompute_activations(model)
+        rows = longest_batch(job.train.examples.lengths, count, job.max_length, packing)
+        batch = collate(job.train.examples, rows, packing, pad_token_id(job.tokenizer))
+        ran = _runs(accelerator, model, head, batch)
+        model.zero_grad()
+        clear_device_cache(garbage_collection=True)
+        return ran
+
+    return fits
+
+
+def longest_batch(lengths: Ints, count: int, max_length: int, packing: bool) -> Ints:
+    """The rows that make the fullest batch of this size."""
+    order = np.argsort(-lengths, kind="stable")
+    return pack_first_fit(order, lengths, count * max_length)[0] if packing else order[:count]
+
+
+def _runs(accelerator: Accelerator, model: PeftModel, head: Head | None, batch: Batch) -> bool:
+    device, trained = accelerator.device, sum(weight.numel() for _, weight in trainable_parameters(model))
+    model.train()
+    try:
+        kept_for_the_optimizer = torch.empty(OPTIMIZER_BYTES * trained, dtype=torch.uint8, device=device)
+        with torch.random.fork_rng([device]):
+            with accelerator.autocast():
+                loss = summed_loss(model, batch.to(device), head)
+            torch.autograd.backward(loss)
+        del kept_for_the_optimizer
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True

@@ -1,0 +1,117 @@
+"""``per_device_train_batch_size: auto``: numbers that fit, the step's rows as asked, and the run those numbers make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import Run, done
+from test_memory import LIMITED_ONCE_IMPORTED, run_limited, wide_llama
+
+from lora_cli.training.batch_size import divisors, longest_batch
+
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def auto(rows: int, **others: Any) -> dict[str, Any]:
+    return {"training": {BATCH[0]: "auto", BATCH[1]: rows, **others}}
+
+
+def numbers(record: dict[str, Any]) -> list[Any]:
+    return [record[key] for key in BATCH]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_what_fits_as_a_whole_is_one_batch(packing: bool, train: Callable[..., Run], tmp_path: Path, lora: Any) -> None:
+    changes = {"data.packing": packing, "adapter.lora_dropout": 0.1}
+    wanted = train({"training": {BATCH[0]: 6, BATCH[1]: 1}} | changes)
+    found = train(auto(6) | changes)
+    assert found.losses == wanted.losses
+    assert found.adapter_bytes == wanted.adapter_bytes
+    recipe = found.folder / "recipe.yaml"
+    assert numbers(yaml.safe_load(recipe.read_text())["training"]) == numbers(found.info) == [6, 1]
+
+    done(lora("train", recipe, f"training.output_dir={tmp_path / 'repeated'}"))
+    assert Run(tmp_path / "repeated").adapter_bytes == wanted.adapter_bytes
+
+
+def test_what_does_not_fit_is_divided_and_the_step_keeps_its_rows(
+    write_recipe: Any, tmp_path: Path, tokenizer: Any, lora: Any
+) -> None:
+    base = wide_llama(tmp_path / "wide", tokenizer, 24_000, 4)
+    common = {"model.name_or_path": base, "data": {"train_on": "all"}}
+    run = Run(tmp_path / "found")
+    recipe = write_recipe(auto(12, max_steps=2, output_dir=run.folder) | common)
+    ended, told = run_limited(LIMITED_ONCE_IMPORTED, tmp_path, 600_000_000, "train", recipe)
+    assert ended.returncode == 0, told
+    size, accumulation = numbers(run.info)
+    assert 1 < size < 12 and size * accumulation == 12
+    assert f"per_device_train_batch_size: auto -> {size}, gradient_accumulation_steps: {accumulation}" in told
+
+    written = Run(tmp_path / "written")
+    by_hand = {BATCH[0]: size, BATCH[1]: accumulation, "max_steps": 2, "output_dir": written.folder}
+    done(lora("train", write_recipe({"training": by_hand} | common)))
+    assert written.losses == run.losses
+    assert written.adapter_bytes == run.adapter_bytes
+
+    tight = Run(tmp_path / "tight")
+    recipe = write_recipe(auto(12, max_steps=1, output_dir=tight.folder) | common)
+    ended, told = run_limited(LIMITED_ONCE_IMPORTED, tmp_path, 140_000_000, "train", recipe)
+    assert "going on with 1, though not even that seems to fit" in told
+
+
+def test_a_resumed_run_keeps_the_numbers_it_began_with(train: Callable[..., Run], write_recipe: Any, lora: Any) -> None:
+    by_hand = {BATCH[0]: 3, BATCH[1]: 2}
+    whole, run = train({"training": by_hand | {"max_steps": 5}}), train({"training": by_hand | {"max_steps": 3}})
+    constant = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+    whole, run = (train({"training": by_hand | constant | {"max_steps": steps}}) for steps in (5, 3))
+    other = write_recipe(auto(7, output_dir=run.folder, max_steps=5, **constant))
+    refused = lora("train", other, "--resume")
+    assert refused.exit_code == 2 and "gradient_accumulation_steps was 2 and is now 7" in refused.stderr
+    result = done(lora("train", write_recipe(auto(6, output_dir=run.folder, max_steps=5, **constant)), "--resume"))
+    assert "auto" not in result.stderr
+    assert numbers(run.info) == [3, 2]
+    assert run.losses == whole.losses
+    assert run.adapter_bytes == whole.adapter_bytes
+
+
+def test_two_processes_take_the_same_numbers(write_recipe: Any, tmp_path: Path, lora: Any, lora_process: Any) -> None:
+    shared, alone = Run(tmp_path / "shared"), Run(tmp_path / "alone")
+    result = done(lora_process("train", write_recipe(auto(3, output_dir=shared.folder)), "--num-processes", "2"))
+    assert result.stderr.count("auto -> 3") == 1
+    assert numbers(shared.info) == [3, 1]
+    done(lora("train", write_recipe({"training": {BATCH[0]: 3, BATCH[1]: 2, "output_dir": alone.folder}})))
+    assert shared.losses == pytest.approx(alone.losses, rel=1e-5)
+
+
+def test_the_fullest_batch() -> None:
+    import numpy as np
+
+    assert divisors(12) == [12, 6, 4, 3, 2, 1]
+    lengths = np.array([3, 9, 5, 9, 1])
+    assert longest_batch(lengths, 3, 9, packing=False).tolist() == [1, 3, 2]
+    assert longest_batch(lengths, 2, 9, packing=True).tolist() == [1, 3]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a trial needs a GPU")
+def test_on_a_gpu_the_largest_batch_that_runs_is_found_by_trial(
+    write_recipe: Any, tmp_path: Path, tokenizer: Any, lora: Any
+) -> None:
+    common = {"model.name_or_path": wide_llama(tmp_path / "wide", tokenizer, 24_000, 4), "data": {"train_on": "all"}}
+    common["model.dtype"] = "float32"
+    run, written = Run(tmp_path / "found"), Run(tmp_path / "written")
+    torch.cuda.set_per_process_memory_fraction(0.6e9 / torch.cuda.mem_get_info()[1])
+    try:
+        result = done(lora("train", write_recipe(auto(12, max_steps=2, output_dir=run.folder) | common)))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    size, accumulation = numbers(run.info)
+    assert 1 <= size < 12 and size * accumulation == 12
+    assert "the largest that ran through" in result.stderr
+    by_hand = {BATCH[0]: size, BATCH[1]: accumulation, "max_steps": 2, "output_dir": written.folder}
+    done(lora("train", write_recipe({"training": by_hand} | common)))
+    assert written.losses == pytest.approx(run.losses, rel=1e-5)
