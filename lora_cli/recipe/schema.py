@@ -97,7 +97,7 @@ class Source(Section):
     split: str = Field("train", min_length=1, description="Split to take when path is a hub id.")
     streaming: bool = Field(
         False,
-        description="Read a hub id's rows over the network as they are needed, twice in all, and keep no copy on disk.",
+        description="Read a hub id's rows over the network as they are needed, and keep no copy on disk.",
     )
 
 
