@@ -460,7 +460,7 @@ def shown(logits: torch.Tensor) -> torch.Tensor:
     return logits - logits.mean(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("into", ["expanded", "original"])
+@pytest.mark.parametrize("into", ["expanded", "original", "quantized"])
 def test_the_choice_of_a_base_is_seen(
     into: str, tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
 ) -> None:
@@ -489,6 +489,12 @@ def test_the_choice_of_a_base_is_seen(
     original = run(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), str(adapter)))
     merged = run(AutoModelForCausalLM.from_pretrained(out))
     own = original if into == "original" else seen
+    if into == "quantized":
+        merged = run(AutoModelForCausalLM.from_pretrained(out))
+        requantized = (seen.softmax(-1) * (seen.log_softmax(-1) - merged.log_softmax(-1))).sum(-1).mean()
+        assert told["candidates"]["quantized"]["kl"] == pytest.approx(float(requantized), rel=1e-3)
+        assert told["candidates"]["expanded"]["kl"] < float(requantized) / 10
+        return
     assert told["merged"]["largest"] == pytest.approx(float((shown(merged) - shown(own)).abs().max()), abs=2e-5)
     assert told["merged"]["relative"] < 1e-4
     kl = (seen.softmax(-1) * (seen.log_softmax(-1) - original.log_softmax(-1))).sum(-1).mean()

@@ -29,11 +29,11 @@ def command(
         str | None, typer.Option("--base", help="The base, a folder or hub id; left out: the one the adapter names.")
     ] = None,
     into: Annotated[
-        Literal["expanded", "original"] | None,
+        Literal["expanded", "original", "quantized"] | None,
         typer.Option(
             "--into",
             help="Of a base that training held quantized: what its quantized weights stand for, which the adapter was "
-            "fitted to (when left out), or the original weights.",
+            "fitted to (when left out), the original weights, or the former and the sum quantized again.",
         ),
     ] = None,
     dtype: Annotated[
@@ -73,12 +73,13 @@ def command(
     check_mergeable(origins[0].base)
     _check_together(origins, into)
 
-    import torch
-
     from lora_cli.cli import verify as checking
-    from lora_cli.weights.merge import merge
 
-    result = merge(origins, out, into, getattr(torch, dtype) if dtype else None, max_shard)
+    result = (
+        _quantize(origins, out, dtype, max_shard)
+        if into == "quantized"
+        else _merge(origins, out, into, dtype, max_shard)
+    )
     report, lines = dataclasses.asdict(result), _lines(result)
     if verify or (verify is None and checking.fits(origins[0].base)):
         found = checking.verify(origins, out, into, result.dtype, data)
@@ -106,6 +107,34 @@ def find_adapter(adapter: Path, base: str | None = None) -> AdapterOrigin:
 
         check_kind(origin.folder)
     return origin
+
+
+def _merge(
+    origins: list[AdapterOrigin],
+    out: Path,
+    into: Literal["expanded", "original"] | None,
+    dtype: str | None,
+    max_shard: int,
+) -> Merged:
+    import torch
+
+    from lora_cli.weights.merge import merge
+
+    return merge(origins, out, into, getattr(torch, dtype) if dtype else None, max_shard)
+
+
+def _quantize(origins: list[AdapterOrigin], out: Path, dtype: str | None, max_shard: int) -> Merged:
+    from lora_cli.weights.merge import Merged
+    from lora_cli.weights.quantize_merged import quantize_merged
+
+    origin, *others = origins
+    if others or dtype:
+        what = "--into quantized takes one adapter, and the type is that of its training"
+        raise UserError(what, str(origin.folder), "leave out the other adapters and --dtype")
+    assert origin.recipe is not None and origin.recipe.quantization is not None
+    result = quantize_merged(origin, out, origin.recipe.quantization, max_shard=max_shard)
+    told = f"the base in {result.method}, quantized again"
+    return Merged(out, origin.base_name, len(result.layers), told, result.method, result.bytes_after, None, False)
 
 
 def _check_together(origins: list[AdapterOrigin], into: str | None) -> None:

@@ -72,12 +72,14 @@ def verify(origins: Sequence[AdapterOrigin], out: Path, into: str | None, dtype:
     if quantization is not None:
         for name, expanded in (("expanded", quantization), ("original", None)):
             candidates[name] = logits_of(_apart(origins, None, expanded), rows)
-    own = candidates[into or "expanded"] if candidates else seen
+    if into == "quantized":
+        candidates["quantized"] = merged
+    own = seen if into == "quantized" or not candidates else candidates[into or "expanded"]
     difference = agreement(own, merged, rows)
     against = {name: agreement(seen, logits, rows) for name, logits in candidates.items()}
     tokens = sum(len(row) for row in rows)
     result = Verified(len(rows), tokens, of, perplexity(seen, rows), difference, against)
-    if not difference.relative <= TOLERANCE[dtype]:
+    if into != "quantized" and not difference.relative <= TOLERANCE[dtype]:  # whose rounding is what is to be seen
         what = f"the merged model's logits are {difference.relative:.2%} from those of base and adapter"
         raise CheckError(f"{what}, which rounding to {dtype} does not explain", str(out), "do not use it")
     return result
