@@ -15,12 +15,13 @@ import bad_options
 import bad_recipes
 import bad_rows
 import bad_runs
+import bad_tools
 import pytest
 import yaml
 from bad_input import ROW, Case, World
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-MODULES = (bad_recipes, bad_rows, bad_models, bad_adapters, bad_runs, bad_options)
+MODULES = (bad_recipes, bad_rows, bad_models, bad_adapters, bad_runs, bad_options, bad_tools)
 CASES = [case for module in MODULES for case in vars(module).values() if isinstance(case, Case)]
 
 

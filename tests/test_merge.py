@@ -53,10 +53,8 @@ def make_adapter(name: str, folder: Path, out: Path, **config: Any) -> Path:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     wanted = LoraConfig(
         task_type="CAUSAL_LM",
-        r=R,
-        lora_alpha=ALPHA,  # type: ignore[arg-type]
         fan_in_fan_out=name == "gpt2",
-        **{"target_modules": ALL_LINEAR[name], **config},
+        **{"r": R, "lora_alpha": ALPHA, "target_modules": ALL_LINEAR[name], **config},
     )
     adapted = get_peft_model(model, wanted)
     draw = torch.Generator().manual_seed(5)
@@ -506,7 +504,7 @@ def test_the_choice_of_a_base_is_seen(
 
 def test_a_wrong_sum_is_found(tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: Any) -> None:
     adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter")
-    monkeypatch.setattr("lora_cli.weights.updates._scaling", lambda *_: 1.1 * ALPHA / R)
+    monkeypatch.setattr("lora_cli.weights.updates.scaling_of", lambda *_: 1.1 * ALPHA / R)
     result = lora("merge", adapter, "--out", tmp_path / "merged")
     assert result.exit_code == 4 and "rounding to float32 does not explain" in result.stderr
     done(lora("merge", adapter, "--out", tmp_path / "unseen", "--no-verify"))

@@ -20,6 +20,7 @@ VERBS = {
     "eval": ("--data", "--perplexity", "--json", "--quiet", "--debug", "target"),
     "merge": ("--out", "--json", "--quiet", "--debug", "adapter"),
     "quantize": ("--out", "--method", "--double-quant", "--data", "--json", "--quiet", "--debug", "model"),
+    "adapters": ("list", "show", "compose", "resize", "diff", "extract"),
     "explain": ("--schema", "--quiet", "--debug", "key"),
 }
 SCRIPT = f"""
@@ -38,6 +39,23 @@ def run(*args: str, cwd: Path | None = None) -> tuple[int, list[str], str, str]:
     told, _, report = done.stderr.rpartition("\n")
     code, modules = json.loads(report)
     return code, modules, done.stdout, told
+
+
+ADAPTERS = {
+    "list": ("--json", "--quiet", "--debug", "folder"),
+    "show": ("--json", "--quiet", "--debug", "adapter"),
+    "resize": ("--rank", "--energy", "--out", "--json", "--quiet", "--debug", "adapter"),
+    "diff": ("--json", "--quiet", "--debug", "first", "second"),
+    "extract": ("--rank", "--energy", "--out", "--json", "--quiet", "--debug", "base", "tuned"),
+    "compose": ("--method", "--rank", "--density", "--seed", "--out", "--json", "--quiet", "--debug", "adapter"),
+}
+
+
+@pytest.mark.parametrize("verb", ADAPTERS)
+def test_help_of_the_verbs_for_adapters(verb: str) -> None:
+    code, modules, stdout, stderr = run("adapters", verb, "--help")
+    assert (code, modules, stderr) == (0, [], "")
+    assert all(word in stdout for word in ADAPTERS[verb])
 
 
 @pytest.mark.parametrize("verb", [None, *VERBS])

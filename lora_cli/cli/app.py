@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from lora_cli import __version__
-from lora_cli.cli import evaluate, explain, merge, quantize, train
+from lora_cli.cli import adapters, evaluate, explain, merge, quantize, train
 from lora_cli.errors import LoraError, RunError, UserError
 from lora_cli.training.launched import process_index
 
@@ -33,6 +33,7 @@ app.command("train")(train.command)
 app.command("eval")(evaluate.command)
 app.command("merge")(merge.command)
 app.command("quantize")(quantize.command)
+app.add_typer(adapters.app, name="adapters")
 app.command("explain")(explain.command)
 
 

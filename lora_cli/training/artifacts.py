@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_cli import __version__
 from lora_cli.recipe.schema import Recipe
 from lora_cli.weights.provenance import PROVENANCE
 
@@ -18,24 +14,6 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
-
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
-
-
-def versions() -> dict[str, str]:
-    """The versions a result depends on."""
-    found = {"lora": __version__, "python": platform.python_version()}
-    return found | {name: version(name) for name in PACKAGES}
-
-
-def base_record(recipe: Recipe, base: Path, fingerprint: str, adapter: Path) -> dict[str, Any]:
-    """Which base an adapter is for, so that it is found again when both folders are moved together."""
-    local = Path(recipe.model.name_or_path).is_dir()
-    return {
-        "name_or_path": str(base.resolve()) if local else recipe.model.name_or_path,
-        "relative_path": os.path.relpath(base.resolve(), adapter.resolve()) if local else None,
-        "fingerprint": fingerprint,
-    }
 
 
 def write_adapter(

@@ -33,11 +33,12 @@ from lora_cli.training.out_of_memory import out_of_memory
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.processes import firsts, highest, is_broken_connection, own_share, summed
 from lora_cli.training.proof import digests, prove
-from lora_cli.training.record import now, provenance, result_record, run_record, tell
+from lora_cli.training.record import provenance, result_record, run_record, tell
 from lora_cli.training.resume import choose_weights, go_on, keeps_best, restore, save
 from lora_cli.training.setup import Trainer, parameters, set_up, unwrap
 from lora_cli.training.sharding import backward, clip_gradient, is_sharded
 from lora_cli.weights.kept import prune_kept
+from lora_cli.weights.provenance import now
 from lora_cli.weights.shards import whole_folder
 
 PROOF_TOKENS = 64

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +10,12 @@ import torch
 from lora_cli.evaluation.loss import Score
 from lora_cli.model.base import resolve_compute_dtype
 from lora_cli.model.targets import describe
-from lora_cli.training.artifacts import base_record, versions
 from lora_cli.training.checkpoint import Progress
 from lora_cli.training.display import Display, peak_memory
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.setup import Trainer, unwrap
 from lora_cli.weights.fingerprint import fingerprint
+from lora_cli.weights.provenance import base_record, now, versions
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -115,7 +114,7 @@ def run_record(trainer: Trainer) -> dict[str, Any]:
         "gradient_accumulation_steps": recipe.training.gradient_accumulation_steps,
         "dtype": str(trainer.dtype).removeprefix("torch."),
         "seed": recipe.training.seed,
-        "base": base_record(recipe, job.base, fingerprint(job.base), job.folder.adapter),
+        "base": base_record(recipe.model.name_or_path, job.folder.adapter, fingerprint(job.base)),
         "data": data,
         "cache_frozen": dict(trainer.hidden_states.places) if trainer.hidden_states else {},
         "steps": trainer.total_steps,
@@ -155,8 +154,3 @@ def provenance(trainer: Trainer, info: dict[str, Any]) -> dict[str, Any]:
     """What the adapter folder says of itself."""
     kept = {key: info[key] for key in ("versions", "dtype", "base", "data", "finished", "result")}
     return kept | {"recipe": trainer.job.recipe.model_dump(mode="json")}
-
-
-def now() -> str:
-    """The time in UTC, to the second, as ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -82,11 +82,11 @@ def stored_layers(folder: Path) -> dict[str, Target] | None:
     return layers
 
 
-def check_adapter(folder: Path, base: Path, other_kinds: bool = False) -> None:
+def check_adapter(folder: Path, base: Path | None, other_kinds: bool = False) -> None:
     """Raises UserError, by tensor, when a LoRA adapter's tensors do not fit the base's layers or are missing.
 
-    PEFT loads such an adapter without a word and the result is the bare base. Of ``other_kinds``, refused if they are
-    not expected, only the numbers are looked at.
+    PEFT loads such an adapter without a word and the result is the bare base. Without a ``base`` what the adapter's own
+    files tell is checked alone. Of ``other_kinds``, refused if they are not expected, only the numbers are looked at.
     """
     config = read_adapter_config(folder)
     if config["peft_type"] != "LORA" and other_kinds:
@@ -106,7 +106,7 @@ def check_adapter(folder: Path, base: Path, other_kinds: bool = False) -> None:
         for name, found in halves.items()
         for kind in sorted({"A", "B"} - set(found))
     ]
-    layers = stored_layers(base)
+    layers = stored_layers(base) if base is not None else None
     if layers is not None:
         faults += _misfits(folder, halves, layers)
         faults += [

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from pydantic import ValidationError
 
+from lora_cli import __version__
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import locate
 from lora_cli.recipe.explain import dotted_keys
@@ -18,6 +23,7 @@ from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.shards import check_whole
 
 PROVENANCE = "provenance.json"
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
 DTYPES = ("float32", "bfloat16", "float16")
 WITHOUT = "copy it again, or remove it: the adapter then counts as made elsewhere"
 
@@ -49,21 +55,48 @@ def trace(folder: Path, base: str | None = None, other_kinds: bool = False) -> A
     """
     if base is not None:
         return _checked(folder, locate(base, weights=True), base, other_kinds)
-    config = read_adapter_config(folder)
-    record = read_record(folder)
-    stored = record.get("base", {})
-    name = str(stored.get("name_or_path") or config.get("base_model_name_or_path") or "")
-    relative = stored.get("relative_path")
-    moved = (folder / relative) if relative else None
+    name, place = named_base(folder)
     if not name:
         raise UserError("the adapter does not say which base it is for", str(folder / "adapter_config.json"))
-    place = str(moved.resolve()) if moved is not None and moved.is_dir() and not Path(name).is_dir() else name
     try:
         found = locate(place, weights=True)
     except UserError as error:
         what = f"the base that this adapter is for is not found: {error.faults[0].where}: {error.faults[0].what}"
         raise UserError(what, str(folder), "put it back, move both together, or name it with --base") from error
     return _checked(folder, found, name, other_kinds)
+
+
+def named_base(folder: Path) -> tuple[str, str]:
+    """The base that an adapter names, empty when it names none, and where to look for it: it may have been moved along
+    with the adapter."""
+    stored = read_record(folder).get("base", {})
+    name = str(stored.get("name_or_path") or read_adapter_config(folder).get("base_model_name_or_path") or "")
+    relative = stored.get("relative_path")
+    moved = (folder / relative) if relative else None
+    return name, str(moved.resolve()) if moved is not None and moved.is_dir() and not Path(name).is_dir() else name
+
+
+def base_record(name: str, adapter: Path, digest: str | None) -> dict[str, Any]:
+    """Which base the adapter at ``adapter`` is for (a folder or hub id, its fingerprint), found again when both folders
+    are moved together."""
+    base = Path(name).resolve()
+    local = bool(name) and base.is_dir()
+    return {
+        "name_or_path": str(base) if local else name or None,
+        "relative_path": os.path.relpath(base, adapter.resolve()) if local else None,
+        "fingerprint": digest,
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions a result depends on."""
+    found = {"lora": __version__, "python": platform.python_version()}
+    return found | {name: version(name) for name in PACKAGES}
+
+
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _checked(folder: Path, base: Path, name: str, other_kinds: bool) -> AdapterOrigin:

@@ -72,6 +72,12 @@ class Product:
             return shapes["embedding_A"][1], shapes["embedding_B"][0]
         return shapes["B.weight"][0], shapes["A.weight"][1]
 
+    @property
+    def rank(self) -> int:
+        """Of the update."""
+        shapes = {part: info.shape for part, (_, info) in self.parts.items()}
+        return shapes["embedding_A" if shapes.keys() >= EMBEDDING else "A.weight"][0]
+
     def read(self) -> Factors:
         """The update as it is to be added to the weight of its shape."""
         read = {part: read_tensor(info, name).float() for part, (name, info) in self.parts.items()}
@@ -118,7 +124,7 @@ def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, Ten
     products: dict[str, tuple[Product, ...]] = {}
     taken: dict[str, Place] = {}
     for folder in adapters:
-        config, read = read_adapter_config(folder), _parts(folder)
+        config, read = read_adapter_config(folder), adapter_parts(folder)
         if config["peft_type"] != "LORA" or read is None or config.get("target_parameters"):
             return None
         halves, others = read
@@ -134,7 +140,7 @@ def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, Ten
         for layer, parts in halves.items():
             stored = found[f"{layer}.weight"]
             assert stored is not None
-            product = Product(layer, parts, _scaling(config, layer, parts))
+            product = Product(layer, parts, scaling_of(config, layer, parts))
             products[stored] = (*products.get(stored, ()), product)
     if taken.keys() & products.keys():
         return None
@@ -187,7 +193,7 @@ def _skeleton(base: Path) -> PreTrainedModel:
     return skeleton(load_config(base))
 
 
-def _parts(folder: Path) -> tuple[dict[str, dict[str, Place]], dict[str, Place]] | None:
+def adapter_parts(folder: Path) -> tuple[dict[str, dict[str, Place]], dict[str, Place]] | None:
     """The parts of an adapter's products by layer, and its other tensors; None when it holds parts of other kinds."""
     halves: dict[str, dict[str, Place]] = {}
     others: dict[str, Place] = {}
@@ -234,7 +240,7 @@ def _turned(
     return frozenset(turned | {name for name, module in modules.items() if isinstance(module, Conv1D)})
 
 
-def _scaling(config: Mapping[str, Any], layer: str, parts: Mapping[str, Place]) -> float:
+def scaling_of(config: Mapping[str, Any], layer: str, parts: Mapping[str, Place]) -> float:
     """alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732); an alpha of the layer's own in ``alpha_pattern``,
     whose keys are the ends of names, or regular expressions for them."""
     rank = parts["embedding_A" if parts.keys() >= EMBEDDING else "A.weight"][1].shape[0]

@@ -1,0 +1,336 @@
+"""``lora adapters list|show|compose|resize|diff|extract``: what adapters there are, and adapters made of others"""
+
+from __future__ import annotations
+
+import dataclasses
+import json as jsonlib
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from lora_cli.cli.options import Debug, Json, Quiet
+from lora_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from lora_cli.weights.catalogue import AdaptedLayer, Entry
+    from lora_cli.weights.lora_adapter import LoraAdapter
+
+app = typer.Typer(
+    help="List, show and make adapters.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "default_map": {"help": False}},
+)
+Adapter = Annotated[Path, typer.Argument(help="A run or an adapter folder.", show_default=False)]
+Rank = Annotated[int | None, typer.Option("--rank", min=1, help="Rank of each layer.")]
+Energy = Annotated[
+    float | None,
+    typer.Option("--energy", help="Instead: the share of each update's squared norm to keep, as 0.99."),
+]
+Out = Annotated[Path, typer.Option("--out", help="The folder to write; must not exist.", show_default=False)]
+
+
+@app.command("list")
+def list_command(
+    folder: Annotated[Path, typer.Argument(help="A folder with adapters in it, at any depth.")] = Path("runs"),
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """List adapters: what they are, of which base and data."""
+    from lora_cli.weights.catalogue import find_adapters
+
+    entries, faults = find_adapters(folder)
+    for fault in faults:
+        typer.echo(f"warning: {fault}", err=True)
+    if json:
+        told = [str(fault) for fault in faults]
+        typer.echo(jsonlib.dumps({"adapters": [dataclasses.asdict(entry) for entry in entries], "warnings": told}))
+    elif entries:
+        _print(["adapter", "kind", "r", "layers", "MB", "base", "data", "best loss", "date"], map(_row, entries))
+    else:
+        typer.echo(f"no adapters in {folder}")
+
+
+@app.command("show")
+def show_command(adapter: Adapter, json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Show an adapter: its layers, base, data and making."""
+    from lora_cli.weights.catalogue import base_state, describe, lora_layers
+    from lora_cli.weights.check import read_adapter_config
+    from lora_cli.weights.provenance import adapter_folder, read_record
+
+    folder = adapter_folder(adapter) or adapter
+    config, entry, layers = read_adapter_config(folder), describe(folder), lora_layers(folder)
+    result = dataclasses.asdict(entry) | {
+        "base_state": base_state(folder),
+        "layers": [dataclasses.asdict(layer) for layer in layers],
+        "config": config,
+        "provenance": read_record(folder),
+    }
+    if json:
+        typer.echo(jsonlib.dumps(result))
+        return
+    width = 1 + max(len(name) for name, _ in _facts(result))
+    typer.echo("\n".join(f"{name + ':':{width}} {value}" for name, value in _facts(result)))
+    if layers:
+        _print(["layers", "number", "in -> out", "r"], _grouped(layers))
+
+
+@app.command("compose")
+def compose_command(
+    parts: Annotated[
+        list[str], typer.Argument(help="Two or more, each as FOLDER=WEIGHT.", metavar="ADAPTER=WEIGHT...")
+    ],
+    out: Out,
+    method: Annotated[
+        Literal[
+            "cat",
+            "svd",
+            "linear",
+            "ties",
+            "dare_ties",
+            "dare_linear",
+            "magnitude_prune",
+            "ties_svd",
+            "dare_ties_svd",
+            "dare_linear_svd",
+            "magnitude_prune_svd",
+        ],
+        typer.Option(
+            "--method",
+            help="cat: the exact sum, at the sum of the ranks. svd: the nearest to it of a rank. Others: PEFT's.",
+        ),
+    ] = "cat",
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, help="svd: rank of the result; else the largest.")
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option("--density", help="ties, dare, magnitude_prune: share of numbers kept."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="dare: seed of what is dropped.")] = 42,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make one adapter of several, each with a weight."""
+    from lora_cli.weights.shards import check_out
+
+    weighted = [_weighted(part) for part in parts]
+    if len(weighted) < 2:
+        raise UserError("one adapter alone", parts[0], "give two or more to compose")
+    check_out(out, *(folder for folder, _ in weighted))
+    adapters = [_read(folder) for folder, _ in weighted]
+
+    from lora_cli.weights.compose import Composition, check_composition, compose
+
+    how = Composition(tuple(weight for _, weight in weighted), method, rank, density, seed)
+    check_composition(how, adapters)
+    result = compose(adapters, how, out)
+    ranks = _range(result.ranks)
+    text = f"{out}: {result.layers} layers of rank {ranks} by {method}, {result.bytes / 1e6:,.1f} MB"
+    typer.echo(jsonlib.dumps(dataclasses.asdict(result), default=str) if json else text)
+
+
+@app.command("resize")
+def resize_command(
+    adapter: Adapter,
+    out: Out,
+    rank: Rank = None,
+    energy: Energy = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Give an adapter another rank: less, or more to train on with."""
+    from lora_cli.weights.shards import check_out
+
+    _check_size(rank, energy)
+    check_out(out, adapter)
+    read = _read(adapter)
+
+    from lora_cli.weights.resize import resize
+
+    result = resize(read, rank, energy, out)
+    if json:
+        typer.echo(jsonlib.dumps(dataclasses.asdict(result), default=str))
+        return
+    if not quiet:
+        rows = [[each.name, f"{each.before} -> {each.after}", f"{each.energy:.2%}"] for each in result.layers]
+        _print(["layer", "r", "energy kept"], rows)
+    ranks = [_range(tuple(getattr(each, key) for each in result.layers)) for key in ("before", "after")]
+    typer.echo(f"{out}: {len(result.layers)} layers, rank {ranks[0]} -> {ranks[1]}, {result.bytes / 1e6:,.1f} MB")
+
+
+@app.command("diff")
+def diff_command(
+    first: Adapter, second: Adapter, json: Json = False, quiet: Quiet = False, debug: Debug = False
+) -> None:
+    """Compare two adapters layer by layer: cosine, overlap."""
+    adapters = [_read(first), _read(second)]
+
+    from lora_cli.weights.diff import diff
+
+    result = diff(*adapters)
+    if json:
+        typer.echo(jsonlib.dumps(dataclasses.asdict(result)))
+        return
+    rows = [[each.name, *map(_share, (each.cosine, each.overlap_out, each.overlap_in))] for each in result.layers]
+    _print(["layer", "cosine", "overlap out", "overlap in"], [*rows, ["all layers", _share(result.cosine), "", ""]])
+    for folder, names in ((first, result.only_first), (second, result.only_second)):
+        if names:
+            typer.echo(f"{len(names)} layers are in {folder} alone: {', '.join(names[:3])}{' ...' * (len(names) > 3)}")
+
+
+@app.command("extract")
+def extract_command(
+    base: Annotated[str, typer.Argument(help="The model training began with: a folder or hub id.", show_default=False)],
+    tuned: Annotated[str, typer.Argument(help="What training made of it.", show_default=False)],
+    out: Out,
+    rank: Rank = None,
+    energy: Energy = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make the adapter nearest to the difference of two models."""
+    from lora_cli.model.files import check_model_type, locate
+    from lora_cli.weights.check import check_mergeable
+    from lora_cli.weights.shards import check_out, check_whole
+
+    _check_size(rank, energy)
+    check_out(out)
+    folders = [locate(name, weights=True) for name in (base, tuned)]
+    for folder in folders:
+        check_out(out, folder)
+        check_model_type(folder)
+        check_whole(folder)
+        check_mergeable(folder)
+
+    from lora_cli.weights.extract import extract
+
+    result = extract(folders[0], base, folders[1], rank, energy, out)
+    if json:
+        typer.echo(jsonlib.dumps(dataclasses.asdict(result), default=str))
+        return
+    if not quiet:
+        _print(["layer", "r", "energy kept"], [[x.name, str(x.rank), f"{x.energy:.2%}"] for x in result.layers])
+    if result.left_out:
+        told = f"{len(result.left_out)} other tensors differ, and an adapter does not bring them"
+        typer.echo(f"warning: {told}: {', '.join(result.left_out[:5])}{' ...' * (len(result.left_out) > 5)}", err=True)
+    ranks = _range(tuple(each.rank for each in result.layers))
+    typer.echo(f"{out}: {len(result.layers)} layers of rank {ranks}, {result.bytes / 1e6:,.1f} MB")
+
+
+def _check_size(rank: int | None, energy: float | None) -> None:
+    """Raises UserError unless one of the two says how large an adapter is to be."""
+    if (rank is None) == (energy is None):
+        raise UserError("give either --rank or --energy", hint="as --rank 8, or --energy 0.99")
+    if energy is not None and not 0 < energy <= 1:
+        raise UserError(f"--energy {energy:g} is no share", hint="above 0 and up to 1, as 0.99")
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _weighted(part: str) -> tuple[Path, float]:
+    """An adapter's folder and weight, given as FOLDER=WEIGHT. Raises UserError."""
+    folder, _, number = part.rpartition("=")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not folder or not math.isfinite(weight):
+        raise UserError(f"{part!r} is no adapter with a weight", hint="give each as FOLDER=WEIGHT, as runs/a=0.5")
+    return Path(folder), weight
+
+
+def _read(adapter: Path) -> LoraAdapter:
+    from lora_cli.weights.check import read_adapter_config
+    from lora_cli.weights.provenance import adapter_folder
+
+    folder = adapter_folder(adapter) or adapter
+    read_adapter_config(folder)
+
+    from lora_cli.weights.lora_adapter import read_lora
+
+    return read_lora(folder)
+
+
+def _range(ranks: tuple[int, ...]) -> str:
+    return "-".join(str(rank) for rank in dict.fromkeys((min(ranks), max(ranks)))) if ranks else ""
+
+
+def _row(entry: Entry) -> list[str]:
+    return [
+        entry.path,
+        entry.kind,
+        _range(entry.ranks),
+        " ".join(entry.targets),
+        f"{entry.bytes / 1e6:,.1f}",
+        Path(entry.base).name if entry.base else "",
+        entry.data or "",
+        "" if entry.best_loss is None else f"{entry.best_loss:.4f}",
+        entry.date[:10],
+    ]
+
+
+def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is known of an adapter, by name, in the order it is told."""
+    from lora_cli.weights.catalogue import inside
+
+    config, record = result["config"], result["provenance"]
+    scores = {name: inside(record, "result", name, "loss") for name in ("validation", "base", "best")}
+    losses = [f"{name} {loss:.4f}" for name, loss in scores.items() if isinstance(loss, float)]
+    versions = inside(record, "versions")
+    pattern = " in part" if config.get("alpha_pattern") else ""
+    known = {
+        "adapter": result["path"],
+        "kind": result["kind"],
+        "alpha": f"{config['lora_alpha']:g}{pattern}" if isinstance(config.get("lora_alpha"), int | float) else None,
+        "size": f"{result['parameters']:,} parameters, {result['bytes'] / 1e6:,.1f} MB",
+        "base": f"{result['base']} ({result['base_state']})" if result["base"] else None,
+        "base fingerprint": inside(record, "base", "fingerprint"),
+        "data": result["data"],
+        "data fingerprint": inside(record, "data", "fingerprint"),
+        "validation loss": ", ".join(losses),
+        "best step": inside(record, "result", "best", "step"),
+        "made": result["date"],
+        "made of": _origin(inside(record, "made")),
+        "with": ", ".join(f"{name} {number}" for name, number in versions.items()) if versions else None,
+    }
+    return [(name, str(value)) for name, value in known.items() if value not in (None, "")]
+
+
+def _origin(made: Any) -> str | None:
+    if not isinstance(made, dict):
+        return None
+    parts = [str(part.get("name_or_path")) for part in made.get("of", []) if isinstance(part, dict)]
+    return f"{made.get('by')} of {', '.join(parts)}"
+
+
+def _grouped(layers: list[AdaptedLayer]) -> list[list[str]]:
+    """Layers of the same last name, widths and rank as one row."""
+    alike: dict[tuple[str, str, str], int] = {}
+    for layer in layers:
+        key = (layer.name.rpartition(".")[2], f"{layer.in_features} -> {layer.out_features}", str(layer.rank))
+        alike[key] = alike.get(key, 0) + 1
+    return [[name, str(number), wide, rank] for (name, wide, rank), number in alike.items()]
+
+
+def _print(header: list[str], rows: Any) -> None:
+    """A table: on a terminal as wide as it is, elsewhere a line for each row whatever its length."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False)
+    table = Table(box=None, pad_edge=False)
+    for name in header:
+        table.add_column(name, overflow="fold", no_wrap=not console.is_terminal)
+    for row in rows:
+        table.add_row(*row)
+    if not console.is_terminal:
+        console.width = 10_000
+    console.print(table, soft_wrap=not console.is_terminal)

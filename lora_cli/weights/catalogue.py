@@ -1,0 +1,131 @@
+"""What adapter folders say of themselves: from their headers, configuration and provenance, without importing torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lora_cli.errors import Fault, UserError
+from lora_cli.model.files import locate
+from lora_cli.weights.check import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, read_adapter_config
+from lora_cli.weights.fingerprint import fingerprint
+from lora_cli.weights.provenance import named_base, read_record
+from lora_cli.weights.shards import read_headers
+
+VARIANTS = {"use_dora": "DoRA", "use_rslora": "rsLoRA"}
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """A layer with a LoRA update: its widths and the update's rank. An embedding's are its tokens and its width."""
+
+    name: str
+    in_features: int
+    out_features: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An adapter in a line. ``ranks`` are the different ones it has, empty for other kinds than LoRA; ``bytes`` are
+    those of its weights, ``best_loss`` its run's lowest validation loss, ``date`` when it was made, in UTC."""
+
+    path: str
+    kind: str
+    ranks: tuple[int, ...]
+    targets: tuple[str, ...]
+    parameters: int
+    bytes: int
+    base: str | None
+    data: str | None
+    best_loss: float | None
+    date: str
+
+
+def find_adapters(folder: Path) -> tuple[list[Entry], list[Fault]]:
+    """The adapters in a folder and those below it, in order of their paths; what is wrong with those that cannot be
+    read. Hidden folders are passed over. Raises UserError when there is no such folder."""
+    if not folder.is_dir():
+        raise UserError("no such folder", str(folder), "give a folder with runs or adapters in it")
+    entries: list[Entry] = []
+    faults: list[Fault] = []
+    for place, below, files in os.walk(folder):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        if ADAPTER_CONFIG in files:
+            try:
+                entries.append(describe(Path(place)))
+            except UserError as error:
+                faults.extend(error.faults)
+    return entries, faults
+
+
+def describe(folder: Path) -> Entry:
+    """What an adapter is. Raises UserError when its files cannot be read."""
+    config, record = read_adapter_config(folder), read_record(folder)
+    weights = folder / ADAPTER_WEIGHTS
+    layers = lora_layers(folder)
+    made = datetime.fromtimestamp(weights.stat().st_mtime, UTC).isoformat(timespec="seconds")
+    best = inside(record, "result", "best", "loss")
+    return Entry(
+        path=str(folder),
+        kind=" ".join([str(config["peft_type"]), *(word for key, word in VARIANTS.items() if config.get(key))]),
+        ranks=tuple(sorted({layer.rank for layer in layers})),
+        targets=tuple(sorted({layer.name.rpartition(".")[2] for layer in layers})) or _named(config),
+        parameters=sum(math.prod(info.shape) for info in read_headers([weights]).values()),
+        bytes=weights.stat().st_size,
+        base=named_base(folder)[0] or None,
+        data=_data(inside(record, "recipe", "data", "train")),
+        best_loss=best if isinstance(best, float) else None,
+        date=str(record.get("finished") or made),
+    )
+
+
+def lora_layers(folder: Path) -> list[AdaptedLayer]:
+    """The layers that an adapter has both factors for, by name. Raises UserError for a damaged file."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, info in read_headers([folder / ADAPTER_WEIGHTS]).items():
+        layer, _, part = name.removeprefix(PEFT_PREFIX).partition(".lora_")
+        half = part.removeprefix("embedding_").removesuffix(".weight")
+        if half in ("A", "B") and len(info.shape) == 2:
+            shapes.setdefault(layer, {})[half] = info.shape
+    return [
+        AdaptedLayer(name, halves["A"][1], halves["B"][0], halves["A"][0])
+        for name, halves in sorted(shapes.items())
+        if len(halves) == 2
+    ]
+
+
+def base_state(folder: Path) -> str:
+    """Whether an adapter's base is where it says: there, not found, not readable, or changed (no longer the
+    weights that it was trained on). Nothing is fetched from the hub."""
+    name, place = named_base(folder)
+    if not name or not Path(place).is_dir():
+        return "not found"
+    stored = read_record(folder).get("base", {}).get("fingerprint")
+    try:
+        found = fingerprint(locate(place))
+    except UserError:
+        return "not readable"
+    return "changed" if stored and found != stored else "there"
+
+
+def inside(record: Any, *keys: str) -> Any:
+    """What stands in nested objects under these keys; None where one of them is missing or no object."""
+    for key in keys:
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def _named(config: dict[str, Any]) -> tuple[str, ...]:
+    targets = config.get("target_modules")
+    return tuple(sorted(map(str, targets))) if isinstance(targets, list) else (str(targets),) if targets else ()
+
+
+def _data(train: Any) -> str | None:
+    if isinstance(train, list):
+        return ", ".join(str(part.get("path") if isinstance(part, dict) else part) for part in train)
+    return str(train) if train else None

@@ -1,0 +1,244 @@
+"""One adapter of several, each with a weight: PEFT's ``add_weighted_adapter``, on the adapted layers alone.
+
+It never looks at a base's weights: a tree of layers of the right names and widths, each weight a single zero seen as
+often as it has numbers, stands in for the model. The ways: Yu et al. (DARE, arXiv:2311.03099), Yadav et al. (TIES,
+arXiv:2306.01708), the others as PEFT describes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from lora_cli.errors import UserError
+from lora_cli.model.files import copy_tokenizer
+from lora_cli.weights.check import ADAPTER_WEIGHTS, PEFT_PREFIX
+from lora_cli.weights.lora_adapter import (
+    LoraAdapter,
+    check_plain,
+    check_same_base,
+    is_embedding,
+    rank_keys,
+    source_record,
+    write_plain_config,
+    write_record,
+    write_tensors,
+)
+from lora_cli.weights.provenance import read_record, recipe_of
+from lora_cli.weights.shards import read_tensor, whole_folder
+from lora_cli.weights.updates import Factors
+
+NAME = "composed_{}"  # PEFT finds tensors by their adapter's name, which must not stand in a layer's
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a way of composing takes: equal ranks, the ``density`` that is kept of each adapter, a rank of its own; and
+    whether it draws at random."""
+
+    equal_ranks: bool = False
+    density: bool = False
+    rank: bool = False
+    random: bool = False
+
+
+METHODS = {
+    "cat": Method(),
+    "svd": Method(rank=True),
+    "linear": Method(equal_ranks=True),
+    "ties": Method(equal_ranks=True, density=True),
+    "dare_ties": Method(equal_ranks=True, density=True, random=True),
+    "dare_linear": Method(equal_ranks=True, density=True, random=True),
+    "magnitude_prune": Method(equal_ranks=True, density=True),
+    "ties_svd": Method(density=True, rank=True),
+    "dare_ties_svd": Method(density=True, rank=True, random=True),
+    "dare_linear_svd": Method(density=True, rank=True, random=True),
+    "magnitude_prune_svd": Method(density=True, rank=True),
+}
+
+
+@dataclass(frozen=True)
+class Composition:
+    """How adapters are composed: the weight of each, the method and what it takes."""
+
+    weights: tuple[float, ...]
+    method: str
+    rank: int | None
+    density: float | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What was written: its layers' different ranks in ascending order, its weights' bytes."""
+
+    out: Path
+    method: str
+    layers: int
+    ranks: tuple[int, ...]
+    bytes: int
+
+
+def check_composition(how: Composition, adapters: Sequence[LoraAdapter]) -> None:
+    """Raises UserError when adapters cannot be composed so: they are of different bases, no plain LoRA, or the method
+    takes other values."""
+    method = METHODS[how.method]
+    for name, value, taken in (("--rank", how.rank, method.rank), ("--density", how.density, method.density)):
+        if value is not None and not taken:
+            able = ", ".join(each for each, takes in METHODS.items() if getattr(takes, name[2:]))
+            raise UserError(f"{name} is not for --method {how.method}", hint=f"it is for {able}")
+    if method.density and how.density is None:
+        raise UserError(f"--method {how.method} needs --density", hint="the share of numbers to keep, such as 0.5")
+    if how.density is not None and not 0 < how.density <= 1:
+        raise UserError(f"--density {how.density:g} is no share", hint="above 0 and up to 1, such as 0.5")
+    for adapter in adapters:
+        check_plain(adapter)
+    check_same_base(adapters)
+    _check_quantization(adapters)
+    if method.equal_ranks:
+        _check_ranks(how.method, adapters)
+
+
+def _check_quantization(adapters: Sequence[LoraAdapter]) -> None:
+    """Raises UserError when the adapters were trained on the base in different forms: none would fit their sum."""
+    forms = [_trained_on(adapter) for adapter in adapters]
+    for adapter, form in zip(adapters, forms, strict=True):
+        if form != forms[0]:
+            what = f"trained on its base quantized otherwise than that of {adapters[0].folder}"
+            raise UserError(what, str(adapter.folder), "compose adapters that were trained on the same weights")
+
+
+def _trained_on(adapter: LoraAdapter) -> tuple[Any, Any] | None:
+    """How the base was quantized for an adapter's training, and from which type; None when it was not."""
+    recipe = recipe_of(adapter.folder)
+    if recipe is None or recipe.quantization is None:
+        return None
+    return recipe.quantization, read_record(adapter.folder).get("dtype")
+
+
+def _check_ranks(method: str, adapters: Sequence[LoraAdapter]) -> None:
+    hint = "cat and the methods that end in svd take different ranks; lora adapters resize makes them equal"
+    largest = [max(product.rank for product in adapter.products.values()) for adapter in adapters]
+    for adapter, rank in zip(adapters, largest, strict=True):
+        unlike = [
+            layer
+            for layer, product in adapter.products.items()
+            if layer in adapters[0].products and adapters[0].products[layer].rank != product.rank
+        ]
+        if unlike or rank != largest[0]:
+            place = f" of {unlike[0]}" if unlike else ""
+            what = f"--method {method} takes equal ranks: the rank{place} is not that of {adapters[0].folder}"
+            raise UserError(what, str(adapter.folder), hint)
+
+
+def compose(adapters: Sequence[LoraAdapter], how: Composition, out: Path) -> Composed:
+    """Write the weighted sum of adapters, as ``how`` says, to ``out``: a LoRA adapter with a scaling of 1.
+
+    ``check_composition`` has passed them.
+    """
+    embeddings = frozenset(
+        layer for adapter in adapters for layer, product in adapter.products.items() if is_embedding(product)
+    )
+    factors = _weighted(adapters, how, embeddings)
+    first = adapters[0]
+    parts = [source_record(adapter) | {"weight": weight} for adapter, weight in zip(adapters, how.weights, strict=True)]
+    by = {"by": "compose", "method": how.method, "rank": how.rank, "density": how.density, "seed": how.seed}
+    # Merging has to know which form of the base the parts were fitted to.
+    kept = {key: read_record(first.folder)[key] for key in ("recipe", "dtype")} if _trained_on(first) else {}
+    with whole_folder(out) as draft:
+        write_tensors(draft, factors, embeddings)
+        fan_in_fan_out = any(adapter.config.get("fan_in_fan_out") for adapter in adapters)
+        write_plain_config(draft, first.base.name, factors, fan_in_fan_out)
+        write_record(draft, out, first.base, by, parts, kept)
+        copy_tokenizer(first.folder, draft)
+    ranks = tuple(sorted({each.down.shape[0] for each in factors.values()}))
+    return Composed(out, how.method, len(factors), ranks, (out / ADAPTER_WEIGHTS).stat().st_size)
+
+
+def _weighted(adapters: Sequence[LoraAdapter], how: Composition, embeddings: frozenset[str]) -> dict[str, Factors]:
+    """The composed factors by layer, with a scaling of 1."""
+    model: PeftModel | None = None
+    tree = _tree(adapters)
+    names = [NAME.format(number) for number in range(len(adapters))]
+    for name, adapter in zip(names, adapters, strict=True):
+        ranks = {layer: product.rank for layer, product in adapter.products.items()}
+        scalings = {layer: product.scaling for layer, product in adapter.products.items()}
+        config = LoraConfig(target_modules=list(ranks), init_lora_weights=False, **rank_keys(ranks, scalings, False))
+        config.r = max(ranks.values())
+        config.rank_pattern = ranks
+        if model is None:
+            model = get_peft_model(tree, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+        set_peft_model_state_dict(model, _state(adapter), adapter_name=name)
+    assert model is not None
+    result = NAME.format("whole")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(how.seed)
+        model.add_weighted_adapter(
+            names,
+            list(how.weights),
+            result,
+            combination_type=how.method,
+            svd_rank=how.rank,
+            svd_full_matrices=False,
+            density=how.density,
+        )
+    state = get_peft_model_state_dict(model, adapter_name=result, save_embedding_layers=False)
+    widest = {layer: _rank(adapters, layer, how.method) for adapter in adapters for layer in adapter.products}
+    return {layer: _factors(state, layer, layer in embeddings, rank) for layer, rank in widest.items()}
+
+
+def _rank(adapters: Sequence[LoraAdapter], layer: str, method: str) -> int | None:
+    """The rank that a layer's composed factors have; None for all that PEFT gives them.
+
+    PEFT pads with zeros what is put one beside the other, where an adapter does not have the layer.
+    """
+    if method != "cat":
+        return None
+    return sum(adapter.products[layer].rank for adapter in adapters if layer in adapter.products)
+
+
+def _factors(state: Mapping[str, torch.Tensor], layer: str, embedding: bool, rank: int | None) -> Factors:
+    stem = f"{PEFT_PREFIX}{layer}.lora_"
+    if embedding:
+        up, down = state[f"{stem}embedding_A"].T, state[f"{stem}embedding_B"].T
+    else:
+        up, down = state[f"{stem}B.weight"], state[f"{stem}A.weight"]
+    return Factors(up[:, :rank], down[:rank], 1.0, None)
+
+
+def _state(adapter: LoraAdapter) -> dict[str, torch.Tensor]:
+    """An adapter's tensors in float32, by the names PEFT loads them from."""
+    return {
+        f"{PEFT_PREFIX}{layer}.lora_{part}": read_tensor(info, name).float()
+        for layer, product in adapter.products.items()
+        for part, (name, info) in product.parts.items()
+    }
+
+
+def _tree(adapters: Sequence[LoraAdapter]) -> nn.Module:
+    """Modules of the names and widths of the adapted layers. Conv1D's factors are those of a linear layer."""
+    tree = nn.Module()
+    for layer, product in {name: each for adapter in adapters for name, each in adapter.products.items()}.items():
+        *parents, leaf = layer.split(".")
+        node = tree
+        for name in parents:
+            if not hasattr(node, name):
+                node.add_module(name, nn.Module())
+            node = node.get_submodule(name)
+        rows, columns = product.shape
+        module: nn.Embedding | nn.Linear
+        if is_embedding(product):
+            module = nn.Embedding(rows, columns, device="meta")
+        else:
+            module = nn.Linear(columns, rows, bias=False, device="meta")
+        module.weight = nn.Parameter(torch.zeros(()).expand(rows, columns), requires_grad=False)
+        node.add_module(leaf, module)
+    return tree

@@ -1,0 +1,92 @@
+"""How alike two LoRA adapters are, layer by layer, from their factors: no update is formed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lora_cli.weights.lora_adapter import LoraAdapter, check_plain, check_same_base
+from lora_cli.weights.spectrum import Spectrum, spectrum_of
+from lora_cli.weights.updates import Factors
+
+
+@dataclass(frozen=True)
+class LayerDiff:
+    """Two updates of a layer, both as s BA: their Frobenius norms, the cosine between them, and the overlap of what
+    they write to (columns) and read from (rows). None where one of them is zero."""
+
+    name: str
+    norms: tuple[float, float]
+    cosine: float | None
+    overlap_out: float | None
+    overlap_in: float | None
+
+
+@dataclass(frozen=True)
+class Diff:
+    """Two adapters: layers that both have, the cosine over all layers, layers that one alone has."""
+
+    cosine: float | None
+    layers: tuple[LayerDiff, ...]
+    only_first: tuple[str, ...]
+    only_second: tuple[str, ...]
+
+
+def diff(first: LoraAdapter, second: LoraAdapter) -> Diff:
+    """Compare two adapters. Raises UserError when they are of different bases, or no plain LoRA."""
+    check_plain(first)
+    check_plain(second)
+    check_same_base([first, second])
+    layers, together = [], 0.0
+    squares = [_squared_norm(first), _squared_norm(second)]
+    for name in sorted(first.products.keys() & second.products.keys()):
+        a, b = first.products[name].read(), second.products[name].read()
+        product = inner(a, b)
+        together += product
+        layers.append(_layer(name, product, spectrum_of(a), spectrum_of(b)))
+    return Diff(
+        _cosine(together, squares[0], squares[1]),
+        tuple(layers),
+        _missing(first.products, second.products),
+        _missing(second.products, first.products),
+    )
+
+
+def inner(a: Factors, b: Factors) -> float:
+    """The sum of the products of two updates' numbers: <U1 D1, U2 D2> = <U1^T U2, D1 D2^T>, both r1 x r2."""
+    left = a.up.double().T @ b.up.double()
+    right = a.down.double() @ b.down.double().T
+    return a.scaling * b.scaling * float((left * right).sum())
+
+
+def _layer(name: str, product: float, a: Spectrum, b: Spectrum) -> LayerDiff:
+    squares = [float(each.s.square().sum()) for each in (a, b)]
+    ranks = (a.rank, b.rank)
+    return LayerDiff(
+        name,
+        (math.sqrt(squares[0]), math.sqrt(squares[1])),
+        _cosine(product, *squares),
+        _overlap(a.u[:, : ranks[0]], b.u[:, : ranks[1]]),
+        _overlap(a.v[: ranks[0]].T, b.v[: ranks[1]].T),
+    )
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> float | None:
+    """That of the spaces two orthonormal bases span, 0 to 1: |A^T B|^2 / min(r1, r2) (arXiv:2106.09685, equation 4)."""
+    fewer = min(a.shape[1], b.shape[1])
+    return float((a.T @ b).square().sum()) / fewer if fewer else None
+
+
+def _squared_norm(adapter: LoraAdapter) -> float:
+    return sum(inner(factors, factors) for factors in (product.read() for product in adapter.products.values()))
+
+
+def _cosine(product: float, first: float, second: float) -> float | None:
+    return max(-1.0, min(1.0, product / math.sqrt(first * second))) if first > 0 and second > 0 else None
+
+
+def _missing(here: Mapping[str, object], there: Mapping[str, object]) -> tuple[str, ...]:
+    return tuple(sorted(here.keys() - there.keys()))

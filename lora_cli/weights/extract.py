@@ -1,0 +1,144 @@
+"""The LoRA adapter nearest to what full training made of a model: the SVD of each layer's difference, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.errors import Fault, UserError
+from lora_cli.model.base import load_config, skeleton
+from lora_cli.model.files import copy_tokenizer
+from lora_cli.model.layers import linear_layers
+from lora_cli.weights.check import ADAPTER_WEIGHTS, check_weights
+from lora_cli.weights.fingerprint import fingerprint
+from lora_cli.weights.lora_adapter import Base, write_plain_config, write_record, write_tensors
+from lora_cli.weights.shards import TensorInfo, read_headers, read_tensor, weight_files, whole_folder
+from lora_cli.weights.spectrum import Spectrum
+from lora_cli.weights.updates import Factors, Place, stored_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ExtractedLayer:
+    """A layer of the adapter, its rank, and the share of the difference's squared norm that it keeps."""
+
+    name: str
+    rank: int
+    energy: float
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What was written; ``left_out`` are tensors that differ and no linear layer's weight holds: the adapter does not
+    bring them."""
+
+    out: Path
+    layers: tuple[ExtractedLayer, ...]
+    left_out: tuple[str, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A layer's weight in both models; ``turned``: stored as (in, out)."""
+
+    base: Place
+    tuned: Place
+    turned: bool
+
+    def difference(self) -> torch.Tensor:
+        """Tuned less base, (out, in), in float32. Raises UserError when one of them holds NaN or infinity."""
+        found = []
+        for name, info in (self.base, self.tuned):
+            tensor = read_tensor(info, name).float()
+            if not tensor.isfinite().all():
+                raise UserError(f"tensor {name} holds NaN or infinity", str(info.file))
+            found.append(tensor)
+        delta = found[1] - found[0]
+        return delta.T if self.turned else delta
+
+
+def extract(base: Path, name: str, tuned: Path, rank: int | None, energy: float | None, out: Path) -> Extracted:
+    """Write the adapter for ``base``, called ``name``, that is nearest to ``tuned`` to ``out``: of this rank, or each
+    layer of the smallest that keeps this share of its difference's squared norm. Its scaling is 1.
+
+    Raises UserError when the models have other layers, a tensor holds NaN or infinity, or they do not differ.
+    """
+    model = skeleton(load_config(base))
+    for folder in (base, tuned):
+        check_weights(folder, model)
+    headers = read_headers(weight_files(base)), read_headers(weight_files(tuned))
+    pairs = _pairs(model, *headers, tuned)
+    factors: dict[str, Factors] = {}
+    layers = []
+    for layer, pair in pairs.items():
+        delta = pair.difference()
+        if delta.any():
+            spectrum = Spectrum(*torch.linalg.svd(delta, full_matrices=False))
+            own = spectrum.rank_for(energy or 1.0) if rank is None else min(rank, *delta.shape)
+            factors[layer] = Factors(*spectrum.halves(own), 1.0, None)
+            layers.append(ExtractedLayer(layer, own, spectrum.energy(own)))
+    if not factors:
+        raise UserError("no linear layer's weight differs from the base's", str(tuned), f"the base is {base}")
+    used = {place[0] for pair in pairs.values() for place in (pair.base, pair.tuned)}
+    left_out = tuple(_other_differences(model, *headers, used))
+    with whole_folder(out) as draft:
+        write_tensors(draft, factors, frozenset())
+        write_plain_config(draft, name, factors, any(pair.turned for pair in pairs.values()))
+        of = [{"name_or_path": str(tuned.resolve()), "fingerprint": fingerprint(tuned)}]
+        by = {"by": "extract", "rank": rank, "energy": energy}
+        write_record(draft, out, Base(name, fingerprint(base)), by, of, {})
+        copy_tokenizer(tuned, draft)
+    return Extracted(out, tuple(layers), left_out, (out / ADAPTER_WEIGHTS).stat().st_size)
+
+
+def _pairs(
+    model: PreTrainedModel, base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo], folder: Path
+) -> dict[str, Pair]:
+    """The linear layers' weights in both models. Raises UserError for each that one lacks or has otherwise."""
+    pairs, faults = {}, []
+    for layer in linear_layers(model):
+        own = f"{layer}.weight"
+        names = stored_name(own, base), stored_name(own, tuned)
+        if names[0] is None or names[1] is None:
+            which = "the base" if names[0] is None else "this model"
+            faults.append(Fault(f"tensor {own} is not in {which}", str(folder)))
+            continue
+        here, there = base[names[0]], tuned[names[1]]
+        if here.shape != there.shape:
+            what = f"tensor {names[1]} has shape {list(there.shape)}, the base's {list(here.shape)}"
+            faults.append(Fault(what, str(folder)))
+            continue
+        turned = isinstance(model.get_submodule(layer), Conv1D)
+        pairs[layer] = Pair((names[0], here), (names[1], there), turned)
+    if faults:
+        *first, last = faults[:5]
+        raise UserError([*first, Fault(last.what, last.where, "give a model that was made from this base")])
+    return pairs
+
+
+def _other_differences(
+    model: PreTrainedModel, base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo], used: set[str]
+) -> Iterator[str]:
+    """The tensors beside ``used`` that are not the same in both models, or in one alone."""
+    prefix = f"{model.base_model_prefix}."
+    places: list[dict[str, Place]] = [
+        {name.removeprefix(prefix): (name, info) for name, info in headers.items() if name not in used}
+        for headers in (base, tuned)
+    ]
+    for name in sorted(places[0].keys() | places[1].keys()):
+        here, there = (each.get(name) for each in places)
+        if (
+            here is None
+            or there is None
+            or here[1].shape != there[1].shape
+            or not torch.equal(read_tensor(here[1], here[0]).float(), read_tensor(there[1], there[0]).float())
+        ):
+            yield name

@@ -1,0 +1,191 @@
+"""A LoRA adapter as its updates s UD, layer by layer, read from files and written to new ones. No base is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from lora_cli.errors import Fault, UserError
+from lora_cli.weights.check import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, check_adapter, read_adapter_config
+from lora_cli.weights.fingerprint import fingerprint
+from lora_cli.weights.provenance import PROVENANCE, base_record, named_base, now, read_record, versions
+from lora_cli.weights.updates import EMBEDDING, MAGNITUDE, Factors, Place, Product, adapter_parts, scaling_of
+
+
+@dataclass(frozen=True)
+class Base:
+    """Which base an adapter is for: its folder when it is found, else its name; its fingerprint when it is known."""
+
+    name: str
+    fingerprint: str | None
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """An adapter folder: its configuration, its layers' updates, and ``others``, tensors that are no part of these."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    products: Mapping[str, Product]
+    others: Mapping[str, Place]
+    base: Base
+
+
+def read_lora(folder: Path) -> LoraAdapter:
+    """The adapter in ``folder``; its factors are left in their file.
+
+    Raises UserError when it is none of LoRA's kind, tensors are missing, or hold NaN or infinity.
+    """
+    check_adapter(folder, None)
+    config, read = read_adapter_config(folder), adapter_parts(folder)
+    if read is None or config.get("target_parameters"):
+        what = "holds updates that are no products of two matrices of a layer's own"
+        raise UserError(what, str(folder), "LoRA of linear layers and embeddings is handled")
+    halves, others = read
+    products = {layer: Product(layer, parts, scaling_of(config, layer, parts)) for layer, parts in halves.items()}
+    return LoraAdapter(folder, config, products, others, base_of(folder))
+
+
+def base_of(folder: Path) -> Base:
+    """The base that the adapter in ``folder`` is for. A fingerprint that its record lacks is taken from the base, where
+    that can be read: nothing else here needs it."""
+    name, place = named_base(folder)
+    stored = read_record(folder).get("base", {}).get("fingerprint")
+    if not place or not Path(place).is_dir():
+        return Base(name, stored)
+    try:
+        return Base(place, stored or fingerprint(Path(place)))
+    except UserError:
+        return Base(place, None)
+
+
+def is_embedding(product: Product) -> bool:
+    """Whether an update is an embedding's, whose factors are stored the other way round."""
+    return product.parts.keys() >= EMBEDDING
+
+
+def check_plain(adapter: LoraAdapter) -> None:
+    """Raises UserError when an adapter is more than a sum of products: DoRA's, or one with tensors of other kinds."""
+    if adapter.config.get("use_dora"):
+        what = "a DoRA adapter's update depends on the base's weights (use_dora)"
+        raise UserError(what, str(adapter.folder), "lora merge makes a model of it")
+    if adapter.others:
+        what = f"tensor {next(iter(adapter.others))} stands in place of the base's: it is no update"
+        raise UserError(what, str(adapter.folder), "adapters with LoRA's tensors alone are handled")
+
+
+def check_same_base(adapters: Sequence[LoraAdapter]) -> None:
+    """Raises UserError when adapters are of different bases: by their fingerprints, else by their tensors' names and
+    shapes, else by the bases' names."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        if other.folder.resolve() == first.folder.resolve():
+            raise UserError("this adapter is given twice", str(other.folder))
+        digests = (first.base.fingerprint, other.base.fingerprint)
+        shared = [layer for layer in other.products if layer in first.products]
+        is_same = digests[0] == digests[1] if all(digests) else bool(shared) or other.base.name == first.base.name
+        if not is_same:
+            what = f"another base than that of {first.folder}"
+            raise UserError(what, str(other.folder), f"it is for {other.base.name}, not {first.base.name}")
+        faults = []
+        for layer in shared:
+            here, there = other.products[layer], first.products[layer]
+            if here.shape != there.shape or is_embedding(here) != is_embedding(there):
+                what = f"tensors {layer}.lora_A and lora_B are for a weight of {list(here.shape)}"
+                faults.append(Fault(f"{what}, in {first.folder} of {list(there.shape)}", str(other.folder)))
+        if faults:
+            raise UserError(faults[:5])
+
+
+def rank_keys(ranks: Mapping[str, int], scalings: Mapping[str, float], use_rslora: bool) -> dict[str, Any]:
+    """r, lora_alpha and their patterns in an adapter's configuration, for the layers' ranks and scalings."""
+    alphas = {layer: _alpha(rank, scalings[layer], use_rslora) for layer, rank in ranks.items()}
+    (rank, alpha), _ = Counter(zip(ranks.values(), alphas.values(), strict=True)).most_common(1)[0]
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {layer: own for layer, own in ranks.items() if own != rank},
+        "alpha_pattern": {layer: own for layer, own in alphas.items() if own != alpha},
+    }
+
+
+def _alpha(rank: int, scaling: float, use_rslora: bool) -> float:
+    """The alpha that gives a scaling: a short number where one does."""
+    divisor = math.sqrt(rank) if use_rslora else rank
+    exact = scaling * divisor
+    short = next((each for each in (round(exact), round(exact, 6)) if each / divisor == scaling), exact)
+    return short
+
+
+def write_tensors(
+    draft: Path,
+    factors: Mapping[str, Factors],
+    embeddings: frozenset[str],
+    others: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write an adapter's tensors by the names PEFT gives them, the layers' in float32; ``embeddings`` are the names of
+    the layers stored the other way round, ``others`` go by their own names."""
+    tensors: dict[str, torch.Tensor] = dict(others or {})
+    for layer, each in factors.items():
+        stem = f"{PEFT_PREFIX}{layer}.lora_"
+        if layer in embeddings:
+            tensors |= {f"{stem}embedding_A": each.up.T, f"{stem}embedding_B": each.down.T}
+        else:
+            tensors |= {f"{stem}A.weight": each.down, f"{stem}B.weight": each.up}
+        if each.magnitude is not None:
+            tensors[f"{stem}{MAGNITUDE}"] = each.magnitude
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, draft / ADAPTER_WEIGHTS, {"format": "pt"})
+
+
+def write_plain_config(draft: Path, base: str, factors: Mapping[str, Factors], fan_in_fan_out: bool) -> None:
+    """Write the configuration of an adapter whose updates are its factors' products, with a scaling of 1."""
+    from peft import LoraConfig, TaskType
+
+    ranks = {layer: each.down.shape[0] for layer, each in factors.items()}
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=base or None,
+        inference_mode=True,
+        target_modules=list(ranks),
+        fan_in_fan_out=fan_in_fan_out,
+        **rank_keys(ranks, dict.fromkeys(ranks, 1.0), False),
+    )
+    config.save_pretrained(str(draft))
+
+
+def write_config(draft: Path, config: Mapping[str, Any]) -> None:
+    """Write an adapter's configuration as it stands."""
+    (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_record(
+    draft: Path, out: Path, base: Base, by: Mapping[str, Any], of: Sequence[Mapping[str, Any]], kept: Mapping[str, Any]
+) -> None:
+    """Write what an adapter that will stand at ``out`` says of itself: how it was made, of what, and what
+    is ``kept`` of the record of that."""
+    made = {**by, "of": [dict(part) for part in of]}
+    record = {
+        **kept,
+        "versions": versions(),
+        "base": base_record(base.name, out, base.fingerprint),
+        "finished": now(),
+        "made": made,
+    }
+    (draft / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def source_record(adapter: LoraAdapter) -> dict[str, str]:
+    """How an adapter that another is made of is named in that one's record."""
+    with (adapter.folder / ADAPTER_WEIGHTS).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name_or_path": str(adapter.folder.resolve()), "sha256": digest}

@@ -1,0 +1,120 @@
+"""A LoRA adapter at another rank: less by the SVD of its updates, more by padding that adds nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lora_cli.errors import Fault, UserError
+from lora_cli.model.files import copy_tokenizer
+from lora_cli.weights.check import ADAPTER_WEIGHTS
+from lora_cli.weights.lora_adapter import (
+    LoraAdapter,
+    is_embedding,
+    rank_keys,
+    source_record,
+    write_config,
+    write_record,
+    write_tensors,
+)
+from lora_cli.weights.provenance import read_record
+from lora_cli.weights.shards import read_tensor, whole_folder
+from lora_cli.weights.spectrum import spectrum_of
+from lora_cli.weights.updates import Factors
+
+SEED = 42
+
+
+@dataclass(frozen=True)
+class ResizedLayer:
+    """A layer's ranks before and after, and the share of its update's squared norm that is kept."""
+
+    name: str
+    before: int
+    after: int
+    energy: float
+
+
+@dataclass(frozen=True)
+class Resized:
+    """What was written."""
+
+    out: Path
+    layers: tuple[ResizedLayer, ...]
+    bytes: int
+
+
+def resize(adapter: LoraAdapter, rank: int | None, energy: float | None, out: Path) -> Resized:
+    """Write an adapter of which each layer has this rank, or the smallest that keeps this share of its update's squared
+    norm, to ``out``. Scalings, and what is no update, stay as they are.
+
+    A layer that grows computes what it did, to the bit: new columns of B are zero and new rows of A as PEFT starts them
+    (an embedding's the other way round). Raises UserError for a rank above a layer's width.
+    """
+    if rank is not None:
+        _check_width(adapter, rank)
+    draw = torch.Generator().manual_seed(SEED)
+    factors: dict[str, Factors] = {}
+    layers = []
+    for layer, product in adapter.products.items():
+        read = product.read()
+        factors[layer], kept = _resized(read, rank, energy, is_embedding(product), draw)
+        layers.append(ResizedLayer(layer, product.rank, factors[layer].down.shape[0], kept))
+    embeddings = frozenset(layer for layer, product in adapter.products.items() if is_embedding(product))
+    others = {own: read_tensor(info, own) for own, info in adapter.others.values()}
+    ranks = {layer.name: layer.after for layer in layers}
+    scalings = {layer: product.scaling for layer, product in adapter.products.items()}
+    keys = rank_keys(ranks, scalings, bool(adapter.config.get("use_rslora")))
+    kept_record = {key: value for key, value in read_record(adapter.folder).items() if _is_kept(key, layers)}
+    with whole_folder(out) as draft:
+        write_tensors(draft, factors, embeddings, others)
+        write_config(draft, {**adapter.config, **keys})
+        by = {"by": "resize", "rank": rank, "energy": energy}
+        write_record(draft, out, adapter.base, by, [source_record(adapter)], kept_record)
+        copy_tokenizer(adapter.folder, draft)
+    return Resized(out, tuple(layers), (out / ADAPTER_WEIGHTS).stat().st_size)
+
+
+def _is_kept(key: str, layers: list[ResizedLayer]) -> bool:
+    """Whether a key of an adapter's record holds for what was made of it: scores do where nothing was cut."""
+    return key != "result" or all(layer.after >= layer.before for layer in layers)
+
+
+def _check_width(adapter: LoraAdapter, rank: int) -> None:
+    faults = [
+        Fault(f"--rank {rank} is more than {layer} is wide ({min(product.shape)})", str(adapter.folder))
+        for layer, product in adapter.products.items()
+        if rank > min(product.shape)
+    ]
+    if faults:
+        raise UserError(faults[:5])
+
+
+def _resized(
+    factors: Factors, rank: int | None, energy: float | None, embedding: bool, draw: torch.Generator
+) -> tuple[Factors, float]:
+    """The layer's new factors, and the share of its squared norm that they keep."""
+    before = factors.down.shape[0]
+    if rank is not None and rank >= before:
+        return _padded(factors, rank - before, embedding, draw), 1.0
+    spectrum = spectrum_of(replace(factors, scaling=1.0))
+    after = spectrum.rank_for(energy or 1.0) if rank is None else rank
+    if after == before:
+        return factors, 1.0
+    up, down = spectrum.halves(after)
+    return replace(factors, up=up, down=down), spectrum.energy(after)
+
+
+def _padded(factors: Factors, more: int, embedding: bool, draw: torch.Generator) -> Factors:
+    """The factors with so many columns of zeros, and rows as PEFT starts them: what is trained comes of both."""
+    rows, columns = factors.up.shape[0], factors.down.shape[1]
+    new = torch.empty(more, columns)
+    if embedding:
+        new.normal_(generator=draw)
+    else:
+        torch.nn.init.kaiming_uniform_(new, a=math.sqrt(5), generator=draw)
+    up = torch.cat([factors.up, torch.zeros(rows, more)], dim=1)
+    return replace(factors, up=up, down=torch.cat([factors.down, new]))

@@ -1,0 +1,51 @@
+"""Singular values of an update: how many hold how much of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lora_cli.weights.updates import Factors
+
+NOISE = 1e-6
+"""Of the largest singular value: what is below is rounding of factors in float32."""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """U diag(s) V of a weight's shape (rows, columns): ``u`` (rows, k), ``s`` (k,) descending, ``v`` (k, columns)."""
+
+    u: torch.Tensor
+    s: torch.Tensor
+    v: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        """How many singular values are more than rounding."""
+        return int((self.s > NOISE * self.s[:1]).sum())
+
+    def energy(self, rank: int) -> float:
+        """The share of the squared Frobenius norm that the first ``rank`` singular values hold; 1 of a zero matrix."""
+        squares = self.s.square()
+        total = float(squares.sum())
+        return float(squares[:rank].sum()) / total if total else 1.0
+
+    def rank_for(self, energy: float) -> int:
+        """The smallest rank, from 1, that holds this share: for all of it, that of what is more than rounding."""
+        largest = max(1, self.rank)
+        return next((rank for rank in range(1, largest) if self.energy(rank) >= energy), largest)
+
+    def halves(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """U (rows, rank) and D (rank, columns) of the nearest product, each with the roots of the singular values, in
+        float32."""
+        roots = self.s[:rank].sqrt()
+        return (self.u[:, :rank] * roots).float(), (roots[:, None] * self.v[:rank]).float()
+
+
+def spectrum_of(factors: Factors) -> Spectrum:
+    """That of s UD, which is never formed, in float64: QR of U and of D^T, the SVD of the small core between them."""
+    left, upper = torch.linalg.qr(factors.up.double())
+    right, lower = torch.linalg.qr(factors.down.double().T)
+    u, s, v = torch.linalg.svd(factors.scaling * upper @ lower.T, full_matrices=False)
+    return Spectrum(left @ u, s, v @ right.T)

@@ -1,0 +1,111 @@
+"""`lora adapters list` and `show`: what adapter folders say of themselves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import Run, done
+from peft import IA3Config, get_peft_model
+from safetensors.torch import load_file
+from test_merge import ALPHA, R, make_adapter
+from transformers import AutoModelForCausalLM
+
+
+def test_list_and_show_a_run(train: Callable[..., Run], tmp_path: Path, tiny_gpt2: Path, lora: Any) -> None:
+    run = train({"data.validation": 0.25, "adapter.target_modules": ["c_attn"], "training.eval_steps": 1})
+    listed = done(lora("adapters", "list", tmp_path, "--json")).json
+    (entry,) = listed["adapters"]
+    weights = run.folder / "adapter" / "adapter_model.safetensors"
+    assert listed["warnings"] == []
+    assert entry["path"] == str(run.folder / "adapter")
+    assert (entry["kind"], entry["targets"], entry["ranks"]) == ("LORA", ["c_attn"], [run.config["r"]])
+    assert entry["bytes"] == weights.stat().st_size
+    assert entry["parameters"] == sum(tensor.numel() for tensor in load_file(weights).values())
+    assert entry["base"] == str(tiny_gpt2.resolve())
+    assert entry["data"].endswith("qa.jsonl")
+    assert entry["best_loss"] == min(run.column("loss", "validation"))
+    assert entry["date"] == run.info["finished"]
+
+    for target in (run.folder, run.folder / "adapter"):
+        shown = done(lora("adapters", "show", target, "--json")).json
+        assert {key: shown[key] for key in entry} == entry
+        assert shown["base_state"] == "there"
+        assert shown["config"] == run.config
+        assert shown["provenance"]["base"]["fingerprint"] == run.info["base"]["fingerprint"]
+        assert shown["provenance"]["data"]["fingerprint"] == run.info["data"]["fingerprint"]
+        assert shown["provenance"]["result"]["best"] == run.info["result"]["best"]
+        assert shown["provenance"]["versions"]["torch"] == torch.__version__
+        assert shown["layers"][0] == {
+            "name": "transformer.h.0.attn.c_attn",
+            "in_features": 32,
+            "out_features": 96,
+            "rank": run.config["r"],
+        }
+    text = done(lora("adapters", "show", run.folder)).stdout
+    for words in (run.info["base"]["fingerprint"], run.info["data"]["fingerprint"], "(there)", "32 -> 96", "torch"):
+        assert words in text
+    line = done(lora("adapters", "list", tmp_path)).stdout.splitlines()[1]
+    for words in (str(run.folder / "adapter"), "LORA", "c_attn", f"{entry['best_loss']:.4f}", entry["date"][:10]):
+        assert words in line
+
+
+def test_kinds_ranks_and_what_cannot_be_read(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    make_adapter("llama", tiny_llama, tmp_path / "a" / "plain", rank_pattern={"q_proj": 7}, use_rslora=True)
+    make_adapter("llama", tiny_llama, tmp_path / "b", target_modules=["embed_tokens", "v_proj"])
+    scaled = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_llama),
+        IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]),
+    )
+    scaled.save_pretrained(str(tmp_path / "c"))
+    make_adapter("llama", tiny_llama, tmp_path / "d")
+    (tmp_path / "d" / "adapter_config.json").write_text("{")
+    make_adapter("llama", tiny_llama, tmp_path / ".draft")
+
+    result = done(lora("adapters", "list", tmp_path, "--json")).json
+    plain, embedding, other = result["adapters"]
+    assert [Path(entry["path"]).name for entry in (plain, embedding, other)] == ["plain", "b", "c"]
+    assert (plain["kind"], plain["ranks"]) == ("LORA rsLoRA", [R, 7])
+    assert embedding["targets"] == ["embed_tokens", "v_proj"]
+    assert (other["kind"], other["ranks"], other["targets"]) == ("IA3", [], ["k_proj"])
+    assert all(entry["best_loss"] is None and entry["data"] is None for entry in result["adapters"])
+    assert len(result["warnings"]) == 1 and str(tmp_path / "d") in result["warnings"][0]
+    shown = done(lora("adapters", "show", tmp_path / "a" / "plain")).stdout
+    assert f"{ALPHA:g}" in shown and "LORA rsLoRA" in shown
+    assert done(lora("adapters", "list", tmp_path / "c" / "..", "--quiet")).stdout
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert done(lora("adapters", "list", empty, "--json")).json == {"adapters": [], "warnings": []}
+
+
+def test_show_tells_a_base_that_is_another(
+    train: Callable[..., Run], tmp_path: Path, tiny_gpt2: Path, lora: Any
+) -> None:
+    shutil.copytree(tiny_gpt2, tmp_path / "base")
+    run = train({"model.name_or_path": tmp_path / "base", "training.max_steps": 1})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.transformer.wte.weight[0, 0] += 1
+    model.save_pretrained(tmp_path / "base")
+    assert done(lora("adapters", "show", run.folder, "--json")).json["base_state"] == "changed"
+    (tmp_path / "base" / "model.safetensors").unlink()
+    assert done(lora("adapters", "show", run.folder, "--json")).json["base_state"] == "not readable"
+    shutil.rmtree(tmp_path / "base")
+    assert done(lora("adapters", "show", run.folder, "--json")).json["base_state"] == "not found"
+
+
+def test_list_and_show_need_no_torch(tiny_gpt2: Path, tmp_path: Path) -> None:
+    make_adapter("gpt2", tiny_gpt2, tmp_path / "a")
+    script = "import json, sys; from lora_cli.cli.app import main; code = main(sys.argv[1:])\n"
+    script += "sys.stderr.write(json.dumps([code, 'torch' in sys.modules]))"
+    for arguments in (["list", tmp_path], ["show", tmp_path / "a"]):
+        command = [sys.executable, "-c", script, "adapters", *map(str, arguments)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert json.loads(ended.stderr.splitlines()[-1]) == [0, False]
+        assert "c_attn" in ended.stdout

@@ -1,0 +1,200 @@
+"""`lora adapters compose`, held against sums of s BA taken here in float64."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+from conftest import done
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_merge import Base, R, logits, make_adapter
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def base(request: pytest.FixtureRequest) -> Base:
+    return request.param, request.getfixturevalue(f"tiny_{request.param}")
+
+
+def products(folder: Path) -> dict[str, torch.Tensor]:
+    """Each layer's update of its weight as (out, in), an embedding's as (tokens, width), from the files alone."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = {
+        name.removeprefix("base_model.model."): tensor.double()
+        for name, tensor in load_file(folder / "adapter_model.safetensors").items()
+    }
+    found = {}
+    for name, a in tensors.items():
+        layer, _, part = name.partition(".lora_")
+        if part not in ("A.weight", "embedding_A"):
+            continue
+        b = tensors[name.replace("_A", "_B")]
+        rank = a.shape[0]
+        own = [alpha for key, alpha in (config["alpha_pattern"] or {}).items() if layer.endswith(key)]
+        alpha = own[0] if own else config["lora_alpha"]
+        scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+        found[layer] = scale * ((b @ a).T if part == "embedding_A" else b @ a)
+    return found
+
+
+def varied(name: str, folder: Path, out: Path, seed: int, **config: Any) -> Path:
+    """An adapter like no other."""
+    make_adapter(name, folder, out, **config)
+    draw = torch.Generator().manual_seed(seed)
+    file = out / "adapter_model.safetensors"
+    tensors = {key: 0.1 * torch.randn(value.shape, generator=draw) for key, value in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    return out
+
+
+def two(name: str, folder: Path, place: Path, **second: Any) -> tuple[Path, Path]:
+    return varied(name, folder, place / "a", 1), varied(name, folder, place / "b", 2, **second)
+
+
+def far(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+SECOND = {
+    "gpt2": {"target_modules": ["c_attn"], "r": 3, "rank_pattern": {"h.1.attn.c_attn": 5}},
+    "llama": {
+        "target_modules": ["q_proj", "embed_tokens"],
+        "use_rslora": True,
+        "rank_pattern": {"layers.0.self_attn.q_proj": 5},
+        "alpha_pattern": {"layers.1.self_attn.q_proj": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("method", ["cat", "svd"])
+@pytest.mark.parametrize("swapped", [False, True], ids=["", "swapped"])
+def test_the_sum_of_products(base: Base, method: str, swapped: bool, tmp_path: Path, lora: Any) -> None:
+    """Of adapters of other ranks, layers and scalings; whichever is first."""
+    name, folder = base
+    parts = list(zip(two(name, folder, tmp_path, **SECOND[name]), (0.7, -0.3), strict=True))
+    if swapped:
+        parts.reverse()
+    out = tmp_path / "out"
+    given = [f"{part}={weight}" for part, weight in parts]
+    rank = ["--rank", "10"] if method == "svd" else []
+    report = done(lora("adapters", "compose", *given, "--method", method, *rank, "--out", out, "--json")).json
+
+    wanted: dict[str, torch.Tensor] = {}
+    for part, weight in parts:
+        for layer, product in products(part).items():
+            wanted[layer] = wanted.get(layer, torch.zeros_like(product)) + weight * product
+    found = products(out)
+    assert found.keys() == wanted.keys()
+    assert report["layers"] == len(wanted)
+    for layer, product in found.items():
+        assert far(product, wanted[layer]) < (1e-6 if method == "cat" else 1e-5), layer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    by_peft = logits(PeftModel.from_pretrained(model, str(out)), tokenizer)
+    sums = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        for layer, product in wanted.items():
+            weight = sums.get_submodule(layer).weight
+            weight += (product.T if name == "gpt2" else product).float()
+    assert far(by_peft, logits(sums, tokenizer)) < 1e-5
+
+
+def test_cat_is_exact_to_the_bit(base: Base, tmp_path: Path, lora: Any) -> None:
+    """Weights and scalings that are powers of two round nothing: the factors stand one beside the other."""
+    name, folder = base
+    a, b = (
+        varied(name, folder, tmp_path / "a", 1, lora_alpha=R),
+        varied(name, folder, tmp_path / "b", 2, lora_alpha=2 * R),
+    )
+    done(lora("adapters", "compose", f"{a}=0.5", f"{b}=0.25", "--out", tmp_path / "out"))
+    first, second, found = (load_file(part / "adapter_model.safetensors") for part in (a, b, tmp_path / "out"))
+    assert found.keys() == first.keys()
+    for key, tensor in found.items():
+        if "lora_A" in key:
+            wanted = torch.cat([0.5 * first[key], 0.5 * second[key]])
+        else:
+            wanted = torch.cat([first[key], second[key]], dim=1)
+        assert torch.equal(tensor, wanted), key
+
+
+def test_svd_is_the_nearest_of_its_rank(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    a, b = two("llama", tiny_llama, tmp_path)
+    done(lora("adapters", "compose", f"{a}=1", f"{b}=1", "--method", "svd", "--rank", "3", "--out", tmp_path / "out"))
+    parts = products(a), products(b)
+    for layer, product in products(tmp_path / "out").items():
+        whole = parts[0][layer] + parts[1][layer]
+        u, s, v = torch.linalg.svd(whole)
+        assert far(product, u[:, :3] @ torch.diag(s[:3]) @ v[:3]) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "dare_linear", "magnitude_prune", "ties_svd"])
+def test_the_other_methods_are_pefts(method: str, tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    """The same as PEFT on the whole model, loaded; the seed decides what is dropped."""
+    a, b = two("llama", tiny_llama, tmp_path)
+    density = [] if method == "linear" else ["--density", "0.4"]
+    given = ["adapters", "compose", f"{a}=0.6", f"{b}=0.4", "--method", method, *density]
+    done(lora(*given, "--out", tmp_path / "out", "--seed", "7"))
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(a), adapter_name="part_a")
+    model.load_adapter(str(b), adapter_name="part_b")
+    torch.manual_seed(7)
+    names, weights = ["part_a", "part_b"], [0.6, 0.4]
+    model.add_weighted_adapter(names, weights, "both", method, density=0.4 if density else None)
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for layer, product in products(tmp_path / "out").items():
+        module = model.base_model.model.get_submodule(layer)
+        assert far(product, module.get_delta_weight("both").double()) < 1e-5 or "dare" in method, layer
+    if "dare" in method:
+        again = {}
+        for seed in ("7", "8"):
+            done(lora(*given, "--out", tmp_path / seed, "--seed", seed))
+            again[seed] = load_file(tmp_path / seed / "adapter_model.safetensors")
+        assert all(torch.equal(again["7"][key], found[key]) for key in found)
+        assert not all(torch.equal(again["8"][key], found[key]) for key in found)
+        kept = [float((tensor != 0).double().mean()) for tensor in found.values()]
+        assert 0.5 < sum(kept) / len(kept) < 0.8, "a number is left when either part keeps it: 1 - 0.6 * 0.6"
+
+
+def test_what_was_composed_is_told(train: Any, tmp_path: Path, lora: Any) -> None:
+    """Of two runs: the base is known by its fingerprint, the parts by theirs; merge takes the result."""
+    runs = [train({"training.seed": seed, "training.max_steps": 1}) for seed in (1, 2)]
+    given = [f"{run.folder}={weight}" for run, weight in zip(runs, (1, 0.5), strict=True)]
+    done(lora("adapters", "compose", *given, "--out", tmp_path / "out"))
+    shown = done(lora("adapters", "show", tmp_path / "out", "--json")).json
+    record = shown["provenance"]
+    assert record["base"]["fingerprint"] == runs[0].info["base"]["fingerprint"]
+    assert shown["base_state"] == "there"
+    assert record["made"]["by"] == "compose" and record["made"]["method"] == "cat"
+    assert [part["weight"] for part in record["made"]["of"]] == [1, 0.5]
+    assert [Path(part["name_or_path"]) for part in record["made"]["of"]] == [run.folder / "adapter" for run in runs]
+    assert "recipe" not in record
+    done(lora("merge", tmp_path / "out", "--out", tmp_path / "merged"))
+    text = done(lora("adapters", "show", tmp_path / "out")).stdout
+    assert "compose of" in text
+
+
+def test_a_composition_of_quantized_runs_knows_what_they_saw(train: Any, tmp_path: Path, lora: Any) -> None:
+    seen = {"quantization.method": "nf4", "training.max_steps": 1}
+    runs = [train(seen | {"training.seed": seed}) for seed in (1, 2)]
+    plain = train({"training.max_steps": 1})
+    done(lora("adapters", "compose", *(f"{run.folder}=0.5" for run in runs), "--out", tmp_path / "out"))
+    report = done(lora("merge", tmp_path / "out", "--out", tmp_path / "merged", "--json")).json
+    assert "nf4" in report["into"]
+    result = lora("adapters", "compose", f"{runs[0].folder}=1", f"{plain.folder}=1", "--out", tmp_path / "other")
+    assert result.exit_code == 2 and "quantized otherwise" in result.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_every_method_is_known_to_the_command_line() -> None:
+    from lora_cli.cli.adapters import compose_command
+    from lora_cli.weights.compose import METHODS
+
+    kind = get_type_hints(compose_command)["method"]
+    assert get_args(kind) == tuple(METHODS)
