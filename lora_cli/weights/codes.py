@@ -75,9 +75,10 @@ def _eight_bits(weight: torch.Tensor, pool: ThreadPoolExecutor) -> Encoded:
 
 
 def _norms(original: torch.Tensor, expanded: torch.Tensor) -> tuple[float, float]:
-    original = original.float()
-    error = expanded.float().reshape(original.shape) - original
-    return float(error.norm(dtype=torch.float64)), float(original.norm(dtype=torch.float64))
+    original = original.float().reshape(-1)
+    error = expanded.float().reshape(-1) - original
+    # Of a piece float32 is exact to some 1e-5, in a fraction of the time that norm() takes.
+    return math.sqrt(torch.dot(error, error)), math.sqrt(torch.dot(original, original))
 
 
 def _joined(norms: Iterable[tuple[float, float]]) -> tuple[float, float]:
