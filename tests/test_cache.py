@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -24,13 +25,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lora_cli.data import gather
 from lora_cli.data.audit import audit
 from lora_cli.data.batches import collate
 from lora_cli.data.cache import Cached, prune, publish, tokenize_cached, withdraw
-from lora_cli.data.examples import fit
+from lora_cli.data.examples import Examples, fit
 from lora_cli.data.sources import sources_of
 from lora_cli.data.tokenize import tokenize
-from lora_cli.errors import UserError
+from lora_cli.errors import RunError, UserError
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Data, Source
 from lora_cli.training.lock import check_unlocked, locked
@@ -89,18 +91,63 @@ def resident(file: Path) -> int:
     return found
 
 
+def test_many_tokens_go_to_the_disk_as_they_come(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more than are held are in memory, the rows are the same ones, and their files have no names."""
+    texts = [{"text": f"{n}: boats in the harbour. " * (n % 7 + 1)} for n in range(900)]
+    rows = write_rows(tmp_path / "rows.jsonl", texts)
+
+    wanted = cached(tokenizer, tmp_path, rows).tokenized.examples
+    held: list[int] = []
+    monkeypatch.setattr("lora_cli.data.gather.HELD", 5000)
+    write = gather._write
+
+    def watched(parts: list[Examples], *others: Any) -> None:
+        held.append(sum(part.tokens for part in parts))
+        write(parts, *others)
+
+    monkeypatch.setattr(gather, "_write", watched)
+    before = set(tmp_path.rglob("*"))
+    part = cached(tokenizer, tmp_path, rows)
+    found = part.tokenized.examples
+    assert set(tmp_path.rglob("*")) == before
+    assert len(held) > 3 and max(held) < 5000 + 250 * 80 < wanted.tokens
+    assert len(found.store.mappings) == 2
+    assert found.fingerprint == wanted.fingerprint
+    publish(tmp_path / "cache", [part])
+    again = cached(tokenizer, tmp_path, rows)
+    assert not again.fresh and again.tokenized.examples.fingerprint == wanted.fingerprint
+
+
+def test_a_disk_too_small_for_many_tokens_is_told(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"{n}: boats in the harbour. " * 9} for n in range(900)])
+    monkeypatch.setattr("lora_cli.data.gather.HELD", 5000)
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, most))
+    try:
+        with pytest.raises(RunError, match=r"tokenized rows.*could not be written: File too large"):
+            cached(tokenizer, tmp_path, rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+        signal.signal(signal.SIGXFSZ, former)
+
+
 def test_tokens_stay_on_the_disk(tokenizer: Any, tmp_path: Path) -> None:
     rows = write_rows(
         tmp_path / "rows.jsonl", [{"text": f"{n}: the boats stay in the harbour. " * 30} for n in range(900)]
     )
     parts = [cached(tokenizer, tmp_path, rows)]
     first = parts[0].tokenized.examples
-    assert first.store.mapping is None
+    assert not first.store.mappings
     wanted = first.fingerprint
     *_, file = publish(tmp_path / "cache", parts)
     again = cached(tokenizer, tmp_path, rows).tokenized.examples
     for examples in (first, again):
-        assert examples.store.mapping is not None
+        assert len(examples.store.mappings) == 1
         assert examples.store.ids.sum() > 0
         touched = resident(file)
         assert touched > examples.store.ids.nbytes / 2 > 200_000

@@ -25,7 +25,6 @@ import numpy as np
 import tokenizers
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from lora_cli import __version__
 from lora_cli.data.examples import CHUNK, Examples, Store
@@ -38,10 +37,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ARRAYS: dict[str, type[np.generic]] = {
-    "ids": np.int32,
-    "supervised": np.bool_,
     "offsets": np.int64,
+    "ids": np.int32,
     "source": np.int32,
+    "supervised": np.bool_,
 }
 DTYPES = {np.int32: "I32", np.int64: "I64", np.bool_: "BOOL"}
 """Safetensors' names."""
@@ -81,7 +80,8 @@ def tokenize_cached(
         if found is not None:
             return Cached(found, key, fresh=False)
     digest = settings.copy()
-    tokenized = tokenize_rows(data, _counted_in(digest, whole_rows(sources)), tokenizer)
+    folder = next(place for place in (cache, *cache.absolute().parents) if place.is_dir())
+    tokenized = tokenize_rows(data, _counted_in(digest, whole_rows(sources)), tokenizer, folder)
     return Cached(tokenized, digest.hexdigest(), fresh=True)
 
 
@@ -98,7 +98,7 @@ def publish(cache: Path, parts: list[Cached]) -> list[Path]:
         made.append(_write(cache, part))
         store = part.tokenized.examples.store
         if (written := _mapped(made[-1])) is not None:  # from here on the rows lie on the disk
-            store.mapping, store.ids, store.supervised = written[0], written[1]["ids"], written[1]["supervised"]
+            store.mappings, store.ids, store.supervised = (written[0],), written[1]["ids"], written[1]["supervised"]
     return made
 
 
@@ -158,7 +158,7 @@ def _read(cache: Path, key: str) -> Tokenized | None:
         return None
     mapping, arrays, words = found
     checksum, _, about = words.partition(" ")
-    store = Store(arrays["ids"], arrays["supervised"], mapping)
+    store = Store(arrays["ids"], arrays["supervised"], (mapping,))
     if checksum != _checksum(key, about, arrays, store):
         return None
     stated, offsets = json.loads(about), arrays["offsets"].copy()
@@ -195,7 +195,8 @@ def _write(cache: Path, part: Cached) -> Path:
     target = cache / f"{part.key}.safetensors"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, draft, {"about": f"{_checksum(part.key, about, arrays, examples.store)} {about}"})
+        words = f"{_checksum(part.key, about, arrays, examples.store)} {about}"
+        _save(draft, words, arrays, examples.store)
         _sync(draft)
         draft.replace(target)
         _sync(cache)
@@ -208,6 +209,24 @@ def _write(cache: Path, part: Cached) -> Path:
         with suppress(OSError):
             draft.unlink()
     return target
+
+
+def _save(path: Path, words: str, arrays: dict[str, Any], store: Store) -> None:
+    """Write the arrays in the order of ARRAYS, a piece at a time: safetensors itself copies them all into memory."""
+    header: dict[str, Any] = {"__metadata__": {"about": words}}
+    at = 0
+    for name, dtype in ARRAYS.items():
+        size = arrays[name].nbytes
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(arrays[name].shape), "data_offsets": [at, at + size]}
+        at += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # which leaves each array where its type may lie
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in ARRAYS:
+            for start in range(0, len(arrays[name]), CHUNK):
+                file.write(np.ascontiguousarray(arrays[name][start : start + CHUNK]).data)
+                store.release()
 
 
 def _sync(path: Path) -> None:

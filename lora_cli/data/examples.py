@@ -24,18 +24,18 @@ CHUNK = 1 << 20
 
 @dataclass
 class Store:
-    """The tokens of many rows, ``ids`` (tokens,) int32 and ``supervised`` (tokens,) bool: in memory, or in a file that
-    is mapped there."""
+    """The tokens of many rows, ``ids`` (tokens,) int32 and ``supervised`` (tokens,) bool: in memory, or in files that
+    are mapped there."""
 
     ids: Tokens
     supervised: Mask
-    mapping: mmap.mmap | None = None
+    mappings: tuple[mmap.mmap, ...] = ()
 
     def release(self) -> None:
         """Let go of the pages that were read of a file; they would count as this process's for as long as there is room
         for them. The system keeps them at hand."""
-        if self.mapping is not None:
-            self.mapping.madvise(mmap.MADV_DONTNEED)
+        for mapping in self.mappings:
+            mapping.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Examples:
             digest.update(np.ascontiguousarray(flat.ids).data)
         for flat in self.chunks():
             digest.update(np.ascontiguousarray(flat.supervised).data)
-        digest.update(_offsets(self.lengths).data)
+        digest.update(offsets_of(self.lengths).data)
         digest.update(np.ascontiguousarray(self.source).data)
         return digest.hexdigest()
 
@@ -101,7 +101,7 @@ class Examples:
     def flat(self, first: int = 0, last: int | None = None) -> Flat:
         """The rows from ``first`` to before ``last``, end to end; copied unless they lie so in the store."""
         starts, ends = self.starts[first:last], self.ends[first:last]
-        offsets = _offsets(ends - starts)
+        offsets = offsets_of(ends - starts)
         places: slice | Ints = slice(starts[0], ends[-1]) if len(starts) else slice(0)
         if (starts[1:] != ends[:-1]).any():
             places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], ends - starts)
@@ -109,7 +109,7 @@ class Examples:
 
     def chunks(self) -> Iterator[Flat]:
         """All rows in order, about CHUNK tokens at a time; what was read of a file is then let go of."""
-        offsets = _offsets(self.lengths)
+        offsets = offsets_of(self.lengths)
         first = 0
         while first < len(self):
             last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + CHUNK, side="right")) - 1)
@@ -118,12 +118,14 @@ class Examples:
             first = last
 
 
-def end_to_end(flat: Flat, source: Tokens, format_name: str) -> Examples:
-    """Examples of rows that lie so."""
-    return Examples(Store(flat.ids, flat.supervised), flat.offsets[:-1], flat.offsets[1:], source, format_name)
+def end_to_end(flat: Flat, source: Tokens, format_name: str, mappings: tuple[mmap.mmap, ...] = ()) -> Examples:
+    """Examples of rows that lie so, in memory or mapped."""
+    store = Store(flat.ids, flat.supervised, mappings)
+    return Examples(store, flat.offsets[:-1], flat.offsets[1:], source, format_name)
 
 
-def _offsets(lengths: Ints) -> Ints:
+def offsets_of(lengths: Ints) -> Ints:
+    """Where each row begins when they lie end to end, and where the last one ends: (rows + 1,) int64."""
     return np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
 
 
@@ -142,25 +144,9 @@ def join_pieces(pieces: Sequence[Piece], format_name: str) -> Examples:
     flat = Flat(
         ids=np.concatenate([np.zeros(0, np.int32), *(ids for ids, _, _ in pieces)]),
         supervised=np.concatenate([np.zeros(0, np.bool_), *(mask for _, mask, _ in pieces)]),
-        offsets=_offsets(np.asarray([len(ids) for ids, _, _ in pieces], np.int64)),
+        offsets=offsets_of(np.asarray([len(ids) for ids, _, _ in pieces], np.int64)),
     )
     return end_to_end(flat, np.asarray([source for _, _, source in pieces], np.int32), format_name)
-
-
-def join(parts: list[Examples]) -> Examples:
-    """The rows of all parts, end to end; lets go of each part once it is copied."""
-    lengths = np.concatenate([np.zeros(0, np.int64), *(part.lengths for part in parts)])
-    source = np.concatenate([np.zeros(0, np.int32), *(part.source for part in parts)])
-    format_name = "+".join(dict.fromkeys(part.format for part in parts))
-    whole = Flat(np.empty(lengths.sum(), np.int32), np.empty(lengths.sum(), np.bool_), _offsets(lengths))
-    at = 0
-    parts.reverse()
-    while parts:
-        flat = parts.pop().flat()
-        end = at + len(flat.ids)
-        whole.ids[at:end], whole.supervised[at:end] = flat.ids, flat.supervised
-        at = end
-    return end_to_end(whole, source, format_name)
 
 
 @dataclass(frozen=True)

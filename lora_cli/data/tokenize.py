@@ -6,13 +6,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_cli.data.chat import conversation_segments, end_of_turn
-from lora_cli.data.examples import Examples, Ints, Mask, Piece, Tokens, join, join_pieces
+from lora_cli.data.examples import Examples, Ints, Mask, Piece, Tokens, join_pieces
 from lora_cli.data.formats import Content, Message, Segment, detect, read_content
+from lora_cli.data.gather import gather
 from lora_cli.data.parallel import in_order
 from lora_cli.data.sources import Row, whole_rows
 from lora_cli.errors import UserError
@@ -46,18 +48,25 @@ def tokenize(data: Data, sources: Sequence[Source], tokenizer: PreTrainedTokeniz
     return tokenize_rows(data, whole_rows(sources), tokenizer).examples
 
 
-def tokenize_rows(data: Data, rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Tokenized:
-    """Format and tokenize every row, whole; on all cores when there are many.
+def tokenize_rows(
+    data: Data, rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, folder: Path | None = None
+) -> Tokenized:
+    """Format and tokenize every row, whole; on all cores when there are many, which ``gather`` keeps in ``folder``.
 
     Raises UserError at the first row that is wrong; ``check_rows`` finds these sooner, and all of them.
     """
     check_usable(tokenizer)
     encode = partial(encode_chunk, tokenizer, data.train_on == "all")
-    parts, removed = [], 0
-    for part in in_order(encode, read_chunks(data, rows, tokenizer)):
-        parts.append(part.examples)
-        removed += part.bos_removed
-    return Tokenized(join(parts), removed)
+    removed = 0
+
+    def examples() -> Iterator[Examples]:
+        nonlocal removed
+        for part in in_order(encode, read_chunks(data, rows, tokenizer)):
+            removed += part.bos_removed
+            yield part.examples
+
+    gathered = gather(examples(), folder)
+    return Tokenized(gathered, removed)
 
 
 def check_usable(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,0 +1,79 @@
+"""Tokenized rows put together as they come: few in memory, many on the disk, so that memory does not grow with them."""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from lora_cli.data.examples import Examples, Flat, Ints, Store, Tokens, end_to_end, offsets_of
+from lora_cli.errors import unwritable
+
+HELD = 1 << 24
+"""Tokens that are held in memory before they are written: 84 MB."""
+
+
+def gather(parts: Iterable[Examples], folder: Path | None) -> Examples:
+    """The rows of all parts, end to end; more than HELD tokens lie in files in ``folder`` (None: the system's own for
+    such). These have no name: however the process ends, nothing is left of them.
+
+    Raises RunError when the disk is full.
+    """
+    held: list[Examples] = []
+    files: list[IO[bytes]] = []
+    lengths: list[Ints] = [np.zeros(0, np.int64)]
+    sources: list[Tokens] = [np.zeros(0, np.int32)]
+    formats: dict[str, None] = {}
+    place = folder or Path(tempfile.gettempdir())
+    waiting = 0
+    try:
+        for part in parts:
+            held.append(part)
+            lengths.append(part.lengths)
+            sources.append(part.source)
+            formats[part.format] = None
+            waiting += part.tokens
+            if waiting >= HELD:
+                _write(held, files, place)
+                waiting = 0
+        if files:
+            _write(held, files, place)
+        store = _mapped(*files) if files else _joined(held)
+    finally:
+        for file in files:
+            file.close()
+    flat = Flat(store.ids, store.supervised, offsets_of(np.concatenate(lengths)))
+    return end_to_end(flat, np.concatenate(sources), "+".join(formats), store.mappings)
+
+
+def _write(held: list[Examples], files: list[IO[bytes]], place: Path) -> None:
+    """Append what is held to the files of ids and of supervision, which are made when there are none."""
+    try:
+        while len(files) < 2:
+            files.append(tempfile.TemporaryFile(dir=place))  # noqa: SIM115 (gather closes them)
+        for part in held:
+            flat = part.flat()
+            files[0].write(flat.ids.data)
+            files[1].write(flat.supervised.data)
+        for file in files:
+            file.flush()
+    except OSError as error:
+        raise unwritable(place / "tokenized rows", error) from error
+    held.clear()
+
+
+def _mapped(ids: IO[bytes], supervised: IO[bytes]) -> Store:
+    mappings = tuple(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) for file in (ids, supervised))
+    return Store(np.frombuffer(mappings[0], np.int32), np.frombuffer(mappings[1], np.bool_), mappings)
+
+
+def _joined(held: list[Examples]) -> Store:
+    flats = [part.flat() for part in held]
+    return Store(
+        np.concatenate([np.zeros(0, np.int32), *(flat.ids for flat in flats)]),
+        np.concatenate([np.zeros(0, np.bool_), *(flat.supervised for flat in flats)]),
+    )
