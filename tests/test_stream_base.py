@@ -216,7 +216,7 @@ def test_auto_offloads_when_checkpointing_alone_would_not_do(
     job = prepare(load_recipe(write_recipe()), resume=False, overwrite=False)
     schedule = setup.make_schedule(job, packing=False, processes=1)
     batch = largest_batch(schedule.lengths, schedule.supervised, 2, job.max_length, False)
-    needed = {"plain": activation_bytes(job.config, *batch, 4), "none": 0}
-    needed["checkpointed"] = activation_bytes(job.config, *batch, 4, checkpointing=True)
+    needed = {"plain": activation_bytes(job.config, *batch, 4, whole_logits=True), "none": 0}
+    needed["checkpointed"] = activation_bytes(job.config, *batch, 4, True, whole_logits=True)
     monkeypatch.setattr(setup, "free_bytes", lambda device: int(1.26 * needed[room]))  # 4/5 of it are to be used
-    assert setup.choose_checkpointing(job, schedule, torch.float32, torch.device(device)) == wanted
+    assert setup.choose_checkpointing(job, schedule, torch.float32, torch.device(device), True) == wanted

@@ -26,16 +26,25 @@ ALLOCATION_FAILED = (
 )
 
 
+LOGITS_AT_ONCE = 3 * 2**24
+"""Bytes that logits take where they are computed in chunks: some tens of megabytes, whatever the vocabulary."""
+
+
 def activation_bytes(
-    config: PreTrainedConfig, tokens: int, positions: int, element_size: int, checkpointing: bool = False
+    config: PreTrainedConfig,
+    tokens: int,
+    positions: int,
+    element_size: int,
+    checkpointing: bool = False,
+    whole_logits: bool = False,
 ) -> int:
     """Bytes that the backward pass of one micro-batch keeps, roughly.
 
     Counted as in Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1), without the attention matrices that fused
     attention never stores: of a frozen layer the norms' inputs, queries, keys, values, the attention's result and
     adapters' inputs are kept, about 7 vectors of the hidden width a token, and 3 of the MLP's. With ``checkpointing``
-    a layer's input is, and one layer at a time the rest. The head keeps its logits, and float32 copies of them for the
-    loss, at ``positions``.
+    a layer's input is, and one layer at a time the rest. Of the head its input's gradient is kept at ``positions``, or
+    ``whole_logits`` and float32 copies of them for the loss.
     """
     text = config.get_text_config()
     hidden = int(text.hidden_size)
@@ -43,7 +52,9 @@ def activation_bytes(
     layers = int(text.num_hidden_layers)
     layer = 7 * hidden + 3 * inner
     body = tokens * (layers * hidden + layer if checkpointing else layers * layer) * element_size
-    head = positions * int(text.vocab_size) * (element_size + 8)
+    head = positions * hidden * element_size + LOGITS_AT_ONCE
+    if whole_logits:
+        head = positions * int(text.vocab_size) * (element_size + 8)
     return body + head
 
 

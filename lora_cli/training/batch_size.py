@@ -68,7 +68,7 @@ def resolve(
     else:
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
         free = free_bytes(device) // sharing
-        fits = _by_estimate(job, packing, element_size, int(SHARE * free))
+        fits = _by_estimate(job, head, packing, element_size, int(SHARE * free))
         why = f"the largest whose activations are estimated to fit {SHARE:.0%} of {size(free)} free"
     found = next(((count, way) for way in ways for count in divisors(rows) if fits(count, way)), None)
     if found is None:
@@ -95,12 +95,12 @@ def divisors(number: int) -> list[int]:
     return [each for each in range(number, 0, -1) if number % each == 0]
 
 
-def _by_estimate(job: Prepared, packing: bool, element_size: int, room: int) -> Fits:
+def _by_estimate(job: Prepared, head: Head | None, packing: bool, element_size: int, room: int) -> Fits:
     examples = job.train.examples
 
     def fits(count: int, checkpointing: bool) -> bool:
         batch = largest_batch(examples.lengths, examples.supervised_per_row, count, job.max_length, packing)
-        return activation_bytes(job.config, *batch, element_size, checkpointing) <= room
+        return activation_bytes(job.config, *batch, element_size, checkpointing, whole_logits=head is None) <= room
 
     return fits
 

@@ -132,11 +132,9 @@ def estimate(job: Prepared, recipe: Recipe) -> Need:
         recipe.data.packing,
     )
     checkpointing = training.gradient_checkpointing is True
-    return Need(
-        weights,
-        trained * (8 + state),
-        activation_bytes(job.config, tokens, positions, dtype.itemsize, checkpointing),
-    )
+    whole_logits = any(target.out_features == job.config.get_text_config().vocab_size for target in job.targets)
+    activations = activation_bytes(job.config, tokens, positions, dtype.itemsize, checkpointing, whole_logits)
+    return Need(weights, trained * (8 + state), activations)
 
 
 def largest_batch(lengths: Ints, supervised: Ints, batch_size: int, max_length: int, packing: bool) -> tuple[int, int]:

@@ -98,7 +98,7 @@ def set_up(job: Prepared, display: Display) -> Trainer:
         head = None if is_sharded(accelerator) else frozen_head(model)
     job = replace(job, recipe=resolve(job, accelerator, model, head, packing, dtype.itemsize, bool(sources), display))
     schedule = make_schedule(job, packing, accelerator.num_processes)
-    checkpointing = choose_checkpointing(job, schedule, dtype, accelerator.device)
+    checkpointing = choose_checkpointing(job, schedule, dtype, accelerator.device, head is None)
     if checkpointing or sources:
         recompute_activations(model)
     optimizer = make_optimizer(recipe.training, [p for _, p in trainable_parameters(model)])
@@ -193,7 +193,7 @@ def make_schedule(job: Prepared, packing: bool, processes: int) -> Schedule:
 
 
 def choose_checkpointing(
-    job: Prepared, schedule: Schedule, dtype: torch.dtype, device: torch.device
+    job: Prepared, schedule: Schedule, dtype: torch.dtype, device: torch.device, whole_logits: bool
 ) -> Literal["on", "offload"] | None:
     """The recipe's word, or for auto: the first way in which the activations take at most 4/5 of the free memory."""
     wanted = job.recipe.training.gradient_checkpointing
@@ -205,10 +205,13 @@ def choose_checkpointing(
         schedule.lengths, schedule.supervised, schedule.batch_size, job.max_length, schedule.packing
     )
     free = 0.8 * free_bytes(device)
-    if activation_bytes(job.config, tokens, positions, dtype.itemsize) <= free:
+    plain, checkpointed = (
+        activation_bytes(job.config, tokens, positions, dtype.itemsize, checkpointing, whole_logits)
+        for checkpointing in (False, True)
+    )
+    if plain <= free:
         return None
-    fits = activation_bytes(job.config, tokens, positions, dtype.itemsize, checkpointing=True) <= free
-    return "on" if fits or device.type == "cpu" else "offload"
+    return "on" if checkpointed <= free or device.type == "cpu" else "offload"
 
 
 def unwrap(trainer: Trainer) -> PeftModel:
