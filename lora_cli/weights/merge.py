@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -166,13 +167,17 @@ def common_quantization(origins: Sequence[AdapterOrigin]) -> Quantization | None
 def _write(sums: Sums, draft: Path, max_shard: int) -> float:
     """Write all tensors; the share of the changed weights' numbers that are stored as they were."""
     same = numbers = 0
-    with shard_writer(draft, sums.headers, max_shard) as write:
+    # A tensor is made while the one before it is written: files take as long as sums.
+    with shard_writer(draft, sums.headers, max_shard) as write, ThreadPoolExecutor(1) as writer:
+        written = writer.submit(lambda: None)
         for name in sums.headers:
             found = sums.read(name)
-            write(name, found.tensor)
+            written.result()
+            written = writer.submit(write, name, found.tensor)
             if name in sums.changes.products:
                 same += found.unchanged
                 numbers += found.tensor.numel()
+        written.result()
     return same / numbers if numbers else 0.0
 
 
