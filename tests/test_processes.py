@@ -270,3 +270,17 @@ def test_a_fault_is_told_once(recipe: Callable[..., Path], lora_process: Any) ->
     assert result.stderr.count("no_such_layer") == 1
     assert not run_of(broken).folder.exists()
     assert lora_process("train", broken, "--num-processes", "0").exit_code == 2
+
+
+def test_the_first_is_left_time_to_tell_it(recipe: Callable[..., Path]) -> None:
+    """The first to end ends the others: a process that is ahead must not end before the fault is told."""
+    command = [sys.executable, "-m", "lora_cli", "train", str(recipe({"adapter.target_modules": ["no_such_layer"]}))]
+    launched = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    with subprocess.Popen(command, env=launched | {"RANK": "1"}, stderr=subprocess.PIPE, text=True) as second:
+        first = subprocess.run(command, env=launched | {"RANK": "0"}, capture_output=True, text=True, check=False)
+        assert first.returncode == 2
+        assert "no_such_layer" in first.stderr
+        time.sleep(1)
+        assert second.poll() is None
+        second.terminate()
+        assert second.communicate()[1] == ""
