@@ -180,3 +180,8 @@ def variable_that_only_sounds_like_a_secret(w: World) -> Arguments:
 @case("the environment variable MAX_TOKENS is not set", "the environment variable KEYBOARD is not set")
 def two_variables_that_only_sound_like_secrets(w: World) -> Arguments:
     return w.train({"model.name_or_path": "${MAX_TOKENS}", "training.output_dir": "${KEYBOARD}"})
+
+
+@case("model.attn_implementation: flex_attention", "leave it at auto")
+def attention_that_neither_the_model_nor_a_cpu_has(w: World) -> Arguments:
+    return w.train({"model.attn_implementation": "flex_attention"})

@@ -150,3 +150,12 @@ def test_a_control_groups_share_of_the_cores(files: dict[str, str], expected: in
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content + "\n")
     assert usable_cores(tmp_path) == (expected or len(os.sched_getaffinity(0)))
+
+
+def test_training_imports_no_compiler(write_recipe: Any) -> None:
+    """bitsandbytes asks for torch's compiler as it is imported; nothing in a run uses it."""
+    seen = "[name for name in ('bitsandbytes', 'torch._inductor.compile_fx') if name in sys.modules]"
+    script = f"import sys; from lora_cli.cli.app import main; print(main(sys.argv[1:]), {seen})"
+    arguments = ["train", str(write_recipe({})), "training.max_steps=1", "--quiet"]
+    child = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    assert child.stdout.splitlines()[-1] == "0 ['bitsandbytes']"

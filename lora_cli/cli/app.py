@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             if not debug:
                 _hush_libraries()
+            _leave_out_the_compiler()
             app(given, prog_name="lora")  # tells of wrong options itself, and always ends in SystemExit
     except LoraError as error:
         if debug:
@@ -118,6 +119,11 @@ def _hush_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in ("bitsandbytes", "peft", "accelerate", "torch", "huggingface_hub", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _leave_out_the_compiler() -> None:
+    """Keep bitsandbytes from importing torch's compiler, a second and a half, for functions that are not used here."""
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def _tell(error: LoraError) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -94,6 +95,20 @@ def _unusable(error: Exception, where: str) -> UserError:
     return UserError(what, where, "copy or download it again")
 
 
+def check_attention(config: PreTrainedConfig, implementation: str, device: torch.device) -> None:
+    """Raises UserError when the model cannot be trained with this attention on ``device``."""
+    if implementation == "auto":
+        return
+    where, hint = f"model.attn_implementation: {implementation}", "leave it at auto"
+    if implementation.startswith(("flash", "flex")) and device.type == "cpu":
+        raise UserError(f"{where} trains on a GPU only", hint=hint)
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=implementation)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{where}: {str(error).split('. ')[0]}", hint=hint) from error
+
+
 def best_device() -> torch.device:
     """The GPU when there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -161,6 +176,8 @@ def load_base(
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     if model.attn_implementation != "auto":
         options["attn_implementation"] = model.attn_implementation
+    if model.attn_implementation == "flex_attention":  # compiled by its first call, or it makes all scores
+        os.environ.pop("TORCHDYNAMO_DISABLE", None)
     if quantization is not None:
         quantized = bitsandbytes_config(quantization, device)
         quantized.llm_int8_skip_modules = skip

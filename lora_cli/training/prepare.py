@@ -64,7 +64,15 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     _check_without_torch(recipe, folder, resume, overwrite)
 
     from lora_cli.data.examples import check_ids
-    from lora_cli.model.base import best_device, load_config, load_tokenizer, max_positions, resolve_dtype, skeleton
+    from lora_cli.model.base import (
+        best_device,
+        check_attention,
+        load_config,
+        load_tokenizer,
+        max_positions,
+        resolve_dtype,
+        skeleton,
+    )
     from lora_cli.model.layers import linear_layers
 
     resolve_dtype(recipe.model.dtype, best_device())
@@ -77,6 +85,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     adapter = recipe.adapter
     targets = choose_targets(linear_layers(bare), adapter.target_modules, adapter.r, adapter.layers_to_transform)
     check_weights(base, bare)
+    check_attention(config, recipe.model.attn_implementation, best_device())
     if recipe.adapter.init_from is not None:
         check_start(Path(recipe.adapter.init_from), recipe.adapter, [target.name for target in targets])
 
