@@ -74,7 +74,9 @@ def command(
     _check_together(origins, into)
 
     from lora_cli.cli import verify as checking
+    from lora_cli.weights.pieces import keep_freed_memory
 
+    keep_freed_memory()
     result = (
         _quantize(origins, out, dtype, max_shard)
         if into == "quantized"

@@ -64,9 +64,11 @@ def command(
         measure.check(section)
         rows = measure.rows_for(folder, adapter, section, recipe)
 
+    from lora_cli.weights.pieces import keep_freed_memory
     from lora_cli.weights.quantize import quantize, stored_model
     from lora_cli.weights.quantize_merged import quantize_merged
 
+    keep_freed_memory()
     wanted, skipped = Quantization(method=method, double_quant=double_quant), _split(skip)
     if origin is None:
         result = quantize(stored_model(folder), out, wanted, skipped, max_shard)

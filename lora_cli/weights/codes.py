@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from bitsandbytes import functional
 
 from lora_cli.recipe.schema import Quantization
+from lora_cli.weights.pieces import workers
 
+Each = Callable[..., Iterable[Any]]
+"""``map``, or one by several threads."""
 PIECE = 2**20  # weights: their temporaries stay in the processor's cache, seven times as fast as a whole tensor's
 BLOCK = 64  # weights that share a scale, bitsandbytes' own choice; divides PIECE
 STATE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
@@ -34,16 +36,14 @@ def encode(weight: torch.Tensor, quantization: Quantization) -> Encoded:
 
     ``size`` is NaN or infinite when the weight holds values that are no numbers.
     """
-    # A thread for a piece, not for each part of each operation: on a busy machine these would wait for one another.
-    threads = torch.get_num_threads() if weight.device.type == "cpu" else 1
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return _eight_bits(weight, pool) if quantization.method == "int8" else _four_bits(weight, quantization, pool)
+    each: Each = workers().map if weight.device.type == "cpu" else map
+    return _eight_bits(weight, each) if quantization.method == "int8" else _four_bits(weight, quantization, each)
 
 
-def _four_bits(weight: torch.Tensor, quantization: Quantization, pool: ThreadPoolExecutor) -> Encoded:
+def _four_bits(weight: torch.Tensor, quantization: Quantization, each: Each) -> Encoded:
     method = quantization.method
     pieces = torch.split(weight.reshape(-1), PIECE)
-    parts = list(pool.map(lambda piece: functional.quantize_4bit(piece, blocksize=BLOCK, quant_type=method), pieces))
+    parts = list(each(lambda piece: functional.quantize_4bit(piece, blocksize=BLOCK, quant_type=method), pieces))
     codes, scales = (torch.cat(found) for found in zip(*((code, state.absmax) for code, state in parts), strict=True))
     levels = parts[0][1].code
     state = functional.QuantState(scales, weight.shape, levels, BLOCK, method, weight.dtype)
@@ -57,7 +57,7 @@ def _four_bits(weight: torch.Tensor, quantization: Quantization, pool: ThreadPoo
         state = functional.QuantState(scale, piece.shape, levels, BLOCK, method, weight.dtype)
         return cast("torch.Tensor", functional.dequantize_4bit(code, state))
 
-    norms = pool.map(
+    norms = each(
         lambda piece, code, scale: _norms(piece, expand(code, scale, piece)),
         *(pieces, torch.split(codes, PIECE // 2), torch.split(scales, PIECE // BLOCK)),
     )
@@ -65,12 +65,12 @@ def _four_bits(weight: torch.Tensor, quantization: Quantization, pool: ThreadPoo
     return Encoded(tensors, *_joined(norms))
 
 
-def _eight_bits(weight: torch.Tensor, pool: ThreadPoolExecutor) -> Encoded:
+def _eight_bits(weight: torch.Tensor, each: Each) -> Encoded:
     pieces = torch.split(weight, max(1, PIECE // weight.shape[1]))
-    parts = list(pool.map(lambda piece: functional.int8_vectorwise_quant(piece.to(torch.float16))[:2], pieces))
+    parts = list(each(lambda piece: functional.int8_vectorwise_quant(piece.to(torch.float16))[:2], pieces))
     codes, scales = (torch.cat(found) for found in zip(*parts, strict=True))
     tensors = {"weight": codes, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}
-    norms = pool.map(lambda piece, part: _norms(piece, functional.int8_vectorwise_dequant(*part)), pieces, parts)
+    norms = each(lambda piece, part: _norms(piece, functional.int8_vectorwise_dequant(*part)), pieces, parts)
     return Encoded(tensors, *_joined(norms))
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from lora_cli.weights.shards import INDEX, MAX_SHARD, SINGLE
 
 ENTRY = 160  # bytes that a tensor takes in a file's header at most, beside its name
+RESERVE = 2**26  # bytes
 ALIGNMENT = 8  # bytes: the format has no room between tensors, and readers want each where its type may lie
 NAMES = {
     torch.float64: "F64",
@@ -78,6 +80,7 @@ class _Shard:
         self.entries: dict[str, dict[str, Any]] = {}
         self.size = 0
         self._written = 0
+        self._reserved = 0
         self._waiting: list[tuple[str, torch.Tensor]] = []
         self.file.seek(8 + self.room)
 
@@ -91,14 +94,24 @@ class _Shard:
 
     def _write(self, name: str, tensor: torch.Tensor) -> None:
         self.entries[name]["data_offsets"] = [self._written, self._written + tensor.nbytes]
+        self._reserve(8 + self.room + self._written + tensor.nbytes)
         self.file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._written += tensor.nbytes
+
+    def _reserve(self, size: int) -> None:
+        """Have the disk set room aside in long runs: found block by block, it may take ten times as long to write."""
+        if size > self._reserved and hasattr(os, "posix_fallocate"):
+            more = max(RESERVE, size - self._reserved)
+            with suppress(OSError):  # a disk that has no room for a run may have it for what is written
+                os.posix_fallocate(self.file.fileno(), self._reserved, more)
+            self._reserved += more
 
     def close(self) -> None:
         """Write what has waited, and the header, padded with spaces as the format allows."""
         for name, tensor in sorted(self._waiting, key=lambda waiting: -waiting[1].itemsize):
             self._write(name, tensor)
         self._waiting.clear()
+        self.file.truncate()
         header = json.dumps({"__metadata__": {"format": "pt"}, **self.entries}, separators=(",", ":")).encode()
         if len(header) > self.room:
             raise ValueError(f"{self.path}: more tensors were written than announced")
