@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig
 
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.codes import encode
+from lora_cli.weights.four_bits import nearest_levels
 
 SETTINGS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -140,6 +141,22 @@ def test_pieces_make_the_whole(method: str, double_quant: bool, shape: tuple[int
         assert found.tensors[name].shape == tensor.shape and torch.equal(found.tensors[name], tensor), name
     assert found.size == pytest.approx(float(weight.double().norm()), rel=1e-5)
     assert found.error == pytest.approx(float((expanded.double() - weight.double()).norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", ["nf4", "fp4"])
+def test_numbers_on_the_edge(method: str, dtype: torch.dtype) -> None:
+    """Halfway between two levels, a block of zeros, one too small to divide by, an end in no whole block or byte."""
+    levels = functional.get_4bit_type(method, device="cpu").sort().values
+    middles = (levels[1:] + levels[:-1]) / 2
+    numbers = torch.zeros(64 * 4 + 7)
+    numbers[:16], numbers[16:31], numbers[31:47] = levels, middles, torch.nextafter(levels, torch.tensor(9.0))
+    numbers[64:79], numbers[79] = -middles, 1
+    numbers[128:192:3] = 1e-42
+    numbers[-7:] = middles[4:11] * 3
+    codes, scales = nearest_levels(numbers.to(dtype), method)
+    wanted, state = functional.quantize_4bit(numbers.to(dtype), blocksize=64, quant_type=method)
+    assert torch.equal(codes, wanted) and torch.equal(scales, state.absmax)
 
 
 def test_tensors_lie_where_their_types_may(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:

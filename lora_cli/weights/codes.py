@@ -11,12 +11,12 @@ import torch
 from bitsandbytes import functional
 
 from lora_cli.recipe.schema import Quantization
+from lora_cli.weights.four_bits import BLOCK, nearest_levels
 from lora_cli.weights.pieces import workers
 
 Each = Callable[..., Iterable[Any]]
 """``map``, or one by several threads."""
-PIECE = 2**20  # weights: their temporaries stay in the processor's cache, seven times as fast as a whole tensor's
-BLOCK = 64  # weights that share a scale, bitsandbytes' own choice; divides PIECE
+PIECE = 2**18  # weights, whole blocks: their temporaries stay in the processor's cache
 STATE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
 PARTS = ("weight", "SCB", "weight_format", *(f"weight.{part}" for part in STATE))
 """The longest names of what a layer's weight may be stored as."""
@@ -36,33 +36,47 @@ def encode(weight: torch.Tensor, quantization: Quantization) -> Encoded:
 
     ``size`` is NaN or infinite when the weight holds values that are no numbers.
     """
-    each: Each = workers().map if weight.device.type == "cpu" else map
+    each = _each_on(weight)
     return _eight_bits(weight, each) if quantization.method == "int8" else _four_bits(weight, quantization, each)
 
 
+def _each_on(weight: torch.Tensor) -> Each:
+    return workers().map if weight.device.type == "cpu" else map
+
+
 def _four_bits(weight: torch.Tensor, quantization: Quantization, each: Each) -> Encoded:
+    codes, state = _coded(weight, quantization, each)
+    scales = state.absmax
+    if state.nested:
+        scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
+
+    def expand(code: torch.Tensor, scale: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
+        part = functional.QuantState(scale, piece.shape, state.code, BLOCK, quantization.method, weight.dtype)
+        return cast("torch.Tensor", functional.dequantize_4bit(code, part))
+
+    norms = each(
+        lambda piece, code, scale: _norms(piece, expand(code, scale, piece)),
+        *(_pieces(weight), torch.split(codes, PIECE // 2), torch.split(scales, PIECE // BLOCK)),
+    )
+    tensors = {"weight": codes} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    return Encoded(tensors, *_joined(norms))
+
+
+def _coded(weight: torch.Tensor, quantization: Quantization, each: Each) -> tuple[torch.Tensor, functional.QuantState]:
     method = quantization.method
-    pieces = torch.split(weight.reshape(-1), PIECE)
-    parts = list(each(lambda piece: functional.quantize_4bit(piece, blocksize=BLOCK, quant_type=method), pieces))
-    codes, scales = (torch.cat(found) for found in zip(*((code, state.absmax) for code, state in parts), strict=True))
-    levels = parts[0][1].code
+    parts = each(lambda piece: nearest_levels(piece, method), _pieces(weight))
+    codes, scales = (torch.cat(found) for found in zip(*parts, strict=True))
+    levels = functional.get_4bit_type(method, device=weight.device)
     state = functional.QuantState(scales, weight.shape, levels, BLOCK, method, weight.dtype)
     if quantization.double_quant:  # the scales in 8 bits, in blocks of their own, as quantize_4bit does it
         state.offset = scales.mean()
         state.absmax, state.state2 = functional.quantize_blockwise(scales - state.offset, blocksize=256)
         state.nested = True
-        scales = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return codes, state
 
-    def expand(code: torch.Tensor, scale: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
-        state = functional.QuantState(scale, piece.shape, levels, BLOCK, method, weight.dtype)
-        return cast("torch.Tensor", functional.dequantize_4bit(code, state))
 
-    norms = each(
-        lambda piece, code, scale: _norms(piece, expand(code, scale, piece)),
-        *(pieces, torch.split(codes, PIECE // 2), torch.split(scales, PIECE // BLOCK)),
-    )
-    tensors = {"weight": codes} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
-    return Encoded(tensors, *_joined(norms))
+def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.split(weight.reshape(-1), PIECE)
 
 
 def _eight_bits(weight: torch.Tensor, each: Each) -> Encoded:
@@ -94,7 +108,5 @@ def roundtrip(weight: torch.Tensor, quantization: Quantization) -> torch.Tensor:
     if quantization.method == "int8":
         codes, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
         return cast("torch.Tensor", functional.int8_vectorwise_dequant(codes, scales))
-    codes, state = functional.quantize_4bit(
-        weight, compress_statistics=quantization.double_quant, quant_type=quantization.method
-    )
+    codes, state = _coded(weight, quantization, _each_on(weight))
     return cast("torch.Tensor", functional.dequantize_4bit(codes, state))
