@@ -11,25 +11,12 @@ from typing import Any
 
 import torch
 
-from lora_cli.weights.shards import INDEX, MAX_SHARD, SINGLE
+from lora_cli.weights.shards import DTYPES, INDEX, MAX_SHARD, SINGLE
 
 ENTRY = 160  # bytes that a tensor takes in a file's header at most, beside its name
 RESERVE = 2**26  # bytes
 ALIGNMENT = 8  # bytes: the format has no room between tensors, and readers want each where its type may lie
-NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+NAMES = {getattr(torch, dtype): name for name, dtype in DTYPES.items()}
 
 
 @contextmanager
