@@ -25,7 +25,7 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GptOssConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 ALL_LINEAR = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -504,7 +504,7 @@ def test_the_choice_of_a_base_is_seen(
 
 def test_a_wrong_sum_is_found(tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: Any) -> None:
     adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter")
-    monkeypatch.setattr("lora_cli.weights.updates.scaling_of", lambda *_: 1.1 * ALPHA / R)
+    monkeypatch.setattr("lora_cli.weights.products.scaling_of", lambda *_: 1.1 * ALPHA / R)
     result = lora("merge", adapter, "--out", tmp_path / "merged")
     assert result.exit_code == 4 and "rounding to float32 does not explain" in result.stderr
     done(lora("merge", adapter, "--out", tmp_path / "unseen", "--no-verify"))
@@ -584,26 +584,3 @@ def test_words_that_were_added_travel(tied: bool, tiny_llama: Path, tmp_path: Pa
     with torch.no_grad():
         wanted, found = (each.eval()(input_ids=ids).logits for each in (adapted, merged))
     assert distance(found.double(), wanted.double()) < 1e-5
-
-
-def test_experts_peft_merges(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    folder = tmp_path / "base"
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    tokenizer.save_pretrained(str(folder))
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_local_experts": 3, "head_dim": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2, "pad_token_id": 0}
-    config = GptOssConfig(vocab_size=len(tokenizer), eos_token_id=1, **sizes, **heads)
-    AutoModelForCausalLM.from_config(config).save_pretrained(str(folder))
-    targets: dict[str, Any] = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}
-    wanted = LoraConfig(task_type="CAUSAL_LM", r=2, **targets)
-
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), wanted)
-    with torch.no_grad():
-        for weight in adapted.parameters():
-            if weight.requires_grad:
-                weight.copy_(0.1 * torch.randn(weight.shape))
-    adapted.save_pretrained(str(tmp_path / "adapter"))
-    done(lora("merge", tmp_path / "adapter", "--out", tmp_path / "merged"))
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert distance(logits(merged, tokenizer), logits(adapted, tokenizer)) < 1e-5

@@ -30,9 +30,9 @@ from lora_cli.weights.lora_adapter import (
     write_record,
     write_tensors,
 )
+from lora_cli.weights.products import Factors
 from lora_cli.weights.provenance import read_record, recipe_of
 from lora_cli.weights.shards import read_tensor, whole_folder
-from lora_cli.weights.updates import Factors
 
 NAME = "composed_{}"  # PEFT finds tensors by their adapter's name, which must not stand in a layer's
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from lora_cli.weights.lora_adapter import LoraAdapter, check_plain, check_same_base
+from lora_cli.weights.products import Factors
 from lora_cli.weights.spectrum import Spectrum, spectrum_of
-from lora_cli.weights.updates import Factors
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from lora_cli.model.layers import linear_layers
 from lora_cli.weights.check import ADAPTER_WEIGHTS, check_weights
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.lora_adapter import Base, write_plain_config, write_record, write_tensors
+from lora_cli.weights.products import Factors, Place
 from lora_cli.weights.shards import TensorInfo, read_headers, read_tensor, weight_files, whole_folder
 from lora_cli.weights.spectrum import Spectrum
-from lora_cli.weights.updates import Factors, Place, stored_name
+from lora_cli.weights.updates import stored_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from lora_cli.errors import Fault, UserError
 from lora_cli.weights.check import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, check_adapter, read_adapter_config
 from lora_cli.weights.fingerprint import fingerprint
+from lora_cli.weights.products import EMBEDDING, MAGNITUDE, Factors, Place, Product, adapter_parts, product_of
 from lora_cli.weights.provenance import PROVENANCE, base_record, named_base, now, read_record, versions
-from lora_cli.weights.updates import EMBEDDING, MAGNITUDE, Factors, Place, Product, adapter_parts, scaling_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def read_lora(folder: Path) -> LoraAdapter:
         what = "holds updates that are no products of two matrices of a layer's own"
         raise UserError(what, str(folder), "LoRA of linear layers and embeddings is handled")
     halves, others = read
-    products = {layer: Product(layer, parts, scaling_of(config, layer, parts)) for layer, parts in halves.items()}
+    products = {layer: product_of(config, layer, parts) for layer, parts in halves.items()}
     return LoraAdapter(folder, config, products, others, base_of(folder))
 
 

@@ -120,7 +120,7 @@ def merge(
 
             modules, unchanged = merge_in_memory(origin, quantization, seen, headers, dtype, draft, max_shard), None
         else:
-            modules, unchanged = len(sums.changes.products), _write(sums, draft, max_shard)
+            modules, unchanged = sums.changes.layers, _write(sums, draft, max_shard)
             _write_config(origin.base, draft, dtype, sums.changes.words)
         copy_tokenizer(with_tokenizer, draft)
         for folder, name in ((origin.base, "generation_config.json"), (origin.folder, PROVENANCE)):

@@ -20,10 +20,10 @@ from lora_cli.weights.lora_adapter import (
     write_record,
     write_tensors,
 )
+from lora_cli.weights.products import Factors
 from lora_cli.weights.provenance import read_record
 from lora_cli.weights.shards import read_tensor, whole_folder
 from lora_cli.weights.spectrum import spectrum_of
-from lora_cli.weights.updates import Factors
 
 SEED = 42
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_cli.weights.updates import Factors
+from lora_cli.weights.products import Factors
 
 NOISE = 1e-6
 """Of the largest singular value: what is below is rounding of factors in float32."""

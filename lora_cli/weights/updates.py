@@ -9,81 +9,29 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from lora_cli.errors import UserError
 from lora_cli.model.files import read_config
-from lora_cli.weights.check import ADAPTER_WEIGHTS, EMBEDDINGS, PEFT_PREFIX, read_adapter_config
+from lora_cli.weights.check import EMBEDDINGS, read_adapter_config
 from lora_cli.weights.pieces import workers
-from lora_cli.weights.shards import TensorInfo, read_headers, read_tensor
+from lora_cli.weights.products import MAGNITUDE, Place, Product, adapter_parts, product_of
+from lora_cli.weights.shards import TensorInfo, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from lora_cli.weights.experts import ExpertProduct
 
 PIECE = 2**18
 """Numbers of a weight at once in a thread: what is made of them stays in the processor's cache."""
 BITS = {2: torch.int16, 4: torch.int32}
 """Types of a number's size: their comparison takes a fraction of the time."""
-LINEAR = {"A.weight", "B.weight"}
-EMBEDDING = {"embedding_A", "embedding_B"}
-MAGNITUDE = "magnitude_vector"
-
-Place = tuple[str, TensorInfo]
-"""A tensor's name in its file, and the file."""
-
-
-@dataclass(frozen=True)
-class Factors:
-    """s UD of a weight (rows, columns), in float32: ``up`` (rows, r), ``down`` (r, columns), DoRA's ``magnitude``
-    (rows,)."""
-
-    up: torch.Tensor
-    down: torch.Tensor
-    scaling: float
-    magnitude: torch.Tensor | None
-
-    def added_to(self, piece: torch.Tensor, rows: slice) -> torch.Tensor:
-        """W + s UD of some rows, in place; scaled to DoRA's magnitudes if there are any (arXiv:2402.09353, eq. 5)."""
-        piece.add_((self.up[rows] @ self.down).mul_(self.scaling))
-        if self.magnitude is not None:
-            piece.mul_((self.magnitude[rows] / piece.norm(dim=1))[:, None])
-        return piece
-
-
-@dataclass(frozen=True)
-class Product:
-    """Where the parts of a layer's update lie. An embedding's are stored the other way round."""
-
-    layer: str
-    parts: Mapping[str, Place]
-    scaling: float
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of the update: (out, in), an embedding's (tokens, width)."""
-        shapes = {part: info.shape for part, (_, info) in self.parts.items()}
-        if shapes.keys() >= EMBEDDING:
-            return shapes["embedding_A"][1], shapes["embedding_B"][0]
-        return shapes["B.weight"][0], shapes["A.weight"][1]
-
-    @property
-    def rank(self) -> int:
-        """Of the update."""
-        shapes = {part: info.shape for part, (_, info) in self.parts.items()}
-        return shapes["embedding_A" if shapes.keys() >= EMBEDDING else "A.weight"][0]
-
-    def read(self) -> Factors:
-        """The update as it is to be added to the weight of its shape."""
-        read = {part: read_tensor(info, name).float() for part, (name, info) in self.parts.items()}
-        if read.keys() >= EMBEDDING:
-            return Factors(read["embedding_A"].T, read["embedding_B"].T, self.scaling, None)
-        return Factors(read["B.weight"], read["A.weight"], self.scaling, read.get(MAGNITUDE))
 
 
 @dataclass(frozen=True)
@@ -93,7 +41,7 @@ class Changes:
     ``turned`` are the weights stored as (in, out), as GPT-2 has them.
     """
 
-    products: Mapping[str, tuple[Product, ...]]
+    products: Mapping[str, tuple[Product | ExpertProduct, ...]]
     taken: Mapping[str, Place]
     turned: frozenset[str]
 
@@ -102,6 +50,11 @@ class Changes:
         """The size of the vocabulary where an adapter's embedding or head says it; None for the base's."""
         rows = [info.shape[0] for name, (_, info) in self.taken.items() if name.split(".")[-2] in EMBEDDINGS]
         return max(rows, default=None)
+
+    @property
+    def layers(self) -> int:
+        """How many layers and parameters have a product: what an adapter has of experts can be for many tensors."""
+        return len({product.layer for found in self.products.values() for product in found})
 
     @property
     def rescaled(self) -> bool:
@@ -118,16 +71,28 @@ class Summed:
 
 
 def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, TensorInfo]) -> Changes | None:
-    """What LoRA adapters do to the tensors that a base stores; None where PEFT has to do it."""
+    """What LoRA adapters do to the tensors that a base stores; None where PEFT has to do it.
+
+    Raises UserError, by tensor, where an adapter lacks some for experts or has them in other shapes.
+    """
     skeleton = functools.cache(lambda: _skeleton(base))
     words = read_config(base).get("vocab_size")
     products: dict[str, tuple[Product, ...]] = {}
+    experts: dict[str, tuple[ExpertProduct, ...]] = {}
     taken: dict[str, Place] = {}
     for folder in adapters:
         config, read = read_adapter_config(folder), adapter_parts(folder)
-        if config["peft_type"] != "LORA" or read is None or config.get("target_parameters"):
+        if config["peft_type"] != "LORA" or read is None:
             return None
         halves, others = read
+        if config.get("target_parameters"):
+            from lora_cli.weights.experts import find_experts
+
+            of_experts = find_experts(folder, config, halves, _skeleton(base), headers)
+            if of_experts is None:
+                return None
+            experts |= {stored: (*experts.get(stored, ()), each) for stored, each in of_experts.products.items()}
+            halves = {layer: parts for layer, parts in halves.items() if layer not in of_experts.stems}
         found = {name: stored_name(name, headers) for name in (*others, *(f"{layer}.weight" for layer in halves))}
         for name, stored in found.items():
             if stored is None or _is_tied(name, headers[stored], words, skeleton):
@@ -140,11 +105,10 @@ def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, Ten
         for layer, parts in halves.items():
             stored = found[f"{layer}.weight"]
             assert stored is not None
-            product = Product(layer, parts, scaling_of(config, layer, parts))
-            products[stored] = (*products.get(stored, ()), product)
-    if taken.keys() & products.keys():
+            products[stored] = (*products.get(stored, ()), product_of(config, layer, parts))
+    if taken.keys() & (products.keys() | experts.keys()) or products.keys() & experts.keys():
         return None
-    return Changes(products, taken, _turned(products, headers, skeleton))
+    return Changes({**products, **experts}, taken, _turned(products, headers, skeleton))
 
 
 def summed(changes: Changes, name: str, weight: torch.Tensor, dtype: torch.dtype) -> Summed:
@@ -161,6 +125,8 @@ def summed(changes: Changes, name: str, weight: torch.Tensor, dtype: torch.dtype
     factors = [product.read() for product in products]
     result = torch.empty_like(weight, dtype=dtype)
     whole, target = (weight.T, result.T) if name in changes.turned else (weight, result)
+    if weight.dim() > 2:  # experts, laid end to end
+        whole, target = whole.flatten(0, -2), target.flatten(0, -2)
 
     def fill(first: int) -> int:
         rows = slice(first, first + step)
@@ -189,20 +155,6 @@ def _skeleton(base: Path) -> PreTrainedModel:
     from lora_cli.model.base import load_config, skeleton
 
     return skeleton(load_config(base))
-
-
-def adapter_parts(folder: Path) -> tuple[dict[str, dict[str, Place]], dict[str, Place]] | None:
-    """The parts of an adapter's products by layer, and its other tensors; None when it holds parts of other kinds."""
-    halves: dict[str, dict[str, Place]] = {}
-    others: dict[str, Place] = {}
-    for name, info in read_headers([folder / ADAPTER_WEIGHTS]).items():
-        layer, is_part, part = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".").partition(".lora_")
-        if is_part:
-            halves.setdefault(layer, {})[part] = (name, info)
-        else:
-            others[layer] = (name, info)
-    kinds = (LINEAR, LINEAR | {MAGNITUDE}, EMBEDDING)
-    return (halves, others) if all(parts.keys() in kinds for parts in halves.values()) else None
 
 
 def _is_tied(name: str, info: TensorInfo, words: int | None, skeleton: Callable[[], PreTrainedModel]) -> bool:
@@ -236,12 +188,3 @@ def _turned(
 
     modules = {name: skeleton().get_submodule(products[name][0].layer) for name in square}
     return frozenset(turned | {name for name, module in modules.items() if isinstance(module, Conv1D)})
-
-
-def scaling_of(config: Mapping[str, Any], layer: str, parts: Mapping[str, Place]) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732); an alpha of the layer's own in ``alpha_pattern``,
-    whose keys are the ends of names, or regular expressions for them."""
-    rank = parts["embedding_A" if parts.keys() >= EMBEDDING else "A.weight"][1].shape[0]
-    patterns = config.get("alpha_pattern") or {}
-    alpha = next((patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", layer)), config["lora_alpha"])
-    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
