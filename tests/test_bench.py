@@ -13,6 +13,7 @@ from bench import (
     contestants,
     context,
     heldout,
+    lengths,
     prepare,
     same_weights,
     same_work,
@@ -158,6 +159,28 @@ def test_stages_and_runs_of_few_rows(rows: dict[str, Any], tmp_path: Path) -> No
     assert did["tokens_per_second"] > 0 and did["peak_bytes"] > 100e6
     shown = scale.show({"stages": {5: found}, "runs": {5: {"new": [did], "cached": [did]}}})
     assert "| pack: s, peak MB |" in shown and f"{did['tokens_per_second']:,.0f}" in shown
+
+
+def test_runs_of_short_rows_and_long(rows: dict[str, Any], tmp_path: Path) -> None:
+    texts = [{"prompt": f"Question: {word}?\nAnswer:", "completion": f" The {word}."} for word in ("boat", "net")]
+    runs = {}
+    for length in (16, 32):
+        folder = tmp_path / str(length)
+        folder.mkdir()
+        lengths.write_rows(texts, 6, lengths.CHARACTERS * length, folder / "rows.jsonl")
+        recipe = scale.write_recipe(folder, rows["model"], replace(OPTIONS, steps=1), length)
+        runs[length] = [scale.one_run(recipe, environment(1, tmp_path / "caches"))]
+        info = json.loads((folder / "run" / "run.json").read_text(encoding="utf-8"))
+        assert info["data"]["tokens"] == 6 * length
+    shown = lengths.show({"shape": "llama", "runs": {16: runs[16], 1024: runs[32]}}).splitlines()
+    layers = 8 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1344)
+    counted = (layers + 512 * 32_000 + 8 * 512 * 1024) / (layers + 512 * 32_000 + 8 * 512 * 16)
+    assert (
+        counted > 1.1
+        and f"| {counted:.2f} |" in shown[-1].replace("  ", "")
+        and f"{runs[32][0]['tokens_per_second']:,.0f}" in shown[-1]
+    )
+    assert lengths.arithmetic("gpt2", 64) == 6 * (12 * 256 * 256 + 256 * 64) + 256 * 50_257
 
 
 def test_merge_is_measured_beside_peft(rows: dict[str, Any], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from bench import context, scale, startup, train, weights
+from bench import context, lengths, scale, startup, train, weights
 from bench.options import Options
 from bench.shapes import SHAPES
 
@@ -22,6 +22,7 @@ BENCHMARKS = {
     "context": context.benchmark,
     "startup": startup.benchmark,
     "scale": scale.benchmark,
+    "lengths": lengths.benchmark,
     "merge": weights.merge,
     "quantize": weights.quantize,
 }

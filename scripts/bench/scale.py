@@ -82,16 +82,16 @@ def write_rows(texts: list[dict[str, str]], count: int, path: Path) -> None:
             file.write(json.dumps({**row, "prompt": f"{number}. {row['prompt']}"}) + "\n")
 
 
-def write_recipe(folder: Path, model: str, options: Options) -> Path:
+def write_recipe(folder: Path, model: str, options: Options, max_length: int = MAX_LENGTH) -> Path:
     """Some steps on these rows, packed to a budget that is the same for all."""
     recipe = {
         "model": {"name_or_path": model} | ({} if options.dtype == "auto" else {"dtype": options.dtype}),
         "adapter": {"r": 8, "target_modules": list(SHAPES[options.shape].targets)},
-        "data": {"train": str(folder / "rows.jsonl"), "max_length": MAX_LENGTH},
+        "data": {"train": str(folder / "rows.jsonl"), "max_length": max_length},
         "training": {
             "output_dir": str(folder / "run"),
             "max_steps": options.steps + WARMUP,
-            "per_device_train_batch_size": TOKENS // MAX_LENGTH,
+            "per_device_train_batch_size": TOKENS // max_length,
             "gradient_accumulation_steps": 1,
             "logging_steps": 1,
             "save_steps": None,

@@ -1,0 +1,103 @@
+"""Short rows and long: the cost of a token as a row's length grows and the tokens of a step stay."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench import data, machine, table
+from bench.helpers import PLACE, helper
+from bench.options import Options
+from bench.processes import environment, fresh_folder
+from bench.scale import SEED, TOKENS, one_run, write_recipe
+from bench.shapes import SHAPES
+
+LENGTHS, QUICK_LENGTHS = (128, 256, 512, 1024), (64, 128)
+CHARACTERS = 10  # of a row for each token that it is cut to: more than any tokenizer needs
+ROWS = 64  # that ``prepare`` learns a vocabulary from
+
+
+def benchmark(options: Options) -> dict[str, Any]:
+    """Runs on the same texts, all cut to one length and then to another; rounds are interleaved."""
+    folder = fresh_folder(PLACE / "work")
+    try:
+        return measure(options, folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+def measure(options: Options, folder: Path) -> dict[str, Any]:
+    """The record, with each length's runs."""
+    env = environment(options.threads, folder / "caches", options.gpu)
+    before = machine.describe(options.threads)
+    lengths = QUICK_LENGTHS if options.quick else LENGTHS
+    told = {"shape": options.shape, "models": str(PLACE / "models"), "folder": str(folder), "max_length": lengths[-1]}
+    made = helper("prepare", told | {"rows": ROWS, "heldout_rows": ROWS}, folder, env, "rows.json")
+    source, texts, _ = data.texts(SEED)
+    runs: dict[int, list[dict[str, float]]] = {length: [] for length in lengths}
+    for length in lengths:
+        (folder / str(length)).mkdir()
+        needed = (options.steps + 8) * TOKENS // length
+        write_rows(texts, needed, length * CHARACTERS, folder / str(length) / "rows.jsonl")
+    for _ in range(options.rounds):
+        for length, found in runs.items():
+            shutil.rmtree(folder / str(length) / "run", ignore_errors=True)
+            found.append(one_run(write_recipe(folder / str(length), made["model"], options, length), env))
+    record = {
+        "benchmark": "lengths",
+        "machine": before | {"load_after": machine.describe(options.threads)["load"]},
+        "versions": machine.versions(),
+        "rounds": options.rounds,
+        "shape": options.shape,
+        "rows_from": source,
+        "tokens_per_step": TOKENS,
+        "runs": runs,
+        "faults": [],
+    }
+    print(show(record))
+    return record
+
+
+def write_rows(texts: list[dict[str, str]], count: int, characters: int, path: Path) -> None:
+    """So many rows, each of one text after the other until it is as long as asked."""
+    pieces = cycle(texts)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            first = next(pieces)
+            completion = first["completion"]
+            while len(completion) < characters:
+                completion += next(pieces)["completion"]
+            row = {"prompt": f"{number}. {first['prompt']}", "completion": completion[:characters]}
+            file.write(json.dumps(row) + "\n")
+
+
+def arithmetic(shape: str, length: int) -> float:
+    """Multiplications that a token's forward pass takes in the layers and, over the rows before it, in attention."""
+    config = SHAPES[shape].config
+    if "n_embd" in config:
+        width, layers = config["n_embd"], config["n_layer"]
+        linear = 12 * width * width
+    else:
+        width, layers = config["hidden_size"], config["num_hidden_layers"]
+        narrow = width * config["num_key_value_heads"] // config["num_attention_heads"]
+        linear = 2 * width * width + 2 * width * narrow + 3 * width * config["intermediate_size"]
+    return float(layers * (linear + width * length) + width * config["vocab_size"])
+
+
+def show(record: dict[str, Any]) -> str:
+    """The table in Markdown: the time of a token, and what its arithmetic would have it be, over the shortest rows'."""
+    runs = record["runs"]
+    shortest = min(runs)
+    base = median(each["tokens_per_second"] for each in runs[shortest])
+    lines = [["length", "tokens/s", "least-most", "time of a token", "its arithmetic", "peak MB"]]
+    for length, found in runs.items():
+        rates = [each["tokens_per_second"] for each in found]
+        counted = arithmetic(record["shape"], length) / arithmetic(record["shape"], shortest)
+        peak = median(each["peak_bytes"] for each in found)
+        cells = [f"{length:,}", f"{median(rates):,.0f}", f"{min(rates):,.0f}-{max(rates):,.0f}"]
+        lines.append([*cells, f"{base / median(rates):.2f}", f"{counted:.2f}", f"{peak / 1e6:,.0f}"])
+    return table.markdown(lines)
