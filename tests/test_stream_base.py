@@ -165,6 +165,16 @@ def test_streaming_is_advised_once_layers_are_checkpointed(write_recipe: Any, mo
     assert "stream_base" not in str(out_of_memory(job, MemoryError(), checkpointing=True, streams=True).faults)
 
 
+@pytest.mark.parametrize("units", [True, False])
+def test_bfloat16_is_advised_where_it_is_no_crawl(units: bool, write_recipe: Any, monkeypatch: Any) -> None:
+    """Without units for it a processor takes up to 250 times as long."""
+    monkeypatch.setattr("lora_cli.training.out_of_memory.REMEDIES", 9)
+    monkeypatch.setattr("lora_cli.training.out_of_memory.has_units_for", lambda *_: units)
+    job = prepare(load_recipe(write_recipe({"model.dtype": "float32"})), resume=False, overwrite=False)
+    told = str(out_of_memory(job, MemoryError(), checkpointing=True, streams=False).faults)
+    assert ("model.dtype=bfloat16" in told) == units and "quantization.method=nf4" in told
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -11,7 +11,7 @@ import torch
 
 from lora_cli.data.examples import Ints
 from lora_cli.errors import RunError
-from lora_cli.model.base import best_device, resolve_dtype, skeleton
+from lora_cli.model.base import best_device, has_units_for, resolve_dtype, skeleton
 from lora_cli.model.files import stored_quantization
 from lora_cli.model.layers import checkpointed_layers, linear_layers
 from lora_cli.model.memory import activation_bytes, describe_lack, size, weight_bytes
@@ -81,7 +81,8 @@ def _changes(recipe: Recipe, job: Prepared) -> Iterator[dict[str, Any]]:
         yield {"data.max_length": job.max_length // 2}
     if recipe.quantization is None and training.stream_base is not True:
         yield {"quantization.method": "nf4"}
-        if resolve_dtype(recipe.model.dtype, best_device()) == torch.float32:
+        device = best_device()
+        if resolve_dtype(recipe.model.dtype, device) == torch.float32 and has_units_for(torch.bfloat16, device):
             yield {"model.dtype": "bfloat16"}
     if not training.optim.endswith("8bit") and not training.fsdp:
         yield {"training.optim": "adamw_8bit"}
