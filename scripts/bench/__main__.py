@@ -10,9 +10,12 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from bench import context, lengths, scale, startup, train, weights
+from bench.helpers import PLACE
 from bench.options import Options
 from bench.shapes import SHAPES
 
@@ -70,7 +73,7 @@ def parse(arguments: list[str]) -> tuple[list[str], Options]:
 def main(arguments: list[str]) -> int:
     """0 when it was measured; 1 when contestants failed or did not do the same work."""
     names, options = parse(arguments)
-    records = {name: BENCHMARKS[name](options) for name in names}
+    records = {name: measured(name, options) for name in names}
     folder = options.out or (None if options.quick else RESULTS)
     for name, record in records.items():
         if folder is not None:
@@ -79,6 +82,13 @@ def main(arguments: list[str]) -> int:
             path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             print(f"\nwritten: {path}")
     return 1 if any(record["faults"] or record.get("failed") for record in records.values()) else 0
+
+
+def measured(name: str, options: Options) -> dict[str, Any]:
+    """A benchmark's record; what it writes meanwhile goes when it ends."""
+    PLACE.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=PLACE) as folder:
+        return BENCHMARKS[name](options, Path(folder))
 
 
 if __name__ == "__main__":

@@ -26,16 +26,8 @@ OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "CUBLAS_STATUS_ALLOC_FAILED")
 PUBLISHED = {"unsloth": 342_733, "huggingface-flash-attention-2": 28_454}  # 8B, NF4, r=32, all linear layers, 80 GB
 
 
-def benchmark(options: Options) -> dict[str, Any]:
+def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     """The search for each contestant."""
-    folder = fresh_folder(PLACE / "work")
-    try:
-        return search_all(options, folder)
-    finally:
-        shutil.rmtree(folder)
-
-
-def search_all(options: Options, folder: Path) -> dict[str, Any]:
     limit = QUICK_LIMIT if options.quick else SHAPES[options.shape].config["max_position_embeddings"]
     env = environment(options.threads, folder / "caches", options.gpu)
     told = {"shape": options.shape, "models": str(PLACE / "models"), "folder": str(folder), "tokens": limit}

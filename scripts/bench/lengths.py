@@ -12,7 +12,7 @@ from typing import Any
 from bench import data, machine, table
 from bench.helpers import PLACE, helper
 from bench.options import Options
-from bench.processes import environment, fresh_folder
+from bench.processes import environment
 from bench.scale import SEED, TOKENS, one_run, write_recipe
 from bench.shapes import SHAPES
 
@@ -21,17 +21,8 @@ CHARACTERS = 10  # of a row for each token that it is cut to: more than any toke
 ROWS = 64  # that ``prepare`` learns a vocabulary from
 
 
-def benchmark(options: Options) -> dict[str, Any]:
+def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     """Runs on the same texts, all cut to one length and then to another; rounds are interleaved."""
-    folder = fresh_folder(PLACE / "work")
-    try:
-        return measure(options, folder)
-    finally:
-        shutil.rmtree(folder)
-
-
-def measure(options: Options, folder: Path) -> dict[str, Any]:
-    """The record, with each length's runs."""
     env = environment(options.threads, folder / "caches", options.gpu)
     before = machine.describe(options.threads)
     lengths = QUICK_LENGTHS if options.quick else LENGTHS

@@ -14,7 +14,7 @@ import yaml
 from bench import data, machine, ours, table
 from bench.helpers import PLACE, helper
 from bench.options import Options
-from bench.processes import environment, fresh_folder, run, tail
+from bench.processes import environment, run, tail
 from bench.shapes import SHAPES
 
 ROWS, QUICK_ROWS = (1_000, 10_000, 100_000), (40, 80)
@@ -26,17 +26,11 @@ TOLD = 16  # rows that ``prepare`` counts
 SEED = 0
 
 
-def benchmark(options: Options) -> dict[str, Any]:
-    """The stages once and the runs each round, in fresh processes: new rows, and the same ones read from the cache."""
-    folder = fresh_folder(PLACE / "work")
-    try:
-        return measure(options, folder)
-    finally:
-        shutil.rmtree(folder)
+def benchmark(options: Options, folder: Path) -> dict[str, Any]:
+    """The stages once and the runs each round, in fresh processes: new rows, and the same ones read from the cache.
 
-
-def measure(options: Options, folder: Path) -> dict[str, Any]:
-    """Rounds are interleaved over the numbers of rows."""
+    Rounds are interleaved over the numbers of rows.
+    """
     env = environment(options.threads, folder / "caches", options.gpu)
     before = machine.describe(options.threads)
     told = {"shape": options.shape, "models": str(PLACE / "models"), "folder": str(folder), "max_length": MAX_LENGTH}

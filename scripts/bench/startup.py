@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,9 +11,8 @@ from statistics import median
 from typing import Any
 
 from bench import data, machine, ours, table
-from bench.helpers import PLACE
 from bench.options import Options
-from bench.processes import Ended, environment, fresh_folder, run, tail
+from bench.processes import Ended, environment, run, tail
 from bench.work import Work, read_did, write_job
 
 LIMITS = {"refused recipe": 1.0, "first step": 5.0}  # seconds, asked of two cores
@@ -24,17 +22,8 @@ IMPORT = re.compile(r"import time:\s*(\d+) \|\s*(\d+) \|( *)(\S+)")
 SHOWN = 20
 
 
-def benchmark(options: Options) -> dict[str, Any]:
-    """Each command once a round, in fresh processes."""
-    folder = fresh_folder(PLACE / "work")
-    try:
-        return measure(options, folder)
-    finally:
-        shutil.rmtree(folder)
-
-
-def measure(options: Options, folder: Path) -> dict[str, Any]:
-    """All rounds, then one traced run."""
+def benchmark(options: Options, folder: Path) -> dict[str, Any]:
+    """Each command once a round, in fresh processes; then one traced run."""
     env = environment(options.threads, folder / "caches")
     before = machine.describe(options.threads)
     recipe = demo_recipe(folder, env)

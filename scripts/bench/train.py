@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from bench import machine, table
 from bench.contestants import CPU, OURS, Contestant, choose, on_gpu, read, start
 from bench.helpers import PLACE, helper, run_helper
 from bench.options import Options
-from bench.processes import environment, fresh_folder, tail
+from bench.processes import environment, tail
 from bench.same_work import count_faults, loss_faults, tensors
 from bench.shapes import SHAPES
 from bench.work import Did, Work, write_job
@@ -27,17 +26,8 @@ SIZES = {  # rows a step, max_length, r, lora_alpha, learning rate
 }
 
 
-def benchmark(options: Options) -> dict[str, Any]:
-    """Run the rounds and say what came of them; the record that is kept as JSON."""
-    folder = fresh_folder(PLACE / "work")
-    try:
-        return compare(options, folder)
-    finally:
-        shutil.rmtree(folder)
-
-
-def compare(options: Options, folder: Path) -> dict[str, Any]:
-    """All rounds, the judge, the check, the table."""
+def benchmark(options: Options, folder: Path) -> dict[str, Any]:
+    """All rounds, the judge, the check, the table; the record that is kept as JSON."""
     env = environment(options.threads, folder / "caches", options.gpu)
     rows = prepare(options, folder, env)
     ceiling = measure_ceiling(options, rows, folder, env)

@@ -13,7 +13,7 @@ from typing import Any
 from bench import machine, table
 from bench.helpers import PLACE, helper
 from bench.options import Options
-from bench.processes import environment, fresh_folder, run, tail
+from bench.processes import environment, run, tail
 from bench.shapes import SHAPES
 
 OURS = "lora"
@@ -27,26 +27,22 @@ TOLD = 16  # rows that ``prepare`` counts
 MAX_LENGTH = 256
 
 
-def merge(options: Options) -> dict[str, Any]:
+def merge(options: Options, folder: Path) -> dict[str, Any]:
     """lora merge, beside PEFT's load, merge_and_unload and save_pretrained."""
-    return benchmark("merge", options)
+    return benchmark("merge", options, folder)
 
 
-def quantize(options: Options) -> dict[str, Any]:
+def quantize(options: Options, folder: Path) -> dict[str, Any]:
     """lora quantize to NF4, beside from_pretrained with a BitsAndBytesConfig and save_pretrained."""
-    return benchmark("quantize", options)
+    return benchmark("quantize", options, folder)
 
 
-def benchmark(verb: str, options: Options) -> dict[str, Any]:
+def benchmark(verb: str, options: Options, folder: Path) -> dict[str, Any]:
     """Both once a round, in fresh processes; then whether they wrote the same."""
-    folder = fresh_folder(PLACE / "work")
     told = {"shape": options.shape, "models": str(PLACE / "models"), "folder": str(folder), "max_length": MAX_LENGTH}
-    try:
-        env = environment(options.threads, folder / "caches", options.gpu)
-        made = helper("prepare", told | {"rows": TOLD, "heldout_rows": TOLD}, folder, env, "rows.json")
-        return measure(verb, options, made["model"], folder, env)
-    finally:
-        shutil.rmtree(folder)
+    env = environment(options.threads, folder / "caches", options.gpu)
+    made = helper("prepare", told | {"rows": TOLD, "heldout_rows": TOLD}, folder, env, "rows.json")
+    return measure(verb, options, made["model"], folder, env)
 
 
 def measure(verb: str, options: Options, model: str, folder: Path, env: dict[str, str]) -> dict[str, Any]:
