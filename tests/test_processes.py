@@ -122,6 +122,28 @@ def test_two_machines_of_one_process_each(recipe: Callable[..., Path], lora: Any
     assert_same_numbers(run_of(shared), run_of(alone))
 
 
+WITHOUT_LOGITS = """
+import torch.nn.functional
+
+def refuse(*_, **__):
+    raise AssertionError("there are logits")
+
+torch.nn.functional.cross_entropy = refuse
+from lora_cli.cli.app import main
+main()
+"""
+
+
+def test_a_sharded_head_makes_its_loss_in_chunks(recipe: Callable[..., Path], lora: Any, tmp_path: Path) -> None:
+    alone, shared = recipe(), recipe(TWO | {"training.fsdp": True})
+    (tmp_path / "main.py").write_text(WITHOUT_LOGITS)
+    child = start([*launched()[:-2], str(tmp_path / "main.py")], "train", shared)
+    done(lora("train", alone))
+    _, errors = child.communicate(timeout=200)
+    assert child.returncode == 0, errors
+    assert_same_numbers(run_of(shared), run_of(alone))
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_shards_by_the_launchers_own_configuration(
     version: int, recipe: Callable[..., Path], lora: Any, tmp_path: Path

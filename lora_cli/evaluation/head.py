@@ -6,7 +6,7 @@ architecture's own way up to it stays untouched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -55,17 +55,19 @@ class Head:
         return loss
 
     @contextmanager
-    def set_aside(self) -> Iterator[list[torch.Tensor]]:
-        """Within, a forward pass leaves this layer's input in the list and gives no logits."""
-        taken: list[torch.Tensor] = []
+    def set_aside(self, use: Callable[[torch.Tensor], None]) -> Iterator[None]:
+        """Within, a forward pass hands this layer's input to ``use`` and gives no logits.
+
+        It does so inside the pass: of weights that are sharded the whole is there no longer.
+        """
 
         def take(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            taken.append(inputs[0])
+            use(inputs[0])
             return (inputs[0][:, :0], *inputs[1:])
 
         hook = self.module.register_forward_pre_hook(take)
         try:
-            yield taken
+            yield
         finally:
             hook.remove()
 
@@ -144,9 +146,10 @@ def frozen_head(model: PreTrainedModel | PeftModel) -> Head | None:
     head = Head(module, scale, getattr(config, "final_logit_softcapping", None))
     ids = (torch.arange(8, device=module.weight.device) * 7919 + 3)[None] % config.vocab_size
     device, dtype = module.weight.device.type, module.weight.dtype
+    taken: list[torch.Tensor] = []
     with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
         wanted = model(input_ids=ids, use_cache=False).logits[0].float()
-        with head.set_aside() as taken:
+        with head.set_aside(taken.append):
             model(input_ids=ids, use_cache=False)
         found = head.logits(taken[0][0]).float() if taken else wanted[:0]
     if found.shape != wanted.shape:

@@ -50,23 +50,31 @@ def summed_loss(
     ``frozen_head`` has found it, the loss is made in chunks and no logits are kept. With ``below`` the layers that have
     given the batch's ``hidden``, where it has any, are not run again.
     """
-    aside: AbstractContextManager[list[torch.Tensor]] = nullcontext([]) if head is None else head.set_aside()
+    losses: list[torch.Tensor] = []
+    aside: AbstractContextManager[None] = nullcontext()
+    if head is not None:
+        aside = head.set_aside(
+            lambda hidden: losses.append(head.summed_loss(_predicting(batch, hidden), batch.targets))
+        )
     known: AbstractContextManager[None] = nullcontext()
     if below is not None and batch.hidden is not None:
         known = below.giving(batch.hidden)
-    with aside as taken, known:
+    with aside, known:
         output = model(
             input_ids=batch.input_ids, logits_to_keep=batch.predict_from, use_cache=False, **rows_apart(batch)
         )
-    outputs = taken[0] if taken else output.logits
+    if losses:  # no logits sum up to 0, but through them the backward pass begins where sharded weights wait for it
+        loss: torch.Tensor = losses[0] + output.logits.sum()
+        return loss
+    return cross_entropy(_predicting(batch, output.logits).float(), batch.targets, reduction="sum")
+
+
+def _predicting(batch: Batch, outputs: torch.Tensor) -> torch.Tensor:
+    """Of outputs (rows, positions, n) those that predict a supervised token: (targets, n)."""
     if outputs.shape[1] != len(batch.predict_from):  # an architecture that has no such argument gives them all
         outputs = outputs[:, batch.predict_from]
     outputs = outputs.flatten(0, 1)
-    if len(outputs) != len(batch.supervised):
-        outputs = outputs[batch.supervised]
-    if head is not None:
-        return head.summed_loss(outputs, batch.targets)
-    return cross_entropy(outputs.float(), batch.targets, reduction="sum")
+    return outputs if len(outputs) == len(batch.supervised) else outputs[batch.supervised]
 
 
 def rows_apart(batch: Batch) -> dict[str, Any]:

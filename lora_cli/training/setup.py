@@ -95,7 +95,7 @@ def set_up(job: Prepared, display: Display) -> Trainer:
         hook.remove()
     stream(model, sources)
     with evaluating(model):
-        head = None if is_sharded(accelerator) else frozen_head(model)
+        head = frozen_head(model)
     job = replace(job, recipe=resolve(job, accelerator, model, head, packing, dtype.itemsize, bool(sources), display))
     schedule = make_schedule(job, packing, accelerator.num_processes)
     checkpointing = choose_checkpointing(job, schedule, dtype, accelerator.device, head is None)
