@@ -68,22 +68,22 @@ class _Shard:
         self.size = 0
         self._written = 0
         self._reserved = 0
-        self._waiting: list[tuple[str, torch.Tensor]] = []
+        self._waiting: list[tuple[str, int, bytes]] = []
         self.file.seek(8 + self.room)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         self.size += tensor.nbytes
         self.entries[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
         if tensor.nbytes % ALIGNMENT:
-            self._waiting.append((name, tensor.cpu().clone()))
+            self._waiting.append((name, tensor.itemsize, _bytes(tensor).tobytes()))
         else:
-            self._write(name, tensor)
+            self._write(name, _bytes(tensor))
 
-    def _write(self, name: str, tensor: torch.Tensor) -> None:
-        self.entries[name]["data_offsets"] = [self._written, self._written + tensor.nbytes]
-        self._reserve(8 + self.room + self._written + tensor.nbytes)
-        self.file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        self._written += tensor.nbytes
+    def _write(self, name: str, content: bytes | memoryview) -> None:
+        self.entries[name]["data_offsets"] = [self._written, self._written + len(content)]
+        self._reserve(8 + self.room + self._written + len(content))
+        self.file.write(content)
+        self._written += len(content)
 
     def _reserve(self, size: int) -> None:
         """Have the disk set room aside in long runs: found block by block, it may take ten times as long to write."""
@@ -95,8 +95,8 @@ class _Shard:
 
     def close(self) -> None:
         """Write what has waited, and the header, padded with spaces as the format allows."""
-        for name, tensor in sorted(self._waiting, key=lambda waiting: -waiting[1].itemsize):
-            self._write(name, tensor)
+        for name, _, content in sorted(self._waiting, key=lambda waiting: -waiting[1]):
+            self._write(name, content)
         self._waiting.clear()
         self.file.truncate()
         header = json.dumps({"__metadata__": {"format": "pt"}, **self.entries}, separators=(",", ":")).encode()
@@ -105,3 +105,7 @@ class _Shard:
         self.file.seek(0)
         self.file.write(self.room.to_bytes(8, "little") + header.ljust(self.room))
         self.file.close()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
