@@ -109,7 +109,7 @@ def adapter_of_other_names(w: World) -> Arguments:
     return ["merge", "run", "--out", "out"]
 
 
-@case("48 -> 96", "the base's is 32 -> 96", "does not fit its base", "belongs to another")
+@case("48 -> 192", "the base's is 64 -> 192", "does not fit its base", "belongs to another")
 def adapter_of_other_shapes(w: World) -> Arguments:
     w.run()
     _forget_base(w)

@@ -117,11 +117,11 @@ def empty_weights(w: World) -> Arguments:
     return w.train({"model.name_or_path": "model"})
 
 
-@case("model/model.safetensors", "h.0.mlp.c_fc.weight", "[32, 130]", "[32, 128]", "config.json")
+@case("model/model.safetensors", "h.0.mlp.c_fc.weight", "[64, 258]", "[64, 256]", "config.json")
 def weights_of_another_shape(w: World) -> Arguments:
     def widen(tensors: dict[str, Any]) -> None:
         name = next(name for name in tensors if name.endswith("h.0.mlp.c_fc.weight"))
-        tensors[name] = tensors[name].new_zeros(32, 130)
+        tensors[name] = tensors[name].new_zeros(64, 258)
 
     w.tensors(w.model() / "model.safetensors", widen)
     return w.train({"model.name_or_path": "model"})

@@ -127,9 +127,9 @@ def broken_pattern(w: World) -> Arguments:
     return w.train({"adapter.target_modules": "(c_attn"})
 
 
-@case("adapter.r: 64", "32")
+@case("adapter.r: 100", "64")
 def rank_wider_than_the_layer(w: World) -> Arguments:
-    return w.train({"adapter.r": 64})
+    return w.train({"adapter.r": 100})
 
 
 @case("training.deepspeed", "shards what training.fsdp shards", "keep one")

@@ -72,7 +72,7 @@ def compose_of_different_bases(w: World) -> Arguments:
     return compose()
 
 
-@case("other/adapter", "c_attn.lora_A", "[48, 32]", "in run/adapter of [96, 32]")
+@case("other/adapter", "c_attn.lora_A", "[48, 64]", "in run/adapter of [192, 64]")
 def compose_of_different_shapes(w: World) -> Arguments:
     pair(w)
     (w.root / "other/adapter/provenance.json").unlink()
@@ -181,9 +181,9 @@ def resize_to_more_than_all(w: World) -> Arguments:
     return ["adapters", "resize", w.run(), "--energy", "2", "--out", "out"]
 
 
-@case("run/adapter", "--rank 33 is more than transformer.h.0.attn.c_attn is wide (32)")
+@case("run/adapter", "--rank 65 is more than transformer.h.0.attn.c_attn is wide (64)")
 def resize_beyond_the_layer(w: World) -> Arguments:
-    return ["adapters", "resize", w.run(), "--rank", "33", "--out", "out"]
+    return ["adapters", "resize", w.run(), "--rank", "65", "--out", "out"]
 
 
 @case("run/adapter", "PREFIX_TUNING", "LoRA adapters are")
@@ -243,14 +243,14 @@ def extract_of_another_architecture(w: World) -> Arguments:
     return extract()
 
 
-@case("tuned/model.safetensors", "h.1.mlp.c_fc.weight has shape [32, 64]", "[32, 128]")
+@case("tuned/model.safetensors", "h.1.mlp.c_fc.weight has shape [64, 128]", "[64, 256]")
 def extract_of_another_shape(w: World) -> Arguments:
     w.model(name="base")
     w.model(name="tuned")
 
     def cut(tensors: dict[str, Any]) -> None:
         name = next(name for name in tensors if name.endswith("h.1.mlp.c_fc.weight"))
-        tensors[name] = tensors[name][:, :64]
+        tensors[name] = tensors[name][:, :128]
 
     w.tensors("tuned/model.safetensors", cut)
     return extract()

@@ -41,7 +41,7 @@ END, PAD, TURN, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end
 TRAIN_KEYS = ["step", "epoch", "split", "loss", "tokens", "learning_rate", "grad_norm", "tokens_per_second", "seconds"]
 VALIDATION_KEYS = ["step", "epoch", "split", "loss", "perplexity", "tokens"]
 VOCABULARY = 400
-WIDTH = 32
+WIDTH = 64
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import Run, done
+from conftest import WIDTH, Run, done
 from peft import IA3Config, get_peft_model
 from safetensors.torch import load_file
 from test_merge import ALPHA, R, make_adapter
@@ -44,12 +44,13 @@ def test_list_and_show_a_run(train: Callable[..., Run], tmp_path: Path, tiny_gpt
         assert shown["provenance"]["versions"]["torch"] == torch.__version__
         assert shown["layers"][0] == {
             "name": "transformer.h.0.attn.c_attn",
-            "in_features": 32,
-            "out_features": 96,
+            "in_features": WIDTH,
+            "out_features": 3 * WIDTH,
             "rank": run.config["r"],
         }
     text = done(lora("adapters", "show", run.folder)).stdout
-    for words in (run.info["base"]["fingerprint"], run.info["data"]["fingerprint"], "(there)", "32 -> 96", "torch"):
+    there = f"{WIDTH} -> {3 * WIDTH}"
+    for words in (run.info["base"]["fingerprint"], run.info["data"]["fingerprint"], "(there)", there, "torch"):
         assert words in text
     line = done(lora("adapters", "list", tmp_path)).stdout.splitlines()[1]
     for words in (str(run.folder / "adapter"), "LORA", "c_attn", f"{entry['best_loss']:.4f}", entry["date"][:10]):

@@ -20,7 +20,10 @@ from lora_cli.model.adapters import adapt
 from lora_cli.model.attention import ROWS
 from lora_cli.model.fused_lora import LoraProduct
 from lora_cli.model.layers import linear_layers
-from lora_cli.recipe.schema import Adapter
+from lora_cli.model.linear4bit import compute_right, expand
+from lora_cli.recipe.schema import Adapter, Quantization
+from lora_cli.weights.codes import encode, roundtrip
+from tests import reference
 from tests.conftest import Run, done
 
 SMALL = {
@@ -242,6 +245,7 @@ def test_fused_layers_give_what_pefts_give(kind: str) -> None:
             holder.proj = Linear4bit(16, 24, compute_dtype=torch.float32, quant_type="nf4")
             holder.proj.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")
             holder.proj.to("cpu")
+            compute_right(holder)
             holder.is_loaded_in_4bit = True  # type: ignore[assignment]
         holder.requires_grad_(False)
         holder.prepare_inputs_for_generation = None  # type: ignore[assignment]
@@ -303,3 +307,48 @@ def test_pefts_own_layers_stand_where_fused_ones_are_off() -> None:
     base = build("Llama", GROUPED)
     model = adapt(base, Adapter(r=2), ["model.layers.0.self_attn.q_proj"], fused=False)
     assert type(model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")) is Linear
+
+
+@pytest.mark.parametrize("width", [64, 80, 96, 688])
+def test_rows_of_any_width_are_expanded_rightly(width: int) -> None:
+    """bitsandbytes (0.50.2) takes wrong scales on processors with AVX512 where a row is no multiple of 64."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    torch.manual_seed(0)
+    weight, x = torch.randn(24, width), torch.randn(5, width)
+    seen = reference.nf4_dequantize(*reference.nf4_codes(weight), (24, width))
+    layer = Linear4bit(width, 24, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=False)
+    layer.to("cpu").eval()
+    compute_right(layer)
+    for wants_gradient in (False, True):
+        given = x.clone().requires_grad_(wants_gradient)
+        with torch.set_grad_enabled(wants_gradient):
+            torch.testing.assert_close(layer(given), x @ seen.T)
+    layer(given).sum().backward()
+    torch.testing.assert_close(given.grad, seen.sum(0).expand(5, -1))
+    torch.testing.assert_close(expand(layer.weight.data, layer.weight.quant_state), seen)
+    nf4 = Quantization(method="nf4", double_quant=False)
+    torch.testing.assert_close(roundtrip(weight, nf4), seen)
+    assert encode(weight, nf4).error == pytest.approx(float((seen - weight).norm()), rel=1e-5)
+
+
+def test_dora_of_rows_whose_norms_would_be_wrong(tmp_path: Any, tokenizer: Any, write_recipe: Any, lora: Any) -> None:
+    """PEFT expands a weight itself for its norms: refused where bitsandbytes does it wrongly."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = torch.randn(8, 80, generator=torch.Generator().manual_seed(0))
+    right = reference.nf4_dequantize(*reference.nf4_codes(weight), (8, 80))
+    is_right = torch.allclose(dequantize_4bit(*quantize_4bit(weight, blocksize=64, quant_type="nf4")), right)
+    config = transformers.LlamaConfig(
+        **GROUPED | {"vocab_size": len(tokenizer), "hidden_size": 80, "max_position_embeddings": 128}
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "narrow")
+    tokenizer.save_pretrained(tmp_path / "narrow")
+    changes = {"model.name_or_path": tmp_path / "narrow", "adapter": {"use_dora": True}, "training.max_steps": 1}
+    result = lora("train", write_recipe(changes | {"quantization.method": "nf4"}))
+    assert result.exit_code == (0 if is_right else 2), result.stderr
+    if not is_right:
+        assert "adapter.use_dora" in result.stderr and "q_proj has 80" in result.stderr
+        assert not (tmp_path / "run").exists()
+    done(lora("train", write_recipe(changes)))

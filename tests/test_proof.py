@@ -79,7 +79,7 @@ SPOILED = {
         tensors(lambda found: found[f"{SOME}.lora_B.weight"].zero_()),
         "lora_B.weight has other numb",
     ),
-    "one rank's slice": (tensors(one_slice), "lora_A.weight has shape [2, 32], not [4, 32]"),
+    "one rank's slice": (tensors(one_slice), "lora_A.weight has shape [2, 64], not [4, 64]"),
     "one bit": (tensors(one_bit), f"{SOME}.lora_A.weight has other numbers"),
     "in 16 bits": (tensors(lambda found: found.update({n: t.bfloat16() for n, t in found.items()})), "other numbers"),
     "another alpha": (config(lora_alpha=8.4), "loaded again from disk"),

@@ -46,7 +46,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "DoRA": {"adapter": {"use_dora": True}},
     "NF4": {"quantization.method": "nf4", "training": {"eval_steps": 1}},
     "early stopping": {"training": {"early_stopping_patience": 2, "eval_steps": 1, "learning_rate": 1.0}},
-    "best at the end": {"training": {"load_best_model_at_end": True, "eval_steps": 1, "learning_rate": 0.5} | CONSTANT},
+    "best at the end": {"training": {"load_best_model_at_end": True, "eval_steps": 1, "learning_rate": 0.2} | CONSTANT},
 }
 
 

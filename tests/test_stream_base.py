@@ -111,7 +111,7 @@ def test_auto_streams_when_the_weights_do_not_fit(
     result = done(lora("train", write_recipe({"training.max_steps": 1})))
     told = " ".join(result.stderr.split())
     assert (
-        "training.stream_base: auto -> true: the base needs about 0.2 MB, and cpu has 0.0 MB free" in told
+        "training.stream_base: auto -> true: the base needs about 0.6 MB, and cpu has 0.0 MB free" in told
     ) is streams
     assert ("training.stream_base: a layer's frozen weights are read" in told) is streams
     held = done(lora("train", write_recipe({"adapter.use_dora": True, "training.max_steps": 1}), "--overwrite"))
@@ -156,7 +156,7 @@ def test_a_base_stored_quantized_is_not_streamed(
 
 
 def test_streaming_is_advised_once_layers_are_checkpointed(write_recipe: Any, monkeypatch: Any) -> None:
-    """Of GPT-2's two layers of 12 x 32 x 32 weights and 13 x 32 biases and scales one stays."""
+    """Of GPT-2's two layers of 12 x WIDTH x WIDTH weights and 13 x WIDTH biases and scales one stays."""
     layer = 4 * (12 * WIDTH * WIDTH + 13 * WIDTH)
     monkeypatch.setattr("lora_cli.training.out_of_memory.REMEDIES", 9)  # among so small layers others help more
     job = prepare(load_recipe(write_recipe({"training.gradient_checkpointing": True})), resume=False, overwrite=False)

@@ -15,7 +15,7 @@ import pytest
 import reference
 import torch
 import yaml
-from conftest import TRAIN_KEYS, VALIDATION_KEYS, Run, done
+from conftest import TRAIN_KEYS, VALIDATION_KEYS, WIDTH, Run, done
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -238,7 +238,7 @@ def test_the_folder(tiny_gpt2: Path, tmp_path: Path, write_recipe: Any, lora: An
 
 def test_the_table_of_targets_and_the_share(train: Callable[..., Run], write_recipe: Any, lora: Any) -> None:
     result = done(lora("train", write_recipe({"adapter.target_modules": "attention"}), "--json"))
-    trained = 2 * (4 * (32 + 96) + 4 * (32 + 32))
+    trained = 2 * 4 * ((WIDTH + 3 * WIDTH) + (WIDTH + WIDTH))
     assert "transformer.h.*.attn.c_attn" in result.stderr
     assert f"trainable: {trained:,} of" in result.stderr
     assert result.json["trainable_parameters"] == trained

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from lora_cli.errors import UserError
 from lora_cli.model.cores import usable_cores
 from lora_cli.model.files import check_tokenizer, hub_kernels, own_code, read_config, unknown_type
+from lora_cli.model.linear4bit import compute_right
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.recipe.schema import Model, Quantization
 
@@ -197,20 +198,10 @@ def load_base(
         names = sorted(info["missing_keys"])
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise UserError(f"the weights lack {', '.join(names[:3])}{more}", str(folder), "copy or download them again")
-    keep_packing(base)
+    compute_right(base)
     for parameter in base.parameters():  # Transformers (5.23) leaves some of a base stored quantized as they lay there
         if parameter.is_floating_point() and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
     base.requires_grad_(False)
     base.config.use_cache = False
     return base
-
-
-def keep_packing(model: torch.nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights in the first evaluation pass on AVX512-BF16 processors.
-
-    Once repacked (0.50.2), gradients, dequantize and save read the weights in the wrong order without an error.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (no attribute of nn.Module)

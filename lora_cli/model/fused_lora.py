@@ -14,6 +14,8 @@ from peft.tuners import lora
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.model.linear4bit import expand
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -67,9 +69,7 @@ class LoraProduct(torch.autograd.Function):
 def _expanded(weight: torch.Tensor, state: Any, transposed: bool, dtype: torch.dtype) -> torch.Tensor:
     """The weight as (out, in) in ``dtype``."""
     if state is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        weight = dequantize_4bit(weight, state)
+        weight = expand(weight, state)
     return (weight.T if transposed else weight).to(dtype)
 
 

@@ -74,6 +74,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
         skeleton,
     )
     from lora_cli.model.layers import linear_layers
+    from lora_cli.model.linear4bit import check_dora
 
     resolve_dtype(recipe.model.dtype, best_device())
     base = locate(recipe.model.name_or_path, weights=True)
@@ -84,6 +85,8 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     bare = skeleton(config)
     adapter = recipe.adapter
     targets = choose_targets(linear_layers(bare), adapter.target_modules, adapter.r, adapter.layers_to_transform)
+    if adapter.use_dora and recipe.quantization is not None and recipe.quantization.method != "int8":
+        check_dora(targets, best_device())
     check_weights(base, bare)
     check_attention(config, recipe.model.attn_implementation, best_device())
     if recipe.adapter.init_from is not None:

@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from bitsandbytes import functional
 
+from lora_cli.model.linear4bit import BLOCK, expand
 from lora_cli.recipe.schema import Quantization
-from lora_cli.weights.four_bits import BLOCK, nearest_levels
+from lora_cli.weights.four_bits import nearest_levels
 from lora_cli.weights.pieces import workers
 
 Each = Callable[..., Iterable[Any]]
@@ -50,12 +51,12 @@ def _four_bits(weight: torch.Tensor, quantization: Quantization, each: Each) -> 
     if state.nested:
         scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
 
-    def expand(code: torch.Tensor, scale: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
+    def norms_of(piece: torch.Tensor, code: torch.Tensor, scale: torch.Tensor) -> tuple[float, float]:
         part = functional.QuantState(scale, piece.shape, state.code, BLOCK, quantization.method, weight.dtype)
-        return cast("torch.Tensor", functional.dequantize_4bit(code, part))
+        return _norms(piece, expand(code, part))
 
     norms = each(
-        lambda piece, code, scale: _norms(piece, expand(code, scale, piece)),
+        norms_of,
         *(_pieces(weight), torch.split(codes, PIECE // 2), torch.split(scales, PIECE // BLOCK)),
     )
     tensors = {"weight": codes} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
@@ -109,4 +110,4 @@ def roundtrip(weight: torch.Tensor, quantization: Quantization) -> torch.Tensor:
         codes, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
         return cast("torch.Tensor", functional.int8_vectorwise_dequant(codes, scales))
     codes, state = _coded(weight, quantization, _each_on(weight))
-    return cast("torch.Tensor", functional.dequantize_4bit(codes, state))
+    return expand(codes, state)

@@ -9,8 +9,8 @@ import torch
 from bitsandbytes import functional
 from numpy.typing import NDArray
 
-BLOCK = 64
-"""Numbers that share a scale, bitsandbytes' own choice."""
+from lora_cli.model.linear4bit import BLOCK
+
 TINY = 1e-38
 """Its least divisor: a block of zeros has the scale 0, which cannot divide."""
 

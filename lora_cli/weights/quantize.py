@@ -28,6 +28,7 @@ from lora_cli.model.base import (
     skeleton,
 )
 from lora_cli.model.files import check_quantizable
+from lora_cli.model.linear4bit import expand
 from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.weights.check import check_weights
 from lora_cli.weights.codes import PARTS, encode, roundtrip
@@ -270,10 +271,8 @@ def _expand(module: Linear4bit | Linear8bitLt) -> torch.Tensor:
     """The layer's weight (out, in) as a matrix product sees it."""
     weight: Any = module.weight
     if isinstance(module, Linear4bit):
-        expanded = functional.dequantize_4bit(weight.data, weight.quant_state)
-    else:
-        expanded = functional.int8_vectorwise_dequant(weight.data, weight.SCB)
-    return cast("torch.Tensor", expanded)
+        return expand(weight.data, weight.quant_state)
+    return cast("torch.Tensor", functional.int8_vectorwise_dequant(weight.data, weight.SCB))
 
 
 def expand_quantized(model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype) -> None:

@@ -1,0 +1,77 @@
+"""bitsandbytes' 4-bit layers on a processor with AVX512, where release 0.50.2 computes two things wrongly in silence.
+
+The first evaluation pass repacks the weights, after which gradients, ``dequantize_4bit`` and saving read them in the
+wrong order. And where a row of a weight is no multiple of the block of numbers that share a scale, ``dequantize_4bit``
+takes neighbouring blocks' scales: weights are off by more than half their size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from functools import cache, partial
+from importlib.metadata import version
+from typing import Any, cast
+
+import torch
+from torch.nn.functional import linear
+
+from lora_cli.errors import UserError
+from lora_cli.model.targets import Target
+
+BLOCK = 64
+"""Numbers of a weight that share a scale: bitsandbytes' own choice, and Transformers'."""
+
+
+def expand(weight: torch.Tensor, state: Any) -> torch.Tensor:
+    """What 4-bit codes stand for, in the shape and the type that bitsandbytes' QuantState says.
+
+    As a single line of numbers, since in one row of any length the scales are the right ones.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    line = copy.copy(state)
+    line.shape = torch.Size([state.shape.numel()])
+    return cast("torch.Tensor", dequantize_4bit(weight, line)).view(state.shape)
+
+
+def compute_right(model: torch.nn.Module) -> None:
+    """Keep both faults away from the model's 4-bit layers, before their first pass."""
+    for module in model.modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (no attribute of nn.Module)
+        if cast("int", module.in_features) % _state(module).blocksize:
+            module.forward = partial(_forward, module)
+
+
+def _state(layer: Any) -> Any:
+    return getattr(layer.weight, "quant_state", None) or layer.quant_state
+
+
+def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """The layer's product by its expanded weight, in the types that bitsandbytes uses."""
+    dtype = layer.compute_dtype or x.dtype
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return linear(x.to(dtype), expand(layer.weight.data, _state(layer)).to(dtype), bias).to(x.dtype)
+
+
+def check_dora(targets: Iterable[Target], device: torch.device) -> None:
+    """Raises UserError for layers whose norms, which DoRA needs, PEFT would take of wrongly expanded weights."""
+    wrong = [target for target in targets if target.in_features % BLOCK]
+    if wrong and device.type == "cpu" and _takes_wrong_scales():
+        what = (
+            f"adapter.use_dora: bitsandbytes {version('bitsandbytes')} expands 4-bit weights wrongly on this processor "
+            f"where rows are no multiple of {BLOCK} numbers: {wrong[0].name} has {wrong[0].in_features}"
+        )
+        raise UserError(what, hint="leave such layers out of adapter.target_modules, or set adapter.use_dora to false")
+
+
+@cache
+def _takes_wrong_scales() -> bool:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    rows = torch.arange(1.0, 1 + 4 * 96).view(4, 96)
+    codes, state = quantize_4bit(rows, blocksize=BLOCK, quant_type="nf4")
+    return not torch.equal(dequantize_4bit(codes, state), expand(codes, state))
