@@ -253,8 +253,8 @@ def test_resume_of_nothing_is_refused(write_recipe: Any, tmp_path: Path, lora: A
 
 WORSENING = {
     "data.validation": 0.2,
-    "training": {"max_steps": 12, "eval_steps": 1, "learning_rate": 1.0, "save_steps": None, "warmup_steps": 0}
-    | {"lr_scheduler_type": "linear"},
+    "training": {"max_steps": 12, "eval_steps": 1, "learning_rate": 0.2, "save_steps": None, "warmup_steps": 0}
+    | CONSTANT,
 }
 
 
