@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -167,7 +168,8 @@ def test_rows_do_not_see_each_other() -> None:
 def test_the_loss_in_chunks_is_the_plain_one(
     scale: float, cap: float | None, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_cli.evaluation.head.CHUNK_BYTES", {"cpu": 4 * 11 * 16})  # 16 rows a chunk
+    monkeypatch.setattr("lora_cli.evaluation.head.PRODUCT", {"cpu": (2**25, 16)})
+    monkeypatch.setattr("lora_cli.evaluation.head.CACHED", 4 * 11 * 3)
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(37, 6, generator=draw, dtype=torch.float64, requires_grad=True)
     head = nn.Linear(6, 11, bias=bias, dtype=torch.float64).requires_grad_(False)
@@ -191,22 +193,28 @@ def test_the_loss_in_chunks_is_the_plain_one(
 
 
 def test_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 60 supervised positions no more than a chunk's meet the vocabulary at once."""
-    monkeypatch.setattr("lora_cli.evaluation.head.CHUNK_BYTES", {"cpu": 4 * 97 * 16})
+    """Of 40 supervised positions among 62 no more than a chunk's meet the vocabulary at once, and no other does."""
+    monkeypatch.setattr("lora_cli.evaluation.head.PRODUCT", {"cpu": (2**25, 16)})
     model = build("Llama", GROUPED)
     assert lay_end_to_end(model, torch.device("cpu"), "auto")
     head = frozen_head(model.eval())
+    batch = packed(rows_of((30, 32)))
+    batch = replace(batch, **{name: getattr(batch, name)[:40] for name in ("predict_from", "supervised", "targets")})
     shapes: list[torch.Size] = []
+    multiplied = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = function(*args, **(kwargs or {}))
             if isinstance(result, torch.Tensor) and result.shape[-1:] == (97,):
+                nonlocal multiplied
                 shapes.append(result.shape)
+                multiplied += len(result) if function is torch.ops.aten.mm.out else 0
             return result
 
     with Watch():
-        summed_loss(model, packed(rows_of((30, 32))), head)
+        summed_loss(model, batch, head)
+    assert multiplied == 40
     transposed_head = torch.Size([32, 97])
     assert max(shape.numel() for shape in shapes if shape != transposed_head) == 16 * 97
 

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
-"""Of float32 logits at a time: a processor's caches hold little more, a GPU wants products of some size."""
+PRODUCT = {"cpu": (2**25, 256), "cuda": (2**28, 2**16)}
+"""Bytes and rows of logits at a time, at most: few rows make slow products."""
+CACHED = 2**20
+"""Bytes of float32 logits that a processor makes exponentials of at a time: what stays in its cache."""
 
 
 @dataclass(frozen=True)
@@ -91,31 +93,37 @@ class LinearCrossEntropy(torch.autograd.Function):
         wants_gradient: bool,
     ) -> torch.Tensor:
         weight = weight.to(hidden.dtype)
-        total = torch.zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32).to(
-            hidden.device
-        )
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=exact, device=hidden.device)
         gradient = torch.empty_like(hidden) if wants_gradient else None
-        rows = max(16, CHUNK_BYTES.get(hidden.device.type, 2**26) // (4 * weight.shape[0]))
+        rows, few = _rows_at_a_time(weight)
+        logits, normalizers = hidden.new_empty(rows, len(weight)), total.new_empty(rows, 1)
         for start in range(0, len(hidden), rows):
             part, wanted = hidden[start : start + rows], targets[start : start + rows, None]
-            raw = part @ weight.T if bias is None else torch.addmm(bias.to(part.dtype), part, weight.T)
-            z = _bounded(raw.to(total.dtype), scale, cap)
-            slope = None if cap is None else (1 - (z / cap).square_())
-            picked = z.gather(1, wanted)
-            highest = z.amax(1, keepdim=True)
-            exponentials = z.sub_(highest).exp_()
-            normalizer = exponentials.sum(1, keepdim=True)
-            total += (normalizer.log() + highest - picked).sum()
+            chunk, normalizer = logits[: len(part)], normalizers[: len(part)]
+            torch.mm(part, weight.T, out=chunk)
+            if bias is not None:
+                chunk += bias
+            for at in range(0, len(part), few):
+                own = slice(at, at + few)
+                z = _bounded(chunk[own].to(exact), scale, cap)
+                slope = None if cap is None else (1 - (z / cap).square_())
+                picked = z.gather(1, wanted[own])
+                highest = z.amax(1, keepdim=True)
+                exponentials = z.sub_(highest).exp_()
+                torch.sum(exponentials, 1, keepdim=True, out=normalizer[own])
+                total += (normalizer[own].log() + highest - picked).sum()
+                if slope is not None:
+                    exponentials.div_(normalizer[own])
+                    exponentials.scatter_add_(1, wanted[own], -torch.ones_like(picked)).mul_(slope)
+                chunk[own] = exponentials
             if gradient is None:
                 continue
-            if slope is None:  # softmax(z) W - W[t], divided after the product, where there is less to divide
-                mean = (exponentials.to(part.dtype) @ weight).div_(normalizer)
-                torch.sub(mean, weight[wanted[:, 0]], out=gradient[start : start + rows]).mul_(scale)
-            else:
-                by_logit = (
-                    exponentials.div_(normalizer).scatter_add_(1, wanted, -torch.ones_like(normalizer)).mul_(slope)
-                )
-                torch.mm(by_logit.to(part.dtype), weight, out=gradient[start : start + rows]).mul_(scale)
+            by_hidden = gradient[start : start + rows]
+            torch.mm(chunk, weight, out=by_hidden)
+            if cap is None:  # softmax(z) W - W[t], divided after the product, where there is less to divide
+                by_hidden.div_(normalizer).sub_(weight[wanted[:, 0]])
+            by_hidden.mul_(scale)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
@@ -124,6 +132,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None, None, None, None, None, None
+
+
+def _rows_at_a_time(weight: torch.Tensor) -> tuple[int, int]:
+    """Rows of logits in one product, and of these in one go of exponentials, for a head's ``weight``."""
+    vocabulary, on_cpu = len(weight), weight.device.type == "cpu"
+    size, most = PRODUCT["cpu" if on_cpu else "cuda"]
+    rows = min(most, max(64, size // (weight.itemsize * vocabulary)))
+    return rows, max(1, CACHED // (4 * vocabulary)) if on_cpu else rows
 
 
 def _bounded(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lora_cli.model.layers import CANNOT
+
 if TYPE_CHECKING:
     from peft import PeftModel
-
-CANNOT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What an architecture raises whose layers need more of one another than hidden states."""
 
 
 class StandIn(nn.Module):

@@ -11,7 +11,11 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.model.targets import Target
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
+
+CANNOT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What an architecture raises when its forward pass is asked for what it does not know."""
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, Target]:
@@ -39,7 +43,16 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
     return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else None
 
 
+def has_experts(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether the model's configuration names a mixture of experts."""
+    return _experts(model) is not None
+
+
 def _is_router(name: str, out_features: int, model: PreTrainedModel) -> bool:
+    return name.rpartition(".")[2] in ("gate", "router") and out_features == _experts(model)
+
+
+def _experts(model: PreTrainedModel | PeftModel) -> int | None:
     config = model.config.get_text_config()
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    return bool(experts) and name.rpartition(".")[2] in ("gate", "router") and out_features == experts
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    return next((count for name in names if (count := getattr(config, name, None))), None)
