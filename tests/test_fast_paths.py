@@ -18,7 +18,7 @@ from lora_cli.data.batches import Batch
 from lora_cli.evaluation.head import Head, LinearCrossEntropy, frozen_head
 from lora_cli.evaluation.loss import evaluating, lay_end_to_end, summed_loss
 from lora_cli.model.adapters import adapt
-from lora_cli.model.attention import ROWS
+from lora_cli.model.attention import BLOCK, ROWS, SHORT, attend_by_rows
 from lora_cli.model.fused_lora import LoraProduct
 from lora_cli.model.layers import linear_layers
 from lora_cli.model.linear4bit import compute_right, expand
@@ -40,6 +40,7 @@ SMALL = {
 }
 GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
 ROW_LENGTHS = (9, 5, 11, 2)
+LENGTHS = np.array(ROW_LENGTHS)
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str | None, bool]] = {
     "llama": ("Llama", GROUPED, ROWS, True),
@@ -134,7 +135,7 @@ def test_an_architecture_gives_what_its_rows_give_one_at_a_time(kind: str) -> No
     expected = one_at_a_time(model, rows)
     wanted = learned(model, expected)
 
-    assert lay_end_to_end(model, torch.device("cpu"), "auto") is (attention is not None)
+    assert lay_end_to_end(model, torch.device("cpu"), "auto", LENGTHS) is (attention is not None)
     assert base.config._attn_implementation == (ROWS if attention == ROWS else own)
     with evaluating(model):
         head = frozen_head(model)
@@ -153,7 +154,7 @@ def test_an_architecture_gives_what_its_rows_give_one_at_a_time(kind: str) -> No
 def test_rows_do_not_see_each_other() -> None:
     """Another first row changes nothing in the second one's loss."""
     model = build("Llama", GROUPED)
-    assert lay_end_to_end(model, torch.device("cpu"), "auto")
+    assert lay_end_to_end(model, torch.device("cpu"), "auto", LENGTHS)
     first, other, second = rows_of((6, 6, 8))
 
     def loss(*rows: torch.Tensor) -> float:
@@ -196,7 +197,7 @@ def test_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 40 supervised positions among 62 no more than a chunk's meet the vocabulary at once, and no other does."""
     monkeypatch.setattr("lora_cli.evaluation.head.PRODUCT", {"cpu": (2**25, 16)})
     model = build("Llama", GROUPED)
-    assert lay_end_to_end(model, torch.device("cpu"), "auto")
+    assert lay_end_to_end(model, torch.device("cpu"), "auto", LENGTHS)
     head = frozen_head(model.eval())
     batch = packed(rows_of((30, 32)))
     batch = replace(batch, **{name: getattr(batch, name)[:40] for name in ("predict_from", "supervised", "targets")})
@@ -315,6 +316,71 @@ def test_pefts_own_layers_stand_where_fused_ones_are_off() -> None:
     base = build("Llama", GROUPED)
     model = adapt(base, Adapter(r=2), ["model.layers.0.self_attn.q_proj"], fused=False)
     assert type(model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")) is Linear
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_attention_in_16_bits_is_that_of_each_row_alone(window: int | None, key_heads: int) -> None:
+    """By products and by torch's kernel, over blocks and beyond; softmax(q k^T / sqrt(width)) v in float64, as read."""
+    torch.manual_seed(0)
+    lengths = (300, 1, 40, SHORT, SHORT + 1, BLOCK)
+    total = sum(lengths)
+    given = [torch.randn(1, heads, total, 8).bfloat16() for heads in (4, key_heads, key_heads)]
+    q, k, v = (tensor.requires_grad_() for tensor in given)
+    starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    found, _ = attend_by_rows(nn.Module(), q, k, v, None, sliding_window=window, cu_seq_lens_q=starts)
+    assert found.shape == (1, total, 4, 8)
+
+    exact = [tensor.detach().double().requires_grad_() for tensor in given]
+    wide = [exact[0], *(each.repeat_interleave(4 // key_heads, dim=1) for each in exact[1:])]
+    rows = []
+    for start, length in zip(starts.tolist(), lengths, strict=False):
+        one, two, three = (each[0, :, start : start + length] for each in wide)
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        hidden = (distance < 0) | (distance >= (window or length))
+        weights = (one @ two.transpose(1, 2) / 8**0.5).masked_fill(hidden, -torch.inf).softmax(-1)
+        rows.append((weights @ three).transpose(0, 1))
+    wanted = torch.cat(rows)[None]
+
+    def far(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float((one.double() - other).norm() / other.norm())
+
+    assert far(found, wanted) < 0.01
+    slope = torch.randn(wanted.shape, dtype=torch.float64)
+    gradients = torch.autograd.grad(found, (q, k, v), slope.bfloat16())
+    for gradient, right in zip(gradients, torch.autograd.grad(wanted, exact, slope), strict=True):
+        assert far(gradient, right) < 0.015
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_mixes_rows_is_padded_and_says_so(
+    dtype: str, tokenizer: Any, write_recipe: Any, lora: Any, tmp_path: Any, no_curves: None
+) -> None:
+    """Bloom counts positions along the line; with weights of a usual size 16 bits round over most of the difference."""
+    config = transformers.BloomConfig(vocab_size=len(tokenizer), hidden_size=64, n_layer=2, n_head=4)
+    torch.manual_seed(0)
+    transformers.BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    changes = {"model": {"name_or_path": tmp_path / "bloom", "dtype": dtype}, "data.packing": True}
+    result = done(lora("train", write_recipe(changes | {"training.max_steps": 1})))
+    assert "this architecture mixes packed rows; rows of like length are padded instead" in result.stderr
+    assert Run(tmp_path / "run").info["data"]["packed"] is False
+
+
+@pytest.mark.parametrize(("lengths", "packs"), [((4, 16), True), ((17, 20), True), ((16, 17), False)])
+def test_longrope_packs_rows_of_one_kind_alone(lengths: tuple[int, ...], packs: bool) -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "original_max_position_embeddings": 16}
+    rope = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, **factors}}
+    model = build("Phi3", GROUPED | rope)
+    assert lay_end_to_end(model, torch.device("cpu"), "auto", np.array(lengths)) is packs
+
+
+def test_a_window_that_the_mask_alone_tells_of_is_kept() -> None:
+    """PhiMoE and Qwen2-MoE hand no window to attention."""
+    model = build("PhiMoE", GROUPED | {"sliding_window": 6, "num_local_experts": 2}).eval()
+    rows = rows_of((20, 5, 15))
+    assert lay_end_to_end(model, torch.device("cpu"), "auto", np.array([20, 5, 15]))
+    assert float(summed_loss(model, packed(rows))) == pytest.approx(float(one_at_a_time(model, rows)), rel=1e-5)
 
 
 @pytest.mark.parametrize("width", [64, 80, 96, 688])

@@ -74,7 +74,7 @@ def command(
     _check_together(origins, into)
 
     from lora_cli.cli import verify as checking
-    from lora_cli.weights.pieces import keep_freed_memory
+    from lora_cli.model.memory import keep_freed_memory
 
     keep_freed_memory()
     result = (

@@ -64,7 +64,7 @@ def command(
         measure.check(section)
         rows = measure.rows_for(folder, adapter, section, recipe)
 
-    from lora_cli.weights.pieces import keep_freed_memory
+    from lora_cli.model.memory import keep_freed_memory
     from lora_cli.weights.quantize import quantize, stored_model
     from lora_cli.weights.quantize_merged import quantize_merged
 

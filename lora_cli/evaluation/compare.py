@@ -12,6 +12,7 @@ from lora_cli.errors import RunError
 from lora_cli.evaluation.head import frozen_head
 from lora_cli.evaluation.loss import Score, evaluate, evaluating, evaluation_batches, lay_end_to_end
 from lora_cli.model.base import pad_token_id
+from lora_cli.model.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,7 +43,8 @@ def compare(
     Raises RunError about ``where``, the model's or adapter's place, when a loss is no finite number.
     """
     device = next(model.parameters()).device
-    packing = lay_end_to_end(model, device, attn_implementation)
+    keep_freed_memory()
+    packing = lay_end_to_end(model, device, attn_implementation, examples.lengths)
     with evaluating(model):
         head = frozen_head(model)
 

@@ -16,6 +16,7 @@ from lora_cli.data.batches import Batch, collate
 from lora_cli.data.grouping import pack_first_fit, pad_in_order
 from lora_cli.evaluation.head import Head
 from lora_cli.model.attention import ROWS, knows_rows
+from lora_cli.model.base import longrope_bounds
 from lora_cli.model.layers import CANNOT, has_experts
 from lora_cli.model.memory import is_out_of_memory
 
@@ -146,12 +147,18 @@ def evaluation_batches(
         yield collate(examples, rows, packing, pad_token_id)
 
 
-def lay_end_to_end(model: PreTrainedModel | PeftModel, device: torch.device, attn_implementation: str) -> bool:
+def lay_end_to_end(
+    model: PreTrainedModel | PeftModel, device: torch.device, attn_implementation: str, lengths: Ints
+) -> bool:
     """Prepare the model for packed rows, with attention by rows where it can be chosen; whether it gives them exactly.
 
     Of two rows laid end to end the second has to give what it gives behind any other row, and both what they give
     alone. Models with a state, a convolution over time or positions of another kind do not, and are left as they were.
+    Nor does LongRoPE (arXiv:2402.13753), which turns all positions of a batch another way once its longest row is
+    longer than the model was first made for: ``lengths`` (rows,) are those of all rows.
     """
+    if any(lengths.min() <= bound < lengths.max() for bound in longrope_bounds(model.config)):
+        return False
     given = model.config._attn_implementation
     vocabulary = model.config.get_text_config().vocab_size
     ids = (torch.arange(19, device=device) * 7919 + 3) % vocabulary

@@ -78,6 +78,13 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     return int(value) if value else None
 
 
+def longrope_bounds(config: PreTrainedConfig) -> list[int]:
+    """Up to how many tokens a batch's longest row may have for the positions of shorter ones to stay as they are."""
+    given = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [given] if "rope_type" in given else [each for each in given.values() if isinstance(each, dict)]
+    return [each["original_max_position_embeddings"] for each in kinds if each.get("rope_type") == "longrope"]
+
+
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model without weights: every module and shape, on the meta device.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import resource
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,8 @@ ALLOCATION_FAILED = (
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and numbers of malloc.h
+KEPT, LARGEST = 2**30, 2**25  # bytes; glibc takes no larger LARGEST
 
 LOGITS_AT_ONCE = 3 * 2**24
 """Bytes that logits take where they are computed in chunks: some tens of megabytes, whatever the vocabulary."""
@@ -123,3 +127,14 @@ def describe_lack(error: BaseException) -> str:
 def size(count: int) -> str:
     """Bytes for people."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def keep_freed_memory() -> None:
+    """Let a tensor's memory serve the next one, for the rest of the process; only glibc can.
+
+    Given back to the system and asked for again it would come page by page, each cleared first: a sixth of the time
+    that a merge takes, a tenth of a training step's in float32.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST)

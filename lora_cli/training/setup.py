@@ -18,7 +18,7 @@ from lora_cli.evaluation.head import Head, frozen_head
 from lora_cli.evaluation.loss import evaluating, lay_end_to_end
 from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameters
 from lora_cli.model.base import best_device, load_base, resolve_compute_dtype, resolve_dtype
-from lora_cli.model.memory import activation_bytes, free_bytes
+from lora_cli.model.memory import activation_bytes, free_bytes, keep_freed_memory
 from lora_cli.training.batch_size import recompute_activations, resolve
 from lora_cli.training.display import Display
 from lora_cli.training.optimizer import check_warmup, make_optimizer
@@ -78,10 +78,13 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = make_accelerator(recipe.training, dtype)
     set_seed(recipe.training.seed)
+    keep_freed_memory()
     display.note(f"loading {recipe.model.name_or_path}")
     base, sources, kept = load_frozen(job, accelerator, dtype, display)
     hooks = stream(base, sources)
-    packing = recipe.data.packing and lay_end_to_end(base, base.device, recipe.model.attn_implementation)
+    packing = recipe.data.packing and lay_end_to_end(
+        base, base.device, recipe.model.attn_implementation, job.train.examples.lengths
+    )
     if recipe.data.packing and not packing:
         told = "rows of like length are padded instead"
         display.note(f"data.packing: this architecture mixes packed rows; {told}", warning=True)
