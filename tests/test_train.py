@@ -607,4 +607,4 @@ def test_recipe_in_the_folder_is_whole(train: Callable[..., Run]) -> None:
     recipe = yaml.safe_load((train(ONE_STEP).folder / "recipe.yaml").read_text())
     assert set(recipe) >= {"model", "adapter", "data", "training"}
     assert recipe["training"]["per_device_train_batch_size"] == 2
-    assert recipe["training"]["optim"] == "adamw_torch"
+    assert recipe["training"]["optim"] == "adamw_torch_fused"

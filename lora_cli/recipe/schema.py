@@ -188,7 +188,9 @@ class Training(Section):
     )
     warmup_steps: int | None = Field(None, ge=0, description="The warm-up in steps, instead of warmup_ratio.")
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = Field(
-        "adamw_torch", description="Optimizer; the 8-bit ones keep their state in 8 bits (bitsandbytes)."
+        "adamw_torch_fused",
+        description="Optimizer; fused takes all steps of an update at once, the 8-bit ones keep their state in 8 bits "
+        "(bitsandbytes).",
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the gradient to this norm; null: never.")

@@ -45,6 +45,7 @@ class Trainer:
     job: Prepared
     accelerator: Accelerator
     model: torch.nn.Module
+    trained: list[tuple[str, torch.nn.Parameter]]
     head: Head | None
     optimizer: torch.optim.Optimizer
     schedule: Schedule
@@ -114,6 +115,7 @@ def set_up(job: Prepared, display: Display) -> Trainer:
         job,
         accelerator,
         prepared,
+        trainable_parameters(accelerator.unwrap_model(prepared)),
         head,
         optimizer,
         schedule,
@@ -225,4 +227,4 @@ def unwrap(trainer: Trainer) -> PeftModel:
 
 def parameters(trainer: Trainer) -> list[tuple[str, torch.nn.Parameter]]:
     """What is trained, by name."""
-    return trainable_parameters(unwrap(trainer))
+    return trainer.trained
