@@ -48,7 +48,9 @@ EXACT: dict[str, dict[str, Any]] = {
     "early stopping": {
         "training": {"early_stopping_patience": 3, "eval_steps": 1, "learning_rate": 0.2, "max_steps": 25} | CONSTANT
     },
-    "best at the end": {"training": {"load_best_model_at_end": True, "eval_steps": 1, "learning_rate": 0.2} | CONSTANT},
+    "best at the end": {
+        "training": {"load_best_model_at_end": True, "eval_steps": 1, "learning_rate": 0.2, "max_steps": 20} | CONSTANT
+    },
 }
 
 
