@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
 from lora_cli.recipe.schema import Quantization
+from lora_cli.weights.drafts import draft_folder
 from lora_cli.weights.merge import common_quantization, find_sums, merge
 from lora_cli.weights.provenance import AdapterOrigin
 from lora_cli.weights.quantize import Quantized, Source, is_streamed, quantize, stored_model
@@ -32,8 +32,9 @@ def quantize_merged(
     seen = getattr(torch, origin.dtype) if origin.dtype else stored_dtype(headers)
     sums = find_sums([origin], headers, common_quantization([origin]), seen, None)
     if sums is None or not is_streamed(origin.base):
-        with TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as place:
-            merged = Path(place) / "merged"
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with draft_folder(out.absolute()) as place:
+            merged = place / "merged"
             merge([origin], merged)
             return quantize(stored_model(merged), out, quantization, skip, max_shard)
     read = sums.read

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_cli.errors import UserError, mend, unwritable
 from lora_cli.model.files import MODEL_FOLDER, read_config
+from lora_cli.weights.drafts import draft_folder
 
 if TYPE_CHECKING:
     import torch
@@ -179,24 +179,23 @@ def whole_folder(out: Path, replace: bool = False, needed: int | None = None) ->
     if not replace:
         check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    former = draft.with_name(f"{draft.name}.former")
-    try:
-        draft.chmod(0o777 & ~_umask())
-        yield draft
-        for path in (*draft.rglob("*"), draft):
-            sync(path)
-        if replace and out.exists():
-            out.replace(former)
-        draft.replace(out)
-        sync(out.parent)
-    except (OSError, SafetensorError) as error:
-        raise unwritable(out, error, needed) from error
-    finally:
-        if former.exists() and not out.exists():
-            former.replace(out)
-        for folder in (draft, former):
-            shutil.rmtree(folder, ignore_errors=True)
+    with draft_folder(out) as draft:
+        former = draft.with_name(f"{draft.name}.former")
+        try:
+            draft.chmod(0o777 & ~_umask())
+            yield draft
+            for path in (*draft.rglob("*"), draft):
+                sync(path)
+            if replace and out.exists():
+                out.replace(former)
+            draft.replace(out)
+            sync(out.parent)
+        except (OSError, SafetensorError) as error:
+            raise unwritable(out, error, needed) from error
+        finally:
+            if former.exists() and not out.exists():
+                former.replace(out)
+            shutil.rmtree(former, ignore_errors=True)
 
 
 def check_out(out: Path, *made_from: Path) -> None:
