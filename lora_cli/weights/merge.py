@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +90,14 @@ def merge(
     into: Into | None = None,
     dtype: torch.dtype | None = None,
     max_shard: int = MAX_SHARD,
+    check: Callable[[Path], None] | None = None,
 ) -> Merged:
     """Write the base with the adapters folded in to ``out``: weights, tokenizer, configurations.
 
     The sum is taken in float32 and stored as ``dtype``, None for the base's own. An adapter that was trained on a
     quantized base is added to that base's weights as training saw them (quantized and expanded again), which is what it
-    was fitted to, or ``into`` the original ones.
+    was fitted to, or ``into`` the original ones. ``check`` is given the whole folder before it stands at ``out``, which
+    it does not when that raises.
 
     Raises UserError when ``out`` will not do, the adapters are of different bases, or a sum is no number; ``trace`` has
     checked each adapter against its base.
@@ -126,6 +128,8 @@ def merge(
         for folder, name in ((origin.base, "generation_config.json"), (origin.folder, PROVENANCE)):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, draft / name)
+        if check is not None:
+            check(draft)
     size = sum(file.stat().st_size for file in weight_files(out))
     told = f"the base in {quantization.method}, expanded" if quantization else "the base"
     name = str(stored).removeprefix("torch.")

@@ -90,9 +90,16 @@ def stored_model(folder: Path) -> Source:
 
 
 def quantize(
-    source: Source, out: Path, quantization: Quantization, skip: Sequence[str] = (), max_shard: int = MAX_SHARD
+    source: Source,
+    out: Path,
+    quantization: Quantization,
+    skip: Sequence[str] = (),
+    max_shard: int = MAX_SHARD,
+    check: Callable[[Path], None] | None = None,
 ) -> Quantized:
     """Write the model to ``out`` with its linear layers in 4 or 8 bits, but for the head and those in ``skip``.
+
+    ``check`` is given the whole folder before it stands at ``out``, which it does not when that raises.
 
     Raises UserError when it is quantized already, its weights are damaged or no numbers, a name in ``skip`` is no
     layer's, or ``out`` will not do.
@@ -110,6 +117,8 @@ def quantize(
         for place, name in ((folder, "generation_config.json"), (adapter or folder, PROVENANCE)):
             if (place / name).is_file():
                 shutil.copyfile(place / name, draft / name)
+        if check is not None:
+            check(draft)
     files = weight_files(folder)
     before, after = (sum(file.stat().st_size for file in found) for found in (files, weight_files(out)))
     worst_first = sorted(layers, key=lambda layer: -layer.relative)

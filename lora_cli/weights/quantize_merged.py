@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,8 +21,9 @@ def quantize_merged(
     quantization: Quantization,
     skip: Sequence[str] = (),
     max_shard: int = MAX_SHARD,
+    check: Callable[[Path], None] | None = None,
 ) -> Quantized:
-    """Write what ``merge`` and then ``quantize`` would write.
+    """Write what ``merge`` and then ``quantize``, with its ``check``, would write.
 
     Only where one of the two needs a model in memory, a merged model lies beside ``out`` meanwhile. Raises UserError
     as both do.
@@ -36,7 +37,7 @@ def quantize_merged(
         with draft_folder(out.absolute()) as place:
             merged = place / "merged"
             merge([origin], merged)
-            return quantize(stored_model(merged), out, quantization, skip, max_shard)
+            return quantize(stored_model(merged), out, quantization, skip, max_shard, check)
     read = sums.read
     source = Source(origin.base, headers, lambda name: read(name).tensor, origin.folder, sums.changes.words)
-    return quantize(source, out, quantization, skip, max_shard)
+    return quantize(source, out, quantization, skip, max_shard, check)

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +156,7 @@ def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
     return tensor
 
 
-def stored_dtype(headers: dict[str, TensorInfo]) -> torch.dtype:
+def stored_dtype(headers: Mapping[str, TensorInfo]) -> torch.dtype:
     """The type most of a checkpoint's floating-point numbers are stored in."""
     import torch
 
