@@ -560,6 +560,31 @@ def test_a_base_of_no_numbers_is_refused(tiny_llama: Path, tmp_path: Path, lora:
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("model.norm.weight", {}),
+        ("model.layers.0.self_attn.q_proj.weight", {}),
+        ("model.norm.weight", {"modules_to_save": ["norm"]}),
+        ("model.norm.weight", {"trainable_token_indices": [3]}),
+    ],
+    ids=["base", "sum", "taken", "in-memory"],
+)
+def test_numbers_too_large_for_the_type_are_refused(
+    name: str, config: dict[str, Any], tiny_llama: Path, tmp_path: Path, lora: Any
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_llama, folder)
+    weights = weights_of(folder)
+    weights[name].view(-1)[5] = 1e5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    adapter = make_adapter("llama", folder, tmp_path / "adapter", **config)
+    result = lora("merge", adapter, "--out", tmp_path / "merged", "--dtype", "float16", "--no-verify")
+    assert result.exit_code == 2 and name.removesuffix(".weight") in result.stderr
+    assert "NaN or infinity" in result.stderr and not (tmp_path / "merged").exists()
+    done(lora("merge", adapter, "--out", tmp_path / "merged", "--no-verify"))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_words_that_were_added_travel(tied: bool, tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
     folder = tmp_path / "base"

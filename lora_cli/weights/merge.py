@@ -23,6 +23,7 @@ from lora_cli.weights.provenance import PROVENANCE, AdapterOrigin
 from lora_cli.weights.shards import (
     MAX_SHARD,
     TensorInfo,
+    check_finite,
     check_out,
     read_headers,
     read_tensor,
@@ -70,18 +71,20 @@ class Sums:
     dtype: torch.dtype | None
 
     def read(self, name: str) -> Summed:
-        """One tensor. Raises UserError when it, or the sum, holds what is no number."""
+        """One tensor. Raises UserError when it, or the sum as it is stored, holds what is no number."""
         weight = read_tensor(self.headers[name], name)
         dtype = self.dtype or weight.dtype
-        if weight.is_floating_point() and weight.itemsize > 1 and not all(map(math.isfinite, torch.aminmax(weight))):
-            raise UserError(f"tensor {name} holds NaN or infinity", str(self.headers[name].file))
+        check_finite(weight, name, self.headers[name].file)
         if name in self.expanded and self.quantization is not None:
             from lora_cli.weights.codes import roundtrip
 
             turned = self.expanded[name]
             weight = roundtrip((weight.T if turned else weight).to(self.seen).contiguous(), self.quantization)
             weight = weight.T if turned else weight
-        return summed(self.changes, name, weight, dtype)
+        result = summed(self.changes, name, weight, dtype)
+        if name in self.changes.taken or (name not in self.changes.products and dtype != weight.dtype):
+            check_finite(result.tensor, name, self.headers[name].file)
+        return result
 
 
 def merge(

@@ -156,6 +156,17 @@ def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
     return tensor
 
 
+def check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
+    """Raises UserError when a tensor holds NaN or infinity: ``name``, of ``file``, as the type that it now has."""
+    import torch
+
+    if not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
+        return
+    if not all(map(math.isfinite, torch.aminmax(tensor))):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"tensor {name} holds NaN or infinity (as {kind})", str(file))
+
+
 def stored_dtype(headers: Mapping[str, TensorInfo]) -> torch.dtype:
     """The type most of a checkpoint's floating-point numbers are stored in."""
     import torch
