@@ -35,6 +35,8 @@ from lora_cli.weights.stream import shard_writer
 from lora_cli.weights.updates import Changes, Summed, find_changes, stored_name, summed
 
 Into = Literal["expanded", "original"]
+BOTH = 1.5
+"""Two tensors are held at once that have no more numbers than this, in those of the largest."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,19 @@ class Sums:
         """One tensor. Raises UserError when it, or the sum as it is stored, holds what is no number."""
         weight = read_tensor(self.headers[name], name)
         dtype = self.dtype or weight.dtype
-        check_finite(weight, name, self.headers[name].file)
+        if name in self.expanded or name not in self.changes.products:
+            check_finite(weight, name, self.headers[name].file)
         if name in self.expanded and self.quantization is not None:
             from lora_cli.weights.codes import roundtrip
 
             turned = self.expanded[name]
             weight = roundtrip((weight.T if turned else weight).to(self.seen).contiguous(), self.quantization)
             weight = weight.T if turned else weight
-        result = summed(self.changes, name, weight, dtype)
+        try:
+            result = summed(self.changes, name, weight, dtype)
+        except UserError:
+            check_finite(weight, name, self.headers[name].file)  # whose numbers it is due to
+            raise
         if name in self.changes.taken or (name not in self.changes.products and dtype != weight.dtype):
             check_finite(result.tensor, name, self.headers[name].file)
         return result
@@ -173,17 +180,23 @@ def common_quantization(origins: Sequence[AdapterOrigin]) -> Quantization | None
 
 def _write(sums: Sums, draft: Path, max_shard: int) -> float:
     """Write all tensors; the share of the changed weights' numbers that are stored as they were."""
-    same = numbers = 0
-    # A tensor is made while the one before it is written: files take as long as sums.
+    same = numbers = before = 0
+    sizes = {name: math.prod(info.shape) for name, info in sums.headers.items()}
+    found: Summed | None = None
+    # A tensor is made while the one before it is written, unless both are large: files take as long as sums.
     with shard_writer(draft, sums.headers, max_shard) as write, ThreadPoolExecutor(1) as writer:
         written = writer.submit(lambda: None)
-        for name in sums.headers:
+        for name, size in sizes.items():
+            if before + size > BOTH * max(sizes.values()):
+                written.result()
+                found = None
             found = sums.read(name)
             written.result()
             written = writer.submit(write, name, found.tensor)
+            before = size
             if name in sums.changes.products:
                 same += found.unchanged
-                numbers += found.tensor.numel()
+                numbers += size
         written.result()
     return same / numbers if numbers else 0.0
 

@@ -156,13 +156,18 @@ def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
     return tensor
 
 
-def check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
-    """Raises UserError when a tensor holds NaN or infinity: ``name``, of ``file``, as the type that it now has."""
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
     import torch
 
     if not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
-        return
-    if not all(map(math.isfinite, torch.aminmax(tensor))):
+        return True
+    return all(map(math.isfinite, torch.aminmax(tensor)))
+
+
+def check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
+    """Raises UserError when a tensor holds NaN or infinity: ``name``, of ``file``, as the type that it now has."""
+    if not is_finite(tensor):
         kind = str(tensor.dtype).removeprefix("torch.")
         raise UserError(f"tensor {name} holds NaN or infinity (as {kind})", str(file))
 
