@@ -222,10 +222,23 @@ def _said(
     own = logits_of(model, rows.ids)
     with model.disable_adapter():
         base = logits_of(model, rows.ids)
+    _untie(model)
     merged = model.merge_and_unload()
     summed = logits_of(merged, rows.ids)
     _round(merged, stored)
     return Said(own, base, summed, logits_of(merged, rows.ids))
+
+
+def _untie(model: Any) -> None:
+    """Give the head weights of its own where the adapter adds to it or to the embedding: PEFT would add to both."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if any(isinstance(end, BaseTunerLayer) for end in ends):
+        embedding, head = (getattr(end, "base_layer", end) for end in ends)
+        if head.weight is embedding.weight:
+            head.weight = torch.nn.Parameter(head.weight.clone(), requires_grad=False)
 
 
 def _round(model: Any, stored: Mapping[str, TensorInfo]) -> None:
