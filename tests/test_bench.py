@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from bench import __main__ as command
 from bench import (
     contestants,
     context,
+    flat,
     heldout,
     lengths,
     prepare,
@@ -189,6 +191,36 @@ def test_merge_is_measured_beside_peft(rows: dict[str, Any], tmp_path: Path) -> 
     assert record["same"]["tensors"] > 10 and record["same"]["largest"] < 1e-6
     assert record["ratios"].keys() == {"seconds", "peak_bytes"}
     assert all(run["peak_bytes"] > 50e6 and run["seconds"] > 0 for each in record["runs"].values() for run in each)
+
+
+def test_quantize_is_measured_beside_transformers(rows: dict[str, Any], tmp_path: Path) -> None:
+    record = weights.measure("quantize", OPTIONS, rows["model"], tmp_path, environment(1, tmp_path))
+    assert record["faults"] == []
+    assert record["same"]["tensors"] > 10 and record["same"]["largest"] == 0
+    assert record["ratios"].keys() == {"seconds", "peak_bytes"}
+
+
+def test_memory_is_measured_as_layers_are_added(tmp_path: Path) -> None:
+    record = flat.measure(OPTIONS, tmp_path / "models", tmp_path, environment(1, tmp_path))
+    layers = [shape["config"]["num_hidden_layers"] for shape in record["shapes"].values()]
+    assert layers == [2, 20]
+    small, deep = record["model_bytes"].values()
+    assert deep > 2 * small
+    assert record["ratios"].keys() == {"merge", "quantize"}
+    assert all(0.8 < ratio < 1.2 for ratio in record["ratios"].values())
+    assert all(run["peak_bytes"] > 50e6 for each in record["runs"].values() for runs in each.values() for run in runs)
+    runs = {"merge": {"a": [{"seconds": 1, "peak_bytes": 4e6}], "a-10x": [{"seconds": 9, "peak_bytes": 5e6}]}}
+    assert flat.ratios(runs) == {"merge": 1.25}
+    assert "|  1.25 |  1.10 |" in flat.show(runs, {"merge": 1.25}, {"a": 1, "a-10x": 2})
+
+
+def test_where_records_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("merge", "quantize", "flat"):
+        monkeypatch.setitem(command.BENCHMARKS, name, lambda *_: {"faults": []})
+        assert command.main([name, "--out", str(tmp_path)]) == 0
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {"merge-llama-500m.json", "quantize-llama-500m.json", "flat-llama-40m.json"}
+    assert command.RESULTS.parts[-3:] == ("scripts", "bench", "results")
 
 
 def test_weights_that_differ_are_told(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -26,6 +27,8 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from lora_cli.weights import merge
 
 ALL_LINEAR = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -558,6 +561,47 @@ def test_a_base_of_no_numbers_is_refused(tiny_llama: Path, tmp_path: Path, lora:
     result = lora("merge", adapter, "--out", tmp_path / "merged")
     assert result.exit_code == 2 and "tensor model.norm.weight holds NaN or infinity" in result.stderr
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("model.norm.weight", {}),
+        ("model.layers.0.self_attn.q_proj.weight", {}),
+        ("model.norm.weight", {"modules_to_save": ["norm"]}),
+        ("model.norm.weight", {"trainable_token_indices": [3]}),
+    ],
+    ids=["base", "sum", "taken", "in-memory"],
+)
+def test_numbers_too_large_for_the_type_are_refused(
+    name: str, config: dict[str, Any], tiny_llama: Path, tmp_path: Path, lora: Any
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_llama, folder)
+    weights = weights_of(folder)
+    weights[name].view(-1)[5] = 1e5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    adapter = make_adapter("llama", folder, tmp_path / "adapter", **config)
+    result = lora("merge", adapter, "--out", tmp_path / "merged", "--dtype", "float16", "--no-verify")
+    assert result.exit_code == 2 and name.removesuffix(".weight") in result.stderr
+    assert "NaN or infinity" in result.stderr and not (tmp_path / "merged").exists()
+    done(lora("merge", adapter, "--out", tmp_path / "merged", "--no-verify"))
+
+
+def test_embedding_and_head_are_not_held_at_once(tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: Any) -> None:
+    adapter, read = make_adapter("llama", tiny_llama, tmp_path / "adapter"), merge.read_tensor
+    words, held = weights_of(tiny_llama)["lm_head.weight"].shape, []
+
+    def counted(info: Any, name: str) -> torch.Tensor:
+        gc.collect()
+        alive = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.device.type == "cpu"]
+        held.append((name, sum(each.shape == words for each in alive)))
+        return read(info, name)
+
+    monkeypatch.setattr(merge, "read_tensor", counted)
+    done(lora("merge", adapter, "--out", tmp_path / "merged", "--no-verify"))
+    counts = dict(held)
+    assert counts["lm_head.weight"] == counts["model.embed_tokens.weight"] == min(counts.values())
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from test_compose import far, products, varied
 from test_merge import Base, R, logits, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_cli.weights import extract
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -258,6 +261,23 @@ def test_extract_of_full_training(base: Base, tmp_path: Path, lora: Any) -> None
         )
 
 
+def test_extract_holds_one_layers_factors(tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: Any) -> None:
+    adapter = varied("llama", tiny_llama, tmp_path / "a", 1)
+    done(lora("merge", adapter, "--out", tmp_path / "tuned", "--no-verify"))
+    held, difference = [], extract.Pair.difference
+
+    def counted(pair: extract.Pair) -> torch.Tensor:
+        gc.collect()
+        alive = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+        held.append(sum(each.nbytes for each in alive if each.device.type == "cpu"))
+        return difference(pair)
+
+    monkeypatch.setattr(extract.Pair, "difference", counted)
+    given = ("adapters", "extract", tiny_llama, tmp_path / "tuned", "--energy", "1", "--out", tmp_path / "out")
+    assert len(done(lora(*given, "--json")).json["layers"]) == len(held) == 14
+    assert max(held[8:]) <= max(held[1:8]), "the second block's layers are those of the first"
+
+
 @pytest.mark.parametrize("command", ["resize", "compose", "extract"])
 def test_a_failure_while_writing_leaves_nothing(
     command: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: Any
@@ -276,6 +296,7 @@ def test_a_failure_while_writing_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("lora_cli.weights.lora_adapter.save_file", full)
+    monkeypatch.setattr("lora_cli.weights.stream._Shard.add", full)
     result = lora("adapters", command, *arguments[command], "--out", tmp_path / "out")
     assert result.exit_code == 3 and "No space left" in result.stderr
     assert sorted(tmp_path.rglob("*")) == before

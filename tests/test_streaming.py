@@ -13,7 +13,14 @@ from bitsandbytes import functional
 from conftest import done
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.codes import encode
@@ -98,14 +105,73 @@ def test_names_without_the_bodys(tiny_gpt2: Path, tmp_path: Path, lora: Any, no_
     same_as_transformers(base, tmp_path / "out", "nf4", True, tmp_path / "plain")
 
 
-def test_a_tied_head_that_is_stored_as_well(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
-    base = tmp_path / "base"
+def with_head(base: Path, tiny_gpt2: Path, factor: float) -> Path:
+    """A copy of GPT-2, whose head is tied, with the head stored as well: the embedding times a factor."""
     shutil.copytree(tiny_gpt2, base)
     weights = tensors_of(tiny_gpt2)
-    weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
+    weights["lm_head.weight"] = factor * weights["transformer.wte.weight"]
     save_file(weights, base / "model.safetensors", {"format": "pt"})
+    return base
+
+
+def test_a_tied_head_that_is_stored_as_well(tiny_gpt2: Path, tmp_path: Path, lora: Any, no_model: None) -> None:
+    base = with_head(tmp_path / "base", tiny_gpt2, 1.0)
+    assert "in memory" not in done(lora("quantize", base, "--out", tmp_path / "out")).stderr
+    same_as_transformers(base, tmp_path / "out", "nf4", True, tmp_path / "plain")
+
+
+def test_a_tied_head_that_is_stored_as_another(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
+    """Which Transformers takes for a head of its own."""
+    base = with_head(tmp_path / "base", tiny_gpt2, 0.5)
+    assert "whole model in memory" in done(lora("quantize", base, "--out", tmp_path / "out")).stderr
+    same_as_transformers(base, tmp_path / "out", "nf4", True, tmp_path / "plain")
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_a_head_that_is_stored_by_another_name(
+    tiny_llama: Path, method: str, tmp_path: Path, lora: Any, no_model: None
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base, ignore=shutil.ignore_patterns("*.safetensors", "generation_config.json"))
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=400, **sizes)).save_pretrained(base)
+    assert "embed_out.weight" in tensors_of(base)
+    assert "in memory" not in done(lora("quantize", base, "--out", tmp_path / "out", "--method", method)).stderr
+    same_as_transformers(base, tmp_path / "out", method, True, tmp_path / "plain")
+
+
+@pytest.mark.parametrize("told", ["bfloat16", "float16", None])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_the_type_is_the_one_that_transformers_loads(
+    stored: torch.dtype, told: str | None, tiny_llama: Path, tmp_path: Path, lora: Any
+) -> None:
+    """config.json's, whatever the weights are stored in; without one there, the first tensor's."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    weights = tensors_of(base)
+    kept = torch.float32 if told is None else stored
+    weights = {name: each.to(kept if each.dim() == 1 else stored) for name, each in weights.items()}
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text()) | {"dtype": told}
+    (base / "config.json").write_text(json.dumps(config))
     done(lora("quantize", base, "--out", tmp_path / "out"))
     same_as_transformers(base, tmp_path / "out", "nf4", True, tmp_path / "plain")
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
+def test_no_numbers_in_what_is_not_quantized(name: str, tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    weights = tensors_of(base)
+    for value, dtype, told in ((float("nan"), "float32", "as float32"), (1e5, "float16", "as float16")):
+        weights[name].view(-1)[3] = value
+        save_file(weights, base / "model.safetensors", {"format": "pt"})
+        config = json.loads((base / "config.json").read_text()) | {"dtype": dtype}
+        (base / "config.json").write_text(json.dumps(config))
+        result = lora("quantize", base, "--out", tmp_path / "out")
+        assert result.exit_code == 2 and f"tensor {name} holds NaN or infinity ({told})" in result.stderr
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
@@ -117,7 +183,12 @@ def test_experts_that_transformers_joins(tiny_llama: Path, method: str, tmp_path
     heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     torch.manual_seed(0)
     MixtralForCausalLM(MixtralConfig(vocab_size=400, **sizes, **heads)).save_pretrained(base)
-    report = done(lora("quantize", base, "--out", tmp_path / "out", "--method", method, "--json")).json
+    result = done(lora("quantize", base, "--out", tmp_path / "out", "--method", method, "--json"))
+    assert "whole model in memory" in result.stderr
+    report = result.json
+    assert report["in_experts"] == 2 * 3 * 32 * 32, "two experts of three matrices"
+    told = done(lora("quantize", base, "--out", tmp_path / "again", "--method", method)).stdout
+    assert "not quantized: 6,144 numbers of experts" in told
     assert len(report["layers"]) == 4
     same_as_transformers(base, tmp_path / "out", method, True, tmp_path / "plain")
 

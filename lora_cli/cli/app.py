@@ -6,11 +6,15 @@ import errno
 import gc
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -38,6 +42,7 @@ app.add_typer(adapters.app, name="adapters")
 app.command("explain")(explain.command)
 
 
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 _SHOWN = 12  # faults; more fill a screen
 _SECONDS_FOR_THE_FIRST = 30  # to tell what another process of the run has found as well
 
@@ -62,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _unwound_by_sigterm(given):
             if not debug:
                 _hush_libraries()
             _leave_out_the_compiler()
@@ -73,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _tell(error)
         return error.exit_code
     except SystemExit as ended:
-        if ended.code == 130:  # an interrupt before training began to listen for it
+        if ended.code in _STOPPED:
             typer.echo("stopped", err=True)
         return ended.code if isinstance(ended.code, int) else 0
     except OSError as error:
@@ -96,6 +101,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         typer.echo(f"bug in lora: {type(error).__name__}: {error}\n  --debug shows where; please report it", err=True)
         return 1
     return 0
+
+
+@contextmanager
+def _unwound_by_sigterm(given: Sequence[str]) -> Iterator[None]:
+    """Let SIGTERM end a verb as SIGINT does, so that nothing half written stays; training listens to it by itself."""
+    if given[:1] == ["train"] or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is half written is being removed
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _lack_of_memory(error: RuntimeError | MemoryError, given: Sequence[str]) -> RunError | None:

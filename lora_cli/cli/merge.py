@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as jsonlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -77,17 +78,24 @@ def command(
     from lora_cli.model.memory import keep_freed_memory
 
     keep_freed_memory()
+    found: list[checking.Verified] = []
+    verified = verify or (verify is None and checking.fits(origins[0].base))
+    rows = checking.rows_for(origins[0], data) if verified else None
+
+    def check(draft: Path) -> None:
+        if rows is not None:
+            found.append(checking.verify(origins, draft, out, into, rows))
+
     result = (
-        _quantize(origins, out, dtype, max_shard)
+        _quantize(origins, out, dtype, max_shard, check)
         if into == "quantized"
-        else _merge(origins, out, into, dtype, max_shard)
+        else _merge(origins, out, into, dtype, max_shard, check)
     )
     report, lines = dataclasses.asdict(result), _lines(result)
-    if verify or (verify is None and checking.fits(origins[0].base)):
-        found = checking.verify(origins, out, into, result.dtype, data)
-        report["verified"] = dataclasses.asdict(found)
-        lines.extend(checking.text(found))
-    elif verify is None:
+    for each in found:
+        report["verified"] = dataclasses.asdict(each)
+        lines.extend(checking.text(each))
+    if verify is None and not verified:
         lines.append("not verified: base and adapter do not fit into this machine's memory in float32")
     typer.echo(jsonlib.dumps(report, default=str) if json else "\n".join(lines))
 
@@ -117,15 +125,18 @@ def _merge(
     into: Literal["expanded", "original"] | None,
     dtype: str | None,
     max_shard: int,
+    check: Callable[[Path], None],
 ) -> Merged:
     import torch
 
     from lora_cli.weights.merge import merge
 
-    return merge(origins, out, into, getattr(torch, dtype) if dtype else None, max_shard)
+    return merge(origins, out, into, getattr(torch, dtype) if dtype else None, max_shard, check)
 
 
-def _quantize(origins: list[AdapterOrigin], out: Path, dtype: str | None, max_shard: int) -> Merged:
+def _quantize(
+    origins: list[AdapterOrigin], out: Path, dtype: str | None, max_shard: int, check: Callable[[Path], None]
+) -> Merged:
     from lora_cli.weights.merge import Merged
     from lora_cli.weights.quantize_merged import quantize_merged
 
@@ -134,7 +145,7 @@ def _quantize(origins: list[AdapterOrigin], out: Path, dtype: str | None, max_sh
         what = "--into quantized takes one adapter, and the type is that of its training"
         raise UserError(what, str(origin.folder), "leave out the other adapters and --dtype")
     assert origin.recipe is not None and origin.recipe.quantization is not None
-    result = quantize_merged(origin, out, origin.recipe.quantization, max_shard=max_shard)
+    result = quantize_merged(origin, out, origin.recipe.quantization, max_shard=max_shard, check=check)
     told = f"the base in {result.method}, quantized again"
     return Merged(out, origin.base_name, len(result.layers), told, result.method, result.bytes_after, None, False)
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from lora_cli.weights.provenance import AdapterOrigin
 
 WORST = 5
+WHOLE = (
+    "note: the model's tensors are not the stored ones (Transformers renames, joins or splits them in loading): "
+    "it is quantized with the whole model in memory"
+)
 
 
 def command(
@@ -65,10 +69,12 @@ def command(
         rows = measure.rows_for(folder, adapter, section, recipe)
 
     from lora_cli.model.memory import keep_freed_memory
-    from lora_cli.weights.quantize import quantize, stored_model
+    from lora_cli.weights.quantize import is_streamed, quantize, stored_model
     from lora_cli.weights.quantize_merged import quantize_merged
 
     keep_freed_memory()
+    if not is_streamed(folder):
+        typer.echo(WHOLE, err=True)
     wanted, skipped = Quantization(method=method, double_quant=double_quant), _split(skip)
     if origin is None:
         result = quantize(stored_model(folder), out, wanted, skipped, max_shard)
@@ -80,6 +86,7 @@ def command(
         **({"adapter": str(adapter), "base": origin.base_name} if origin else {}),
         "bytes_before": result.bytes_before,
         "bytes_after": result.bytes_after,
+        "in_experts": result.in_experts,
         "layers": {layer.name: layer.relative for layer in result.layers},
     }
     if rows is not None:
@@ -129,6 +136,8 @@ def _text(report: dict[str, Any]) -> str:
         f"relative error of {len(layers)} layers: mean {mean:.4f}; the largest:",
         *(f"  {error:.4f}  {name}" for name, error in list(layers.items())[:WORST]),
     ]
+    if report["in_experts"]:
+        lines.append(f"not quantized: {report['in_experts']:,} numbers of experts, which lie joined in parameters")
     if "before" in report:
         old, new = report["before"]["perplexity"], report["after"]["perplexity"]
         lines.append(f"perplexity {old:.3f} -> {new:.3f} on {report['before']['tokens']:,} tokens")

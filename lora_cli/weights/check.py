@@ -14,7 +14,7 @@ from lora_cli.errors import Fault, UserError, mend
 from lora_cli.model.files import read_config, stored_quantization
 from lora_cli.model.targets import Target
 from lora_cli.recipe.schema import Adapter
-from lora_cli.weights.shards import pickled, read_headers, read_tensor, weight_files
+from lora_cli.weights.shards import is_finite, pickled, read_headers, read_tensor, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -164,10 +164,16 @@ def _unexpected(
 
 def _check_finite(folder: Path) -> None:
     """Raises UserError when the adapter's weights are no numbers: all that the model says would be none."""
-    faults = []
-    for name, info in read_headers([folder / ADAPTER_WEIGHTS]).items():
-        if not read_tensor(info, name).float().isfinite().all():
-            faults.append(Fault(f"tensor {name} holds NaN or infinity", str(info.file)))
+    from lora_cli.weights.pieces import workers
+
+    stored = read_headers([folder / ADAPTER_WEIGHTS])
+    found = workers().map(lambda name: is_finite(read_tensor(stored[name], name)), stored)
+    where = str(folder / ADAPTER_WEIGHTS)
+    faults = [
+        Fault(f"tensor {name} holds NaN or infinity", where)
+        for name, fine in zip(stored, found, strict=True)
+        if not fine
+    ]
     if faults:
         hint = "the training that made it diverged, or the file is damaged: take an earlier checkpoint, or train again"
         raise UserError([*faults[: _SHOWN - 1], replace(faults[-1], hint=hint)])

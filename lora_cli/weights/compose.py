@@ -154,10 +154,11 @@ def compose(adapters: Sequence[LoraAdapter], how: Composition, out: Path) -> Com
     with whole_folder(out) as draft:
         write_tensors(draft, factors, embeddings)
         fan_in_fan_out = any(adapter.config.get("fan_in_fan_out") for adapter in adapters)
-        write_plain_config(draft, first.base.name, factors, fan_in_fan_out)
+        own = {layer: each.down.shape[0] for layer, each in factors.items()}
+        write_plain_config(draft, first.base.name, own, fan_in_fan_out)
         write_record(draft, out, first.base, by, parts, kept)
         copy_tokenizer(first.folder, draft)
-    ranks = tuple(sorted({each.down.shape[0] for each in factors.values()}))
+    ranks = tuple(sorted(set(own.values())))
     return Composed(out, how.method, len(factors), ranks, (out / ADAPTER_WEIGHTS).stat().st_size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,13 @@ from lora_cli.errors import Fault, UserError
 from lora_cli.model.base import load_config, skeleton
 from lora_cli.model.files import copy_tokenizer
 from lora_cli.model.layers import linear_layers
-from lora_cli.weights.check import ADAPTER_WEIGHTS, check_weights
+from lora_cli.weights.check import ADAPTER_WEIGHTS, PEFT_PREFIX, check_weights
 from lora_cli.weights.fingerprint import fingerprint
-from lora_cli.weights.lora_adapter import Base, write_plain_config, write_record, write_tensors
-from lora_cli.weights.products import Factors, Place
-from lora_cli.weights.shards import TensorInfo, read_headers, read_tensor, weight_files, whole_folder
+from lora_cli.weights.lora_adapter import Base, write_plain_config, write_record
+from lora_cli.weights.products import Place
+from lora_cli.weights.shards import SINGLE, TensorInfo, read_headers, read_tensor, weight_files, whole_folder
 from lora_cli.weights.spectrum import Spectrum
+from lora_cli.weights.stream import shard_writer
 from lora_cli.weights.updates import stored_name
 
 if TYPE_CHECKING:
@@ -77,22 +79,26 @@ def extract(base: Path, name: str, tuned: Path, rank: int | None, energy: float 
         check_weights(folder, model)
     headers = read_headers(weight_files(base)), read_headers(weight_files(tuned))
     pairs = _pairs(model, *headers, tuned)
-    factors: dict[str, Factors] = {}
-    layers = []
-    for layer, pair in pairs.items():
-        delta = pair.difference()
-        if delta.any():
-            spectrum = Spectrum(*torch.linalg.svd(delta, full_matrices=False))
-            own = spectrum.rank_for(energy or 1.0) if rank is None else min(rank, *delta.shape)
-            factors[layer] = Factors(*spectrum.halves(own), 1.0, None)
-            layers.append(ExtractedLayer(layer, own, spectrum.energy(own)))
-    if not factors:
-        raise UserError("no linear layer's weight differs from the base's", str(tuned), f"the base is {base}")
     used = {place[0] for pair in pairs.values() for place in (pair.base, pair.tuned)}
     left_out = tuple(_other_differences(model, *headers, used))
+    layers = []
     with whole_folder(out) as draft:
-        write_tensors(draft, factors, frozenset())
-        write_plain_config(draft, name, factors, any(pair.turned for pair in pairs.values()))
+        announced = [f"{PEFT_PREFIX}{layer}.lora_{half}.weight" for layer in pairs for half in "AB"]
+        with shard_writer(draft, announced, sys.maxsize) as write:
+            for layer, pair in pairs.items():
+                delta = pair.difference()
+                if delta.any():
+                    spectrum = Spectrum(*torch.linalg.svd(delta, full_matrices=False))
+                    own = spectrum.rank_for(energy or 1.0) if rank is None else min(rank, *delta.shape)
+                    up, down = spectrum.halves(own)
+                    write(f"{PEFT_PREFIX}{layer}.lora_A.weight", down)
+                    write(f"{PEFT_PREFIX}{layer}.lora_B.weight", up)
+                    layers.append(ExtractedLayer(layer, own, spectrum.energy(own)))
+        (draft / SINGLE).rename(draft / ADAPTER_WEIGHTS)
+        if not layers:
+            raise UserError("no linear layer's weight differs from the base's", str(tuned), f"the base is {base}")
+        ranks = {layer.name: layer.rank for layer in layers}
+        write_plain_config(draft, name, ranks, any(pair.turned for pair in pairs.values()))
         of = [{"name_or_path": str(tuned.resolve()), "fingerprint": fingerprint(tuned)}]
         by = {"by": "extract", "rank": rank, "energy": energy}
         write_record(draft, out, Base(name, fingerprint(base)), by, of, {})

@@ -147,11 +147,10 @@ def write_tensors(
     save_file(whole, draft / ADAPTER_WEIGHTS, {"format": "pt"})
 
 
-def write_plain_config(draft: Path, base: str, factors: Mapping[str, Factors], fan_in_fan_out: bool) -> None:
-    """Write the configuration of an adapter whose updates are its factors' products, with a scaling of 1."""
+def write_plain_config(draft: Path, base: str, ranks: Mapping[str, int], fan_in_fan_out: bool) -> None:
+    """Write the configuration of an adapter with layers of these ranks and a scaling of 1."""
     from peft import LoraConfig, TaskType
 
-    ranks = {layer: each.down.shape[0] for layer, each in factors.items()}
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=base or None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from lora_cli.weights.provenance import PROVENANCE, AdapterOrigin
 from lora_cli.weights.shards import (
     MAX_SHARD,
     TensorInfo,
+    check_finite,
     check_out,
     read_headers,
     read_tensor,
@@ -34,6 +35,8 @@ from lora_cli.weights.stream import shard_writer
 from lora_cli.weights.updates import Changes, Summed, find_changes, stored_name, summed
 
 Into = Literal["expanded", "original"]
+BOTH = 1.5
+"""Two tensors are held at once that have no more numbers than this, in those of the largest."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +73,25 @@ class Sums:
     dtype: torch.dtype | None
 
     def read(self, name: str) -> Summed:
-        """One tensor. Raises UserError when it, or the sum, holds what is no number."""
+        """One tensor. Raises UserError when it, or the sum as it is stored, holds what is no number."""
         weight = read_tensor(self.headers[name], name)
         dtype = self.dtype or weight.dtype
-        if weight.is_floating_point() and weight.itemsize > 1 and not all(map(math.isfinite, torch.aminmax(weight))):
-            raise UserError(f"tensor {name} holds NaN or infinity", str(self.headers[name].file))
+        if name in self.expanded or name not in self.changes.products:
+            check_finite(weight, name, self.headers[name].file)
         if name in self.expanded and self.quantization is not None:
             from lora_cli.weights.codes import roundtrip
 
             turned = self.expanded[name]
             weight = roundtrip((weight.T if turned else weight).to(self.seen).contiguous(), self.quantization)
             weight = weight.T if turned else weight
-        return summed(self.changes, name, weight, dtype)
+        try:
+            result = summed(self.changes, name, weight, dtype)
+        except UserError:
+            check_finite(weight, name, self.headers[name].file)  # whose numbers it is due to
+            raise
+        if name in self.changes.taken or (name not in self.changes.products and dtype != weight.dtype):
+            check_finite(result.tensor, name, self.headers[name].file)
+        return result
 
 
 def merge(
@@ -90,12 +100,14 @@ def merge(
     into: Into | None = None,
     dtype: torch.dtype | None = None,
     max_shard: int = MAX_SHARD,
+    check: Callable[[Path], None] | None = None,
 ) -> Merged:
     """Write the base with the adapters folded in to ``out``: weights, tokenizer, configurations.
 
     The sum is taken in float32 and stored as ``dtype``, None for the base's own. An adapter that was trained on a
     quantized base is added to that base's weights as training saw them (quantized and expanded again), which is what it
-    was fitted to, or ``into`` the original ones.
+    was fitted to, or ``into`` the original ones. ``check`` is given the whole folder before it stands at ``out``, which
+    it does not when that raises.
 
     Raises UserError when ``out`` will not do, the adapters are of different bases, or a sum is no number; ``trace`` has
     checked each adapter against its base.
@@ -126,6 +138,8 @@ def merge(
         for folder, name in ((origin.base, "generation_config.json"), (origin.folder, PROVENANCE)):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, draft / name)
+        if check is not None:
+            check(draft)
     size = sum(file.stat().st_size for file in weight_files(out))
     told = f"the base in {quantization.method}, expanded" if quantization else "the base"
     name = str(stored).removeprefix("torch.")
@@ -166,17 +180,23 @@ def common_quantization(origins: Sequence[AdapterOrigin]) -> Quantization | None
 
 def _write(sums: Sums, draft: Path, max_shard: int) -> float:
     """Write all tensors; the share of the changed weights' numbers that are stored as they were."""
-    same = numbers = 0
-    # A tensor is made while the one before it is written: files take as long as sums.
+    same = numbers = before = 0
+    sizes = {name: math.prod(info.shape) for name, info in sums.headers.items()}
+    found: Summed | None = None
+    # A tensor is made while the one before it is written, unless both are large: files take as long as sums.
     with shard_writer(draft, sums.headers, max_shard) as write, ThreadPoolExecutor(1) as writer:
         written = writer.submit(lambda: None)
-        for name in sums.headers:
+        for name, size in sizes.items():
+            if before + size > BOTH * max(sizes.values()):
+                written.result()
+                found = None
             found = sums.read(name)
             written.result()
             written = writer.submit(write, name, found.tensor)
+            before = size
             if name in sums.changes.products:
                 same += found.unchanged
-                numbers += found.tensor.numel()
+                numbers += size
         written.result()
     return same / numbers if numbers else 0.0
 

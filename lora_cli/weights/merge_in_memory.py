@@ -15,7 +15,7 @@ from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.weights.check import ADAPTER_WEIGHTS, read_adapter_config
 from lora_cli.weights.provenance import AdapterOrigin
 from lora_cli.weights.quantize import expand_quantized
-from lora_cli.weights.shards import TensorInfo, read_headers, stored_dtype
+from lora_cli.weights.shards import TensorInfo, check_finite, read_headers, stored_dtype
 
 
 def check_kind(folder: Path) -> None:
@@ -69,6 +69,7 @@ def merge_in_memory(
     for name, parameter in merged.named_parameters():  # a base in bfloat16 may keep its norms in float32
         info = headers.get(name) or headers.get(name.removeprefix(f"{merged.base_model_prefix}."))
         parameter.data = parameter.data.to(dtype or stored_dtype({name: info} if info else headers))
+        check_finite(parameter.data, name, folder)
     merged.config.use_cache = True
     merged.save_pretrained(str(draft), max_shard_size=max_shard)
     return modules

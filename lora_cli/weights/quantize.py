@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from safetensors import safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -33,17 +36,20 @@ from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.weights.check import check_weights
 from lora_cli.weights.codes import PARTS, encode, roundtrip
 from lora_cli.weights.provenance import PROVENANCE
+from lora_cli.weights.shards import DTYPES as TYPES
 from lora_cli.weights.shards import (
     MAX_SHARD,
     TensorInfo,
+    check_finite,
     check_out,
     read_headers,
     read_tensor,
-    stored_dtype,
     weight_files,
     whole_folder,
 )
 from lora_cli.weights.stream import shard_writer
+
+FLOATS = ("F64", "F32", "BF16", "F16")
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -74,13 +80,17 @@ class LayerError:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What a quantization wrote: sizes in bytes, and each layer's error, worst first."""
+    """What a quantization wrote: sizes in bytes, and each layer's error, worst first.
+
+    ``in_experts`` is how many numbers were left as they are, being those of experts that are joined in a parameter.
+    """
 
     out: Path
     method: str
     bytes_before: int
     bytes_after: int
     layers: tuple[LayerError, ...]
+    in_experts: int
 
 
 def stored_model(folder: Path) -> Source:
@@ -90,9 +100,16 @@ def stored_model(folder: Path) -> Source:
 
 
 def quantize(
-    source: Source, out: Path, quantization: Quantization, skip: Sequence[str] = (), max_shard: int = MAX_SHARD
+    source: Source,
+    out: Path,
+    quantization: Quantization,
+    skip: Sequence[str] = (),
+    max_shard: int = MAX_SHARD,
+    check: Callable[[Path], None] | None = None,
 ) -> Quantized:
     """Write the model to ``out`` with its linear layers in 4 or 8 bits, but for the head and those in ``skip``.
+
+    ``check`` is given the whole folder before it stands at ``out``, which it does not when that raises.
 
     Raises UserError when it is quantized already, its weights are damaged or no numbers, a name in ``skip`` is no
     layer's, or ``out`` will not do.
@@ -100,9 +117,10 @@ def quantize(
     folder, adapter = source.folder, source.adapter
     check_out(out)
     check_quantizable(folder)
-    check_weights(folder, skeleton(load_config(folder)))
+    bare = skeleton(load_config(folder))
+    check_weights(folder, bare)
     check_skip(folder, quantization, skip)
-    dtype, compute_dtype = stored_dtype(source.headers), DTYPES[quantization.compute_dtype]
+    dtype, compute_dtype = _loaded_dtype(folder, bare), DTYPES[quantization.compute_dtype]
     with whole_folder(out) as draft:
         layers = write_quantized(source, draft, quantization, dtype, compute_dtype, skip, max_shard)
         with_tokenizer = adapter if adapter and (adapter / "tokenizer_config.json").is_file() else folder
@@ -110,10 +128,28 @@ def quantize(
         for place, name in ((folder, "generation_config.json"), (adapter or folder, PROVENANCE)):
             if (place / name).is_file():
                 shutil.copyfile(place / name, draft / name)
+        if check is not None:
+            check(draft)
     files = weight_files(folder)
     before, after = (sum(file.stat().st_size for file in found) for found in (files, weight_files(out)))
     worst_first = sorted(layers, key=lambda layer: -layer.relative)
-    return Quantized(out, quantization.method, before, after, tuple(worst_first))
+    return Quantized(out, quantization.method, before, after, tuple(worst_first), _in_experts(bare))
+
+
+def _loaded_dtype(folder: Path, bare: PreTrainedModel) -> torch.dtype:
+    """The type that Transformers loads a checkpoint in: the one of its configuration, else that of its first tensor of
+    floating-point numbers."""
+    told = bare.config.dtype
+    if isinstance(told, torch.dtype):
+        return told
+    with safe_open(weight_files(folder)[0], framework="pt") as file:
+        kinds = (file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 (safe_open is no mapping)
+        return next((getattr(torch, TYPES[kind]) for kind in kinds if kind in FLOATS), torch.float32)
+
+
+def _in_experts(bare: PreTrainedModel) -> int:
+    """How many numbers are in the parameters of experts that are no layers of their own: these nobody quantizes."""
+    return sum(each.numel() for name, each in bare.named_parameters() if each.dim() > 2 and ".experts." in name)
 
 
 def check_skip(folder: Path, quantization: Quantization, skip: Sequence[str]) -> None:
@@ -166,7 +202,7 @@ def write_quantized(
     if bare.can_generate():
         bare.generation_config.save_pretrained(str(out))
     layers = []
-    announced = [*names.values(), *(f"{layer}.{part}" for layer in turned for part in PARTS)]
+    announced = [*names, *names.values(), *(f"{layer}.{part}" for layer in turned for part in PARTS)]
     with shard_writer(out, announced, max_shard) as write:
         for stored, name in names.items():
             tensor = source.read(stored)
@@ -174,7 +210,9 @@ def write_quantized(
                 tensor = tensor.to(dtype)
             layer, _, kind = name.rpartition(".")
             if kind != "weight" or layer not in turned:
-                write(name, tensor)
+                check_finite(tensor, stored, headers[stored].file)
+                is_renamed = not name.endswith(stored) and not stored.endswith(name)
+                write(stored if is_renamed else name, tensor)  # Transformers gives these their old names back
                 continue
             weight = tensor.T.contiguous() if turned[layer] else tensor
             encoded = encode(weight.to(best_device()), quantization)
@@ -194,20 +232,44 @@ def is_streamed(folder: Path) -> bool:
 def _model_names(bare: PreTrainedModel, headers: dict[str, TensorInfo]) -> dict[str, str] | None:
     """The model's name for each stored tensor that it has, but for repeated tied ones.
 
-    None when the model has other tensors than the stored ones, with or without the name of its body before them, and
-    when it has buffers among them, whose types are its own affair.
+    None when the model has other tensors than the stored ones, with or without the name of its body before them and
+    that of its head by another name, when tied ones are not the same, and when it has buffers among them, whose types
+    are its own affair.
     """
-    wanted = {name for name, _ in bare.named_parameters()}
-    tied = bare.state_dict().keys() - wanted
-    prefix = f"{bare.base_model_prefix}."
-    names = {}
+    first = {id(parameter): name for name, parameter in bare.named_parameters()}
+    known = {name: first[id(parameter)] for name, parameter in bare.named_parameters(remove_duplicate=False)}
+    buffers = bare.state_dict().keys() - known.keys()
+    prefix, renamed = f"{bare.base_model_prefix}.", _renamed_head(bare, headers)
+    names: dict[str, str] = {}
+    tied: dict[str, str] = {}
     for stored in headers:
-        found = [name for name in (stored, prefix + stored, stored.removeprefix(prefix)) if name in wanted | tied]
-        if found and found[0] in tied:
+        own = renamed.get(stored, stored)
+        found = [name for name in (own, prefix + own, own.removeprefix(prefix)) if name in known or name in buffers]
+        if found and found[0] in buffers:
             return None
         if found:
-            names[stored] = found[0]
-    return names if wanted == set(names.values()) and len(names) == len(wanted) else None
+            (names if known[found[0]] == found[0] else tied)[stored] = known[found[0]]
+    places = {name: stored for stored, name in names.items()}
+    if set(places) != set(first.values()) or len(names) != len(places):
+        return None
+    repeated = all(_is_same(headers, stored, places[name]) for stored, name in tied.items())
+    return names if repeated else None
+
+
+def _renamed_head(bare: PreTrainedModel, headers: dict[str, TensorInfo]) -> dict[str, str]:
+    """The model's name for a head that is stored by another one, which Transformers changes in loading."""
+    found = get_model_conversion_mapping(bare, add_legacy=False)
+    renamings = [each for each in found if isinstance(each, WeightRenaming)]
+    if len(renamings) < len(found):
+        return {}
+    head = bare.get_output_embeddings()
+    own = {f"{name}.weight" for name, module in bare.named_modules() if module is head}
+    renamed = {stored: apply_renamings(stored, renamings) for stored in headers}
+    return {stored: name for stored, name in renamed.items() if name != stored and name in own}
+
+
+def _is_same(headers: dict[str, TensorInfo], one: str, other: str) -> bool:
+    return torch.equal(read_tensor(headers[one], one), read_tensor(headers[other], other))
 
 
 def _quantized_skeleton(bare: PreTrainedModel, settings: BitsAndBytesConfig) -> dict[str, bool]:
@@ -243,6 +305,8 @@ def _write_whole(
     model = load_base(folder, Model(name_or_path=str(folder)), quantization, best_device(), dtype, skip=skip)
     model.config.use_cache = True
     model.config.quantization_config = settings
+    for name, parameter in model.named_parameters():
+        check_finite(parameter.data, name, folder)
     layers = list(_errors(model, read_headers(weight_files(folder))))
     model.save_pretrained(str(out), max_shard_size=max_shard)
     return layers

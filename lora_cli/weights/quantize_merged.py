@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
 from lora_cli.recipe.schema import Quantization
+from lora_cli.weights.drafts import draft_folder
 from lora_cli.weights.merge import common_quantization, find_sums, merge
 from lora_cli.weights.provenance import AdapterOrigin
 from lora_cli.weights.quantize import Quantized, Source, is_streamed, quantize, stored_model
@@ -21,8 +21,9 @@ def quantize_merged(
     quantization: Quantization,
     skip: Sequence[str] = (),
     max_shard: int = MAX_SHARD,
+    check: Callable[[Path], None] | None = None,
 ) -> Quantized:
-    """Write what ``merge`` and then ``quantize`` would write.
+    """Write what ``merge`` and then ``quantize``, with its ``check``, would write.
 
     Only where one of the two needs a model in memory, a merged model lies beside ``out`` meanwhile. Raises UserError
     as both do.
@@ -32,10 +33,11 @@ def quantize_merged(
     seen = getattr(torch, origin.dtype) if origin.dtype else stored_dtype(headers)
     sums = find_sums([origin], headers, common_quantization([origin]), seen, None)
     if sums is None or not is_streamed(origin.base):
-        with TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as place:
-            merged = Path(place) / "merged"
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with draft_folder(out.absolute()) as place:
+            merged = place / "merged"
             merge([origin], merged)
-            return quantize(stored_model(merged), out, quantization, skip, max_shard)
+            return quantize(stored_model(merged), out, quantization, skip, max_shard, check)
     read = sums.read
     source = Source(origin.base, headers, lambda name: read(name).tensor, origin.folder, sums.changes.words)
-    return quantize(source, out, quantization, skip, max_shard)
+    return quantize(source, out, quantization, skip, max_shard, check)

@@ -7,8 +7,7 @@ import math
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_cli.errors import UserError, mend, unwritable
 from lora_cli.model.files import MODEL_FOLDER, read_config
+from lora_cli.weights.drafts import draft_folder
 
 if TYPE_CHECKING:
     import torch
@@ -156,7 +156,23 @@ def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
     return tensor
 
 
-def stored_dtype(headers: dict[str, TensorInfo]) -> torch.dtype:
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
+    import torch
+
+    if not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
+        return True
+    return all(map(math.isfinite, torch.aminmax(tensor)))
+
+
+def check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
+    """Raises UserError when a tensor holds NaN or infinity: ``name``, of ``file``, as the type that it now has."""
+    if not is_finite(tensor):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"tensor {name} holds NaN or infinity (as {kind})", str(file))
+
+
+def stored_dtype(headers: Mapping[str, TensorInfo]) -> torch.dtype:
     """The type most of a checkpoint's floating-point numbers are stored in."""
     import torch
 
@@ -179,24 +195,23 @@ def whole_folder(out: Path, replace: bool = False, needed: int | None = None) ->
     if not replace:
         check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    former = draft.with_name(f"{draft.name}.former")
-    try:
-        draft.chmod(0o777 & ~_umask())
-        yield draft
-        for path in (*draft.rglob("*"), draft):
-            sync(path)
-        if replace and out.exists():
-            out.replace(former)
-        draft.replace(out)
-        sync(out.parent)
-    except (OSError, SafetensorError) as error:
-        raise unwritable(out, error, needed) from error
-    finally:
-        if former.exists() and not out.exists():
-            former.replace(out)
-        for folder in (draft, former):
-            shutil.rmtree(folder, ignore_errors=True)
+    with draft_folder(out) as draft:
+        former = draft.with_name(f"{draft.name}.former")
+        try:
+            draft.chmod(0o777 & ~_umask())
+            yield draft
+            for path in (*draft.rglob("*"), draft):
+                sync(path)
+            if replace and out.exists():
+                out.replace(former)
+            draft.replace(out)
+            sync(out.parent)
+        except (OSError, SafetensorError) as error:
+            raise unwritable(out, error, needed) from error
+        finally:
+            if former.exists() and not out.exists():
+                former.replace(out)
+            shutil.rmtree(former, ignore_errors=True)
 
 
 def check_out(out: Path, *made_from: Path) -> None:

@@ -134,10 +134,10 @@ def summed(changes: Changes, name: str, weight: torch.Tensor, dtype: torch.dtype
         piece = former.to(torch.float32, copy=True)
         for each in factors:
             piece = each.added_to(piece, rows)
-        if not all(map(math.isfinite, torch.aminmax(piece))):
+        target[rows] = piece
+        if not all(map(math.isfinite, torch.aminmax(target[rows]))):  # a sum may be too large for its type
             where = str(next(iter(products[0].parts.values()))[1].file.parent)
             raise UserError(f"the weights cannot be merged: {products[0].layer} would hold NaN or infinity", where)
-        target[rows] = piece
         changed = torch.bitwise_xor(target[rows].view(bits), former.to(dtype).view(bits))
         return changed.numel() - int(torch.count_nonzero(changed))
 

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench import context, lengths, scale, startup, train, weights
+from bench import context, flat, lengths, scale, startup, train, weights
 from bench.helpers import PLACE
 from bench.options import Options
 from bench.shapes import SHAPES
@@ -28,7 +28,9 @@ BENCHMARKS = {
     "lengths": lengths.benchmark,
     "merge": weights.merge,
     "quantize": weights.quantize,
+    "flat": flat.benchmark,
 }
+SHAPE_FOR = {"merge": "llama-500m", "quantize": "llama-500m", "flat": "llama-40m"}
 
 
 def parse(arguments: list[str]) -> tuple[list[str], Options]:
@@ -40,7 +42,7 @@ def parse(arguments: list[str]) -> tuple[list[str], Options]:
     parser.add_argument(
         "--shape",
         choices=SHAPES,
-        help="the model (llama; merge and quantize llama-500m; with --gpu llama-8b, with --quick tiny)",
+        help="the model (llama; merge and quantize llama-500m; flat llama-40m; with --gpu llama-8b, with --quick tiny)",
     )
     parser.add_argument("--rounds", type=int, help="runs of each contestant (5; with --quick 1)")
     parser.add_argument("--steps", type=int, help="optimizer steps a run (24; with --quick 4)")
@@ -61,7 +63,7 @@ def parse(arguments: list[str]) -> tuple[list[str], Options]:
     )
     told = vars(parser.parse_args(arguments))
     quick, gpu = told["quick"], told["gpu"]
-    shape = "llama-8b" if gpu else "llama-500m" if told["benchmark"] in ("merge", "quantize") else "llama"
+    shape = "llama-8b" if gpu else SHAPE_FOR.get(told["benchmark"], "llama")
     told["shape"] = told["shape"] or ("tiny" if quick else shape)
     told["rounds"] = told["rounds"] or (1 if quick else 5)
     told["steps"] = told["steps"] or (4 if quick else 24)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -70,6 +70,21 @@ SHAPES = {
         LLAMA_LINEAR,
         "bfloat16",
     ),
+    "llama-40m": Shape(  # to be grown in layers
+        "llama",
+        {
+            "vocab_size": 8000,
+            "hidden_size": 768,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 12,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": False,
+        },
+        LLAMA_LINEAR,
+        "bfloat16",
+    ),
     "llama-8b": Shape(  # Llama 3.1 8B, with positions for the search of the longest context
         "llama",
         {
@@ -87,3 +102,12 @@ SHAPES = {
         "bfloat16",
     ),
 }
+
+
+def _deeper(shape: Shape) -> Shape:
+    return replace(shape, config=shape.config | {"num_hidden_layers": 10 * shape.config["num_hidden_layers"]})
+
+
+DEEPER = "-10x"
+"""What the name of a shape ends in that has ten times the layers."""
+SHAPES |= {name + DEEPER: _deeper(SHAPES[name]) for name in ("tiny", "llama-40m")}

@@ -1,0 +1,88 @@
+"""Memory as a model grows tenfold in layers: lora merge and lora quantize on a model and on a deeper one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench import machine, table
+from bench.helpers import PLACE, helper
+from bench.options import Options
+from bench.processes import environment
+from bench.shapes import DEEPER, SHAPES
+from bench.weights import MAX_LENGTH, OURS, TOLD, contestants, one_run
+
+VERBS = ("merge", "quantize")
+ASKED = 1.1
+"""What the deeper model's peak should be at most, in that of the other."""
+
+Runs = Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]
+"""By verb and shape."""
+
+
+def benchmark(options: Options, folder: Path) -> dict[str, Any]:
+    """Makes both models, and measures on them."""
+    env = environment(options.threads, folder / "caches", options.gpu)
+    return measure(options, PLACE / "models", folder, env)
+
+
+def measure(options: Options, models: Path, folder: Path, env: dict[str, str]) -> dict[str, Any]:
+    """Both verbs on both models once a round, in fresh processes."""
+    before = machine.describe(options.threads)
+    shapes = (options.shape, options.shape + DEEPER)
+    commands, sizes = {}, {}
+    for shape in shapes:
+        place = folder / shape
+        place.mkdir()
+        told = {"shape": shape, "models": str(models), "folder": str(place), "max_length": MAX_LENGTH}
+        model = helper("prepare", told | {"rows": TOLD, "heldout_rows": TOLD}, place, env, "rows.json")["model"]
+        sizes[shape] = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+        for verb in VERBS:
+            commands[verb, shape] = contestants(verb, replace(options, shape=shape), model, place, env)[OURS]
+    runs: dict[str, dict[str, list[dict[str, float]]]] = {verb: {shape: [] for shape in shapes} for verb in VERBS}
+    for _ in range(options.rounds):
+        for (verb, shape), command in commands.items():
+            shutil.rmtree(folder / shape / OURS, ignore_errors=True)
+            os.sync()  # what the one before has left to be written
+            runs[verb][shape].append(one_run(command, folder / f"{verb}.log", env))
+    ratio = ratios(runs)
+    print(show(runs, ratio, sizes))
+    return {
+        "benchmark": "flat",
+        "shapes": {shape: asdict(SHAPES[shape]) for shape in shapes},
+        "machine": before | {"load_after": machine.describe(options.threads)["load"]},
+        "versions": machine.versions(),
+        "rounds": options.rounds,
+        "model_bytes": sizes,
+        "runs": runs,
+        "ratios": ratio,
+        "asked": ASKED,
+        "faults": [],
+    }
+
+
+def ratios(runs: Runs) -> dict[str, float]:
+    """For each verb the deeper model's peak over the other's, of medians."""
+    found = {}
+    for verb, shapes in runs.items():
+        one, deeper = (median(run["peak_bytes"] for run in each) for each in shapes.values())
+        found[verb] = deeper / one
+    return found
+
+
+def show(runs: Runs, ratio: Mapping[str, float], sizes: Mapping[str, int]) -> str:
+    """Medians, spread and ratios in Markdown."""
+    rows = [["", "model MB", "s", "peak MB", "least-most", "ratio", "asked"]]
+    for verb, shapes in runs.items():
+        for shape, each in shapes.items():
+            seconds, peaks = ([run[key] for run in each] for key in ("seconds", "peak_bytes"))
+            spread = f"{min(peaks) / 1e6:,.0f}-{max(peaks) / 1e6:,.0f}"
+            told = [f"{ratio[verb]:.2f}", f"{ASKED:.2f}"] if shape.endswith(DEEPER) else ["", ""]
+            figures = [f"{sizes[shape] / 1e6:,.0f}", f"{median(seconds):.1f}", f"{median(peaks) / 1e6:,.0f}", spread]
+            rows.append([f"{verb} {shape}", *figures, *told])
+    return table.markdown(rows)

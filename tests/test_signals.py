@@ -1,0 +1,86 @@
+"""What a signal leaves of a verb that was writing: nothing; and of one that was killed, the next run leaves nothing."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import done
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+SLOWLY = """
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+import lora_cli.weights.stream as stream
+from lora_cli.cli.app import main
+add = stream._Shard.add
+def slow(*given):
+    add(*given)
+    time.sleep(0.5)
+stream._Shard.add = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def adapter(tiny_llama: Path, tmp_path: Path) -> Path:
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config).save_pretrained(str(tmp_path / "adapter"))
+    return tmp_path / "adapter"
+
+
+def stopped(number: int, out: Path, *arguments: str | Path) -> tuple[int, str]:
+    """The exit code and stderr of ``lora``, sent a signal once it has begun to write."""
+    command = [sys.executable, "-c", SLOWLY, *map(str, arguments), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not list(out.parent.glob(".out.*/.model*")):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(number)
+    return process.wait(60), process.communicate()[1]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("verb", ["merge", "quantize"])
+def test_a_signal_leaves_nothing(number: int, code: int, verb: str, adapter: Path, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    ended, told = stopped(number, place / "out", verb, adapter)
+    assert (ended, told.splitlines()[-1]) == (code, "stopped")
+    assert list(place.iterdir()) == []
+
+
+def test_what_a_killed_run_left_goes_with_the_next(adapter: Path, tmp_path: Path, lora: Any) -> None:
+    place = tmp_path / "place"
+    others = {".out.settings", ".out.draft-notes", ".other.draft-abcdefgh"}
+    for name in others:
+        (place / name).mkdir(parents=True)
+    ended, _ = stopped(signal.SIGKILL, place / "out", "merge", adapter)
+    (draft,) = {path.name for path in place.iterdir()} - others
+    assert ended == -signal.SIGKILL
+    done(lora("merge", adapter, "--out", place / "out", "--no-verify"))
+    assert {path.name for path in place.iterdir()} == {"out", *others}, draft
+
+
+def test_a_draft_that_is_being_written_stays(adapter: Path, tmp_path: Path, lora: Any) -> None:
+    """Two runs for the same folder: one of them is first, and the other is told."""
+    place = tmp_path / "place"
+    place.mkdir()
+    command = [sys.executable, "-c", SLOWLY, "merge", str(adapter), "--no-verify", "--out", str(place / "out")]
+    slow = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list(place.glob(".out.*/.model*")):
+        assert slow.poll() is None, slow.communicate()[1]
+        time.sleep(0.05)
+    (draft,) = place.glob(".out.*")
+    done(lora("merge", adapter, "--out", place / "out", "--no-verify"))
+    assert draft.is_dir()
+    _, told = slow.communicate()
+    assert slow.returncode == 3 and "could not be written" in told
+    assert [path.name for path in place.iterdir()] == ["out"]

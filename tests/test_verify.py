@@ -1,0 +1,115 @@
+"""`lora merge --verify`: a right merge passes however little of it rounding leaves; a wrong one leaves nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import done
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from lora_cli.weights import products
+
+TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "llama": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]}
+
+
+def make_adapter(name: str, base: Path, out: Path, noise: float, **config: Any) -> Path:
+    """An adapter whose B is drawn with this deviation."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    wanted = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=TARGETS[name], **config)
+    wanted.fan_in_fan_out = name == "gpt2"
+    adapted = get_peft_model(model, wanted)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, weight in adapted.named_parameters():
+            if "lora_B" in key:
+                weight.copy_(noise * torch.randn(weight.shape, generator=draw))
+    adapted.save_pretrained(str(out), save_embedding_layers=False)
+    return out
+
+
+def base_in(dtype: torch.dtype, request: Any, name: str, out: Path) -> Path:
+    folder = request.getfixturevalue(f"tiny_{name}")
+    shutil.copytree(folder, out)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(out)
+    return out
+
+
+@pytest.mark.parametrize("noise", [1e-6, 1e-4, 0.02, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_right_merges_pass(
+    name: str, dtype: torch.dtype, noise: float, request: Any, tmp_path: Path, lora: Any
+) -> None:
+    base = base_in(dtype, request, name, tmp_path / "base")
+    adapter = make_adapter(name, base, tmp_path / "adapter", noise, use_dora=noise == 0.02)
+    found = done(lora("merge", adapter, "--out", tmp_path / "out", "--json")).json["verified"]
+    assert found["merged"]["relative"] <= found["rounding"] + 1e-5 + 0.05 * max(found["moved"], found["rounding"])
+    if noise > 1e-5:
+        assert (found["rounding"] < 1e-5) == (dtype == torch.float32)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.1, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_wrong_merges_leave_nothing(
+    name: str, dtype: torch.dtype, factor: float, request: Any, tmp_path: Path, lora: Any, monkeypatch: Any
+) -> None:
+    base = base_in(dtype, request, name, tmp_path / "base")
+    adapter = make_adapter(name, base, tmp_path / "adapter", 0.004)
+    moved = done(lora("merge", adapter, "--out", tmp_path / "right", "--json")).json["verified"]["moved"]
+    assert 0.01 < moved < 0.1
+    right = products.scaling_of
+    monkeypatch.setattr(products, "scaling_of", lambda *given: factor * right(*given))
+    before = sorted(tmp_path.iterdir())
+    result = lora("merge", adapter, "--out", tmp_path / "wrong")
+    assert result.exit_code == 4, result.stdout
+    assert "does not explain" in result.stderr and "nothing was written" in result.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_data_that_is_missing_is_told_before_anything_is_written(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter", 0.02)
+    result = lora("merge", adapter, "--out", tmp_path / "out", "--data", tmp_path / "none.jsonl")
+    assert result.exit_code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_the_base_is_quantized_from_what_training_saw(
+    tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
+) -> None:
+    """Stored in float32, trained in bfloat16: the adapter was fitted to the 4-bit form of the rounded weights."""
+    recipe = write_recipe(
+        model={"name_or_path": str(tiny_llama), "dtype": "bfloat16"},
+        quantization={"method": "nf4", "compute_dtype": "float32"},
+        adapter={"target_modules": "all-linear"},
+    )
+    done(lora("train", recipe))
+    rows = tmp_path / "rows.txt"
+    rows.write_text("The first row of several words, which is a long one.\n")
+    given = ("merge", tmp_path / "run", "--out", tmp_path / "out", "--data", rows, "--json")
+    found = done(lora(*given)).json["verified"]
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config, dtype=torch.bfloat16)
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    for parameter in base.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    model = PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter")).eval()
+    ids = torch.tensor([[*tokenizer(rows.read_text().strip()).input_ids, tokenizer.eos_token_id]])
+    with torch.no_grad():
+        wanted = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:]).exp()
+    assert found["apart"] == pytest.approx(float(wanted), rel=1e-5)
