@@ -73,7 +73,7 @@ class Summed:
 def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, TensorInfo]) -> Changes | None:
     """What LoRA adapters do to the tensors that a base stores; None where PEFT has to do it.
 
-    Raises UserError, by tensor, where an adapter lacks some for experts or has them in other shapes.
+    ``trace`` has seen to it that the adapters' tensors are those that the base takes.
     """
     skeleton = functools.cache(lambda: _skeleton(base))
     words = read_config(base).get("vocab_size")
