@@ -96,13 +96,14 @@ def find_adapter(adapter: Path, base: str | None = None) -> AdapterOrigin:
     """The adapter of a run or folder, and its base. Raises UserError when it cannot be merged; warns of a run that has
     not ended."""
     from lora_cli.training.run import unfinished
-    from lora_cli.weights.check import read_adapter_config
+    from lora_cli.weights.check import check_foldable, read_adapter_config
     from lora_cli.weights.provenance import adapter_folder, trace
 
     found = adapter_folder(adapter)
     warning = unfinished(adapter, found)
     if warning:
         typer.echo(f"warning: {warning}", err=True)
+    check_foldable(found or adapter)
     origin = trace(found or adapter, base, other_kinds=True)
     if read_adapter_config(origin.folder)["peft_type"] != "LORA":
         from lora_cli.weights.merge_in_memory import check_kind
@@ -163,6 +164,7 @@ def _lines(result: Merged) -> list[str]:
         lines.insert(0, "this adapter is not of LoRA's products alone: PEFT merged it, with the whole model in memory")
     if result.unchanged and result.unchanged >= WORTH_TELLING:
         told = f"{result.unchanged:.1%} of the numbers in these layers are what they were, rounded to {result.dtype}"
-        advice = "; --dtype float32 would keep what the adapter adds" if result.unchanged > MANY_UNCHANGED else ""
+        could_keep = result.unchanged > MANY_UNCHANGED and result.dtype != "float32"
+        advice = "; --dtype float32 would keep what the adapter adds" if could_keep else ""
         lines.append(f"{told}{advice}")
     return lines

@@ -15,7 +15,16 @@ import torch
 from safetensors.torch import save_file
 
 from lora_cli.errors import Fault, UserError
-from lora_cli.weights.check import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, check_adapter, read_adapter_config
+from lora_cli.weights.check import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONVERT,
+    PEFT_PREFIX,
+    check_adapter,
+    check_foldable,
+    is_relative,
+    read_adapter_config,
+)
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.products import EMBEDDING, MAGNITUDE, Factors, Place, Product, adapter_parts, product_of
 from lora_cli.weights.provenance import PROVENANCE, base_record, named_base, now, read_record, versions
@@ -45,8 +54,12 @@ def read_lora(folder: Path) -> LoraAdapter:
 
     Raises UserError when it is none of LoRA's kind, tensors are missing, or hold NaN or infinity.
     """
+    check_foldable(folder)
     check_adapter(folder, None)
     config, read = read_adapter_config(folder), adapter_parts(folder)
+    if is_relative(config):
+        what = f"the adapter's update is not of its base as it is (init_lora_weights: {config['init_lora_weights']})"
+        raise UserError(what, str(folder / ADAPTER_CONFIG), CONVERT)
     if read is None or config.get("target_parameters"):
         what = "holds updates that are no products of two matrices of a layer's own"
         raise UserError(what, str(folder), "LoRA of linear layers and embeddings is handled")

@@ -73,7 +73,8 @@ class Sums:
         """One tensor. Raises UserError when it, or the sum, holds what is no number."""
         weight = read_tensor(self.headers[name], name)
         dtype = self.dtype or weight.dtype
-        if weight.is_floating_point() and weight.itemsize > 1 and not all(map(math.isfinite, torch.aminmax(weight))):
+        is_wide = weight.is_floating_point() and weight.itemsize > 1 and weight.numel()
+        if is_wide and not all(map(math.isfinite, torch.aminmax(weight))):
             raise UserError(f"tensor {name} holds NaN or infinity", str(self.headers[name].file))
         if name in self.expanded and self.quantization is not None:
             from lora_cli.weights.codes import roundtrip
@@ -113,7 +114,7 @@ def merge(
         raise UserError(what, str(origin.folder), "merge one, then train the others on the result")
     with_tokenizer = next((o.folder for o in origins if (o.folder / "tokenizer_config.json").is_file()), origin.base)
     check_tokenizer(with_tokenizer)
-    needed = sum(math.prod(info.shape) for info in headers.values()) * stored.itemsize
+    needed = sum(math.prod(info.shape) for info in (sums.headers if sums else headers).values()) * stored.itemsize
     with whole_folder(out, needed=needed) as draft:
         if sums is None:
             from lora_cli.weights.merge_in_memory import merge_in_memory
@@ -121,7 +122,7 @@ def merge(
             modules, unchanged = merge_in_memory(origin, quantization, seen, headers, dtype, draft, max_shard), None
         else:
             modules, unchanged = sums.changes.layers, _write(sums, draft, max_shard)
-            _write_config(origin.base, draft, dtype, sums.changes.words)
+            _write_config(origin.base, draft, dtype, sums.changes)
         copy_tokenizer(with_tokenizer, draft)
         for folder, name in ((origin.base, "generation_config.json"), (origin.folder, PROVENANCE)):
             if (folder / name).is_file():
@@ -145,13 +146,15 @@ def find_sums(
     if changes is None:
         return None
     if quantization is None:
-        return Sums(headers, changes, None, {}, seen, dtype)
+        return Sums({**headers, **changes.untied}, changes, None, {}, seen, dtype)
     from lora_cli.weights.quantize import quantized_layers
 
     layers = quantized_layers(base, quantization)
     found = {stored_name(f"{layer}.weight", headers): turned for layer, turned in layers.items()}
     expanded = {name: turned for name, turned in found.items() if name is not None}
-    return Sums(headers, changes, quantization, expanded, seen, dtype) if len(expanded) == len(layers) else None
+    if len(expanded) < len(layers):
+        return None
+    return Sums({**headers, **changes.untied}, changes, quantization, expanded, seen, dtype)
 
 
 def common_quantization(origins: Sequence[AdapterOrigin]) -> Quantization | None:
@@ -181,11 +184,15 @@ def _write(sums: Sums, draft: Path, max_shard: int) -> float:
     return same / numbers if numbers else 0.0
 
 
-def _write_config(base: Path, draft: Path, dtype: torch.dtype | None, words: int | None) -> None:
+def _write_config(base: Path, draft: Path, dtype: torch.dtype | None, changes: Changes) -> None:
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     if dtype is not None:
         config.pop("torch_dtype", None)  # the name of older versions
         config["dtype"] = str(dtype).removeprefix("torch.")
-    if words is not None:
-        config["vocab_size"] = words
+    if changes.words is not None:
+        config["vocab_size"] = changes.words
+    if changes.untied:
+        for section in (config, config.get("text_config")):
+            if isinstance(section, dict):
+                section["tie_word_embeddings"] = False
     (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

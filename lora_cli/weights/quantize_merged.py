@@ -32,10 +32,18 @@ def quantize_merged(
     seen = getattr(torch, origin.dtype) if origin.dtype else stored_dtype(headers)
     sums = find_sums([origin], headers, common_quantization([origin]), seen, None)
     if sums is None or not is_streamed(origin.base):
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as place:
             merged = Path(place) / "merged"
             merge([origin], merged)
             return quantize(stored_model(merged), out, quantization, skip, max_shard)
-    read = sums.read
-    source = Source(origin.base, headers, lambda name: read(name).tensor, origin.folder, sums.changes.words)
+    read, changes = sums.read, sums.changes
+    source = Source(
+        origin.base,
+        sums.headers,
+        lambda name: read(name).tensor,
+        origin.folder,
+        changes.words,
+        untied=bool(changes.untied),
+    )
     return quantize(source, out, quantization, skip, max_shard)
