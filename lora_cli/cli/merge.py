@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as jsonlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from lora_cli.weights.merge import Merged
     from lora_cli.weights.provenance import AdapterOrigin
 
+Tell = Callable[[str], object]
 WORTH_TELLING, MANY_UNCHANGED = 0.01, 0.5
 
 
@@ -77,10 +79,11 @@ def command(
     from lora_cli.weights.pieces import keep_freed_memory
 
     keep_freed_memory()
+    tell = None if quiet else tell_beforehand
     result = (
-        _quantize(origins, out, dtype, max_shard)
+        _quantize(origins, out, dtype, max_shard, tell)
         if into == "quantized"
-        else _merge(origins, out, into, dtype, max_shard)
+        else _merge(origins, out, into, dtype, max_shard, tell)
     )
     report, lines = dataclasses.asdict(result), _lines(result)
     if verify or (verify is None and checking.fits(origins[0].base)):
@@ -112,21 +115,27 @@ def find_adapter(adapter: Path, base: str | None = None) -> AdapterOrigin:
     return origin
 
 
+def tell_beforehand(note: str) -> None:
+    """Say on stderr what is about to be done."""
+    typer.echo(f"note: {note}", err=True)
+
+
 def _merge(
     origins: list[AdapterOrigin],
     out: Path,
     into: Literal["expanded", "original"] | None,
     dtype: str | None,
     max_shard: int,
+    tell: Tell | None,
 ) -> Merged:
     import torch
 
     from lora_cli.weights.merge import merge
 
-    return merge(origins, out, into, getattr(torch, dtype) if dtype else None, max_shard)
+    return merge(origins, out, into, getattr(torch, dtype) if dtype else None, max_shard, tell)
 
 
-def _quantize(origins: list[AdapterOrigin], out: Path, dtype: str | None, max_shard: int) -> Merged:
+def _quantize(origins: list[AdapterOrigin], out: Path, dtype: str | None, max_shard: int, tell: Tell | None) -> Merged:
     from lora_cli.weights.merge import Merged
     from lora_cli.weights.quantize_merged import quantize_merged
 
@@ -135,7 +144,7 @@ def _quantize(origins: list[AdapterOrigin], out: Path, dtype: str | None, max_sh
         what = "--into quantized takes one adapter, and the type is that of its training"
         raise UserError(what, str(origin.folder), "leave out the other adapters and --dtype")
     assert origin.recipe is not None and origin.recipe.quantization is not None
-    result = quantize_merged(origin, out, origin.recipe.quantization, max_shard=max_shard)
+    result = quantize_merged(origin, out, origin.recipe.quantization, max_shard=max_shard, tell=tell)
     told = f"the base in {result.method}, quantized again"
     return Merged(out, origin.base_name, len(result.layers), told, result.method, result.bytes_after, None, False)
 

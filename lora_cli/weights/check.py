@@ -142,7 +142,7 @@ def check_adapter(folder: Path, base: Path | None, other_kinds: bool = False) ->
             if not any(adapted == name or adapted.endswith(f".{name}") for adapted in halves)
         ]
     faults += _unexpected(config, folder, halves)
-    if not halves:
+    if not any(".lora_" in name for name in read_headers([folder / ADAPTER_WEIGHTS])):
         faults.append(Fault("the adapter holds no LoRA tensors", str(folder)))
     if faults:
         raise misfit(faults)
@@ -239,7 +239,8 @@ def _unexpected(
     targets = config.get("target_modules")
     if targets and targets != "all-linear" and not config.get("target_parameters"):
         for name in halves:
-            if not is_named(name, targets):
+            is_end = name.rpartition(".")[2] in EMBEDDINGS  # which may be there for being tied to one that is named
+            if not is_end and not is_named(name, targets):
                 yield Fault(f"tensors {name}.lora_A and lora_B are for no layer that {ADAPTER_CONFIG} names", place)
     stored = read_headers([folder / ADAPTER_WEIGHTS])
     if config.get("use_dora"):

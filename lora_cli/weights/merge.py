@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from lora_cli.weights.stream import shard_writer
 from lora_cli.weights.updates import Changes, Summed, find_changes, stored_name, summed
 
 Into = Literal["expanded", "original"]
+IN_MEMORY = "this adapter is not of LoRA's products alone: PEFT merges it, with the whole model in memory in float32"
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,13 @@ def merge(
     into: Into | None = None,
     dtype: torch.dtype | None = None,
     max_shard: int = MAX_SHARD,
+    tell: Callable[[str], object] | None = None,
 ) -> Merged:
     """Write the base with the adapters folded in to ``out``: weights, tokenizer, configurations.
 
     The sum is taken in float32 and stored as ``dtype``, None for the base's own. An adapter that was trained on a
     quantized base is added to that base's weights as training saw them (quantized and expanded again), which is what it
-    was fitted to, or ``into`` the original ones.
+    was fitted to, or ``into`` the original ones. ``tell`` is told beforehand when PEFT has to do it.
 
     Raises UserError when ``out`` will not do, the adapters are of different bases, or a sum is no number; ``trace`` has
     checked each adapter against its base.
@@ -112,6 +114,8 @@ def merge(
     if len(origins) > 1 and (sums is None or sums.changes.taken or sums.changes.rescaled):
         what = "several adapters can be added up where all are plain LoRA: no DoRA, and no tensors beside the products"
         raise UserError(what, str(origin.folder), "merge one, then train the others on the result")
+    if sums is None and tell is not None:
+        tell(IN_MEMORY)
     with_tokenizer = next((o.folder for o in origins if (o.folder / "tokenizer_config.json").is_file()), origin.base)
     check_tokenizer(with_tokenizer)
     needed = sum(math.prod(info.shape) for info in (sums.headers if sums else headers).values()) * stored.itemsize

@@ -50,6 +50,8 @@ def _load(base: PreTrainedModel, folder: Path) -> PeftModel:
     Raises UserError when the file's tensors are not those of the adapter that PEFT has made of it, or the adapter is
     for one of an embedding and a head that are the same numbers.
     """
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    is_tied = ends[0].weight is ends[1].weight
     try:
         adapted = load_adapter(base, folder)
     except RuntimeError as error:  # of a tensor's shape
@@ -63,9 +65,9 @@ def _load(base: PreTrainedModel, folder: Path) -> PeftModel:
             raise UserError(faults[:5])
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     adds = [end for end in ends if isinstance(end, BaseTunerLayer) and not isinstance(end, TrainableTokensLayer)]
-    if adds and base.config.get_text_config().tie_word_embeddings:
+    if adds and is_tied:
         what = "the adapter adds to the embedding or the head of a base that has one tensor for both"
-        raise UserError(what, str(folder), "plain LoRA of them is handled: no DoRA, no ensure_weight_tying")
+        raise UserError(what, str(folder), "plain LoRA of them is handled, without DoRA")
     return adapted
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,11 +21,12 @@ def quantize_merged(
     quantization: Quantization,
     skip: Sequence[str] = (),
     max_shard: int = MAX_SHARD,
+    tell: Callable[[str], object] | None = None,
 ) -> Quantized:
     """Write what ``merge`` and then ``quantize`` would write.
 
-    Only where one of the two needs a model in memory, a merged model lies beside ``out`` meanwhile. Raises UserError
-    as both do.
+    Only where one of the two needs a model in memory, a merged model lies beside ``out`` meanwhile; ``tell`` is told
+    beforehand when it is the merge. Raises UserError as both do.
     """
     check_out(out)
     headers = read_headers(weight_files(origin.base))
@@ -35,7 +36,7 @@ def quantize_merged(
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as place:
             merged = Path(place) / "merged"
-            merge([origin], merged)
+            merge([origin], merged, tell=tell)
             return quantize(stored_model(merged), out, quantization, skip, max_shard)
     read, changes = sums.read, sums.changes
     source = Source(

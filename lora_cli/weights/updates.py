@@ -91,9 +91,7 @@ def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, Ten
     ends = _tied_ends(layers | saved, headers, words, skeleton)
     is_untied = not layers.isdisjoint(ends)
     untied = _untied(ends, headers) if is_untied else {}
-    if is_untied and (not untied or any(config.get("ensure_weight_tying") for _, config, *_ in parts)):
-        return None
-    if not is_untied and not saved.isdisjoint(ends):
+    if (is_untied and not untied) or (not is_untied and not saved.isdisjoint(ends)):
         return None
     headers = {**headers, **untied}
     products: dict[str, tuple[Product, ...]] = {}
@@ -123,7 +121,8 @@ def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, Ten
             products[stored] = (*products.get(stored, ()), product_of(config, layer, each))
     if (taken.keys() | products.keys()) & experts.keys():
         return None
-    return Changes({**products, **experts}, taken, _turned(products, headers, skeleton), untied)
+    shaped = {**headers, **{name: info for name, (_, info) in taken.items()}}
+    return Changes({**products, **experts}, taken, _turned(products, shaped, skeleton), untied)
 
 
 def summed(changes: Changes, name: str, weight: torch.Tensor, dtype: torch.dtype) -> Summed:
@@ -199,11 +198,15 @@ def _tied_ends(
 
 
 def _untied(ends: Sequence[str], headers: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The two by the names they are to be stored under, each with the place of the one that the base stores; empty
-    where it stores none."""
+    """The two by the names they are to be stored under, with the places of their own or of the one that the base
+    stores; empty where it stores none."""
     places = {end: stored_name(end, headers) for end in ends}
-    stored = [headers[place] for place in places.values() if place is not None]
-    return {place or end: stored[0] for end, place in places.items()} if stored else {}
+    stored = next((headers[place] for place in places.values() if place is not None), None)
+    if stored is None:
+        return {}
+    return {end: stored for end, place in places.items() if place is None} | {
+        place: headers[place] for place in places.values() if place is not None
+    }
 
 
 def _has_more_words(name: str, info: TensorInfo, words: int | None) -> bool:
