@@ -867,3 +867,41 @@ def test_a_whole_plain_adapter_is_checked_without_peft(tiny_llama: Path, tmp_pat
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("saved", [False, "auto"], ids=["bare", "as-peft-saves-it"])
+def test_dora_of_an_embedding_merges_as_peft_has_it(
+    saved: bool | str, tiny_llama: Path, tmp_path: Path, lora: Any, recwarn: Any
+) -> None:
+    targets = ["embed_tokens", "q_proj"]
+    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter", saved, target_modules=targets, use_dora=True)
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    wanted = logits(
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), str(adapter)), tokenizer
+    )
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert distance(logits(found, tokenizer), wanted) < 1e-5
+
+
+def test_a_tied_embedding_that_was_saved_as_it_is(tied: Base, tmp_path: Path, lora: Any) -> None:
+    name, folder = tied
+    adapter = make_adapter(name, folder, tmp_path / "adapter", True, target_modules=[ENDS[name][2]])
+    assert any("lm_head.weight" in key for key in load_file(adapter / "adapter_model.safetensors"))
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    wanted = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(adapter)), tokenizer)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert distance(logits(found, tokenizer), wanted) < 1e-5
+
+
+def test_an_embedding_that_peft_saves_by_itself_is_quantized(
+    tiny_llama: Path, tmp_path: Path, lora: Any, no_model: None, recwarn: Any
+) -> None:
+    targets = ["embed_tokens", "lm_head", "q_proj"]
+    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter", "auto", target_modules=targets)
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+    done(lora("quantize", tmp_path / "merged", "--out", tmp_path / "two-passes"))
+    done(lora("quantize", adapter, "--out", tmp_path / "one-pass"))
+    one, two = weights_of(tmp_path / "one-pass"), weights_of(tmp_path / "two-passes")
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)

@@ -227,9 +227,10 @@ def _unexpected(
     config: Mapping[str, Any], folder: Path, halves: dict[str, dict[str, tuple[int, ...]]]
 ) -> Iterator[Fault]:
     """Tensors that are not what the adapter's configuration says, which PEFT passes over or makes up in silence."""
-    rank, place = config["r"], str(folder)
-    if not config.get("rank_pattern") and not config.get("target_parameters"):  # experts have r each
+    place = str(folder)
+    if not config.get("target_parameters"):  # experts have r each
         for name, shapes in halves.items():
+            rank = own_value(config.get("rank_pattern"), name, config["r"])
             if "A" in shapes and shapes["A"][0] != rank:
                 yield Fault(f"tensor {name}.lora_A has rank {shapes['A'][0]}, {ADAPTER_CONFIG} says r: {rank}", place)
     for name, shapes in halves.items():
@@ -321,6 +322,12 @@ def is_named(layer: str, names: str | list[str]) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, layer) is not None
     return any(layer == name or layer.endswith(f".{name}") for name in names)
+
+
+def own_value(pattern: Mapping[str, Any] | None, layer: str, common: Any) -> Any:
+    """A layer's own rank or alpha by a pattern, whose keys are the ends of names, or regular expressions for them; else
+    the one they have in common."""
+    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", layer)), common)
 
 
 def is_plainly_whole(folder: Path, base: Path) -> bool:

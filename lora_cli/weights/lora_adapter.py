@@ -19,6 +19,7 @@ from lora_cli.weights.check import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONVERT,
+    EMBEDDINGS,
     PEFT_PREFIX,
     check_adapter,
     check_foldable,
@@ -28,6 +29,7 @@ from lora_cli.weights.check import (
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.products import EMBEDDING, MAGNITUDE, Factors, Place, Product, adapter_parts, product_of
 from lora_cli.weights.provenance import PROVENANCE, base_record, named_base, now, read_record, versions
+from lora_cli.weights.shards import read_headers, read_tensor, weight_files
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,23 @@ def check_plain(adapter: LoraAdapter) -> None:
     if adapter.config.get("use_dora"):
         what = "a DoRA adapter's update depends on the base's weights (use_dora)"
         raise UserError(what, str(adapter.folder), "lora merge makes a model of it")
-    if adapter.others:
-        what = f"tensor {next(iter(adapter.others))} stands in place of the base's: it is no update"
-        raise UserError(what, str(adapter.folder), "adapters with LoRA's tensors alone are handled")
+    for name, place in adapter.others.items():
+        if not _is_bases(adapter.base, place):
+            what = f"tensor {name} stands in place of the base's: it is no update"
+            raise UserError(what, str(adapter.folder), "adapters with LoRA's tensors alone are handled")
+
+
+def _is_bases(base: Base, place: Place) -> bool:
+    """Whether a tensor is the base's own, which PEFT keeps beside the factors of an embedding or a head."""
+    own, info = place
+    if ".base_layer." not in own or not Path(base.name).is_dir():
+        return False
+    kept = read_tensor(info, own).float()
+    return any(
+        torch.equal(read_tensor(each, name).float(), kept)
+        for name, each in read_headers(weight_files(Path(base.name))).items()
+        if each.shape == info.shape and name.split(".")[-2] in EMBEDDINGS
+    )
 
 
 def check_same_base(adapters: Sequence[LoraAdapter]) -> None:

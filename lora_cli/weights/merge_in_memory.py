@@ -58,9 +58,12 @@ def _load(base: PreTrainedModel, folder: Path) -> PeftModel:
         what = f"PEFT cannot load the adapter: {' '.join(str(error).split())}"
         raise UserError(what, str(folder), "it belongs to another base, or its file is damaged") from error
     if read_adapter_config(folder)["peft_type"] != "LORA":  # whose tensors have been looked at before
-        wanted, found = set(get_peft_model_state_dict(adapted)), set(read_headers([folder / ADAPTER_WEIGHTS]))
+        found = set(read_headers([folder / ADAPTER_WEIGHTS]))
+        wanted, known = (
+            set(get_peft_model_state_dict(adapted, save_embedding_layers=saved)) for saved in (False, True)
+        )
         faults = [Fault(f"tensor {name} is missing", str(folder)) for name in sorted(wanted - found)]
-        faults += [Fault(f"tensor {name} is none of this adapter's", str(folder)) for name in sorted(found - wanted)]
+        faults += [Fault(f"tensor {name} is none of this adapter's", str(folder)) for name in sorted(found - known)]
         if faults:
             raise UserError(faults[:5])
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
