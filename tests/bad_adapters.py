@@ -541,6 +541,13 @@ def resize_behind_invocation_tokens(w: World) -> Arguments:
     return resize(made(w, alora_invocation_tokens=[5, 6]))
 
 
+@case("monteclora_config", "load it beside its base")
+def adapter_that_is_drawn_at_random(w: World) -> Arguments:
+    made(w)
+    w.edit_json(MADE_CONFIG, monteclora_config={"num_samples_per_expert": 1})
+    return merge("adapter")
+
+
 @case("layer_replication", "load it beside its base")
 def adapter_that_repeats_layers(w: World) -> Arguments:
     return quantize(made(w, layer_replication=[[0, 2], [1, 2]]))

@@ -36,8 +36,10 @@ NO_SUM = {
     "layer_replication": "runs its base's layers several times over",
     "arrow_config": "chooses among adapters for each token",
     "use_qalora": "adds up its layers' inputs in groups",
+    "use_bdlora": "has factors in blocks",
+    "monteclora_config": "draws its factors at random",
 }
-"""Keys of a LoRA adapter's configuration by which its function is no sum with its base's weights."""
+"""Keys of a LoRA adapter's configuration by which its update is no product of two factors, or none at all."""
 KEPT_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Values of ``init_lora_weights`` that begin with the base as it is."""
 MADE_AGAIN = ("pissa", "olora")
@@ -158,14 +160,14 @@ def misfit(faults: Sequence[Fault]) -> UserError:
 
 
 def check_foldable(folder: Path) -> None:
-    """Raises UserError when a LoRA adapter's function is no sum with its base's weights, or the base that its tensors
-    are to be added to is not the one it names."""
+    """Raises UserError when a LoRA adapter's tensors are not what is to be added to its base's weights, or are for
+    another base than the one it names."""
     config, where = read_adapter_config(folder), str(folder / ADAPTER_CONFIG)
     if config["peft_type"] != "LORA":
         return
     for key, told in NO_SUM.items():
         if config.get(key):
-            what = f"the adapter {told} ({key}): no weights are what it makes of its base"
+            what = f"the adapter {told} ({key}), which is not folded into weights here"
             raise UserError(what, where, "load it beside its base with PEFT")
     start = _start(config)
     if start not in (*KEPT_BASE, *MADE_AGAIN):

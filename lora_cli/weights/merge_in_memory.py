@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.adapters import load_adapter
 from lora_cli.model.base import load_base
+from lora_cli.model.memory import is_out_of_memory
 from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.weights.check import ADAPTER_WEIGHTS, read_adapter_config
 from lora_cli.weights.provenance import AdapterOrigin
@@ -50,11 +51,12 @@ def _load(base: PreTrainedModel, folder: Path) -> PeftModel:
     Raises UserError when the file's tensors are not those of the adapter that PEFT has made of it, or the adapter is
     for one of an embedding and a head that are the same numbers.
     """
-    ends = (base.get_input_embeddings(), base.get_output_embeddings())
-    is_tied = ends[0].weight is ends[1].weight
+    is_tied = base.get_input_embeddings().weight is base.get_output_embeddings().weight
     try:
         adapted = load_adapter(base, folder)
-    except RuntimeError as error:  # of a tensor's shape
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         what = f"PEFT cannot load the adapter: {' '.join(str(error).split())}"
         raise UserError(what, str(folder), "it belongs to another base, or its file is damaged") from error
     if read_adapter_config(folder)["peft_type"] != "LORA":  # whose tensors have been looked at before

@@ -32,8 +32,6 @@ PIECE = 2**18
 """Numbers of a weight at once in a thread: what is made of them stays in the processor's cache."""
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Types of a number's size: their comparison takes a fraction of the time."""
-VARIANTS = ("use_bdlora", "kasa_config", "monteclora_config")
-"""Keys of a LoRA adapter's configuration by which its tensors are more, or others, than two factors of a layer."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, Ten
             if of_experts is None:
                 return None
             experts |= {stored: (*experts.get(stored, ()), each) for stored, each in of_experts.products.items()}
-            halves = {layer: parts for layer, parts in halves.items() if layer not in of_experts.stems}
+            halves = {layer: each for layer, each in halves.items() if layer not in of_experts.stems}
         found = {name: stored_name(name, headers) for name in (*others, *(f"{layer}.weight" for layer in halves))}
         for name, (own, info) in others.items():
             stored = found[name]
@@ -173,7 +171,7 @@ def _skeleton(base: Path) -> PreTrainedModel:
 
 def _is_plain(config: Mapping[str, Any]) -> bool:
     """Whether an adapter's update is LoRA's, of the base as it is stored."""
-    return config["peft_type"] == "LORA" and not is_relative(config) and not any(config.get(key) for key in VARIANTS)
+    return config["peft_type"] == "LORA" and not is_relative(config) and not config.get("kasa_config")
 
 
 def _tied_ends(
