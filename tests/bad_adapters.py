@@ -606,3 +606,15 @@ def base_without_a_tensor(w: World) -> Arguments:
     w.model("gpt2", "base")
     w.tensors("base/model.safetensors", lambda tensors: tensors.pop("transformer.h.1.ln_2.bias"))
     return [*merge("adapter"), "--base", "base"]
+
+
+@case("1 of the 6 tensors that model.layers.1.mlp.experts.gate_up_proj is made of are missing")
+def base_without_an_expert(w: World) -> Arguments:
+    experts(w)
+    adapter = made(w, "mixtral")
+    w.tensors("mixtral/model.safetensors", lambda tensors: tensors.pop(_an_expert(tensors)))
+    return merge(adapter)
+
+
+def _an_expert(names: Any) -> str:
+    return next(name for name in names if "layers.1." in name and name.endswith("experts.2.w3.weight"))

@@ -183,7 +183,7 @@ def _places(
         whole = own == shape or (count == 1 and own == shape[1:])
         return [(stored, None if own == shape else 0, slice(None))] if whole else None
     converter = next((each for each in converters if {*each.source_patterns} == {*sources.values()}), None)
-    if converter is None or not _is_plain(converter):
+    if converter is None or not joins_experts(converter):
         return None
     rows = height // len(converter.source_patterns)
     places: list[tuple[str, int | None, slice]] = []
@@ -196,7 +196,7 @@ def _places(
     return places
 
 
-def _is_plain(converter: WeightConverter) -> bool:
+def joins_experts(converter: WeightConverter) -> bool:
     """Whether a converter stacks the experts and lays what is stored apart of each end to end, and nothing else."""
     match converter.operations:
         case [MergeModulelist(dim=0)]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,7 @@ from lora_cli.model.adapters import resize_words
 from lora_cli.model.base import WRONG_VALUES, load_config, skeleton
 from lora_cli.model.files import stored_quantization
 from lora_cli.weights.check import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, SHOWN, misfit
-from lora_cli.weights.experts import converters_of, sources_of
+from lora_cli.weights.experts import converters_of, joins_experts, sources_of
 from lora_cli.weights.shards import read_headers, weight_files
 
 if TYPE_CHECKING:
@@ -34,15 +36,25 @@ def check_base_tensors(base: Path) -> None:
         tied.setdefault(id(parameter), []).append(name)
     spare = bare._keys_to_ignore_on_load_missing or ()
     missing = [
-        names[0]
+        f"tensor {names[0]} is missing"
         for names in tied.values()
         if not any(name in sources or any(re.search(key, name) for key in spare) for name in names)
     ]
+    missing += _missing_experts(bare, sources)
     if missing:
-        more = f"{len(missing) - SHOWN} more are missing: " if len(missing) > SHOWN else ""
-        faults = [Fault(f"tensor {name} is missing", str(base)) for name in missing[:SHOWN]]
-        last = Fault(faults[-1].what, str(base), f"{more}copy or download the model again")
-        raise UserError([*faults[:-1], last])
+        more = f"{len(missing) - SHOWN} more like these: " if len(missing) > SHOWN else ""
+        *first, last = [Fault(what, str(base)) for what in missing[:SHOWN]]
+        raise UserError([*first, replace(last, hint=f"{more}copy or download the model again")])
+
+
+def _missing_experts(bare: PreTrainedModel, sources: Mapping[str, Mapping[str, str | None]]) -> Iterator[str]:
+    """What is told of parameters that are made of a stored tensor for each expert, and not all of these are there."""
+    for converter in filter(joins_experts, converters_of(bare)):
+        for name, parameter in bare.named_parameters():
+            stored = sources.get(name, {})
+            wanted = parameter.shape[0] * len(converter.source_patterns)
+            if stored and {*stored.values()} <= {*converter.source_patterns} and len(stored) < wanted:
+                yield f"{wanted - len(stored)} of the {wanted} tensors that {name} is made of are missing"
 
 
 def check_adapter_tensors(folder: Path, base: Path) -> None:
