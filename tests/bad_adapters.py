@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from typing import Any
 
 from bad_input import LFS, ROW, Arguments, World, case
@@ -323,3 +324,297 @@ def pickled_adapter(w: World) -> Arguments:
     w.run()
     (w.root / WEIGHTS).rename(w.root / "run/adapter/adapter_model.bin")
     return ["eval", "run", "--data", w.rows(ROW)]
+
+
+def made(w: World, kind: str = "llama", drop: str = "", grown: str = "", **config: Any) -> str:
+    """An adapter from PEFT alone for a tiny model, without the tensors of these names, or with a row more in them."""
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(w.root / kind if kind == "mixtral" else getattr(w, kind))
+    targets = ["c_attn"] if kind == "gpt2" else ["q_proj", "v_proj"]
+    return _saved(
+        w, base, LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "target_modules": targets} | config), drop, grown
+    )
+
+
+def _saved(w: World, base: Any, config: Any, drop: str = "", grown: str = "") -> str:
+    from peft import get_peft_model
+
+    with warnings.catch_warnings(action="ignore"):  # PEFT's, of what is to be refused
+        get_peft_model(base, config).save_pretrained(str(w.root / "adapter"), save_embedding_layers=False)
+
+    def change(tensors: dict[str, Any]) -> None:
+        for name in list(tensors):
+            if drop and drop in name:
+                del tensors[name]
+            elif grown and grown in name:
+                tensors[name] = tensors[name].new_zeros(len(tensors[name]) + 1, *tensors[name].shape[1:])
+
+    w.tensors("adapter/adapter_model.safetensors", change)
+    return "adapter"
+
+
+def experts(w: World) -> None:
+    """A model whose experts are stored one by one, in ``mixtral``, with the tokenizer of another."""
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    sizes = {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 12, "num_local_experts": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    shutil.copytree(w.llama, w.root / "mixtral", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **heads)).save_pretrained(w.root / "mixtral")
+
+
+def merge(adapter: str) -> Arguments:
+    return ["merge", adapter, "--out", "out", "--no-verify"]
+
+
+def quantize(adapter: str) -> Arguments:
+    return ["quantize", adapter, "--out", "out"]
+
+
+def resize(adapter: str) -> Arguments:
+    return ["adapters", "resize", adapter, "--rank", "2", "--out", "out"]
+
+
+def compose(adapter: str) -> Arguments:
+    return ["adapters", "compose", f"{adapter}=1.0", f"{adapter}=0.5", "--method", "cat", "--out", "out"]
+
+
+BY_PATTERN = r".*\.(q_proj|v_proj)"
+GONE = "layers.1.self_attn.v_proj"
+MADE_CONFIG = "adapter/adapter_config.json"
+BOTH_GONE = (f"model.{GONE}.lora_A.weight is missing", f"model.{GONE}.lora_B.weight is missing")
+
+
+@case(*BOTH_GONE)
+def layer_of_a_pattern_that_is_missing(w: World) -> Arguments:
+    return merge(made(w, drop=GONE, target_modules=BY_PATTERN))
+
+
+@case(*BOTH_GONE)
+def quantize_without_a_layer_of_a_pattern(w: World) -> Arguments:
+    return quantize(made(w, drop=GONE, target_modules=BY_PATTERN))
+
+
+@case(*BOTH_GONE)
+def eval_without_a_layer_of_a_pattern(w: World) -> Arguments:
+    return ["eval", made(w, drop=GONE, target_modules=BY_PATTERN), "--data", w.rows(ROW)]
+
+
+@case(*BOTH_GONE)
+def layer_by_its_number_that_is_missing(w: World) -> Arguments:
+    return merge(made(w, drop=GONE, layers_to_transform=[1]))
+
+
+@case("model.embed_tokens.lora_embedding_A is missing", "model.embed_tokens.lora_embedding_B is missing")
+def embedding_that_is_missing(w: World) -> Arguments:
+    return merge(made(w, drop="embed_tokens", target_modules=["embed_tokens", "q_proj"]))
+
+
+@case("layers.1.self_attn.q_proj.lora_A.weight is missing", "layers.1.self_attn.q_proj.lora_B.weight is missing")
+def layer_beside_experts_that_is_missing(w: World) -> Arguments:
+    experts(w)
+    return merge(made(w, "mixtral", drop="layers.1.self_attn.q_proj"))
+
+
+@case("transformer.h.1.mlp.c_fc.bias is missing")
+def bias_that_is_missing(w: World) -> Arguments:
+    return merge(made(w, "gpt2", drop="h.1.mlp.c_fc.bias", bias="all"))
+
+
+@case("lm_head.weight is missing")
+def module_to_save_that_is_missing(w: World) -> Arguments:
+    return merge(made(w, drop="lm_head", modules_to_save=["lm_head"]))
+
+
+@case("lm_head.weight is missing")
+def quantize_without_a_module_to_save(w: World) -> Arguments:
+    return quantize(made(w, drop="lm_head", modules_to_save=["lm_head"]))
+
+
+@case(
+    "layers.0.self_attn.v_proj.lora_A and lora_B are for no layer that adapter_config.json names", "1.self_attn.k_proj"
+)
+def layers_that_the_configuration_does_not_name(w: World) -> Arguments:
+    made(w, target_modules=["q_proj", "k_proj", "v_proj"])
+    w.edit_json(MADE_CONFIG, target_modules=["q_proj"])
+    return merge("adapter")
+
+
+@case("layers.1.self_attn.v_proj.lora_A and lora_B are for no layer")
+def resize_of_layers_that_the_configuration_does_not_name(w: World) -> Arguments:
+    made(w)
+    w.edit_json(MADE_CONFIG, target_modules=r".*\.q_proj")
+    return resize("adapter")
+
+
+@case("layers.0.self_attn.q_proj.lora_A.weight is none that adapter_config.json speaks of")
+def layers_of_another_number(w: World) -> Arguments:
+    made(w)
+    w.edit_json(MADE_CONFIG, layers_to_transform=[1])
+    return merge("adapter")
+
+
+@case("embed_tokens.lora_embedding_A has shape [5, 400], expected [4, 400]")
+def embedding_of_another_rank(w: World) -> Arguments:
+    return merge(made(w, grown="lora_embedding_A", target_modules=["embed_tokens", "q_proj"]))
+
+
+@case("lm_head.lora_B.weight has shape [401, 4], expected [400, 4]")
+def head_of_more_words(w: World) -> Arguments:
+    return merge(made(w, grown="lm_head.lora_B", target_modules=["lm_head", "q_proj"]))
+
+
+@case("layers.1.self_attn.v_proj.lora_magnitude_vector has shape [33], expected [32]")
+def magnitudes_of_another_width(w: World) -> Arguments:
+    return merge(made(w, grown="layers.1.self_attn.v_proj.lora_magnitude", use_dora=True))
+
+
+@case("model.norm.weight has shape [65], expected [64]")
+def norm_of_another_width(w: World) -> Arguments:
+    return merge(made(w, grown="model.norm", modules_to_save=["norm"]))
+
+
+@case("layers.0.self_attn.q_proj.lora_B.weight has shape [17, 4], expected [16, 4]")
+def layer_beside_experts_of_another_width(w: World) -> Arguments:
+    experts(w)
+    return merge(made(w, "mixtral", grown="layers.0.self_attn.q_proj.lora_B"))
+
+
+@case("layers.0.self_attn.q_proj.lora_A has rank 6, adapter_config.json says r: 7")
+def rank_of_another_pattern(w: World) -> Arguments:
+    made(w, rank_pattern={"q_proj": 6})
+    w.edit_json(MADE_CONFIG, rank_pattern={"q_proj": 7})
+    return quantize("adapter")
+
+
+@case("layers.0.self_attn.q_proj.lora_A and lora_B have ranks 4 and 5")
+def halves_of_two_ranks(w: World) -> Arguments:
+    made(w)
+
+    def widen(tensors: dict[str, Any]) -> None:
+        name = next(name for name in tensors if name.endswith("layers.0.self_attn.q_proj.lora_B.weight"))
+        tensors[name] = tensors[name].new_zeros(64, 5)
+
+    w.tensors("adapter/adapter_model.safetensors", widen)
+    return resize("adapter")
+
+
+@case(MADE_CONFIG, "alpha_pattern: q_proj is 'x', expected a number")
+def alpha_that_is_text(w: World) -> Arguments:
+    made(w)
+    w.edit_json(MADE_CONFIG, alpha_pattern={"q_proj": "x"})
+    return merge("adapter")
+
+
+@case(
+    MADE_CONFIG, "rank_pattern: q_proj is 0, expected a whole number", "alpha_pattern is [3], expected names", "bias is"
+)
+def values_that_are_none_all_told_at_once(w: World) -> Arguments:
+    made(w)
+    w.edit_json(MADE_CONFIG, rank_pattern={"q_proj": 0}, alpha_pattern=[3], bias="some")
+    return compose("adapter")
+
+
+@case(MADE_CONFIG, "rank_pattern is no regular expression", "(q_proj")
+def pattern_that_does_not_close(w: World) -> Arguments:
+    made(w)
+    w.edit_json(MADE_CONFIG, rank_pattern={"(q_proj": 4})
+    return merge("adapter")
+
+
+@case(MADE_CONFIG, "PEFT puts no such adapter on this base")
+def layers_of_no_number(w: World) -> Arguments:
+    made(w)
+    w.edit_json(MADE_CONFIG, layers_to_transform=["first"], layers_pattern=[7])
+    return merge("adapter")
+
+
+@case("alora_invocation_tokens", "load it beside its base")
+def adapter_behind_invocation_tokens(w: World) -> Arguments:
+    return merge(made(w, alora_invocation_tokens=[5, 6]))
+
+
+@case("alora_invocation_tokens")
+def resize_behind_invocation_tokens(w: World) -> Arguments:
+    return resize(made(w, alora_invocation_tokens=[5, 6]))
+
+
+@case("monteclora_config", "load it beside its base")
+def adapter_that_is_drawn_at_random(w: World) -> Arguments:
+    made(w)
+    w.edit_json(MADE_CONFIG, monteclora_config={"num_samples_per_expert": 1})
+    return merge("adapter")
+
+
+@case("layer_replication", "load it beside its base")
+def adapter_that_repeats_layers(w: World) -> Arguments:
+    return quantize(made(w, layer_replication=[[0, 2], [1, 2]]))
+
+
+@case("init_lora_weights: pissa_niter_4", "path_initial_model_for_weight_conversion")
+def adapter_of_a_start_drawn_at_random(w: World) -> Arguments:
+    return merge(made(w, init_lora_weights="pissa_niter_4"))
+
+
+@case("init_lora_weights: corda", "path_initial_model_for_weight_conversion")
+def adapter_of_a_start_that_data_made(w: World) -> Arguments:
+    made(w)
+    w.edit_json(MADE_CONFIG, init_lora_weights="corda")
+    return quantize("adapter")
+
+
+@case("init_lora_weights: pissa", "path_initial_model_for_weight_conversion")
+def compose_of_another_start(w: World) -> Arguments:
+    return compose(made(w, init_lora_weights="pissa"))
+
+
+@case("init_lora_weights: olora")
+def resize_of_another_start(w: World) -> Arguments:
+    return resize(made(w, init_lora_weights="olora"))
+
+
+@case("init_lora_weights: pissa")
+def diff_of_another_start(w: World) -> Arguments:
+    adapter = made(w, init_lora_weights="pissa")
+    return ["adapters", "diff", adapter, adapter]
+
+
+@case("kind POLY", "load it beside its base")
+def adapter_that_goes_by_the_row(w: World) -> Arguments:
+    from peft import PolyConfig
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(w.llama)
+    return merge(_saved(w, base, PolyConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], n_tasks=2)))
+
+
+@case("PEFT cannot load the adapter", "hada_w1_a", loads=True)
+def adapter_of_another_kind_and_width(w: World) -> Arguments:
+    from peft import LoHaConfig
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(w.llama)
+    config = LoHaConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+    return merge(_saved(w, base, config, grown="layers.0.self_attn.q_proj.hada_w1_a"))
+
+
+@case("tensor transformer.h.1.ln_2.bias is missing", "download the model again")
+def base_without_a_tensor(w: World) -> Arguments:
+    made(w, "gpt2")
+    w.model("gpt2", "base")
+    w.tensors("base/model.safetensors", lambda tensors: tensors.pop("transformer.h.1.ln_2.bias"))
+    return [*merge("adapter"), "--base", "base"]
+
+
+@case("1 of the 6 tensors that model.layers.1.mlp.experts.gate_up_proj is made of are missing")
+def base_without_an_expert(w: World) -> Arguments:
+    experts(w)
+    adapter = made(w, "mixtral")
+    w.tensors("mixtral/model.safetensors", lambda tensors: tensors.pop(_an_expert(tensors)))
+    return merge(adapter)
+
+
+def _an_expert(names: Any) -> str:
+    return next(name for name in names if "layers.1." in name and name.endswith("experts.2.w3.weight"))

@@ -198,3 +198,27 @@ def test_every_method_is_known_to_the_command_line() -> None:
 
     kind = get_type_hints(compose_command)["method"]
     assert get_args(kind) == tuple(METHODS)
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's, of tied weights and of what it saves
+def test_an_embedding_that_peft_keeps_is_no_update(base: Base, tmp_path: Path, lora: Any) -> None:
+    name, folder = base
+    ends = ["wte" if name == "gpt2" else "embed_tokens", "lm_head"]
+    first = make_adapter(name, folder, tmp_path / "a", True, target_modules=ends)
+    second = make_adapter(name, folder, tmp_path / "b", "auto", target_modules=ends, lora_alpha=3)
+    assert sum("base_layer" in key for key in load_file(first / "adapter_model.safetensors")) == 2
+    out = tmp_path / "out"
+    done(lora("adapters", "compose", f"{first}=0.5", f"{second}=0.3", "--method", "cat", "--out", out))
+    before = (products(first), products(second))
+    found = products(out)
+    assert len(found) == 2
+    for layer, update in found.items():
+        assert far(update, 0.5 * before[0][layer] + 0.3 * before[1][layer]) < 1e-6
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key: tensor + 1 if "base_layer" in key else tensor for key, tensor in tensors.items()}
+
+    file = first / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+    result = lora("adapters", "compose", f"{first}=0.5", f"{second}=0.3", "--method", "cat", "--out", tmp_path / "no")
+    assert result.exit_code == 2 and "stands in place of the base's" in result.stderr

@@ -196,7 +196,7 @@ def damaged(adapter: Path, change: str) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ("missing", "model.layers.0.mlp.experts.down_proj"),
+        ("missing", "model.layers.0.mlp.experts.lora_A.weight is missing"),
         ("half", "model.layers.0.mlp.experts.lora_B"),
         ("shape", "[15, 24]"),
         ("more", "experts.base_layer.lora_A"),

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,7 +54,7 @@ def in_dtype(folder: Path, dtype: torch.dtype, out: Path) -> Path:
     return out
 
 
-def make_adapter(name: str, folder: Path, out: Path, **config: Any) -> Path:
+def make_adapter(name: str, folder: Path, out: Path, save_embedding_layers: bool | str = False, **config: Any) -> Path:
     """An adapter from PEFT alone, every tensor of it away from where it starts."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     wanted = LoraConfig(
@@ -67,7 +70,9 @@ def make_adapter(name: str, folder: Path, out: Path, **config: Any) -> Path:
                 weight.mul_(1 + 0.2 * torch.rand(weight.shape, generator=draw))
             elif "lora_" in key:
                 weight.copy_(0.1 * torch.randn(weight.shape, generator=draw))
-    adapted.save_pretrained(str(out), save_embedding_layers=False)
+            elif "modules_to_save" in key:
+                weight.add_(0.1 * torch.randn(weight.shape, generator=draw))
+    adapted.save_pretrained(str(out), save_embedding_layers=save_embedding_layers)
     return out
 
 
@@ -338,11 +343,10 @@ def test_a_base_stored_quantized_is_refused(tiny_llama: Path, write_recipe: Any,
         {"use_dora": True, "alpha_pattern": {"q_proj": 1.5}},
         {"modules_to_save": ["norm"]},
         {"modules_to_save": ["lm_head"]},
-        {"bias": "all"},
         {"target_modules": ["embed_tokens", "q_proj"]},
         {"trainable_token_indices": [3, 5]},
     ],
-    ids=["plain", "patterns", "dora", "norms", "head", "bias", "embedding", "tokens"],
+    ids=["plain", "patterns", "dora", "norms", "head", "embedding", "tokens"],
 )
 def test_to_the_bit_what_peft_merges(config: dict[str, Any], tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
     """From a base of several shards; what is no plain product PEFT itself merges."""
@@ -360,6 +364,26 @@ def test_to_the_bit_what_peft_merges(config: dict[str, Any], tiny_llama: Path, t
     assert found.keys() == wanted.keys()
     for name, weight in wanted.items():
         assert torch.equal(found[name], weight), name
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_were_trained_are_those_of_the_result(
+    bias: str, tiny_gpt2: Path, tmp_path: Path, lora: Any, no_model: None
+) -> None:
+    adapter = make_adapter("gpt2", tiny_gpt2, tmp_path / "adapter", bias=bias)
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    biases = [name for name in tensors if name.endswith("bias")]
+    for number, name in enumerate(biases):
+        tensors[name] = tensors[name] + 0.1 * (number + 1)
+    save_file(tensors, file, {"format": "pt"})
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+    before, after = weights_of(tiny_gpt2), weights_of(tmp_path / "merged")
+    taken = {name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensors[name] for name in biases}
+    assert len(taken) == (13 if bias == "all" else 8)
+    for name in (name for name in before if name.endswith("bias")):
+        assert torch.equal(after[name], taken.get(name, before[name])), name
+        assert (name in taken) != torch.equal(after[name], before[name]), name
 
 
 @pytest.fixture
@@ -445,6 +469,14 @@ def test_what_rounding_swallows_is_told(tiny_llama: Path, tmp_path: Path, lora: 
     assert told["unchanged"] == pytest.approx(share)
     text = done(lora("merge", adapter, "--out", tmp_path / "again")).stdout
     assert f"{share:.1%} of the numbers" in text and "--dtype float32" in text
+
+
+def test_a_type_that_is_asked_for_is_not_advised(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: tensor * 1e-6 for name, tensor in tensors.items()}, adapter / "adapter_model.safetensors")
+    text = done(lora("merge", adapter, "--out", tmp_path / "merged")).stdout
+    assert "rounded to float32" in text and "--dtype" not in text
 
 
 def test_the_base_can_be_named(tiny_llama: Path, tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
@@ -533,6 +565,7 @@ def test_other_kinds_peft_merges(kind: Any, tiny_llama: Path, tmp_path: Path, lo
     adapted.save_pretrained(str(tmp_path / "adapter"))
     result = done(lora("merge", tmp_path / "adapter", "--out", tmp_path / "merged"))
     assert "PEFT merged it, with the whole model in memory" in result.stdout
+    assert "note: this adapter is not of LoRA's products alone: PEFT merges it" in result.stderr
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     wanted = logits(adapted, tokenizer)
     assert distance(logits(AutoModelForCausalLM.from_pretrained(tiny_llama), tokenizer), wanted) > 1e-3
@@ -632,3 +665,287 @@ def test_words_that_were_added_travel(tied: bool, tiny_llama: Path, tmp_path: Pa
     with torch.no_grad():
         wanted, found = (each.eval()(input_ids=ids).logits for each in (adapted, merged))
     assert distance(found.double(), wanted.double()) < 1e-5
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def tied(request: pytest.FixtureRequest, tmp_path: Path) -> Base:
+    """A model with one tensor for its embedding and its head."""
+    folder: Path = request.getfixturevalue(f"tiny_{request.param}")
+    if request.param == "gpt2":
+        return "gpt2", folder
+    shutil.copytree(folder, tmp_path / "tied")
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "tied" / "config.json").write_text(json.dumps(config))
+    weights = weights_of(folder)
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "tied" / "model.safetensors", {"format": "pt"})
+    return "llama", tmp_path / "tied"
+
+
+ENDS = {
+    "gpt2": ("wte", "transformer.wte.weight", "c_attn"),
+    "llama": ("embed_tokens", "model.embed_tokens.weight", "q_proj"),
+}
+
+
+@pytest.mark.parametrize("saved", [False, "auto"], ids=["bare", "as-peft-saves-it"])
+@pytest.mark.parametrize("ends", ["embedding", "head", "both"])
+def test_an_update_of_one_tied_tensor_is_none_of_the_other(
+    ends: str, saved: bool | str, tied: Base, tmp_path: Path, lora: Any, no_model: None, recwarn: Any
+) -> None:
+    name, folder = tied
+    leaf, stored, linear = ENDS[name]
+    targets = {"embedding": [leaf], "head": ["lm_head"], "both": [leaf, "lm_head"]}[ends]
+    adapter = make_adapter(name, folder, tmp_path / "adapter", saved, target_modules=[*targets, linear])
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not plain.config.tie_word_embeddings
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(adapter))
+    assert distance(logits(plain, tokenizer), logits(adapted, tokenizer)) < 1e-5
+
+    before, after = weights_of(folder)[stored].double(), weights_of(tmp_path / "merged")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    update = {key.removeprefix("base_model.model."): tensor.double() for key, tensor in tensors.items()}
+    layer = stored.removesuffix(".weight")
+    wanted = {stored: before, "lm_head.weight": before}
+    if ends != "head":
+        a, b = update[f"{layer}.lora_embedding_A"], update[f"{layer}.lora_embedding_B"]
+        wanted[stored] = before + ALPHA / R * (b @ a).T
+    if ends != "embedding":
+        a, b = update["lm_head.lora_A.weight"], update["lm_head.lora_B.weight"]
+        wanted["lm_head.weight"] = before + ALPHA / R * b @ a
+    for key, weight in wanted.items():
+        assert (after[key] - weight).abs().max() < 1e-5, key
+
+
+def test_a_tied_model_is_quantized_with_updates_of_its_own(
+    tied: Base, tmp_path: Path, lora: Any, no_model: None, recwarn: Any
+) -> None:
+    name, folder = tied
+    leaf, stored, linear = ENDS[name]
+    adapter = make_adapter(name, folder, tmp_path / "adapter", "auto", target_modules=[leaf, "lm_head", linear])
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+    done(lora("quantize", tmp_path / "merged", "--out", tmp_path / "two-passes"))
+    done(lora("quantize", adapter, "--out", tmp_path / "one-pass"))
+    one, two = weights_of(tmp_path / "one-pass"), weights_of(tmp_path / "two-passes")
+    assert one.keys() == two.keys() and {stored, "lm_head.weight"} < one.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    config = json.loads((tmp_path / "one-pass" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("end", ["embedding", "head"])
+def test_a_tied_tensor_that_was_trained_whole(end: str, tied: Base, tmp_path: Path, lora: Any, recwarn: Any) -> None:
+    name, folder = tied
+    leaf, _, linear = ENDS[name]
+    saved = leaf if end == "embedding" else "lm_head"
+    adapter = make_adapter(name, folder, tmp_path / "adapter", target_modules=[linear], modules_to_save=[saved])
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    bare = logits(base, tokenizer)
+    wanted = logits(PeftModel.from_pretrained(base, str(adapter)), tokenizer)
+    assert distance(bare, wanted) > 0.1
+    assert distance(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), tokenizer), wanted) < 1e-5
+
+
+def test_words_that_were_added_to_a_tied_embedding_that_was_adapted(
+    tied: Base, tmp_path: Path, lora: Any, no_model: None, recwarn: Any
+) -> None:
+    name, folder = tied
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<first>", "<second>"])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=R, target_modules=[ENDS[name][0]]))
+    with torch.no_grad():
+        for key, weight in adapted.named_parameters():
+            if "lora_" in key:
+                weight.add_(0.05)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    tokenizer.save_pretrained(str(tmp_path / "adapter"))
+    done(lora("merge", tmp_path / "adapter", "--out", tmp_path / "merged"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.vocab_size == len(tokenizer)
+    ids = torch.tensor([tokenizer("one <first> two <second> three").input_ids])
+    with torch.no_grad():
+        wanted, found = (each.eval()(input_ids=ids).logits for each in (adapted, merged))
+    assert distance(found.double(), wanted.double()) < 1e-5
+
+
+def test_what_peft_ties_by_itself(tied: Base, tmp_path: Path, lora: Any, no_model: None, recwarn: Any) -> None:
+    name, folder = tied
+    targets = [ENDS[name][0], ENDS[name][2]]
+    adapter = make_adapter(name, folder, tmp_path / "adapter", target_modules=targets, ensure_weight_tying=True)
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(adapter))
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), tokenizer)
+    assert distance(found, logits(adapted, tokenizer)) < 1e-5
+
+
+@pytest.mark.parametrize("verb", ["merge", "quantize"])
+def test_dora_of_a_tied_tensor_is_refused(verb: str, tied: Base, tmp_path: Path, lora: Any, recwarn: Any) -> None:
+    name, folder = tied
+    adapter = make_adapter(name, folder, tmp_path / "adapter", target_modules=[ENDS[name][0]], use_dora=True)
+    before = sorted(tmp_path.rglob("*"))
+    result = lora(verb, adapter, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "one tensor for both" in result.stderr, result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_both_of_two_that_could_have_been_tied(tiny_llama: Path, tmp_path: Path, lora: Any, recwarn: Any) -> None:
+    """A checkpoint that holds two tensors whose configuration says one: Transformers ties them where they are equal."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_llama, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    adapter = make_adapter("llama", folder, tmp_path / "adapter", target_modules=["embed_tokens"])
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+    before, after = weights_of(folder), weights_of(tmp_path / "merged")
+    assert torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+    assert not torch.equal(before["lm_head.weight"], before["model.embed_tokens.weight"])
+    assert not torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("leaf", ["embed_tokens", "lm_head"])
+def test_an_embedding_that_peft_saves_by_itself(
+    leaf: str, tiny_llama: Path, tmp_path: Path, lora: Any, no_model: None, recwarn: Any
+) -> None:
+    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter", "auto", target_modules=[leaf, "q_proj"])
+    assert any(f"{leaf}.base_layer.weight" in name for name in load_file(adapter / "adapter_model.safetensors"))
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    wanted = logits(
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), str(adapter)), tokenizer
+    )
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert found.config.tie_word_embeddings is False
+    assert distance(logits(found, tokenizer), wanted) < 1e-5
+
+
+def started_from(start: str, folder: Path, out: Path) -> Any:
+    """A model that PEFT adapts from where ``start`` puts it, trained a little and saved."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = LoraConfig(task_type="CAUSAL_LM", r=R, target_modules=["q_proj", "v_proj"], init_lora_weights=start)  # type: ignore[arg-type]
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight.add_(0.05 * torch.randn(weight.shape))
+    adapted.save_pretrained(str(out))
+    return adapted
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_of_another_start_merges_as_peft_has_it(
+    start: str, tiny_llama: Path, tmp_path: Path, lora: Any
+) -> None:
+    adapted = started_from(start, tiny_llama, tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    wanted = logits(adapted, tokenizer)
+    result = done(lora("merge", tmp_path / "adapter", "--out", tmp_path / "merged", "--no-verify"))
+    assert "PEFT merges it" in result.stderr
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert distance(logits(found, tokenizer), wanted) < 1e-5
+
+    adapted.merge_and_unload().save_pretrained(tmp_path / "whole")
+    tokenizer.save_pretrained(tmp_path / "whole")
+    done(lora("quantize", tmp_path / "whole", "--out", tmp_path / "wanted", "--method", "int8"))
+    done(lora("quantize", tmp_path / "adapter", "--out", tmp_path / "new" / "int8", "--method", "int8"))
+    one, other = weights_of(tmp_path / "new" / "int8"), weights_of(tmp_path / "wanted")
+    for name, weight in other.items():
+        assert (one[name].double() - weight.double()).abs().max() <= (1 if weight.dtype == torch.int8 else 1e-5), name
+
+
+def test_a_double_in_the_base_is_added_to(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    folder = in_dtype(tiny_llama, torch.float32, tmp_path / "base")
+    before = weights_of(folder)
+    layer = "model.layers.0.self_attn.q_proj"
+    before[f"{layer}.weight"] = before[f"{layer}.weight"].double()
+    save_file(before, folder / "model.safetensors", {"format": "pt"})
+    adapter = make_adapter("llama", folder, tmp_path / "adapter", target_modules=["q_proj"])
+    done(lora("merge", adapter, "--out", tmp_path / "merged", "--no-verify"))
+    found = weights_of(tmp_path / "merged")[f"{layer}.weight"]
+    exact, _ = expected("llama", before, load_file(adapter / "adapter_model.safetensors"), ALPHA / R, False)[
+        f"{layer}.weight"
+    ]
+    assert found.dtype == torch.float64 and (found - exact).abs().max() < 1e-5
+
+
+def test_an_empty_tensor_in_the_base_is_copied(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    folder = in_dtype(tiny_llama, torch.float32, tmp_path / "base")
+    save_file(weights_of(folder) | {"extra": torch.empty(0, 4)}, folder / "model.safetensors", {"format": "pt"})
+    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter")
+    done(lora("merge", adapter, "--base", folder, "--out", tmp_path / "merged", "--no-verify"))
+    assert weights_of(tmp_path / "merged")["extra"].shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.norm.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight", "model.embed_tokens.weight"],
+)
+def test_a_base_without_a_tensor_is_refused(name: str, tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter")
+    folder = in_dtype(tiny_llama, torch.float32, tmp_path / "base")
+    weights = weights_of(folder)
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    result = lora("merge", adapter, "--base", folder, "--out", tmp_path / "merged", "--no-verify")
+    assert result.exit_code == 2 and f"tensor {name} is missing" in result.stderr, result.stderr
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_whole_plain_adapter_is_checked_without_peft(tiny_llama: Path, tmp_path: Path) -> None:
+    """Its import takes longer than many a merge, and more memory than one of a few layers."""
+    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter")
+    code = (
+        "import sys; from lora_cli.cli.app import main; "
+        f"assert main(['merge', {str(adapter)!r}, '--out', {str(tmp_path / 'out')!r}, '--no-verify']) == 0; "
+        "assert not {'peft', 'transformers'} & sys.modules.keys()"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("saved", [False, "auto"], ids=["bare", "as-peft-saves-it"])
+def test_dora_of_an_embedding_merges_as_peft_has_it(
+    saved: bool | str, tiny_llama: Path, tmp_path: Path, lora: Any, recwarn: Any
+) -> None:
+    targets = ["embed_tokens", "q_proj"]
+    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter", saved, target_modules=targets, use_dora=True)
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    wanted = logits(
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), str(adapter)), tokenizer
+    )
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert distance(logits(found, tokenizer), wanted) < 1e-5
+
+
+def test_a_tied_embedding_that_was_saved_as_it_is(tied: Base, tmp_path: Path, lora: Any) -> None:
+    name, folder = tied
+    adapter = make_adapter(name, folder, tmp_path / "adapter", True, target_modules=[ENDS[name][2]])
+    assert any("lm_head.weight" in key for key in load_file(adapter / "adapter_model.safetensors"))
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    wanted = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(adapter)), tokenizer)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert distance(logits(found, tokenizer), wanted) < 1e-5
+
+
+def test_an_embedding_that_peft_saves_by_itself_is_quantized(
+    tiny_llama: Path, tmp_path: Path, lora: Any, no_model: None, recwarn: Any
+) -> None:
+    targets = ["embed_tokens", "lm_head", "q_proj"]
+    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter", "auto", target_modules=targets)
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+    done(lora("quantize", tmp_path / "merged", "--out", tmp_path / "two-passes"))
+    done(lora("quantize", adapter, "--out", tmp_path / "one-pass"))
+    one, two = weights_of(tmp_path / "one-pass"), weights_of(tmp_path / "two-passes")
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)

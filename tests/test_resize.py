@@ -14,7 +14,7 @@ from conftest import Run, done
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_compose import far, products, varied
-from test_merge import Base, R, logits, weights_of
+from test_merge import Base, R, logits, make_adapter, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.weights import extract
@@ -310,3 +310,15 @@ def test_an_adapter_that_names_no_base_stays_without_one(tiny_llama: Path, tmp_p
     shown = done(lora("adapters", "show", tmp_path / "out", "--json")).json
     assert (shown["base"], shown["base_state"]) == (None, "not found")
     assert shown["provenance"]["base"] == {"name_or_path": None, "relative_path": None, "fingerprint": None}
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's, of tied weights and of what it saves
+def test_an_embedding_that_peft_keeps_is_kept(base: Base, tmp_path: Path, lora: Any) -> None:
+    name, folder = base
+    end = "wte" if name == "gpt2" else "embed_tokens"
+    adapter, out = make_adapter(name, folder, tmp_path / "a", True, target_modules=[end]), tmp_path / "out"
+    done(lora("adapters", "resize", adapter, "--rank", "9", "--out", out))
+    assert far(answers(folder, out), answers(folder, adapter)) < 1e-6
+    kept = [load_file(part / "adapter_model.safetensors") for part in (adapter, out)]
+    names = [name for name in kept[0] if "base_layer" in name]
+    assert len(names) == 1 and torch.equal(kept[1][names[0]], kept[0][names[0]])

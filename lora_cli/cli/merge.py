@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lora_cli.weights.merge import Merged
     from lora_cli.weights.provenance import AdapterOrigin
 
+Tell = Callable[[str], object]
 WORTH_TELLING, MANY_UNCHANGED = 0.01, 0.5
 
 
@@ -81,15 +82,16 @@ def command(
     found: list[checking.Verified] = []
     verified = verify or (verify is None and checking.fits(origins[0].base))
     rows = checking.rows_for(origins[0], data) if verified else None
+    tell = None if quiet else tell_beforehand
 
     def check(draft: Path) -> None:
         if rows is not None:
             found.append(checking.verify(origins, draft, out, into, rows))
 
     result = (
-        _quantize(origins, out, dtype, max_shard, check)
+        _quantize(origins, out, dtype, max_shard, tell, check)
         if into == "quantized"
-        else _merge(origins, out, into, dtype, max_shard, check)
+        else _merge(origins, out, into, dtype, max_shard, tell, check)
     )
     report, lines = dataclasses.asdict(result), _lines(result)
     for each in found:
@@ -104,13 +106,14 @@ def find_adapter(adapter: Path, base: str | None = None) -> AdapterOrigin:
     """The adapter of a run or folder, and its base. Raises UserError when it cannot be merged; warns of a run that has
     not ended."""
     from lora_cli.training.run import unfinished
-    from lora_cli.weights.check import read_adapter_config
+    from lora_cli.weights.check import check_foldable, read_adapter_config
     from lora_cli.weights.provenance import adapter_folder, trace
 
     found = adapter_folder(adapter)
     warning = unfinished(adapter, found)
     if warning:
         typer.echo(f"warning: {warning}", err=True)
+    check_foldable(found or adapter)
     origin = trace(found or adapter, base, other_kinds=True)
     if read_adapter_config(origin.folder)["peft_type"] != "LORA":
         from lora_cli.weights.merge_in_memory import check_kind
@@ -119,23 +122,34 @@ def find_adapter(adapter: Path, base: str | None = None) -> AdapterOrigin:
     return origin
 
 
+def tell_beforehand(note: str) -> None:
+    """Say on stderr what is about to be done."""
+    typer.echo(f"note: {note}", err=True)
+
+
 def _merge(
     origins: list[AdapterOrigin],
     out: Path,
     into: Literal["expanded", "original"] | None,
     dtype: str | None,
     max_shard: int,
+    tell: Tell | None,
     check: Callable[[Path], None],
 ) -> Merged:
     import torch
 
     from lora_cli.weights.merge import merge
 
-    return merge(origins, out, into, getattr(torch, dtype) if dtype else None, max_shard, check)
+    return merge(origins, out, into, getattr(torch, dtype) if dtype else None, max_shard, tell, check)
 
 
 def _quantize(
-    origins: list[AdapterOrigin], out: Path, dtype: str | None, max_shard: int, check: Callable[[Path], None]
+    origins: list[AdapterOrigin],
+    out: Path,
+    dtype: str | None,
+    max_shard: int,
+    tell: Tell | None,
+    check: Callable[[Path], None],
 ) -> Merged:
     from lora_cli.weights.merge import Merged
     from lora_cli.weights.quantize_merged import quantize_merged
@@ -145,7 +159,7 @@ def _quantize(
         what = "--into quantized takes one adapter, and the type is that of its training"
         raise UserError(what, str(origin.folder), "leave out the other adapters and --dtype")
     assert origin.recipe is not None and origin.recipe.quantization is not None
-    result = quantize_merged(origin, out, origin.recipe.quantization, max_shard=max_shard, check=check)
+    result = quantize_merged(origin, out, origin.recipe.quantization, max_shard=max_shard, tell=tell, check=check)
     told = f"the base in {result.method}, quantized again"
     return Merged(out, origin.base_name, len(result.layers), told, result.method, result.bytes_after, None, False)
 
@@ -174,6 +188,7 @@ def _lines(result: Merged) -> list[str]:
         lines.insert(0, "this adapter is not of LoRA's products alone: PEFT merged it, with the whole model in memory")
     if result.unchanged and result.unchanged >= WORTH_TELLING:
         told = f"{result.unchanged:.1%} of the numbers in these layers are what they were, rounded to {result.dtype}"
-        advice = "; --dtype float32 would keep what the adapter adds" if result.unchanged > MANY_UNCHANGED else ""
+        could_keep = result.unchanged > MANY_UNCHANGED and result.dtype != "float32"
+        advice = "; --dtype float32 would keep what the adapter adds" if could_keep else ""
         lines.append(f"{told}{advice}")
     return lines

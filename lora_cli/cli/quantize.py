@@ -79,7 +79,9 @@ def command(
     if origin is None:
         result = quantize(stored_model(folder), out, wanted, skipped, max_shard)
     else:
-        result = quantize_merged(origin, out, wanted, skipped, max_shard)
+        from lora_cli.cli.merge import tell_beforehand
+
+        result = quantize_merged(origin, out, wanted, skipped, max_shard, None if quiet else tell_beforehand)
     report: dict[str, Any] = {
         "out": str(out),
         "method": method,

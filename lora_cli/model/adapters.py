@@ -55,13 +55,21 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
 
     PEFT reads a pickle where there is no safetensors file: check_adapter sees to it that there is one.
     """
-    embeddings = base.get_input_embeddings()
-    name = next(name for name, module in base.named_modules() if module is embeddings)
-    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as stored:
-        own = f"base_model.model.{name}.weight"
-        if own in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
-            base.resize_token_embeddings(stored.get_slice(own).get_shape()[0], mean_resizing=False)
+    resize_words(base, folder)
     return PeftModel.from_pretrained(base, str(folder))
+
+
+def resize_words(base: PreTrainedModel, folder: Path) -> None:
+    """Give the base's embeddings the size that the adapter in ``folder`` holds them in, if it does."""
+    ends = [base.get_input_embeddings()]
+    if base.config.get_text_config().tie_word_embeddings:
+        ends.append(base.get_output_embeddings())
+    names = [f"base_model.model.{name}" for name, module in base.named_modules() if module in ends]
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as stored:
+        own = [f"{name}{part}.weight" for name in names for part in ("", ".base_layer")]
+        found = [name for name in own if name in stored.keys()]  # noqa: SIM118 (safe_open is no mapping)
+        if found:
+            base.resize_token_embeddings(stored.get_slice(found[0]).get_shape()[0], mean_resizing=False)
 
 
 def load_adapters(base: PreTrainedModel, folders: Sequence[Path]) -> PeftModel:

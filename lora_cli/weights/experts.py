@@ -25,9 +25,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from lora_cli.errors import UserError
-from lora_cli.weights.check import ADAPTER_CONFIG
-from lora_cli.weights.products import LINEAR, Factors, Place, scaling_of
+from lora_cli.weights.products import Factors, Place, scaling_of
 from lora_cli.weights.shards import TensorInfo, read_tensor
 
 if TYPE_CHECKING:
@@ -121,18 +119,16 @@ def find_experts(
     """What the adapter in ``folder`` adds to stored tensors as ``target_parameters``; None where these are not the
     parameters' parts as they stand. ``halves`` are the adapter's tensors, ``bare`` is the model on meta, which is
     adapted.
-
-    Raises UserError, by tensor, where one is missing or not of the parameter's shape.
     """
-    transforms = get_model_conversion_mapping(bare)
-    converters = [each for each in transforms if isinstance(each, WeightConverter)]
-    sources = _sources(bare, headers, [each for each in transforms if isinstance(each, WeightRenaming)], converters)
+    converters = converters_of(bare)
+    sources = sources_of(bare, headers)
     products: dict[str, ExpertProduct] = {}
     parameters = list(_parameters(folder, bare))
     read_part = functools.lru_cache(maxsize=KEPT)(_read)
     for parameter in parameters:
-        parts = halves.get(parameter.stem, {})
-        scaling = scaling_of(config, parameter.name, _rank(parameter, parts, folder))
+        parts = halves[parameter.stem]
+        rank = parts["A.weight"][1].shape[0] // parameter.shape[0]
+        scaling = scaling_of(config, parameter.name, rank)
         places = _places(parameter.shape, sources.get(parameter.name, {}), headers, converters)
         if places is None:
             return None
@@ -140,20 +136,18 @@ def find_experts(
             count, turned = parameter.shape[0], parameter.turned
             products[stored] = ExpertProduct(parameter.name, parts, scaling, count, turned, expert, rows, read_part)
     stems = frozenset(parameter.stem for parameter in parameters)
-    for surplus in (layer for layer in halves if layer.endswith(".base_layer") and layer not in stems):
-        what = f"tensors {surplus}.lora_A and lora_B are for no parameter that {ADAPTER_CONFIG} names"
-        raise UserError(what, str(folder), f"target_parameters are {', '.join(config['target_parameters'])}")
     return Found(products, stems)
 
 
-def _sources(
-    bare: PreTrainedModel,
-    headers: Mapping[str, TensorInfo],
-    renamings: list[WeightRenaming],
-    converters: list[WeightConverter],
-) -> dict[str, dict[str, str | None]]:
+def converters_of(bare: PreTrainedModel) -> list[WeightConverter]:
+    """How Transformers makes a model's tensors of stored ones that are not the same."""
+    return [each for each in get_model_conversion_mapping(bare) if isinstance(each, WeightConverter)]
+
+
+def sources_of(bare: PreTrainedModel, headers: Mapping[str, TensorInfo]) -> dict[str, dict[str, str | None]]:
     """The stored tensors that each of the model's is made of, with the pattern of a converter that each goes by."""
-    known, prefix = bare.state_dict(), bare.base_model_prefix
+    renamings = [each for each in get_model_conversion_mapping(bare) if isinstance(each, WeightRenaming)]
+    converters, known, prefix = converters_of(bare), bare.state_dict(), bare.base_model_prefix
     sources: dict[str, dict[str, str | None]] = {}
     for stored in sorted(headers, key=dot_natural_key):
         name, pattern = rename_source_key(stored, renamings, converters, prefix, known)
@@ -175,21 +169,6 @@ def _parameters(folder: Path, bare: PreTrainedModel) -> Iterator[_Parameter]:
             yield _Parameter(name, stem, (1, *shape) if len(shape) == 2 else shape, turned)
 
 
-def _rank(parameter: _Parameter, parts: Mapping[str, Place], folder: Path) -> int:
-    """An expert's. Raises UserError where the adapter's tensors are not what the parameter takes."""
-    count, height, width = parameter.shape
-    inner, outer = (height, width) if parameter.turned else (width, height)
-    if parts.keys() != LINEAR:
-        what = f"tensors {parameter.stem}.lora_A and lora_B are missing, for {parameter.name}"
-        raise UserError(what, str(folder), "its file is damaged, or it belongs to another base")
-    (a, b), rank = (parts[part][1].shape for part in ("A.weight", "B.weight")), parts["A.weight"][1].shape[0] // count
-    if a != (rank * count, inner) or b != (outer, rank * count):
-        what = f"tensors {parameter.stem}.lora_A and lora_B are of {list(a)} and {list(b)}, {parameter.name} takes "
-        what += f"[{count} r, {inner}] and [{outer}, {count} r]"
-        raise UserError(what, str(folder), "the adapter belongs to another base, or its file is damaged")
-    return rank
-
-
 def _places(
     shape: tuple[int, int, int],
     sources: Mapping[str, str | None],
@@ -204,7 +183,7 @@ def _places(
         whole = own == shape or (count == 1 and own == shape[1:])
         return [(stored, None if own == shape else 0, slice(None))] if whole else None
     converter = next((each for each in converters if {*each.source_patterns} == {*sources.values()}), None)
-    if converter is None or not _is_plain(converter):
+    if converter is None or not joins_experts(converter):
         return None
     rows = height // len(converter.source_patterns)
     places: list[tuple[str, int | None, slice]] = []
@@ -217,7 +196,7 @@ def _places(
     return places
 
 
-def _is_plain(converter: WeightConverter) -> bool:
+def joins_experts(converter: WeightConverter) -> bool:
     """Whether a converter stacks the experts and lays what is stored apart of each end to end, and nothing else."""
     match converter.operations:
         case [MergeModulelist(dim=0)]:

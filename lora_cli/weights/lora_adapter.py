@@ -15,10 +15,21 @@ import torch
 from safetensors.torch import save_file
 
 from lora_cli.errors import Fault, UserError
-from lora_cli.weights.check import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, check_adapter, read_adapter_config
+from lora_cli.weights.check import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONVERT,
+    EMBEDDINGS,
+    PEFT_PREFIX,
+    check_adapter,
+    check_foldable,
+    is_relative,
+    read_adapter_config,
+)
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.products import EMBEDDING, MAGNITUDE, Factors, Place, Product, adapter_parts, product_of
 from lora_cli.weights.provenance import PROVENANCE, base_record, named_base, now, read_record, versions
+from lora_cli.weights.shards import read_headers, read_tensor, weight_files
 
 
 @dataclass(frozen=True)
@@ -45,8 +56,12 @@ def read_lora(folder: Path) -> LoraAdapter:
 
     Raises UserError when it is none of LoRA's kind, tensors are missing, or hold NaN or infinity.
     """
+    check_foldable(folder)
     check_adapter(folder, None)
     config, read = read_adapter_config(folder), adapter_parts(folder)
+    if is_relative(config):
+        what = f"the adapter's update is not of its base as it is (init_lora_weights: {config['init_lora_weights']})"
+        raise UserError(what, str(folder / ADAPTER_CONFIG), CONVERT)
     if read is None or config.get("target_parameters"):
         what = "holds updates that are no products of two matrices of a layer's own"
         raise UserError(what, str(folder), "LoRA of linear layers and embeddings is handled")
@@ -78,9 +93,23 @@ def check_plain(adapter: LoraAdapter) -> None:
     if adapter.config.get("use_dora"):
         what = "a DoRA adapter's update depends on the base's weights (use_dora)"
         raise UserError(what, str(adapter.folder), "lora merge makes a model of it")
-    if adapter.others:
-        what = f"tensor {next(iter(adapter.others))} stands in place of the base's: it is no update"
-        raise UserError(what, str(adapter.folder), "adapters with LoRA's tensors alone are handled")
+    for name, place in adapter.others.items():
+        if not _is_bases(adapter.base, place):
+            what = f"tensor {name} stands in place of the base's: it is no update"
+            raise UserError(what, str(adapter.folder), "adapters with LoRA's tensors alone are handled")
+
+
+def _is_bases(base: Base, place: Place) -> bool:
+    """Whether a tensor is the base's own embedding or head, which PEFT keeps where it is adapted."""
+    own, info = place
+    if own.split(".")[-2] not in (*EMBEDDINGS, "base_layer") or not Path(base.name).is_dir():
+        return False
+    kept = read_tensor(info, own).float()
+    return any(
+        torch.equal(read_tensor(each, name).float(), kept)
+        for name, each in read_headers(weight_files(Path(base.name))).items()
+        if each.shape == info.shape and name.split(".")[-2] in EMBEDDINGS
+    )
 
 
 def check_same_base(adapters: Sequence[LoraAdapter]) -> None:

@@ -37,6 +37,7 @@ from lora_cli.weights.updates import Changes, Summed, find_changes, stored_name,
 Into = Literal["expanded", "original"]
 BOTH = 1.5
 """Two tensors are held at once that have no more numbers than this, in those of the largest."""
+IN_MEMORY = "this adapter is not of LoRA's products alone: PEFT merges it, with the whole model in memory in float32"
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,15 @@ def merge(
     into: Into | None = None,
     dtype: torch.dtype | None = None,
     max_shard: int = MAX_SHARD,
+    tell: Callable[[str], object] | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> Merged:
     """Write the base with the adapters folded in to ``out``: weights, tokenizer, configurations.
 
     The sum is taken in float32 and stored as ``dtype``, None for the base's own. An adapter that was trained on a
     quantized base is added to that base's weights as training saw them (quantized and expanded again), which is what it
-    was fitted to, or ``into`` the original ones. ``check`` is given the whole folder before it stands at ``out``, which
-    it does not when that raises.
+    was fitted to, or ``into`` the original ones. ``tell`` is told beforehand when PEFT has to do it; ``check`` is given
+    the whole folder before it stands at ``out``, which it does not when that raises.
 
     Raises UserError when ``out`` will not do, the adapters are of different bases, or a sum is no number; ``trace`` has
     checked each adapter against its base.
@@ -123,9 +125,11 @@ def merge(
     if len(origins) > 1 and (sums is None or sums.changes.taken or sums.changes.rescaled):
         what = "several adapters can be added up where all are plain LoRA: no DoRA, and no tensors beside the products"
         raise UserError(what, str(origin.folder), "merge one, then train the others on the result")
+    if sums is None and tell is not None:
+        tell(IN_MEMORY)
     with_tokenizer = next((o.folder for o in origins if (o.folder / "tokenizer_config.json").is_file()), origin.base)
     check_tokenizer(with_tokenizer)
-    needed = sum(math.prod(info.shape) for info in headers.values()) * stored.itemsize
+    needed = sum(math.prod(info.shape) for info in (sums.headers if sums else headers).values()) * stored.itemsize
     with whole_folder(out, needed=needed) as draft:
         if sums is None:
             from lora_cli.weights.merge_in_memory import merge_in_memory
@@ -133,7 +137,7 @@ def merge(
             modules, unchanged = merge_in_memory(origin, quantization, seen, headers, dtype, draft, max_shard), None
         else:
             modules, unchanged = sums.changes.layers, _write(sums, draft, max_shard)
-            _write_config(origin.base, draft, dtype, sums.changes.words)
+            _write_config(origin.base, draft, dtype, sums.changes)
         copy_tokenizer(with_tokenizer, draft)
         for folder, name in ((origin.base, "generation_config.json"), (origin.folder, PROVENANCE)):
             if (folder / name).is_file():
@@ -159,13 +163,15 @@ def find_sums(
     if changes is None:
         return None
     if quantization is None:
-        return Sums(headers, changes, None, {}, seen, dtype)
+        return Sums({**headers, **changes.untied}, changes, None, {}, seen, dtype)
     from lora_cli.weights.quantize import quantized_layers
 
     layers = quantized_layers(base, quantization)
     found = {stored_name(f"{layer}.weight", headers): turned for layer, turned in layers.items()}
     expanded = {name: turned for name, turned in found.items() if name is not None}
-    return Sums(headers, changes, quantization, expanded, seen, dtype) if len(expanded) == len(layers) else None
+    if len(expanded) < len(layers):
+        return None
+    return Sums({**headers, **changes.untied}, changes, quantization, expanded, seen, dtype)
 
 
 def common_quantization(origins: Sequence[AdapterOrigin]) -> Quantization | None:
@@ -201,11 +207,15 @@ def _write(sums: Sums, draft: Path, max_shard: int) -> float:
     return same / numbers if numbers else 0.0
 
 
-def _write_config(base: Path, draft: Path, dtype: torch.dtype | None, words: int | None) -> None:
+def _write_config(base: Path, draft: Path, dtype: torch.dtype | None, changes: Changes) -> None:
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     if dtype is not None:
         config.pop("torch_dtype", None)  # the name of older versions
         config["dtype"] = str(dtype).removeprefix("torch.")
-    if words is not None:
-        config["vocab_size"] = words
+    if changes.words is not None:
+        config["vocab_size"] = changes.words
+    if changes.untied:
+        for section in (config, config.get("text_config")):
+            if isinstance(section, dict):
+                section["tie_word_embeddings"] = False
     (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

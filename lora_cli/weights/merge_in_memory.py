@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.adapters import load_adapter
 from lora_cli.model.base import load_base
+from lora_cli.model.memory import is_out_of_memory
 from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.weights.check import ADAPTER_WEIGHTS, read_adapter_config
 from lora_cli.weights.provenance import AdapterOrigin
 from lora_cli.weights.quantize import expand_quantized
 from lora_cli.weights.shards import TensorInfo, check_finite, read_headers, stored_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+UNMERGED = {"POLY", "XLORA"}
+"""Kinds that PEFT lets no one merge: what they add depends on the row."""
 
 
 def check_kind(folder: Path) -> None:
@@ -26,18 +37,43 @@ def check_kind(folder: Path) -> None:
     except (KeyError, TypeError, ValueError) as error:
         what = f"PEFT {version('peft')} cannot read an adapter of kind {kind}: {error}"
         raise UserError(what, str(folder)) from error
+    if kind in UNMERGED:
+        what = f"an adapter of kind {kind} adds what depends on its input, and cannot be merged"
+        raise UserError(what, str(folder), "load it beside its base with PEFT")
     if config.is_prompt_learning or not hasattr(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "merge_and_unload"):
         what = f"an adapter of kind {kind} changes no weights and cannot be merged"
         raise UserError(what, str(folder), "load it beside its base with PEFT")
 
 
-def _check_loaded(adapted: PeftModel, folder: Path) -> None:
-    """Raises UserError when the file's tensors are not those of the adapter that PEFT has made of it."""
-    wanted, found = set(get_peft_model_state_dict(adapted)), set(read_headers([folder / ADAPTER_WEIGHTS]))
-    faults = [Fault(f"tensor {name} is missing", str(folder)) for name in sorted(wanted - found)]
-    faults += [Fault(f"tensor {name} is none of this adapter's", str(folder)) for name in sorted(found - wanted)]
-    if faults:
-        raise UserError(faults[:5])
+def _load(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """The base with the adapter on it.
+
+    Raises UserError when the file's tensors are not those of the adapter that PEFT has made of it, or the adapter is
+    for one of an embedding and a head that are the same numbers.
+    """
+    is_tied = base.get_input_embeddings().weight is base.get_output_embeddings().weight
+    try:
+        adapted = load_adapter(base, folder)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        what = f"PEFT cannot load the adapter: {' '.join(str(error).split())}"
+        raise UserError(what, str(folder), "it belongs to another base, or its file is damaged") from error
+    if read_adapter_config(folder)["peft_type"] != "LORA":  # whose tensors have been looked at before
+        found = set(read_headers([folder / ADAPTER_WEIGHTS]))
+        wanted, known = (
+            set(get_peft_model_state_dict(adapted, save_embedding_layers=saved)) for saved in (False, True)
+        )
+        faults = [Fault(f"tensor {name} is missing", str(folder)) for name in sorted(wanted - found)]
+        faults += [Fault(f"tensor {name} is none of this adapter's", str(folder)) for name in sorted(found - known)]
+        if faults:
+            raise UserError(faults[:5])
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    adds = [end for end in ends if isinstance(end, BaseTunerLayer) and not isinstance(end, TrainableTokensLayer)]
+    if adds and is_tied:
+        what = "the adapter adds to the embedding or the head of a base that has one tensor for both"
+        raise UserError(what, str(folder), "plain LoRA of them is handled, without DoRA")
+    return adapted
 
 
 def merge_in_memory(
@@ -59,11 +95,13 @@ def merge_in_memory(
     base = load_base(folder, Model(name_or_path=str(folder)), None, torch.device("cpu"), torch.float32)
     if quantization is not None:
         expand_quantized(base, quantization, seen)
-    adapted = load_adapter(base, origin.folder)
-    _check_loaded(adapted, origin.folder)
+    adapted = _load(base, origin.folder)
     modules = len(adapted.targeted_module_names) + len(adapted.base_model.targeted_parameter_names)  # type: ignore[arg-type]
     try:
         merged = adapted.merge_and_unload(safe_merge=True)
+    except NotImplementedError as error:
+        what = "PEFT does not merge adapters of this kind"
+        raise UserError(what, str(origin.folder), "load it beside its base with PEFT") from error
     except ValueError as error:  # NaN or infinity in the sum
         raise UserError(f"the weights cannot be merged: {error}", str(origin.folder)) from error
     for name, parameter in merged.named_parameters():  # a base in bfloat16 may keep its norms in float32

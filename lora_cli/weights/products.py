@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lora_cli.weights.check import ADAPTER_WEIGHTS, PEFT_PREFIX
+from lora_cli.weights.check import ADAPTER_WEIGHTS, PEFT_PREFIX, own_value
 from lora_cli.weights.shards import TensorInfo, read_headers, read_tensor
 
 LINEAR = {"A.weight", "B.weight"}
@@ -86,10 +85,8 @@ def adapter_parts(folder: Path) -> tuple[dict[str, dict[str, Place]], dict[str, 
 
 
 def scaling_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732); an alpha of the layer's own in ``alpha_pattern``,
-    whose keys are the ends of names, or regular expressions for them."""
-    patterns = config.get("alpha_pattern") or {}
-    alpha = next((patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", layer)), config["lora_alpha"])
+    """alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732); an alpha of the layer's own in ``alpha_pattern``."""
+    alpha = own_value(config.get("alpha_pattern"), layer, config["lora_alpha"])
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 

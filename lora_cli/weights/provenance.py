@@ -18,7 +18,7 @@ from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import locate
 from lora_cli.recipe.explain import dotted_keys
 from lora_cli.recipe.schema import Recipe
-from lora_cli.weights.check import check_adapter, read_adapter_config
+from lora_cli.weights.check import check_adapter, is_plainly_whole, read_adapter_config
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.shards import check_whole
 
@@ -103,6 +103,13 @@ def _checked(folder: Path, base: Path, name: str, other_kinds: bool) -> AdapterO
     check_whole(base)
     check_base(folder, base)
     check_adapter(folder, base, other_kinds)
+    is_lora = read_adapter_config(folder)["peft_type"] == "LORA"
+    if not (is_lora and is_plainly_whole(folder, base)):
+        from lora_cli.weights.inventory import check_adapter_tensors, check_base_tensors
+
+        check_base_tensors(base)
+        if is_lora:
+            check_adapter_tensors(folder, base)
     return AdapterOrigin(folder, base, name, recipe_of(folder), read_record(folder).get("dtype"))
 
 

@@ -60,7 +60,7 @@ class Source:
     """The model to quantize: the one in ``folder``, or what an adapter makes of it.
 
     ``read`` gives a tensor by the name ``folder`` stores it under; ``words`` is the size of the vocabulary where the
-    adapter has grown it.
+    adapter has grown it, ``untied`` says that it has given the head a tensor of its own.
     """
 
     folder: Path
@@ -68,6 +68,7 @@ class Source:
     read: Callable[[str], torch.Tensor]
     adapter: Path | None = None
     words: int | None = None
+    untied: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,10 @@ def write_quantized(
     settings = bitsandbytes_config(quantization, best_device())
     if quantization.method != "int8":  # not always what this machine computes best in
         settings.bnb_4bit_compute_dtype = compute_dtype
-    bare, headers = skeleton(load_config(source.folder)), source.headers
+    config, headers = load_config(source.folder), source.headers
+    if source.untied:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    bare = skeleton(config)
     if skip:  # in place of the default, the head
         default = AutoHfQuantizer.from_config(settings).get_modules_to_not_convert(bare)
         settings.llm_int8_skip_modules = sorted({*default, *skip})

@@ -21,12 +21,13 @@ def quantize_merged(
     quantization: Quantization,
     skip: Sequence[str] = (),
     max_shard: int = MAX_SHARD,
+    tell: Callable[[str], object] | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> Quantized:
     """Write what ``merge`` and then ``quantize``, with its ``check``, would write.
 
-    Only where one of the two needs a model in memory, a merged model lies beside ``out`` meanwhile. Raises UserError
-    as both do.
+    Only where one of the two needs a model in memory, a merged model lies beside ``out`` meanwhile; ``tell`` is told
+    beforehand when it is the merge. Raises UserError as both do.
     """
     check_out(out)
     headers = read_headers(weight_files(origin.base))
@@ -36,8 +37,15 @@ def quantize_merged(
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         with draft_folder(out.absolute()) as place:
             merged = place / "merged"
-            merge([origin], merged)
+            merge([origin], merged, tell=tell)
             return quantize(stored_model(merged), out, quantization, skip, max_shard, check)
-    read = sums.read
-    source = Source(origin.base, headers, lambda name: read(name).tensor, origin.folder, sums.changes.words)
+    read, changes = sums.read, sums.changes
+    source = Source(
+        origin.base,
+        sums.headers,
+        lambda name: read(name).tensor,
+        origin.folder,
+        changes.words,
+        untied=bool(changes.untied),
+    )
     return quantize(source, out, quantization, skip, max_shard, check)

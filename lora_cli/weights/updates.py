@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lora_cli.errors import UserError
 from lora_cli.model.files import read_config
-from lora_cli.weights.check import EMBEDDINGS, read_adapter_config
+from lora_cli.weights.check import EMBEDDINGS, is_relative, read_adapter_config
 from lora_cli.weights.pieces import workers
 from lora_cli.weights.products import MAGNITUDE, Place, Product, adapter_parts, product_of
 from lora_cli.weights.shards import TensorInfo, read_tensor
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PIECE = 2**18
 """Numbers of a weight at once in a thread: what is made of them stays in the processor's cache."""
-BITS = {2: torch.int16, 4: torch.int32}
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Types of a number's size: their comparison takes a fraction of the time."""
 
 
@@ -38,12 +38,15 @@ BITS = {2: torch.int16, 4: torch.int32}
 class Changes:
     """What adapters make of a base: products to add and tensors to take instead, by the names the base stores.
 
-    ``turned`` are the weights stored as (in, out), as GPT-2 has them.
+    A product is added to what is taken where there are both. ``turned`` are the weights stored as (in, out), as GPT-2
+    has them; ``untied`` are the embedding and the head of a base that has one tensor for both, with the place of that:
+    an update of one of them is none of the other. Empty where they stay tied.
     """
 
     products: Mapping[str, tuple[Product | ExpertProduct, ...]]
     taken: Mapping[str, Place]
     turned: frozenset[str]
+    untied: Mapping[str, TensorInfo]
 
     @property
     def words(self) -> int | None:
@@ -73,18 +76,26 @@ class Summed:
 def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, TensorInfo]) -> Changes | None:
     """What LoRA adapters do to the tensors that a base stores; None where PEFT has to do it.
 
-    Raises UserError, by tensor, where an adapter lacks some for experts or has them in other shapes.
+    ``trace`` has seen to it that the adapters' tensors are those that the base takes.
     """
     skeleton = functools.cache(lambda: _skeleton(base))
     words = read_config(base).get("vocab_size")
+    read = [(folder, read_adapter_config(folder), adapter_parts(folder)) for folder in adapters]
+    parts = [(folder, config, *found) for folder, config, found in read if found and _is_plain(config)]
+    if len(parts) < len(read):
+        return None
+    layers = {f"{layer}.weight" for *_, halves, _ in parts for layer in halves}
+    saved = {name for *_, others in parts for name in others}
+    ends = _tied_ends(layers | saved, headers, words, skeleton)
+    is_untied = not layers.isdisjoint(ends)
+    untied = _untied(ends, headers) if is_untied else {}
+    if (is_untied and not untied) or (not is_untied and not saved.isdisjoint(ends)):
+        return None
+    headers = {**headers, **untied}
     products: dict[str, tuple[Product, ...]] = {}
     experts: dict[str, tuple[ExpertProduct, ...]] = {}
     taken: dict[str, Place] = {}
-    for folder in adapters:
-        config, read = read_adapter_config(folder), adapter_parts(folder)
-        if config["peft_type"] != "LORA" or read is None:
-            return None
-        halves, others = read
+    for folder, config, halves, others in parts:
         if config.get("target_parameters"):
             from lora_cli.weights.experts import find_experts
 
@@ -92,23 +103,24 @@ def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, Ten
             if of_experts is None:
                 return None
             experts |= {stored: (*experts.get(stored, ()), each) for stored, each in of_experts.products.items()}
-            halves = {layer: parts for layer, parts in halves.items() if layer not in of_experts.stems}
+            halves = {layer: each for layer, each in halves.items() if layer not in of_experts.stems}
         found = {name: stored_name(name, headers) for name in (*others, *(f"{layer}.weight" for layer in halves))}
-        for name, stored in found.items():
-            if stored is None or _is_tied(name, headers[stored], words, skeleton):
-                return None
         for name, (own, info) in others.items():
             stored = found[name]
             if stored is None or (headers[stored].shape != info.shape and not _has_more_words(name, info, words)):
                 return None
             taken[stored] = (own, info)
-        for layer, parts in halves.items():
+            if ".base_layer." in own and stored in untied:  # what was tied when it was saved
+                taken |= {end: (own, info) for end in untied if end not in taken}
+        for layer, each in halves.items():
             stored = found[f"{layer}.weight"]
-            assert stored is not None
-            products[stored] = (*products.get(stored, ()), product_of(config, layer, parts))
-    if taken.keys() & (products.keys() | experts.keys()) or products.keys() & experts.keys():
+            if stored is None:
+                return None
+            products[stored] = (*products.get(stored, ()), product_of(config, layer, each))
+    if (taken.keys() | products.keys()) & experts.keys():
         return None
-    return Changes({**products, **experts}, taken, _turned(products, headers, skeleton))
+    shaped = {**headers, **{name: info for name, (_, info) in taken.items()}}
+    return Changes({**products, **experts}, taken, _turned(products, shaped, skeleton), untied)
 
 
 def summed(changes: Changes, name: str, weight: torch.Tensor, dtype: torch.dtype) -> Summed:
@@ -118,7 +130,7 @@ def summed(changes: Changes, name: str, weight: torch.Tensor, dtype: torch.dtype
     """
     if name in changes.taken:
         own, info = changes.taken[name]
-        return Summed(read_tensor(info, own).to(dtype), 0)
+        weight = read_tensor(info, own)
     if name not in changes.products:
         return Summed(weight.to(dtype) if weight.is_floating_point() else weight, 0)
     products = changes.products[name]
@@ -157,14 +169,42 @@ def _skeleton(base: Path) -> PreTrainedModel:
     return skeleton(load_config(base))
 
 
-def _is_tied(name: str, info: TensorInfo, words: int | None, skeleton: Callable[[], PreTrainedModel]) -> bool:
-    """Whether the tensor is one of the two that may hold the same numbers, the embedding's and the head's."""
-    layer = name.rpartition(".")[0]
-    if layer.rpartition(".")[2] not in EMBEDDINGS and words not in info.shape:
-        return False
+def _is_plain(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter's update is LoRA's, of the base as it is stored."""
+    return config["peft_type"] == "LORA" and not is_relative(config) and not config.get("kasa_config")
+
+
+def _tied_ends(
+    names: Iterable[str],
+    headers: Mapping[str, TensorInfo],
+    words: int | None,
+    skeleton: Callable[[], PreTrainedModel],
+) -> tuple[str, ...]:
+    """The names of the embedding's and the head's weight where these are the same numbers; none where they are not, or
+    none of ``names`` could be one of them."""
+    stored = {name: stored_name(name, headers) for name in names}
+    if not any(
+        name.split(".")[-2] in EMBEDDINGS or place is None or words in headers[place].shape
+        for name, place in stored.items()
+    ):
+        return ()
     bare = skeleton()
     ends = (bare.get_input_embeddings(), bare.get_output_embeddings())
-    return bool(bare.config.get_text_config().tie_word_embeddings) and bare.get_submodule(layer) in ends
+    if not bare.config.get_text_config().tie_word_embeddings:
+        return ()
+    return tuple(f"{name}.weight" for name, module in bare.named_modules() if module in ends)
+
+
+def _untied(ends: Sequence[str], headers: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The two by the names they are to be stored under, with the places of their own or of the one that the base
+    stores; empty where it stores none."""
+    places = {end: stored_name(end, headers) for end in ends}
+    stored = next((headers[place] for place in places.values() if place is not None), None)
+    if stored is None:
+        return {}
+    return {end: stored for end, place in places.items() if place is None} | {
+        place: headers[place] for place in places.values() if place is not None
+    }
 
 
 def _has_more_words(name: str, info: TensorInfo, words: int | None) -> bool:

@@ -1,0 +1,112 @@
+"""Which tensors an adapter and its base have to hold, as PEFT and Transformers lay them out. No weight is loaded."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
+
+from lora_cli.errors import Fault, UserError
+from lora_cli.model.adapters import resize_words
+from lora_cli.model.base import WRONG_VALUES, load_config, skeleton
+from lora_cli.model.files import stored_quantization
+from lora_cli.weights.check import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, SHOWN, misfit
+from lora_cli.weights.experts import converters_of, joins_experts, sources_of
+from lora_cli.weights.shards import read_headers, weight_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def check_base_tensors(base: Path) -> None:
+    """Raises UserError, by tensor, when a base lacks tensors of its model: Transformers makes them up."""
+    bare = skeleton(load_config(base))
+    if stored_quantization(base) or any(len(each.target_patterns) > 1 for each in converters_of(bare)):
+        return  # whose stored names do not tell
+    sources = sources_of(bare, read_headers(weight_files(base)))
+    tied: dict[int, list[str]] = {}
+    for name, parameter in bare.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+    spare = bare._keys_to_ignore_on_load_missing or ()
+    missing = [
+        f"tensor {names[0]} is missing"
+        for names in tied.values()
+        if not any(name in sources or any(re.search(key, name) for key in spare) for name in names)
+    ]
+    missing += _missing_experts(bare, sources)
+    if missing:
+        more = f"{len(missing) - SHOWN} more like these: " if len(missing) > SHOWN else ""
+        *first, last = [Fault(what, str(base)) for what in missing[:SHOWN]]
+        raise UserError([*first, replace(last, hint=f"{more}copy or download the model again")])
+
+
+def _missing_experts(bare: PreTrainedModel, sources: Mapping[str, Mapping[str, str | None]]) -> Iterator[str]:
+    """What is told of parameters that are made of a stored tensor for each expert, and not all of these are there."""
+    for converter in filter(joins_experts, converters_of(bare)):
+        for name, parameter in bare.named_parameters():
+            stored = sources.get(name, {})
+            wanted = parameter.shape[0] * len(converter.source_patterns)
+            if stored and {*stored.values()} <= {*converter.source_patterns} and len(stored) < wanted:
+                yield f"{wanted - len(stored)} of the {wanted} tensors that {name} is made of are missing"
+
+
+def check_adapter_tensors(folder: Path, base: Path) -> None:
+    """Raises UserError, by tensor, when a LoRA adapter's file lacks some that its configuration speaks of, has others,
+    or of other shapes than its base takes."""
+    bare = skeleton(load_config(base))
+    resize_words(bare, folder)
+    kept = _kept(bare)
+    wanted = _wanted(folder, bare)
+    stored = read_headers([folder / ADAPTER_WEIGHTS])
+    found = {_plain(name): (name, info.shape) for name, info in stored.items()}
+    place = str(folder)
+    faults = [Fault(f"tensor {name} is missing", place) for name in sorted(wanted.keys() - found.keys())]
+    for plain, (name, shape) in found.items():
+        right = wanted.get(plain) or kept.get(plain)
+        if right is None:
+            faults.append(Fault(f"tensor {name} is none that {ADAPTER_CONFIG} speaks of", place))
+        elif shape != right:
+            faults.append(Fault(f"tensor {name} has shape {list(shape)}, expected {list(right)}", place))
+    if faults:
+        raise misfit(faults)
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without what PEFT calls a layer that it has put its own around."""
+    return name if ".lora_" in name else name.replace(".base_layer.", ".")
+
+
+def _kept(bare: PreTrainedModel) -> Shapes:
+    """The base's own tensors that PEFT may keep beside an adapter's: its embedding and its head."""
+    ends = (bare.get_input_embeddings(), bare.get_output_embeddings())
+    return {
+        f"{PEFT_PREFIX}{name}.{part}": tuple(tensor.shape)
+        for name, module in bare.named_modules()
+        if module in ends
+        for part, tensor in module.named_parameters()
+    }
+
+
+def _wanted(folder: Path, bare: PreTrainedModel) -> Shapes:
+    """The tensors of the adapter in ``folder``, which is put on ``bare``."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of PEFT's, which are for those who train or load it
+            config = PeftConfig.from_pretrained(str(folder))
+            assert isinstance(config, LoraConfig)
+            config.init_lora_weights = True  # there are no weights to begin from
+            config.alpha_pattern = {}  # which no tensor depends on
+            adapted = get_peft_model(bare, config, low_cpu_mem_usage=True)
+            state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    except (*WRONG_VALUES, NotImplementedError) as error:
+        what = f"PEFT puts no such adapter on this base: {' '.join(str(error).split())}"
+        raise UserError(
+            what, str(folder / ADAPTER_CONFIG), "it belongs to another base, or its file is damaged"
+        ) from error
+    return {_plain(name): tuple(tensor.shape) for name, tensor in state.items()}
