@@ -44,6 +44,7 @@ class Prepared:
     resume: bool
     folder: RunFolder
     base: Path
+    base_digest: str
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     targets: list[Target]
@@ -88,6 +89,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     if adapter.use_dora and recipe.quantization is not None and recipe.quantization.method != "int8":
         check_dora(targets, best_device())
     check_weights(base, bare)
+    digest = fingerprint(base)
     check_attention(config, recipe.model.attn_implementation, best_device())
     if recipe.adapter.init_from is not None:
         check_start(Path(recipe.adapter.init_from), recipe.adapter, [target.name for target in targets])
@@ -102,12 +104,13 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     resume = resume and folder.is_begun
     if resume:
         held_out = validation.fingerprint if validation is not None else None
-        folder.check_same_content(fingerprint(base), train.examples.fingerprint, held_out)
+        folder.check_same_content(digest, train.examples.fingerprint, held_out)
     return Prepared(
         recipe=recipe,
         resume=resume,
         folder=folder,
         base=base,
+        base_digest=digest,
         config=config,
         tokenizer=tokenizer,
         targets=targets,

@@ -143,7 +143,7 @@ class RunFolder:
         faults = [
             Fault(f"--resume: {what} changed since the run began", str(self.root), "restore it, or begin a new run")
             for what, record, new in (
-                ("the base model's weights have", before.get("base"), base),
+                ("the base model's weights or config.json have", before.get("base"), base),
                 ("the training rows have", known, data),
                 ("the validation rows have", known.get("validation"), validation),
             )

@@ -163,7 +163,7 @@ def kept_base(job: Prepared, accelerator: Accelerator, dtype: torch.dtype, displ
         return None
     quantization, cache = job.recipe.quantization, job.folder.cache
     compute_dtype = resolve_compute_dtype(quantization, accelerator.device)
-    name = kept_name(job.base, quantization, dtype, compute_dtype)
+    name = kept_name(job.base, job.base_digest, quantization, dtype, compute_dtype)
     with accelerator.local_main_process_first():
         found = find_kept(cache, name)
         if found is None and accelerator.is_local_main_process:
