@@ -283,11 +283,12 @@ def as_begun(recipe: Recipe, before: Recipe) -> Recipe:
 
 def changed_keys(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
     """The keys, dotted, whose values differ, each with both values."""
-    old, new = _flat(before.model_dump()), _flat(now.model_dump())
+    old, new = flat_keys(before.model_dump()), flat_keys(now.model_dump())
     return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
 
 
-def _flat(dumped: Mapping[str, Any]) -> dict[str, Any]:
+def flat_keys(dumped: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's values by their dotted keys."""
     flat: dict[str, Any] = {}
     for name, section in dumped.items():
         flat |= {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {}
