@@ -20,6 +20,7 @@ from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Data, Recipe
 from lora_cli.training.launched import process_index
 from lora_cli.training.run import RunFolder, as_begun
+from lora_cli.training.zero_config import config_faults
 from lora_cli.weights.check import check_adapter, check_start, check_weights, stored_layers
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.provenance import check_base
@@ -156,13 +157,16 @@ def _check_deepspeed(recipe: Recipe) -> list[Fault]:
     if path is None:
         return []
     try:
-        stage = json.loads(Path(path).read_text(encoding="utf-8"))["zero_optimization"]["stage"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        stage = config["zero_optimization"]["stage"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         hint = 'it is a JSON file such as {"zero_optimization": {"stage": 2}}'
         return [Fault(f"training.deepspeed: names no stage of ZeRO: {error!r}", path, hint)]
     if stage not in (0, 1, 2, 3):
         what = f"training.deepspeed: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3"
         return [Fault(what, path)]
+    if faults := config_faults(config, path):
+        return faults
     if stage == 3 and recipe.quantization is not None:
         return [Fault("training.deepspeed: stage 3 does not shard a quantized base", path, "use training.fsdp: true")]
     if importlib.util.find_spec("deepspeed") is None:
