@@ -333,6 +333,35 @@ def test_a_process_that_dies_ends_the_run(recipe: Callable[..., Path], lora: Any
     assert run_of(dying).column("loss") == pytest.approx(run_of(alone).column("loss"), rel=1e-4)
 
 
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system's own doing")
+def test_processes_end_with_their_launcher(recipe: Callable[..., Path], lora_process: Any) -> None:
+    shared = recipe(TWO | {"training.num_train_epochs": 100, "training.lr_scheduler_type": "constant"})
+    folder = run_of(shared).folder
+    child = start(LORA, "train", shared, "--num-processes", "2")
+    wait_for(folder, 4, child)
+    ranks = children_of(child.pid)
+    assert len(ranks) >= 2
+    child.kill()
+    child.communicate(timeout=20)
+    for _ in range(100):
+        if not any(map(is_alive, ranks)):
+            break
+        time.sleep(0.1)
+    assert not any(map(is_alive, ranks))
+    assert all(is_whole(path) for path in (folder / "checkpoints").glob("step-*"))
+    steps = max(run_of(shared).column("step")) + 1
+    more = ["--num-processes", "2", f"training.max_steps={steps}"]
+    done(lora_process("train", shared, "--resume", *more))
+    assert run_of(shared).column("step") == list(range(1, steps + 1))
+
+
 def test_a_fault_is_told_once(recipe: Callable[..., Path], lora_process: Any) -> None:
     broken = recipe({"adapter.target_modules": ["no_such_layer"]})
     result = lora_process("train", broken, "--num-processes", "2")
