@@ -14,7 +14,10 @@ import torch
 from conftest import TRAIN_KEYS, VALIDATION_KEYS, Run, done
 from safetensors.torch import load_file, save_file
 
+from lora_cli.errors import UserError
 from lora_cli.model.base import has_units_for
+from lora_cli.recipe.load import load_recipe
+from lora_cli.training.run import RunFolder
 
 EVERYTHING_RANDOM = {
     "adapter.lora_dropout": 0.2,
@@ -292,6 +295,33 @@ def test_resume_begins_where_a_run_was_killed_before_it_began(
     assert killed.losses == anew.losses != whole.losses
     assert killed.adapter_bytes == anew.adapter_bytes
     assert not list(killed.folder.glob(".*"))
+
+
+def test_killed_between_record_and_recipe(
+    train: Callable[..., Run], lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of four batches a step was to go on in two processes: its record says so, its recipe not yet."""
+    run = train({"training": {"gradient_accumulation_steps": 4, "max_steps": 2}})
+    whole = train({"training": {"gradient_accumulation_steps": 4, "max_steps": 3}})
+    record = run.info | {"processes": 2, "gradient_accumulation_steps": 2, "finished": None}
+    (run.folder / "run.json").write_text(json.dumps(record))
+    recipe, more = run.folder / "recipe.yaml", ["--resume", "training.max_steps=3", "training.lr_scheduler_type=cosine"]
+
+    def checked(accumulation: int, processes: int) -> None:
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        RunFolder(run.folder).check(
+            load_recipe(recipe, [f"training.gradient_accumulation_steps={accumulation}"]), True, False
+        )
+
+    checked(2, processes=2)
+    checked(4, processes=1)
+    for accumulation, processes in ((4, 2), (2, 1)):
+        with pytest.raises(UserError, match="gradient_accumulation_steps"):
+            checked(accumulation, processes)
+    monkeypatch.delenv("WORLD_SIZE")
+    done(lora("train", recipe, *more))
+    assert run.column("tokens") == whole.column("tokens")
+    assert run.info["processes"] == 1 and run.info["gradient_accumulation_steps"] == 4
 
 
 def test_resume_of_nothing_is_refused(write_recipe: Any, tmp_path: Path, lora: Any) -> None:

@@ -16,7 +16,6 @@ from lora_cli.data.sources import check_sources, sources_of
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import check_model_type, check_quantizable, check_tokenizer, locate
 from lora_cli.model.targets import Target, choose_targets, compile_pattern
-from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Data, Recipe
 from lora_cli.training.launched import process_index
 from lora_cli.training.run import RunFolder, as_begun
@@ -62,7 +61,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     """Check the recipe against folder, data and model. Raises UserError with every fault that a stage can find."""
     folder = RunFolder(recipe.training.output_dir)
     if resume and folder.is_begun:
-        recipe = as_begun(recipe, load_recipe(folder.recipe))
+        recipe = as_begun(recipe, folder.read_recipe())
     _check_without_torch(recipe, folder, resume, overwrite)
 
     from lora_cli.data.examples import check_ids
