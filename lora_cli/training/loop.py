@@ -20,6 +20,7 @@ from lora_cli.errors import Interrupted, RunError, UserError
 from lora_cli.evaluation.loss import Score, evaluation_groups, score, summed_loss, tally_loss
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.training import hidden_states
+from lora_cli.training.announced import announce
 from lora_cli.training.artifacts import write_adapter
 from lora_cli.training.checkpoint import GO_ON, Progress, host_copy, kept
 from lora_cli.training.clock import Clock
@@ -54,7 +55,9 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
     made = publish(job.folder.cache, job.tokenized)
     trainer = None
     try:
+        store = announce(job.cache_keys)
         trainer = set_up(job, display)
+        del store
         trainer.hidden_states = hidden_states.plan(trainer)
         with locked(job.folder.root) if trainer.writes else nullcontext():
             return run(trainer, began)

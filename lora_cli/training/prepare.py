@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import check_model_type, check_quantizable, check_tokenizer, locate
 from lora_cli.model.targets import Target, choose_targets, compile_pattern
 from lora_cli.recipe.schema import Data, Recipe
-from lora_cli.training.launched import process_index
+from lora_cli.training.launched import is_first_here, process_index
 from lora_cli.training.run import RunFolder, as_begun
 from lora_cli.training.zero_config import config_faults
 from lora_cli.weights.check import check_adapter, check_start, check_weights, stored_layers
@@ -213,11 +212,12 @@ def check_data(data: Data) -> list[Fault]:
 def _tokenized(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache: Path) -> list[Cached]:
     """The training rows and, when they have a file of their own, the validation rows."""
     from lora_cli.data.cache import tokenize_cached
+    from lora_cli.training.announced import announced
 
     data = recipe.data
     specs = [data.train, *([] if data.validation is None or isinstance(data.validation, float) else [data.validation])]
-    wait = int(os.environ.get("LOCAL_RANK", "0")) > 0  # the machine's first process publishes them for all
-    return [tokenize_cached(data, sources_of(spec), tokenizer, cache, wait) for spec in specs]
+    published = None if is_first_here() else announced
+    return [tokenize_cached(data, sources_of(spec), tokenizer, cache, published) for spec in specs]
 
 
 def _examples(
