@@ -314,6 +314,7 @@ def test_a_process_that_dies_ends_the_run(recipe: Callable[..., Path], lora: Any
     _, errors = child.communicate(timeout=100)
     assert child.returncode == 3, errors
     assert time.monotonic() - began < 60
+    assert errors.count("error: ") == 1, "the cause alone is told, not what it did to the other process"
     assert "killed (signal 9)" in errors and "the checkpoints are kept; --resume goes on from the newest" in errors
     assert "--resume" in errors
     kept = sorted((folder / "checkpoints").glob("step-*"))
