@@ -59,6 +59,10 @@ class RunError(LoraError):
     exit_code = 3
 
 
+class Aftermath(RunError):
+    """What came over this process because another one of the run failed, which tells the cause. Exit code 3."""
+
+
 class CheckError(LoraError):
     """What was made is not what it should be, by a check that was asked for. Exit code 4."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from bad_input import Arguments, World, case
 
@@ -165,6 +166,44 @@ def deepspeed_of_an_unknown_stage(w: World) -> Arguments:
 @case("zero.json", "training.deepspeed", "stage")
 def deepspeed_of_a_stage_in_words(w: World) -> Arguments:
     return w.train({"training.deepspeed": w.file("zero.json", json.dumps({"zero_optimization": {"stage": "two"}}))})
+
+
+def zero_that_says(w: World, zero: Any = None, **more: Any) -> Arguments:
+    config = {"zero_optimization": {"stage": 2} | (zero or {}), "bf16": {"enabled": "auto"}} | more
+    return w.train({"training.deepspeed": w.file("zero.json", json.dumps(config))})
+
+
+@case("zero.json", "csv_monitor is not taken", "flops_profiler is not taken", "tensorboard is not taken", "remove it")
+def deepspeed_that_writes_elsewhere(w: World) -> Arguments:
+    away = {"enabled": True, "output_path": str(w.root / "elsewhere")}
+    profiler = {"enabled": True, "output_file": str(w.root / "profile.txt")}
+    return zero_that_says(w, csv_monitor=away, tensorboard=away, flops_profiler=profiler)
+
+
+@case("wandb is not taken", "autotuning is not taken", "aio is not taken", "checkpoint is not taken", "data_types")
+def deepspeed_that_does_other_things(w: World) -> Arguments:
+    names = ("wandb", "comet", "autotuning", "aio", "checkpoint", "data_types", "bfloat16", "compression_training")
+    return zero_that_says(w, **{name: {"enabled": True} for name in names})
+
+
+@case("offload_optimizer.nvme_path is not taken", "offload_optimizer.device is 'nvme', expected none or cpu")
+def deepspeed_that_offloads_to_a_disk(w: World) -> Arguments:
+    return zero_that_says(w, {"offload_optimizer": {"device": "nvme", "nvme_path": str(w.root / "elsewhere")}})
+
+
+@case("zero_optimization.offload_param is 'cpu', expected an object")
+def deepspeed_that_offloads_in_a_word(w: World) -> Arguments:
+    return zero_that_says(w, {"offload_param": "cpu"})
+
+
+@case("zero_optimization.overlap_com is not taken", "did you mean 'overlap_comm'?")
+def deepspeed_key_that_is_misspelt(w: World) -> Arguments:
+    return zero_that_says(w, {"overlap_com": True})
+
+
+@case("zero_optimization.overlap_comm is no number or word")
+def deepspeed_key_that_is_an_object(w: World) -> Arguments:
+    return zero_that_says(w, {"overlap_comm": {"path": "elsewhere"}})
 
 
 @case("WANDB_API_KEY looks to be a secret")

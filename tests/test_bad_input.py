@@ -98,6 +98,26 @@ def test_it_is_refused(case: Case, world: World, lora: Any, no_curves: None, mon
     assert everything_in(world.root) == before
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_run_writes_in_its_folder_alone(
+    processes: str, write_recipe: Any, lora_process: Any, tmp_path: Path, qa_file: Path
+) -> None:
+    """Neither in the working directory, nor at home, nor where programs put what is temporary."""
+    places = {"HOME": "home", "TMPDIR": "tmp", "HF_HOME": "home/hub", "XDG_CACHE_HOME": "home/cache"}
+    for place in ("here", *places.values()):
+        (tmp_path / place).mkdir()
+    recipe = write_recipe({"data.validation": 0.2, "training.output_dir": "run", "quantization.method": "nf4"})
+    before = everything_in(tmp_path)
+    env = {name: str(tmp_path / place) for name, place in places.items()} | {"PYTHONDONTWRITEBYTECODE": "1"}
+    result = lora_process("train", recipe, "--num-processes", processes, env=env, cwd=tmp_path / "here")
+    assert result.exit_code == 0, result.stderr
+    after = everything_in(tmp_path)
+    assert "here/run/adapter/adapter_model.safetensors" in after
+    fonts = ("home/.config", "home/cache/matplotlib")  # the list that matplotlib keeps for itself
+    outside = {name: kept for name, (_, kept) in after.items() if not name.startswith(("here/run", *fonts))}
+    assert outside == {name: kept for name, (_, kept) in before.items()}
+
+
 @pytest.mark.parametrize("path", sorted(REPOSITORY.glob("configs/*.yaml")), ids=lambda path: path.name)
 def test_recipes_that_are_shipped_are_read(path: Path) -> None:
     from lora_cli.recipe.load import load_recipe

@@ -10,10 +10,9 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
@@ -35,6 +34,7 @@ from lora_cli.data.tokenize import tokenize
 from lora_cli.errors import RunError, UserError
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Data, Source
+from lora_cli.training.announced import announce
 from lora_cli.training.lock import check_unlocked, locked
 from lora_cli.training.prepare import prepare
 
@@ -50,9 +50,9 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def cached(tokenizer: Any, folder: Path, train: Any, wait: bool = False, **settings: Any) -> Cached:
+def cached(tokenizer: Any, folder: Path, train: Any, published: Any = None, **settings: Any) -> Cached:
     data = Data(train=train, **settings)
-    return tokenize_cached(data, sources_of(data.train), tokenizer, folder / "cache", wait)
+    return tokenize_cached(data, sources_of(data.train), tokenizer, folder / "cache", published)
 
 
 @pytest.fixture
@@ -293,41 +293,46 @@ def test_withdrawing_leaves_what_was_there(tokenizer: Any, tmp_path: Path, rows_
     assert [path.name for path in (tmp_path / "runs").rglob("*")] == ["other"]
 
 
-def test_the_rows_are_waited_for(tokenizer: Any, tmp_path: Path, rows_file: str) -> None:
+def test_rows_are_those_that_another_process_has_published(tokenizer: Any, tmp_path: Path, rows_file: str) -> None:
     first = cached(tokenizer, tmp_path, rows_file)
     *_, file = publish(tmp_path / "cache", [first])
+    found = cached(tokenizer, tmp_path, rows_file, published=lambda: {first.key, "another"})
+    assert not found.fresh
+    assert found.tokenized.examples.fingerprint == first.tokenized.examples.fingerprint
+    with pytest.raises(UserError, match="the rows are not those that this machine's first process has read"):
+        cached(tokenizer, tmp_path, rows_file, published=lambda: {"another"})
     put(file, file.read_bytes()[:-1])
-    found: list[Cached] = []
-    waiting = threading.Thread(
-        target=lambda: found.append(cached(tokenizer, tmp_path, rows_file, wait=True)), daemon=True
-    )
-    waiting.start()
-    waiting.join(0.5)
-    assert not found, "a torn file is not what is waited for"
-    publish(tmp_path / "cache", [first])
-    waiting.join(20)
-    assert not found[0].fresh
-    assert found[0].tokenized.examples.fingerprint == first.tokenized.examples.fingerprint
+    with pytest.raises(RunError, match="cannot be read"):
+        cached(tokenizer, tmp_path, rows_file, published=lambda: {first.key})
 
 
-def test_a_machines_other_processes_wait_for_its_first(
+def test_a_machines_other_processes_take_what_its_first_has_read(
     write_recipe: Any, tmp_path: Path, qa_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     separate = shutil.copy(qa_file, tmp_path / "held_out.jsonl")
     recipe = load_recipe(write_recipe({"data.validation": str(separate), "data.train_on": "all"}))
     first = prepare(recipe, resume=False, overwrite=False)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    found: list[Any] = []
-    waiting = threading.Thread(target=lambda: found.append(prepare(recipe, False, False)), daemon=True)
-    waiting.start()
-    time.sleep(0.5)
-    assert not found
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     publish(first.folder.cache, first.tokenized)
-    waiting.join(30)
-    assert found[0].from_cache and not first.from_cache
-    assert found[0].train.examples.fingerprint == first.train.examples.fingerprint
-    assert found[0].validation.fingerprint == first.validation.fingerprint
-    assert publish(found[0].folder.cache, found[0].tokenized) == []
+    store = announce(first.cache_keys)
+    assert store is not None
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
+    found = prepare(recipe, resume=False, overwrite=False)
+    assert found.from_cache and not first.from_cache
+    assert found.train.examples.fingerprint == first.train.examples.fingerprint
+    assert found.validation and first.validation
+    assert found.validation.fingerprint == first.validation.fingerprint
+    assert publish(found.folder.cache, found.tokenized) == []
+    assert announce(found.cache_keys) is None
+
+    qa_file.write_text(qa_file.read_text().replace("lamp", "lamb", 1))
+    with pytest.raises(UserError, match=r"qa\.jsonl: the rows are not those"):
+        prepare(recipe, resume=False, overwrite=False)
 
 
 def test_a_run_tokenizes_once(write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None, qa_file: Path) -> None:

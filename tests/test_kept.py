@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights import kept
-from lora_cli.weights.fingerprint import fingerprint
 
 QUANTIZING = "quantizing it to"
 METHODS = [("nf4", True), ("nf4", False), ("fp4", True), ("int8", True)]
@@ -118,10 +117,8 @@ def test_every_other_base_or_recipe_has_its_own(quantized: Any, tiny_gpt2: Path,
     weights["transformer.h.0.ln_1.weight"] += 1
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     trained({"model.dtype": "bfloat16"}, anew=True)
-    weights["transformer.wte.weight"][100] += 1  # none of the samples that the fingerprint takes
-    before = fingerprint(base)
+    weights["transformer.wte.weight"][100] += 1
     save_file(weights, base / "model.safetensors", {"format": "pt"})
-    assert fingerprint(base) == before
     trained({"model.dtype": "bfloat16"}, anew=True)
     assert len(names) == 6
     run, _ = quantized("run", own | {"quantization": ...})

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from lora_cli.training.checkpoint import is_whole
+from lora_cli.training.zero_config import config_faults
 from tests.conftest import Run, done
 
 TWO = {"training.gradient_accumulation_steps": 2}
@@ -107,19 +108,58 @@ def start(command: Sequence[str], *arguments: str | Path) -> subprocess.Popen[st
     )
 
 
-def test_two_machines_of_one_process_each(recipe: Callable[..., Path], lora: Any) -> None:
-    alone = recipe({"data.packing": True})
-    shared = recipe({"data.packing": True} | TWO)
+def on_two_machines(*arguments: Sequence[str | Path]) -> list[subprocess.Popen[str]]:
+    """``lora`` in one process on each of two machines, with these arguments there."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     machines = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port, "--machine_rank"]
-    children = [start(launched(*machines, rank), "train", shared) for rank in "01"]
+    return [start(launched(*machines, str(rank)), *given) for rank, given in enumerate(arguments)]
+
+
+def test_two_machines_of_one_process_each(recipe: Callable[..., Path], lora: Any) -> None:
+    alone = recipe({"data.packing": True})
+    shared = recipe({"data.packing": True} | TWO)
+    children = on_two_machines(["train", shared], ["train", shared])
     done(lora("train", alone))
     for child in children:
         _, errors = child.communicate(timeout=200)
         assert child.returncode == 0, errors
     assert_same_numbers(run_of(shared), run_of(alone))
+
+
+@pytest.mark.parametrize("differ", [True, False])
+def test_machines_that_would_train_otherwise_are_refused(
+    differ: bool, recipe: Callable[..., Path], tiny_gpt2: Path, tmp_path: Path
+) -> None:
+    """Rows, base and recipe are compared by what they hold: only where they lie may differ."""
+    shared = recipe(TWO | {"training.num_train_epochs": 1})
+    rows, base = tmp_path / "there.jsonl", tmp_path / "there"
+    lines = (tmp_path / "uneven.jsonl").read_text().splitlines(keepends=True)
+    rows.write_text("".join(reversed(lines) if differ else lines))
+    shutil.copytree(tiny_gpt2, base)
+    if differ:
+        config = base / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"layer_norm_epsilon": 0.5}))
+    there = [f"data.train={rows}", f"model.name_or_path={base}"]
+    there += ["training.learning_rate=0.02", "quantization.method=int8"] if differ else []
+    children = on_two_machines(["train", shared], ["train", shared, *there])
+    errors = [child.communicate(timeout=200)[1] for child in children]
+    if not differ:
+        assert [child.returncode for child in children] == [0, 0], errors
+        return
+    assert all(child.returncode for child in children)
+    for told in errors:
+        for what in (
+            "training.learning_rate is 0.02, but 0.01",
+            "quantization.method is 'int8', but None",
+            "the base's fingerprint is ",
+            "the training rows' fingerprint is ",
+            "the validation rows' fingerprint is ",
+        ):
+            assert f"process 1 on {socket.gethostname()}: {what}" in told
+        assert "loading" not in told
+    assert not run_of(shared).folder.exists()
 
 
 WITHOUT_LOGITS = """
@@ -249,6 +289,14 @@ def test_zero_refused(
     assert not run_of(refused).folder.exists()
 
 
+def test_what_zero_configurations_usually_say_is_taken() -> None:
+    offload = {"device": "cpu", "pin_memory": True}
+    buffers = {"stage3_prefetch_bucket_size": "auto", "stage3_max_live_parameters": 1e9, "reduce_bucket_size": "auto"}
+    zero = {"stage": 3, "overlap_comm": True, "offload_optimizer": offload, "offload_param": offload} | buffers
+    usual = {"bf16": {"enabled": "auto"}, "optimizer": {"type": "AdamW"}, "gradient_clipping": "auto"}
+    assert config_faults({"zero_optimization": zero, "steps_per_print": 10} | usual, "zero.json") == []
+
+
 def children_of(process: int) -> list[int]:
     return [int(line) for line in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
@@ -266,6 +314,7 @@ def test_a_process_that_dies_ends_the_run(recipe: Callable[..., Path], lora: Any
     _, errors = child.communicate(timeout=100)
     assert child.returncode == 3, errors
     assert time.monotonic() - began < 60
+    assert errors.count("error: ") == 1, "the cause alone is told, not what it did to the other process"
     assert "killed (signal 9)" in errors and "the checkpoints are kept; --resume goes on from the newest" in errors
     assert "--resume" in errors
     kept = sorted((folder / "checkpoints").glob("step-*"))
@@ -283,6 +332,35 @@ def test_a_process_that_dies_ends_the_run(recipe: Callable[..., Path], lora: Any
     assert run_of(dying).column("step") == list(range(1, steps + 1))
     assert run_of(dying).column("tokens") == run_of(alone).column("tokens")
     assert run_of(dying).column("loss") == pytest.approx(run_of(alone).column("loss"), rel=1e-4)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system's own doing")
+def test_processes_end_with_their_launcher(recipe: Callable[..., Path], lora_process: Any) -> None:
+    shared = recipe(TWO | {"training.num_train_epochs": 100, "training.lr_scheduler_type": "constant"})
+    folder = run_of(shared).folder
+    child = start(LORA, "train", shared, "--num-processes", "2")
+    wait_for(folder, 4, child)
+    ranks = children_of(child.pid)
+    assert len(ranks) >= 2
+    child.kill()
+    child.communicate(timeout=20)
+    for _ in range(100):
+        if not any(map(is_alive, ranks)):
+            break
+        time.sleep(0.1)
+    assert not any(map(is_alive, ranks))
+    assert all(is_whole(path) for path in (folder / "checkpoints").glob("step-*"))
+    steps = max(run_of(shared).column("step")) + 1
+    more = ["--num-processes", "2", f"training.max_steps={steps}"]
+    done(lora_process("train", shared, "--resume", *more))
+    assert run_of(shared).column("step") == list(range(1, steps + 1))
 
 
 def test_a_fault_is_told_once(recipe: Callable[..., Path], lora_process: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,10 @@ import torch
 from conftest import TRAIN_KEYS, VALIDATION_KEYS, Run, done
 from safetensors.torch import load_file, save_file
 
+from lora_cli.errors import UserError
 from lora_cli.model.base import has_units_for
+from lora_cli.recipe.load import load_recipe
+from lora_cli.training.run import RunFolder
 
 EVERYTHING_RANDOM = {
     "adapter.lora_dropout": 0.2,
@@ -222,10 +226,61 @@ def test_resume_refuses_changed_rows_and_another_base_before_loading_it(
         file.write_text(file.read_text().replace("lamp", "lamb", 1))
     result = lora("train", run.folder / "recipe.yaml", "--resume")
     assert result.exit_code == 2
-    for what in ("the base model's weights have", "the training rows have", "the validation rows have"):
+    for what in ("the base model's weights or config.json have", "the training rows have", "the validation rows have"):
         assert f"--resume: {what} changed since the run began" in result.stderr
     assert "loading" not in result.stderr
     assert files_of(run) == before
+
+
+def edit_config(base: Path, **changes: Any) -> None:
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def one_number(base: Path) -> None:
+    """Another number in the middle of nowhere."""
+    weights = load_file(base / "model.safetensors")
+    weights["transformer.wte.weight"][100, 7] = 0
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+
+
+def in_other_files(base: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    names = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(weights)}
+    for file in set(names.values()):
+        save_file({name: weights[name] for name in names if names[name] == file}, base / file, {"format": "pt"})
+    (base / "model.safetensors").unlink()
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+OTHER_BASES: dict[str, Callable[[Path], None]] = {
+    "another epsilon": lambda base: edit_config(base, layer_norm_epsilon=0.5),
+    "other heads": lambda base: edit_config(base, n_head=2),
+    "one number": one_number,
+}
+SAME_BASES: dict[str, Callable[[Path], None]] = {
+    "notes": lambda base: edit_config(base, use_cache=False, transformers_version="4.0", _name_or_path="x"),
+    "files": in_other_files,
+}
+
+
+@pytest.mark.parametrize("change", [*OTHER_BASES, *SAME_BASES])
+def test_the_base_is_known_by_all_its_numbers(
+    change: str, train: Callable[..., Run], tiny_gpt2: Path, tmp_path: Path, lora: Any
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_gpt2, base)
+    run = train({"model.name_or_path": base, "training.max_steps": 2})
+    (OTHER_BASES | SAME_BASES)[change](base)
+    resumed = lora("train", run.folder / "recipe.yaml", "--resume", "training.max_steps=3")
+    merged = lora("merge", run.folder, "--out", tmp_path / "merged", "--no-verify")
+    if change in SAME_BASES:
+        assert done(resumed) and done(merged)
+        return
+    assert resumed.exit_code == merged.exit_code == 2
+    assert "the base model's weights or config.json have changed since the run began" in resumed.stderr
+    assert "weights or config.json" in merged.stderr and "not those it was trained on" in merged.stderr
+    assert run.column("step") == [1, 2]
 
 
 @pytest.mark.parametrize("left", ["a draft", "a record", "another run's checkpoints"])
@@ -244,6 +299,33 @@ def test_resume_begins_where_a_run_was_killed_before_it_began(
     assert killed.losses == anew.losses != whole.losses
     assert killed.adapter_bytes == anew.adapter_bytes
     assert not list(killed.folder.glob(".*"))
+
+
+def test_killed_between_record_and_recipe(
+    train: Callable[..., Run], lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of four batches a step was to go on in two processes: its record says so, its recipe not yet."""
+    run = train({"training": {"gradient_accumulation_steps": 4, "max_steps": 2}})
+    whole = train({"training": {"gradient_accumulation_steps": 4, "max_steps": 3}})
+    record = run.info | {"processes": 2, "gradient_accumulation_steps": 2, "finished": None}
+    (run.folder / "run.json").write_text(json.dumps(record))
+    recipe, more = run.folder / "recipe.yaml", ["--resume", "training.max_steps=3", "training.lr_scheduler_type=cosine"]
+
+    def checked(accumulation: int, processes: int) -> None:
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        RunFolder(run.folder).check(
+            load_recipe(recipe, [f"training.gradient_accumulation_steps={accumulation}"]), True, False
+        )
+
+    checked(2, processes=2)
+    checked(4, processes=1)
+    for accumulation, processes in ((4, 2), (2, 1)):
+        with pytest.raises(UserError, match="gradient_accumulation_steps"):
+            checked(accumulation, processes)
+    monkeypatch.delenv("WORLD_SIZE")
+    done(lora("train", recipe, *more))
+    assert run.column("tokens") == whole.column("tokens")
+    assert run.info["processes"] == 1 and run.info["gradient_accumulation_steps"] == 4
 
 
 def test_resume_of_nothing_is_refused(write_recipe: Any, tmp_path: Path, lora: Any) -> None:

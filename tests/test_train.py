@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -608,3 +610,17 @@ def test_recipe_in_the_folder_is_whole(train: Callable[..., Run]) -> None:
     assert set(recipe) >= {"model", "adapter", "data", "training"}
     assert recipe["training"]["per_device_train_batch_size"] == 2
     assert recipe["training"]["optim"] == "adamw_torch_fused"
+
+
+def test_nobody_reading_along_does_not_end_a_run(write_recipe: Any, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lora_cli", "train", str(write_recipe())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+        assert child.stdout is not None
+        assert "loading" in child.stdout.readline()
+        child.stdout.close()  # as of: lora train recipe.yaml 2>&1 | head -1
+        assert child.wait(timeout=100) == 0
+    run = Run(tmp_path / "run")
+    assert run.column("step") == [1, 2, 3, 4]
+    assert run.adapter_bytes and run.info["finished"]
+    log = (run.folder / "train.log").read_text()
+    assert all(f"step {step}  loss" in log for step in (1, 2, 3, 4))

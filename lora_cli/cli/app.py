@@ -21,7 +21,7 @@ import typer
 
 from lora_cli import __version__
 from lora_cli.cli import adapters, evaluate, explain, merge, quantize, train
-from lora_cli.errors import Interrupted, LoraError, RunError, UserError
+from lora_cli.errors import Aftermath, Interrupted, LoraError, RunError, UserError
 from lora_cli.training.launched import process_index
 
 app = typer.Typer(
@@ -44,7 +44,7 @@ app.command("explain")(explain.command)
 
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 _SHOWN = 12  # faults; more fill a screen
-_SECONDS_FOR_THE_FIRST = 30  # to tell what another process of the run has found as well
+_SECONDS_FOR_THE_FIRST = 30  # to tell what another process of the run has found, or suffered, as well
 
 
 def _version(asked: bool) -> None:
@@ -152,8 +152,8 @@ def _leave_out_the_compiler() -> None:
 def _tell(error: LoraError) -> None:
     if process_index() > 0 and isinstance(error, Interrupted):
         return  # the first process tells it
-    if process_index() > 0 and not isinstance(error, RunError):
-        # Every process finds the same fault, and the launcher ends all of them once one has ended: let the first tell.
+    if isinstance(error, Aftermath) or (process_index() > 0 and not isinstance(error, RunError)):
+        # Another process tells the cause, or the same fault, and the launcher ends all of them once one has ended.
         time.sleep(_SECONDS_FOR_THE_FIRST)
     for fault in error.faults[:_SHOWN]:
         typer.secho("error: ", fg="red", bold=True, nl=False, err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,12 +27,12 @@ def command(
     """Fine-tune a model by a recipe."""
     from lora_cli.errors import UserError
     from lora_cli.recipe.load import load_recipe
+    from lora_cli.training.launched import end_with_launcher, process_count, process_index
 
+    end_with_launcher()
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     loaded = load_recipe(recipe, overrides or ())
-
-    from lora_cli.training.launched import process_count, process_index
 
     if num_processes > 1 and process_count() == 1:
         from lora_cli.training.launch import launch
@@ -42,7 +43,7 @@ def command(
         options = [flag for flag, given in flags.items() if given]
         raise typer.Exit(launch(["train", str(recipe), *(overrides or ()), *options], num_processes, folder))
 
-    from lora_cli.training.display import Display
+    from lora_cli.training.display import Display, silence
     from lora_cli.training.prepare import prepare
 
     job = prepare(loaded, resume, overwrite)
@@ -54,10 +55,13 @@ def command(
     if process_index() > 0:
         return
     write_report(job.folder)
-    if json:
-        typer.echo(jsonlib.dumps({"run": str(job.folder.root), **info["result"]}))
-    else:
-        _summarize(str(job.folder.root), info["result"])
+    try:
+        if json:
+            typer.echo(jsonlib.dumps({"run": str(job.folder.root), **info["result"]}))
+        else:
+            _summarize(str(job.folder.root), info["result"])
+    except BrokenPipeError:
+        silence(sys.stdout)
 
 
 def _summarize(run: str, result: dict[str, Any]) -> None:

@@ -13,9 +13,8 @@ import mmap
 import os
 import re
 import shutil
-import time
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +49,6 @@ OWN_FILE = re.compile(r"([0-9a-f]{64})\.safetensors|\.[0-9a-f]{64}\.[0-9a-f]{32}
 """A cached file, its key a group, or the draft of one."""
 # No format reads anything but text, lists and objects: of other values, which Parquet holds, the kind will do.
 CONTENT = json.JSONEncoder(default=lambda value: type(value).__name__)
-LOOK_AGAIN = 0.2
 
 
 @dataclass(frozen=True)
@@ -63,20 +61,30 @@ class Cached:
 
 
 def tokenize_cached(
-    data: Data, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, cache: Path, wait: bool
+    data: Data,
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path,
+    published: Callable[[], Collection[str]] | None = None,
 ) -> Cached:
     """The rows of the sources, tokenized whole: read from the folder ``cache`` when it has them; writes nothing.
 
-    With ``wait`` they are waited for: another process of the run tokenizes them and publishes them. Raises UserError at
-    the first row that is wrong.
+    With ``published`` another process of the run tokenizes them and publishes them: it waits for that and tells under
+    which keys. Raises UserError at the first row that is wrong, and for other rows than that process has read.
     """
     settings = _settings_digest(data, tokenizer)
-    if wait or any(cache.glob("*.safetensors")):
+    if published is not None or any(cache.glob("*.safetensors")):
         digest = settings.copy()
         for _ in _counted_in(digest, whole_rows(sources)):
             pass
         key = digest.hexdigest()
-        found = _wait_for(cache, key) if wait else _read(cache, key)
+        if published is not None and key not in published():
+            what = "the rows are not those that this machine's first process has read, or the tokenizer is another"
+            paths = ", ".join(source.path for source in sources)
+            raise UserError(what, paths, "leave them as they are while a run begins, and give all the same recipe")
+        found = _read(cache, key)
+        if found is None and published is not None:
+            raise RunError("rows that were just written cannot be read", str(cache), "begin the run again")
         if found is not None:
             return Cached(found, key, fresh=False)
     digest = settings.copy()
@@ -142,13 +150,6 @@ def _counted_in(digest: hashlib._Hash, rows: Iterator[Row]) -> Iterator[Row]:
             raise UserError(f"cannot be read: {error}", row.where, "leave that column out") from error
         digest.update(text.encode() + b"\n")
         yield row
-
-
-def _wait_for(cache: Path, key: str) -> Tokenized:
-    """Look until another process has published the rows; the launcher ends us when that one fails."""
-    while (found := _read(cache, key)) is None:
-        time.sleep(LOOK_AGAIN)
-    return found
 
 
 def _read(cache: Path, key: str) -> Tokenized | None:

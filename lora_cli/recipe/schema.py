@@ -243,7 +243,8 @@ class Training(Section):
     deepspeed: Text | None = Field(
         None,
         description="DeepSpeed's configuration, a JSON file whose zero_optimization says what is sharded (ZeRO). Batch "
-        "sizes, optimizer, schedule, clipping and precision stay the recipe's.",
+        "sizes, optimizer, schedule, clipping and precision stay the recipe's; what does anything but share the work "
+        "out (monitors, profilers, offloading to a disk, ...) is refused.",
     )
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"], ...] = Field(
         (), description="Trackers that get the metrics too, through Accelerate."

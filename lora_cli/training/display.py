@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 from rich.console import Console
@@ -15,6 +16,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from lora_cli.errors import unwritable
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Fall silent: that nobody reads any more is no reason to end a run, whose log goes on."""
+        self.quiet = True
+        silence(sys.stderr)
+
+
+def silence(stream: TextIO) -> None:
+    """Let all that is still written to a stream go nowhere: its reader is gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 class Display:
@@ -26,7 +41,7 @@ class Display:
 
     def __init__(self, quiet: bool = False, silent: bool = False) -> None:
         self.quiet = quiet
-        self.console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), quiet=silent)
+        self.console = _Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), quiet=silent)
         self._log: Path | None = None
         self._progress: Progress | None = None
         self._task = TaskID(0)

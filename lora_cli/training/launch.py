@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Sequence
 
 import psutil
@@ -33,7 +34,8 @@ def launch(arguments: Sequence[str], processes: int, folder: RunFolder) -> int:
     for name in ("torch.distributed.elastic", "accelerate"):  # what fails is told once, by the process it fails in
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        launch_command(launch_command_parser().parse_args([*options, *arguments]))
+        with tempfile.TemporaryDirectory() as logs:  # else the launcher makes one of its own, and leaves it
+            launch_command(launch_command_parser().parse_args([f"--log_dir={logs}", *options, *arguments]))
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     except ChildFailedError as failed:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.autograd.graph import save_on_cpu
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_cli.data.batches import Step
 from lora_cli.data.cache import prune, publish, withdraw
-from lora_cli.errors import Interrupted, RunError, UserError
+from lora_cli.errors import Aftermath, Interrupted, RunError, UserError
 from lora_cli.evaluation.loss import Score, evaluation_groups, score, summed_loss, tally_loss
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.training import hidden_states
+from lora_cli.training.announced import announce
 from lora_cli.training.artifacts import write_adapter
 from lora_cli.training.checkpoint import GO_ON, Progress, host_copy, kept
 from lora_cli.training.clock import Clock
@@ -54,7 +56,9 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
     made = publish(job.folder.cache, job.tokenized)
     trainer = None
     try:
+        store = announce(job.cache_keys)
         trainer = set_up(job, display)
+        del store
         trainer.hidden_states = hidden_states.plan(trainer)
         with locked(job.folder.root) if trainer.writes else nullcontext():
             return run(trainer, began)
@@ -71,7 +75,7 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
         if process_count() == 1 or not isinstance(error, RuntimeError) or not is_broken_connection(error):
             raise
         what = "the connection to another process of this run broke"
-        raise RunError(what, str(job.folder.root), kept(job.folder.checkpoints, GO_ON)) from error
+        raise Aftermath(what, str(job.folder.root), kept(job.folder.checkpoints, GO_ON)) from error
 
 
 def run(trainer: Trainer, began: float) -> dict[str, Any]:
@@ -123,7 +127,7 @@ def save_adapter(trainer: Trainer, info: dict[str, Any], untrained: dict[str, st
     job, weights = trainer.job, whole_weights(trainer)
     row = torch.tensor(job.train.examples.row(0)[0][:PROOF_TOKENS], dtype=torch.long)
     needed = sum(weight.nbytes for weight in weights.values())
-    with whole_folder(job.folder.adapter, True, needed) if trainer.writes else nullcontext() as draft:
+    with whole_folder(job.folder.adapter, True, needed) if trainer.writes else reading_along() as draft:
         if draft is not None:
             write_adapter(draft, unwrap(trainer), weights, job.tokenizer, provenance(trainer, info), job.recipe)
         written = firsts(draft)
@@ -131,6 +135,15 @@ def save_adapter(trainer: Trainer, info: dict[str, Any], untrained: dict[str, st
             assert written is not None
             prove(written, str(job.folder.root), unwrap(trainer), weights, untrained, row)
         trainer.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def reading_along() -> Iterator[None]:
+    """For processes that do not write: what they cannot read, or prove, fails in the first one, which tells of it."""
+    try:
+        yield
+    except (RunError, OSError, SafetensorError) as error:
+        raise Aftermath(f"the adapter was not proven: {error}") from error
 
 
 def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:

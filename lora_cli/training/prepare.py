@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from lora_cli.data.sources import check_sources, sources_of
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import check_model_type, check_quantizable, check_tokenizer, locate
 from lora_cli.model.targets import Target, choose_targets, compile_pattern
-from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Data, Recipe
-from lora_cli.training.launched import process_index
+from lora_cli.training.launched import is_first_here, process_index
 from lora_cli.training.run import RunFolder, as_begun
+from lora_cli.training.zero_config import config_faults
 from lora_cli.weights.check import check_adapter, check_start, check_weights, stored_layers
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.provenance import check_base
@@ -44,6 +43,7 @@ class Prepared:
     resume: bool
     folder: RunFolder
     base: Path
+    base_digest: str
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     targets: list[Target]
@@ -60,7 +60,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     """Check the recipe against folder, data and model. Raises UserError with every fault that a stage can find."""
     folder = RunFolder(recipe.training.output_dir)
     if resume and folder.is_begun:
-        recipe = as_begun(recipe, load_recipe(folder.recipe))
+        recipe = as_begun(recipe, folder.read_recipe())
     _check_without_torch(recipe, folder, resume, overwrite)
 
     from lora_cli.data.examples import check_ids
@@ -88,6 +88,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     if adapter.use_dora and recipe.quantization is not None and recipe.quantization.method != "int8":
         check_dora(targets, best_device())
     check_weights(base, bare)
+    digest = fingerprint(base)
     check_attention(config, recipe.model.attn_implementation, best_device())
     if recipe.adapter.init_from is not None:
         check_start(Path(recipe.adapter.init_from), recipe.adapter, [target.name for target in targets])
@@ -102,12 +103,13 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     resume = resume and folder.is_begun
     if resume:
         held_out = validation.fingerprint if validation is not None else None
-        folder.check_same_content(fingerprint(base), train.examples.fingerprint, held_out)
+        folder.check_same_content(digest, train.examples.fingerprint, held_out)
     return Prepared(
         recipe=recipe,
         resume=resume,
         folder=folder,
         base=base,
+        base_digest=digest,
         config=config,
         tokenizer=tokenizer,
         targets=targets,
@@ -153,13 +155,16 @@ def _check_deepspeed(recipe: Recipe) -> list[Fault]:
     if path is None:
         return []
     try:
-        stage = json.loads(Path(path).read_text(encoding="utf-8"))["zero_optimization"]["stage"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        stage = config["zero_optimization"]["stage"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         hint = 'it is a JSON file such as {"zero_optimization": {"stage": 2}}'
         return [Fault(f"training.deepspeed: names no stage of ZeRO: {error!r}", path, hint)]
     if stage not in (0, 1, 2, 3):
         what = f"training.deepspeed: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3"
         return [Fault(what, path)]
+    if faults := config_faults(config, path):
+        return faults
     if stage == 3 and recipe.quantization is not None:
         return [Fault("training.deepspeed: stage 3 does not shard a quantized base", path, "use training.fsdp: true")]
     if importlib.util.find_spec("deepspeed") is None:
@@ -207,11 +212,12 @@ def check_data(data: Data) -> list[Fault]:
 def _tokenized(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache: Path) -> list[Cached]:
     """The training rows and, when they have a file of their own, the validation rows."""
     from lora_cli.data.cache import tokenize_cached
+    from lora_cli.training.announced import announced
 
     data = recipe.data
     specs = [data.train, *([] if data.validation is None or isinstance(data.validation, float) else [data.validation])]
-    wait = int(os.environ.get("LOCAL_RANK", "0")) > 0  # the machine's first process publishes them for all
-    return [tokenize_cached(data, sources_of(spec), tokenizer, cache, wait) for spec in specs]
+    published = None if is_first_here() else announced
+    return [tokenize_cached(data, sources_of(spec), tokenizer, cache, published) for spec in specs]
 
 
 def _examples(

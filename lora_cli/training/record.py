@@ -14,7 +14,6 @@ from lora_cli.training.checkpoint import Progress
 from lora_cli.training.display import Display, peak_memory
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.setup import Trainer, unwrap
-from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.provenance import base_record, now, versions
 
 if TYPE_CHECKING:
@@ -114,7 +113,7 @@ def run_record(trainer: Trainer) -> dict[str, Any]:
         "gradient_accumulation_steps": recipe.training.gradient_accumulation_steps,
         "dtype": str(trainer.dtype).removeprefix("torch."),
         "seed": recipe.training.seed,
-        "base": base_record(recipe.model.name_or_path, job.folder.adapter, fingerprint(job.base)),
+        "base": base_record(recipe.model.name_or_path, job.folder.adapter, job.base_digest),
         "data": data,
         "cache_frozen": dict(trainer.hidden_states.places) if trainer.hidden_states else {},
         "steps": trainer.total_steps,

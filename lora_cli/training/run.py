@@ -52,6 +52,8 @@ KINDS = {
     "versions": dict,
     "steps": int,
     "processes": int,
+    "per_device_train_batch_size": int,
+    "gradient_accumulation_steps": int,
     "base": dict,
     "data": dict,
     "cache_frozen": dict,
@@ -117,7 +119,7 @@ class RunFolder:
         return {_draft(self.info)} | ({self.cache} if self.cache.is_dir() else set())
 
     def _check_same_keys(self, recipe: Recipe) -> None:
-        before = load_recipe(self.recipe)
+        before = self.read_recipe()
         began_on, count = int(self.read_info().get("processes", 1)), process_count()
         same_steps = step_of(before, began_on) == step_of(recipe, count)
         differing = changed_keys(before, recipe)
@@ -143,7 +145,7 @@ class RunFolder:
         faults = [
             Fault(f"--resume: {what} changed since the run began", str(self.root), "restore it, or begin a new run")
             for what, record, new in (
-                ("the base model's weights have", before.get("base"), base),
+                ("the base model's weights or config.json have", before.get("base"), base),
                 ("the training rows have", known, data),
                 ("the validation rows have", known.get("validation"), validation),
             )
@@ -173,7 +175,7 @@ class RunFolder:
 
     def go_on(self, recipe: Recipe, info: Mapping[str, Any]) -> list[str]:
         """Take the folder's run up again; returns what is to be said of changes to its recipe."""
-        before, differing = self.read_info(), changed_keys(load_recipe(self.recipe), recipe)
+        before, differing = self.read_info(), changed_keys(self.read_recipe(), recipe)
         told = [f"--resume: {key} was {old} and is now {new}" for key, (old, new) in differing.items()]
         course = recipe.training.lr_scheduler_type
         if before["steps"] != info["steps"] and course != "constant":
@@ -193,6 +195,14 @@ class RunFolder:
         shutil.rmtree(_draft(self.checkpoints), ignore_errors=True)
         for path in (self.recipe, self.info, self.metrics, self.report):
             _draft(path).unlink(missing_ok=True)
+
+    def read_recipe(self) -> Recipe:
+        """What the run goes by: recipe.yaml, with the batches of run.json, which are written together with the number
+        of processes that they are for. Killed between the two files, ``go_on`` leaves them of different runs."""
+        info, batches = self.read_info(), [key.removeprefix("training.") for key in MAY_CHANGE_TOGETHER]
+        return changed(
+            load_recipe(self.recipe), {f"training.{key}": info[key] for key in batches if info.get(key, 0) > 0}
+        )
 
     def write_recipe(self, recipe: Recipe) -> None:
         write_whole(self.recipe, dump_recipe(recipe))
@@ -283,11 +293,12 @@ def as_begun(recipe: Recipe, before: Recipe) -> Recipe:
 
 def changed_keys(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
     """The keys, dotted, whose values differ, each with both values."""
-    old, new = _flat(before.model_dump()), _flat(now.model_dump())
+    old, new = flat_keys(before.model_dump()), flat_keys(now.model_dump())
     return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
 
 
-def _flat(dumped: Mapping[str, Any]) -> dict[str, Any]:
+def flat_keys(dumped: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's values by their dotted keys."""
     flat: dict[str, Any] = {}
     for name, section in dumped.items():
         flat |= {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {}

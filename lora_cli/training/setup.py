@@ -19,6 +19,7 @@ from lora_cli.evaluation.loss import evaluating, lay_end_to_end
 from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameters
 from lora_cli.model.base import best_device, load_base, resolve_compute_dtype, resolve_dtype
 from lora_cli.model.memory import activation_bytes, free_bytes, keep_freed_memory
+from lora_cli.training.agreement import check_agreement
 from lora_cli.training.batch_size import recompute_activations, resolve
 from lora_cli.training.display import Display
 from lora_cli.training.optimizer import check_warmup, make_optimizer
@@ -78,6 +79,7 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     dtype = resolve_dtype(recipe.model.dtype, best_device())
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = make_accelerator(recipe.training, dtype)
+    check_agreement(job, accelerator, str(dtype).removeprefix("torch."))
     set_seed(recipe.training.seed)
     keep_freed_memory()
     display.note(f"loading {recipe.model.name_or_path}")
@@ -165,7 +167,7 @@ def kept_base(job: Prepared, accelerator: Accelerator, dtype: torch.dtype, displ
         return None
     quantization, cache = job.recipe.quantization, job.folder.cache
     compute_dtype = resolve_compute_dtype(quantization, accelerator.device)
-    name = kept_name(job.base, quantization, dtype, compute_dtype)
+    name = kept_name(job.base, job.base_digest, quantization, dtype, compute_dtype)
     with accelerator.local_main_process_first():
         found = find_kept(cache, name)
         if found is None and accelerator.is_local_main_process:

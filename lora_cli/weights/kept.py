@@ -21,7 +21,6 @@ import torch
 from lora_cli import __version__
 from lora_cli.errors import RunError
 from lora_cli.recipe.schema import Quantization
-from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.quantize import stored_model, write_quantized
 from lora_cli.weights.shards import weight_files, whole_folder
 
@@ -32,12 +31,14 @@ OWN_FOLDER = re.compile(r"base-[0-9a-f]{64}|\.base-[0-9a-f]{64}\..*")
 VERSIONS = ("bitsandbytes", "transformers", "torch")
 
 
-def kept_name(base: Path, quantization: Quantization, dtype: torch.dtype, compute_dtype: torch.dtype) -> str:
-    """The name of this base's folder in a cache, when it is quantized so from ``dtype``."""
-    times = [file.stat().st_mtime_ns for file in weight_files(base)]  # a fingerprint is of samples: an edit escapes it
+def kept_name(
+    base: Path, digest: str, quantization: Quantization, dtype: torch.dtype, compute_dtype: torch.dtype
+) -> str:
+    """The name of this base's folder in a cache, when it is quantized so from ``dtype``; ``digest`` is its
+    fingerprint."""
     depends_on = [
         [__version__, *map(version, VERSIONS)],
-        [fingerprint(base), times, (base / "config.json").read_text(encoding="utf-8")],
+        [digest, (base / "config.json").read_text(encoding="utf-8")],
         [quantization.model_dump(mode="json"), str(dtype), str(compute_dtype)],
     ]
     return f"base-{hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()}"

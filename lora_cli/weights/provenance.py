@@ -114,11 +114,11 @@ def _checked(folder: Path, base: Path, name: str, other_kinds: bool) -> AdapterO
 
 
 def check_base(folder: Path, base: Path) -> None:
-    """Raises UserError when the adapter in ``folder`` says that it was trained on other weights than ``base`` holds."""
+    """Raises UserError when the adapter in ``folder`` says that it was trained on another model than ``base`` holds."""
     stored = read_record(folder).get("base", {}).get("fingerprint")
     if stored and fingerprint(base) != stored:
         raise UserError(
-            f"the adapter belongs to another base: the weights in {base} are not those it was trained on",
+            f"the adapter belongs to another base: weights or config.json in {base} are not those it was trained on",
             str(folder),
             "restore that base, or train again on this one",
         )

@@ -49,12 +49,14 @@ PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies, its shape and safetensors dtype ('F32', 'BF16', 'U8', …), and its first byte's place."""
+    """Where a tensor lies, its shape and safetensors dtype ('F32', 'BF16', 'U8', …), its first byte's place and their
+    number."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
     start: int
+    bytes: int
 
 
 def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
@@ -77,8 +79,8 @@ def _entries(file: Path) -> Iterator[tuple[str, TensorInfo]]:
         header = json.loads(opened.read(length))
     for name, entry in header.items():
         if name != "__metadata__":
-            shape, dtype, (start, _) = tuple(entry["shape"]), entry["dtype"], entry["data_offsets"]
-            yield name, TensorInfo(file, shape, dtype, 8 + length + start)
+            shape, dtype, (start, end) = tuple(entry["shape"]), entry["dtype"], entry["data_offsets"]
+            yield name, TensorInfo(file, shape, dtype, 8 + length + start, end - start)
 
 
 def check_whole(folder: Path) -> None:

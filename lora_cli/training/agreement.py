@@ -1,0 +1,80 @@
+"""Before weights are loaded, all processes of a run make sure that they are about to take part in the same one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from lora_cli import __version__
+from lora_cli.data.sources import sources_of
+from lora_cli.errors import Fault, UserError
+from lora_cli.training.prepare import Prepared
+from lora_cli.training.run import flat_keys
+from lora_cli.weights.check import ADAPTER_WEIGHTS
+
+PLACES = {
+    "model.name_or_path",
+    "adapter.init_from",
+    "data.train",
+    "data.validation",
+    "training.output_dir",
+    "training.deepspeed",
+}
+"""Keys that name a place, which may be another on each machine: what lies there is compared."""
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "numpy")
+Account = dict[str, Any]
+"""What decides a run's numbers, by what to call it."""
+
+
+def check_agreement(job: Prepared, accelerator: Accelerator, dtype: str) -> None:
+    """Raises UserError, on all processes, when one would train otherwise than the first: it names the process, its
+    machine and the differences. ``dtype`` is what model.dtype comes to here."""
+    if accelerator.num_processes == 1:
+        return
+    accounts: list[tuple[str, Account]] = gather_object([(socket.gethostname(), account(job, dtype))])
+    host, wanted = accounts[0]
+    hint = "give all processes the same recipe, rows, base and versions"
+    faults = []
+    for index, (name, found) in enumerate(accounts):
+        for what in {**wanted, **found}:
+            if found.get(what) != wanted.get(what):
+                told = f"{what} is {_shown(found.get(what))}, but {_shown(wanted.get(what))} in process 0 on {host}"
+                faults.append(Fault(told, f"process {index} on {name}", hint))
+    if faults:
+        raise UserError(faults)
+
+
+def account(job: Prepared, dtype: str) -> Account:
+    """What this process is about to train, in values of JSON."""
+    recipe = job.recipe
+    deepspeed, start = recipe.training.deepspeed, recipe.adapter.init_from
+    return {
+        **{key: value for key, value in flat_keys(recipe.model_dump(mode="json")).items() if key not in PLACES},
+        "--resume": job.resume,
+        "the type computed in": dtype,
+        "the base's fingerprint": job.base_digest,
+        "the training rows' fingerprint": job.train.examples.fingerprint,
+        "the validation rows' fingerprint": job.validation.fingerprint if job.validation else None,
+        "the weights of data.train": [source.weight for source in sources_of(recipe.data.train)],
+        "DeepSpeed's configuration": json.loads(Path(deepspeed).read_text(encoding="utf-8")) if deepspeed else None,
+        "the SHA-256 of adapter.init_from": _sum(Path(start, ADAPTER_WEIGHTS)) if start else None,
+        "the version of lora": __version__,
+        **{f"the version of {name}": version(name) for name in PACKAGES},
+    }
+
+
+def _sum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _shown(value: Any) -> str:
+    is_digest = isinstance(value, str) and len(value) == 64
+    return f"{value[:16]}..." if is_digest else repr(value)

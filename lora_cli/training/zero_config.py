@@ -1,0 +1,63 @@
+"""What a DeepSpeed configuration may say: how weights are sharded and sent about. DeepSpeed's own monitors, profilers,
+checkpoints and caches would write wherever the file says, and its numerics would not be the recipe's."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from lora_cli.errors import Fault, nearest
+
+THE_RECIPES = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("bf16", "fp16", "optimizer", "scheduler", "zero_allow_untested_optimizer"),
+}
+"""Keys that may stand there, as in configurations made for other programs; the recipe decides instead."""
+SHARING = {
+    *("zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor"),
+    *("zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown"),
+}
+OFFLOADS = {"offload_param", "offload_optimizer"}
+ZERO = OFFLOADS | {
+    *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"),
+    *("allgather_partitions", "allgather_bucket_size", "overlap_comm", "sub_group_size", "round_robin_gradients"),
+    *("ignore_unused_parameters", "memory_efficient_linear", "zero_hpz_partition_size", "stage3_prefetch_bucket_size"),
+    *("stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters"),
+    *("stage3_max_reuse_distance", "stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params"),
+    *("stage3_gather_16bit_weights_on_model_save",),
+}
+OFFLOAD = {"device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu", "ratio"}
+DEVICES = ("none", "cpu")
+
+
+def config_faults(config: Mapping[str, Any], where: str) -> list[Fault]:
+    """What a configuration, read from ``where``, says beyond sharing the work out."""
+    zero = config["zero_optimization"]
+    faults = [
+        *_unknown("", config, THE_RECIPES | SHARING, where),
+        *_unknown("zero_optimization.", zero, ZERO, where),
+        *_nested({key: config[key] for key in SHARING - {"zero_optimization"} if key in config}, "", where),
+        *_nested({key: zero[key] for key in ZERO - OFFLOADS if key in zero}, "zero_optimization.", where),
+    ]
+    for name in sorted(OFFLOADS & zero.keys()):
+        offload, key = zero[name], f"zero_optimization.{name}"
+        if not isinstance(offload, dict):
+            faults.append(Fault(f"training.deepspeed: {key} is {offload!r}, expected an object", where))
+            continue
+        faults.extend(_unknown(f"{key}.", offload, OFFLOAD, where))
+        if (device := offload.get("device", "none")) not in DEVICES:
+            what = f"training.deepspeed: {key}.device is {device!r}, expected {' or '.join(DEVICES)}"
+            faults.append(Fault(what, where, "a run writes nowhere but in its own folder"))
+    return faults
+
+
+def _unknown(prefix: str, section: Mapping[str, Any], known: Collection[str], where: str) -> Iterator[Fault]:
+    for key in sorted(section.keys() - known):
+        hint = nearest(key, known) or "remove it: how weights are sharded and sent about is all that this file may say"
+        yield Fault(f"training.deepspeed: {prefix}{key} is not taken", where, hint)
+
+
+def _nested(section: Mapping[str, Any], prefix: str, where: str) -> Iterator[Fault]:
+    for key, value in sorted(section.items()):
+        if isinstance(value, dict | list):
+            yield Fault(f"training.deepspeed: {prefix}{key} is no number or word", where)
