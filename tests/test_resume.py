@@ -113,7 +113,7 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint(
             (torn / "optimizer.safetensors").write_bytes(weights)
         else:
             (torn / "manifest.json").unlink()
-    (cut / "checkpoints" / ".step-00000004.abc").mkdir()
+    (cut / "checkpoints" / ".step-00000004.abcdefgh.draft").mkdir()
     result = lora("train", cut / "recipe.yaml", f"training.output_dir={cut}", "--resume")
     done(result)
     assert result.stderr.count("is damaged and left aside") == 2
@@ -121,6 +121,7 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint(
     assert resumed.column("loss") == whole.column("loss")
     assert resumed.adapter_bytes == whole.adapter_bytes
     assert resumed.checkpoints == [1, 2, 3, 4]
+    assert not list((cut / "checkpoints").glob(".*"))
 
 
 def files_of(run: Run) -> dict[Path, bytes]:
@@ -235,11 +236,68 @@ def test_resume_begins_where_a_run_was_killed_before_it_began(
         if left == "a draft" or (left == "a record" and path.name != "run.json") or path.name == "recipe.yaml":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     (killed.folder / ".run.json.new").write_text("{")
+    (killed.folder / ".recipe.yaml.new").touch()
     done(lora("train", write_recipe({"training": {"output_dir": killed.folder, "seed": 7}}), "--resume"))
     anew = train({"training.seed": 7})
     assert killed.losses == anew.losses != whole.losses
     assert killed.adapter_bytes == anew.adapter_bytes
     assert not list(killed.folder.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "killed_in", ["RunFolder.write_info", "set_aside", "clear_drafts", "RunFolder.write_recipe", "os.fsync"]
+)
+def test_a_run_killed_as_it_replaces_another_begins_again(
+    killed_in: str, train: Callable[..., Run], write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train()
+    recipe = write_recipe({"training": {"output_dir": run.folder, "seed": 7, "max_steps": 2}})
+
+    def kill(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killing:
+        killing.setattr(f"lora_cli.training.run.{killed_in}", kill)
+        lora("train", recipe, "--overwrite")
+    again = lora("train", recipe, "--resume")
+    if killed_in == "clear_drafts":  # the first thing it does: the former run is as it was
+        assert again.exit_code == 2 and "training.seed was 42 and is now 7" in again.stderr
+    else:
+        done(again)
+        assert run.info["seed"] == 7 and len(run.losses) == 2
+        assert not list(run.folder.rglob(".*"))
+
+
+@pytest.mark.parametrize("left", ["checkpoints", "adapter"])
+def test_resume_leaves_a_run_alone_that_lost_its_recipe(
+    left: str, train: Callable[..., Run], write_recipe: Any, lora: Any
+) -> None:
+    run = train()
+    shutil.rmtree(run.folder / ("adapter" if left == "checkpoints" else "checkpoints"))
+    (run.folder / "recipe.yaml").unlink()
+    before = files_of(run)
+    recipe = write_recipe({"training.output_dir": run.folder})
+    refused = lora("train", recipe, "--resume")
+    assert refused.exit_code == 2
+    assert f"{run.folder / 'recipe.yaml'}: --resume: the run's recipe is missing" in refused.stderr
+    assert "restore recipe.yaml" in refused.stderr and "--overwrite" in refused.stderr
+    assert files_of(run) == before
+    done(lora("train", recipe, "--overwrite"))
+
+
+@pytest.mark.parametrize("how", ["--resume", "--overwrite"])
+def test_only_names_of_the_tools_own_are_cleared_away(
+    how: str, train: Callable[..., Run], write_recipe: Any, lora: Any
+) -> None:
+    run = train()
+    own = [".adapter.abcdefgh.draft", ".adapter.abcdefgh.draft.former", "checkpoints/.step-00000001.old.draft"]
+    others = [".adapter.backup", ".adapter.original", "checkpoints/.step-00000004.mine"]
+    for name in own + (others if how == "--resume" else others[:2]):
+        (run.folder / name).mkdir()
+    (run.folder / ".adapter.x").write_text("mine")
+    done(lora("train", write_recipe({"training.output_dir": run.folder}), how))
+    left = {str(path.relative_to(run.folder)) for path in run.folder.rglob(".*")}
+    assert left == {".adapter.x", *(others if how == "--resume" else others[:2])}
 
 
 def test_resume_of_nothing_is_refused(write_recipe: Any, tmp_path: Path, lora: Any) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import random
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_cli.errors import UserError
 from lora_cli.training.processes import fill, laid_out_as, shape_of, whole
-from lora_cli.weights.shards import read_headers, whole_folder
+from lora_cli.weights.shards import clear_drafts, read_headers, set_aside, whole_folder
 
 MANIFEST = "manifest.json"
 DOCUMENT = "state.json"
@@ -149,10 +148,8 @@ def rotate(folder: Path, newest: int, keep: int | None, best: int | None) -> Non
     kept = {*earlier[-keep if keep else 0 :], best}
     for step in steps:
         if step not in kept:
-            path = path_of(folder, step)
-            path.rename(path.with_name(f".{path.name}.old"))  # never seen with a part of its files
-    for draft in folder.glob(".step-*"):
-        shutil.rmtree(draft)
+            set_aside(path_of(folder, step))
+    clear_drafts(folder)
 
 
 def restore(state: State, parameters: NamedParameters, optimizer: torch.optim.Optimizer, process: int) -> Progress:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from math import gcd
@@ -16,7 +15,7 @@ from lora_cli.recipe.load import changed, dump_recipe, load_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.launched import process_count
 from lora_cli.training.lock import check_unlocked
-from lora_cli.weights.shards import check_writable, sync
+from lora_cli.weights.shards import check_writable, clear_drafts, set_aside, sync
 
 MAY_CHANGE = {
     f"training.{key}"
@@ -88,6 +87,12 @@ class RunFolder:
         """Whether there is a run to go on with: its recipe is the last thing that ``begin`` writes."""
         return self.holds_run and self.recipe.is_file()
 
+    @property
+    def _has_lost_its_recipe(self) -> bool:
+        """Whether what a run has learned lies here without its recipe, and not because ``begin`` was killed."""
+        learned = self.adapter.exists() or any(self.checkpoints.glob("step-*"))
+        return self.holds_run and not self.recipe.exists() and learned and not _draft(self.recipe).exists()
+
     def check(self, recipe: Recipe, resume: bool, overwrite: bool) -> None:
         """Raises UserError when this folder may not take the run that is asked for; writes nothing."""
         if self.root.is_file():
@@ -102,6 +107,9 @@ class RunFolder:
             self.read_metrics()
         if self.is_begun and resume:
             self._check_same_keys(recipe)
+        elif self._has_lost_its_recipe and resume:
+            hint = "restore recipe.yaml from a copy, or replace the run with --overwrite"
+            raise UserError("--resume: the run's recipe is missing, by which it would go on", str(self.recipe), hint)
         elif self.holds_run and not resume and not overwrite:
             hint = "--resume goes on with it, --overwrite replaces it; or choose another training.output_dir"
             raise UserError("the folder already holds a run", str(self.root), hint)
@@ -114,7 +122,7 @@ class RunFolder:
     @property
     def _before_a_run(self) -> set[Path]:
         """All that a run may leave behind that was killed before its folder held one."""
-        return {_draft(self.info)} | ({self.cache} if self.cache.is_dir() else set())
+        return {_draft(self.recipe), _draft(self.info)} | ({self.cache} if self.cache.is_dir() else set())
 
     def _check_same_keys(self, recipe: Recipe) -> None:
         before = load_recipe(self.recipe)
@@ -156,15 +164,16 @@ class RunFolder:
         """Make the folder for a new run, in place of the one it holds.
 
         Killed at any point, it leaves a folder that ``--resume`` begins with again: nothing of the former run is gone
-        on with.
+        on with. As long as there is no recipe, its draft says that this is why.
         """
         self._clear_drafts()
+        _draft(self.recipe).touch()
         self.recipe.unlink(missing_ok=True)
         self.write_info(info)  # from here on the folder holds a run, which may be replaced
         for path in (self.adapter, self.checkpoints):
             if path.exists():
-                path.replace(_draft(path))
-        self._clear_drafts()
+                set_aside(path)
+        clear_drafts(self.root)
         for path in (self.metrics, self.log, self.report):
             path.unlink(missing_ok=True)
         self.checkpoints.mkdir()
@@ -188,11 +197,11 @@ class RunFolder:
 
     def _clear_drafts(self) -> None:
         """Remove what a killed process was writing."""
-        for draft in (*self.root.glob(f".{self.adapter.name}.*"), *self.checkpoints.glob(".*")):
-            shutil.rmtree(draft)
-        shutil.rmtree(_draft(self.checkpoints), ignore_errors=True)
-        for path in (self.recipe, self.info, self.metrics, self.report):
-            _draft(path).unlink(missing_ok=True)
+        for folder in (self.root, self.checkpoints):
+            clear_drafts(folder)
+        drafts = {_draft(path) for path in (self.info, self.metrics, self.report)}
+        for draft in drafts | ({_draft(self.recipe)} if self.recipe.exists() else set()):
+            draft.unlink(missing_ok=True)
 
     def write_recipe(self, recipe: Recipe) -> None:
         write_whole(self.recipe, dump_recipe(recipe))

@@ -45,6 +45,8 @@ DTYPES = {
 }
 """What torch calls the types that safetensors names."""
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+DRAFT = re.compile(r"\..+\.([a-z0-9_]{8}|old)\.draft(\.former)?")
+"""Names that are given to folders on their way in or out, and to no others."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def whole_folder(out: Path, replace: bool = False, needed: int | None = None) ->
     if not replace:
         check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".draft", dir=out.parent))
     former = draft.with_name(f"{draft.name}.former")
     try:
         draft.chmod(0o777 & ~_umask())
@@ -197,6 +199,18 @@ def whole_folder(out: Path, replace: bool = False, needed: int | None = None) ->
             former.replace(out)
         for folder in (draft, former):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> None:
+    """Take a folder out of sight at once, to be removed with the drafts: it is never seen with a part of its files."""
+    folder.replace(folder.with_name(f".{folder.name}.old.draft"))
+
+
+def clear_drafts(folder: Path) -> None:
+    """Remove the folders in ``folder`` that a killed process was writing or removing; nothing of other names."""
+    for path in folder.glob(".*"):
+        if DRAFT.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def check_out(out: Path, *made_from: Path) -> None:
