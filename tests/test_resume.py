@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from conftest import TRAIN_KEYS, VALIDATION_KEYS, Run, done
 from safetensors.torch import load_file, save_file
 
 from lora_cli.model.base import has_units_for
+from lora_cli.training import checkpoint
 
 EVERYTHING_RANDOM = {
     "adapter.lora_dropout": 0.2,
@@ -122,6 +125,96 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint(
     assert resumed.adapter_bytes == whole.adapter_bytes
     assert resumed.checkpoints == [1, 2, 3, 4]
     assert not list((cut / "checkpoints").glob(".*"))
+
+
+STEP_2 = "checkpoints/step-00000002"
+STRAY = ["checkpoints/.DS_Store", ".adapter.x", f"{STEP_2}/.ipynb_checkpoints/", f"{STEP_2}/notes.txt"]
+
+
+@pytest.mark.parametrize("name", STRAY)
+def test_resume_does_not_mind_what_others_leave_beside_its_files(
+    name: str, train: Callable[..., Run], write_recipe: Any, lora: Any
+) -> None:
+    run = train({"training": {"max_steps": 2, "save_steps": 1, "warmup_steps": 0}})
+    (run.folder / name).mkdir() if name.endswith("/") else (run.folder / name).write_text("not lora's")
+    result = done(lora("train", run.folder / "recipe.yaml", "training.max_steps=3", "--resume"))
+    assert f"resumed from {run.folder / STEP_2}" in result.stderr
+    assert "Traceback" not in result.stderr and "damaged" not in result.stderr
+    assert run.column("step") == [1, 2, 3]
+    assert (run.folder / name).exists()
+
+
+def test_resume_does_not_count_a_checkpoint_that_is_not_whole(train: Callable[..., Run], lora: Any) -> None:
+    run = train()
+    shutil.copytree(run.folder / "checkpoints/step-00000004", run.folder / "checkpoints/step-00000099")
+    result = done(lora("train", run.folder / "recipe.yaml", "--resume"))
+    assert f"{run.folder / 'checkpoints/step-00000099'} is damaged and left aside" in result.stderr
+    assert "resumed from" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "torn", [b"\0" * 80, b"\0" * 80 + b"\n", b'{"step": 5, "sp' + b"\0" * 9 + b"\n", b'{"step": 5']
+)
+def test_what_a_loss_of_power_leaves_of_a_line_is_cut(torn: bytes, train: Callable[..., Run], lora: Any) -> None:
+    run = train()
+    whole = run.losses
+    with (run.folder / "metrics.jsonl").open("ab") as file:
+        file.write(torn)
+    done(lora("train", run.folder / "recipe.yaml", "--resume"))
+    assert run.losses == whole
+
+
+def with_its_sum(path: Path, content: str) -> None:
+    """Write a file of a checkpoint as if it had been written with it."""
+    path.write_text(content)
+    manifest = path.with_name("manifest.json")
+    listed = json.loads(manifest.read_text())
+    listed[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content.encode()).hexdigest()}
+    manifest.write_text(json.dumps(listed))
+
+
+@pytest.mark.parametrize("case", ["no state", "nested manifest", "state of another step", "other optimizer", "random"])
+def test_resume_tells_a_checkpoint_that_is_none(case: str, train: Callable[..., Run], lora: Any) -> None:
+    run = train()
+    folder = run.folder / "checkpoints" / "step-00000004"
+    state = json.loads((folder / "state.json").read_text())
+    if case == "no state":
+        with_its_sum(folder / "state.json", "{}")
+    elif case == "nested manifest":
+        (folder / "manifest.json").write_text("[" * 100_000)
+    elif case == "state of another step":
+        with_its_sum(folder / "state.json", json.dumps(state | {"progress": state["progress"] | {"step": 3}}))
+    elif case == "other optimizer":
+        with_its_sum(folder / "state.json", json.dumps(state | {"optimizer": {"999.step": 1}}))
+    else:
+        state["random"][0]["python"][1] = [1, 2, 3]
+        with_its_sum(folder / "state.json", json.dumps(state))
+    result = lora("train", run.folder / "recipe.yaml", "--resume")
+    assert "Traceback" not in result.stderr and "bug in lora" not in result.stderr
+    if case in ("other optimizer", "random"):
+        assert result.exit_code == 2
+        assert "the checkpoint of step 4 cannot be gone on from" in result.stderr
+    else:
+        done(result)
+        assert f"{folder} is damaged and left aside" in result.stderr
+
+
+def test_a_gradient_scaler_goes_on_where_it_was() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = torch.optim.AdamW([weight], lr=0.1), torch.amp.GradScaler("cpu", init_scale=4.0)
+    for factor in (1.0, float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale(factor * weight.sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    state = checkpoint.capture(checkpoint.Progress(step=3), [("weight", weight)], optimizer, scaler)
+    assert scaler.get_scale() == 2.0
+    fresh, other = torch.amp.GradScaler("cpu", init_scale=4.0), torch.nn.Parameter(torch.zeros(3))
+    fresh.scale(torch.ones(()))
+    checkpoint.restore(state, [("weight", other)], torch.optim.AdamW([other], lr=0.1), fresh, process=0)
+    assert fresh.state_dict() == scaler.state_dict()
+    assert fresh.get_scale() == 2.0
+    assert torch.equal(other, weight)
 
 
 def files_of(run: Run) -> dict[Path, bytes]:

@@ -80,9 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         what = f"the system refused: {error.strerror or error}"
-        refused: LoraError = RunError(what, error.filename, "what was whole before still is")
+        where = None if error.filename is None else str(error.filename)
+        refused: LoraError = RunError(what, where, "what was whole before still is")
         if error.errno == errno.ENAMETOOLONG:
-            refused = UserError(what, error.filename, "choose another name")
+            refused = UserError(what, where, "choose another name")
         _tell(refused)
         return refused.exit_code
     except (

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,9 @@ class RunFolder:
             raise UserError("there is no run to resume", str(self.root), "leave --resume out to begin one")
         elif not self.holds_run and self.root.is_dir() and not set(self.root.iterdir()) <= self._before_a_run:
             raise UserError("the folder is not empty and holds no run", str(self.root), "choose another folder")
+        for path in (self.checkpoints, self.adapter, *self.checkpoints.glob("step-????????")):
+            if path.exists() and not path.is_dir():
+                raise UserError("a file stands where the run has a folder", str(path), "move it elsewhere")
         check_unlocked(self.root)
 
     @property
@@ -228,6 +231,8 @@ class RunFolder:
         if not self.metrics.is_file():
             return []
         lines = self.metrics.read_bytes().split(b"\n")[:-1]
+        while lines and b"\0" in lines[-1]:  # what a loss of power leaves of a line
+            lines.pop()
         return [_metrics_line(line, f"{self.metrics}:{number}") for number, line in enumerate(lines, 1)]
 
     def cut_metrics(self, step: int) -> None:
@@ -239,11 +244,13 @@ class RunFolder:
         """run.json. Raises UserError when it is missing or damaged."""
         try:
             info: Any = json.loads(self.info.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"not readable: {error}", str(self.info), RESTORE) from error
         if not isinstance(info, dict) or not all(
             isinstance(info.get(key, kind()), kind) for key, kind in KINDS.items()
         ):
+            raise UserError("not a run's record", str(self.info), RESTORE)
+        if not isinstance(info.get("data", {}).get("validation", {}), dict):
             raise UserError("not a run's record", str(self.info), RESTORE)
         return info
 
@@ -257,9 +264,16 @@ def _metrics_line(line: bytes, where: str) -> dict[str, Any]:
         read: Any = json.loads(line)
     except (ValueError, RecursionError):
         read = None
-    if not isinstance(read, dict) or not isinstance(read.get("step"), int) or "split" not in read:
+    match read:  # what is read again of it
+        case {"step": int(), "split": "train", "loss": float() | None as loss, "learning_rate": float() as rate}:
+            numbers = [loss or 0.0, rate]
+        case {"step": int(), "split": "validation", "loss": float() as loss}:
+            numbers = [loss]
+        case _:
+            numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
         raise UserError("not a line of metrics", where, "remove that line")
-    return read
+    return dict(read)
 
 
 def step_of(recipe: Recipe, processes: int) -> tuple[int, ...]:
@@ -284,7 +298,7 @@ def as_begun(recipe: Recipe, before: Recipe) -> Recipe:
     """A recipe to resume by with the numbers for its auto that the run began with, or another step's that divide it."""
     if recipe.training.per_device_train_batch_size != "auto":
         return recipe
-    found = with_batch_size(recipe, gcd(before.training.batch_size, recipe.training.gradient_accumulation_steps))
+    found = with_batch_size(recipe, math.gcd(before.training.batch_size, recipe.training.gradient_accumulation_steps))
     if found.training.gradient_checkpointing != "auto":
         return found
     return changed(found, {"training.gradient_checkpointing": before.training.gradient_checkpointing})
