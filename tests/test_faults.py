@@ -11,7 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from lora_cli.training.checkpoint import is_whole
+from lora_cli.training.lock import locked
 
 ENDLESS = {"max_steps": 1_000_000, "save_steps": 2, "lr_scheduler_type": "constant", "warmup_steps": 0}
 RANDOM = {"adapter.lora_dropout": 0.1, "data": {"packing": True, "validation": 0.2}}
@@ -106,6 +107,71 @@ def test_a_second_signal_stops_at_once_with_nothing_torn(
     assert run.checkpoints == [1] and is_whole(run.folder / "checkpoints" / "step-00000001")
     done(lora("train", recipe, "training.max_steps=2", "--resume"))
     assert run.column("step") == [1, 2]
+
+
+@pytest.fixture
+def after_preparing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Does something else once, when the next run has passed its checks and has begun nothing yet."""
+    from lora_cli.training import prepare as module
+
+    def then(do: Callable[[], object]) -> None:
+        def prepare(*arguments: Any) -> Any:
+            monkeypatch.setattr(module, "prepare", unchanged)
+            job = unchanged(*arguments)
+            do()
+            return job
+
+        unchanged = module.prepare
+        monkeypatch.setattr(module, "prepare", prepare)
+
+    return then
+
+
+def test_of_two_runs_started_at_once_the_refused_one_takes_nothing_of_the_others(
+    write_recipe: Any, tmp_path: Path, lora: Any, after_preparing: Any, no_curves: None
+) -> None:
+    recipe = write_recipe({"training": {"max_steps": 2, "warmup_steps": 0}, "quantization": {"method": "nf4"}})
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    done(lora("train", recipe, f"training.output_dir={whole}"))
+    with ExitStack() as other:
+
+        def begin_the_other() -> None:
+            shutil.copytree(whole / "cache", run / "cache")
+            other.enter_context(locked(run))
+
+        after_preparing(begin_the_other)
+        refused = lora("train", recipe)
+    assert refused.exit_code == 2
+    assert "another run is at work in this folder" in refused.stderr
+    kept = [
+        sorted(path.relative_to(folder) for path in folder.rglob("*")) for folder in (whole / "cache", run / "cache")
+    ]
+    assert kept[0] == kept[1] and len(kept[0]) > 2
+
+
+def test_a_run_that_began_and_ended_meanwhile_is_not_replaced(
+    write_recipe: Any, tmp_path: Path, lora: Any, after_preparing: Any, no_curves: None
+) -> None:
+    recipe, run = write_recipe({"training": {"max_steps": 2, "warmup_steps": 0}}), Run(tmp_path / "run")
+    after_preparing(lambda: done(lora("train", recipe, "training.seed=7")))
+    refused = lora("train", recipe)
+    assert refused.exit_code == 2
+    assert "another run was at work in this folder meanwhile" in refused.stderr
+    assert run.info["seed"] == 7 and run.info["finished"]
+    done(lora("train", recipe, "--overwrite"))
+    assert run.info["seed"] == 42
+
+
+def test_two_processes_started_at_once(write_recipe: Any, tmp_path: Path, no_curves: None) -> None:
+    recipe = write_recipe({"training": {"max_steps": 2, "warmup_steps": 0}})
+    for attempt in range(3):
+        run = tmp_path / f"run{attempt}"
+        children = [soak.start(soak.forking(), recipe, run, tmp_path / f"log{n}") for n in range(2)]
+        for child in children:
+            child.join(120)
+        assert sorted(child.exitcode for child in children) == [0, 2]
+        assert list((run / "cache").glob("*.safetensors"))
+        assert json.loads((run / "run.json").read_text())["finished"]
 
 
 # --- failing writes --------------------------------------------------------------------------------------------------

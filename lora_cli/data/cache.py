@@ -93,11 +93,13 @@ def publish(cache: Path, parts: list[Cached]) -> list[Path]:
     """
     fresh = [part for part in parts if part.fresh]
     parts.clear()
+    stood = set(cache.glob("*"))
     made = [folder for folder in (*reversed(cache.parents), cache) if not folder.exists()] if fresh else []
     for part in fresh:
-        made.append(_write(cache, part))
+        file = _write(cache, part)
+        made += [file] if file not in stood else []
         store = part.tokenized.examples.store
-        if (written := _mapped(made[-1])) is not None:  # from here on the rows lie on the disk
+        if (written := _mapped(file)) is not None:  # from here on the rows lie on the disk
             store.mappings, store.ids, store.supervised = (written[0],), written[1]["ids"], written[1]["supervised"]
     return made
 

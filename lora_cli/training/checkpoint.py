@@ -193,7 +193,7 @@ def restore(
     restore_weights(state, parameters)
     try:
         _restore_optimizer(state, parameters, optimizer)
-        if scaler is not None and state.document.scaler is not None:
+        if scaler is not None and state.document.scaler:
             scaler.load_state_dict(state.document.scaler)
         if process < len(state.document.random):
             own = f"{process}."

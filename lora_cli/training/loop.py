@@ -25,7 +25,7 @@ from lora_cli.training.checkpoint import GO_ON, Progress, host_copy, kept
 from lora_cli.training.clock import Clock
 from lora_cli.training.display import Display
 from lora_cli.training.interrupt import Interrupt, catch_signals
-from lora_cli.training.launched import is_first_here, process_count
+from lora_cli.training.launched import is_first_here, process_count, process_index
 from lora_cli.training.lock import locked
 from lora_cli.training.nonfinite import check_finite, count_skipped, weight_norm
 from lora_cli.training.optimizer import learning_rate_at
@@ -51,13 +51,21 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
     fails; Interrupted when a signal stopped it after a checkpoint.
     """
     began = time.perf_counter()
+    if process_index() > 0:
+        return train_alone(job, display, began)
+    with locked(job.folder.root):
+        job.folder.check_untouched()
+        return train_alone(job, display, began)
+
+
+def train_alone(job: Prepared, display: Display, began: float) -> dict[str, Any]:
+    """Train in a folder that no other run is at work in; raises what ``train`` does."""
     made = publish(job.folder.cache, job.tokenized)
     trainer = None
     try:
         trainer = set_up(job, display)
         trainer.hidden_states = hidden_states.plan(trainer)
-        with locked(job.folder.root) if trainer.writes else nullcontext():
-            return run(trainer, began)
+        return run(trainer, began)
     except UserError:
         if is_first_here() and not job.folder.holds_run:
             prune_kept(job.folder.cache, None)

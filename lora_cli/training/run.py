@@ -73,6 +73,7 @@ class RunFolder:
         self.adapter = self.root / "adapter"
         self.report = self.root / "report.html"
         self.cache = self.root / "cache"
+        self._checked: tuple[int, int] | None = None
 
     @property
     def holds_run(self) -> bool:
@@ -95,6 +96,7 @@ class RunFolder:
 
     def check(self, recipe: Recipe, resume: bool, overwrite: bool) -> None:
         """Raises UserError when this folder may not take the run that is asked for; writes nothing."""
+        self._checked = self._stamp()
         if self.root.is_file():
             raise UserError("training.output_dir is a file", str(self.root), "choose another folder")
         check_writable(self.root)
@@ -121,6 +123,20 @@ class RunFolder:
             if path.exists() and not path.is_dir():
                 raise UserError("a file stands where the run has a folder", str(path), "move it elsewhere")
         check_unlocked(self.root)
+
+    def check_untouched(self) -> None:
+        """Raises UserError when another run has been at work here since ``check``, for which it does not hold now."""
+        if self._stamp() != self._checked:
+            hint = "start again: --resume goes on with it, --overwrite replaces it"
+            raise UserError("another run was at work in this folder meanwhile", str(self.root), hint)
+
+    def _stamp(self) -> tuple[int, int] | None:
+        """Which run.json this is, and of when."""
+        try:
+            found = self.info.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
     @property
     def _before_a_run(self) -> set[Path]:
