@@ -317,16 +317,34 @@ def overflow(overflowing: Path, rows: Any, write_recipe: Any, tmp_path: Path, lo
     return go
 
 
-def test_a_step_that_overflows_ends_the_run_before_the_optimizer_sees_it(overflow: Any) -> None:
+def test_a_step_that_overflows_ends_the_run_before_the_optimizer_sees_it(overflow: Any, tmp_path: Path) -> None:
     result, run = overflow("ssslss", "stop")
     assert result.exit_code == 3
     message = " ".join(result.stderr.split())
     assert "step 4 was not taken: loss is nan" in message and "; the checkpoints are kept; " in message
-    assert "its rows are 4 (Row l0 of the sea" in message
+    assert f"its rows are {tmp_path / 'ssslss.jsonl'}:4 (Row l0 of the sea" in message
     assert "training.learning_rate is too high" in message and "training.on_nonfinite: skip" in message
     assert run.checkpoints == [1, 2, 3]
     assert run.column("step") == [1, 2, 3]
     assert not (run.folder / "adapter").exists()
+
+
+def test_rows_are_named_by_file_and_line_whatever_was_held_out_and_mixed(
+    write_recipe: Any, tmp_path: Path, lora: Any
+) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "First {n} of all"}}\n\n' for n in range(12)))
+    (tmp_path / "b.csv").write_text("text\n" + "".join(f'"Second {n}\nof all"\n' for n in range(12)))
+    (tmp_path / "c.txt").write_text("\n\n".join(f"Third {n} of all" for n in range(12)))
+    where = {f"a.jsonl:{2 * n + 1} (First {n} of" for n in range(12)}
+    where |= {f"b.csv:{2 * n + 2} (Second {n} of" for n in range(12)}
+    where |= {f"c.txt:{2 * n + 1} (Third {n} of" for n in range(12)}
+    wild = {"learning_rate": 1e30, "warmup_steps": 0, "save_steps": None, "max_steps": 10, "on_nonfinite": "skip"}
+    sources = [str(tmp_path / name) for name in ("a.jsonl", "b.csv", "c.txt")]
+    result = lora("train", write_recipe({"data": {"train": sources, "validation": 0.3}, "training": wild}))
+    assert result.exit_code == 3
+    named = set(re.findall(rf"{tmp_path}/(\S+ [(]\w+ \d+ \w+)", result.stderr))
+    assert len(named) > 10 and named <= where, named - where
+    assert {name[0] for name in named} == {"a", "b", "c"}
 
 
 def test_a_skipped_step_leaves_every_weight_and_moment_alone(overflow: Any) -> None:

@@ -27,7 +27,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from lora_cli import __version__
-from lora_cli.data.examples import CHUNK, Examples, Store
+from lora_cli.data.examples import CHUNK, Flat, Store, end_to_end
 from lora_cli.data.sources import Row, whole_rows
 from lora_cli.data.tokenize import Tokenized, check_usable, tokenize_rows
 from lora_cli.errors import RunError, UserError
@@ -164,7 +164,8 @@ def _read(cache: Path, key: str) -> Tokenized | None:
     if checksum != _checksum(key, about, arrays, store):
         return None
     stated, offsets = json.loads(about), arrays["offsets"].copy()
-    examples = Examples(store, offsets[:-1], offsets[1:], arrays["source"].copy(), stated["format"])
+    flat = Flat(store.ids, store.supervised, offsets)
+    examples = end_to_end(flat, arrays["source"].copy(), stated["format"], store.mappings)
     return Tokenized(examples, stated["bos_removed"])
 
 
