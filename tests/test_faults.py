@@ -233,15 +233,41 @@ def test_a_failing_write_is_told_with_the_bytes_it_needs_and_leaves_what_was_who
     assert not soak.drafts(run.folder)
 
 
+@contextmanager
+def small_disk(folder: Path, options: str) -> Iterator[None]:
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"no small disk can be made here: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_disk_without_room_for_a_librarys_files_is_told_with_what_is_free(
+    write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
+) -> None:
+    disk = tmp_path / "disk"
+    with small_disk(disk, "size=1m,nr_inodes=7"):
+        steps = ENDLESS | {
+            "max_steps": 400,
+            "save_steps": None,
+            "output_dir": disk / "run",
+            "report_to": ["tensorboard"],
+        }
+        result = lora("train", write_recipe({"training": steps, "adapter.r": 1}))
+        assert result.exit_code == 3
+        told = re.search(r"(\S+): could not be written: .*No space left .*[(].*[0-9,]+ .*are free", result.stderr)
+        assert told and Path(told[1]).is_relative_to(disk / "run"), result.stderr
+        assert "no more files can be made" in result.stderr and "Traceback" not in result.stderr
+
+
 def test_a_full_disk_ends_the_run_and_leaves_what_was_whole(
     write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
 ) -> None:
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True, text=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"no small disk can be made here: {mounted.stderr.strip()}")
-    try:
+    with small_disk(disk, "size=400k"):
         run = Run(disk / "run")
         steps = ENDLESS | {"max_steps": 40, "save_total_limit": None, "output_dir": run.folder}
         result = lora("train", write_recipe({"training": steps}))
@@ -258,8 +284,6 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_whole(
         longer = write_recipe({"training": steps | {"max_steps": 2 * kept + 4, "save_total_limit": 1}})
         done(lora("train", longer, "--resume"))
         assert run.column("step") == list(range(1, 2 * kept + 5))
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 # --- numbers that are none -------------------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def test_weights_of_zeros_and_of_no_numbers(tiny_llama: Path, tmp_path: Path, lo
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 @pytest.mark.parametrize("guarded", [True, False])
 def test_gradients_after_an_evaluation_pass_are_those_of_the_expanded_weight(guarded: bool) -> None:
-    """Without the guard the first evaluation pass repacks the weights: the gradient then points elsewhere, or is none."""
+    """Without the guard the first evaluation pass repacks weights: the gradient then points elsewhere, or is gone."""
     from bitsandbytes.nn import Linear4bit
     from bitsandbytes.nn.modules import has_avx512bf16
 

@@ -11,13 +11,14 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lora_cli import __version__
 from lora_cli.cli import adapters, evaluate, explain, merge, quantize, train
-from lora_cli.errors import Interrupted, LoraError, RunError, UserError
+from lora_cli.errors import Interrupted, LoraError, RunError, UserError, is_lack_of_room, unwritable
 from lora_cli.training.launched import process_index
 
 app = typer.Typer(
@@ -82,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = f"the system refused: {error.strerror or error}"
         where = None if error.filename is None else str(error.filename)
         refused: LoraError = RunError(what, where, "what was whole before still is")
+        if where is not None and is_lack_of_room(error):
+            refused = unwritable(Path(where), error)
         if error.errno == errno.ENAMETOOLONG:
             refused = UserError(what, where, "choose another name")
         _tell(refused)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lora_cli.data.batches import Step
 from lora_cli.data.cache import prune, publish, withdraw
-from lora_cli.errors import Interrupted, RunError, UserError
+from lora_cli.errors import Interrupted, RunError, UserError, is_lack_of_room, unwritable
 from lora_cli.evaluation.loss import Score, evaluation_groups, score, summed_loss, tally_loss
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.training import hidden_states
@@ -76,6 +77,8 @@ def train_alone(job: Prepared, display: Display, began: float) -> dict[str, Any]
             checkpointing = bool(trainer and unwrap(trainer).base_model.is_gradient_checkpointing)
             streams = trainer.streams if trainer else job.recipe.training.stream_base is True
             raise out_of_memory(trainer.job if trainer else job, error, checkpointing, streams) from error
+        if is_lack_of_room(error):  # in what a library writes, such as a tracker
+            raise unwritable(Path(getattr(error, "filename", None) or job.folder.root), error) from error
         if process_count() == 1 or not isinstance(error, RuntimeError) or not is_broken_connection(error):
             raise
         what = "the connection to another process of this run broke"
