@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -77,11 +79,19 @@ class Interrupted(LoraError):
         self.exit_code = 128 + signal_number
 
 
+def is_lack_of_room(error: Exception) -> bool:
+    """Whether the system has no room for what was to be written."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def unwritable(path: Path, error: Exception, needed: int | None = None) -> RunError:
     """What to raise when ``error`` came while ``path`` was written, which takes ``needed`` bytes."""
     reason = getattr(error, "strerror", None) or str(error)
-    free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
+    folder = next(folder for folder in path.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(folder).free
     room = f"{free:,} bytes are free there" if needed is None else f"{needed:,} bytes are needed, {free:,} are free"
+    if is_lack_of_room(error) and os.statvfs(folder).f_favail == 0:
+        room += ", but no more files can be made"
     what = f"could not be written: {reason} ({room})"
     return RunError(what, str(path), "what was whole before still is; make room and go on")
 

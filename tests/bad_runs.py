@@ -140,3 +140,42 @@ def resume_with_metrics_of_another_kind(w: World) -> Arguments:
 @case("run/metrics.jsonl:1", "not a line of metrics")
 def resume_with_metrics_that_are_no_text(w: World) -> Arguments:
     return resume(w, "metrics.jsonl", b"\xff\xfe\n")
+
+
+@case("run/metrics.jsonl:1", "not a line of metrics")
+def resume_with_metrics_without_a_loss(w: World) -> Arguments:
+    return resume(w, "metrics.jsonl", '{"step": 1, "split": "train"}\n')
+
+
+@case("run/metrics.jsonl:1", "not a line of metrics")
+def resume_with_metrics_of_no_number(w: World) -> Arguments:
+    return resume(w, "metrics.jsonl", '{"step": 1, "split": "validation", "loss": NaN}\n')
+
+
+@case("run/run.json", "not a run's record", "remove the run's folder")
+def resume_with_a_record_of_other_kinds_further_down(w: World) -> Arguments:
+    w.edit_json(w.run() / "run.json", data={"validation": 5})
+    return ["train", "run/recipe.yaml", "--resume"]
+
+
+@case("run/run.json", "not readable", "remove the run's folder")
+def resume_with_a_record_nested_too_deep(w: World) -> Arguments:
+    return resume(w, "run.json", "[" * 100_000)
+
+
+@case("run/checkpoints/step-00000005", "a file stands where the run has a folder", "move it")
+def resume_with_a_file_named_as_a_checkpoint(w: World) -> Arguments:
+    return resume(w, "checkpoints/step-00000005", "")
+
+
+@case("run/checkpoints", "a file stands where the run has a folder", "move it")
+def resume_with_a_file_named_as_the_checkpoints(w: World) -> Arguments:
+    shutil.rmtree(w.root / w.run() / "checkpoints")
+    w.file("run/checkpoints", "")
+    return ["train", "run/recipe.yaml", "--resume"]
+
+
+@case("run/recipe.yaml", "the run's recipe is missing", "restore recipe.yaml", "--overwrite")
+def resume_without_the_recipe(w: World) -> Arguments:
+    (w.root / w.run() / "recipe.yaml").rename(w.root / "mine.yaml")
+    return ["train", "mine.yaml", "--resume"]

@@ -102,6 +102,13 @@ def test_a_share_of_rows_with_copies_leaks(write_recipe: Any, tmp_path: Path, lo
     assert "2 validation rows stand in the training rows too" in result.stderr
 
 
+def test_rows_that_differ_behind_the_cut_are_no_copies(tokenizer: Any) -> None:
+    rows = [{"text": "word " * 40 + end} for end in ("one", "two", "two")]
+    report, fitted = report_of(tokenizer, *rows, max_length=16)
+    assert fitted.truncated == 3
+    assert report.duplicates == 1
+
+
 ROW = st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=3)
 
 

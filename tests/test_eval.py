@@ -107,6 +107,50 @@ def test_run_adapter_and_model_equal_a_row_by_row_loop(
     assert set(found) == {"target", "data", "tokens", "loss", "perplexity"}
 
 
+def conversed(file: Path, tokenizer: Any, max_length: int) -> list[tuple[list[int], list[int]]]:
+    """Each conversation's ids and labels in ChatML: the assistant's words and the end of its turn are learned."""
+    rows = []
+    for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+        text, learned = "", []
+        for turn in record["messages"]:
+            text += f"<|im_start|>{turn['role']}\n"
+            if turn["role"] == "assistant":
+                learned.append(range(len(text), len(text) + len(turn["content"] + "<|im_end|>")))
+            text += f"{turn['content']}<|im_end|>\n"
+        encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        labels = [
+            id if any(start < span.stop and end > span.start for span in learned) else -100
+            for id, (start, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
+        ]
+        rows.append((encoded.input_ids[:max_length], labels[:max_length]))
+    return rows
+
+
+def test_a_chat_adapter_is_measured_on_what_it_was_trained_to_see(
+    tiny_llama: Path, run_of: Callable[..., Path], tmp_path: Path, lora: Any
+) -> None:
+    says = [("Why?", "Because it is so."), ("Who?", "I."), ("When is bread done?", "When it sounds hollow, they say.")]
+    rows = tmp_path / "talk.jsonl"
+    with rows.open("w", encoding="utf-8") as file:
+        for first, second in zip(says, [*says[1:], says[0]], strict=True):
+            turns = enumerate((*first, *second))
+            told = [{"role": ("user", "assistant")[at % 2], "content": words} for at, words in turns]
+            file.write(json.dumps({"messages": told}) + "\n")
+    run = run_of(tiny_llama, **{"data": {"train": rows, "validation": rows, "max_length": 60}})
+    wanted = conversed(rows, AutoTokenizer.from_pretrained(tiny_llama), 60)
+    assert {len(ids) == 60 for ids, _ in wanted} == {True, False}, "some are cut"
+    counted = sum(label >= 0 for _, labels in wanted for label in labels[1:])
+    for target in (run, run / "adapter"):
+        found = done(lora("eval", target, "--data", rows, "--json")).json
+        assert found["tokens"] == counted
+        for score, adapter in ((found, run / "adapter"), (found["base"], None)):
+            row_by_row = reference.perplexity_row_by_row(load(tiny_llama, adapter), wanted)
+            assert score["perplexity"] == pytest.approx(row_by_row, rel=1e-6)
+    trained = json.loads((run / "run.json").read_text())
+    assert trained["data"]["supervised_tokens"] == counted
+    assert trained["result"]["validation"]["perplexity"] == pytest.approx(found["perplexity"], rel=1e-6)
+
+
 def test_the_table(tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, lora: Any) -> None:
     run = run_of(tiny_gpt2)
     numbers = done(lora("eval", run, "--data", qa_file, "--json")).json

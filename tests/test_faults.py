@@ -11,7 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from lora_cli.training.checkpoint import is_whole
+from lora_cli.training.lock import locked
 
 ENDLESS = {"max_steps": 1_000_000, "save_steps": 2, "lr_scheduler_type": "constant", "warmup_steps": 0}
 RANDOM = {"adapter.lora_dropout": 0.1, "data": {"packing": True, "validation": 0.2}}
@@ -108,6 +109,71 @@ def test_a_second_signal_stops_at_once_with_nothing_torn(
     assert run.column("step") == [1, 2]
 
 
+@pytest.fixture
+def after_preparing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Does something else once, when the next run has passed its checks and has begun nothing yet."""
+    from lora_cli.training import prepare as module
+
+    def then(do: Callable[[], object]) -> None:
+        def prepare(*arguments: Any) -> Any:
+            monkeypatch.setattr(module, "prepare", unchanged)
+            job = unchanged(*arguments)
+            do()
+            return job
+
+        unchanged = module.prepare
+        monkeypatch.setattr(module, "prepare", prepare)
+
+    return then
+
+
+def test_of_two_runs_started_at_once_the_refused_one_takes_nothing_of_the_others(
+    write_recipe: Any, tmp_path: Path, lora: Any, after_preparing: Any, no_curves: None
+) -> None:
+    recipe = write_recipe({"training": {"max_steps": 2, "warmup_steps": 0}, "quantization": {"method": "nf4"}})
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    done(lora("train", recipe, f"training.output_dir={whole}"))
+    with ExitStack() as other:
+
+        def begin_the_other() -> None:
+            shutil.copytree(whole / "cache", run / "cache")
+            other.enter_context(locked(run))
+
+        after_preparing(begin_the_other)
+        refused = lora("train", recipe)
+    assert refused.exit_code == 2
+    assert "another run is at work in this folder" in refused.stderr
+    kept = [
+        sorted(path.relative_to(folder) for path in folder.rglob("*")) for folder in (whole / "cache", run / "cache")
+    ]
+    assert kept[0] == kept[1] and len(kept[0]) > 2
+
+
+def test_a_run_that_began_and_ended_meanwhile_is_not_replaced(
+    write_recipe: Any, tmp_path: Path, lora: Any, after_preparing: Any, no_curves: None
+) -> None:
+    recipe, run = write_recipe({"training": {"max_steps": 2, "warmup_steps": 0}}), Run(tmp_path / "run")
+    after_preparing(lambda: done(lora("train", recipe, "training.seed=7")))
+    refused = lora("train", recipe)
+    assert refused.exit_code == 2
+    assert "another run was at work in this folder meanwhile" in refused.stderr
+    assert run.info["seed"] == 7 and run.info["finished"]
+    done(lora("train", recipe, "--overwrite"))
+    assert run.info["seed"] == 42
+
+
+def test_two_processes_started_at_once(write_recipe: Any, tmp_path: Path, no_curves: None) -> None:
+    recipe = write_recipe({"training": {"max_steps": 2, "warmup_steps": 0}})
+    for attempt in range(3):
+        run = tmp_path / f"run{attempt}"
+        children = [soak.start(soak.forking(), recipe, run, tmp_path / f"log{n}") for n in range(2)]
+        for child in children:
+            child.join(120)
+        assert sorted(child.exitcode for child in children) == [0, 2]
+        assert list((run / "cache").glob("*.safetensors"))
+        assert json.loads((run / "run.json").read_text())["finished"]
+
+
 # --- failing writes --------------------------------------------------------------------------------------------------
 
 
@@ -167,15 +233,41 @@ def test_a_failing_write_is_told_with_the_bytes_it_needs_and_leaves_what_was_who
     assert not soak.drafts(run.folder)
 
 
+@contextmanager
+def small_disk(folder: Path, options: str) -> Iterator[None]:
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"no small disk can be made here: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_disk_without_room_for_a_librarys_files_is_told_with_what_is_free(
+    write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
+) -> None:
+    disk = tmp_path / "disk"
+    with small_disk(disk, "size=1m,nr_inodes=7"):
+        steps = ENDLESS | {
+            "max_steps": 400,
+            "save_steps": None,
+            "output_dir": disk / "run",
+            "report_to": ["tensorboard"],
+        }
+        result = lora("train", write_recipe({"training": steps, "adapter.r": 1}))
+        assert result.exit_code == 3
+        told = re.search(r"(\S+): could not be written: .*No space left .*[(].*[0-9,]+ .*are free", result.stderr)
+        assert told and Path(told[1]).is_relative_to(disk / "run"), result.stderr
+        assert "no more files can be made" in result.stderr and "Traceback" not in result.stderr
+
+
 def test_a_full_disk_ends_the_run_and_leaves_what_was_whole(
     write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
 ) -> None:
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True, text=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"no small disk can be made here: {mounted.stderr.strip()}")
-    try:
+    with small_disk(disk, "size=400k"):
         run = Run(disk / "run")
         steps = ENDLESS | {"max_steps": 40, "save_total_limit": None, "output_dir": run.folder}
         result = lora("train", write_recipe({"training": steps}))
@@ -192,8 +284,6 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_whole(
         longer = write_recipe({"training": steps | {"max_steps": 2 * kept + 4, "save_total_limit": 1}})
         done(lora("train", longer, "--resume"))
         assert run.column("step") == list(range(1, 2 * kept + 5))
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 # --- numbers that are none -------------------------------------------------------------------------------------------
@@ -251,16 +341,34 @@ def overflow(overflowing: Path, rows: Any, write_recipe: Any, tmp_path: Path, lo
     return go
 
 
-def test_a_step_that_overflows_ends_the_run_before_the_optimizer_sees_it(overflow: Any) -> None:
+def test_a_step_that_overflows_ends_the_run_before_the_optimizer_sees_it(overflow: Any, tmp_path: Path) -> None:
     result, run = overflow("ssslss", "stop")
     assert result.exit_code == 3
     message = " ".join(result.stderr.split())
     assert "step 4 was not taken: loss is nan" in message and "; the checkpoints are kept; " in message
-    assert "its rows are 4 (Row l0 of the sea" in message
+    assert f"its rows are {tmp_path / 'ssslss.jsonl'}:4 (Row l0 of the sea" in message
     assert "training.learning_rate is too high" in message and "training.on_nonfinite: skip" in message
     assert run.checkpoints == [1, 2, 3]
     assert run.column("step") == [1, 2, 3]
     assert not (run.folder / "adapter").exists()
+
+
+def test_rows_are_named_by_file_and_line_whatever_was_held_out_and_mixed(
+    write_recipe: Any, tmp_path: Path, lora: Any
+) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "First {n} of all"}}\n\n' for n in range(12)))
+    (tmp_path / "b.csv").write_text("text\n" + "".join(f'"Second {n}\nof all"\n' for n in range(12)))
+    (tmp_path / "c.txt").write_text("\n\n".join(f"Third {n} of all" for n in range(12)))
+    where = {f"a.jsonl:{2 * n + 1} (First {n} of" for n in range(12)}
+    where |= {f"b.csv:{2 * n + 2} (Second {n} of" for n in range(12)}
+    where |= {f"c.txt:{2 * n + 1} (Third {n} of" for n in range(12)}
+    wild = {"learning_rate": 1e30, "warmup_steps": 0, "save_steps": None, "max_steps": 10, "on_nonfinite": "skip"}
+    sources = [str(tmp_path / name) for name in ("a.jsonl", "b.csv", "c.txt")]
+    result = lora("train", write_recipe({"data": {"train": sources, "validation": 0.3}, "training": wild}))
+    assert result.exit_code == 3
+    named = set(re.findall(rf"{tmp_path}/(\S+ [(]\w+ \d+ \w+)", result.stderr))
+    assert len(named) > 10 and named <= where, named - where
+    assert {name[0] for name in named} == {"a", "b", "c"}
 
 
 def test_a_skipped_step_leaves_every_weight_and_moment_alone(overflow: Any) -> None:

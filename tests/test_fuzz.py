@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from conftest import done, run_lora
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -311,3 +315,70 @@ def test_columns_of_any_type(folder: Path, column: pa.Array) -> None:
         pq.write_table(pa.table([column], names=names), file)
         for data in DATA:
             read_or_refuse(folder / "rows.parquet", file.getvalue(), data)
+
+
+# A run's own files
+
+FEW = settings(FUZZ, max_examples=max(10, FUZZ.max_examples // 6))
+LAST = "checkpoints/step-00000002"
+OWN_FILES = ("run.json", "metrics.jsonl", f"{LAST}/manifest.json", f"{LAST}/state.json")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps with a checkpoint of each."""
+    home = tmp_path_factory.mktemp("trained")
+    (home / "rows.jsonl").write_text(f"{json.dumps(ROWS[0])}\n" * 8)
+    recipe = {
+        "model": {"name_or_path": str(tiny_gpt2), "dtype": "float32"},
+        "adapter": {"r": 1, "target_modules": ["c_attn"]},
+        "data": {"train": str(home / "rows.jsonl"), "validation": 0.25},
+        "training": {"output_dir": str(home / "run"), "max_steps": 2, "save_steps": 1},
+    }
+    (home / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done(run_lora("train", home / "recipe.yaml"))
+    return home
+
+
+@st.composite
+def altered(draw: st.DrawFn, document: Any) -> Any:
+    """The document with one of its values, at any depth, taken out or put in the place of another."""
+    if not isinstance(document, dict | list) or not document or draw(st.integers(0, 5)) == 0:
+        return draw(_JSON | _LEAVES | st.just([document]) | st.just({"a": document}))
+    keys = list(document) if isinstance(document, dict) else list(range(len(document)))
+    key, changed = draw(st.sampled_from(keys)), document.copy()
+    if draw(st.integers(0, 3)) == 0:
+        del changed[key]
+    else:
+        changed[key] = draw(altered(changed[key]))
+    return changed
+
+
+@st.composite
+def spoilt(draw: st.DrawFn, content: bytes) -> bytes:
+    """A file of JSON lines, or of one document, changed in what it says or byte by byte."""
+    if draw(st.booleans()):
+        return draw(mutated([content], ODD))
+    lines = content.splitlines() if content.count(b"\n{") else [content]
+    at = draw(st.integers(0, len(lines) - 1))
+    lines[at] = json.dumps(draw(altered(json.loads(lines[at])))).encode()
+    return b"\n".join(lines) + b"\n"
+
+
+@pytest.mark.parametrize("name", OWN_FILES)
+@given(st.data())
+@FEW
+def test_any_content_of_a_runs_own_files(folder: Path, trained: Path, name: str, draw: st.DataObject) -> None:
+    run = folder / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(trained / "run", run)
+    content = draw.draw(spoilt((run / name).read_bytes()))
+    (run / name).write_bytes(content)
+    if name.endswith("state.json"):  # so that it is looked at
+        listed = json.loads((run / LAST / "manifest.json").read_text())
+        listed["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        (run / LAST / "manifest.json").write_text(json.dumps(listed))
+    result = run_lora("train", trained / "recipe.yaml", f"training.output_dir={run}", "--resume")
+    assert result.exit_code in (0, 2, 3), result.stderr
+    assert "Traceback" not in result.stderr and "bug in lora" not in result.stderr
+    assert len(result.stderr) < 10_000

@@ -241,6 +241,21 @@ def test_stopped_and_gone_on_with(recipe: Callable[..., Path], lora_process: Any
     assert (found.folder / weights).read_bytes() == (wanted.folder / weights).read_bytes()
 
 
+def test_shards_are_gone_on_with(recipe: Callable[..., Path], lora_process: Any) -> None:
+    changes = TWO | {"training.fsdp": True, "adapter.lora_dropout": 0.2, "training.max_steps": 6}
+    undisturbed = recipe(changes | {"training.save_total_limit": None, "training.num_train_epochs": ...})
+    done(lora_process("train", undisturbed, "--num-processes", "2"))
+    wanted = run_of(undisturbed)
+    found = Run(wanted.folder.with_name("cut"))
+    shutil.copytree(wanted.folder, found.folder)
+    shutil.rmtree(found.folder / "checkpoints" / "step-00000006")
+    shutil.rmtree(found.folder / "adapter")
+    again = ("train", undisturbed, f"training.output_dir={found.folder}", "--resume", "--num-processes", "2")
+    assert "step-00000003" in done(lora_process(*again)).stderr
+    assert found.column("loss") == wanted.column("loss")
+    assert found.adapter_bytes == wanted.adapter_bytes
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero(stage: int, recipe: Callable[..., Path], lora: Any, lora_process: Any, tmp_path: Path) -> None:
     """DeepSpeed's parts come and go as whole tensors: begun by it, gone on with by it or without it."""

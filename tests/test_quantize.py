@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from lora_cli.model.linear4bit import compute_right, expand
+
 LINEAR = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -213,6 +215,32 @@ def test_weights_of_zeros_and_of_no_numbers(tiny_llama: Path, tmp_path: Path, lo
     result = lora("quantize", tmp_path / "nan", "--out", tmp_path / "out2")
     assert result.exit_code == 2
     assert f"{name}.weight" in result.stderr and not (tmp_path / "out2").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
+@pytest.mark.parametrize("guarded", [True, False])
+def test_gradients_after_an_evaluation_pass_are_those_of_the_expanded_weight(guarded: bool) -> None:
+    """Without the guard the first evaluation pass repacks weights: the gradient then points elsewhere, or is gone."""
+    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("this processor has no AVX512-BF16, for which weights are repacked")
+    torch.manual_seed(0)
+    layer = Linear4bit(256, 512, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
+    expanded = expand(layer.weight.data, layer.weight.quant_state).float().clone()
+    if guarded:
+        compute_right(layer)
+    else:
+        assert layer.support_avx512bf16_for_cpu, "what the guard turns off"
+    with torch.no_grad():
+        layer.eval()(torch.randn(4, 256, dtype=torch.bfloat16))
+    layer.train()
+    x, upstream = torch.randn(8, 256, dtype=torch.bfloat16, requires_grad=True), torch.randn(8, 512)
+    layer(x).backward(upstream.bfloat16())
+    gradient = torch.zeros_like(x) if x.grad is None else x.grad
+    cosine = torch.cosine_similarity(gradient.float().flatten(), (upstream @ expanded).flatten(), dim=0)
+    assert cosine > 0.999 if guarded else cosine < 0.9
 
 
 @pytest.mark.parametrize("method", ["nf4", "fp4"])

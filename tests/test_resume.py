@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from lora_cli.errors import UserError
 from lora_cli.model.base import has_units_for
 from lora_cli.recipe.load import load_recipe
+from lora_cli.training import checkpoint
 from lora_cli.training.run import RunFolder
 
 EVERYTHING_RANDOM = {
@@ -121,7 +123,7 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint(
             (torn / "optimizer.safetensors").write_bytes(weights)
         else:
             (torn / "manifest.json").unlink()
-    (cut / "checkpoints" / ".step-00000004.abc").mkdir()
+    (cut / "checkpoints" / ".step-00000004.abcdefgh.draft").mkdir()
     result = lora("train", cut / "recipe.yaml", f"training.output_dir={cut}", "--resume")
     done(result)
     assert result.stderr.count("is damaged and left aside") == 2
@@ -129,6 +131,97 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint(
     assert resumed.column("loss") == whole.column("loss")
     assert resumed.adapter_bytes == whole.adapter_bytes
     assert resumed.checkpoints == [1, 2, 3, 4]
+    assert not list((cut / "checkpoints").glob(".*"))
+
+
+STEP_2 = "checkpoints/step-00000002"
+STRAY = ["checkpoints/.DS_Store", ".adapter.x", f"{STEP_2}/.ipynb_checkpoints/", f"{STEP_2}/notes.txt"]
+
+
+@pytest.mark.parametrize("name", STRAY)
+def test_resume_does_not_mind_what_others_leave_beside_its_files(
+    name: str, train: Callable[..., Run], write_recipe: Any, lora: Any
+) -> None:
+    run = train({"training": {"max_steps": 2, "save_steps": 1, "warmup_steps": 0}})
+    (run.folder / name).mkdir() if name.endswith("/") else (run.folder / name).write_text("not lora's")
+    result = done(lora("train", run.folder / "recipe.yaml", "training.max_steps=3", "--resume"))
+    assert f"resumed from {run.folder / STEP_2}" in result.stderr
+    assert "Traceback" not in result.stderr and "damaged" not in result.stderr
+    assert run.column("step") == [1, 2, 3]
+    assert (run.folder / name).exists()
+
+
+def test_resume_does_not_count_a_checkpoint_that_is_not_whole(train: Callable[..., Run], lora: Any) -> None:
+    run = train()
+    shutil.copytree(run.folder / "checkpoints/step-00000004", run.folder / "checkpoints/step-00000099")
+    result = done(lora("train", run.folder / "recipe.yaml", "--resume"))
+    assert f"{run.folder / 'checkpoints/step-00000099'} is damaged and left aside" in result.stderr
+    assert "resumed from" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "torn", [b"\0" * 80, b"\0" * 80 + b"\n", b'{"step": 5, "sp' + b"\0" * 9 + b"\n", b'{"step": 5']
+)
+def test_what_a_loss_of_power_leaves_of_a_line_is_cut(torn: bytes, train: Callable[..., Run], lora: Any) -> None:
+    run = train()
+    whole = run.losses
+    with (run.folder / "metrics.jsonl").open("ab") as file:
+        file.write(torn)
+    done(lora("train", run.folder / "recipe.yaml", "--resume"))
+    assert run.losses == whole
+
+
+def with_its_sum(path: Path, content: str) -> None:
+    """Write a file of a checkpoint as if it had been written with it."""
+    path.write_text(content)
+    manifest = path.with_name("manifest.json")
+    listed = json.loads(manifest.read_text())
+    listed[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content.encode()).hexdigest()}
+    manifest.write_text(json.dumps(listed))
+
+
+@pytest.mark.parametrize("case", ["no state", "nested manifest", "state of another step", "other optimizer", "random"])
+def test_resume_tells_a_checkpoint_that_is_none(case: str, train: Callable[..., Run], lora: Any) -> None:
+    run = train()
+    folder = run.folder / "checkpoints" / "step-00000004"
+    state = json.loads((folder / "state.json").read_text())
+    if case == "no state":
+        with_its_sum(folder / "state.json", "{}")
+    elif case == "nested manifest":
+        (folder / "manifest.json").write_text("[" * 100_000)
+    elif case == "state of another step":
+        with_its_sum(folder / "state.json", json.dumps(state | {"progress": state["progress"] | {"step": 3}}))
+    elif case == "other optimizer":
+        with_its_sum(folder / "state.json", json.dumps(state | {"optimizer": {"999.step": 1}}))
+    else:
+        state["random"][0]["python"][1] = [1, 2, 3]
+        with_its_sum(folder / "state.json", json.dumps(state))
+    result = lora("train", run.folder / "recipe.yaml", "--resume")
+    assert "Traceback" not in result.stderr and "bug in lora" not in result.stderr
+    if case in ("other optimizer", "random"):
+        assert result.exit_code == 2
+        assert "the checkpoint of step 4 cannot be gone on from" in result.stderr
+    else:
+        done(result)
+        assert f"{folder} is damaged and left aside" in result.stderr
+
+
+def test_a_gradient_scaler_goes_on_where_it_was() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = torch.optim.AdamW([weight], lr=0.1), torch.amp.GradScaler("cpu", init_scale=4.0)
+    for factor in (1.0, float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale(factor * weight.sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    state = checkpoint.capture(checkpoint.Progress(step=3), [("weight", weight)], optimizer, scaler)
+    assert scaler.get_scale() == 2.0
+    fresh, other = torch.amp.GradScaler("cpu", init_scale=4.0), torch.nn.Parameter(torch.zeros(3))
+    fresh.scale(torch.ones(()))
+    checkpoint.restore(state, [("weight", other)], torch.optim.AdamW([other], lr=0.1), fresh, process=0)
+    assert fresh.state_dict() == scaler.state_dict()
+    assert fresh.get_scale() == 2.0
+    assert torch.equal(other, weight)
 
 
 def files_of(run: Run) -> dict[Path, bytes]:
@@ -294,6 +387,7 @@ def test_resume_begins_where_a_run_was_killed_before_it_began(
         if left == "a draft" or (left == "a record" and path.name != "run.json") or path.name == "recipe.yaml":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     (killed.folder / ".run.json.new").write_text("{")
+    (killed.folder / ".recipe.yaml.new").touch()
     done(lora("train", write_recipe({"training": {"output_dir": killed.folder, "seed": 7}}), "--resume"))
     anew = train({"training.seed": 7})
     assert killed.losses == anew.losses != whole.losses
@@ -326,6 +420,62 @@ def test_killed_between_record_and_recipe(
     done(lora("train", recipe, *more))
     assert run.column("tokens") == whole.column("tokens")
     assert run.info["processes"] == 1 and run.info["gradient_accumulation_steps"] == 4
+
+
+@pytest.mark.parametrize(
+    "killed_in", ["RunFolder.write_info", "set_aside", "clear_drafts", "RunFolder.write_recipe", "os.fsync"]
+)
+def test_a_run_killed_as_it_replaces_another_begins_again(
+    killed_in: str, train: Callable[..., Run], write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train()
+    recipe = write_recipe({"training": {"output_dir": run.folder, "seed": 7, "max_steps": 2}})
+
+    def kill(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killing:
+        killing.setattr(f"lora_cli.training.run.{killed_in}", kill)
+        lora("train", recipe, "--overwrite")
+    again = lora("train", recipe, "--resume")
+    if killed_in == "clear_drafts":  # the first thing it does: the former run is as it was
+        assert again.exit_code == 2 and "training.seed was 42 and is now 7" in again.stderr
+    else:
+        done(again)
+        assert run.info["seed"] == 7 and len(run.losses) == 2
+        assert not list(run.folder.rglob(".*"))
+
+
+@pytest.mark.parametrize("left", ["checkpoints", "adapter"])
+def test_resume_leaves_a_run_alone_that_lost_its_recipe(
+    left: str, train: Callable[..., Run], write_recipe: Any, lora: Any
+) -> None:
+    run = train()
+    shutil.rmtree(run.folder / ("adapter" if left == "checkpoints" else "checkpoints"))
+    (run.folder / "recipe.yaml").unlink()
+    before = files_of(run)
+    recipe = write_recipe({"training.output_dir": run.folder})
+    refused = lora("train", recipe, "--resume")
+    assert refused.exit_code == 2
+    assert f"{run.folder / 'recipe.yaml'}: --resume: the run's recipe is missing" in refused.stderr
+    assert "restore recipe.yaml" in refused.stderr and "--overwrite" in refused.stderr
+    assert files_of(run) == before
+    done(lora("train", recipe, "--overwrite"))
+
+
+@pytest.mark.parametrize("how", ["--resume", "--overwrite"])
+def test_only_names_of_the_tools_own_are_cleared_away(
+    how: str, train: Callable[..., Run], write_recipe: Any, lora: Any
+) -> None:
+    run = train()
+    own = [".adapter.abcdefgh.draft", ".adapter.abcdefgh.draft.former", "checkpoints/.step-00000001.old.draft"]
+    others = [".adapter.backup", ".adapter.original", "checkpoints/.step-00000004.mine"]
+    for name in own + (others if how == "--resume" else others[:2]):
+        (run.folder / name).mkdir()
+    (run.folder / ".adapter.x").write_text("mine")
+    done(lora("train", write_recipe({"training.output_dir": run.folder}), how))
+    left = {str(path.relative_to(run.folder)) for path in run.folder.rglob(".*")}
+    assert left == {".adapter.x", *(others if how == "--resume" else others[:2])}
 
 
 def test_resume_of_nothing_is_refused(write_recipe: Any, tmp_path: Path, lora: Any) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from lora_cli.errors import UserError
+from lora_cli.recipe.load import load_recipe
+
 NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
 SECRETS = {name: f"secret-value-of-{number}" for number, name in enumerate(NAMES)}
 FOREIGN = "<script>alert(1)<|script>"  # as a file's name may be
@@ -30,6 +33,23 @@ def test_secrets_of_the_environment_are_written_nowhere(
     assert len(written) > (10 if exit_code == 0 else 1)
     for content in (*written, result.stdout.encode(), result.stderr.encode()):
         assert not any(secret.encode() in content for secret in SECRETS.values())
+
+
+SECRET_NAMES = ("MY_PASS", "GITHUB_PAT", "NPM_AUTH", "DB_PWD", "DBPASSWORD", "AWS_CREDENTIALS", "OPENAI_APIKEY", "JWT")
+SECRET_NAMES += ("CLIENTSECRET", "my_pass", "PASS_OF_MINE", "SESSION_COOKIE", "HF_TOKEN", "KEY", "PRIVATE_KEY_OF_MINE")
+OTHER_NAMES = ("PATH", "PWD", "OLDPWD", "COMPASS", "PATTERN", "AUTHOR", "MONKEY", "KEYBOARD", "MAX_TOKENS", "PASSES")
+OTHER_NAMES += ("TOKENIZER", "XAUTHORITY", "DATA_PATH", "PASSENGER_DATA")
+
+
+@pytest.mark.parametrize("name", SECRET_NAMES + OTHER_NAMES)
+def test_a_secrets_name_is_known(name: str, write_recipe: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv(name, "runs/value")
+    recipe = write_recipe({"training.output_dir": f"${{{name}}}"})
+    if name in OTHER_NAMES:
+        assert load_recipe(recipe).training.output_dir == "runs/value"
+    else:
+        with pytest.raises(UserError, match=f"{name} looks to be a secret"):
+            load_recipe(recipe)
 
 
 def test_a_report_takes_names_and_recipe_for_text(

@@ -59,7 +59,7 @@ def test_a_signal_leaves_nothing(number: int, code: int, verb: str, adapter: Pat
 
 def test_what_a_killed_run_left_goes_with_the_next(adapter: Path, tmp_path: Path, lora: Any) -> None:
     place = tmp_path / "place"
-    others = {".out.settings", ".out.draft-notes", ".other.draft-abcdefgh"}
+    others = {".out.settings", ".out.draft-notes", ".other.abcdefgh.draft"}
     for name in others:
         (place / name).mkdir(parents=True)
     ended, _ = stopped(signal.SIGKILL, place / "out", "merge", adapter)

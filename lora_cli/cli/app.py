@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -21,7 +22,7 @@ import typer
 
 from lora_cli import __version__
 from lora_cli.cli import adapters, evaluate, explain, merge, quantize, train
-from lora_cli.errors import Aftermath, Interrupted, LoraError, RunError, UserError
+from lora_cli.errors import Aftermath, Interrupted, LoraError, RunError, UserError, is_lack_of_room, unwritable
 from lora_cli.training.launched import process_index
 
 app = typer.Typer(
@@ -85,9 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         what = f"the system refused: {error.strerror or error}"
-        refused: LoraError = RunError(what, error.filename, "what was whole before still is")
+        where = None if error.filename is None else str(error.filename)
+        refused: LoraError = RunError(what, where, "what was whole before still is")
+        if where is not None and is_lack_of_room(error):
+            refused = unwritable(Path(where), error)
         if error.errno == errno.ENAMETOOLONG:
-            refused = UserError(what, error.filename, "choose another name")
+            refused = UserError(what, where, "choose another name")
         _tell(refused)
         return refused.exit_code
     except (

@@ -23,8 +23,9 @@ class Report:
     """Counts of rows.
 
     ``duplicates`` repeat an earlier training row, in what is learned of it too; ``validation_in_train`` are validation
-    rows whose tokens are a training row's. Of the training rows that are kept, ``ends_supervised`` have the end of
-    their last answer (or text) supervised; ``ends_masked`` have not, though nothing was cut off. A training row holds
+    rows whose tokens are a training row's; both are told of whole rows, before any is cut. Of the training rows that
+    are kept, ``ends_supervised`` have the end of their last answer (or text) supervised; ``ends_masked`` have not,
+    though nothing was cut off. A training row holds
     between ``bos_per_row`` BOS; ``bos_doubled`` begin with two, ``bos_removed`` would have, had the tokenizer's not
     been left out. ``template_notes`` say what the chat template leaves to be found out.
     """
@@ -44,7 +45,7 @@ def audit(
 ) -> Report:
     """Count over the training rows, ``whole`` and ``fitted`` to the model, and the validation rows, whole."""
     kept = fitted.examples
-    learned = _digests(kept, supervision=True)
+    learned = _digests(whole, supervision=True)
     leaked = 0
     if held_out is not None:
         leaked = int(np.isin(_digests(held_out, supervision=False), _digests(whole, supervision=False)).sum())

@@ -26,7 +26,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from lora_cli import __version__
-from lora_cli.data.examples import CHUNK, Examples, Store
+from lora_cli.data.examples import CHUNK, Flat, Store, end_to_end
 from lora_cli.data.sources import Row, whole_rows
 from lora_cli.data.tokenize import Tokenized, check_usable, tokenize_rows
 from lora_cli.errors import RunError, UserError
@@ -101,11 +101,13 @@ def publish(cache: Path, parts: list[Cached]) -> list[Path]:
     """
     fresh = [part for part in parts if part.fresh]
     parts.clear()
+    stood = set(cache.glob("*"))
     made = [folder for folder in (*reversed(cache.parents), cache) if not folder.exists()] if fresh else []
     for part in fresh:
-        made.append(_write(cache, part))
+        file = _write(cache, part)
+        made += [file] if file not in stood else []
         store = part.tokenized.examples.store
-        if (written := _mapped(made[-1])) is not None:  # from here on the rows lie on the disk
+        if (written := _mapped(file)) is not None:  # from here on the rows lie on the disk
             store.mappings, store.ids, store.supervised = (written[0],), written[1]["ids"], written[1]["supervised"]
     return made
 
@@ -163,7 +165,8 @@ def _read(cache: Path, key: str) -> Tokenized | None:
     if checksum != _checksum(key, about, arrays, store):
         return None
     stated, offsets = json.loads(about), arrays["offsets"].copy()
-    examples = Examples(store, offsets[:-1], offsets[1:], arrays["source"].copy(), stated["format"])
+    flat = Flat(store.ids, store.supervised, offsets)
+    examples = end_to_end(flat, arrays["source"].copy(), stated["format"], store.mappings)
     return Tokenized(examples, stated["bos_removed"])
 
 

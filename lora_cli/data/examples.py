@@ -52,13 +52,15 @@ class Examples:
     """Tokenized rows: from ``starts`` to ``ends`` (rows, int64) in a store that others may share.
 
     Never a row's first token is supervised, which nothing predicts. ``source`` (rows, int32) is the part of the mixture
-    a row is from. ``format`` names the format; of a mixture of several, all of them, joined by '+'.
+    a row is from, ``number`` (rows, int32) the row's place in it, counted from 0. ``format`` names the format; of a
+    mixture of several, all of them, joined by '+'.
     """
 
     store: Store
     starts: Ints
     ends: Ints
     source: Tokens
+    number: Tokens
     format: str
 
     def __len__(self) -> int:
@@ -96,7 +98,13 @@ class Examples:
 
     def select(self, rows: Sequence[int] | Ints | Mask) -> Examples:
         """These rows alone, in this order."""
-        return replace(self, starts=self.starts[rows], ends=self.ends[rows], source=self.source[rows])
+        return replace(
+            self,
+            starts=self.starts[rows],
+            ends=self.ends[rows],
+            source=self.source[rows],
+            number=self.number[rows],
+        )
 
     def flat(self, first: int = 0, last: int | None = None) -> Flat:
         """The rows from ``first`` to before ``last``, end to end; copied unless they lie so in the store."""
@@ -119,9 +127,10 @@ class Examples:
 
 
 def end_to_end(flat: Flat, source: Tokens, format_name: str, mappings: tuple[mmap.mmap, ...] = ()) -> Examples:
-    """Examples of rows that lie so, in memory or mapped."""
+    """Examples of all rows of the sources, one source after the other, that lie so in memory or mapped."""
     store = Store(flat.ids, flat.supervised, mappings)
-    return Examples(store, flat.offsets[:-1], flat.offsets[1:], source, format_name)
+    number = (np.arange(len(source)) - np.searchsorted(source, source)).astype(np.int32)
+    return Examples(store, flat.offsets[:-1], flat.offsets[1:], source, number, format_name)
 
 
 def offsets_of(lengths: Ints) -> Ints:

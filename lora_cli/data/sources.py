@@ -8,8 +8,10 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,25 @@ def whole_rows(sources: Iterable[Source]) -> Iterator[Row]:
         if isinstance(item, Fault):
             raise UserError([item])
         yield item
+
+
+def places(sources: Sequence[Source], rows: Collection[tuple[int, int]]) -> list[str]:
+    """Where rows stand, each given by its source and its place in it, counted from 0: the files are read once more.
+
+    Of a file that is not what it was, the row's number.
+    """
+    found = {(at, number): f"{sources[at].path} (row {number + 1})" for at, number in rows}
+    for at in {at for at, _ in rows}:
+        wanted = {number for other, number in rows if other == at}
+        with suppress(UserError):
+            if _files(sources[at].path) is None:
+                found |= {
+                    (at, number): _hub_place(sources[at].path, sources[at].split, number + 1) for number in wanted
+                }
+                continue
+            read = islice(whole_rows([sources[at]]), max(wanted) + 1)
+            found |= {(at, number): row.where for number, row in enumerate(read) if number in wanted}
+    return [found[row] for row in rows]
 
 
 def _files(path: str) -> list[Path] | None:
@@ -274,6 +295,10 @@ READERS: dict[str, Callable[[Path], Iterator[Record | Fault]]] = {
 }
 
 
+def _hub_place(name: str, split: str, number: int) -> str:
+    return f"{name}[{split}] (row {number})"
+
+
 def hub_rows(name: str, split: str, streaming: bool = False) -> Iterator[Row]:
     """The rows of a split of a data set on the hub (or in its local cache), through ``datasets``; from a memory-mapped
     copy of it or, ``streaming``, as they come.
@@ -287,7 +312,7 @@ def hub_rows(name: str, split: str, streaming: bool = False) -> Iterator[Row]:
     try:
         rows = datasets.load_dataset(name, split=split, streaming=streaming)
         for number, columns in enumerate(rows, 1):
-            yield Row(columns, f"{name}[{split}] (row {number})")
+            yield Row(columns, _hub_place(name, split, number))
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         what = f"the data set could not be loaded from the hub: {str(error).splitlines()[0]}"
         raise UserError(what, name, "give a path that exists, or a hub id that can be reached from here") from error

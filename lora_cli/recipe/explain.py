@@ -22,7 +22,7 @@ _BASE = {
 }
 _NOTES = """\
 Values are YAML 1.2: 1e-4 is a number, yes, no and on are text. ${NAME} and ${NAME:-default} take environment variables,
-but no secrets (a name with TOKEN, KEY, SECRET, PASSWORD): what a recipe says is written into the run's files.
+but no secrets (a name with TOKEN, KEY, SECRET, PASS …): what a recipe says is written into the run's files.
 $${ stands for ${. On the command line a key is set by its dotted name: adapter.r=32"""
 
 

@@ -240,7 +240,10 @@ class _Reader:
 
 
 _YAML_TAG = "tag:yaml.org,2002:"
-_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|(API)?KEY)($|_)", re.IGNORECASE)
+_SECRET = re.compile(
+    "PASSWORD|PASSWD|PASSPHRASE|SECRET|CREDENTIAL|APIKEY|(^|_)(TOKEN|KEY|PASS|PAT|AUTH|CREDS|JWT|COOKIE)($|_)|_PWD$",
+    re.IGNORECASE,
+)
 _VARIABLE = re.compile(r"\$\$\{|\$\{(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>(?:(?!\$\{)[^}])*))?\})?")
 
 _CONSTANTS: dict[str, Scalar] = {

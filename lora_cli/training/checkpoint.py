@@ -6,7 +6,6 @@ import hashlib
 import json
 import random
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,15 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from pydantic import FiniteFloat, TypeAdapter
 from safetensors.torch import load_file, save_file
+from torch.amp.grad_scaler import GradScaler
 
 from lora_cli.errors import UserError
 from lora_cli.training.processes import fill, laid_out_as, shape_of, whole
-from lora_cli.weights.shards import read_headers, whole_folder
+from lora_cli.weights.shards import clear_drafts, read_headers, set_aside, whole_folder
 
 MANIFEST = "manifest.json"
 DOCUMENT = "state.json"
 FILES = ("weights", "optimizer", "random")
+NAMES = (DOCUMENT, *(f"{name}.safetensors" for name in FILES))
 NAME = re.compile(r"step-(\d{8})")
 GO_ON = "; --resume goes on from the newest"
 NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
@@ -36,10 +38,10 @@ class Progress:
     steps that were left out, in all and since the last one taken."""
 
     step: int = 0
-    base_loss: float | None = None
-    validation_loss: float | None = None
+    base_loss: FiniteFloat | None = None
+    validation_loss: FiniteFloat | None = None
     validation_tokens: int = 0
-    best_loss: float | None = None
+    best_loss: FiniteFloat | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
     skipped_steps: int = 0
@@ -47,30 +49,49 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class RandomNumbers:
+    """What of a process's random state is no tensor, as Python and numpy give it."""
+
+    python: tuple[int, list[int], float | None]
+    numpy: tuple[list[int], int, int, float]
+
+
+@dataclass(frozen=True)
+class Document:
+    """All of a checkpoint that is no tensor: the optimizer's numbers by name, every process's random state, and what
+    float16's gradient scaler has come to."""
+
+    progress: Progress
+    optimizer: dict[str, int | float]
+    random: list[RandomNumbers]
+    scaler: dict[str, int | float] | None = None
+
+
+@dataclass(frozen=True)
 class State:
     """A checkpoint in memory: trained weights, the optimizer's tensors and every process's random tensors by name, and
-    a document (JSON) of all that is no tensor."""
+    all that is no tensor.
+
+    The optimizer's settings are not in it: they are the recipe's, and a resumed run may not change these.
+    """
 
     weights: Tensors
     optimizer: Tensors
     random: Tensors
-    document: dict[str, Any]
+    document: Document
 
 
-def capture(progress: Progress, parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> State:
+def capture(
+    progress: Progress, parameters: NamedParameters, optimizer: torch.optim.Optimizer, scaler: GradScaler | None
+) -> State:
     """The run's state, whole on every process; each must call this, since sharded tensors are gathered."""
-    state = optimizer.state_dict()
-    moments, numbers = _split_state(state["state"])
+    moments, numbers = _split_state(optimizer.state_dict()["state"])
     random_tensors: Tensors = {}
     random_numbers = []
     for index, (tensors, numbers_there) in enumerate(gather_object([_random_state()])):
         random_tensors |= {f"{index}.{name}": tensor for name, tensor in tensors.items()}
         random_numbers.append(numbers_there)
-    document = {
-        "progress": asdict(progress),
-        "optimizer": {"numbers": numbers, "param_groups": state["param_groups"]},
-        "random": random_numbers,
-    }
+    document = Document(progress, numbers, random_numbers, scaler.state_dict() if scaler is not None else None)
     return State({name: host_copy(tensor) for name, tensor in parameters}, moments, random_tensors, document)
 
 
@@ -82,12 +103,12 @@ def host_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 def write(folder: Path, state: State) -> Path:
     """Write ``folder``/step-NNNNNNNN as safetensors and JSON, whole or not at all."""
-    target = path_of(folder, state.document["progress"]["step"])
+    target = path_of(folder, state.document.progress.step)
     tensors = [tensor for name in FILES for tensor in getattr(state, name).values()]
     with whole_folder(target, replace=True, needed=sum(tensor.nbytes for tensor in tensors)) as draft:
         for name in FILES:
             save_file(getattr(state, name), draft / f"{name}.safetensors")
-        (draft / DOCUMENT).write_text(json.dumps(state.document), encoding="utf-8")
+        (draft / DOCUMENT).write_text(json.dumps(asdict(state.document)), encoding="utf-8")
         (draft / MANIFEST).write_text(json.dumps(_manifest(draft)), encoding="utf-8")
     return target
 
@@ -95,7 +116,13 @@ def write(folder: Path, state: State) -> Path:
 def read(path: Path) -> State:
     """A checkpoint that ``is_whole``, in host memory."""
     weights, optimizer, random_states = (load_file(path / f"{name}.safetensors") for name in FILES)
-    return State(weights, optimizer, random_states, json.loads((path / DOCUMENT).read_text(encoding="utf-8")))
+    return State(weights, optimizer, random_states, _read_document(path))
+
+
+def _read_document(path: Path) -> Document:
+    """Raises ValueError for what is none of a checkpoint."""
+    text = (path / DOCUMENT).read_text(encoding="utf-8")
+    return TypeAdapter(Document).validate_json(text, strict=True)
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -110,7 +137,7 @@ def step_of(path: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name))
+    return sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir())
 
 
 def kept(folder: Path, then: str = "") -> str:
@@ -126,17 +153,15 @@ def is_whole(path: Path) -> bool:
     try:
         listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         read_headers([path / f"{name}.safetensors" for name in FILES])
-    except (OSError, ValueError, UserError):
+        return bool(listed == _manifest(path)) and _read_document(path).progress.step == step_of(path)
+    except (OSError, ValueError, RecursionError, UserError):
         return False
-    return bool(listed == _manifest(path))
 
 
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(file for file in path.iterdir() if file.name != MANIFEST)
-    return {
-        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-        for file in files
-    }
+    """Size and SHA-256 of a checkpoint's files; what a file manager or an editor leaves beside them is none of it."""
+    contents = ((name, (path / name).read_bytes()) for name in NAMES)
+    return {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents}
 
 
 def rotate(folder: Path, newest: int, keep: int | None, best: int | None) -> None:
@@ -149,31 +174,46 @@ def rotate(folder: Path, newest: int, keep: int | None, best: int | None) -> Non
     kept = {*earlier[-keep if keep else 0 :], best}
     for step in steps:
         if step not in kept:
-            path = path_of(folder, step)
-            path.rename(path.with_name(f".{path.name}.old"))  # never seen with a part of its files
-    for draft in folder.glob(".step-*"):
-        shutil.rmtree(draft)
+            set_aside(path_of(folder, step))
+    clear_drafts(folder)
 
 
-def restore(state: State, parameters: NamedParameters, optimizer: torch.optim.Optimizer, process: int) -> Progress:
-    """Put weights, optimizer and this process's random state back as they were.
+def restore(
+    state: State,
+    parameters: NamedParameters,
+    optimizer: torch.optim.Optimizer,
+    scaler: GradScaler | None,
+    process: int,
+) -> Progress:
+    """Put weights, optimizer, gradient scaler and this process's random state back as they were.
 
     A process beyond those of the interrupted run keeps the random state it has. Raises UserError when the state is of
-    other parameters.
+    other parameters, or no state that a run can have come to.
     """
     restore_weights(state, parameters)
+    try:
+        _restore_optimizer(state, parameters, optimizer)
+        if scaler is not None and state.document.scaler:
+            scaler.load_state_dict(state.document.scaler)
+        if process < len(state.document.random):
+            own = f"{process}."
+            tensors = {name.removeprefix(own): value for name, value in state.random.items() if name.startswith(own)}
+            _restore_random(state.document.random[process], tensors)
+    except (ValueError, LookupError, OverflowError) as error:
+        what = f"the checkpoint of step {state.document.progress.step} cannot be gone on from: {error}"
+        raise UserError(what, hint="remove it to go on from the one before") from error
+    return state.document.progress
+
+
+def _restore_optimizer(state: State, parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> None:
     entries: dict[int, dict[str, Any]] = {}
-    for key, value in (*state.document["optimizer"]["numbers"].items(), *state.optimizer.items()):
+    for key, value in (*state.document.optimizer.items(), *state.optimizer.items()):
         index, _, name = key.partition(".")
         parameter = parameters[int(index)][1]
-        is_moment = isinstance(value, torch.Tensor) and value.shape == shape_of(parameter)
-        entries.setdefault(int(index), {})[name] = laid_out_as(value, parameter) if is_moment else value
-    optimizer.load_state_dict({"state": entries, "param_groups": state.document["optimizer"]["param_groups"]})
-    if process < len(state.document["random"]):
-        own = f"{process}."
-        tensors = {name.removeprefix(own): value for name, value in state.random.items() if name.startswith(own)}
-        _restore_random(state.document["random"][process], tensors)
-    return Progress(**state.document["progress"])
+        if isinstance(value, torch.Tensor) and value.shape == shape_of(parameter):
+            value = laid_out_as(value, parameter)
+        entries.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def restore_weights(state: State, parameters: NamedParameters) -> None:
@@ -203,20 +243,20 @@ def _split_state(state: dict[int, dict[str, Any]]) -> tuple[Tensors, dict[str, A
     return tensors, numbers
 
 
-def _random_state() -> tuple[Tensors, dict[str, Any]]:
+def _random_state() -> tuple[Tensors, RandomNumbers]:
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
     state: Any = np.random.get_state()  # the global state that libraries draw from
-    numbers = {"python": random.getstate(), "numpy": [state[1].tolist(), *state[2:]]}
-    return tensors, numbers
+    version, internal, gauss = random.getstate()
+    return tensors, RandomNumbers((version, list(internal), gauss), (state[1].tolist(), *state[2:]))
 
 
-def _restore_random(numbers: dict[str, Any], tensors: Tensors) -> None:
+def _restore_random(numbers: RandomNumbers, tensors: Tensors) -> None:
     torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
-    version, internal, gauss = numbers["python"]
+    version, internal, gauss = numbers.python
     random.setstate((version, tuple(internal), gauss))
-    keys, position, has_gauss, cached = numbers["numpy"]
+    keys, position, has_gauss, cached = numbers.numpy
     np.random.set_state(("MT19937", np.asarray(keys, np.uint32), position, has_gauss, cached))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_cli.errors import UserError
@@ -15,8 +15,9 @@ from lora_cli.errors import UserError
 def locked(folder: Path, shared: bool = False) -> Iterator[None]:
     """Hold the folder, made if need be, as long as the block lasts; ``shared`` with others who do so as well.
 
-    Raises UserError while another process holds it.
+    One that was made, and in which nothing was left, is removed again. Raises UserError while another process holds it.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)  # the folder itself is locked: no file to leave behind
     try:
@@ -25,7 +26,12 @@ def locked(folder: Path, shared: bool = False) -> Iterator[None]:
         except BlockingIOError as error:
             hint = "wait until it ends, or choose another training.output_dir"
             raise UserError("another run is at work in this folder", str(folder), hint) from error
-        yield
+        try:
+            yield
+        finally:
+            for path in made:
+                with suppress(OSError):
+                    path.rmdir()
     finally:
         os.close(handle)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lora_cli.data.batches import Step
 from lora_cli.data.cache import prune, publish, withdraw
-from lora_cli.errors import Aftermath, Interrupted, RunError, UserError
+from lora_cli.errors import Aftermath, Interrupted, RunError, UserError, is_lack_of_room, unwritable
 from lora_cli.evaluation.loss import Score, evaluation_groups, score, summed_loss, tally_loss
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.training import hidden_states
@@ -27,7 +28,7 @@ from lora_cli.training.checkpoint import GO_ON, Progress, host_copy, kept
 from lora_cli.training.clock import Clock
 from lora_cli.training.display import Display
 from lora_cli.training.interrupt import Interrupt, catch_signals
-from lora_cli.training.launched import is_first_here, process_count
+from lora_cli.training.launched import is_first_here, process_count, process_index
 from lora_cli.training.lock import locked
 from lora_cli.training.nonfinite import check_finite, count_skipped, weight_norm
 from lora_cli.training.optimizer import learning_rate_at
@@ -53,6 +54,15 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
     fails; Interrupted when a signal stopped it after a checkpoint.
     """
     began = time.perf_counter()
+    if process_index() > 0:
+        return train_alone(job, display, began)
+    with locked(job.folder.root):
+        job.folder.check_untouched()
+        return train_alone(job, display, began)
+
+
+def train_alone(job: Prepared, display: Display, began: float) -> dict[str, Any]:
+    """Train in a folder that no other run is at work in; raises what ``train`` does."""
     made = publish(job.folder.cache, job.tokenized)
     trainer = None
     try:
@@ -60,8 +70,7 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
         trainer = set_up(job, display)
         del store
         trainer.hidden_states = hidden_states.plan(trainer)
-        with locked(job.folder.root) if trainer.writes else nullcontext():
-            return run(trainer, began)
+        return run(trainer, began)
     except UserError:
         if is_first_here() and not job.folder.holds_run:
             prune_kept(job.folder.cache, None)
@@ -72,6 +81,8 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
             checkpointing = bool(trainer and unwrap(trainer).base_model.is_gradient_checkpointing)
             streams = trainer.streams if trainer else job.recipe.training.stream_base is True
             raise out_of_memory(trainer.job if trainer else job, error, checkpointing, streams) from error
+        if is_lack_of_room(error):  # in what a library writes, such as a tracker
+            raise unwritable(Path(getattr(error, "filename", None) or job.folder.root), error) from error
         if process_count() == 1 or not isinstance(error, RuntimeError) or not is_broken_connection(error):
             raise
         what = "the connection to another process of this run broke"

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from lora_cli.data.batches import Step
+from lora_cli.data.sources import places, sources_of
 from lora_cli.errors import RunError
 from lora_cli.training.checkpoint import Progress, kept
 from lora_cli.training.processes import whole
@@ -41,19 +42,23 @@ def count_skipped(trainer: Trainer, step: Step, loss: float, grad_norm: float, p
     if trainer.job.recipe.training.on_nonfinite == "stop":
         raise RunError(what, str(folder.root), hint)
     if skipped == GIVE_UP_AFTER:
-        raise RunError(f"{what}; {skipped} steps in a row were skipped", str(folder.root), hint)
+        raise RunError(f"{skipped} steps in a row were skipped; {what}", str(folder.root), hint)
     trainer.display.note(what, warning=True)
     return replace(progress, skipped_steps=progress.skipped_steps + 1, skipped_in_a_row=skipped)
 
 
 def describe_rows(trainer: Trainer, step: Step) -> str:
-    """The step's rows by their number among the rows trained on, counted from 1, with the words they begin with."""
+    """The step's rows by file and line, with the words they begin with."""
     examples, tokenizer = trainer.job.train.examples, trainer.job.tokenizer
     rows = np.concatenate(step.micro_batches).tolist()
+    shown = rows[:ROWS_NAMED]
+    where = places(
+        sources_of(trainer.job.recipe.data.train), [(examples.source[row], examples.number[row]) for row in shown]
+    )
     named = []
-    for row in rows[:ROWS_NAMED]:
+    for place, row in zip(where, shown, strict=True):
         words = str(tokenizer.decode(examples.row(row)[0][: 4 * WORDS_SHOWN].tolist())).split()[:WORDS_SHOWN]
-        named.append(f"{row + 1} ({' '.join(words)} ...)")
+        named.append(f"{place} ({' '.join(words)} ...)")
     more = f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
     return f"its rows are {', '.join(named)}{more}"
 

@@ -26,9 +26,11 @@ def go_on(trainer: Trainer, info: Mapping[str, Any]) -> list[str]:
     Raises UserError when the run has gone farther than it is to go now, or was computed in another type.
     """
     folder = trainer.job.folder
-    reached = max(map(checkpoint.step_of, checkpoint.checkpoints(folder.checkpoints)), default=0)
-    if reached > trainer.total_steps:
-        what = f"--resume: the run has taken {reached:,} steps already, and {trainer.total_steps:,} are asked for"
+    beyond = [
+        path for path in checkpoint.checkpoints(folder.checkpoints) if checkpoint.step_of(path) > trainer.total_steps
+    ]
+    if reached := [checkpoint.step_of(path) for path in beyond if checkpoint.is_whole(path)]:
+        what = f"--resume: the run has taken {reached[-1]:,} steps already, and {trainer.total_steps:,} are asked for"
         hint = "raise training.max_steps or training.num_train_epochs, or begin a new run"
         raise UserError(what, str(folder.root), hint)
     before = folder.read_info().get("dtype", info["dtype"])
@@ -40,7 +42,7 @@ def go_on(trainer: Trainer, info: Mapping[str, Any]) -> list[str]:
 
 def save(trainer: Trainer, progress: Progress) -> None:
     """Write a checkpoint; only then remove older ones."""
-    state = checkpoint.capture(progress, parameters(trainer), trainer.optimizer)
+    state = checkpoint.capture(progress, parameters(trainer), trainer.optimizer, trainer.accelerator.scaler)
     if trainer.writes:
         trainer.job.folder.sync_metrics()
         checkpoint.write(trainer.job.folder.checkpoints, state)
@@ -59,11 +61,11 @@ def restore(trainer: Trainer) -> Progress | None:
     """Go on from the newest whole checkpoint; None when there is none."""
     folder = trainer.job.folder
     state = firsts(newest_whole(trainer) if trainer.writes else None)
-    progress = (
-        checkpoint.restore(state, parameters(trainer), trainer.optimizer, trainer.accelerator.process_index)
-        if state
-        else None
-    )
+    accelerator, progress = trainer.accelerator, None
+    if state:
+        progress = checkpoint.restore(
+            state, parameters(trainer), trainer.optimizer, accelerator.scaler, accelerator.process_index
+        )
     if trainer.writes:
         folder.cut_metrics(progress.step if progress else -1)
         if progress:
@@ -77,7 +79,7 @@ def newest_whole(trainer: Trainer) -> State | None:
         if checkpoint.is_whole(path):
             trainer.display.note(f"resumed from {path}")
             state = checkpoint.read(path)
-            _warn_without_best(trainer, Progress(**state.document["progress"]))
+            _warn_without_best(trainer, state.document.progress)
             return state
         trainer.display.note(f"{path} is damaged and left aside", warning=True)
     trainer.display.note("no whole checkpoint: beginning again", warning=True)

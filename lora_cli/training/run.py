@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from lora_cli.recipe.load import changed, dump_recipe, load_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.launched import process_count
 from lora_cli.training.lock import check_unlocked
-from lora_cli.weights.shards import check_writable, sync
+from lora_cli.weights.shards import check_writable, clear_drafts, set_aside, sync
 
 MAY_CHANGE = {
     f"training.{key}"
@@ -76,6 +75,7 @@ class RunFolder:
         self.adapter = self.root / "adapter"
         self.report = self.root / "report.html"
         self.cache = self.root / "cache"
+        self._checked: tuple[int, int] | None = None
 
     @property
     def holds_run(self) -> bool:
@@ -90,8 +90,15 @@ class RunFolder:
         """Whether there is a run to go on with: its recipe is the last thing that ``begin`` writes."""
         return self.holds_run and self.recipe.is_file()
 
+    @property
+    def _has_lost_its_recipe(self) -> bool:
+        """Whether what a run has learned lies here without its recipe, and not because ``begin`` was killed."""
+        learned = self.adapter.exists() or any(self.checkpoints.glob("step-*"))
+        return self.holds_run and not self.recipe.exists() and learned and not _draft(self.recipe).exists()
+
     def check(self, recipe: Recipe, resume: bool, overwrite: bool) -> None:
         """Raises UserError when this folder may not take the run that is asked for; writes nothing."""
+        self._checked = self._stamp()
         if self.root.is_file():
             raise UserError("training.output_dir is a file", str(self.root), "choose another folder")
         check_writable(self.root)
@@ -104,6 +111,9 @@ class RunFolder:
             self.read_metrics()
         if self.is_begun and resume:
             self._check_same_keys(recipe)
+        elif self._has_lost_its_recipe and resume:
+            hint = "restore recipe.yaml from a copy, or replace the run with --overwrite"
+            raise UserError("--resume: the run's recipe is missing, by which it would go on", str(self.recipe), hint)
         elif self.holds_run and not resume and not overwrite:
             hint = "--resume goes on with it, --overwrite replaces it; or choose another training.output_dir"
             raise UserError("the folder already holds a run", str(self.root), hint)
@@ -111,12 +121,29 @@ class RunFolder:
             raise UserError("there is no run to resume", str(self.root), "leave --resume out to begin one")
         elif not self.holds_run and self.root.is_dir() and not set(self.root.iterdir()) <= self._before_a_run:
             raise UserError("the folder is not empty and holds no run", str(self.root), "choose another folder")
+        for path in (self.checkpoints, self.adapter, *self.checkpoints.glob("step-????????")):
+            if path.exists() and not path.is_dir():
+                raise UserError("a file stands where the run has a folder", str(path), "move it elsewhere")
         check_unlocked(self.root)
+
+    def check_untouched(self) -> None:
+        """Raises UserError when another run has been at work here since ``check``, for which it does not hold now."""
+        if self._stamp() != self._checked:
+            hint = "start again: --resume goes on with it, --overwrite replaces it"
+            raise UserError("another run was at work in this folder meanwhile", str(self.root), hint)
+
+    def _stamp(self) -> tuple[int, int] | None:
+        """Which run.json this is, and of when."""
+        try:
+            found = self.info.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
     @property
     def _before_a_run(self) -> set[Path]:
         """All that a run may leave behind that was killed before its folder held one."""
-        return {_draft(self.info)} | ({self.cache} if self.cache.is_dir() else set())
+        return {_draft(self.recipe), _draft(self.info)} | ({self.cache} if self.cache.is_dir() else set())
 
     def _check_same_keys(self, recipe: Recipe) -> None:
         before = self.read_recipe()
@@ -158,15 +185,16 @@ class RunFolder:
         """Make the folder for a new run, in place of the one it holds.
 
         Killed at any point, it leaves a folder that ``--resume`` begins with again: nothing of the former run is gone
-        on with.
+        on with. As long as there is no recipe, its draft says that this is why.
         """
         self._clear_drafts()
+        _draft(self.recipe).touch()
         self.recipe.unlink(missing_ok=True)
         self.write_info(info)  # from here on the folder holds a run, which may be replaced
         for path in (self.adapter, self.checkpoints):
             if path.exists():
-                path.replace(_draft(path))
-        self._clear_drafts()
+                set_aside(path)
+        clear_drafts(self.root)
         for path in (self.metrics, self.log, self.report):
             path.unlink(missing_ok=True)
         self.checkpoints.mkdir()
@@ -190,11 +218,11 @@ class RunFolder:
 
     def _clear_drafts(self) -> None:
         """Remove what a killed process was writing."""
-        for draft in (*self.root.glob(f".{self.adapter.name}.*"), *self.checkpoints.glob(".*")):
-            shutil.rmtree(draft)
-        shutil.rmtree(_draft(self.checkpoints), ignore_errors=True)
-        for path in (self.recipe, self.info, self.metrics, self.report):
-            _draft(path).unlink(missing_ok=True)
+        for folder in (self.root, self.checkpoints):
+            clear_drafts(folder)
+        drafts = {_draft(path) for path in (self.info, self.metrics, self.report)}
+        for draft in drafts | ({_draft(self.recipe)} if self.recipe.exists() else set()):
+            draft.unlink(missing_ok=True)
 
     def read_recipe(self) -> Recipe:
         """What the run goes by: recipe.yaml, with the batches of run.json, which are written together with the number
@@ -229,6 +257,8 @@ class RunFolder:
         if not self.metrics.is_file():
             return []
         lines = self.metrics.read_bytes().split(b"\n")[:-1]
+        while lines and b"\0" in lines[-1]:  # what a loss of power leaves of a line
+            lines.pop()
         return [_metrics_line(line, f"{self.metrics}:{number}") for number, line in enumerate(lines, 1)]
 
     def cut_metrics(self, step: int) -> None:
@@ -240,11 +270,13 @@ class RunFolder:
         """run.json. Raises UserError when it is missing or damaged."""
         try:
             info: Any = json.loads(self.info.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"not readable: {error}", str(self.info), RESTORE) from error
         if not isinstance(info, dict) or not all(
             isinstance(info.get(key, kind()), kind) for key, kind in KINDS.items()
         ):
+            raise UserError("not a run's record", str(self.info), RESTORE)
+        if not isinstance(info.get("data", {}).get("validation", {}), dict):
             raise UserError("not a run's record", str(self.info), RESTORE)
         return info
 
@@ -258,9 +290,16 @@ def _metrics_line(line: bytes, where: str) -> dict[str, Any]:
         read: Any = json.loads(line)
     except (ValueError, RecursionError):
         read = None
-    if not isinstance(read, dict) or not isinstance(read.get("step"), int) or "split" not in read:
+    match read:  # what is read again of it
+        case {"step": int(), "split": "train", "loss": float() | None as loss, "learning_rate": float() as rate}:
+            numbers = [loss or 0.0, rate]
+        case {"step": int(), "split": "validation", "loss": float() as loss}:
+            numbers = [loss]
+        case _:
+            numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
         raise UserError("not a line of metrics", where, "remove that line")
-    return read
+    return dict(read)
 
 
 def step_of(recipe: Recipe, processes: int) -> tuple[int, ...]:
@@ -285,7 +324,7 @@ def as_begun(recipe: Recipe, before: Recipe) -> Recipe:
     """A recipe to resume by with the numbers for its auto that the run began with, or another step's that divide it."""
     if recipe.training.per_device_train_batch_size != "auto":
         return recipe
-    found = with_batch_size(recipe, gcd(before.training.batch_size, recipe.training.gradient_accumulation_steps))
+    found = with_batch_size(recipe, math.gcd(before.training.batch_size, recipe.training.gradient_accumulation_steps))
     if found.training.gradient_checkpointing != "auto":
         return found
     return changed(found, {"training.gradient_checkpointing": before.training.gradient_checkpointing})

@@ -31,7 +31,7 @@ def draft_folder(out: Path) -> Iterator[Path]:
 def _make(out: Path) -> tuple[Path, int]:
     """A draft and the lock on it."""
     while True:
-        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.draft-", dir=out.parent))
+        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".draft", dir=out.parent))
         with suppress(FileNotFoundError):  # swept by another process before it was locked
             lock = os.open(draft, os.O_RDONLY)
             with suppress(OSError):  # where there are no locks, nothing is swept
@@ -42,7 +42,7 @@ def _make(out: Path) -> tuple[Path, int]:
 
 
 def _sweep(out: Path) -> None:
-    own = re.compile(rf"\.{re.escape(out.name)}\.draft-[a-z0-9_]{{8}}")
+    own = re.compile(rf"\.{re.escape(out.name)}\.[a-z0-9_]{{8}}\.draft")
     with suppress(OSError):  # a folder that may not be listed is no reason to stop
         for draft in [path for path in out.parent.iterdir() if own.fullmatch(path.name)]:
             with suppress(OSError):  # somebody else's, or locked: it is being written

@@ -45,6 +45,8 @@ DTYPES = {
 }
 """What torch calls the types that safetensors names."""
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+DRAFT = re.compile(r"\..+\.([a-z0-9_]{8}|old)\.draft(\.former)?")
+"""Names that are given to folders on their way in or out, and to no others."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,18 @@ def whole_folder(out: Path, replace: bool = False, needed: int | None = None) ->
             if former.exists() and not out.exists():
                 former.replace(out)
             shutil.rmtree(former, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> None:
+    """Take a folder out of sight at once, to be removed with the drafts: it is never seen with a part of its files."""
+    folder.replace(folder.with_name(f".{folder.name}.old.draft"))
+
+
+def clear_drafts(folder: Path) -> None:
+    """Remove the folders in ``folder`` that a killed process was writing or removing; nothing of other names."""
+    for path in folder.glob(".*"):
+        if DRAFT.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def check_out(out: Path, *made_from: Path) -> None:
