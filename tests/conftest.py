@@ -144,7 +144,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pa
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=draw)
             if parameter.ndim == 2:
-                parameter.copy_(0.14 * noise)
+                parameter.copy_(0.2 * noise)
             else:
                 around = 0.0 if name.endswith("bias") else 1.0  # else the scale of a norm
                 parameter.copy_(around + 0.1 * noise)

@@ -60,7 +60,7 @@ def test_what_does_not_fit_is_divided_and_the_step_keeps_its_rows(
 
     tight = Run(tmp_path / "tight")
     recipe = write_recipe(auto(12, max_steps=1, output_dir=tight.folder) | common)
-    ended, told = run_limited(LIMITED_ONCE_IMPORTED, tmp_path, 140_000_000, "train", recipe)
+    ended, told = run_limited(LIMITED_ONCE_IMPORTED, tmp_path, 180_000_000, "train", recipe)
     assert "going on with 1, though not even that seems to fit" in told
 
 

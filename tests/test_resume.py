@@ -55,7 +55,7 @@ EXACT: dict[str, dict[str, Any]] = {
         "training": {"early_stopping_patience": 3, "eval_steps": 1, "learning_rate": 0.2, "max_steps": 25} | CONSTANT
     },
     "best at the end": {
-        "training": {"load_best_model_at_end": True, "eval_steps": 1, "learning_rate": 0.2, "max_steps": 20} | CONSTANT
+        "training": {"load_best_model_at_end": True, "eval_steps": 1, "learning_rate": 0.05} | CONSTANT
     },
 }
 
@@ -66,6 +66,10 @@ def test_resume_is_exact_from_every_step(case: str, train: Callable[..., Run], t
     training = {"max_steps": 7, "save_steps": 1, "eval_steps": 2, "warmup_steps": 0, "save_total_limit": None}
     data = {"packing": True, "shuffle": True, "validation": 0.2}
     training |= changes.pop("training", {})
+    if case == "best at the end":  # words that training makes less and less likely
+        data["validation"] = tmp_path / "digits.jsonl"
+        rows = [{"question": "What does the lighthouse keeper do at night?", "answer": " 7 3 9 1 8 2 6 4"}] * 3
+        data["validation"].write_text("".join(json.dumps(row) + "\n" for row in rows))
     whole = train({"adapter.lora_dropout": 0.1, "data": data, "training": training} | changes)
     last = whole.info["result"]["steps"]
     assert whole.checkpoints == list(range(1, last + 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -54,11 +54,19 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
     fails; Interrupted when a signal stopped it after a checkpoint.
     """
     began = time.perf_counter()
-    if process_index() > 0:
-        return train_alone(job, display, began)
-    with locked(job.folder.root):
-        job.folder.check_untouched()
-        return train_alone(job, display, began)
+    root = job.folder.root
+    is_new = process_index() > 0 or not root.exists()  # another process may have made it an instant ago
+    try:
+        with locked(root) if process_index() == 0 else nullcontext():
+            if process_index() == 0:
+                job.folder.check_untouched()
+            return train_alone(job, display, began)
+    except UserError:
+        if is_new:
+            for empty in (job.folder.cache, root):
+                with suppress(OSError):  # it is not: what others have put there stays
+                    empty.rmdir()
+        raise
 
 
 def train_alone(job: Prepared, display: Display, began: float) -> dict[str, Any]:

@@ -40,9 +40,9 @@ def main(job: str) -> None:
         return found
 
     stage("check", lambda: check_rows(data, sources))
-    parts = [stage("tokenize", lambda: tokenize_cached(data, sources, tokenizer, cache, wait=False))]
+    parts = [stage("tokenize", lambda: tokenize_cached(data, sources, tokenizer, cache))]
     stage("write", lambda: publish(cache, parts))
-    cached = stage("read again", lambda: tokenize_cached(data, sources, tokenizer, cache, wait=False))
+    cached = stage("read again", lambda: tokenize_cached(data, sources, tokenizer, cache))
     rows = cached.tokenized.examples
     fitted = stage("fit", lambda: fit(rows, max_length, "rows"))
     stage("audit", lambda: audit(rows, fitted, None, tokenizer, 0))
