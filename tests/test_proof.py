@@ -114,10 +114,10 @@ def held_still(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]) -> None:
     original = loop.take_step
 
     def step(trainer: Any, *args: Any) -> Any:
-        kept = {name: weight.detach().clone() for name, weight in loop.parameters(trainer)}
+        kept = {name: weight.detach().clone() for name, weight in trainer.trained}
         result = original(trainer, *args)
         with torch.no_grad():
-            for name, weight in loop.parameters(trainer):
+            for name, weight in trainer.trained:
                 if any(part in name for part in names):
                     weight.copy_(kept[name])
         return result

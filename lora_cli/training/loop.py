@@ -38,7 +38,7 @@ from lora_cli.training.processes import firsts, highest, is_broken_connection, o
 from lora_cli.training.proof import digests, prove
 from lora_cli.training.record import provenance, result_record, run_record, tell
 from lora_cli.training.resume import choose_weights, go_on, keeps_best, restore, save
-from lora_cli.training.setup import Trainer, parameters, set_up, unwrap
+from lora_cli.training.setup import Trainer, set_up, unwrap
 from lora_cli.training.sharding import backward, clip_gradient, is_sharded
 from lora_cli.weights.kept import prune_kept
 from lora_cli.weights.provenance import now
@@ -167,7 +167,7 @@ def reading_along() -> Iterator[None]:
 
 def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     """What is trained, by name, gathered from all processes."""
-    return {name: host_copy(weight) for name, weight in parameters(trainer)}
+    return {name: host_copy(weight) for name, weight in trainer.trained}
 
 
 def start_trackers(trainer: Trainer) -> None:
@@ -243,7 +243,7 @@ def take_step(trainer: Trainer, step: Step, learning_rate: float) -> tuple[float
                 nll = weight * summed_loss(trainer.model, batch, trainer.head, trainer.below)
             backward(accelerator, trainer.model, optimizer, nll * accelerator.num_processes / step.supervised, last)
         total += nll.detach()
-    weights = [parameter for _, parameter in parameters(trainer)]
+    weights = [parameter for _, parameter in trainer.trained]
     norm = clip_gradient(accelerator, optimizer, weights, training.max_grad_norm or float("inf"))
     loss = float(summed(total, accelerator)) / step.supervised
     is_finite = math.isfinite(loss) and math.isfinite(norm)

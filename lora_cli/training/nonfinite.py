@@ -13,7 +13,7 @@ from lora_cli.data.sources import places, sources_of
 from lora_cli.errors import RunError
 from lora_cli.training.checkpoint import Progress, kept
 from lora_cli.training.processes import whole
-from lora_cli.training.setup import Trainer, parameters
+from lora_cli.training.setup import Trainer
 
 GIVE_UP_AFTER = 5
 ROWS_NAMED = 6
@@ -73,7 +73,7 @@ def check_finite(trainer: Trainer, step: int, **values: float) -> None:
 
 def weight_norm(trainer: Trainer) -> float:
     """The norm of all trained weights; infinite or NaN when one of them is."""
-    return float(torch.nn.utils.get_total_norm([whole(parameter).detach() for _, parameter in parameters(trainer)]))
+    return float(torch.nn.utils.get_total_norm([whole(parameter).detach() for _, parameter in trainer.trained]))
 
 
 def _told(**values: float) -> str:

@@ -10,7 +10,7 @@ from lora_cli.recipe.schema import Training
 from lora_cli.training import checkpoint
 from lora_cli.training.checkpoint import Progress, State
 from lora_cli.training.processes import firsts
-from lora_cli.training.setup import Trainer, parameters
+from lora_cli.training.setup import Trainer
 
 TAKE_THE_LAST = "--resume training.load_best_model_at_end=false takes the last step's weights instead"
 
@@ -42,7 +42,7 @@ def go_on(trainer: Trainer, info: Mapping[str, Any]) -> list[str]:
 
 def save(trainer: Trainer, progress: Progress) -> None:
     """Write a checkpoint; only then remove older ones."""
-    state = checkpoint.capture(progress, parameters(trainer), trainer.optimizer, trainer.accelerator.scaler)
+    state = checkpoint.capture(progress, trainer.trained, trainer.optimizer, trainer.accelerator.scaler)
     if trainer.writes:
         trainer.job.folder.sync_metrics()
         checkpoint.write(trainer.job.folder.checkpoints, state)
@@ -64,7 +64,7 @@ def restore(trainer: Trainer) -> Progress | None:
     accelerator, progress = trainer.accelerator, None
     if state:
         progress = checkpoint.restore(
-            state, parameters(trainer), trainer.optimizer, accelerator.scaler, accelerator.process_index
+            state, trainer.trained, trainer.optimizer, accelerator.scaler, accelerator.process_index
         )
     if trainer.writes:
         folder.cut_metrics(progress.step if progress else -1)
@@ -114,6 +114,6 @@ def choose_weights(trainer: Trainer, progress: Progress) -> int:
     if state is None:
         what = "the best step's checkpoint is missing or damaged; no adapter was written, the others are kept"
         raise RunError(what, str(path), TAKE_THE_LAST)
-    checkpoint.restore_weights(state, parameters(trainer))
+    checkpoint.restore_weights(state, trainer.trained)
     trainer.display.note(f"the adapter has the weights of step {best}, the best")
     return best

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Trainer:
-    """What the loop holds while it runs."""
+    """What the loop holds while it runs; ``trained`` is what is trained, by name."""
 
     job: Prepared
     accelerator: Accelerator
@@ -225,8 +225,3 @@ def unwrap(trainer: Trainer) -> PeftModel:
     """The PEFT model inside what Accelerate prepared."""
     model: PeftModel = trainer.accelerator.unwrap_model(trainer.model)
     return model
-
-
-def parameters(trainer: Trainer) -> list[tuple[str, torch.nn.Parameter]]:
-    """What is trained, by name."""
-    return trainer.trained

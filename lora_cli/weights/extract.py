@@ -19,7 +19,7 @@ from lora_cli.weights.check import ADAPTER_WEIGHTS, PEFT_PREFIX, check_weights
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.lora_adapter import Base, write_plain_config, write_record
 from lora_cli.weights.products import Place
-from lora_cli.weights.shards import SINGLE, TensorInfo, read_headers, read_tensor, weight_files, whole_folder
+from lora_cli.weights.shards import SINGLE, TensorInfo, is_finite, read_headers, read_tensor, weight_files, whole_folder
 from lora_cli.weights.spectrum import Spectrum
 from lora_cli.weights.stream import shard_writer
 from lora_cli.weights.updates import stored_name
@@ -61,7 +61,7 @@ class Pair:
         found = []
         for name, info in (self.base, self.tuned):
             tensor = read_tensor(info, name).float()
-            if not tensor.isfinite().all():
+            if not is_finite(tensor):
                 raise UserError(f"tensor {name} holds NaN or infinity", str(info.file))
             found.append(tensor)
         delta = found[1] - found[0]

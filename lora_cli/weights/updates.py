@@ -8,7 +8,6 @@ are imported only where they are needed: that takes longer than many a merge.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from lora_cli.model.files import read_config
 from lora_cli.weights.check import EMBEDDINGS, is_relative, read_adapter_config
 from lora_cli.weights.pieces import workers
 from lora_cli.weights.products import MAGNITUDE, Place, Product, adapter_parts, product_of
-from lora_cli.weights.shards import TensorInfo, read_tensor
+from lora_cli.weights.shards import TensorInfo, is_finite, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -147,7 +146,7 @@ def summed(changes: Changes, name: str, weight: torch.Tensor, dtype: torch.dtype
         for each in factors:
             piece = each.added_to(piece, rows)
         target[rows] = piece
-        if not all(map(math.isfinite, torch.aminmax(target[rows]))):  # a sum may be too large for its type
+        if not is_finite(target[rows]):  # a sum may be too large for its type
             where = str(next(iter(products[0].parts.values()))[1].file.parent)
             raise UserError(f"the weights cannot be merged: {products[0].layer} would hold NaN or infinity", where)
         changed = torch.bitwise_xor(target[rows].view(bits), former.to(dtype).view(bits))
