@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_cli.model.memory import activation_bytes, asked_bytes, free_bytes, is_out_of_memory, total_bytes
+from lora_cli.training.batch_size import recompute_activations
 from lora_cli.training.out_of_memory import largest_batch
 
 LIMIT = """
@@ -114,26 +115,38 @@ def test_the_largest_batch() -> None:
     assert largest_batch(lengths, supervised, 8, 16, True) == (20, 6)
 
 
-def test_activations_kept_by_a_small_llama_are_as_estimated() -> None:
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("inner", "hidden", "layers"), [(344, 128, 4), (344, 128, 12), (2400, 64, 4)])
+def test_a_small_llamas_backward_pass_takes_what_is_estimated(
+    inner: int, hidden: int, layers: int, checkpointing: bool, tmp_path: Path
+) -> None:
     config = LlamaConfig(
-        vocab_size=500, hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4
+        vocab_size=500,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
     )
-    model = LlamaForCausalLM(config)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules=targets)).train()
+    if checkpointing:
+        recompute_activations(model)
+    ids = torch.zeros((4, 128), dtype=torch.long)
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def step() -> None:
+        model(input_ids=ids, use_cache=False, logits_to_keep=1).logits.sum().backward()
 
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = adapted(input_ids=torch.zeros((4, 128), dtype=torch.long), use_cache=False, logits_to_keep=1)
-    measured = sum(count for address, count in kept.items() if address not in weights)
-    assert output.logits.shape[1] == 1
-    layers = activation_bytes(config, 4 * 128, 0, 4) - activation_bytes(config, 0, 0, 4)
-    assert 0.7 < layers / measured < 1.3
+    step()  # the adapter's gradients are there afterwards
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    memory = sorted((event["ts"], event["args"]) for event in events if event["name"] == "[memory]")
+    before = memory[0][1]["Total Allocated"] - memory[0][1]["Bytes"]
+    measured = max(args["Total Allocated"] for _, args in memory) - before
+    whole = activation_bytes(config, 4 * 128, 0, 4, checkpointing)
+    assert whole - activation_bytes(config, 0, 0, 4, checkpointing) == pytest.approx(measured, rel=0.15)
 
 
 def wide_llama(folder: Path, tokenizer: Any, width: int, layers: int) -> Path:

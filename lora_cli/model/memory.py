@@ -42,20 +42,22 @@ def activation_bytes(
     checkpointing: bool = False,
     whole_logits: bool = False,
 ) -> int:
-    """Bytes that the backward pass of one micro-batch keeps, roughly.
+    """Bytes that one micro-batch takes beside weights and adapter, at the height of its backward pass.
 
     Counted as in Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1), without the attention matrices that fused
     attention never stores: of a frozen layer the norms' inputs, queries, keys, values, the attention's result and
     adapters' inputs are kept, about 7 vectors of the hidden width a token, and 3 of the MLP's. With ``checkpointing``
-    a layer's input is, and one layer at a time the rest. Of the head its input's gradient is kept at ``positions``, or
-    ``whole_logits`` and float32 copies of them for the loss.
+    a layer's input is, and one layer at a time the rest. The gradients of one layer come on top, about 2 and 3 such
+    vectors at a time. Of the head its input's gradient is kept at ``positions``, or ``whole_logits`` and float32
+    copies of them for the loss.
     """
     text = config.get_text_config()
     hidden = int(text.hidden_size)
     inner = int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden)
     layers = int(text.num_hidden_layers)
-    layer = 7 * hidden + 3 * inner
-    body = tokens * (layers * hidden + layer if checkpointing else layers * layer) * element_size
+    layer, gradients = 7 * hidden + 3 * inner, 2 * hidden + 3 * inner
+    kept = layers * hidden + layer if checkpointing else layers * layer
+    body = tokens * (kept + gradients) * element_size
     head = positions * hidden * element_size + LOGITS_AT_ONCE
     if whole_logits:
         head = positions * int(text.vocab_size) * (element_size + 8)
