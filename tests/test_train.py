@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,7 @@ def test_the_folder(tiny_gpt2: Path, tmp_path: Path, write_recipe: Any, lora: An
     info = run.info
     assert info["seed"] == 42
     assert info["device"] == ("cpu" if not torch.cuda.is_available() else info["device"])
-    assert info["versions"]["torch"] == torch.__version__
+    assert info["versions"]["torch"] == version("torch")
     assert info["base"]["name_or_path"] == str(tiny_gpt2)
     assert len(info["base"]["fingerprint"]) == len(info["data"]["fingerprint"]) == 64
     assert info["data"]["rows"] + info["data"]["validation"]["rows"] == 24

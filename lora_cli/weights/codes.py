@@ -17,7 +17,8 @@ from lora_cli.weights.pieces import workers
 
 Each = Callable[..., Iterable[Any]]
 """``map``, or one by several threads."""
-PIECE = 2**18  # weights, whole blocks: their temporaries stay in the processor's cache
+PIECE = 2**18
+"""Weights that a processor takes at a time, whole blocks: their temporaries stay in its cache."""
 STATE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
 PARTS = ("weight", "SCB", "weight_format", *(f"weight.{part}" for part in STATE))
 """The longest names of what a layer's weight may be stored as."""
@@ -57,7 +58,7 @@ def _four_bits(weight: torch.Tensor, quantization: Quantization, each: Each) -> 
 
     norms = each(
         norms_of,
-        *(_pieces(weight), torch.split(codes, PIECE // 2), torch.split(scales, PIECE // BLOCK)),
+        *(_pieces(weight), _split(codes, PIECE // 2), _split(scales, PIECE // BLOCK)),
     )
     tensors = {"weight": codes} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
     return Encoded(tensors, *_joined(norms))
@@ -77,11 +78,16 @@ def _coded(weight: torch.Tensor, quantization: Quantization, each: Each) -> tupl
 
 
 def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.split(weight.reshape(-1), PIECE)
+    return _split(weight.reshape(-1), PIECE)
+
+
+def _split(tensor: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """Pieces of that size; on a GPU the whole, which is quickest there."""
+    return torch.split(tensor, size) if tensor.device.type == "cpu" else (tensor,)
 
 
 def _eight_bits(weight: torch.Tensor, each: Each) -> Encoded:
-    pieces = torch.split(weight, max(1, PIECE // weight.shape[1]))
+    pieces = _split(weight, max(1, PIECE // weight.shape[1]))
     parts = list(each(lambda piece: functional.int8_vectorwise_quant(piece.to(torch.float16))[:2], pieces))
     codes, scales = (torch.cat(found) for found in zip(*parts, strict=True))
     tensors = {"weight": codes, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}
@@ -95,8 +101,8 @@ def _norms(original: torch.Tensor, expanded: torch.Tensor) -> tuple[float, float
 
 
 def _norm(vector: torch.Tensor) -> float:
-    # Over more numbers a sum in float32 drifts, on some chips by 2e-5 of it; one in float64 takes ten times as long.
-    return math.hypot(*(float(part.norm()) for part in torch.split(vector, 1 << 14)))
+    # Over more numbers a processor's sum in float32 drifts, by up to 2e-5 of it; in float64 it takes ten times as long.
+    return math.hypot(*(float(part.norm()) for part in _split(vector, 1 << 14)))
 
 
 def _joined(norms: Iterable[tuple[float, float]]) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -268,7 +268,7 @@ def _renamed_head(bare: PreTrainedModel, headers: dict[str, TensorInfo]) -> dict
         return {}
     head = bare.get_output_embeddings()
     own = {f"{name}.weight" for name, module in bare.named_modules() if module is head}
-    renamed = {stored: apply_renamings(stored, renamings) for stored in headers}
+    renamed = {stored: rename_source_key(stored, renamings, [])[0] for stored in headers}
     return {stored: name for stored, name in renamed.items() if name != stored and name in own}
 
 
