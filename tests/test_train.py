@@ -23,8 +23,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
-from transformers.models.llama.modeling_llama import LlamaMLP
 
+from lora_cli.model.elementwise import GatedMLP
 from lora_cli.recipe.explain import dotted_keys
 from lora_cli.training import loop
 
@@ -561,7 +561,7 @@ def test_gradient_checkpointing(
 ) -> None:
     changes = {"model.name_or_path": request.getfixturevalue(f"tiny_{base}"), "adapter.lora_dropout": 0.1} | NO_WARMUP
     calls: list[bool] = []
-    layer = {"gpt2": GPT2MLP, "llama": LlamaMLP}[base]
+    layer = {"gpt2": GPT2MLP, "llama": GatedMLP}[base]
     original = layer.forward
 
     def count(*args: Any) -> Any:

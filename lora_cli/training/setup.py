@@ -18,6 +18,7 @@ from lora_cli.evaluation.head import Head, frozen_head
 from lora_cli.evaluation.loss import evaluating, lay_end_to_end
 from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameters
 from lora_cli.model.base import best_device, load_base, resolve_compute_dtype, resolve_dtype
+from lora_cli.model.elementwise import fuse
 from lora_cli.model.memory import activation_bytes, free_bytes, keep_freed_memory
 from lora_cli.training.agreement import check_agreement
 from lora_cli.training.batch_size import recompute_activations, resolve
@@ -84,6 +85,9 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     keep_freed_memory()
     display.note(f"loading {recipe.model.name_or_path}")
     base, sources, kept = load_frozen(job, accelerator, dtype, display)
+    fused = recipe.adapter.fused and not is_zero(accelerator)  # ZeRO gathers a weight when its own layer is called
+    if fused:
+        fuse(base)
     hooks = stream(base, sources)
     packing = recipe.data.packing and lay_end_to_end(
         base, base.device, recipe.model.attn_implementation, job.train.examples.lengths
@@ -92,7 +96,6 @@ def set_up(job: Prepared, display: Display) -> Trainer:
         told = "rows of like length are padded instead"
         display.note(f"data.packing: this architecture mixes packed rows; {told}", warning=True)
     targets = [target.name for target in job.targets]
-    fused = recipe.adapter.fused and not is_zero(accelerator)  # ZeRO gathers a weight when its own layer is called
     if recipe.adapter.init_from is None:
         model = adapt(base, recipe.adapter, targets, fused)
     else:

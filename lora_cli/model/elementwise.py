@@ -1,0 +1,137 @@
+"""RMS norms and gated MLPs, each in one autograd function that keeps its inputs alone for the backward pass.
+
+They stand in the places of Transformers' own modules, with the same names, weights and numbers.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from torch.nn.functional import rms_norm, silu
+
+from lora_cli.model.layers import CANNOT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class Normalize(torch.autograd.Function):
+    """y = w x / sqrt(mean(x^2) + eps) (RMSNorm, arXiv:1910.07467, equation 4) for a frozen w.
+
+    x (…, width), w (width); computed in float32, rounded to x's type before w, as Llama does it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        normal: torch.Tensor = (wide * inverse).to(x.dtype) * weight
+        return normal
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        wide, g = x.to(inverse.dtype), (grad * weight).to(inverse.dtype)
+        along = torch.linalg.vecdot(g, wide).unsqueeze(-1)
+        grad_x = (g * inverse).addcmul_(wide, along * inverse.pow(3).div_(-x.shape[-1]))
+        return grad_x.to(x.dtype), None, None
+
+
+class FrozenRMSNorm(nn.Module):
+    """A root-mean-square norm whose weight is not trained, unless PEFT copies it for that (``modules_to_save``)."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            if self.weight.requires_grad:
+                return self.weight * rms_norm(x, self.weight.shape, eps=self.eps)
+            if x.is_cuda and x.dtype == self.weight.dtype:
+                return rms_norm(x, self.weight.shape, self.weight, self.eps)  # one kernel each way
+            return cast("torch.Tensor", Normalize.apply(x, self.weight, self.eps))  # type: ignore[no-untyped-call]
+
+
+class Gate(torch.autograd.Function):
+    """y = silu(g) u (SwiGLU, arXiv:2002.05202, equation 6 with beta = 1), all of one shape."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_up = silu(gate).mul_(grad)
+        return torch.ops.aten.silu_backward(grad * up, gate), grad_up
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) up(x)); the layers are those of the module that it stands for."""
+
+    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return cast("torch.Tensor", self.down_proj(_gated(self.gate_proj(x), self.up_proj(x))))
+
+
+def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    if gate.is_cuda and find_spec("liger_kernel"):
+        from liger_kernel.ops import LigerSiLUMulFunction
+
+        return cast("torch.Tensor", LigerSiLUMulFunction.apply(gate, up))
+    return cast("torch.Tensor", Gate.apply(gate, up))  # type: ignore[no-untyped-call]
+
+
+def fuse(model: PreTrainedModel) -> None:
+    """Replace the norms and MLPs whose own forward pass gives these numbers, in place; all others stay as they are."""
+    for name, module in list(model.named_modules()):
+        if any(each.requires_grad for each in module.parameters(recurse=False)):
+            continue
+        if type(module).__name__.endswith("RMSNorm") and _is_norm(module):
+            model.set_submodule(name, FrozenRMSNorm(cast("nn.Parameter", module.weight), _eps(module)))
+        elif {each for each, _ in module.named_children()} >= set(PROJECTIONS) and _is_gated(module):
+            model.set_submodule(name, GatedMLP(*(module.get_submodule(each) for each in PROJECTIONS)))
+
+
+def _eps(norm: nn.Module) -> float:
+    names = ("variance_epsilon", "eps")
+    return next((float(found) for name in names if isinstance(found := getattr(norm, name, None), float)), 0.0)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether the module's forward pass is that of ``FrozenRMSNorm``, by a weight that is told from any other use."""
+    weight = torch.linspace(-1, 2, 16)
+    stand_in = SimpleNamespace(weight=weight, variance_epsilon=_eps(module), eps=_eps(module))
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    norm = FrozenRMSNorm(nn.Parameter(weight, requires_grad=False), _eps(module))
+    return {each for each, _ in module.named_parameters()} == {"weight"} and _agrees(module, stand_in, x, norm(x))
+
+
+def _is_gated(module: nn.Module) -> bool:
+    """Whether the module's forward pass is that of ``GatedMLP``, by layers that multiply by 2, 3 and 5."""
+    layers = dict(zip(PROJECTIONS, (lambda x: 2 * x, lambda x: 3 * x, lambda x: 5 * x), strict=True))
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    stand_in = SimpleNamespace(act_fn=getattr(module, "act_fn", None), **layers)
+    return _agrees(module, stand_in, x, 5 * Gate.apply(2 * x, 3 * x))  # type: ignore[no-untyped-call]
+
+
+def _agrees(module: nn.Module, stand_in: SimpleNamespace, x: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether its class's forward pass, of another ``self``, gives what is wanted."""
+    try:
+        found = type(module).forward(cast("Any", stand_in), x)
+    except CANNOT:
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-5)
