@@ -194,6 +194,7 @@ def load_base(
         options["quantization_config"] = quantized
     if device.type == "cuda":
         options["device_map"] = {"": device}
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each new shape of padded rows for a second
     try:
         loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except (ImportError, ValueError, RuntimeError) as error:

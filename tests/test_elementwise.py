@@ -1,0 +1,124 @@
+"""Norms and gated MLPs in one autograd function: the formulas, in the places of the modules that compute just these."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run, done
+from peft import LoraConfig, get_peft_model
+from test_fast_paths import GROUPED, build
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from lora_cli.model.elementwise import FrozenRMSNorm, Gate, GatedMLP, Normalize, fuse
+
+MIXED = {"num_local_experts": 2, "num_experts_per_tok": 1}
+REPLACED = {  # norms, MLPs
+    "Llama": (GROUPED, 5, 2),
+    "Qwen3": (GROUPED, 9, 2),
+    "Granite": (GROUPED, 5, 2),
+    "Phi3, whose gate and up are one layer": (GROUPED, 5, 0),
+    "Gemma, which adds 1 to a norm's weight and takes GELU": (GROUPED, 0, 0),
+    "StableLm, which has LayerNorm": (GROUPED, 0, 2),
+    "Mixtral, whose MLPs are experts": (GROUPED | MIXED, 5, 0),
+    "GPT2": ({"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, 0, 0),
+}
+
+
+def doubles(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def test_a_norm_is_the_formula() -> None:
+    torch.manual_seed(0)
+    x, weight, eps = doubles(2, 3, 8).requires_grad_(), doubles(8), 0.1
+    wanted = x / (x.square().sum(-1, keepdim=True) / 8 + eps).sqrt() * weight
+    torch.testing.assert_close(Normalize.apply(x, weight, eps), wanted)
+    assert torch.autograd.gradcheck(lambda x: Normalize.apply(x, weight, eps), (x,))
+
+
+def test_in_16_bits_a_norm_rounds_where_llamas_does() -> None:
+    torch.manual_seed(0)
+    own = LlamaRMSNorm(64).bfloat16().requires_grad_(False)
+    own.weight.normal_()
+    x = torch.randn(3, 50, 64).bfloat16().requires_grad_()
+    grad = torch.randn(3, 50, 64).bfloat16()
+    wanted, found = own(x), FrozenRMSNorm(own.weight, own.variance_epsilon)(x)
+    assert torch.equal(found, wanted)
+    exact = x.detach().double().requires_grad_()
+    (slope,) = torch.autograd.grad(
+        Normalize.apply(exact, own.weight.double(), own.variance_epsilon), exact, grad.double()
+    )
+    for result in (found, wanted):
+        (given,) = torch.autograd.grad(result, x, grad)
+        assert float((given - slope).norm() / slope.norm()) < 0.004
+
+
+def test_a_gate_is_the_formula() -> None:
+    torch.manual_seed(0)
+    gate, up = doubles(2, 3, 8).requires_grad_(), doubles(2, 3, 8).requires_grad_()
+    torch.testing.assert_close(Gate.apply(gate, up), gate / (1 + (-gate).exp()) * up)
+    assert torch.autograd.gradcheck(Gate.apply, (gate, up))
+
+
+@pytest.mark.parametrize("kind", REPLACED)
+def test_what_is_replaced(kind: str) -> None:
+    arguments, norms, mlps = REPLACED[kind]
+    model = build(kind.partition(",")[0], arguments).eval()
+    names = [name for name, _ in model.named_parameters()]
+    ids = torch.arange(3, 20)[None]
+    wanted = model(input_ids=ids).logits
+    fuse(model)
+    kinds = Counter(type(module) for module in model.modules())
+    assert (kinds[FrozenRMSNorm], kinds[GatedMLP]) == (norms, mlps)
+    assert sorted(name for name, _ in model.named_parameters()) == sorted(names)
+    torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_that_is_trained_gets_its_gradient() -> None:
+    """As PEFT's ``modules_to_save`` has it: a copy of the module, whose weight is trained."""
+
+    def gradients(is_fused: bool) -> dict[str, torch.Tensor]:
+        base = build("Llama", GROUPED)
+        if is_fused:
+            fuse(base)
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"]))
+        nn.init.constant_(
+            model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.lora_B.default").weight, 0.1
+        )
+        model(input_ids=torch.arange(3, 20)[None]).logits.square().mean().backward()
+        return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+    wanted, found = gradients(False), gradients(True)
+    assert wanted.keys() == found.keys()
+    assert any("modules_to_save" in name for name in wanted)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_switch(
+    write_recipe: Any, lora: Any, tmp_path: Any, tiny_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Counter[str] = Counter()
+    for function in (Normalize, Gate):
+
+        def counted(*arguments: Any, original: Any = function.apply, name: str = function.__name__) -> Any:
+            calls[name] += 1
+            return original(*arguments)
+
+        monkeypatch.setattr(function, "apply", counted)
+    runs = []
+    for fused in (True, False):
+        calls.clear()
+        changes = {
+            "model.name_or_path": tiny_llama,
+            "adapter.fused": fused,
+            "training.output_dir": tmp_path / str(fused),
+        }
+        done(lora("train", write_recipe(changes)))
+        runs.append(Run(tmp_path / str(fused)))
+        assert bool(calls["Normalize"]) == bool(calls["Gate"]) == fused
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-5)
