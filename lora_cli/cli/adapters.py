@@ -56,8 +56,8 @@ def list_command(
 @app.command("show")
 def show_command(adapter: Adapter, json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """Show an adapter: its layers, base, data and making."""
+    from lora_cli.weights.adapter_config import read_adapter_config
     from lora_cli.weights.catalogue import base_state, describe, lora_layers
-    from lora_cli.weights.check import read_adapter_config
     from lora_cli.weights.provenance import adapter_folder, read_record
 
     folder = adapter_folder(adapter) or adapter
@@ -248,7 +248,7 @@ def _weighted(part: str) -> tuple[Path, float]:
 
 
 def _read(adapter: Path) -> LoraAdapter:
-    from lora_cli.weights.check import read_adapter_config
+    from lora_cli.weights.adapter_config import read_adapter_config
     from lora_cli.weights.provenance import adapter_folder
 
     folder = adapter_folder(adapter) or adapter

@@ -106,7 +106,7 @@ def find_adapter(adapter: Path, base: str | None = None) -> AdapterOrigin:
     """The adapter of a run or folder, and its base. Raises UserError when it cannot be merged; warns of a run that has
     not ended."""
     from lora_cli.training.run import unfinished
-    from lora_cli.weights.check import check_foldable, read_adapter_config
+    from lora_cli.weights.adapter_config import check_foldable, read_adapter_config
     from lora_cli.weights.provenance import adapter_folder, trace
 
     found = adapter_folder(adapter)

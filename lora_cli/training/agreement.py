@@ -16,8 +16,8 @@ from lora_cli import __version__
 from lora_cli.data.sources import sources_of
 from lora_cli.errors import Fault, UserError
 from lora_cli.training.prepare import Prepared
-from lora_cli.training.run import flat_keys
-from lora_cli.weights.check import ADAPTER_WEIGHTS
+from lora_cli.training.same_run import flat_keys
+from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS
 
 PLACES = {
     "model.name_or_path",

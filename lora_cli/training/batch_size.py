@@ -25,7 +25,7 @@ from lora_cli.training.display import Display
 from lora_cli.training.out_of_memory import largest_batch
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.processes import highest
-from lora_cli.training.run import with_batch_size
+from lora_cli.training.same_run import with_batch_size
 from lora_cli.training.sharding import is_sharded
 
 if TYPE_CHECKING:

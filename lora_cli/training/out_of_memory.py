@@ -20,7 +20,7 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.training.checkpoint import kept
 from lora_cli.training.launched import process_count
 from lora_cli.training.prepare import Prepared
-from lora_cli.training.run import with_numbers
+from lora_cli.training.same_run import with_numbers
 
 REMEDIES = 3
 

@@ -17,7 +17,8 @@ from lora_cli.model.files import check_model_type, check_quantizable, check_toke
 from lora_cli.model.targets import Target, choose_targets, compile_pattern
 from lora_cli.recipe.schema import Data, Recipe
 from lora_cli.training.launched import is_first_here, process_index
-from lora_cli.training.run import RunFolder, as_begun
+from lora_cli.training.run import RunFolder
+from lora_cli.training.same_run import as_begun
 from lora_cli.training.zero_config import config_faults
 from lora_cli.weights.check import check_adapter, check_start, check_weights, stored_layers
 from lora_cli.weights.fingerprint import fingerprint

@@ -18,7 +18,7 @@ from lora_cli.evaluation.loss import evaluating
 from lora_cli.model.adapters import trainable_parameters
 from lora_cli.training.processes import fill
 from lora_cli.training.zero import is_partitioned
-from lora_cli.weights.check import ADAPTER_WEIGHTS, PEFT_PREFIX
+from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS, PEFT_PREFIX
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -15,36 +15,8 @@ from lora_cli.recipe.load import changed, dump_recipe, load_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.launched import process_count
 from lora_cli.training.lock import check_unlocked
+from lora_cli.training.same_run import MAY_CHANGE_TOGETHER, changed_keys, check_same_keys
 from lora_cli.weights.shards import check_writable, clear_drafts, set_aside, sync
-
-MAY_CHANGE = {
-    f"training.{key}"
-    for key in (
-        "num_train_epochs",
-        "max_steps",
-        "logging_steps",
-        "eval_steps",
-        "save_steps",
-        "save_total_limit",
-        "load_best_model_at_end",
-        "early_stopping_patience",
-        "on_nonfinite",
-        "gradient_checkpointing",
-        "cache_frozen",
-        "stream_base",
-        "fsdp",
-        "deepspeed",
-        "report_to",
-        "output_dir",
-    )
-} | {"model.dtype"}
-"""Keys that a resumed run may set anew; any other would make it another run. What model.dtype comes to may not change,
-which is known only when the run is set up."""
-
-
-MAY_CHANGE_TOGETHER = {"training.per_device_train_batch_size", "training.gradient_accumulation_steps"}
-"""Keys that may change with the number of processes, as long as each step takes the rows it would have taken."""
-
 
 KINDS = {
     "started": str,
@@ -110,7 +82,8 @@ class RunFolder:
             self.read_info()
             self.read_metrics()
         if self.is_begun and resume:
-            self._check_same_keys(recipe)
+            began_on = int(self.read_info().get("processes", 1))
+            check_same_keys(self.read_recipe(), began_on, recipe, process_count(), str(self.recipe))
         elif self._has_lost_its_recipe and resume:
             hint = "restore recipe.yaml from a copy, or replace the run with --overwrite"
             raise UserError("--resume: the run's recipe is missing, by which it would go on", str(self.recipe), hint)
@@ -144,26 +117,6 @@ class RunFolder:
     def _before_a_run(self) -> set[Path]:
         """All that a run may leave behind that was killed before its folder held one."""
         return {_draft(self.recipe), _draft(self.info)} | ({self.cache} if self.cache.is_dir() else set())
-
-    def _check_same_keys(self, recipe: Recipe) -> None:
-        before = self.read_recipe()
-        began_on, count = int(self.read_info().get("processes", 1)), process_count()
-        same_steps = step_of(before, began_on) == step_of(recipe, count)
-        differing = changed_keys(before, recipe)
-        hint = "set it back, or begin a new run in another folder"
-        faults = [
-            Fault(f"--resume: {key} was {old!r} and is now {new!r}", str(self.recipe), hint)
-            for key, (old, new) in differing.items()
-            if key not in MAY_CHANGE and not (same_steps and key in MAY_CHANGE_TOGETHER)
-        ]
-        if began_on != count and not same_steps:
-            batches = before.training.gradient_accumulation_steps * began_on
-            what = f"--resume: the run began in {began_on} process(es) and has {count} now, with another step's batch"
-            wanted = f"training.gradient_accumulation_steps={batches // count} keeps it"
-            other = f"a step takes {batches} micro-batches; choose a number of processes that divides it"
-            faults = [Fault(what, str(self.recipe), other if batches % count else wanted)]
-        if faults:
-            raise UserError(faults)
 
     def check_same_content(self, base: str, data: str, validation: str | None) -> None:
         """Raises UserError when the fingerprints of base or rows are not those that the run began with."""
@@ -300,48 +253,6 @@ def _metrics_line(line: bytes, where: str) -> dict[str, Any]:
     if not all(map(math.isfinite, numbers)):
         raise UserError("not a line of metrics", where, "remove that line")
     return dict(read)
-
-
-def step_of(recipe: Recipe, processes: int) -> tuple[int, ...]:
-    """What decides which rows a step takes: their number; packed, the batches' size and number."""
-    size, batches = recipe.training.batch_size, recipe.training.gradient_accumulation_steps * processes
-    return (size, batches) if recipe.data.packing else (size * batches,)
-
-
-def with_batch_size(recipe: Recipe, count: int) -> Recipe:
-    """A recipe whose batch size is auto with batches of ``count`` rows, a divisor of the step's rows."""
-    rows = recipe.training.gradient_accumulation_steps
-    numbers = {"per_device_train_batch_size": count, "gradient_accumulation_steps": rows // count}
-    return changed(recipe, {f"training.{key}": number for key, number in numbers.items()})
-
-
-def with_numbers(recipe: Recipe) -> Recipe:
-    """The recipe, its batches the smallest where no number stands for auto yet."""
-    return with_batch_size(recipe, 1) if recipe.training.per_device_train_batch_size == "auto" else recipe
-
-
-def as_begun(recipe: Recipe, before: Recipe) -> Recipe:
-    """A recipe to resume by with the numbers for its auto that the run began with, or another step's that divide it."""
-    if recipe.training.per_device_train_batch_size != "auto":
-        return recipe
-    found = with_batch_size(recipe, math.gcd(before.training.batch_size, recipe.training.gradient_accumulation_steps))
-    if found.training.gradient_checkpointing != "auto":
-        return found
-    return changed(found, {"training.gradient_checkpointing": before.training.gradient_checkpointing})
-
-
-def changed_keys(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
-    """The keys, dotted, whose values differ, each with both values."""
-    old, new = flat_keys(before.model_dump()), flat_keys(now.model_dump())
-    return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
-
-
-def flat_keys(dumped: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's values by their dotted keys."""
-    flat: dict[str, Any] = {}
-    for name, section in dumped.items():
-        flat |= {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {}
-    return flat
 
 
 def _draft(path: Path) -> Path:

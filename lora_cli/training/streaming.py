@@ -21,7 +21,7 @@ from lora_cli.model.layers import checkpointed_layers
 from lora_cli.model.memory import free_bytes, size
 from lora_cli.training.out_of_memory import estimate, obstacle
 from lora_cli.training.prepare import Prepared
-from lora_cli.training.run import with_numbers
+from lora_cli.training.same_run import with_numbers
 from lora_cli.weights.shards import TensorInfo, read_headers, read_tensor, weight_files
 
 if TYPE_CHECKING:

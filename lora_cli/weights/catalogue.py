@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import locate
-from lora_cli.weights.check import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, read_adapter_config
+from lora_cli.weights.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, read_adapter_config
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.provenance import named_base, read_record
 from lora_cli.weights.shards import read_headers

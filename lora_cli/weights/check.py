@@ -2,52 +2,38 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.errors import Fault, UserError, mend
+from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import read_config, stored_quantization
 from lora_cli.model.targets import Target
 from lora_cli.recipe.schema import Adapter
-from lora_cli.weights.shards import DEPTHS, is_finite, pickled, read_headers, read_tensor, weight_files
+from lora_cli.weights.adapter_config import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    PEFT_PREFIX,
+    config_faults,
+    is_named,
+    named_layers,
+    own_value,
+    read_adapter_config,
+)
+from lora_cli.weights.shards import DEPTHS, is_finite, read_headers, read_tensor, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-PEFT_PREFIX = "base_model.model."
 OTHER_TENSORS = ("bias", "modules_to_save", "trainable_token_indices", "target_parameters")
 """Keys of an adapter's configuration that say it holds more than LoRA's own tensors."""
-BIASES = ("none", "all", "lora_only")
-SOME_LAYERS = ("layers_to_transform", "exclude_modules")
 SHOWN = 5
 """How many faults of one adapter are told."""
 EMBEDDINGS = ("wte", "wpe", "embed_tokens", "embed_positions", "embed_in", "word_embeddings", "lm_head", "embed_out")
 ENDS = {"model.embed_tokens.weight", "model.norm.weight"}
 """What most models store beside their layers, and a head where it is not tied."""
-NO_SUM = {
-    "alora_invocation_tokens": "is at work behind its invocation tokens alone",
-    "layer_replication": "runs its base's layers several times over",
-    "arrow_config": "chooses among adapters for each token",
-    "use_qalora": "adds up its layers' inputs in groups",
-    "use_bdlora": "has factors in blocks",
-    "monteclora_config": "draws its factors at random",
-}
-"""Keys of a LoRA adapter's configuration by which its update is no product of two factors, or none at all."""
-KEPT_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""Values of ``init_lora_weights`` that begin with the base as it is."""
-MADE_AGAIN = ("pissa", "olora")
-"""Those that begin with another, which PEFT makes again when it loads such an adapter."""
-CONVERT = (
-    "save it as plain LoRA where it was trained: PEFT's save_pretrained(..., "
-    "path_initial_model_for_weight_conversion=...)"
-)
 PLAIN_KEYS = {
     *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
     *("r", "lora_alpha", "alpha_pattern", "lora_dropout", "target_modules", "use_rslora", "fan_in_fan_out"),
@@ -74,25 +60,6 @@ def check_weights(folder: Path, bare: PreTrainedModel) -> None:
             faults.append(Fault(what, str(info.file), "config.json and the weights are of different models"))
     if faults:
         raise UserError(faults[:5])
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The adapter's ``adapter_config.json``. Raises UserError when the folder holds no readable adapter."""
-    path = folder / ADAPTER_CONFIG
-    if not path.is_file():
-        raise UserError("no adapter here (no adapter_config.json)", str(folder), "give a run or an adapter folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"not readable: {error}", str(path), mend(path)) from error
-    if not isinstance(config, dict) or "peft_type" not in config:
-        raise UserError("not an adapter's configuration (no peft_type)", str(path))
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        what = f"the adapter's weights are missing ({ADAPTER_WEIGHTS})"
-        raise UserError(what, str(folder), pickled(folder) or "copy or download the folder again")
-    if config.get("megatron_config"):
-        raise UserError("the adapter asks for code to be imported (megatron_config)", str(path), "lora does not run it")
-    return config
 
 
 def stored_layers(folder: Path) -> dict[str, Target] | None:
@@ -126,7 +93,7 @@ def check_adapter(folder: Path, base: Path | None, other_kinds: bool = False) ->
             str(folder),
             "LoRA adapters are (peft_type: LORA)",
         )
-    faults = list(_config_faults(config, str(folder / ADAPTER_CONFIG)))
+    faults = list(config_faults(config, str(folder / ADAPTER_CONFIG)))
     if faults:
         raise UserError(faults)
     halves = adapted_layers(folder)
@@ -140,7 +107,7 @@ def check_adapter(folder: Path, base: Path | None, other_kinds: bool = False) ->
         faults += _misfits(folder, halves, layers)
         faults += [
             Fault(f"tensors {name}.lora_A and lora_B are missing", str(folder))
-            for name in _named(config, layers)
+            for name in named_layers(config, layers)
             if not any(adapted == name or adapted.endswith(f".{name}") for adapted in halves)
         ]
     faults += _unexpected(config, folder, halves)
@@ -157,72 +124,6 @@ def misfit(faults: Sequence[Fault]) -> UserError:
     hint = f"{more}the adapter does not fit its base: it belongs to another, or its file is damaged"
     *first, last = faults[:SHOWN]
     return UserError([*first, replace(last, hint=hint)])
-
-
-def check_foldable(folder: Path) -> None:
-    """Raises UserError when a LoRA adapter's tensors are not what is to be added to its base's weights, or are for
-    another base than the one it names."""
-    config, where = read_adapter_config(folder), str(folder / ADAPTER_CONFIG)
-    if config["peft_type"] != "LORA":
-        return
-    for key, told in NO_SUM.items():
-        if config.get(key):
-            what = f"the adapter {told} ({key}), which is not folded into weights here"
-            raise UserError(what, where, "load it beside its base with PEFT")
-    start = _start(config)
-    if start not in (*KEPT_BASE, *MADE_AGAIN):
-        what = f"the adapter is to be added to another base than the one it names (init_lora_weights: {start})"
-        raise UserError(what, where, CONVERT)
-
-
-def is_relative(config: Mapping[str, Any]) -> bool:
-    """Whether a LoRA adapter is to be added to a base that PEFT first takes the adapter's first values out of."""
-    return _start(config) in MADE_AGAIN
-
-
-def _start(config: Mapping[str, Any]) -> Any:
-    start = config.get("init_lora_weights")
-    return start.lower() if isinstance(start, str) else start
-
-
-def _config_faults(config: Mapping[str, Any], where: str) -> Iterator[Fault]:
-    """Values in an adapter's configuration that PEFT would fail of, or compute no numbers with."""
-    for key, pattern, is_right, expected in (
-        ("r", "rank_pattern", _is_rank, "a whole number from 1"),
-        ("lora_alpha", "alpha_pattern", _is_number, "a number"),
-    ):
-        if not is_right(config.get(key)):
-            yield Fault(f"{key} is {config.get(key)!r}, expected {expected}", where)
-        own = config.get(pattern) or {}
-        if not isinstance(own, dict):
-            yield Fault(f"{pattern} is {own!r}, expected names with {expected} each", where)
-            continue
-        for name, value in own.items():
-            if not is_right(value):
-                yield Fault(f"{pattern}: {name} is {value!r}, expected {expected}", where)
-            yield from _expression_faults(pattern, name, where)
-    if config.get("bias", "none") not in BIASES:
-        yield Fault(f"bias is {config['bias']!r}, expected one of {', '.join(BIASES)}", where)
-    targets = config.get("target_modules")
-    if isinstance(targets, str):
-        yield from _expression_faults("target_modules", targets, where)
-    elif targets is not None and not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
-        yield Fault(f"target_modules is {targets!r}, expected names or a regular expression", where)
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _expression_faults(key: str, expression: str, where: str) -> Iterator[Fault]:
-    try:
-        re.compile(expression)
-    except re.error as error:
-        yield Fault(f"{key} is no regular expression: {error}: {expression}", where)
 
 
 def _unexpected(
@@ -315,27 +216,6 @@ def _misfits(folder: Path, halves: dict[str, dict[str, tuple[int, ...]]], layers
                 wide = wide[::-1]
             what = f"tensors {name}.lora_A and lora_B are for a layer of {found[0]} -> {found[1]}, the base's is "
             yield Fault(f"{what}{wide[0]} -> {wide[1]}", str(folder))
-
-
-def _named(config: dict[str, Any], layers: Iterable[str]) -> list[str]:
-    """The layers that an adapter's configuration names by a list, as PEFT reads it."""
-    names = config.get("target_modules")
-    if not isinstance(names, list) or any(config.get(key) not in (None, []) for key in SOME_LAYERS):
-        return []
-    return [layer for layer in layers if is_named(layer, names)]
-
-
-def is_named(layer: str, names: str | list[str]) -> bool:
-    """Whether a layer is one of those named by a list or a regular expression, as PEFT reads it."""
-    if isinstance(names, str):
-        return re.fullmatch(names, layer) is not None
-    return any(layer == name or layer.endswith(f".{name}") for name in names)
-
-
-def own_value(pattern: Mapping[str, Any] | None, layer: str, common: Any) -> Any:
-    """A layer's own rank or alpha by a pattern, whose keys are the ends of names, or regular expressions for them; else
-    the one they have in common."""
-    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", layer)), common)
 
 
 def is_plainly_whole(folder: Path, base: Path) -> bool:

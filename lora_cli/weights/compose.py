@@ -18,7 +18,7 @@ from torch import nn
 
 from lora_cli.errors import UserError
 from lora_cli.model.files import copy_tokenizer
-from lora_cli.weights.check import ADAPTER_WEIGHTS, PEFT_PREFIX
+from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS, PEFT_PREFIX
 from lora_cli.weights.lora_adapter import (
     LoraAdapter,
     check_plain,

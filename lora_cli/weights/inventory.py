@@ -15,7 +15,8 @@ from lora_cli.errors import Fault, UserError
 from lora_cli.model.adapters import resize_words
 from lora_cli.model.base import WRONG_VALUES, load_config, skeleton
 from lora_cli.model.files import stored_quantization
-from lora_cli.weights.check import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, SHOWN, misfit
+from lora_cli.weights.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX
+from lora_cli.weights.check import SHOWN, misfit
 from lora_cli.weights.experts import converters_of, joins_experts, sources_of
 from lora_cli.weights.shards import read_headers, weight_files
 

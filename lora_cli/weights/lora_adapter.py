@@ -15,17 +15,16 @@ import torch
 from safetensors.torch import save_file
 
 from lora_cli.errors import Fault, UserError
-from lora_cli.weights.check import (
+from lora_cli.weights.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONVERT,
-    EMBEDDINGS,
     PEFT_PREFIX,
-    check_adapter,
     check_foldable,
     is_relative,
     read_adapter_config,
 )
+from lora_cli.weights.check import EMBEDDINGS, check_adapter
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.products import EMBEDDING, MAGNITUDE, Factors, Place, Product, adapter_parts, product_of
 from lora_cli.weights.provenance import PROVENANCE, base_record, named_base, now, read_record, versions

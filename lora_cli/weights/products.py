@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lora_cli.weights.check import ADAPTER_WEIGHTS, PEFT_PREFIX, own_value
+from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS, PEFT_PREFIX, own_value
 from lora_cli.weights.shards import TensorInfo, read_headers, read_tensor
 
 LINEAR = {"A.weight", "B.weight"}

@@ -18,7 +18,8 @@ from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import locate
 from lora_cli.recipe.explain import dotted_keys
 from lora_cli.recipe.schema import Recipe
-from lora_cli.weights.check import check_adapter, is_plainly_whole, read_adapter_config
+from lora_cli.weights.adapter_config import read_adapter_config
+from lora_cli.weights.check import check_adapter, is_plainly_whole
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.shards import check_whole
 

@@ -10,7 +10,7 @@ import torch
 
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import copy_tokenizer
-from lora_cli.weights.check import ADAPTER_WEIGHTS
+from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS
 from lora_cli.weights.lora_adapter import (
     LoraAdapter,
     is_embedding,

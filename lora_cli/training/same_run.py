@@ -1,0 +1,100 @@
+"""What makes a resumed run the run that it was: which keys of the recipe may change, and which rows a step takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lora_cli.errors import Fault, UserError
+from lora_cli.recipe.load import changed
+from lora_cli.recipe.schema import Recipe
+
+MAY_CHANGE = {
+    f"training.{key}"
+    for key in (
+        "num_train_epochs",
+        "max_steps",
+        "logging_steps",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "load_best_model_at_end",
+        "early_stopping_patience",
+        "on_nonfinite",
+        "gradient_checkpointing",
+        "cache_frozen",
+        "stream_base",
+        "fsdp",
+        "deepspeed",
+        "report_to",
+        "output_dir",
+    )
+} | {"model.dtype"}
+"""Keys that a resumed run may set anew; any other would make it another run. What model.dtype comes to may not change,
+which is known only when the run is set up."""
+MAY_CHANGE_TOGETHER = {"training.per_device_train_batch_size", "training.gradient_accumulation_steps"}
+"""Keys that may change with the number of processes, as long as each step takes the rows it would have taken."""
+
+
+def check_same_keys(before: Recipe, began_on: int, recipe: Recipe, count: int, where: str) -> None:
+    """Raises UserError, by key, when the run that ``before`` began would be another one by ``recipe``; ``began_on`` and
+    ``count`` are the processes it began in and has now."""
+    same_steps = step_of(before, began_on) == step_of(recipe, count)
+    differing = changed_keys(before, recipe)
+    hint = "set it back, or begin a new run in another folder"
+    faults = [
+        Fault(f"--resume: {key} was {old!r} and is now {new!r}", where, hint)
+        for key, (old, new) in differing.items()
+        if key not in MAY_CHANGE and not (same_steps and key in MAY_CHANGE_TOGETHER)
+    ]
+    if began_on != count and not same_steps:
+        batches = before.training.gradient_accumulation_steps * began_on
+        what = f"--resume: the run began in {began_on} process(es) and has {count} now, with another step's batch"
+        wanted = f"training.gradient_accumulation_steps={batches // count} keeps it"
+        other = f"a step takes {batches} micro-batches; choose a number of processes that divides it"
+        faults = [Fault(what, where, other if batches % count else wanted)]
+    if faults:
+        raise UserError(faults)
+
+
+def step_of(recipe: Recipe, processes: int) -> tuple[int, ...]:
+    """What decides which rows a step takes: their number; packed, the batches' size and number."""
+    size, batches = recipe.training.batch_size, recipe.training.gradient_accumulation_steps * processes
+    return (size, batches) if recipe.data.packing else (size * batches,)
+
+
+def with_batch_size(recipe: Recipe, count: int) -> Recipe:
+    """A recipe whose batch size is auto with batches of ``count`` rows, a divisor of the step's rows."""
+    rows = recipe.training.gradient_accumulation_steps
+    numbers = {"per_device_train_batch_size": count, "gradient_accumulation_steps": rows // count}
+    return changed(recipe, {f"training.{key}": number for key, number in numbers.items()})
+
+
+def with_numbers(recipe: Recipe) -> Recipe:
+    """The recipe, its batches the smallest where no number stands for auto yet."""
+    return with_batch_size(recipe, 1) if recipe.training.per_device_train_batch_size == "auto" else recipe
+
+
+def as_begun(recipe: Recipe, before: Recipe) -> Recipe:
+    """A recipe to resume by with the numbers for its auto that the run began with, or another step's that divide it."""
+    if recipe.training.per_device_train_batch_size != "auto":
+        return recipe
+    found = with_batch_size(recipe, math.gcd(before.training.batch_size, recipe.training.gradient_accumulation_steps))
+    if found.training.gradient_checkpointing != "auto":
+        return found
+    return changed(found, {"training.gradient_checkpointing": before.training.gradient_checkpointing})
+
+
+def changed_keys(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
+    """The keys, dotted, whose values differ, each with both values."""
+    old, new = flat_keys(before.model_dump()), flat_keys(now.model_dump())
+    return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+
+
+def flat_keys(dumped: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's values by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, section in dumped.items():
+        flat |= {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {}
+    return flat
