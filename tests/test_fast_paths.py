@@ -18,7 +18,7 @@ from lora_cli.data.batches import Batch
 from lora_cli.evaluation.head import Head, LinearCrossEntropy, frozen_head
 from lora_cli.evaluation.loss import evaluating, lay_end_to_end, summed_loss
 from lora_cli.model.adapters import adapt
-from lora_cli.model.attention import BLOCK, ROWS, SHORT, attend_by_rows
+from lora_cli.model.attention import BLOCK, ROWS, SHORT, Recomputed, attend_by_rows
 from lora_cli.model.elementwise import fuse
 from lora_cli.model.fused_lora import LoraProduct
 from lora_cli.model.layers import linear_layers
@@ -328,18 +328,22 @@ def test_pefts_own_layers_stand_where_fused_ones_are_off() -> None:
     assert type(model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")) is Linear
 
 
-@pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("key_heads", [2, 4])
-def test_attention_in_16_bits_is_that_of_each_row_alone(window: int | None, key_heads: int) -> None:
-    """By products and by torch's kernel, over blocks and beyond; softmax(q k^T / sqrt(width)) v in float64, as read."""
+@pytest.mark.parametrize("window", [None, 100, 700])
+@pytest.mark.parametrize(("key_heads", "scores"), [(2, 2**24), (4, 2**24), (4, 2**16)])
+def test_attention_in_16_bits_is_that_of_each_row_alone(
+    window: int | None, key_heads: int, scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights kept and made again, over blocks and beyond; softmax(q k^T / sqrt(width)) v in float64, as read."""
+    monkeypatch.setattr("lora_cli.model.attention.SCORES", scores)
     torch.manual_seed(0)
-    lengths = (300, 1, 40, SHORT, SHORT + 1, BLOCK)
+    lengths = (300, 1, 40, SHORT, SHORT + 1, BLOCK, 1100)
     total = sum(lengths)
-    given = [torch.randn(1, heads, total, 8).bfloat16() for heads in (4, key_heads, key_heads)]
+    shapes = ((4, total, 8), (key_heads, total, 8), (key_heads, total, 6))
+    given = [torch.randn(1, *shape).bfloat16() for shape in shapes]
     q, k, v = (tensor.requires_grad_() for tensor in given)
     starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     found, _ = attend_by_rows(nn.Module(), q, k, v, None, sliding_window=window, cu_seq_lens_q=starts)
-    assert found.shape == (1, total, 4, 8)
+    assert found.shape == (1, total, 4, 6)
 
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
     wide = [exact[0], *(each.repeat_interleave(4 // key_heads, dim=1) for each in exact[1:])]
@@ -360,6 +364,17 @@ def test_attention_in_16_bits_is_that_of_each_row_alone(window: int | None, key_
     gradients = torch.autograd.grad(found, (q, k, v), slope.bfloat16())
     for gradient, right in zip(gradients, torch.autograd.grad(wanted, exact, slope), strict=True):
         assert far(gradient, right) < 0.015
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_attention_with_weights_made_again_has_the_slope_of_its_numbers(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("BLOCK", "LEAST"):
+        monkeypatch.setattr(f"lora_cli.model.attention.{name}", 3)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, tokens, 4, dtype=torch.float64, requires_grad=True) for tokens in (14, 7, 7))
+    assert torch.autograd.gradcheck(lambda *given: Recomputed.apply(*given, 0.6, window), (q, k, v))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
