@@ -399,3 +399,23 @@ def test_the_first_is_left_time_to_tell_it(recipe: Callable[..., Path]) -> None:
         assert second.poll() is None
         second.terminate()
         assert second.communicate()[1] == ""
+
+
+def test_one_of_several_processes_ends_with_the_interpreter_standing() -> None:
+    """All is said, but what is left to the interpreter's end, when threads of the group may abort it, is not done."""
+    script = """
+import atexit, sys
+from lora_cli.cli.app import run
+atexit.register(print, "taken down")
+sys.argv = ["lora", "explain", "adapter.r"]
+run()
+"""
+
+    def ended(processes: int) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"WORLD_SIZE": str(processes)}
+        return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+
+    alone, one_of_two = ended(1), ended(2)
+    assert alone.returncode == one_of_two.returncode == 0
+    assert alone.stdout.endswith("taken down\n")
+    assert one_of_two.stdout == alone.stdout.removesuffix("taken down\n") != ""

@@ -13,17 +13,17 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from lora_cli import __version__
 from lora_cli.cli import adapters, evaluate, explain, merge, quantize, train
 from lora_cli.errors import Aftermath, Interrupted, LoraError, RunError, UserError, is_lack_of_room, unwritable
-from lora_cli.training.launched import process_index
+from lora_cli.training.launched import process_count, process_index
 
 app = typer.Typer(
     name="lora",
@@ -169,4 +169,19 @@ def _tell(error: LoraError) -> None:
 def run() -> None:
     """Entry point of the installed script."""
     gc.set_threshold(100_000)  # libraries make a million objects that stay; looking them through delays the start
-    sys.exit(main())
+    code = main()
+    if process_count() > 1:
+        _leave_at_once(code)
+    sys.exit(code)
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """End one of several processes, whose files are all closed by now, without taking the interpreter down first.
+
+    A thread of the process group's that asks for the interpreter's lock meanwhile would abort the process, and the
+    launcher would then stop the others, one of which may be writing.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
