@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def test_list_and_show_a_run(train: Callable[..., Run], tmp_path: Path, tiny_gpt
         assert shown["provenance"]["base"]["fingerprint"] == run.info["base"]["fingerprint"]
         assert shown["provenance"]["data"]["fingerprint"] == run.info["data"]["fingerprint"]
         assert shown["provenance"]["result"]["best"] == run.info["result"]["best"]
-        assert shown["provenance"]["versions"]["torch"] == torch.__version__
+        assert shown["provenance"]["versions"]["torch"] == version("torch")
         assert shown["layers"][0] == {
             "name": "transformer.h.0.attn.c_attn",
             "in_features": WIDTH,

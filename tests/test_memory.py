@@ -138,7 +138,8 @@ def test_a_small_llamas_backward_pass_takes_what_is_estimated(
         model(input_ids=ids, use_cache=False, logits_to_keep=1).logits.sum().backward()
 
     step()  # the adapter's gradients are there afterwards
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
         step()
     profile.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
