@@ -78,6 +78,18 @@ def test_what_is_replaced(kind: str) -> None:
     torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_a_norm_of_another_formula_stays() -> None:
+    class OtherRMSNorm(LlamaRMSNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+
+    model = build("Llama", GROUPED)
+    model.set_submodule("model.norm", OtherRMSNorm(32).requires_grad_(False))
+    fuse(model)
+    assert type(model.get_submodule("model.norm")) is OtherRMSNorm
+    assert type(model.get_submodule("model.layers.0.input_layernorm")) is FrozenRMSNorm
+
+
 def test_a_norm_that_is_trained_gets_its_gradient() -> None:
     """As PEFT's ``modules_to_save`` has it: a copy of the module, whose weight is trained."""
 

@@ -17,10 +17,13 @@ from typing import Any
 
 import pytest
 import soak
+from accelerate.tracking import TensorBoardTracker
 from conftest import Run, done
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from lora_cli.errors import RunError
+from lora_cli.training import loop
 from lora_cli.training.checkpoint import is_whole
 from lora_cli.training.lock import locked
 
@@ -284,6 +287,27 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_whole(
         longer = write_recipe({"training": steps | {"max_steps": 2 * kept + 4, "save_total_limit": 1}})
         done(lora("train", longer, "--resume"))
         assert run.column("step") == list(range(1, 2 * kept + 5))
+
+
+def test_trackers_are_closed_when_a_run_fails(write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    finish = TensorBoardTracker.finish
+
+    def counted(tracker: TensorBoardTracker) -> None:
+        closed.append(tracker.run_name)
+        finish(tracker)
+
+    def fail(*_: Any) -> None:
+        raise RunError("nothing goes on from here")
+
+    monkeypatch.setattr(TensorBoardTracker, "finish", counted)
+    recipe = write_recipe({"training.report_to": ["tensorboard"]})
+    with monkeypatch.context() as failing:
+        failing.setattr(loop, "take_step", fail)
+        assert lora("train", recipe).exit_code == 3
+    assert closed == ["lora"]
+    done(lora("train", recipe, "--overwrite"))
+    assert closed == ["lora", "lora"]
 
 
 # --- numbers that are none -------------------------------------------------------------------------------------------

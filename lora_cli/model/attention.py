@@ -31,7 +31,7 @@ BLOCK = 256
 SHORT = 512
 """Tokens of a row, at most, whose weights are kept for the backward pass; those of a longer one are made again."""
 SCORES = 2**24
-"""Scores that are made at a time, at most, but for those of LEAST tokens."""
+"""Scores that are made at a time, at most, over all heads; but never those of fewer queries than LEAST tokens'."""
 LEAST = 16
 
 
@@ -133,7 +133,7 @@ class Recomputed(torch.autograd.Function):
         ctx.scale, ctx.window = scale, window
         attended = q.new_empty(*q.shape[:2], v.shape[-1])
         for block in _blocks(q.shape[1] // k.shape[1], k, window):
-            torch.bmm(_weights(q, k, block, scale, window), v[:, block.seen], out=attended[:, block.queries])
+            torch.bmm(_long_weights(q, k, block, scale, window), v[:, block.seen], out=attended[:, block.queries])
         return attended
 
     @staticmethod
@@ -144,7 +144,7 @@ class Recomputed(torch.autograd.Function):
             torch.zeros_like(each, dtype=torch.promote_types(each.dtype, torch.float32)) for each in (k, v)
         )
         for block in _blocks(q.shape[1] // k.shape[1], k, ctx.window):
-            weights, g = _weights(q, k, block, ctx.scale, ctx.window), grad[:, block.queries]
+            weights, g = _long_weights(q, k, block, ctx.scale, ctx.window), grad[:, block.queries]
             grad_v[:, block.seen] += weights.transpose(1, 2) @ g
             slope = torch._softmax_backward_data(g @ v[:, block.seen].transpose(1, 2), weights, -1, weights.dtype)
             torch.bmm(slope, k[:, block.seen], out=grad_q[:, block.queries])
@@ -173,23 +173,41 @@ def _blocks(group: int, key: torch.Tensor, window: int | None) -> Iterator[Block
 
 
 def _weights(q: torch.Tensor, k: torch.Tensor, block: Block, scale: float, window: int | None) -> torch.Tensor:
-    """softmax(scale q k^T) of a block's queries over what it sees: (heads, its queries, tokens seen)."""
-    tokens = k.shape[1]
-    room = 1 << max(SHORT, tokens - 1).bit_length()
-    unseen = _unseen(q.shape[1] // tokens, window, room, q.dtype)
-    here = slice(room - block.start + block.seen.start, room - block.start + block.end)
-    own = q[:, block.queries]
-    mask = unseen[: own.shape[1], here]
+    """softmax(scale q k^T) of a block's queries over what it sees (heads, its queries, tokens seen), of a SHORT row."""
+    own, group = q[:, block.queries], q.shape[1] // k.shape[1]
+    here = slice(SHORT - block.start + block.seen.start, SHORT - block.start + block.end)
+    mask = _unseen(group, window, q.dtype)[: own.shape[1], here]
     return torch.baddbmm(mask, own, k[:, block.seen].transpose(1, 2), alpha=scale).softmax(-1)
 
 
+def _long_weights(q: torch.Tensor, k: torch.Tensor, block: Block, scale: float, window: int | None) -> torch.Tensor:
+    """The same of a row of any length, whose mask is laid over the two corners that have one, in place: autograd would
+    make that costly."""
+    keys, group = k[:, block.seen].transpose(1, 2), q.shape[1] // k.shape[1]
+    scores = torch.baddbmm(q.new_zeros(()), q[:, block.queries], keys, beta=0, alpha=scale)
+    size, before = block.end - block.start, block.start - block.seen.start
+    scores[:, :, before:] += _unseen(group, None, q.dtype)[: size * group, SHORT : SHORT + size]
+    near = size if window is None else window - before
+    if near < size:  # the queries from here on do not see the first tokens that others of the block do
+        corner = _outside(group, q.dtype)[: (size - near) * group, : size - near]
+        scores[:, near * group :, : size - near] += corner
+    return scores.softmax(-1)
+
+
 @lru_cache(maxsize=4)
-def _unseen(group: int, window: int | None, room: int, dtype: torch.dtype) -> torch.Tensor:
-    """-inf where a key is not seen, else 0 (BLOCK * group, room + BLOCK): query i is the key in column room + i."""
-    distance = torch.arange(room, room + BLOCK)[:, None] - torch.arange(room + BLOCK)
+def _unseen(group: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """-inf where a key is not seen, else 0 (BLOCK * group, SHORT + BLOCK): query i is the key in column SHORT + i."""
+    distance = torch.arange(SHORT, SHORT + BLOCK)[:, None] - torch.arange(SHORT + BLOCK)
     hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
     mask = torch.zeros(distance.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
     return mask.repeat_interleave(group, dim=0)
+
+
+@lru_cache(maxsize=4)
+def _outside(group: int, dtype: torch.dtype) -> torch.Tensor:
+    """-inf for query i and the keys up to the i-th, which its window has left behind, else 0 (BLOCK * group, BLOCK)."""
+    hidden = torch.ones(BLOCK, BLOCK, dtype=torch.bool).tril()
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf).repeat_interleave(group, dim=0)
 
 
 def _together(

@@ -1,6 +1,7 @@
 """RMS norms and gated MLPs, each in one autograd function that keeps its inputs alone for the backward pass.
 
-They stand in the places of Transformers' own modules, with the same names, weights and numbers.
+They stand in the places of Transformers' own modules, with the same names and weights, and the same numbers: in 16 bits
+some round elsewhere.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+HAS_LIGER = find_spec("liger_kernel") is not None
 
 
 class Normalize(torch.autograd.Function):
@@ -88,9 +90,10 @@ class GatedMLP(nn.Module):
 
 
 def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    if gate.is_cuda and find_spec("liger_kernel"):
-        from liger_kernel.ops import LigerSiLUMulFunction
+    if gate.is_cuda and HAS_LIGER:
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
+        # Its backward pass writes over what the two layers gave, which nothing else reads by then.
         return cast("torch.Tensor", LigerSiLUMulFunction.apply(gate, up))
     return cast("torch.Tensor", Gate.apply(gate, up))  # type: ignore[no-untyped-call]
 
@@ -112,10 +115,11 @@ def _eps(norm: nn.Module) -> float:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether the module's forward pass is that of ``FrozenRMSNorm``, by a weight that is told from any other use."""
+    """Whether the module's forward pass is that of ``FrozenRMSNorm``: of numbers so small that eps counts, and by a
+    weight of many values, so that another use of either shows."""
     weight = torch.linspace(-1, 2, 16)
     stand_in = SimpleNamespace(weight=weight, variance_epsilon=_eps(module), eps=_eps(module))
-    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    x = 1e-3 * torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     norm = FrozenRMSNorm(nn.Parameter(weight, requires_grad=False), _eps(module))
     return {each for each, _ in module.named_parameters()} == {"weight"} and _agrees(module, stand_in, x, norm(x))
 

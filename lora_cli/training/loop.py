@@ -78,7 +78,8 @@ def train_alone(job: Prepared, display: Display, began: float) -> dict[str, Any]
         trainer = set_up(job, display)
         del store
         trainer.hidden_states = hidden_states.plan(trainer)
-        return run(trainer, began)
+        with trackers_closed(trainer):
+            return run(trainer, began)
     except UserError:
         if is_first_here() and not job.folder.holds_run:
             prune_kept(job.folder.cache, None)
@@ -168,6 +169,18 @@ def reading_along() -> Iterator[None]:
 def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     """What is trained, by name, gathered from all processes."""
     return {name: host_copy(weight) for name, weight in trainer.trained}
+
+
+@contextmanager
+def trackers_closed(trainer: Trainer) -> Iterator[None]:
+    """Close the trackers when the run fails or is stopped within; one that comes to its end has closed them itself."""
+    try:
+        yield
+    except BaseException:
+        for tracker in trainer.accelerator.trackers:
+            with suppress(Exception):  # the run's own failure is what is told
+                tracker.finish()
+        raise
 
 
 def start_trackers(trainer: Trainer) -> None:
