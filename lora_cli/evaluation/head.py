@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from lora_cli.model.elementwise import HAS_LIGER
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,7 +41,7 @@ class Head:
     def summed_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Summed negative log-likelihood (float32 scalar) of ``targets`` (n,) after ``hidden`` (n, width)."""
         weight, bias = self.module.weight, self.module.bias
-        if hidden.is_cuda and bias is None and find_spec("liger_kernel"):
+        if hidden.is_cuda and bias is None and HAS_LIGER:
             from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
             liger = LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=self.cap)

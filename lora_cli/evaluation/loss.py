@@ -162,7 +162,7 @@ def lay_end_to_end(
     given = model.config._attn_implementation
     vocabulary = model.config.get_text_config().vocab_size
     ids = (torch.arange(19, device=device) * 7919 + 3) % vocabulary
-    first, second, other = ids[:7], ids[7:12], ids[12:]
+    first, second, other = ids[:7], ids[7:12], ids[12:]  # the other is as long as the first
     alone = torch.cat([_logits(model, first, second)[: len(first)], _logits(model, second, first)[: len(second)]])
     for implementation in (ROWS, given) if attn_implementation == "auto" and knows_rows(model) else (given,):
         model.set_attn_implementation(implementation)
@@ -172,7 +172,7 @@ def lay_end_to_end(
         exact, rounding = (1e-6, 1e-3) if model.dtype == torch.float32 else (0.02, 0.05)
         if not has_experts(model):  # whose products are of other shapes when another row stands in front
             exact = 0.0
-        if _distance(behind[7:], packed[7:]) <= exact and _distance(packed, alone) < rounding:
+        if _distance(behind[len(first) :], packed[len(first) :]) <= exact and _distance(packed, alone) < rounding:
             return True
     return False
 

@@ -117,11 +117,11 @@ def _eps(norm: nn.Module) -> float:
 def _is_norm(module: nn.Module) -> bool:
     """Whether the module's forward pass is that of ``FrozenRMSNorm``: of numbers so small that eps counts, and by a
     weight of many values, so that another use of either shows."""
-    weight = torch.linspace(-1, 2, 16)
-    stand_in = SimpleNamespace(weight=weight, variance_epsilon=_eps(module), eps=_eps(module))
+    weight, eps = torch.linspace(-1, 2, 16), _eps(module)
+    stand_in = SimpleNamespace(weight=weight, variance_epsilon=eps, eps=eps)
     x = 1e-3 * torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
-    norm = FrozenRMSNorm(nn.Parameter(weight, requires_grad=False), _eps(module))
-    return {each for each, _ in module.named_parameters()} == {"weight"} and _agrees(module, stand_in, x, norm(x))
+    wanted = Normalize.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return {each for each, _ in module.named_parameters()} == {"weight"} and _agrees(module, stand_in, x, wanted)
 
 
 def _is_gated(module: nn.Module) -> bool:

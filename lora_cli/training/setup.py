@@ -85,7 +85,7 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     keep_freed_memory()
     display.note(f"loading {recipe.model.name_or_path}")
     base, sources, kept = load_frozen(job, accelerator, dtype, display)
-    fused = recipe.adapter.fused and not is_zero(accelerator)  # ZeRO gathers a weight for the layer it knows
+    fused = recipe.adapter.fused and not is_zero(accelerator)  # ZeRO gathers a weight when its own layer is called
     if fused:
         fuse(base)
     hooks = stream(base, sources)
