@@ -42,10 +42,14 @@ class Head:
         """Summed negative log-likelihood (float32 scalar) of ``targets`` (n,) after ``hidden`` (n, width)."""
         weight, bias = self.module.weight, self.module.bias
         if hidden.is_cuda and bias is None and HAS_LIGER:
-            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+            from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-            liger = LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=self.cap)
-            fused: torch.Tensor = liger(weight, (hidden * self.scale).to(weight.dtype), targets)
+            scaled = (hidden * self.scale).to(weight.dtype)
+            # Liger's own choice of chunks gives the logits the memory of the hidden states: few rows for few tokens.
+            budget = max(1, PRODUCT["cuda"][0] // scaled.nbytes)
+            fused: torch.Tensor = liger_fused_linear_cross_entropy(
+                scaled, weight, targets, reduction="sum", softcap=self.cap, chunk_mem_const=budget
+            )
             return fused
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))

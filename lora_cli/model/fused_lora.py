@@ -44,26 +44,50 @@ class LoraProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         a_low, b_low = a.to(x.dtype), b.to(x.dtype)
-        expanded = _expanded(weight, state, transposed, x.dtype)
-        y = rows @ expanded.T if bias is None else torch.addmm(bias.to(x.dtype), rows, expanded.T)
         down = rows @ a_low.T
-        y.addmm_(down, b_low.T, alpha=scaling)
-        ctx.save_for_backward(rows, weight, down, a, b)
-        ctx.scaling, ctx.transposed, ctx.state = scaling, transposed, state
+        expanded = _expanded(weight, state, transposed, x.dtype).T
+        y = _both_products(rows, expanded, down, b_low.T, scaling, None if bias is None else bias.to(x.dtype))
+        ctx.save_for_backward(rows, weight, down, a_low, b_low)
+        ctx.scaling, ctx.transposed, ctx.state, ctx.dtypes = scaling, transposed, state, (a.dtype, b.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, weight, down, a, b = ctx.saved_tensors
+        rows, weight, down, a_low, b_low = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
-        up = (g @ b.to(g.dtype)).mul_(ctx.scaling)
+        up = _product(g, b_low, ctx.scaling)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = g @ _expanded(weight, ctx.state, ctx.transposed, g.dtype)
-            grad_x = grad_x.addmm_(up, a.to(g.dtype)).view(*grad.shape[:-1], rows.shape[-1])
-        grad_a = (up.T @ rows).to(a.dtype)
-        grad_b = (down.T @ g).T.mul(ctx.scaling).to(b.dtype)  # thrice as fast as g.T @ down
+            expanded = _expanded(weight, ctx.state, ctx.transposed, g.dtype)
+            grad_x = _both_products(g, expanded, up, a_low).view(*grad.shape[:-1], rows.shape[-1])
+        grad_a = (up.T @ rows).to(ctx.dtypes[0])
+        grad_b = _product(down.T, g, ctx.scaling).T  # thrice as fast as g.T @ down
+        grad_b = grad_b.to(ctx.dtypes[1], memory_format=torch.contiguous_format)
         return grad_x, None, None, grad_a, grad_b, None, None, None
+
+
+def _product(x: torch.Tensor, y: torch.Tensor, scaling: float) -> torch.Tensor:
+    """scaling x y, in one operation."""
+    return torch.addmm(x.new_empty(()), x, y, beta=0, alpha=scaling)
+
+
+def _both_products(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    low: torch.Tensor,
+    narrow: torch.Tensor,
+    scaling: float = 1,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x weight + scaling low narrow + bias, the first of these the large product.
+
+    On a GPU it comes last, where adding to what is there costs it next to nothing; a processor is faster otherwise.
+    """
+    if x.is_cuda:
+        small = _product(low, narrow, scaling) if bias is None else torch.addmm(bias, low, narrow, alpha=scaling)
+        return small.addmm_(x, weight)
+    large = x @ weight if bias is None else torch.addmm(bias, x, weight)
+    return large.addmm_(low, narrow, alpha=scaling)
 
 
 def _expanded(weight: torch.Tensor, state: Any, transposed: bool, dtype: torch.dtype) -> torch.Tensor:

@@ -26,10 +26,15 @@ BLOCK = 64
 def expand(weight: torch.Tensor, state: Any) -> torch.Tensor:
     """What 4-bit codes stand for, in the shape and the type that bitsandbytes' QuantState says.
 
-    As a single line of numbers, since in one row of any length the scales are the right ones.
+    On a processor as a single line of numbers, since in one row of any length the scales are the right ones.
     """
     from bitsandbytes.functional import dequantize_4bit
 
+    if weight.is_cuda:
+        from lora_cli.model import expand4bit
+
+        known = expand4bit.is_expandable(weight, state)
+        return expand4bit.expand(weight, state) if known else cast("torch.Tensor", dequantize_4bit(weight, state))
     line = copy.copy(state)
     line.shape = torch.Size([state.shape.numel()])
     return cast("torch.Tensor", dequantize_4bit(weight, line)).view(state.shape)

@@ -1,0 +1,67 @@
+"""4-bit codes with doubly quantized scales, expanded on CUDA in one kernel, where bitsandbytes takes three.
+
+The numbers are bitsandbytes', to the last bit. On an H100 that takes two thirds of the time, and half of the
+processor's, for which a step on few tokens waits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+CODES = 1024
+"""Bytes, of two codes each, that one program expands."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _expand(
+    codes: Any,
+    scales: Any,
+    scale_table: Any,
+    scales_of_scales: Any,
+    offset: Any,
+    table: Any,
+    out: Any,
+    size: tl.constexpr,
+    block: tl.constexpr,
+    block_of_scales: tl.constexpr,
+) -> None:
+    """A number is table[code] * (scale_table[scale] * scale of scales + offset) (QLoRA, arXiv:2305.14314, equation 6);
+    each program makes those of ``size`` bytes."""
+    blocks: tl.constexpr = 2 * size // block
+    program = tl.program_id(0)
+    pairs = tl.load(codes + program * size + tl.arange(0, size)).to(tl.int32)
+    own = program * blocks + tl.arange(0, blocks)
+    scale = tl.load(scale_table + tl.load(scales + own).to(tl.int32))
+    scale = scale * tl.load(scales_of_scales + own // block_of_scales) + tl.load(offset)
+    numbers = tl.interleave(tl.load(table + (pairs >> 4)), tl.load(table + (pairs & 15)))
+    numbers = tl.reshape(numbers, (blocks, block)) * tl.reshape(scale, (blocks, 1))
+    numbers = tl.reshape(numbers, (2 * size,)).to(out.dtype.element_ty)
+    tl.store(out + program * 2 * size + tl.arange(0, 2 * size), numbers)
+
+
+def is_expandable(weight: torch.Tensor, state: Any) -> bool:
+    """Whether ``expand`` knows these codes: with doubly quantized scales, and a whole number of programs' work."""
+    return bool(state.nested) and weight.numel() % CODES == 0 and 2 * CODES % state.blocksize == 0
+
+
+def expand(weight: torch.Tensor, state: Any) -> torch.Tensor:
+    """What the codes stand for, in the shape and the type that bitsandbytes' QuantState says."""
+    out = torch.empty(state.shape, dtype=state.dtype, device=weight.device)
+    inner = state.state2
+    _expand[(weight.numel() // CODES,)](
+        weight,
+        state.absmax,
+        inner.code,
+        inner.absmax,
+        state.offset,
+        state.code,
+        out,
+        CODES,
+        state.blocksize,
+        inner.blocksize,
+    )
+    return out
