@@ -64,7 +64,7 @@ def parse(arguments: list[str]) -> tuple[list[str], Options]:
     told = vars(parser.parse_args(arguments))
     quick, gpu = told["quick"], told["gpu"]
     shape = "llama-8b" if gpu else SHAPE_FOR.get(told["benchmark"], "llama")
-    told["shape"] = told["shape"] or ("tiny" if quick else shape)
+    told["shape"] = told["shape"] or (("tiny-nf4" if gpu else "tiny") if quick else shape)
     told["rounds"] = told["rounds"] or (1 if quick else 5)
     told["steps"] = told["steps"] or (4 if quick else 24)
     asked = told.pop("benchmark")

@@ -83,7 +83,7 @@ def long_work(options: Options, rows: dict[str, Any]) -> Work:
         learning_rate=2e-4,
         warmup_steps=1,
         precision="default" if options.gpu else "float32",
-        nf4=options.gpu,
+        nf4=SHAPES[options.shape].nf4,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -26,8 +25,8 @@ def main(job: str) -> None:
         prompt, whole = (tokenizer(text)["input_ids"] for text in (row["prompt"], row["prompt"] + row["completion"]))
         rows.append((len(prompt), torch.tensor([*whole, tokenizer.eos_token_id][: work.max_length])))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loading: dict[str, Any] = {"dtype": torch.float32, "device_map": device} if not work.nf4 else quantized()
-    base = AutoModelForCausalLM.from_pretrained(work.model, **loading).eval()
+    dtype = torch.bfloat16 if work.nf4 else torch.float32
+    base = AutoModelForCausalLM.from_pretrained(work.model, dtype=dtype, device_map=device).eval()
     losses = {BASE: loss(base, rows, device)}
     model = None
     for name, path in adapters.items():
@@ -40,13 +39,6 @@ def main(job: str) -> None:
         if len(model.peft_config) > 1:
             model.delete_adapter(next(iter(model.peft_config)))
     (folder / "losses.json").write_text(json.dumps(losses), encoding="utf-8")
-
-
-def quantized() -> dict[str, Any]:
-    """The base as the contestants train on it."""
-    from bench.peers.sft import nf4
-
-    return {"quantization_config": nf4(), "dtype": torch.bfloat16, "device_map": {"": 0}}
 
 
 @torch.no_grad()

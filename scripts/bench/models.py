@@ -10,13 +10,25 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from bench.shapes import Shape
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 STD = 0.02
 SHARD = 4 * 2**30  # bytes
+NF4 = BitsAndBytesConfig(  # QLoRA's, as TRL's documentation writes it
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.bfloat16,
+)
 TAUGHT = 600  # characters that the tokenizer learns from for each token it may have
 
 
@@ -31,8 +43,10 @@ def make(shape: Shape, texts: Iterable[str], folder: Path, seed: int) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
+    if shape.nf4:
+        config.quantization_config = NF4.to_dict()
     config.save_pretrained(making)
-    write_weights(model, getattr(torch, shape.dtype), making, seed)
+    write_weights(model, getattr(torch, shape.dtype), making, seed, shape.nf4)
     making.rename(folder)
 
 
@@ -59,12 +73,9 @@ def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
         yield text
 
 
-def write_weights(model: torch.nn.Module, dtype: torch.dtype, folder: Path, seed: int) -> None:
+def write_weights(model: PreTrainedModel, dtype: torch.dtype, folder: Path, seed: int, nf4: bool) -> None:
     """Weights drawn as Transformers initializes them, shard by shard: ``model`` is on the meta device, and memory holds
     one shard."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    draw = torch.Generator(device).manual_seed(seed)
-    tied = model.config.tie_word_embeddings
     shards: list[dict[str, torch.Tensor]] = [{}]
     places: dict[str, str] = {}
     used = 0
@@ -75,19 +86,37 @@ def write_weights(model: torch.nn.Module, dtype: torch.dtype, folder: Path, seed
         places.update(dict.fromkeys(shards[-1], name))
         shards[-1] = {}
 
-    for name, empty in model.state_dict().items():
-        if tied and name == "lm_head.weight":
-            continue
-        if empty.ndim > 1:
-            weight = torch.empty(empty.shape, dtype=dtype, device=device).normal_(0, STD, generator=draw).cpu()
-        else:
-            weight = torch.full(empty.shape, float(name.endswith("weight")), dtype=dtype)
-        if used and used + weight.nbytes > SHARD:
+    for name, tensor in drawn_weights(model, dtype, seed, nf4):
+        if used and used + tensor.nbytes > SHARD:
             flush()
             shards.append({})
             used = 0
-        shards[-1][name] = weight
-        used += weight.nbytes
+        shards[-1][name] = tensor
+        used += tensor.nbytes
     flush()
     index = {"metadata": {}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def drawn_weights(
+    model: PreTrainedModel, dtype: torch.dtype, seed: int, nf4: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every stored tensor by name; of a layer that is quantized its codes and what bitsandbytes stores beside them."""
+    from bitsandbytes.functional import quantize_4bit
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    draw = torch.Generator(device).manual_seed(seed)
+    head = model.get_output_embeddings()
+    linear = {name for name, each in model.named_modules() if type(each) is torch.nn.Linear and each is not head}
+    for name, empty in model.state_dict().items():
+        if model.config.tie_word_embeddings and name == "lm_head.weight":
+            continue
+        if empty.ndim < 2:
+            yield name, torch.full(empty.shape, float(name.endswith("weight")), dtype=dtype)
+            continue
+        weight = torch.empty(empty.shape, dtype=dtype, device=device).normal_(0, STD, generator=draw)
+        if nf4 and name.removesuffix(".weight") in linear:
+            weight, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            for key, tensor in state.as_dict(packed=True).items():
+                yield f"{name}.{key}", tensor.cpu()
+        yield name, weight.cpu()

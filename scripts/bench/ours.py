@@ -34,8 +34,6 @@ def write_recipe(work: Work, folder: Path, options: dict[str, Any]) -> Path:
     }
     if work.precision == "float32":
         recipe["model"]["dtype"] = "float32"
-    if work.nf4:
-        recipe["quantization"] = {"method": "nf4"}
     for dotted, value in options.items():
         section, key = dotted.split(".")
         recipe[section][key] = value

@@ -8,12 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shape:
-    """A configuration in Transformers' terms and the layers that get an adapter."""
+    """A configuration in Transformers' terms and the layers that get an adapter; ``nf4``: the body's layers are stored
+    quantized, as bitsandbytes does it."""
 
     model_type: str
     config: dict[str, Any]
     targets: tuple[str, ...]
     dtype: str = "float32"
+    nf4: bool = False
 
 
 LLAMA_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -100,8 +102,11 @@ SHAPES = {
         },
         LLAMA_LINEAR,
         "bfloat16",
+        nf4=True,
     ),
 }
+NF4_BLOCKS = {"hidden_size": 64, "intermediate_size": 128}  # whole ones in each row, for bitsandbytes on a processor
+SHAPES["tiny-nf4"] = replace(SHAPES["tiny"], config=SHAPES["tiny"].config | NF4_BLOCKS, dtype="bfloat16", nf4=True)
 
 
 def _deeper(shape: Shape) -> Shape:

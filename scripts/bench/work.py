@@ -15,7 +15,7 @@ class Work:
     ``model`` is a folder, ``train`` and ``heldout`` are .jsonl files of prompts and completions. A step takes
     ``batch_size`` rows; who packs takes ``packed_batch_size`` times ``max_length`` tokens, which comes nearest to as
     many steps. Steps up to ``warmup_steps`` are left out of the rate. ``precision`` is float32 for all, or default:
-    what each library does by itself.
+    what each library does by itself. ``nf4`` says that the model is stored so.
     """
 
     model: str

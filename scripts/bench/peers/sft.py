@@ -34,25 +34,11 @@ def main(job: str) -> None:
             r=work.r, lora_alpha=work.lora_alpha, target_modules=list(work.targets), task_type="CAUSAL_LM"
         ),
         callbacks=[meter],
-        **({"quantization_config": nf4()} if work.nf4 else {}),
     )
     meter.watch(trainer.model)
     trainer.train()
     trainer.model.save_pretrained(folder / "adapter")
     write_did(meter.did(work, trainer.model, folder / "adapter", settings_of(arguments, trainer.model)), folder)
-
-
-def nf4() -> Any:
-    """QLoRA's quantization, as TRL's documentation writes it."""
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
 
 
 if __name__ == "__main__":
