@@ -40,6 +40,8 @@ SMALL = {
     "pad_token_id": 0,
 }
 GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
 ROW_LENGTHS = (9, 5, 11, 2)
 LENGTHS = np.array(ROW_LENGTHS)
 
@@ -232,11 +234,12 @@ def test_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_fused_lora_is_the_formula(transposed: bool, bias: bool) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_fused_lora_is_the_formula(device: str, transposed: bool, bias: bool) -> None:
     draw = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+        return torch.randn(*shape, generator=draw, dtype=torch.float64).to(device)
 
     x, a, b = normal(2, 3, 5).requires_grad_(), normal(2, 5).requires_grad_(), normal(4, 2).requires_grad_()
     weight = normal(5, 4) if transposed else normal(4, 5)
@@ -248,6 +251,50 @@ def test_fused_lora_is_the_formula(transposed: bool, bias: bool) -> None:
     wanted = x @ (weight if transposed else weight.T) + 0.7 * x @ a.T @ b.T + (0 if offset is None else offset)
     torch.testing.assert_close(fused(x, a, b), wanted)
     assert torch.autograd.gradcheck(fused, (x, a, b))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fused_lora_in_16_bits_is_the_formula_to_its_rounding(device: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    sizes = ((70, 48), (8, 48), (32, 8), (32, 48), (70, 32))
+    x, a, b, weight, along = (torch.randn(*size, generator=draw).to(device) for size in sizes)
+    leaves = [x.bfloat16().requires_grad_(), a.requires_grad_(), b.requires_grad_()]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    y = LoraProduct.apply(leaves[0], weight.bfloat16(), None, *leaves[1:], 0.7, False, None)
+    wanted = exact[0] @ weight.bfloat16().double().T + 0.7 * exact[0] @ exact[1].T @ exact[2].T
+    assert float((y.detach() - wanted.detach()).norm() / wanted.detach().norm()) < 0.01
+    y.backward(along.bfloat16())
+    wanted.backward(along.bfloat16().double())
+    for leaf, each in zip(leaves, exact, strict=True):
+        assert leaf.grad is not None and each.grad is not None and leaf.grad.dtype == leaf.dtype
+        assert float((leaf.grad - each.grad).norm() / each.grad.norm()) < 0.01
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(256, 64), (48, 1024), (100, 96)])
+def test_codes_expand_on_a_gpu_to_the_numbers_of_bitsandbytes(shape: tuple[int, int], kind: str) -> None:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    torch.manual_seed(0)
+    weight = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+    codes, state = quantize_4bit(weight, quant_type=kind, compress_statistics=True)
+    assert torch.equal(expand(codes, state), dequantize_4bit(codes, state))
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_the_loss_on_a_gpu_is_the_plain_one(cap: float | None) -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(64, 5000, bias=False, device="cuda").requires_grad_(False)
+    hidden, targets = torch.randn(3000, 64, device="cuda", requires_grad=True), torch.arange(3000, device="cuda")
+    loss = Head(module, 0.5, cap).summed_loss(hidden, targets)
+    (found,) = torch.autograd.grad(loss, hidden)
+    z = 0.5 * (hidden @ module.weight.T)
+    wanted = nn.functional.cross_entropy(z if cap is None else cap * torch.tanh(z / cap), targets, reduction="sum")
+    (slope,) = torch.autograd.grad(wanted, hidden)
+    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-4)
+    assert float((found - slope).norm() / slope.norm()) < 1e-2  # Liger's products take float32 as the GPU has them
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "nf4"])
