@@ -4,8 +4,6 @@ The numbers are bitsandbytes', to the last bit. On an H100 that takes two thirds
 processor's, for which a step on few tokens waits.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -18,13 +16,13 @@ CODES = 1024
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _expand(
-    codes: Any,
-    scales: Any,
-    scale_table: Any,
-    scales_of_scales: Any,
-    offset: Any,
-    table: Any,
-    out: Any,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    scale_table: tl.tensor,
+    scales_of_scales: tl.tensor,
+    offset: tl.tensor,
+    table: tl.tensor,
+    out: tl.tensor,
     size: tl.constexpr,
     block: tl.constexpr,
     block_of_scales: tl.constexpr,
