@@ -19,7 +19,7 @@ from lora_cli.evaluation.head import Head, LinearCrossEntropy, frozen_head
 from lora_cli.evaluation.loss import evaluating, lay_end_to_end, summed_loss
 from lora_cli.model.adapters import adapt
 from lora_cli.model.attention import BLOCK, ROWS, SHORT, Recomputed, attend_by_rows
-from lora_cli.model.elementwise import fuse
+from lora_cli.model.elementwise import PROJECTIONS, fuse
 from lora_cli.model.fused_lora import LoraProduct
 from lora_cli.model.layers import linear_layers
 from lora_cli.model.linear4bit import compute_right, expand
@@ -246,11 +246,57 @@ def test_fused_lora_is_the_formula(device: str, transposed: bool, bias: bool) ->
     offset = normal(4) if bias else None
 
     def fused(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return LoraProduct.apply(x, weight, offset, a, b, 0.7, transposed, None)
+        return LoraProduct.apply(x, weight, offset, a, b, 0.7, transposed, None, None)
 
     wanted = x @ (weight if transposed else weight.T) + 0.7 * x @ a.T @ b.T + (0 if offset is None else offset)
     torch.testing.assert_close(fused(x, a, b), wanted)
     assert torch.autograd.gradcheck(fused, (x, a, b))
+
+
+def test_a_gate_before_fused_lora_is_the_formula() -> None:
+    draw = torch.Generator().manual_seed(0)
+    sizes = ((2, 3, 5), (2, 3, 5), (2, 5), (4, 2))
+    gate, x, a, b = (torch.randn(*size, generator=draw, dtype=torch.float64).requires_grad_() for size in sizes)
+    weight = torch.randn(4, 5, generator=draw, dtype=torch.float64)
+
+    def fused(gate: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return LoraProduct.apply(x, weight, None, a, b, 0.7, False, None, gate)
+
+    gated = gate / (1 + (-gate).exp()) * x
+    torch.testing.assert_close(fused(gate, x, a, b), gated @ weight.T + 0.7 * gated @ a.T @ b.T)
+    assert torch.autograd.gradcheck(fused, (gate, x, a, b))
+    assert torch.autograd.gradcheck(lambda gate: fused(gate, x.detach(), a, b), (gate,))
+
+
+@pytest.mark.parametrize("targets", [PROJECTIONS, ("down_proj",), ("gate_proj", "down_proj"), ("gate_proj",)])
+def test_a_fused_mlp_gives_what_pefts_layers_give_and_keeps_no_more_than_its_inputs(targets: tuple[str, ...]) -> None:
+    gradients, kept = [], []
+    for is_fused in (True, False):
+        torch.manual_seed(0)
+        base = build("Llama", GROUPED | {"num_hidden_layers": 1})
+        if is_fused:
+            fuse(base)
+        model = adapt(base, Adapter(r=2), [f"model.layers.0.mlp.{each}" for each in targets], is_fused)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(weight)
+        wide: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor, wide: dict[int, torch.Tensor] = wide) -> torch.Tensor:
+            if tensor.shape[-1] == SMALL["intermediate_size"] and tensor.numel() == 17 * SMALL["intermediate_size"]:
+                wide[tensor.data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(input_ids=torch.arange(3, 20)[None]).logits.square().mean()
+        loss.backward()
+        kept.append(len(wide))
+        gradients.append({name: each.grad for name, each in model.named_parameters() if each.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[1].items():
+        assert float((gradients[0][name] - gradient).norm() / gradient.norm()) < 1e-4, name
+    assert kept[0] == min(2, kept[1])
+    assert len(targets) < 3 or kept[1] > 2
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -260,7 +306,7 @@ def test_fused_lora_in_16_bits_is_the_formula_to_its_rounding(device: str) -> No
     x, a, b, weight, along = (torch.randn(*size, generator=draw).to(device) for size in sizes)
     leaves = [x.bfloat16().requires_grad_(), a.requires_grad_(), b.requires_grad_()]
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    y = LoraProduct.apply(leaves[0], weight.bfloat16(), None, *leaves[1:], 0.7, False, None)
+    y = LoraProduct.apply(leaves[0], weight.bfloat16(), None, *leaves[1:], 0.7, False, None, None)
     wanted = exact[0] @ weight.bfloat16().double().T + 0.7 * exact[0] @ exact[1].T @ exact[2].T
     assert float((y.detach() - wanted.detach()).norm() / wanted.detach().norm()) < 0.01
     y.backward(along.bfloat16())

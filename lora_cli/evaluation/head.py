@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lora_cli.model.elementwise import HAS_LIGER
+from lora_cli.model.gate import HAS_LIGER
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -6,21 +6,21 @@ some round elsewhere.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import rms_norm
 
+from lora_cli.model.fused_lora import Fused
+from lora_cli.model.gate import Gate
 from lora_cli.model.layers import CANNOT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-HAS_LIGER = find_spec("liger_kernel") is not None
 
 
 class Normalize(torch.autograd.Function):
@@ -63,21 +63,6 @@ class FrozenRMSNorm(nn.Module):
             return cast("torch.Tensor", Normalize.apply(x, self.weight, self.eps))  # type: ignore[no-untyped-call]
 
 
-class Gate(torch.autograd.Function):
-    """y = silu(g) u (SwiGLU, arXiv:2002.05202, equation 6 with beta = 1), all of one shape."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
-        return silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, up = ctx.saved_tensors
-        grad_up = silu(gate).mul_(grad)
-        return torch.ops.aten.silu_backward(grad * up, gate), grad_up
-
-
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) up(x)); the layers are those of the module that it stands for."""
 
@@ -86,16 +71,10 @@ class GatedMLP(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return cast("torch.Tensor", self.down_proj(_gated(self.gate_proj(x), self.up_proj(x))))
-
-
-def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    if gate.is_cuda and HAS_LIGER:
-        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-
-        # Its backward pass writes over what the two layers gave, which nothing else reads by then.
-        return cast("torch.Tensor", LigerSiLUMulFunction.apply(gate, up))
-    return cast("torch.Tensor", Gate.apply(gate, up))  # type: ignore[no-untyped-call]
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if isinstance(self.down_proj, Fused):
+            return cast("torch.Tensor", self.down_proj(up, gate=gate))
+        return cast("torch.Tensor", self.down_proj(Gate.apply(gate, up)))  # type: ignore[no-untyped-call]
 
 
 def fuse(model: PreTrainedModel) -> None:

@@ -7,13 +7,14 @@ frozen weight nothing but a reference is.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners import lora
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.model.gate import Gate, gated, gated_slopes
 from lora_cli.model.linear4bit import expand
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class LoraProduct(torch.autograd.Function):
 
     x (…, in), W (out, in) or, ``transposed``, (in, out), A (r, in), B (out, r), bias (out) or None; the product is
     computed in x's dtype and gradients of A and B are returned in their own. ``state`` is bitsandbytes' for a W of
-    4 bits, which is expanded in each pass and not kept.
+    4 bits, which is expanded in each pass and not kept. With a ``gate`` (…, in), silu(gate) x stands for x, which is
+    made in each pass and not kept either; the backward pass may write over both.
     """
 
     @staticmethod
@@ -41,29 +43,34 @@ class LoraProduct(torch.autograd.Function):
         scaling: float,
         transposed: bool,
         state: Any,
+        gate: torch.Tensor | None,
     ) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = (x if gate is None else gated(gate, x)).reshape(-1, x.shape[-1])
         a_low, b_low = a.to(x.dtype), b.to(x.dtype)
         down = rows @ a_low.T
         expanded = _expanded(weight, state, transposed, x.dtype).T
         y = _both_products(rows, expanded, down, b_low.T, scaling, None if bias is None else bias.to(x.dtype))
-        ctx.save_for_backward(rows, weight, down, a_low, b_low)
+        ctx.save_for_backward(rows if gate is None else x, weight, down, a_low, b_low, gate)
         ctx.scaling, ctx.transposed, ctx.state, ctx.dtypes = scaling, transposed, state, (a.dtype, b.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, weight, down, a_low, b_low = ctx.saved_tensors
+        x, weight, down, a_low, b_low, gate = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         up = _product(g, b_low, ctx.scaling)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            expanded = _expanded(weight, ctx.state, ctx.transposed, g.dtype)
-            grad_x = _both_products(g, expanded, up, a_low).view(*grad.shape[:-1], rows.shape[-1])
-        grad_a = (up.T @ rows).to(ctx.dtypes[0])
         grad_b = _product(down.T, g, ctx.scaling).T  # thrice as fast as g.T @ down
         grad_b = grad_b.to(ctx.dtypes[1], memory_format=torch.contiguous_format)
-        return grad_x, None, None, grad_a, grad_b, None, None, None
+        rows = (x if gate is None else gated(gate, x)).reshape(-1, x.shape[-1])
+        grad_a = (up.T @ rows).to(ctx.dtypes[0])
+        del rows
+        grad_x = grad_gate = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[-1]:
+            expanded = _expanded(weight, ctx.state, ctx.transposed, g.dtype)
+            grad_x = _both_products(g, expanded, up, a_low).view(*grad.shape[:-1], x.shape[-1])
+            if gate is not None:
+                grad_gate, grad_x = gated_slopes(gate, x, grad_x)
+        return grad_x, None, None, grad_a, grad_b, None, None, None, grad_gate
 
 
 def _product(x: torch.Tensor, y: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -97,7 +104,7 @@ def _expanded(weight: torch.Tensor, state: Any, transposed: bool, dtype: torch.d
     return (weight.T if transposed else weight).to(dtype)
 
 
-def product(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+def product(layer: Any, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor | None:
     """The layer's output when it is plain LoRA in training: one active adapter, no dropout, no variant; else None."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or len(names) != 1 or not torch.is_grad_enabled():
@@ -121,17 +128,27 @@ def product(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
             layer.scaling[name],
             isinstance(base, Conv1D),
             getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None),
+            None if gate is None else gate.to(dtype),
         )
     assert isinstance(result, torch.Tensor)
     return result
 
 
-class FusedLinear(lora.Linear):
-    """PEFT's LoRA layer over torch's Linear or Transformers' Conv1D."""
+class Fused:
+    """What makes a LoRA layer of PEFT's a fused one; with a ``gate`` it takes silu(gate) x for x."""
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        result = None if args or kwargs else product(self, x)
-        return super().forward(x, *args, **kwargs) if result is None else result
+    def forward(self, x: torch.Tensor, *args: Any, gate: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        if gate is not None and not (x.requires_grad or gate.requires_grad):
+            x, gate = gated(gate, x), None  # one to keep instead of two
+        result = None if args or kwargs else product(self, x, gate)
+        if result is not None:
+            return result
+        whole = x if gate is None else Gate.apply(gate, x)  # type: ignore[no-untyped-call]
+        return cast("torch.Tensor", super().forward(whole, *args, **kwargs))  # type: ignore[misc]
+
+
+class FusedLinear(Fused, lora.Linear):
+    """PEFT's LoRA layer over torch's Linear or Transformers' Conv1D."""
 
 
 def register(config: LoraConfig, layers: Iterable[nn.Module]) -> None:
@@ -149,11 +166,7 @@ def register(config: LoraConfig, layers: Iterable[nn.Module]) -> None:
 def _fused_4bit() -> type[nn.Module]:
     from peft.tuners.lora.bnb import Linear4bit
 
-    class FusedLinear4bit(Linear4bit):
+    class FusedLinear4bit(Fused, Linear4bit):
         """PEFT's LoRA layer over bitsandbytes' 4-bit Linear."""
-
-        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            result = None if args or kwargs else product(self, x)
-            return super().forward(x, *args, **kwargs) if result is None else result
 
     return FusedLinear4bit

@@ -1,0 +1,45 @@
+"""The gate of a gated MLP and its slopes: Liger's kernels where they are there, else torch's operations."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any, cast
+
+import torch
+from torch.nn.functional import silu
+
+HAS_LIGER = find_spec("liger_kernel") is not None
+
+
+def gated(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) x (SwiGLU, arXiv:2002.05202, equation 6 with beta = 1), both of one shape."""
+    if gate.is_cuda and HAS_LIGER:
+        from liger_kernel.ops.swiglu import swiglu_forward
+
+        return cast("torch.Tensor", swiglu_forward(gate, x)[2])
+    return silu(gate).mul_(x)
+
+
+def gated_slopes(gate: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of ``gate`` and ``x`` for that of ``gated``; they may lie where these two lay."""
+    if gate.is_cuda and HAS_LIGER:
+        from liger_kernel.ops.swiglu import swiglu_backward
+
+        return cast("tuple[torch.Tensor, torch.Tensor]", swiglu_backward(gate, x, grad.contiguous()))
+    grad_x = silu(gate).mul_(grad)
+    return torch.ops.aten.silu_backward(grad * x, gate), grad_x
+
+
+class Gate(torch.autograd.Function):
+    """``gated``, with nothing but its two inputs kept; the backward pass may write over them, which nothing else reads
+    by then."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, x)
+        return gated(gate, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, x = ctx.saved_tensors
+        return gated_slopes(gate, x, grad)
