@@ -268,12 +268,15 @@ def test_a_gate_before_fused_lora_is_the_formula() -> None:
     assert torch.autograd.gradcheck(lambda gate: fused(gate, x.detach(), a, b), (gate,))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("targets", [PROJECTIONS, ("down_proj",), ("gate_proj", "down_proj"), ("gate_proj",)])
-def test_a_fused_mlp_gives_what_pefts_layers_give_and_keeps_no_more_than_its_inputs(targets: tuple[str, ...]) -> None:
+def test_a_fused_mlp_gives_what_pefts_layers_give_and_on_a_gpu_keeps_its_inputs_alone(
+    targets: tuple[str, ...], device: str
+) -> None:
     gradients, kept = [], []
     for is_fused in (True, False):
         torch.manual_seed(0)
-        base = build("Llama", GROUPED | {"num_hidden_layers": 1})
+        base = build("Llama", GROUPED | {"num_hidden_layers": 1}).to(device)
         if is_fused:
             fuse(base)
         model = adapt(base, Adapter(r=2), [f"model.layers.0.mlp.{each}" for each in targets], is_fused)
@@ -288,14 +291,14 @@ def test_a_fused_mlp_gives_what_pefts_layers_give_and_keeps_no_more_than_its_inp
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model(input_ids=torch.arange(3, 20)[None]).logits.square().mean()
+            loss = model(input_ids=torch.arange(3, 20, device=device)[None]).logits.square().mean()
         loss.backward()
         kept.append(len(wide))
         gradients.append({name: each.grad for name, each in model.named_parameters() if each.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[1].items():
         assert float((gradients[0][name] - gradient).norm() / gradient.norm()) < 1e-4, name
-    assert kept[0] == min(2, kept[1])
+    assert kept[0] == min(2, kept[1]) if device == "cuda" else kept[0] <= kept[1]
     assert len(targets) < 3 or kept[1] > 2
 
 

@@ -72,7 +72,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if isinstance(self.down_proj, Fused):
+        if gate.is_cuda and isinstance(self.down_proj, Fused):  # a processor takes too long to make the product twice
             return cast("torch.Tensor", self.down_proj(up, gate=gate))
         return cast("torch.Tensor", self.down_proj(Gate.apply(gate, up)))  # type: ignore[no-untyped-call]
 
