@@ -182,7 +182,7 @@ def test_runs_of_short_rows_and_long(rows: dict[str, Any], tmp_path: Path) -> No
         and f"| {counted:.2f} |" in shown[-1].replace("  ", "")
         and f"{runs[32][0]['tokens_per_second']:,.0f}" in shown[-1]
     )
-    assert lengths.arithmetic("gpt2", 64) == 6 * (12 * 256 * 256 + 256 * 64) + 256 * 50_257
+    assert lengths.arithmetic("gpt2", 64) == 2 * (6 * 12 * 256 * 256 + 256 * 50_257) + 3 * 6 * 256 * 64
 
 
 def test_merge_is_measured_beside_peft(rows: dict[str, Any], tmp_path: Path) -> None:

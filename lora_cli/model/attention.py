@@ -28,7 +28,7 @@ ROWS = "rows"
 
 BLOCK = 256
 """Tokens of a row whose scores are made at a time, at most: later tokens than the last one's are left out."""
-SHORT = 512
+SHORT = 1024
 """Tokens of a row, at most, whose weights are kept for the backward pass; those of a longer one are made again."""
 SCORES = 2**24
 """Scores that are made at a time, at most, over all heads; but never those of fewer queries than LEAST tokens'."""

@@ -67,7 +67,8 @@ def write_rows(texts: list[dict[str, str]], count: int, characters: int, path: P
 
 
 def arithmetic(shape: str, length: int) -> float:
-    """Multiplications that a token's forward pass takes in the layers and, over the rows before it, in attention."""
+    """Multiplications that training on a token takes: twice a frozen layer's, forward and to its input, and thrice
+    attention's over the tokens before it, both of whose products are of two inputs with a slope."""
     config = SHAPES[shape].config
     if "n_embd" in config:
         width, layers = config["n_embd"], config["n_layer"]
@@ -76,7 +77,7 @@ def arithmetic(shape: str, length: int) -> float:
         width, layers = config["hidden_size"], config["num_hidden_layers"]
         narrow = width * config["num_key_value_heads"] // config["num_attention_heads"]
         linear = 2 * width * width + 2 * width * narrow + 3 * width * config["intermediate_size"]
-    return float(layers * (linear + width * length) + width * config["vocab_size"])
+    return float(2 * layers * linear + 3 * layers * width * length + 2 * width * config["vocab_size"])
 
 
 def show(record: dict[str, Any]) -> str:
