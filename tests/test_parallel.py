@@ -31,7 +31,7 @@ COUNT = 3 * ROWS_AT_ONCE
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other processes are started after the first rows."""
     monkeypatch.setattr(parallel, "ALONE", 0.0)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(parallel, "usable_cores", lambda: 2)
 
 
 def mixture(folder: Path, refused: int | None = None) -> tuple[Source, ...]:
@@ -63,7 +63,7 @@ def test_tokens_are_those_of_one_process(tokenizer: Any, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(parallel.ProcessPoolExecutor, "submit", submit)
     monkeypatch.setattr(parallel, "ALONE", 0.0)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(parallel, "usable_cores", lambda: 2)
     together = tokenize(data, sources_of(data.train), tokenizer)
     assert sum(submitted) == 2 * COUNT + 1 - ROWS_AT_ONCE, "the first rows are not waited with"
     assert together.source.tolist() == alone.source.tolist()

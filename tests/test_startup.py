@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lora_cli.model.cores import usable_cores
+from lora_cli.cores import usable_cores
 
 HEAVY = ("torch", "transformers", "datasets", "pandas", "peft", "accelerate", "bitsandbytes", "numpy", "pyarrow")
 VERBS = {

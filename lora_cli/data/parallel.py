@@ -13,6 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from lora_cli.cores import usable_cores
 from lora_cli.errors import RunError, UserError
 
 Item = TypeVar("Item")
@@ -33,7 +34,7 @@ def in_order(work: Callable[[Item], Result], items: Iterator[Item]) -> Iterator[
     when a process is killed.
     """
     spent = 0.0
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     for item in items:
         began = time.perf_counter()
         result = work(item)

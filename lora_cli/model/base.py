@@ -13,8 +13,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from lora_cli.cores import usable_cores
 from lora_cli.errors import UserError
-from lora_cli.model.cores import usable_cores
 from lora_cli.model.files import check_tokenizer, hub_kernels, own_code, read_config, unknown_type
 from lora_cli.model.linear4bit import compute_right
 from lora_cli.model.memory import is_out_of_memory

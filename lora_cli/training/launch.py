@@ -12,8 +12,8 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from lora_cli.cores import usable_cores
 from lora_cli.errors import RunError
-from lora_cli.model.cores import usable_cores
 from lora_cli.training.checkpoint import GO_ON, kept
 from lora_cli.training.run import RunFolder
 
