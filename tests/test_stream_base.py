@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from conftest import WIDTH
 from transformers import AutoModelForCausalLM
 
+from lora_cli.errors import RunError
 from lora_cli.model.memory import activation_bytes
 from lora_cli.recipe.load import load_recipe
 from lora_cli.training import loop, setup
@@ -23,6 +25,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "float32": {},
     "PEFT's own layers": {"adapter.fused": False},
     "some layers, dropout": {"adapter.target_modules": "minimal", "adapter.lora_dropout": 0.1},
+    "nf4": {"quantization": {"method": "nf4"}},
+    "fp4, plain scales, PEFT's own layers": {
+        "quantization": {"method": "fp4", "double_quant": False},
+        "adapter.fused": False,
+    },
+    "nf4, some layers": {"quantization": {"method": "nf4"}, "adapter.target_modules": "minimal"},
 }
 
 
@@ -144,15 +152,69 @@ def test_hidden_states_are_kept_of_layers_that_stream(
     assert held[1] < held[0] / 20
 
 
-def test_a_base_stored_quantized_is_not_streamed(
+@pytest.mark.parametrize("changes", [{}, {"adapter.fused": False}, {"adapter.target_modules": "minimal"}], ids=str)
+def test_nothing_holds_a_layers_codes_after_its_forward_pass(
+    changes: dict[str, Any], tiny_llama: Path, write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base is stored in 4 bits; autograd, bitsandbytes and PEFT are those that could."""
+    from bitsandbytes.nn import Params4bit
+
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    brought, taken = Params4bit.from_prequantized, loop.summed_loss
+
+    def bring(*args: Any, **kwargs: Any) -> Any:
+        weight = brought(*args, **kwargs)
+        made.extend(weakref.ref(each) for each in (weight, weight.quant_state.absmax))
+        return weight
+
+    def take(*args: Any) -> Any:
+        loss = taken(*args)
+        gc.collect()
+        alive.append(sum(each() is not None for each in made))
+        return loss
+
+    small = tiny_llama.parent / "small"
+    if not small.exists():
+        done(lora("quantize", tiny_llama, "--out", small))
+    monkeypatch.setattr(loop, "summed_loss", take)
+    original = setup.put_away
+
+    def put_away(*args: Any) -> Any:
+        sources = original(*args)
+        monkeypatch.setattr(Params4bit, "from_prequantized", bring)
+        return sources
+
+    monkeypatch.setattr(setup, "put_away", put_away)
+    recipe = write_recipe({"model.name_or_path": small, "training.stream_base": True} | changes)
+    done(lora("train", recipe))
+    assert len(made) > 100
+    assert alive and not any(alive)
+
+
+def test_a_base_stored_in_8_bits_is_not_streamed(
     tiny_llama: Path, write_recipe: Any, lora: Any, tmp_path: Path
 ) -> None:
-    done(lora("quantize", tiny_llama, "--out", tmp_path / "small"))
+    done(lora("quantize", tiny_llama, "--out", tmp_path / "small", "--method", "int8"))
     changes = {"model.name_or_path": tmp_path / "small", "training.stream_base": True}
     result = lora("train", write_recipe(changes))
     assert result.exit_code == 2
-    assert "training.stream_base: a quantized base stays in memory" in " ".join(result.stderr.split())
+    told = " ".join(result.stderr.split())
+    assert "training.stream_base: of quantized bases those in bitsandbytes' 4 bits alone are streamed" in told
     assert not (tmp_path / "run").exists()
+
+
+def test_a_quantized_base_that_cannot_be_kept_is_not_streamed(
+    write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: Any) -> None:
+        raise RunError("9 bytes are wanted, 1 are free", "cache")
+
+    monkeypatch.setattr(setup, "keep", no_room)
+    result = lora("train", write_recipe({"quantization": {"method": "nf4"}, "training.stream_base": True}))
+    assert result.exit_code == 3
+    told = " ".join(result.stderr.split())
+    assert "training.stream_base: quantized, it is streamed from the kept copy, which there is not" in told
 
 
 def test_streaming_is_advised_once_layers_are_checkpointed(write_recipe: Any, monkeypatch: Any) -> None:
@@ -181,7 +243,7 @@ def test_bfloat16_is_advised_where_it_is_no_crawl(units: bool, write_recipe: Any
         {"training.gradient_checkpointing": False},
         {"training.fsdp": True},
         {"adapter.use_dora": True},
-        {"quantization": {"method": "nf4"}},
+        {"quantization": {"method": "int8"}},
     ],
     ids=str,
 )

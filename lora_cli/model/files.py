@@ -150,6 +150,12 @@ def stored_quantization(folder: Path) -> str | None:
     return str(section.get("quant_method", "unknown")) if isinstance(section, dict) else None
 
 
+def is_stored_in_4_bits(folder: Path) -> bool:
+    """Whether a model folder holds 4-bit weights of bitsandbytes. Raises UserError when config.json is not readable."""
+    section = read_config(folder).get("quantization_config")
+    return stored_quantization(folder) == "bitsandbytes" and bool(section and section.get("load_in_4bit"))
+
+
 def check_quantizable(folder: Path) -> None:
     """Raises UserError when the weights are quantized already: Transformers would ignore the new method in silence."""
     stored = stored_quantization(folder)

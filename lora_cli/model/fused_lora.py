@@ -7,6 +7,7 @@ frozen weight nothing but a reference is.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -50,13 +51,19 @@ class LoraProduct(torch.autograd.Function):
         down = rows @ a_low.T
         expanded = _expanded(weight, state, transposed, x.dtype).T
         y = _both_products(rows, expanded, down, b_low.T, scaling, None if bias is None else bias.to(x.dtype))
-        ctx.save_for_backward(rows if gate is None else x, weight, down, a_low, b_low, gate)
+        scales = None
+        if state is not None:  # apart, as what checkpointing is to free
+            state, scales = copy.copy(state), state.absmax
+            state.absmax = None
+        ctx.save_for_backward(rows if gate is None else x, weight, down, a_low, b_low, gate, scales)
         ctx.scaling, ctx.transposed, ctx.state, ctx.dtypes = scaling, transposed, state, (a.dtype, b.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, down, a_low, b_low, gate = ctx.saved_tensors
+        x, weight, down, a_low, b_low, gate, scales = ctx.saved_tensors
+        if ctx.state is not None:
+            ctx.state.absmax = scales
         g = grad.reshape(-1, grad.shape[-1])
         up = _product(g, b_low, ctx.scaling)
         grad_b = _product(down.T, g, ctx.scaling).T  # thrice as fast as g.T @ down

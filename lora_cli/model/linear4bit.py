@@ -50,6 +50,15 @@ def compute_right(model: torch.nn.Module) -> None:
             module.forward = partial(_forward, module)
 
 
+def expand_always(model: torch.nn.Module) -> None:
+    """Have the 4-bit layers multiply by their expanded weights, which gradient checkpointing frees: bitsandbytes' own
+    product holds the codes for the backward pass out of its sight."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            cast("Any", module).quant_state = None  # the weight has it
+            module.forward = partial(_forward, module)
+
+
 def _state(layer: Any) -> Any:
     return getattr(layer.weight, "quant_state", None) or layer.quant_state
 

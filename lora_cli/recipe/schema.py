@@ -226,8 +226,8 @@ class Training(Section):
     stream_base: bool | Literal["auto"] = Field(
         "auto",
         description="Hold the frozen weights of one layer at a time, read from disk or host memory whenever the layer "
-        "runs: far less memory, slower, with gradient checkpointing. In one process, without DoRA and quantization. "
-        "auto: when the weights would not fit.",
+        "runs: far less memory, slower, with gradient checkpointing; quantized to 4 bits, from the copy that is kept "
+        "in the run's cache. In one process, without DoRA and int8. auto: when the weights would not fit.",
     )
     cache_frozen: bool | Literal["auto", "memory", "disk"] = Field(
         "auto",
@@ -299,9 +299,8 @@ class Recipe(Section):
     def _a_layer_that_streams_is_plain(self) -> Recipe:
         if self.training.stream_base is True and self.adapter.use_dora:
             raise ValueError("training.stream_base: does not go with adapter.use_dora, which reads every weight's norm")
-        if self.training.stream_base is True and self.quantization is not None:
-            # MatMul4Bit and MatMul8bitLt keep the weights for the backward pass out of checkpointing's sight.
-            raise ValueError("training.stream_base: does not go with quantization, which holds its weights in memory")
+        if self.training.stream_base is True and self.quantization is not None and self.quantization.method == "int8":
+            raise ValueError("training.stream_base: does not go with quantization.method int8, only with nf4 and fp4")
         return self
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ import torch
 from lora_cli.data.examples import Ints
 from lora_cli.errors import RunError
 from lora_cli.model.base import best_device, has_units_for, resolve_dtype, skeleton
-from lora_cli.model.files import stored_quantization
+from lora_cli.model.files import is_stored_in_4_bits, stored_quantization
 from lora_cli.model.layers import checkpointed_layers, linear_layers
 from lora_cli.model.memory import activation_bytes, describe_lack, size, weight_bytes
 from lora_cli.recipe.load import changed
@@ -21,6 +21,9 @@ from lora_cli.training.checkpoint import kept
 from lora_cli.training.launched import process_count
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.same_run import with_numbers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 REMEDIES = 3
 
@@ -79,7 +82,7 @@ def _changes(recipe: Recipe, job: Prepared) -> Iterator[dict[str, Any]]:
         yield {"training.per_device_train_batch_size": size // 2} | kept
     if job.max_length > 2:
         yield {"data.max_length": job.max_length // 2}
-    if recipe.quantization is None and training.stream_base is not True:
+    if recipe.quantization is None:
         yield {"quantization.method": "nf4"}
         device = best_device()
         if resolve_dtype(recipe.model.dtype, device) == torch.float32 and has_units_for(torch.bfloat16, device):
@@ -94,8 +97,9 @@ def obstacle(job: Prepared, recipe: Recipe, processes: int) -> str:
     """What keeps this recipe's base from being streamed (``training.stream_base``); empty when nothing does."""
     if processes > 1 or recipe.training.fsdp or recipe.training.deepspeed is not None:
         return "it goes with one process; training.fsdp shards the base over several"
-    if recipe.quantization is not None or stored_quantization(job.base):
-        return "a quantized base stays in memory"
+    in_8_bits = recipe.quantization is not None and recipe.quantization.method == "int8"
+    if in_8_bits or (stored_quantization(job.base) and not is_stored_in_4_bits(job.base)):
+        return "of quantized bases those in bitsandbytes' 4 bits alone are streamed"
     if recipe.adapter.use_dora:
         return "adapter.use_dora reads every weight's norm"
     if recipe.training.gradient_checkpointing is False:
@@ -109,11 +113,13 @@ def estimate(job: Prepared, recipe: Recipe) -> Need:
     """What a run of this recipe needs, from shapes alone; ``job`` gives the base's and the rows'."""
     bare, quantization = skeleton(job.config), recipe.quantization
     dtype = resolve_dtype(recipe.model.dtype, best_device())
-    linear = sum(layer.in_features * layer.out_features for layer in linear_layers(bare).values())
-    parameters = sum(parameter.numel() for parameter in bare.parameters())
+    linear, parameters = _numbers(bare)
     if recipe.training.stream_base is True:  # one layer at a time
-        layers = [sum(weight.numel() for weight in one.parameters()) for one in checkpointed_layers(bare).values()]
-        parameters += max(layers) - sum(layers)
+        layers = [_numbers(bare, layer) for layer in checkpointed_layers(bare)]
+        linear, parameters = (
+            whole + held - sum(each)
+            for whole, held, each in zip((linear, parameters), max(layers), zip(*layers, strict=True), strict=True)
+        )
     weights = weight_bytes(
         parameters,
         linear,
@@ -136,6 +142,14 @@ def estimate(job: Prepared, recipe: Recipe) -> Need:
     whole_logits = any(target.out_features == job.config.get_text_config().vocab_size for target in job.targets)
     activations = activation_bytes(job.config, tokens, positions, dtype.itemsize, checkpointing, whole_logits)
     return Need(weights, trained * (8 + state), activations)
+
+
+def _numbers(bare: PreTrainedModel, within: str = "") -> tuple[int, int]:
+    """Of a model, or of its part of that name: the numbers in weights of linear layers, and in all."""
+    linear = linear_layers(bare).items()
+    inside = (each for name, each in linear if f"{name}.".startswith(f"{within}." if within else ""))
+    every = bare.get_submodule(within).parameters()
+    return sum(each.in_features * each.out_features for each in inside), sum(each.numel() for each in every)
 
 
 def largest_batch(lengths: Ints, supervised: Ints, batch_size: int, max_length: int, packing: bool) -> tuple[int, int]:

@@ -143,22 +143,27 @@ def load_frozen(
     streams, why = needs_streaming(job, accelerator.num_processes, sharded, device)
     if why:
         display.note(f"training.stream_base: auto -> {str(streams).lower()}: {why}", warning=not streams)
-    if streams:
-        display.note("training.stream_base: a layer's frozen weights are read whenever it runs")
-        return *load_streamed(job, device, dtype), None
     kept = None if sharded else kept_base(job, accelerator, dtype, display)
     quantization = recipe.quantization if kept is None else None
+    if streams:
+        if quantization is not None:
+            raise RunError("training.stream_base: quantized, it is streamed from the kept copy, which there is not")
+        display.note("training.stream_base: a layer's frozen weights are read whenever it runs")
+        return *load_streamed(job, kept or job.base, device, dtype), kept
     base = load_base(kept or job.base, recipe.model, quantization, device, dtype, sharded)
     base.name_or_path = base.config.name_or_path = str(job.base)
     return base, {}, kept
 
 
-def load_streamed(job: Prepared, device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, Sources]:
-    """The base with its layers' weights put away."""
+def load_streamed(
+    job: Prepared, folder: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, Sources]:
+    """The base that ``folder`` holds, with its layers' weights put away."""
     # In the stored type, for which Transformers maps the file and reads nothing of it yet.
-    stored = stored_dtype(read_headers(weight_files(job.base)))
-    base = load_base(job.base, job.recipe.model, None, torch.device("cpu"), stored)
-    return base, put_away(base, job.base, device, dtype)
+    stored = stored_dtype(read_headers(weight_files(folder)))
+    base = load_base(folder, job.recipe.model, None, torch.device("cpu"), stored)
+    base.name_or_path = base.config.name_or_path = str(job.base)
+    return base, put_away(base, folder, device, dtype)
 
 
 def kept_base(job: Prepared, accelerator: Accelerator, dtype: torch.dtype, display: Display) -> Path | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lora_cli.errors import UserError
 from lora_cli.model.files import stored_quantization
 from lora_cli.model.layers import checkpointed_layers
+from lora_cli.model.linear4bit import expand_always
 from lora_cli.model.memory import free_bytes, size
 from lora_cli.training.out_of_memory import estimate, obstacle
 from lora_cli.training.prepare import Prepared
@@ -27,7 +28,7 @@ from lora_cli.weights.shards import TensorInfo, read_headers, read_tensor, weigh
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Sources = dict[Parameter, Callable[[], torch.Tensor]]
+Sources = dict[Parameter, Callable[[], Parameter]]
 """How each weight that is away is brought to the device."""
 Place = tuple[Module, str, Parameter]
 """A module, and the name under which it holds a weight that is away."""
@@ -60,7 +61,8 @@ def put_away(base: PreTrainedModel, folder: Path, device: torch.device, dtype: t
     """Take the weights of the base's layers out of memory; the rest goes to ``device`` as ``dtype``. Returns where they
     come from.
 
-    ``base`` lies in host memory as ``folder`` stores it. A weight stays there when Transformers made it of others.
+    ``base`` lies in host memory as ``folder`` stores it. A weight stays there when Transformers made it of others, and
+    on the device when that is one in 4 bits.
     """
     headers = read_headers(weight_files(folder))
     sources: Sources = {}
@@ -69,11 +71,21 @@ def put_away(base: PreTrainedModel, folder: Path, device: torch.device, dtype: t
             if weight in sources:
                 continue
             found = _stored(f"{outer}.{inner}", weight, headers, base.base_model_prefix)
-            sources[weight] = _from_disk(*found, device, dtype) if found else _from_host(weight.data, device, dtype)
-            weight.data = _nothing(weight.shape, device, dtype)
+            in_4_bits = getattr(weight, "quant_state", None) is not None
+            if in_4_bits and found:
+                sources[weight] = _codes_from_disk(found[1], headers, device)
+                cast("Any", weight).quant_state = None
+            elif not in_4_bits:
+                sources[weight] = _from_disk(*found, device, dtype) if found else _from_host(weight.data, device, dtype)
+            if weight in sources:
+                weight.data = _nothing(weight, device, weight.dtype if in_4_bits else dtype)
+    expand_always(base)
     for weight in base.parameters():
         if weight not in sources:
-            weight.data = weight.data.to(device, dtype)
+            state = getattr(weight, "quant_state", None)
+            weight.data = weight.data.to(device, dtype if state is None else weight.dtype)
+            if state is not None:
+                state.to(device)
     for buffer in base.buffers():
         buffer.data = buffer.data.to(device)
     base.config.dtype = dtype
@@ -105,7 +117,7 @@ def _holders(module: Module, sources: Sources) -> Iterator[tuple[Module, list[Pl
 def _hook(module: Module, places: list[Place], sources: Sources) -> tuple[RemovableHandle, RemovableHandle]:
     def bring(*_: Any) -> None:
         for owner, name, weight in places:  # a new parameter each time: autograd keeps the one it has seen
-            setattr(owner, name, Parameter(sources[weight](), requires_grad=False))
+            setattr(owner, name, sources[weight]())
 
     def take(*_: Any) -> None:
         for owner, name, weight in places:
@@ -126,16 +138,30 @@ def _stored(name: str, weight: Parameter, headers: dict[str, TensorInfo], prefix
     return None
 
 
-def _from_disk(info: TensorInfo, name: str, device: torch.device, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-    return lambda: read_tensor(info, name).to(device, dtype)
+def _from_disk(info: TensorInfo, name: str, device: torch.device, dtype: torch.dtype) -> Callable[[], Parameter]:
+    return lambda: Parameter(read_tensor(info, name).to(device, dtype), requires_grad=False)
 
 
-def _from_host(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+def _codes_from_disk(name: str, headers: dict[str, TensorInfo], device: torch.device) -> Callable[[], Parameter]:
+    from bitsandbytes.nn import Params4bit
+
+    beside = [each for each in headers if each.startswith(f"{name}.")]
+
+    def read() -> Parameter:
+        codes = read_tensor(headers[name], name)
+        stats = {each: read_tensor(headers[each], each) for each in beside}
+        return cast("Parameter", Params4bit.from_prequantized(codes, stats, device=device))
+
+    return read
+
+
+def _from_host(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> Callable[[], Parameter]:
     kept = tensor.to(dtype)
     kept = kept.pin_memory() if device.type == "cuda" else kept
-    return lambda: kept.to(device)
+    return lambda: Parameter(kept.to(device), requires_grad=False)
 
 
-def _nothing(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of one element's memory: NaN, so that nothing computes with it unnoticed."""
-    return torch.full((), float("nan"), device=device, dtype=dtype).expand(shape)
+def _nothing(weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of one element's memory: NaN, so that nothing computes with it unnoticed; codes have no scales."""
+    nothing = float("nan") if dtype.is_floating_point else 0
+    return torch.full((), nothing, device=device, dtype=dtype).expand(weight.shape)
