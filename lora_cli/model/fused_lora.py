@@ -51,19 +51,14 @@ class LoraProduct(torch.autograd.Function):
         down = rows @ a_low.T
         expanded = _expanded(weight, state, transposed, x.dtype).T
         y = _both_products(rows, expanded, down, b_low.T, scaling, None if bias is None else bias.to(x.dtype))
-        scales = None
-        if state is not None:  # apart, as what checkpointing is to free
-            state, scales = copy.copy(state), state.absmax
-            state.absmax = None
+        scales = None if state is None else state.absmax
         ctx.save_for_backward(rows if gate is None else x, weight, down, a_low, b_low, gate, scales)
-        ctx.scaling, ctx.transposed, ctx.state, ctx.dtypes = scaling, transposed, state, (a.dtype, b.dtype)
+        ctx.scaling, ctx.transposed, ctx.state, ctx.dtypes = scaling, transposed, _with(state, None), (a.dtype, b.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, down, a_low, b_low, gate, scales = ctx.saved_tensors
-        if ctx.state is not None:
-            ctx.state.absmax = scales
         g = grad.reshape(-1, grad.shape[-1])
         up = _product(g, b_low, ctx.scaling)
         grad_b = _product(down.T, g, ctx.scaling).T  # thrice as fast as g.T @ down
@@ -73,7 +68,7 @@ class LoraProduct(torch.autograd.Function):
         del rows
         grad_x = grad_gate = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[-1]:
-            expanded = _expanded(weight, ctx.state, ctx.transposed, g.dtype)
+            expanded = _expanded(weight, _with(ctx.state, scales), ctx.transposed, g.dtype)
             grad_x = _both_products(g, expanded, up, a_low).view(*grad.shape[:-1], x.shape[-1])
             if gate is not None:
                 grad_gate, grad_x = gated_slopes(gate, x, grad_x)
@@ -102,6 +97,14 @@ def _both_products(
         return small.addmm_(x, weight)
     large = x @ weight if bias is None else torch.addmm(bias, x, weight)
     return large.addmm_(low, narrow, alpha=scaling)
+
+
+def _with(state: Any, scales: torch.Tensor | None) -> Any:
+    """bitsandbytes' state with these scales; between the passes without, which checkpointing is to free."""
+    if state is not None:
+        state = copy.copy(state)
+        state.absmax = scales
+    return state
 
 
 def _expanded(weight: torch.Tensor, state: Any, transposed: bool, dtype: torch.dtype) -> torch.Tensor:
