@@ -55,7 +55,7 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
     """
     began = time.perf_counter()
     root = job.folder.root
-    is_new = process_index() > 0 or not root.exists()  # another process may have made it an instant ago
+    is_new = process_count() > 1 or not root.exists()  # another process may have made it an instant ago
     try:
         with locked(root) if process_index() == 0 else nullcontext():
             if process_index() == 0:
