@@ -42,8 +42,9 @@ def _expand(
 
 
 def is_expandable(weight: torch.Tensor, state: Any) -> bool:
-    """Whether ``expand`` knows these codes: with doubly quantized scales, and a whole number of programs' work."""
-    return bool(state.nested) and weight.numel() % CODES == 0 and 2 * CODES % state.blocksize == 0
+    """Whether ``expand`` knows these codes: in bytes, with doubly quantized scales, whole programs' work."""
+    in_bytes = weight.dtype == torch.uint8  # to be sharded they are stored as another type
+    return in_bytes and bool(state.nested) and weight.numel() % CODES == 0 and 2 * CODES % state.blocksize == 0
 
 
 def expand(weight: torch.Tensor, state: Any) -> torch.Tensor:
@@ -61,5 +62,6 @@ def expand(weight: torch.Tensor, state: Any) -> torch.Tensor:
         CODES,
         state.blocksize,
         inner.blocksize,
+        enable_fp_fusion=False,  # bitsandbytes rounds the product of the scales before it adds to it
     )
     return out

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
+from packaging.version import Version
 from torch.nn.functional import silu
 
-HAS_LIGER = find_spec("liger_kernel") is not None
+HAS_LIGER = find_spec("liger_kernel") is not None and Version(version("liger-kernel")) >= Version("0.8.5")
+"""Whether Liger is there, and its loss takes the size of its chunks."""
 
 
 def gated(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,12 @@ takes neighbouring blocks' scales: weights are off by more than half their size.
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from collections.abc import Iterable
 from functools import cache, partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -19,6 +22,8 @@ from torch.nn.functional import linear
 from lora_cli.errors import UserError
 from lora_cli.model.targets import Target
 
+HAS_TRITON = find_spec("triton") is not None and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+"""Whether there is Triton, and the compiler that it calls."""
 BLOCK = 64
 """Numbers of a weight that share a scale: bitsandbytes' own choice, and Transformers'."""
 
@@ -30,11 +35,13 @@ def expand(weight: torch.Tensor, state: Any) -> torch.Tensor:
     """
     from bitsandbytes.functional import dequantize_4bit
 
-    if weight.is_cuda:
+    if weight.is_cuda and HAS_TRITON:
         from lora_cli.model import expand4bit
 
-        known = expand4bit.is_expandable(weight, state)
-        return expand4bit.expand(weight, state) if known else cast("torch.Tensor", dequantize_4bit(weight, state))
+        if expand4bit.is_expandable(weight, state):
+            return expand4bit.expand(weight, state)
+    if weight.is_cuda:
+        return cast("torch.Tensor", dequantize_4bit(weight, state))
     line = copy.copy(state)
     line.shape = torch.Size([state.shape.numel()])
     return cast("torch.Tensor", dequantize_4bit(weight, line)).view(state.shape)

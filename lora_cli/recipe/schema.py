@@ -227,7 +227,8 @@ class Training(Section):
         "auto",
         description="Hold the frozen weights of one layer at a time, read from disk or host memory whenever the layer "
         "runs: far less memory, slower, with gradient checkpointing; quantized to 4 bits, from the copy that is kept "
-        "in the run's cache. In one process, without DoRA and int8. auto: when the weights would not fit.",
+        "in the run's cache. In one process, without DoRA and int8. auto: when the weights would not fit, "
+        "unless the base is stored quantized.",
     )
     cache_frozen: bool | Literal["auto", "memory", "disk"] = Field(
         "auto",

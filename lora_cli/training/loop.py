@@ -55,14 +55,14 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
     """
     began = time.perf_counter()
     root = job.folder.root
-    is_new = process_count() > 1 or not root.exists()  # another process may have made it an instant ago
+    may_be_new = process_count() > 1 or not root.exists()  # another process may have made it an instant ago
     try:
         with locked(root) if process_index() == 0 else nullcontext():
             if process_index() == 0:
                 job.folder.check_untouched()
             return train_alone(job, display, began)
     except UserError:
-        if is_new:
+        if may_be_new:
             for empty in (job.folder.cache, root):
                 with suppress(OSError):  # it is not: what others have put there stays
                     empty.rmdir()

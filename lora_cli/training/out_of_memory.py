@@ -82,7 +82,7 @@ def _changes(recipe: Recipe, job: Prepared) -> Iterator[dict[str, Any]]:
         yield {"training.per_device_train_batch_size": size // 2} | kept
     if job.max_length > 2:
         yield {"data.max_length": job.max_length // 2}
-    if recipe.quantization is None:
+    if recipe.quantization is None and not stored_quantization(job.base):
         yield {"quantization.method": "nf4"}
         device = best_device()
         if resolve_dtype(recipe.model.dtype, device) == torch.float32 and has_units_for(torch.bfloat16, device):
@@ -116,10 +116,9 @@ def estimate(job: Prepared, recipe: Recipe) -> Need:
     linear, parameters = _numbers(bare)
     if recipe.training.stream_base is True:  # one layer at a time
         layers = [_numbers(bare, layer) for layer in checkpointed_layers(bare)]
-        linear, parameters = (
-            whole + held - sum(each)
-            for whole, held, each in zip((linear, parameters), max(layers), zip(*layers, strict=True), strict=True)
-        )
+        largest = max(layers, key=lambda numbers: numbers[1])
+        linear += largest[0] - sum(numbers[0] for numbers in layers)
+        parameters += largest[1] - sum(numbers[1] for numbers in layers)
     weights = weight_bytes(
         parameters,
         linear,

@@ -137,7 +137,10 @@ def set_up(job: Prepared, display: Display) -> Trainer:
 def load_frozen(
     job: Prepared, accelerator: Accelerator, dtype: torch.dtype, display: Display
 ) -> tuple[PreTrainedModel, Sources, Path | None]:
-    """The base; where its layers' weights come from when they are streamed; the folder of a kept quantized one."""
+    """The base; where its layers' weights come from when they are streamed; the folder of a kept quantized one.
+
+    Raises UserError when it cannot be streamed as asked; RunError when there is no kept copy to stream from.
+    """
     recipe, sharded = job.recipe, is_sharded(accelerator)
     device = torch.device("cpu") if sharded else accelerator.device  # each process then takes its shards from there
     streams, why = needs_streaming(job, accelerator.num_processes, sharded, device)

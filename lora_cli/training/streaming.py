@@ -23,7 +23,7 @@ from lora_cli.model.memory import free_bytes, size
 from lora_cli.training.out_of_memory import estimate, obstacle
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.same_run import with_numbers
-from lora_cli.weights.shards import TensorInfo, read_headers, read_tensor, weight_files
+from lora_cli.weights.shards import TensorInfo, mapped, read_headers, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,6 +67,7 @@ def put_away(base: PreTrainedModel, folder: Path, device: torch.device, dtype: t
     headers = read_headers(weight_files(folder))
     sources: Sources = {}
     for outer, layer in checkpointed_layers(base).items():
+        expand_always(layer)
         for inner, weight in layer.named_parameters():
             if weight in sources:
                 continue
@@ -76,10 +77,11 @@ def put_away(base: PreTrainedModel, folder: Path, device: torch.device, dtype: t
                 sources[weight] = _codes_from_disk(found[1], headers, device)
                 cast("Any", weight).quant_state = None
             elif not in_4_bits:
-                sources[weight] = _from_disk(*found, device, dtype) if found else _from_host(weight.data, device, dtype)
+                sources[weight] = (
+                    _from_disk(found[0], device, dtype) if found else _from_host(weight.data, device, dtype)
+                )
             if weight in sources:
                 weight.data = _nothing(weight, device, weight.dtype if in_4_bits else dtype)
-    expand_always(base)
     for weight in base.parameters():
         if weight not in sources:
             state = getattr(weight, "quant_state", None)
@@ -132,14 +134,14 @@ def _stored(name: str, weight: Parameter, headers: dict[str, TensorInfo], prefix
     for stored in (name, name.removeprefix(f"{prefix}.")):
         info = headers.get(stored)
         if info is not None and info.shape == tuple(weight.shape):
-            tensor, held = read_tensor(info, stored).view(-1), weight.data.view(-1)
+            tensor, held = mapped(info).view(-1), weight.data.view(-1)
             some = slice(None, None, len(held) // COMPARED | 1)  # an odd step comes by all columns
             return (info, stored) if torch.equal(tensor[some].to(held.dtype), held[some]) else None
     return None
 
 
-def _from_disk(info: TensorInfo, name: str, device: torch.device, dtype: torch.dtype) -> Callable[[], Parameter]:
-    return lambda: Parameter(read_tensor(info, name).to(device, dtype), requires_grad=False)
+def _from_disk(info: TensorInfo, device: torch.device, dtype: torch.dtype) -> Callable[[], Parameter]:
+    return lambda: Parameter(mapped(info).to(device, dtype), requires_grad=False)
 
 
 def _codes_from_disk(name: str, headers: dict[str, TensorInfo], device: torch.device) -> Callable[[], Parameter]:
@@ -148,9 +150,8 @@ def _codes_from_disk(name: str, headers: dict[str, TensorInfo], device: torch.de
     beside = [each for each in headers if each.startswith(f"{name}.")]
 
     def read() -> Parameter:
-        codes = read_tensor(headers[name], name)
-        stats = {each: read_tensor(headers[each], each) for each in beside}
-        return cast("Parameter", Params4bit.from_prequantized(codes, stats, device=device))
+        stats = {each: mapped(headers[each]) for each in beside}
+        return cast("Parameter", Params4bit.from_prequantized(mapped(headers[name]), stats, device=device))
 
     return read
 

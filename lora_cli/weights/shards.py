@@ -160,6 +160,16 @@ def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
     return tensor
 
 
+def mapped(info: TensorInfo) -> torch.Tensor:
+    """A tensor where it lies in its file: nothing is read but what is looked at, and none of it is the process's own
+    memory, which would be left in small pieces."""
+    import numpy as np
+    import torch
+
+    raw = torch.from_numpy(np.memmap(info.file, np.uint8, "c", info.start, (info.bytes,)))
+    return raw.view(getattr(torch, DTYPES[info.dtype])).view(info.shape)
+
+
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity."""
     import torch
