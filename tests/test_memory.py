@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_cli.model.memory import activation_bytes, asked_bytes, free_bytes, is_out_of_memory, total_bytes
 from lora_cli.training.batch_size import recompute_activations
-from lora_cli.training.out_of_memory import largest_batch
+from lora_cli.training.estimate import largest_batch
 
 LIMIT = """
 import resource, sys

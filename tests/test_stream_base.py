@@ -18,7 +18,8 @@ from lora_cli.errors import RunError
 from lora_cli.model.memory import activation_bytes
 from lora_cli.recipe.load import load_recipe
 from lora_cli.training import loop, setup
-from lora_cli.training.out_of_memory import largest_batch, out_of_memory
+from lora_cli.training.estimate import largest_batch
+from lora_cli.training.out_of_memory import out_of_memory
 from lora_cli.training.prepare import prepare
 
 METHODS: dict[str, dict[str, Any]] = {

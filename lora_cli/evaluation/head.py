@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from lora_cli.model.gate import HAS_LIGER
+from lora_cli.model.shapes import rounded
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -105,8 +107,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         logits, normalizers = hidden.new_empty(rows, len(weight)), total.new_empty(rows, 1)
         for start in range(0, len(hidden), rows):
             part, wanted = hidden[start : start + rows], targets[start : start + rows, None]
+            last = pad(part, (0, 0, 0, rounded(len(part)) - len(part)))
+            torch.mm(last, weight.T, out=logits[: len(last)])
             chunk, normalizer = logits[: len(part)], normalizers[: len(part)]
-            torch.mm(part, weight.T, out=chunk)
             if bias is not None:
                 chunk += bias
             for at in range(0, len(part), few):
@@ -124,11 +127,10 @@ class LinearCrossEntropy(torch.autograd.Function):
                 chunk[own] = exponentials
             if gradient is None:
                 continue
-            by_hidden = gradient[start : start + rows]
-            torch.mm(chunk, weight, out=by_hidden)
+            by_hidden = torch.mm(logits[: len(last)], weight)[: len(part)]
             if cap is None:  # softmax(z) W - W[t], divided after the product, where there is less to divide
                 by_hidden.div_(normalizer).sub_(weight[wanted[:, 0]])
-            by_hidden.mul_(scale)
+            torch.mul(by_hidden, scale, out=gradient[start : start + rows])
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from lora_cli.data.batches import Batch, collate
 from lora_cli.data.grouping import pack_first_fit, pad_in_order
@@ -19,6 +19,7 @@ from lora_cli.model.attention import ROWS, knows_rows
 from lora_cli.model.base import longrope_bounds
 from lora_cli.model.layers import CANNOT, has_experts
 from lora_cli.model.memory import is_out_of_memory
+from lora_cli.model.shapes import rounded
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -53,6 +54,8 @@ def summed_loss(
     ``frozen_head`` has found it, the loss is made in chunks and no logits are kept. With ``below`` the layers that have
     given the batch's ``hidden``, where it has any, are not run again.
     """
+    if batch.input_ids.device.type == "cpu" and next(model.parameters()).dtype == torch.bfloat16:
+        batch = _lengthened(batch)
     losses: list[torch.Tensor] = []
     aside: AbstractContextManager[None] = nullcontext()
     if head is not None:
@@ -78,6 +81,22 @@ def _predicting(batch: Batch, outputs: torch.Tensor) -> torch.Tensor:
         outputs = outputs[:, batch.predict_from]
     outputs = outputs.flatten(0, 1)
     return outputs if len(outputs) == len(batch.supervised) else outputs[batch.supervised]
+
+
+def _lengthened(batch: Batch) -> Batch:
+    """The batch, when packed, with a row of nothing behind it, up to a rounded number of tokens."""
+    tokens = batch.input_ids.shape[1]
+    more = rounded(tokens) - tokens
+    if batch.cu_seq_lens is None or not more:
+        return batch
+    return replace(
+        batch,
+        input_ids=pad(batch.input_ids, (0, more)),
+        position_ids=torch.cat((batch.position_ids, torch.arange(more)[None]), dim=1),
+        cu_seq_lens=pad(batch.cu_seq_lens, (0, 1), value=tokens + more),
+        longest=max(batch.longest, more),
+        hidden=None if batch.hidden is None else pad(batch.hidden, (0, 0, 0, more)),
+    )
 
 
 def rows_apart(batch: Batch) -> dict[str, Any]:

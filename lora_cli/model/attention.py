@@ -2,17 +2,13 @@
 
 Registered with Transformers under the name ``ROWS``; a forward pass says where rows begin and end by the arguments that
 FlashAttention has there. On a GPU, in 16 bits, the rows go through torch's variable-length FlashAttention together;
-elsewhere one after the other, on a processor in 16 bits by products of matrices, which take about half the time of
-torch's own kernel there.
+elsewhere one after the other, on a processor in 16 bits by products of matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -20,19 +16,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lora_cli.model.row_products import RowProducts
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 ROWS = "rows"
-
-BLOCK = 256
-"""Tokens of a row whose scores are made at a time, at most: later tokens than the last one's are left out."""
-SHORT = 1024
-"""Tokens of a row, at most, whose weights are kept for the backward pass; those of a longer one are made again."""
-SCORES = 2**24
-"""Scores that are made at a time, at most, over all heads; but never those of fewer queries than LEAST tokens'."""
-LEAST = 16
 
 
 def attend_by_rows(
@@ -72,14 +62,12 @@ def attend_by_rows(
         assert max_length_q is not None
         return _together(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
     lengths = cu_seq_lens_q.diff().tolist()
-    rows = zip(*(torch.split(part, lengths, dim=2) for part in (query, key, value)), strict=True)
-    by_products = query.device.type == "cpu" and query.dtype == torch.bfloat16 and not dropout
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attended = [
-        _by_products(q, k, v, scale, sliding_window) if by_products else _fused(q, k, v, scale, sliding_window, dropout)
-        for q, k, v in rows
-    ]
-    return torch.cat(attended, dim=1), None
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not dropout:
+        attended = RowProducts.apply(query, key, value, tuple(lengths), scale, sliding_window)  # type: ignore[no-untyped-call]
+        return cast("torch.Tensor", attended), None
+    rows = zip(*(torch.split(part, lengths, dim=2) for part in (query, key, value)), strict=True)
+    return torch.cat([_fused(q, k, v, scale, sliding_window, dropout) for q, k, v in rows], dim=1), None
 
 
 def _fused(
@@ -96,118 +84,6 @@ def _fused(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     ).transpose(1, 2)
-
-
-def _by_products(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
-) -> torch.Tensor:
-    """One row, softmax(scale q k^T) v, a block of queries at a time.
-
-    The queries that share a key's head are laid together, token by token, so that each product has one matrix a head.
-    """
-    heads, tokens, width = key.shape[1:]
-    group = query.shape[1] // heads
-    queries = query[0].view(heads, group, tokens, width).transpose(1, 2).reshape(heads, tokens * group, width)
-    if tokens > SHORT:
-        attended = Recomputed.apply(queries, key[0], value[0], scale, window)  # type: ignore[no-untyped-call]
-    else:
-        blocks = _blocks(group, key[0], window)
-        parts = [_weights(queries, key[0], each, scale, window) @ value[0, :, each.seen] for each in blocks]
-        attended = torch.cat(parts, dim=1)
-    laid: torch.Tensor = attended.view(heads, tokens, group, -1).transpose(0, 1)
-    return laid.reshape(1, tokens, heads * group, -1)
-
-
-class Recomputed(torch.autograd.Function):
-    """softmax(scale q k^T) v as ``_by_products`` has it, whose weights are made again in the backward pass, as in
-    FlashAttention (arXiv:2205.14135, section 3.1).
-
-    q (heads, tokens * group, width), k (heads, tokens, width), v (heads, tokens, its own width).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None
-    ) -> torch.Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.scale, ctx.window = scale, window
-        attended = q.new_empty(*q.shape[:2], v.shape[-1])
-        for block in _blocks(q.shape[1] // k.shape[1], k, window):
-            torch.bmm(_long_weights(q, k, block, scale, window), v[:, block.seen], out=attended[:, block.queries])
-        return attended
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
-        grad_q = torch.empty_like(q)
-        grad_k, grad_v = (
-            torch.zeros_like(each, dtype=torch.promote_types(each.dtype, torch.float32)) for each in (k, v)
-        )
-        for block in _blocks(q.shape[1] // k.shape[1], k, ctx.window):
-            weights, g = _long_weights(q, k, block, ctx.scale, ctx.window), grad[:, block.queries]
-            grad_v[:, block.seen] += weights.transpose(1, 2) @ g
-            slope = torch._softmax_backward_data(g @ v[:, block.seen].transpose(1, 2), weights, -1, weights.dtype)
-            torch.bmm(slope, k[:, block.seen], out=grad_q[:, block.queries])
-            grad_k[:, block.seen] += slope.transpose(1, 2) @ q[:, block.queries]
-        return grad_q.mul_(ctx.scale), grad_k.mul_(ctx.scale).to(k.dtype), grad_v.to(v.dtype), None, None
-
-
-@dataclass(frozen=True)
-class Block:
-    """Tokens ``start`` to ``end`` of a row: where their ``queries`` lie, and the tokens that some of them see."""
-
-    start: int
-    end: int
-    queries: slice
-    seen: slice
-
-
-def _blocks(group: int, key: torch.Tensor, window: int | None) -> Iterator[Block]:
-    """The blocks of a row with key (heads, tokens, width), each of whose heads serves ``group`` queries a token."""
-    heads, tokens, _ = key.shape
-    most = max(LEAST, min(BLOCK, SCORES // (heads * group * min(tokens, (window or tokens) + BLOCK))))
-    for start in range(0, tokens, most):
-        end = min(tokens, start + most)
-        first = 0 if window is None else max(0, start - window + 1)
-        yield Block(start, end, slice(start * group, end * group), slice(first, end))
-
-
-def _weights(q: torch.Tensor, k: torch.Tensor, block: Block, scale: float, window: int | None) -> torch.Tensor:
-    """softmax(scale q k^T) of a block's queries over what it sees (heads, its queries, tokens seen), of a SHORT row."""
-    own, group = q[:, block.queries], q.shape[1] // k.shape[1]
-    here = slice(SHORT - block.start + block.seen.start, SHORT - block.start + block.end)
-    mask = _unseen(group, window, q.dtype)[: own.shape[1], here]
-    return torch.baddbmm(mask, own, k[:, block.seen].transpose(1, 2), alpha=scale).softmax(-1)
-
-
-def _long_weights(q: torch.Tensor, k: torch.Tensor, block: Block, scale: float, window: int | None) -> torch.Tensor:
-    """The same of a row of any length, whose mask is laid over the two corners that have one, in place: autograd would
-    make that costly."""
-    keys, group = k[:, block.seen].transpose(1, 2), q.shape[1] // k.shape[1]
-    scores = torch.baddbmm(q.new_zeros(()), q[:, block.queries], keys, beta=0, alpha=scale)
-    size, before = block.end - block.start, block.start - block.seen.start
-    scores[:, :, before:] += _unseen(group, None, q.dtype)[: size * group, SHORT : SHORT + size]
-    near = size if window is None else window - before
-    if near < size:  # the queries from here on do not see the first tokens that others of the block do
-        corner = _outside(group, q.dtype)[: (size - near) * group, : size - near]
-        scores[:, near * group :, : size - near] += corner
-    return scores.softmax(-1)
-
-
-@lru_cache(maxsize=4)
-def _unseen(group: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-    """-inf where a key is not seen, else 0 (BLOCK * group, SHORT + BLOCK): query i is the key in column SHORT + i."""
-    distance = torch.arange(SHORT, SHORT + BLOCK)[:, None] - torch.arange(SHORT + BLOCK)
-    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-    mask = torch.zeros(distance.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
-    return mask.repeat_interleave(group, dim=0)
-
-
-@lru_cache(maxsize=4)
-def _outside(group: int, dtype: torch.dtype) -> torch.Tensor:
-    """-inf for query i and the keys up to the i-th, which its window has left behind, else 0 (BLOCK * group, BLOCK)."""
-    hidden = torch.ones(BLOCK, BLOCK, dtype=torch.bool).tril()
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf).repeat_interleave(group, dim=0)
 
 
 def _together(

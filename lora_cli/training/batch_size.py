@@ -22,7 +22,7 @@ from lora_cli.model.memory import activation_bytes, free_bytes, is_out_of_memory
 from lora_cli.recipe.load import changed
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.display import Display
-from lora_cli.training.out_of_memory import largest_batch
+from lora_cli.training.estimate import largest_batch
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.processes import highest
 from lora_cli.training.same_run import with_batch_size

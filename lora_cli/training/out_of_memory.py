@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 
-from lora_cli.data.examples import Ints
 from lora_cli.errors import RunError
 from lora_cli.model.base import best_device, has_units_for, resolve_dtype, skeleton
 from lora_cli.model.files import is_stored_in_4_bits, stored_quantization
-from lora_cli.model.layers import checkpointed_layers, linear_layers
-from lora_cli.model.memory import activation_bytes, describe_lack, size, weight_bytes
+from lora_cli.model.layers import checkpointed_layers
+from lora_cli.model.memory import describe_lack, size
 from lora_cli.recipe.load import changed
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.checkpoint import kept
+from lora_cli.training.estimate import estimate
 from lora_cli.training.launched import process_count
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.same_run import with_numbers
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 REMEDIES = 3
-
-
-@dataclass(frozen=True)
-class Need:
-    """Estimated bytes: the frozen base, what is trained with its gradients and state, one batch's activations."""
-
-    weights: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.optimizer + self.activations
 
 
 def out_of_memory(job: Prepared, error: BaseException, checkpointing: bool, streams: bool) -> RunError:
@@ -107,64 +89,6 @@ def obstacle(job: Prepared, recipe: Recipe, processes: int) -> str:
     if not checkpointed_layers(skeleton(job.config)):
         return f"{job.config.model_type} has no layers that can be checkpointed"
     return ""
-
-
-def estimate(job: Prepared, recipe: Recipe) -> Need:
-    """What a run of this recipe needs, from shapes alone; ``job`` gives the base's and the rows'."""
-    bare, quantization = skeleton(job.config), recipe.quantization
-    dtype = resolve_dtype(recipe.model.dtype, best_device())
-    linear, parameters = _numbers(bare)
-    if recipe.training.stream_base is True:  # one layer at a time
-        layers = [_numbers(bare, layer) for layer in checkpointed_layers(bare)]
-        largest = max(layers, key=lambda numbers: numbers[1])
-        linear += largest[0] - sum(numbers[0] for numbers in layers)
-        parameters += largest[1] - sum(numbers[1] for numbers in layers)
-    weights = weight_bytes(
-        parameters,
-        linear,
-        quantization.method if quantization else None,
-        bool(quantization and quantization.double_quant),
-        dtype.itemsize,
-    )
-    trained = sum(recipe.adapter.r * (target.in_features + target.out_features) for target in job.targets)
-    state = 2 if recipe.training.optim.endswith("8bit") else 8
-    examples, training = job.train.examples, recipe.training
-    limit = min(job.max_length, recipe.data.max_length)
-    tokens, positions = largest_batch(
-        examples.lengths,
-        examples.supervised_per_row,
-        training.batch_size,
-        limit,
-        recipe.data.packing,
-    )
-    checkpointing = training.gradient_checkpointing is True
-    whole_logits = any(target.out_features == job.config.get_text_config().vocab_size for target in job.targets)
-    activations = activation_bytes(job.config, tokens, positions, dtype.itemsize, checkpointing, whole_logits)
-    return Need(weights, trained * (8 + state), activations)
-
-
-def _numbers(bare: PreTrainedModel, within: str = "") -> tuple[int, int]:
-    """Of a model, or of its part of that name: the numbers in weights of linear layers, and in all."""
-    linear = linear_layers(bare).items()
-    inside = (each for name, each in linear if f"{name}.".startswith(f"{within}." if within else ""))
-    every = bare.get_submodule(within).parameters()
-    return sum(each.in_features * each.out_features for each in inside), sum(each.numel() for each in every)
-
-
-def largest_batch(lengths: Ints, supervised: Ints, batch_size: int, max_length: int, packing: bool) -> tuple[int, int]:
-    """Of no micro-batch is more: its tokens, padding included, and the positions whose logits are computed.
-
-    ``lengths`` and ``supervised`` (rows,) count each row's tokens. Padded, each row has logits wherever one of them is
-    supervised.
-    """
-    lengths = np.minimum(lengths, max_length)
-    supervised = np.minimum(supervised, lengths)
-    if packing:
-        tokens = min(batch_size * max_length, int(lengths.sum()))
-        return tokens, min(tokens, int(supervised.sum()))
-    rows, longest = min(batch_size, len(lengths)), int(lengths.max())
-    columns = min(longest, int(np.sort(supervised)[-rows:].sum()))
-    return rows * longest, rows * columns
 
 
 def _word(value: object) -> str:

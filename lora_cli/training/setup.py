@@ -23,8 +23,8 @@ from lora_cli.model.memory import activation_bytes, free_bytes, keep_freed_memor
 from lora_cli.training.agreement import check_agreement
 from lora_cli.training.batch_size import recompute_activations, resolve
 from lora_cli.training.display import Display
+from lora_cli.training.estimate import largest_batch
 from lora_cli.training.optimizer import check_warmup, make_optimizer
-from lora_cli.training.out_of_memory import largest_batch
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.sharding import is_sharded, make_accelerator, prepare_model
 from lora_cli.training.streaming import Sources, needs_streaming, put_away, stream

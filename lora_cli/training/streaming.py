@@ -16,11 +16,11 @@ from torch.nn import Module, Parameter
 from torch.utils.hooks import RemovableHandle
 
 from lora_cli.errors import UserError
-from lora_cli.model.files import stored_quantization
 from lora_cli.model.layers import checkpointed_layers
 from lora_cli.model.linear4bit import expand_always
 from lora_cli.model.memory import free_bytes, size
-from lora_cli.training.out_of_memory import estimate, obstacle
+from lora_cli.training.estimate import estimate
+from lora_cli.training.out_of_memory import obstacle
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.same_run import with_numbers
 from lora_cli.weights.shards import TensorInfo, mapped, read_headers, weight_files
@@ -43,7 +43,7 @@ def needs_streaming(job: Prepared, processes: int, sharded: bool, device: torch.
     """
     recipe = job.recipe
     wanted = recipe.training.stream_base
-    if wanted is False or (wanted == "auto" and (sharded or stored_quantization(job.base))):
+    if wanted is False or (wanted == "auto" and sharded):
         return False, ""
     why_not = obstacle(job, recipe, processes)
     if wanted is True:

@@ -1,0 +1,206 @@
+"""Attention of rows laid end to end by products of matrices, for a processor in 16 bits, where that takes about half
+the time of torch's own kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from lora_cli.model.shapes import rounded
+
+BLOCK = 256
+"""Tokens of a row whose scores are made at a time, at most: later tokens than the last one's are left out."""
+SHORT = 1024
+"""Tokens of a row, at most, whose weights are kept for the backward pass; those of a longer one are made again."""
+SCORES = 2**24
+"""Scores that are made at a time, at most, over all heads; but never those of fewer queries than LEAST tokens'."""
+LEAST = 16
+
+
+class RowProducts(torch.autograd.Function):
+    """softmax(scale q k^T) v within each row, causal, and within ``window`` tokens where that is one.
+
+    q (1, heads, tokens, width), k (1, key heads, tokens, width), v (1, key heads, tokens, its own width); ``lengths``
+    of the rows, which are all tokens. Returns (1, tokens, heads, v's width). Weights of long rows are made again in the
+    backward pass, as in FlashAttention (arXiv:2205.14135, section 3.1).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        lengths: tuple[int, ...],
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        heads, group = key.shape[1], query.shape[1] // key.shape[1]
+        queries, keys = _layout(lengths, heads, group), _layout(lengths, heads, 1)
+        q, k, v = queries.lay(query.transpose(1, 2)), keys.lay(key.transpose(1, 2)), keys.lay(value.transpose(1, 2))
+        attended = v.new_empty(len(q), v.shape[-1])
+        kept: list[torch.Tensor] = []
+        for own, seen in zip(queries.rows, keys.rows, strict=True):
+            rows = _matrices(heads, (q, own), (k, seen), (v, seen), (attended, own))
+            for block in _blocks(own.tokens, heads, group, window):
+                weights = _weights(rows[0], rows[1], block, scale, window)
+                torch.bmm(weights, rows[2][:, block.seen], out=rows[3][:, block.queries])
+                if own.tokens <= SHORT:
+                    kept.append(weights)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.lengths, ctx.scale, ctx.window, ctx.heads, ctx.group = lengths, scale, window, heads, group
+        return queries.take(attended)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, *kept = ctx.saved_tensors
+        heads, group, scale = ctx.heads, ctx.group, ctx.scale
+        queries, keys = _layout(ctx.lengths, heads, group), _layout(ctx.lengths, heads, 1)
+        g = queries.lay(grad).index_fill_(0, queries.beyond, 0)  # so that what follows a row adds nothing to it
+        grads = [torch.empty_like(each) for each in (q, k, v)]
+        known = iter(kept)
+        for own, seen in zip(queries.rows, keys.rows, strict=True):
+            q_row, k_row, v_row, g_row = _matrices(heads, (q, own), (k, seen), (v, seen), (g, own))
+            grad_q, *others = _matrices(heads, (grads[0], own), (grads[1], seen), (grads[2], seen))
+            blocks = list(_blocks(own.tokens, heads, group, ctx.window))
+            sums = [_Sum(each, len(blocks)) for each in others]
+            for block in blocks:
+                weights = next(known) if own.tokens <= SHORT else _weights(q_row, k_row, block, scale, ctx.window)
+                by_weights = g_row[:, block.queries] @ v_row[:, block.seen].transpose(1, 2)
+                slope = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)
+                nothing = slope.new_zeros(())
+                torch.baddbmm(nothing, slope, k_row[:, block.seen], beta=0, alpha=scale, out=grad_q[:, block.queries])
+                sums[0].add(block.seen, slope.transpose(1, 2), q_row[:, block.queries], scale)
+                sums[1].add(block.seen, weights.transpose(1, 2), g_row[:, block.queries], 1)
+            for total in sums:
+                total.end()
+        taken = (layout.take(each) for layout, each in zip((queries, keys, keys), grads, strict=True))
+        return *(each.transpose(1, 2) for each in taken), None, None, None
+
+
+class _Sum:
+    """Products of matrices summed up into ``out`` (heads, tokens, width), in float32 where there are several."""
+
+    def __init__(self, out: torch.Tensor, count: int) -> None:
+        self.out = out
+        wide = torch.promote_types(out.dtype, torch.float32)
+        self.exact = None if count == 1 else torch.zeros_like(out, dtype=wide)
+
+    def add(self, place: slice, one: torch.Tensor, other: torch.Tensor, factor: float) -> None:
+        if self.exact is None:
+            torch.baddbmm(one.new_zeros(()), one, other, beta=0, alpha=factor, out=self.out[:, place])
+        else:
+            self.exact[:, place].add_(one @ other, alpha=factor)
+
+    def end(self) -> None:
+        if self.exact is not None:
+            self.out.copy_(self.exact)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where a row's vectors lie, and how many tokens it is laid for."""
+
+    place: slice
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The vectors of a line's tokens and heads, laid row by row as (heads, tokens * group, width).
+
+    The queries of a ``group`` that share a key's head lie together, token by token, so that each product has one
+    matrix a head. A row is laid for a rounded number of tokens, so that there are few shapes of products. Behind its
+    own tokens, which do not see those, its last one is repeated: in the places ``beyond``.
+    """
+
+    rows: tuple[Row, ...]
+    sources: torch.Tensor
+    places: torch.Tensor
+    beyond: torch.Tensor
+    heads: int
+
+    def lay(self, line: torch.Tensor) -> torch.Tensor:
+        """(1, tokens, all heads, width) as (vectors laid, width)."""
+        return line[0].flatten(0, 1).index_select(0, self.sources)
+
+    def take(self, laid: torch.Tensor) -> torch.Tensor:
+        """The reverse of ``lay``."""
+        return laid.index_select(0, self.places).view(1, -1, self.heads, laid.shape[-1])
+
+
+@lru_cache(maxsize=8)
+def _layout(lengths: tuple[int, ...], heads: int, group: int) -> Layout:
+    rows, sources, places, beyond = [], [], [], []
+    start = end = 0
+    for length in lengths:
+        tokens = rounded(length)
+        laid = torch.arange(end, end + heads * tokens * group).view(heads, tokens, group)
+        token = start + torch.arange(tokens).clamp(max=length - 1)
+        head = torch.arange(heads * group).view(heads, 1, group)
+        sources.append((token[:, None] * heads * group + head).flatten())
+        places.append(laid[:, :length].transpose(0, 1).flatten())
+        beyond.append(laid[:, length:].flatten())
+        rows.append(Row(slice(end, end + laid.numel()), tokens))
+        start, end = start + length, end + laid.numel()
+    return Layout(tuple(rows), torch.cat(sources), torch.cat(places), torch.cat(beyond), heads * group)
+
+
+def _matrices(heads: int, *parts: tuple[torch.Tensor, Row]) -> list[torch.Tensor]:
+    """Of vectors laid those of a row: (heads, tokens * group, width)."""
+    return [laid[row.place].view(heads, -1, laid.shape[-1]) for laid, row in parts]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tokens of a row: where their ``queries`` lie, and the tokens that some of them see: ``before`` ones before the
+    first, and as many as there are in the block, ``size``."""
+
+    queries: slice
+    seen: slice
+    size: int
+    before: int
+
+
+def _blocks(tokens: int, heads: int, group: int, window: int | None) -> Iterator[Block]:
+    """The blocks of a row, each of whose ``heads`` keys serves ``group`` queries a token."""
+    most = max(LEAST, min(BLOCK, SCORES // (heads * group * min(tokens, (window or tokens) + BLOCK))))
+    for start in range(0, tokens, most):
+        size = min(most, tokens - start)
+        before = start if window is None else min(start, window - 1)
+        queries = slice(start * group, (start + size) * group)
+        yield Block(queries, slice(start - before, start + size), size, before)
+
+
+def _weights(q: torch.Tensor, k: torch.Tensor, block: Block, scale: float, window: int | None) -> torch.Tensor:
+    """softmax(scale q k^T) of a block's queries over what it sees (heads, its queries, tokens seen). The mask is laid
+    over the two corners that have one."""
+    keys, group = k[:, block.seen].transpose(1, 2), q.shape[1] // k.shape[1]
+    scores = torch.baddbmm(q.new_zeros(()), q[:, block.queries], keys, beta=0, alpha=scale)
+    size = block.size
+    scores[:, :, block.before :] += _later(group, q.dtype)[: size * group, :size]
+    near = size if window is None else window - block.before
+    if near < size:  # the queries from here on do not see the first tokens that others of the block do
+        corner = _outside(group, q.dtype)[: (size - near) * group, : size - near]
+        scores[:, near * group :, : size - near] += corner
+    return scores.softmax(-1)
+
+
+@lru_cache(maxsize=4)
+def _later(group: int, dtype: torch.dtype) -> torch.Tensor:
+    """-inf for query i and the keys after the i-th, else 0 (BLOCK * group, BLOCK)."""
+    return _mask(torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu(1), group, dtype)
+
+
+@lru_cache(maxsize=4)
+def _outside(group: int, dtype: torch.dtype) -> torch.Tensor:
+    """-inf for query i and the keys up to the i-th, which its window has left behind, else 0 (BLOCK * group, BLOCK)."""
+    return _mask(torch.ones(BLOCK, BLOCK, dtype=torch.bool).tril(), group, dtype)
+
+
+def _mask(hidden: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf).repeat_interleave(group, dim=0)

@@ -1,0 +1,104 @@
+"""What a run will need, from the shapes of its base and its rows; nothing is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_cli.data.examples import Ints
+from lora_cli.model.base import best_device, resolve_dtype, skeleton
+from lora_cli.model.files import stored_quantization
+from lora_cli.model.layers import checkpointed_layers, linear_layers
+from lora_cli.model.memory import activation_bytes, quantized_bits, weight_bytes
+from lora_cli.recipe.schema import Recipe
+from lora_cli.training.prepare import Prepared
+from lora_cli.weights.shards import read_headers, weight_files
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Need:
+    """Estimated bytes: the frozen base, what is trained with its gradients and state, one batch's activations."""
+
+    weights: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.optimizer + self.activations
+
+
+def estimate(job: Prepared, recipe: Recipe) -> Need:
+    """What a run of this recipe needs, from shapes alone; ``job`` gives the base's and the rows'."""
+    bare = skeleton(job.config)
+    dtype = resolve_dtype(recipe.model.dtype, best_device())
+    linear, parameters = _numbers(bare)
+    if recipe.training.stream_base is True:  # one layer at a time
+        layers = [_numbers(bare, layer) for layer in checkpointed_layers(bare)]
+        largest = max(layers, key=lambda numbers: numbers[1])
+        linear += largest[0] - sum(numbers[0] for numbers in layers)
+        parameters += largest[1] - sum(numbers[1] for numbers in layers)
+    weights = weight_bytes(parameters, linear, _bits(job.base, bare, recipe), dtype.itemsize)
+    trained = sum(recipe.adapter.r * (target.in_features + target.out_features) for target in job.targets)
+    state = 2 if recipe.training.optim.endswith("8bit") else 8
+    examples, training = job.train.examples, recipe.training
+    limit = min(job.max_length, recipe.data.max_length)
+    tokens, positions = largest_batch(
+        examples.lengths,
+        examples.supervised_per_row,
+        training.batch_size,
+        limit,
+        recipe.data.packing,
+    )
+    checkpointing = training.gradient_checkpointing is True
+    whole_logits = any(target.out_features == job.config.get_text_config().vocab_size for target in job.targets)
+    activations = activation_bytes(job.config, tokens, positions, dtype.itemsize, checkpointing, whole_logits)
+    return Need(weights, trained * (8 + state), activations)
+
+
+def _bits(folder: Path, bare: PreTrainedModel, recipe: Recipe) -> float | None:
+    """Bits of a number in the linear layers of a base, scales included; None for those of the run's own type."""
+    if recipe.quantization is not None:
+        return quantized_bits(recipe.quantization.method, recipe.quantization.double_quant)
+    if not stored_quantization(folder):
+        return None
+    layers, prefix = linear_layers(bare), f"{bare.base_model_prefix}."
+    names = layers.keys() | {name.removeprefix(prefix) for name in layers}
+    stored = sum(
+        info.bytes
+        for name, info in read_headers(weight_files(folder)).items()
+        if names.intersection(accumulate(name.split("."), "{}.{}".format))
+    )
+    return 8 * stored / sum(each.in_features * each.out_features for each in layers.values())
+
+
+def _numbers(bare: PreTrainedModel, within: str = "") -> tuple[int, int]:
+    """Of a model, or of its part of that name: the numbers in weights of linear layers, and in all."""
+    linear = linear_layers(bare).items()
+    inside = (each for name, each in linear if f"{name}.".startswith(f"{within}." if within else ""))
+    every = bare.get_submodule(within).parameters()
+    return sum(each.in_features * each.out_features for each in inside), sum(each.numel() for each in every)
+
+
+def largest_batch(lengths: Ints, supervised: Ints, batch_size: int, max_length: int, packing: bool) -> tuple[int, int]:
+    """Of no micro-batch is more: its tokens, padding included, and the positions whose logits are computed.
+
+    ``lengths`` and ``supervised`` (rows,) count each row's tokens. Padded, each row has logits wherever one of them is
+    supervised.
+    """
+    lengths = np.minimum(lengths, max_length)
+    supervised = np.minimum(supervised, lengths)
+    if packing:
+        tokens = min(batch_size * max_length, int(lengths.sum()))
+        return tokens, min(tokens, int(supervised.sum()))
+    rows, longest = min(batch_size, len(lengths)), int(lengths.max())
+    columns = min(longest, int(np.sort(supervised)[-rows:].sum()))
+    return rows * longest, rows * columns
