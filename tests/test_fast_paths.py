@@ -18,11 +18,13 @@ from lora_cli.data.batches import Batch
 from lora_cli.evaluation.head import Head, LinearCrossEntropy, frozen_head
 from lora_cli.evaluation.loss import evaluating, lay_end_to_end, summed_loss
 from lora_cli.model.adapters import adapt
-from lora_cli.model.attention import BLOCK, ROWS, SHORT, Recomputed, attend_by_rows
+from lora_cli.model.attention import ROWS, attend_by_rows
 from lora_cli.model.elementwise import PROJECTIONS, fuse
 from lora_cli.model.fused_lora import LoraProduct
 from lora_cli.model.layers import linear_layers
 from lora_cli.model.linear4bit import compute_right, expand
+from lora_cli.model.row_products import BLOCK, SHORT, RowProducts
+from lora_cli.model.shapes import rounded
 from lora_cli.recipe.schema import Adapter, Quantization
 from lora_cli.weights.codes import encode, roundtrip
 from tests import reference
@@ -430,7 +432,7 @@ def test_attention_in_16_bits_is_that_of_each_row_alone(
     window: int | None, key_heads: int, scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights kept and made again, over blocks and beyond; softmax(q k^T / sqrt(width)) v in float64, as read."""
-    monkeypatch.setattr("lora_cli.model.attention.SCORES", scores)
+    monkeypatch.setattr("lora_cli.model.row_products.SCORES", scores)
     torch.manual_seed(0)
     lengths = (300, 1, 40, SHORT, SHORT + 1, BLOCK, 1100)
     total = sum(lengths)
@@ -462,15 +464,50 @@ def test_attention_in_16_bits_is_that_of_each_row_alone(
         assert far(gradient, right) < 0.015
 
 
+@pytest.mark.parametrize("short", [0, 1024])
 @pytest.mark.parametrize("window", [None, 4])
-def test_attention_with_weights_made_again_has_the_slope_of_its_numbers(
-    window: int | None, monkeypatch: pytest.MonkeyPatch
+def test_attention_by_products_has_the_slope_of_its_numbers(
+    window: int | None, short: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("BLOCK", "LEAST"):
-        monkeypatch.setattr(f"lora_cli.model.attention.{name}", 3)
+    """Weights kept and made again, in one block and in several; a row of 17 tokens is laid for 18."""
+    for name, value in (("BLOCK", 8), ("LEAST", 8), ("SHORT", short)):
+        monkeypatch.setattr(f"lora_cli.model.row_products.{name}", value)
+    lengths = (17, 1, 5)
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, tokens, 4, dtype=torch.float64, requires_grad=True) for tokens in (14, 7, 7))
-    assert torch.autograd.gradcheck(lambda *given: Recomputed.apply(*given, 0.6, window), (q, k, v))
+    q, k, v = (torch.randn(1, heads, 23, 2, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    assert torch.autograd.gradcheck(lambda *given: RowProducts.apply(*given, lengths, 0.6, window), (q, k, v))
+
+
+def test_sizes_are_rounded_up_by_an_eighth_at_most_to_eight_between_powers_of_two() -> None:
+    sizes = np.arange(1, 5000)
+    up = np.array([rounded(int(size)) for size in sizes])
+    assert (up >= sizes).all() and (up - sizes < np.minimum(64, np.maximum(1, sizes / 8 + 1e-9))).all()
+    assert sorted(set(up[(sizes > 128) & (sizes <= 256)].tolist())) == list(range(144, 257, 16))
+    assert [rounded(size) for size in (9, 17, 1479, 1536)] == [9, 18, 1536, 1536]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+def test_in_16_bits_a_processor_takes_lines_of_few_lengths(name: str, dtype: torch.dtype) -> None:
+    """For 69 tokens 72, of which the last 3 add nothing to the loss and its slope."""
+    model = build(name, GROUPED if name == "Llama" else {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 70})
+    targets = list(linear_layers(model))
+    assert lay_end_to_end(model, torch.device("cpu"), "auto", np.array([69]))
+    base = model.to(dtype)
+    adapted = adapt(base, Adapter(r=2), targets, fused=True).eval()
+    for weight in adapted.parameters():
+        nn.init.normal_(weight, std=0.02) if weight.requires_grad else None
+    seen: list[int] = []
+    base.get_input_embeddings().register_forward_hook(lambda *passed: seen.append(passed[-1].shape[1]))
+    rows = rows_of((69,))
+    found = learned(adapted, summed_loss(adapted, packed(rows)))
+    assert seen == [72 if dtype == torch.bfloat16 else 69]
+    loss = summed_loss(adapted, packed(rows))
+    alone = one_at_a_time(adapted, rows)
+    near = 1e-5 if dtype == torch.float32 else 5e-3
+    assert loss.item() == pytest.approx(alone.item(), rel=near)
+    for key, wanted in learned(adapted, alone).items():
+        assert (found[key] - wanted).norm() <= 10 * near * wanted.norm()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PRODUCT = {"cpu": (2**25, 256), "cuda": (2**28, 2**16)}
-"""Bytes and rows of logits at a time, at most: few rows make slow products."""
+"""Bytes and rows of logits at a time, at most, but for the rounding of rows: few make slow products."""
 CACHED = 2**20
 """Bytes of float32 logits that a processor makes exponentials of at a time: what stays in its cache."""
 
@@ -145,7 +145,7 @@ def _rows_at_a_time(weight: torch.Tensor) -> tuple[int, int]:
     """Rows of logits in one product, and of these in one go of exponentials, for a head's ``weight``."""
     vocabulary, on_cpu = len(weight), weight.device.type == "cpu"
     size, most = PRODUCT["cpu" if on_cpu else "cuda"]
-    rows = min(most, max(64, size // (weight.itemsize * vocabulary)))
+    rows = rounded(min(most, max(64, size // (weight.itemsize * vocabulary))))
     return rows, max(1, CACHED // (4 * vocabulary)) if on_cpu else rows
 
 
