@@ -18,7 +18,7 @@ from lora_cli.errors import RunError
 from lora_cli.model.memory import activation_bytes
 from lora_cli.recipe.load import load_recipe
 from lora_cli.training import loop, setup
-from lora_cli.training.estimate import largest_batch
+from lora_cli.training.estimate import estimate, largest_batch
 from lora_cli.training.out_of_memory import out_of_memory
 from lora_cli.training.prepare import prepare
 
@@ -127,6 +127,37 @@ def test_auto_streams_when_the_weights_do_not_fit(
     told = " ".join(held.stderr.split())
     assert ("0.0 MB free; adapter.use_dora reads every weight's norm" in told) is streams
     assert "frozen weights are read" not in told
+
+
+def test_auto_streams_a_base_stored_in_4_bits_too(
+    tiny_llama: Path, write_recipe: Any, lora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done(lora("quantize", tiny_llama, "--out", tmp_path / "small"))
+    monkeypatch.setattr("lora_cli.training.streaming.free_bytes", lambda device: 1000)
+    told = done(lora("train", write_recipe({"model.name_or_path": tmp_path / "small", "training.max_steps": 1}))).stderr
+    assert "training.stream_base: auto -> true: the base needs about" in " ".join(told.split())
+    assert "a layer's frozen weights are read whenever it runs" in " ".join(told.split())
+
+
+@pytest.mark.parametrize("method", [None, "nf4", "int8"])
+def test_what_a_base_needs_is_told_before_it_is_loaded(
+    method: str | None, tiny_llama: Path, write_recipe: Any, lora: Any, tmp_path: Path
+) -> None:
+    """As it is stored, in whatever form; what it has then is Transformers' own count."""
+    folder = tiny_llama
+    if method is not None:
+        folder = tmp_path / "small"
+        done(lora("quantize", tiny_llama, "--out", folder, "--method", method))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    held = sum({id(each): each.nbytes for each in model.parameters()}.values())
+    states = [each.quant_state for each in model.parameters() if hasattr(each, "quant_state")]
+    for state in states + [each.state2 for each in states if each.nested]:
+        held += state.absmax.nbytes + state.code.nbytes
+    recipe = load_recipe(write_recipe({"model.name_or_path": folder, "model.dtype": "float32"}))
+    job = prepare(recipe, resume=False, overwrite=False)
+    assert estimate(job, job.recipe).weights == pytest.approx(held, rel=0.05)
+    half = load_recipe(write_recipe({"model.name_or_path": folder, "model.dtype": "bfloat16"}))
+    assert estimate(job, half).weights < held
 
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])
