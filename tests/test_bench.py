@@ -22,6 +22,7 @@ from bench import (
     scale,
     stages,
     startup,
+    stream,
     table,
     train,
     weights,
@@ -184,6 +185,20 @@ def test_runs_of_short_rows_and_long(rows: dict[str, Any], tmp_path: Path) -> No
         and f"{runs[32][0]['tokens_per_second']:,.0f}" in shown[-1]
     )
     assert lengths.arithmetic("gpt2", 64) == 2 * (6 * 12 * 256 * 256 + 256 * 50_257) + 3 * 6 * 256 * 64
+
+
+def test_a_streamed_base_is_set_against_a_resident_one(rows: dict[str, Any], tmp_path: Path) -> None:
+    env = environment(1, tmp_path / "caches")
+    runs = {
+        name: [stream.one_run(stream.write_recipe(tmp_path, rows, OPTIONS, streams), env)]
+        for name, streams in stream.KINDS.items()
+    }
+    assert stream.faults(runs) == []
+    for (each,) in runs.values():
+        assert 0 < each["own_bytes"] < each["peak_bytes"] and each["seconds_per_step"] > 0
+    assert "resident" in stream.show({"model_bytes": 1, "runs": runs})
+    runs["streamed"][0]["losses"][0] += 1
+    assert len(stream.faults(runs)) == 1
 
 
 def test_merge_is_measured_beside_peft(rows: dict[str, Any], tmp_path: Path) -> None:

@@ -132,12 +132,13 @@ def size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def keep_freed_memory() -> None:
-    """Let a tensor's memory serve the next one, for the rest of the process; only glibc can.
+def keep_freed_memory(largest: int = LARGEST) -> None:
+    """Let the memory of a tensor of up to ``largest`` bytes serve the next one, from now on; only glibc can.
 
     Given back to the system and asked for again it would come page by page, each cleared first: a sixth of the time
-    that a merge takes, a tenth of a training step's in float32.
+    that a merge takes, a tenth of a training step's in float32. But where large tensors come and go among small ones
+    that stay, these cut up what is kept.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_TRIM_THRESHOLD, KEPT)
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
+        libc.mallopt(M_MMAP_THRESHOLD, largest)

@@ -49,7 +49,7 @@ class RowProducts(torch.autograd.Function):
             for block in _blocks(own.tokens, heads, group, window):
                 weights = _weights(rows[0], rows[1], block, scale, window)
                 torch.bmm(weights, rows[2][:, block.seen], out=rows[3][:, block.queries])
-                if own.tokens <= SHORT:
+                if own.tokens <= SHORT and any(ctx.needs_input_grad):
                     kept.append(weights)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.lengths, ctx.scale, ctx.window, ctx.heads, ctx.group = lengths, scale, window, heads, group

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from lora_cli.training.hidden_states import HiddenStates
 
 
+SMALL = 2**20
+"""Bytes of the largest tensor whose memory is kept when freed while layers' weights come and go."""
+
+
 @dataclass
 class Trainer:
     """What the loop holds while it runs; ``trained`` is what is trained, by name."""
@@ -152,6 +156,7 @@ def load_frozen(
         if quantization is not None:
             raise RunError("training.stream_base: quantized, it is streamed from the kept copy, which there is not")
         display.note("training.stream_base: a layer's frozen weights are read whenever it runs")
+        keep_freed_memory(largest=SMALL)
         return *load_streamed(job, kept or job.base, device, dtype), kept
     base = load_base(kept or job.base, recipe.model, quantization, device, dtype, sharded)
     base.name_or_path = base.config.name_or_path = str(job.base)

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench import context, flat, lengths, scale, startup, train, weights
+from bench import context, flat, lengths, scale, startup, stream, train, weights
 from bench.helpers import PLACE
 from bench.options import Options
 from bench.shapes import SHAPES
@@ -29,8 +29,9 @@ BENCHMARKS = {
     "merge": weights.merge,
     "quantize": weights.quantize,
     "flat": flat.benchmark,
+    "stream": stream.benchmark,
 }
-SHAPE_FOR = {"merge": "llama-500m", "quantize": "llama-500m", "flat": "llama-40m"}
+SHAPE_FOR = {"merge": "llama-500m", "quantize": "llama-500m", "flat": "llama-40m", "stream": "llama-8b"}
 
 
 def parse(arguments: list[str]) -> tuple[list[str], Options]:
@@ -42,7 +43,7 @@ def parse(arguments: list[str]) -> tuple[list[str], Options]:
     parser.add_argument(
         "--shape",
         choices=SHAPES,
-        help="the model (llama; merge and quantize llama-500m; flat llama-40m; with --gpu llama-8b, with --quick tiny)",
+        help="the model (llama; merge, quantize llama-500m; flat llama-40m; stream, --gpu llama-8b; with --quick tiny)",
     )
     parser.add_argument("--rounds", type=int, help="runs of each contestant (5; with --quick 1)")
     parser.add_argument("--steps", type=int, help="optimizer steps a run (24; with --quick 4)")

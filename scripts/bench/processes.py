@@ -23,14 +23,15 @@ COUNT = 0.2  # seconds between two counts of the children's memory
 
 @dataclass(frozen=True)
 class Ended:
-    """``sign`` is the seconds from the start to the sign, None when it never came; ``device_bytes`` the GPU memory that
-    came into use, 0 without one."""
+    """``sign`` is the seconds from the start to the sign, None when it never came; ``own_bytes`` the most of the memory
+    that is of no file; ``device_bytes`` the GPU memory that came into use, 0 without one."""
 
     exit_code: int
     began: float
     seconds: float
     sign: float | None
     peak_bytes: int
+    own_bytes: int
     device_bytes: int
 
 
@@ -68,7 +69,7 @@ def run(
         process = subprocess.Popen(
             [sys.executable, *arguments], stdout=stream, stderr=subprocess.STDOUT, env=dict(env), cwd=cwd
         )
-        sign, peak, children, counted = None, 0, 0, 0.0
+        sign, peak, own, children, counted = None, 0, 0, 0, 0.0
         while True:
             exit_code = process.poll()
             now = time.perf_counter()
@@ -78,9 +79,10 @@ def run(
                 break
             if now - counted > COUNT:
                 children, counted = _held_by_children(process.pid), now
-            peak = max(peak, _high_water(process.pid) + children)
+            peak = max(peak, _memory(process.pid, "VmHWM") + children)
+            own = max(own, _memory(process.pid, "RssAnon") + children)
             time.sleep(LOOK)
-    return Ended(exit_code, began, now - start, sign, peak, device.used)
+    return Ended(exit_code, began, now - start, sign, peak, own, device.used)
 
 
 def _held_by_children(pid: int) -> int:
@@ -93,12 +95,12 @@ def _held_by_children(pid: int) -> int:
     return total
 
 
-def _high_water(pid: int) -> int:
+def _memory(pid: int, kind: str) -> int:
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:")), 0)
 
 
 class _DeviceMemory:

@@ -1,0 +1,111 @@
+"""A frozen base in memory, and one whose layers come from disk as they run: memory, time, the same losses."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from bench import machine, ours, table
+from bench.helpers import PLACE, helper
+from bench.options import Options
+from bench.processes import environment, run, tail
+from bench.shapes import SHAPES
+
+MAX_LENGTH = 256
+ROWS = 192
+CLOSE = 1e-3
+"""How far the losses may be apart: the products are the same, in 16 bits."""
+KINDS = {"resident": False, "streamed": True}
+
+
+def benchmark(options: Options, folder: Path) -> dict[str, Any]:
+    """Both once a round, in fresh processes, with activations recomputed in both."""
+    env = environment(options.threads, folder / "caches", options.gpu)
+    before = machine.describe(options.threads)
+    told = {"shape": options.shape, "models": str(PLACE / "models"), "folder": str(folder), "max_length": MAX_LENGTH}
+    made = helper("prepare", told | {"rows": ROWS, "heldout_rows": 1}, folder, env, "rows.json")
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in KINDS}
+    for _ in range(options.rounds):
+        for name, found in runs.items():
+            found.append(one_run(write_recipe(folder, made, options, KINDS[name]), env))
+    record = {
+        "benchmark": "stream",
+        "shape": asdict(SHAPES[options.shape]),
+        "machine": before | {"load_after": machine.describe(options.threads)["load"]},
+        "versions": machine.versions(),
+        "rounds": options.rounds,
+        "max_length": MAX_LENGTH,
+        "model_bytes": sum(file.stat().st_size for file in Path(made["model"]).glob("*.safetensors")),
+        "runs": runs,
+        "faults": faults(runs),
+    }
+    print(show(record))
+    return record
+
+
+def write_recipe(folder: Path, made: dict[str, Any], options: Options, streams: bool) -> Path:
+    """Some steps of one line of rows each, with an adapter of rank 16 on the shape's layers."""
+    recipe = {
+        "model": {"name_or_path": made["model"]} | ({} if options.dtype == "auto" else {"dtype": options.dtype}),
+        "adapter": {"r": 16, "target_modules": list(SHAPES[options.shape].targets)},
+        "data": {"train": made["train"], "max_length": MAX_LENGTH},
+        "training": {
+            "output_dir": str(folder / "run"),
+            "max_steps": options.steps,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_checkpointing": True,
+            "stream_base": streams,
+            "warmup_steps": 0,
+            "logging_steps": 1,
+            "save_steps": None,
+        },
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def one_run(recipe: Path, env: dict[str, str]) -> dict[str, Any]:
+    """One ``lora train``: its losses, the seconds of its later steps, and its peak memory, all and its own."""
+    folder, log = recipe.parent, recipe.parent / "log"
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    ended = run(["-m", "lora_cli", "train", str(recipe)], env, log)
+    if ended.exit_code:
+        raise SystemExit(f"lora ended with {ended.exit_code}:\n{tail(log)}")
+    lines = ours.metrics(folder)
+    seconds = [line["seconds"] for line in lines]
+    return {
+        "losses": [line["loss"] for line in lines],
+        "seconds_per_step": (seconds[-1] - seconds[0]) / (len(seconds) - 1),
+        "peak_bytes": ended.peak_bytes,
+        "own_bytes": ended.own_bytes,
+        "device_bytes": ended.device_bytes,
+    }
+
+
+def faults(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """What tells that not all runs have learned the same."""
+    first = runs["resident"][0]["losses"]
+    return [
+        f"{name}: losses {each['losses']}, not {first}"
+        for name, found in runs.items()
+        for each in found
+        if any(abs(one - other) > CLOSE for one, other in zip(each["losses"], first, strict=True))
+    ]
+
+
+def show(record: dict[str, Any]) -> str:
+    """Medians in Markdown."""
+    lines = [["", "s a step", "own peak MB", "with mapped files", "last loss"]]
+    for name, found in record["runs"].items():
+        step, own, peak = (
+            median(each[key] for each in found) for key in ("seconds_per_step", "own_bytes", "peak_bytes")
+        )
+        lines.append([name, f"{step:.1f}", f"{own / 1e6:,.0f}", f"{peak / 1e6:,.0f}", f"{found[0]['losses'][-1]:.4f}"])
+    return f"weights of {record['model_bytes'] / 1e6:,.0f} MB\n\n{table.markdown(lines)}"
