@@ -31,7 +31,7 @@ BLOCK = 64
 def expand(weight: torch.Tensor, state: Any) -> torch.Tensor:
     """What 4-bit codes stand for, in the shape and the type that bitsandbytes' QuantState says.
 
-    On a processor as a single line of numbers, since in one row of any length the scales are the right ones.
+    On a processor as rows of one block each, for which bitsandbytes takes the right scales, and all cores.
     """
     from bitsandbytes.functional import dequantize_4bit
 
@@ -42,9 +42,10 @@ def expand(weight: torch.Tensor, state: Any) -> torch.Tensor:
             return expand4bit.expand(weight, state)
     if weight.is_cuda:
         return cast("torch.Tensor", dequantize_4bit(weight, state))
-    line = copy.copy(state)
-    line.shape = torch.Size([state.shape.numel()])
-    return cast("torch.Tensor", dequantize_4bit(weight, line)).view(state.shape)
+    blocks, rest = divmod(state.shape.numel(), state.blocksize)
+    rows = copy.copy(state)
+    rows.shape = torch.Size([1, state.shape.numel()] if rest else [blocks, state.blocksize])
+    return cast("torch.Tensor", dequantize_4bit(weight, rows)).view(state.shape)
 
 
 def compute_right(model: torch.nn.Module) -> None:
