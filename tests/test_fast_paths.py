@@ -584,4 +584,4 @@ def test_dora_of_rows_whose_norms_would_be_wrong(tmp_path: Any, tokenizer: Any, 
     if not is_right:
         assert "adapter.use_dora" in result.stderr and "q_proj has 80" in result.stderr
         assert not (tmp_path / "run").exists()
-    done(lora("train", write_recipe(changes)))
+    done(lora("train", write_recipe(changes | {"training.output_dir": tmp_path / "unquantized"})))

@@ -491,11 +491,15 @@ def test_resume_of_nothing_is_refused(write_recipe: Any, tmp_path: Path, lora: A
 
 # --- the best step ---------------------------------------------------------------------------------------------------
 
-WORSENING = {
-    "data.validation": 0.2,
-    "training": {"max_steps": 12, "eval_steps": 1, "learning_rate": 0.2, "save_steps": None, "warmup_steps": 0}
-    | CONSTANT,
-}
+
+@pytest.fixture
+def worsening(tmp_path: Path) -> dict[str, Any]:
+    """A run that is best at step 7 of 12 on any processor: what it learns ends up as the wrong answer elsewhere."""
+    file = tmp_path / "numbers.jsonl"
+    rows = [{"question": "Who mends the nets?", "answer": f" {n}{n + 1}{n + 2}"} for n in range(6)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    steps = {"max_steps": 12, "eval_steps": 1, "learning_rate": 0.03, "save_steps": None, "warmup_steps": 0}
+    return {"data.validation": file, "training": steps | CONSTANT}
 
 
 def changed(changes: dict[str, Any], **training: Any) -> dict[str, Any]:
@@ -507,9 +511,9 @@ def checkpoint_weights(run: Run, step: int) -> dict[str, torch.Tensor]:
     return {name.replace(".default.", "."): tensor for name, tensor in stored.items()}
 
 
-def test_the_best_steps_weights_are_taken_when_asked(train: Callable[..., Run], lora: Any, qa_file: Path) -> None:
-    last = train(WORSENING)
-    best = train(changed(WORSENING, load_best_model_at_end=True, save_total_limit=1))
+def test_the_best_steps_weights_are_taken_when_asked(worsening: dict[str, Any], train: Callable[..., Run]) -> None:
+    last = train(worsening)
+    best = train(changed(worsening, load_best_model_at_end=True, save_total_limit=1))
     scores = best.column("loss", "validation")
     assert last.column("loss", "validation") == scores
     at = scores.index(min(scores[1:]))
@@ -525,12 +529,13 @@ def test_the_best_steps_weights_are_taken_when_asked(train: Callable[..., Run], 
     assert f"weights of step {at}" in (best.folder / "report.html").read_text()
 
 
-def test_the_best_survives_a_stop(train: Callable[..., Run], write_recipe: Any, tmp_path: Path, lora: Any) -> None:
-    changes = changed(WORSENING, load_best_model_at_end=True, save_total_limit=1)
-    changes = changed(changes, lr_scheduler_type="constant", learning_rate=0.1)
+def test_the_best_survives_a_stop(
+    worsening: dict[str, Any], train: Callable[..., Run], write_recipe: Any, tmp_path: Path, lora: Any
+) -> None:
+    changes = changed(worsening, load_best_model_at_end=True, save_total_limit=1)
     whole = train(changes)
     best = whole.info["result"]["adapter_step"]
-    assert best < 10
+    assert best < 10, "the run has to get worse"
     stopped = Run(tmp_path / "stopped")
     recipe = write_recipe(changed(changes, output_dir=stopped.folder, max_steps=best + 2), name="stopped.yaml")
     done(lora("train", recipe))
@@ -540,8 +545,10 @@ def test_the_best_survives_a_stop(train: Callable[..., Run], write_recipe: Any, 
     assert stopped.checkpoints == [best, 12]
 
 
-def test_a_damaged_best_checkpoint_writes_no_adapter(train: Callable[..., Run], lora: Any) -> None:
-    run = train(changed(WORSENING, load_best_model_at_end=True))
+def test_a_damaged_best_checkpoint_writes_no_adapter(
+    worsening: dict[str, Any], train: Callable[..., Run], lora: Any
+) -> None:
+    run = train(changed(worsening, load_best_model_at_end=True))
     best = run.info["result"]["adapter_step"]
     path = run.folder / "checkpoints" / f"step-{best:08d}"
     (path / "weights.safetensors").write_bytes(b"")
@@ -582,10 +589,10 @@ def test_an_early_stop_stays_stopped(train: Callable[..., Run], lora: Any) -> No
 
 
 def test_early_stopping_keeps_the_last_weights_says_so_and_gives_the_best_when_asked(
-    write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
+    worsening: dict[str, Any], write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
 ) -> None:
     run = Run(tmp_path / "run")
-    recipe = write_recipe(changed(WORSENING, max_steps=40, early_stopping_patience=3, save_total_limit=1))
+    recipe = write_recipe(changed(worsening, max_steps=40, early_stopping_patience=3, save_total_limit=1))
     result = done(lora("train", recipe))
     scores = run.column("loss", "validation")
     best = scores.index(min(scores[1:]))
