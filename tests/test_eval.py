@@ -228,14 +228,15 @@ def test_a_share_held_out_is_found_again(
 
 def test_validation_rows_of_their_own(tiny_gpt2: Path, run_of: Callable[..., Path], tmp_path: Path, lora: Any) -> None:
     file = tmp_path / "held_out.jsonl"
-    file.write_text(json.dumps({"question": "Who mends the nets?", "answer": " The family."}) + "\n", encoding="utf-8")
+    # many tokens: of few, the rounding of 32 bits alone moves a perplexity by 1e-6
+    rows = [{"question": f"Who mends the nets of boat {n}?", "answer": f" The family of house {n}."} for n in range(24)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     run = run_of(tiny_gpt2, **{"data.validation": file})
     found = done(lora("eval", run, "--json")).json
     assert found["data"] == str(file)
-    rows = tokenized(file, AutoTokenizer.from_pretrained(tiny_gpt2), 96)
-    wanted = reference.perplexity_row_by_row(load(tiny_gpt2, run / "adapter"), rows)
-    assert found["loss"] == pytest.approx(math.log(wanted), rel=1e-6)  # of few tokens, whose rounding an exp widens
-    assert found["perplexity"] == math.exp(found["loss"])
+    read = tokenized(file, AutoTokenizer.from_pretrained(tiny_gpt2), 96)
+    wanted = reference.perplexity_row_by_row(load(tiny_gpt2, run / "adapter"), read)
+    assert found["perplexity"] == pytest.approx(wanted, rel=1e-6)
 
 
 def test_nothing_to_measure_on_is_refused(tiny_gpt2: Path, run_of: Callable[..., Path], lora: Any) -> None:
