@@ -104,27 +104,28 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=exact, device=hidden.device)
         gradient = torch.empty_like(hidden) if wants_gradient else None
         rows, few = _rows_at_a_time(weight)
-        logits, normalizers = hidden.new_empty(rows, len(weight)), total.new_empty(rows, 1)
+        logits, figures = hidden.new_empty(rows, len(weight)), total.new_empty(2, rows, 1)
         for start in range(0, len(hidden), rows):
             part, wanted = hidden[start : start + rows], targets[start : start + rows, None]
             last = pad(part, (0, 0, 0, rounded(len(part)) - len(part)))
             torch.mm(last, weight.T, out=logits[: len(last)])
-            chunk, normalizer = logits[: len(part)], normalizers[: len(part)]
+            chunk, (normalizer, highest) = logits[: len(part)], figures[:, : len(part)]
             if bias is not None:
                 chunk += bias
-            for at in range(0, len(part), few):
-                own = slice(at, at + few)
-                z = _bounded(chunk[own].to(exact), scale, cap)
+            picked = _bounded(chunk.gather(1, wanted).to(exact), scale, cap)
+            for each, target, most, divisor in zip(
+                *(whole.split(few) for whole in (chunk, wanted, highest, normalizer)), strict=True
+            ):
+                z = _bounded(each.to(exact), scale, cap)
                 slope = None if cap is None else (1 - (z / cap).square_())
-                picked = z.gather(1, wanted[own])
-                highest = z.amax(1, keepdim=True)
-                exponentials = z.sub_(highest).exp_()
-                torch.sum(exponentials, 1, keepdim=True, out=normalizer[own])
-                total += (normalizer[own].log() + highest - picked).sum()
+                torch.amax(z, 1, keepdim=True, out=most)
+                exponentials = z.sub_(most).exp_()
+                torch.sum(exponentials, 1, keepdim=True, out=divisor)
                 if slope is not None:
-                    exponentials.div_(normalizer[own])
-                    exponentials.scatter_add_(1, wanted[own], -torch.ones_like(picked)).mul_(slope)
-                chunk[own] = exponentials
+                    exponentials.div_(divisor)
+                    exponentials.scatter_(1, target, -1.0, reduce="add").mul_(slope)
+                each.copy_(exponentials)
+            total += (normalizer.log() + highest - picked).sum()
             if gradient is None:
                 continue
             by_hidden = torch.mm(logits[: len(last)], weight)[: len(part)]
