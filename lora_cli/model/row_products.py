@@ -70,10 +70,9 @@ class RowProducts(torch.autograd.Function):
             sums = [_Sum(each, len(blocks)) for each in others]
             for block in blocks:
                 weights = next(known) if own.tokens <= SHORT else _weights(q_row, k_row, block, scale, ctx.window)
-                by_weights = g_row[:, block.queries] @ v_row[:, block.seen].transpose(1, 2)
+                by_weights = torch.bmm(g_row[:, block.queries], v_row[:, block.seen].transpose(1, 2))
                 slope = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)
-                nothing = slope.new_zeros(())
-                torch.baddbmm(nothing, slope, k_row[:, block.seen], beta=0, alpha=scale, out=grad_q[:, block.queries])
+                _product(slope, k_row[:, block.seen], scale, grad_q[:, block.queries])
                 sums[0].add(block.seen, slope.transpose(1, 2), q_row[:, block.queries], scale)
                 sums[1].add(block.seen, weights.transpose(1, 2), g_row[:, block.queries], 1)
             for total in sums:
@@ -92,9 +91,9 @@ class _Sum:
 
     def add(self, place: slice, one: torch.Tensor, other: torch.Tensor, factor: float) -> None:
         if self.exact is None:
-            torch.baddbmm(one.new_zeros(()), one, other, beta=0, alpha=factor, out=self.out[:, place])
+            _product(one, other, factor, self.out[:, place])
         else:
-            self.exact[:, place].add_(one @ other, alpha=factor)
+            self.exact[:, place].add_(torch.bmm(one, other), alpha=factor)
 
     def end(self) -> None:
         if self.exact is not None:
@@ -180,14 +179,28 @@ def _weights(q: torch.Tensor, k: torch.Tensor, block: Block, scale: float, windo
     """softmax(scale q k^T) of a block's queries over what it sees (heads, its queries, tokens seen). The mask is laid
     over the two corners that have one."""
     keys, group = k[:, block.seen].transpose(1, 2), q.shape[1] // k.shape[1]
-    scores = torch.baddbmm(q.new_zeros(()), q[:, block.queries], keys, beta=0, alpha=scale)
-    size = block.size
-    scores[:, :, block.before :] += _later(group, q.dtype)[: size * group, :size]
+    size, queries = block.size, q[:, block.queries]
+    later = _later(group, q.dtype)[: size * group, :size]
+    if block.before:
+        scores = _product(queries, keys, scale)
+        scores[:, :, block.before :].add_(later)
+    else:
+        scores = torch.baddbmm(later, queries, keys, alpha=scale)
     near = size if window is None else window - block.before
     if near < size:  # the queries from here on do not see the first tokens that others of the block do
         corner = _outside(group, q.dtype)[: (size - near) * group, : size - near]
         scores[:, near * group :, : size - near] += corner
     return scores.softmax(-1)
+
+
+def _product(x: torch.Tensor, y: torch.Tensor, factor: float, out: torch.Tensor | None = None) -> torch.Tensor:
+    """factor x y, matrix by matrix, in one operation."""
+    return torch.baddbmm(_nothing(x.dtype), x, y, beta=0, alpha=factor, out=out)
+
+
+@lru_cache(maxsize=4)
+def _nothing(dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty((), dtype=dtype)
 
 
 @lru_cache(maxsize=4)
