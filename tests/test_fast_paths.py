@@ -427,21 +427,23 @@ def test_pefts_own_layers_stand_where_fused_ones_are_off() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 100, 700])
-@pytest.mark.parametrize(("key_heads", "scores"), [(2, 2**24), (4, 2**24), (4, 2**16)])
+@pytest.mark.parametrize(("key_heads", "width", "scores"), [(2, 8, 2**24), (2, 6, 2**24), (4, 6, 2**24), (4, 8, 2**16)])
 def test_attention_in_16_bits_is_that_of_each_row_alone(
-    window: int | None, key_heads: int, scores: int, monkeypatch: pytest.MonkeyPatch
+    window: int | None, key_heads: int, width: int, scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights kept and made again, over blocks and beyond; softmax(q k^T / sqrt(width)) v in float64, as read."""
+    """Weights kept, made again and not made, over blocks and beyond; softmax(q k^T / sqrt(8)) v in float64, as read."""
     monkeypatch.setattr("lora_cli.model.row_products.SCORES", scores)
     torch.manual_seed(0)
     lengths = (300, 1, 40, SHORT, SHORT + 1, BLOCK, 1100)
     total = sum(lengths)
-    shapes = ((4, total, 8), (key_heads, total, 8), (key_heads, total, 6))
+    shapes = ((4, total, 8), (key_heads, total, 8), (key_heads, total, width))
     given = [torch.randn(1, *shape).bfloat16() for shape in shapes]
     q, k, v = (tensor.requires_grad_() for tensor in given)
     starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     found, _ = attend_by_rows(nn.Module(), q, k, v, None, sliding_window=window, cu_seq_lens_q=starts)
-    assert found.shape == (1, total, 4, 6)
+    assert found.shape == (1, total, 4, width)
+    with torch.no_grad():
+        apart, _ = attend_by_rows(nn.Module(), q, k, v, None, sliding_window=window, cu_seq_lens_q=starts)
 
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
     wide = [exact[0], *(each.repeat_interleave(4 // key_heads, dim=1) for each in exact[1:])]
@@ -458,6 +460,7 @@ def test_attention_in_16_bits_is_that_of_each_row_alone(
         return float((one.double() - other).norm() / other.norm())
 
     assert far(found.detach(), wanted.detach()) < 0.01
+    assert far(apart, wanted.detach()) < 0.01
     slope = torch.randn(wanted.shape, dtype=torch.float64)
     gradients = torch.autograd.grad(found, (q, k, v), slope.bfloat16())
     for gradient, right in zip(gradients, torch.autograd.grad(wanted, exact, slope), strict=True):
