@@ -442,8 +442,8 @@ def test_attention_in_16_bits_is_that_of_each_row_alone(
     starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     found, _ = attend_by_rows(nn.Module(), q, k, v, None, sliding_window=window, cu_seq_lens_q=starts)
     assert found.shape == (1, total, 4, width)
-    with torch.no_grad():
-        apart, _ = attend_by_rows(nn.Module(), q, k, v, None, sliding_window=window, cu_seq_lens_q=starts)
+    frozen = (tensor.detach() for tensor in (q, k, v))
+    apart, _ = attend_by_rows(nn.Module(), *frozen, None, sliding_window=window, cu_seq_lens_q=starts)
 
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
     wide = [exact[0], *(each.repeat_interleave(4 // key_heads, dim=1) for each in exact[1:])]

@@ -2,7 +2,7 @@
 
 Registered with Transformers under the name ``ROWS``; a forward pass says where rows begin and end by the arguments that
 FlashAttention has there. On a GPU, in 16 bits, the rows go through torch's variable-length FlashAttention together;
-elsewhere one after the other, on a processor in 16 bits by products of matrices where there is a backward pass.
+elsewhere one after the other, on a processor in 16 bits by products of matrices.
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ def attend_by_rows(
         return _together(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
     lengths = cu_seq_lens_q.diff().tolist()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    learns = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
-    whole = key.shape[-1] == value.shape[-1] and (sliding_window is None or max(lengths) <= sliding_window)
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not dropout and (learns or not whole):
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not dropout:
         attended = RowProducts.apply(query, key, value, tuple(lengths), scale, sliding_window)  # type: ignore[no-untyped-call]
         return cast("torch.Tensor", attended), None
     rows = zip(*(torch.split(part, lengths, dim=2) for part in (query, key, value)), strict=True)

@@ -50,13 +50,14 @@ class RowProducts(torch.autograd.Function):
         kept: list[torch.Tensor] = []
         for own, seen in zip(queries.rows, keys.rows, strict=True):
             q_row, k_row, v_row, out = _matrices(heads, (q, own), (k, seen), (v, seen), (attended, own))
-            if own.tokens > SHORT and (window is None or window >= own.tokens) and q.shape[-1] == v.shape[-1]:
+            keeps = own.tokens <= SHORT and any(ctx.needs_input_grad)
+            if not keeps and (window is None or window >= own.tokens) and q.shape[-1] == v.shape[-1]:
                 _attend(q_row, k_row, v_row, out, scale)
                 continue
             for block in _blocks(own.tokens, heads, group, window):
                 weights = _weights(q_row, k_row, block, scale, window)
                 torch.bmm(weights, v_row[:, block.seen], out=out[:, block.queries])
-                if own.tokens <= SHORT and any(ctx.needs_input_grad):
+                if keeps:
                     kept.append(weights)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.lengths, ctx.scale, ctx.window, ctx.heads, ctx.group = lengths, scale, window, heads, group
