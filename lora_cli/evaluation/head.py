@@ -104,12 +104,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=exact, device=hidden.device)
         gradient = torch.empty_like(hidden) if wants_gradient else None
         rows, few = _rows_at_a_time(weight)
-        logits, figures = hidden.new_empty(rows, len(weight)), total.new_empty(2, rows, 1)
+        logits = hidden.new_empty(rows, len(weight))
         for start in range(0, len(hidden), rows):
             part, wanted = hidden[start : start + rows], targets[start : start + rows, None]
             last = pad(part, (0, 0, 0, rounded(len(part)) - len(part)))
             torch.mm(last, weight.T, out=logits[: len(last)])
-            chunk, (normalizer, highest) = logits[: len(part)], figures[:, : len(part)]
+            chunk = logits[: len(part)]
+            highest, normalizer = total.new_empty(2, len(part), 1)
             if bias is not None:
                 chunk += bias
             picked = _bounded(chunk.gather(1, wanted).to(exact), scale, cap)

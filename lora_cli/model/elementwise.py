@@ -34,14 +34,14 @@ class Normalize(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        normal: torch.Tensor = torch.mul(wide, inverse, out=None if wide is x else wide).to(x.dtype) * weight
+        own = None if wide is x else wide  # memory that may be written over
+        normal: torch.Tensor = torch.mul(wide, inverse, out=own).to(x.dtype) * weight
         return normal
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        wide, g = x.to(inverse.dtype), grad.to(inverse.dtype)
-        g = torch.mul(g, weight, out=None if g is grad else g)
+        wide, g = x.to(inverse.dtype), grad.to(inverse.dtype) * weight
         along = torch.linalg.vecdot(g, wide).unsqueeze(-1)
         grad_x = g.mul_(inverse).addcmul_(wide, along * inverse.pow(3).div_(-x.shape[-1]))
         return grad_x.to(x.dtype), None, None
