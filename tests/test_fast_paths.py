@@ -179,22 +179,23 @@ def test_products_that_round_otherwise_for_another_number_of_tokens_do_not_count
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.3, None), (1.0, 2.0), (1.7, 1.5)])
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.3, None), (1e4, None), (1.0, 2.0), (1.7, 1.5)])
 def test_the_loss_in_chunks_is_the_plain_one(
     scale: float, cap: float | None, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_cli.evaluation.head.PRODUCT", {"cpu": (2**25, 16)})
-    monkeypatch.setattr("lora_cli.evaluation.head.CACHED", 4 * 11 * 3)
+    """In 3 chunks of 16, 16 and 5 rows, each in 3 blocks of 12, 12 and 7 columns, of which 3 rows go at a time."""
+    for name, value in {"ROWS": 16, "COLUMNS": 4, "LOGITS": 16 * 12, "CACHED": 3 * 12}.items():
+        monkeypatch.setattr(f"lora_cli.evaluation.head.{name}", value)
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(37, 6, generator=draw, dtype=torch.float64, requires_grad=True)
-    head = nn.Linear(6, 11, bias=bias, dtype=torch.float64).requires_grad_(False)
-    targets = torch.randint(11, (37,), generator=draw)
+    head = nn.Linear(6, 31, bias=bias, dtype=torch.float64).requires_grad_(False)
+    targets = torch.randint(31, (37,), generator=draw)
 
     def by_hand() -> torch.Tensor:
         logits = scale * head(hidden)
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)
-        return -(logits - logits.exp().sum(1, keepdim=True).log())[torch.arange(37), targets].sum()
+        return (logits.logsumexp(1) - logits[torch.arange(37), targets]).sum()
 
     (wanted,) = torch.autograd.grad(3 * by_hand(), hidden)
     loss = Head(head, scale, cap).summed_loss(hidden, targets)
@@ -209,7 +210,7 @@ def test_the_loss_in_chunks_is_the_plain_one(
 
 def test_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 40 supervised positions among 62 no more than a chunk's meet the vocabulary at once, and no other does."""
-    monkeypatch.setattr("lora_cli.evaluation.head.PRODUCT", {"cpu": (2**25, 16)})
+    monkeypatch.setattr("lora_cli.evaluation.head.ROWS", 16)
     model = build("Llama", GROUPED)
     assert lay_end_to_end(model, torch.device("cpu"), "auto", LENGTHS)
     head = frozen_head(model.eval())

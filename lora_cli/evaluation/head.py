@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-PRODUCT = {"cpu": (2**25, 256), "cuda": (2**28, 2**16)}
-"""Bytes and rows of logits at a time, at most, but for the rounding of rows: few make slow products."""
-CACHED = 2**20
-"""Bytes of float32 logits that a processor makes exponentials of at a time: what stays in its cache."""
+ROWS, COLUMNS, LOGITS = 2048, 4096, 2**22
+"""Rows of logits that a processor makes at a time, at most, columns at least, and about how many logits."""
+BYTES_ON_GPU = 2**28
+"""Bytes of logits that a GPU makes at a time, at most, but for the rounding of rows: few make slow products."""
+CACHED = 2**19
+"""Logits that a processor makes exponentials of at a time, in float32: what stays in its cache."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Head:
 
             scaled = (hidden * self.scale).to(weight.dtype)
             # Liger's own choice of chunks gives the logits the memory of the hidden states: few rows for few tokens.
-            budget = max(1, PRODUCT["cuda"][0] // scaled.nbytes)
+            budget = max(1, BYTES_ON_GPU // scaled.nbytes)
             fused: torch.Tensor = liger_fused_linear_cross_entropy(
                 scaled, weight, targets, reduction="sum", softcap=self.cap, chunk_mem_const=budget
             )
@@ -84,8 +86,10 @@ class Head:
 class LinearCrossEntropy(torch.autograd.Function):
     """The sum of -log softmax(z_i)[t_i] over rows i, with the logits z that ``Head`` gives and W frozen.
 
-    The gradient of h, (softmax(z) - onehot(t)) * dz/dh, is made chunk by chunk in the forward pass, while the chunk's
-    logits are there, as in Liger (arXiv:2410.10989, section 3.2); the exponentials are made once for both.
+    The gradient of h, (softmax(z) - onehot(t)) * dz/dh, is made block by block in the forward pass, while the block's
+    logits are there, as in Liger (arXiv:2410.10989, section 3.2); the exponentials are made once for both. They are
+    those of z less the highest that its row has had, and shrink when a higher one comes (arXiv:1805.02867,
+    algorithm 3).
     """
 
     @staticmethod
@@ -103,36 +107,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=exact, device=hidden.device)
         gradient = torch.empty_like(hidden) if wants_gradient else None
-        rows, few = _rows_at_a_time(weight)
-        logits = hidden.new_empty(rows, len(weight))
+        rows, columns = _block(weight, len(hidden))
+        memory = hidden.new_empty(min(rows, rounded(len(hidden))) * columns)
         for start in range(0, len(hidden), rows):
-            part, wanted = hidden[start : start + rows], targets[start : start + rows, None]
-            last = pad(part, (0, 0, 0, rounded(len(part)) - len(part)))
-            torch.mm(last, weight.T, out=logits[: len(last)])
-            chunk = logits[: len(part)]
-            highest, normalizer = total.new_empty(2, len(part), 1)
-            if bias is not None:
-                chunk += bias
-            picked = _bounded(chunk.gather(1, wanted).to(exact), scale, cap)
-            for each, target, most, divisor in zip(
-                *(whole.split(few) for whole in (chunk, wanted, highest, normalizer)), strict=True
-            ):
-                z = _bounded(each.to(exact), scale, cap)
-                slope = None if cap is None else (1 - (z / cap).square_())
-                torch.amax(z, 1, keepdim=True, out=most)
-                exponentials = z.sub_(most).exp_()
-                torch.sum(exponentials, 1, keepdim=True, out=divisor)
-                if slope is not None:
-                    exponentials.div_(divisor)
-                    exponentials.scatter_(1, target, -1.0, reduce="add").mul_(slope)
-                each.copy_(exponentials)
-            total += (normalizer.log() + highest - picked).sum()
-            if gradient is None:
-                continue
-            by_hidden = torch.mm(logits[: len(last)], weight)[: len(part)]
-            if cap is None:  # softmax(z) W - W[t], divided after the product, where there is less to divide
-                by_hidden.div_(normalizer).sub_(weight[wanted[:, 0]])
-            torch.mul(by_hidden, scale, out=gradient[start : start + rows])
+            chunk = slice(start, start + rows)
+            loss, slopes = _loss_and_slopes(
+                hidden[chunk], weight, bias, targets[chunk, None], scale, cap, wants_gradient, memory, columns
+            )
+            total += loss
+            if gradient is not None:
+                gradient[chunk] = slopes
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
@@ -143,12 +127,88 @@ class LinearCrossEntropy(torch.autograd.Function):
         return gradient * grad.to(gradient.dtype), None, None, None, None, None, None
 
 
-def _rows_at_a_time(weight: torch.Tensor) -> tuple[int, int]:
-    """Rows of logits in one product, and of these in one go of exponentials, for a head's ``weight``."""
-    vocabulary, on_cpu = len(weight), weight.device.type == "cpu"
-    size, most = PRODUCT["cpu" if on_cpu else "cuda"]
-    rows = rounded(min(most, max(64, size // (weight.itemsize * vocabulary))))
-    return rows, max(1, CACHED // (4 * vocabulary)) if on_cpu else rows
+def _loss_and_slopes(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    scale: float,
+    cap: float | None,
+    wants_gradient: bool,
+    memory: torch.Tensor,
+    columns: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed loss of some rows (a scalar), and by their ``hidden`` (rows, width) its gradient, if wanted.
+
+    Goes through the vocabulary by blocks of ``columns`` logits, which are made in ``memory``; ``targets`` (rows, 1).
+    """
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    rows = len(hidden)
+    lengthened = pad(hidden, (0, 0, 0, rounded(rows) - rows))
+    highest = hidden.new_full((rows, 1), torch.finfo(exact).min, dtype=exact)
+    shrink, divisor, picked = highest.new_zeros(3, rows, 1)
+    slopes = highest.new_zeros(())
+    for first in range(0, len(weight), columns):
+        some = weight[first : first + columns]
+        whole = memory[: len(lengthened) * len(some)].view(len(lengthened), len(some))
+        logits = torch.mm(lengthened, some.T, out=whole)[:rows]
+        if bias is not None:
+            logits += bias[first : first + columns]
+        place = targets - first
+        is_here = (place >= 0) & (place < len(some))
+        picked = torch.where(is_here, logits.gather(1, place.clamp(0, len(some) - 1)).to(exact), picked)
+        _make_exponentials(logits, highest, shrink, divisor, scale, cap)
+        if wants_gradient:
+            slopes = torch.mm(whole, some)[:rows].to(exact).addcmul_(slopes, shrink)
+    picked = _bounded(picked, scale, cap)
+    if wants_gradient:
+        own = weight[targets[:, 0]]
+        slopes = slopes.div_(divisor).sub_(own if cap is None else own * _slope(picked, cap)).mul_(scale)
+    return (divisor.log() + highest - picked).sum(), slopes
+
+
+def _block(weight: torch.Tensor, count: int) -> tuple[int, int]:
+    """Rows and columns of the logits to make at a time for ``count`` rows and a head's ``weight``.
+
+    On a processor no more than its cache holds, but so many columns that to sum up their products, each as wide as the
+    hidden states, takes little time.
+    """
+    vocabulary, width = weight.shape
+    if weight.device.type != "cpu":
+        return rounded(max(64, BYTES_ON_GPU // (weight.itemsize * vocabulary))), vocabulary
+    rows = rounded(min(ROWS, LOGITS // width))
+    return rows, min(vocabulary, max(COLUMNS, 2 * width, rounded(LOGITS // min(rows, rounded(count)))))
+
+
+def _make_exponentials(
+    logits: torch.Tensor,
+    highest: torch.Tensor,
+    shrink: torch.Tensor,
+    divisor: torch.Tensor,
+    scale: float,
+    cap: float | None,
+) -> None:
+    """Make of ``logits`` (rows, n) e = exp(z - m), times z's slope where there is a cap, in place.
+
+    m, the largest z of a row so far, takes the place of ``highest`` (rows, 1), ``shrink`` becomes exp(highest - m), by
+    which what was made before is to be multiplied, and ``divisor`` its sum of all e, without slopes.
+    """
+    few = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    parts = (torch.split(each, few) for each in (logits, highest, shrink, divisor))
+    for each, most, less, total in zip(*parts, strict=True):
+        z = _bounded(each.to(most.dtype), scale, cap)
+        slope = None if cap is None else _slope(z, cap)
+        new = torch.maximum(most, z.amax(1, keepdim=True))
+        torch.sub(most, new, out=less).exp_()
+        most.copy_(new)
+        exponentials = z.sub_(new).exp_()
+        total.mul_(less).add_(exponentials.sum(1, keepdim=True))
+        each.copy_(exponentials if slope is None else exponentials.mul_(slope))
+
+
+def _slope(z: torch.Tensor, cap: float) -> torch.Tensor:
+    """dz/dlogit of a capped z."""
+    return 1 - (z / cap).square_()
 
 
 def _bounded(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
