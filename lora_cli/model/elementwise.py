@@ -6,6 +6,7 @@ some round elsewhere.
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.functional import rms_norm
 
 from lora_cli.model.fused_lora import Fused
-from lora_cli.model.gate import Gate
+from lora_cli.model.gate import GATED, Formula, Gate
 from lora_cli.model.layers import CANNOT
 
 if TYPE_CHECKING:
@@ -23,28 +24,40 @@ if TYPE_CHECKING:
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-class Normalize(torch.autograd.Function):
-    """y = w x / sqrt(mean(x^2) + eps) (RMSNorm, arXiv:1910.07467, equation 4) for a frozen w.
+def normal(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = w x / sqrt(mean(x^2) + eps) (RMSNorm, arXiv:1910.07467, equation 4), and what x is multiplied by (…, 1).
 
     x (…, width), w (width); computed in float32, rounded to x's type before w, as Llama does it.
     """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    own = None if wide is x else wide  # memory that may be written over
+    return torch.mul(wide, inverse, out=own).to(x.dtype) * weight, inverse
+
+
+def normal_slopes(x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """The gradient of ``normal``'s x for that of its y."""
+    wide, g = x.to(inverse.dtype), grad.to(inverse.dtype) * weight
+    along = torch.linalg.vecdot(g, wide).unsqueeze(-1)
+    return g.mul_(inverse).addcmul_(wide, along * inverse.pow(3).div_(-x.shape[-1])).to(x.dtype)
+
+
+NORMAL = Formula(normal, normal_slopes)
+
+
+class Normalize(torch.autograd.Function):
+    """``normal``, for a frozen w."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, formula: Formula = NORMAL) -> torch.Tensor:
+        y, inverse = formula.value(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        own = None if wide is x else wide  # memory that may be written over
-        normal: torch.Tensor = torch.mul(wide, inverse, out=own).to(x.dtype) * weight
-        return normal
+        ctx.formula = formula
+        return cast("torch.Tensor", y)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, inverse = ctx.saved_tensors
-        wide, g = x.to(inverse.dtype), grad.to(inverse.dtype) * weight
-        along = torch.linalg.vecdot(g, wide).unsqueeze(-1)
-        grad_x = g.mul_(inverse).addcmul_(wide, along * inverse.pow(3).div_(-x.shape[-1]))
-        return grad_x.to(x.dtype), None, None
+        return ctx.formula.slopes(*ctx.saved_tensors, grad), None, None, None
 
 
 class FrozenRMSNorm(nn.Module):
@@ -54,6 +67,7 @@ class FrozenRMSNorm(nn.Module):
         super().__init__()
         self.weight = weight
         self.eps = eps
+        self.formula = NORMAL
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -61,7 +75,7 @@ class FrozenRMSNorm(nn.Module):
                 return self.weight * rms_norm(x, self.weight.shape, eps=self.eps)
             if x.is_cuda and x.dtype == self.weight.dtype:
                 return rms_norm(x, self.weight.shape, self.weight, self.eps)  # one kernel each way
-            return cast("torch.Tensor", Normalize.apply(x, self.weight, self.eps))  # type: ignore[no-untyped-call]
+            return cast("torch.Tensor", Normalize.apply(x, self.weight, self.eps, self.formula))  # type: ignore[no-untyped-call]
 
 
 class GatedMLP(nn.Module):
@@ -70,12 +84,13 @@ class GatedMLP(nn.Module):
     def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+        self.formula = GATED
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         if gate.is_cuda and isinstance(self.down_proj, Fused):  # a processor takes too long to make the product twice
             return cast("torch.Tensor", self.down_proj(up, gate=gate))
-        return cast("torch.Tensor", self.down_proj(Gate.apply(gate, up)))  # type: ignore[no-untyped-call]
+        return cast("torch.Tensor", self.down_proj(Gate.apply(gate, up, self.formula)))  # type: ignore[no-untyped-call]
 
 
 def fuse(model: PreTrainedModel) -> None:
@@ -87,6 +102,35 @@ def fuse(model: PreTrainedModel) -> None:
             model.set_submodule(name, FrozenRMSNorm(cast("nn.Parameter", module.weight), _eps(module)))
         elif {each for each, _ in module.named_children()} >= set(PROJECTIONS) and _is_gated(module):
             model.set_submodule(name, GatedMLP(*(module.get_submodule(each) for each in PROJECTIONS)))
+
+
+def widths(model: nn.Module) -> list[int]:
+    """How wide the vectors are that go through the norms and gates which ``fuse`` has put in place."""
+    return [_width(module) for module in model.modules() if isinstance(module, FrozenRMSNorm | GatedMLP)]
+
+
+def compile_formulas(model: nn.Module, dtype: torch.dtype) -> None:
+    """Have torch's compiler make one loop of each formula in the model's norms and gates, for inputs of ``dtype``: the
+    same numbers but for rounding. Raises what the compiler does, and leaves the model as it was then."""
+    os.environ.pop("TORCHDYNAMO_DISABLE", None)
+    compiled = {
+        formula: Formula(*(torch.compile(each, dynamic=True) for each in (formula.value, formula.slopes)))
+        for formula in (NORMAL, GATED)
+    }
+    x, y = (torch.ones(1, 64, 256, dtype=dtype, requires_grad=True) for _ in range(2))
+    results = (
+        Normalize.apply(x, torch.ones(256, dtype=dtype), 1e-6, compiled[NORMAL]),  # type: ignore[no-untyped-call]
+        Gate.apply(x, y, compiled[GATED]),  # type: ignore[no-untyped-call]
+    )
+    for result in results:  # they are compiled when they are called
+        result.backward(torch.ones_like(result))
+    for module in model.modules():
+        if isinstance(module, FrozenRMSNorm | GatedMLP):
+            module.formula = compiled[module.formula]
+
+
+def _width(module: FrozenRMSNorm | GatedMLP) -> int:
+    return module.weight.numel() if isinstance(module, FrozenRMSNorm) else cast("int", module.gate_proj.out_features)
 
 
 def _eps(norm: nn.Module) -> float:

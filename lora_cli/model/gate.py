@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, cast
@@ -33,16 +35,29 @@ def gated_slopes(gate: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> tup
     return torch.ops.aten.silu_backward(grad * x, gate), grad_x
 
 
+@dataclass(frozen=True)
+class Formula:
+    """What gives a value, and from what was kept and the value's gradient those of its inputs: as they stand, or as
+    torch's compiler has made them."""
+
+    value: Callable[..., Any]
+    slopes: Callable[..., Any]
+
+
+GATED = Formula(gated, gated_slopes)
+
+
 class Gate(torch.autograd.Function):
     """``gated``, with nothing but its two inputs kept; the backward pass may write over them, which nothing else reads
     by then."""
 
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, gate: torch.Tensor, x: torch.Tensor, formula: Formula = GATED) -> torch.Tensor:
         ctx.save_for_backward(gate, x)
-        return gated(gate, x)
+        ctx.formula = formula
+        return cast("torch.Tensor", formula.value(gate, x))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, x = ctx.saved_tensors
-        return gated_slopes(gate, x, grad)
+        return *ctx.formula.slopes(gate, x, grad), None

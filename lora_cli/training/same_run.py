@@ -25,6 +25,7 @@ MAY_CHANGE = {
         "gradient_checkpointing",
         "cache_frozen",
         "stream_base",
+        "torch_compile",
         "fsdp",
         "deepspeed",
         "report_to",

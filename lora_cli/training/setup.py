@@ -22,6 +22,7 @@ from lora_cli.model.elementwise import fuse
 from lora_cli.model.memory import activation_bytes, free_bytes, keep_freed_memory
 from lora_cli.training.agreement import check_agreement
 from lora_cli.training.batch_size import recompute_activations, resolve
+from lora_cli.training.compiling import check_compiler, compile_elementwise
 from lora_cli.training.display import Display
 from lora_cli.training.estimate import largest_batch
 from lora_cli.training.optimizer import check_warmup, make_optimizer
@@ -85,6 +86,7 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = make_accelerator(recipe.training, dtype)
     check_agreement(job, accelerator, str(dtype).removeprefix("torch."))
+    check_compiler(recipe)
     set_seed(recipe.training.seed)
     keep_freed_memory()
     display.note(f"loading {recipe.model.name_or_path}")
@@ -114,12 +116,14 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     checkpointing = choose_checkpointing(job, schedule, dtype, accelerator.device, head is None)
     if checkpointing or sources:
         recompute_activations(model)
+    total = schedule.total_steps(recipe.training.num_train_epochs, recipe.training.max_steps)
+    check_warmup(recipe.training, total)
+    tokens = job.train.examples.tokens * total / schedule.steps_in(0) / accelerator.num_processes
+    compile_elementwise(model, recipe, dtype, accelerator.device, tokens, display)
     optimizer = make_optimizer(recipe.training, [p for _, p in trainable_parameters(model)])
     prepared, optimizer = prepare_model(accelerator, model, optimizer, dtype)
     prepared.train()
     set_seed(recipe.training.seed, device_specific=True)  # the same start on all processes, dropout of its own on each
-    total = schedule.total_steps(recipe.training.num_train_epochs, recipe.training.max_steps)
-    check_warmup(recipe.training, total)
     return Trainer(
         job,
         accelerator,
