@@ -36,6 +36,7 @@ UNPACKED = {"data.packing": False, "data.shuffle": False}
 BEST = {"packing": True, "gradient_checkpointing": False}
 CPU = (
     Contestant(OURS, OURS),
+    Contestant("lora-compiled", OURS, {"training.torch_compile": True}, needs_bf16=True),
     Contestant("lora-unpacked", OURS, UNPACKED, in_order=True),
     Contestant("trl", "sft", in_order=True),
     Contestant("trl-packing", "sft", {"packing": True}),
