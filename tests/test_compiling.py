@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,26 @@ from lora_cli.training.compiling import has_compiler
 
 NORMS, GATES = 2 * 2 + 1, 2
 """Of tiny_llama; the gates are twice as wide as the norms."""
+ON_A_PROCESSOR = pytest.mark.skipif(torch.cuda.is_available(), reason="the run would take the GPU")
+COMPILER = pytest.mark.skipif(not has_compiler(), reason="torch's compiler needs another one for C++")
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is compiled yet, and the compiler is off, as the command line has it."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    assert os.environ["TORCHDYNAMO_DISABLE"] == "1" and os.environ.get("TORCHINDUCTOR_CACHE_DIR") == folder
+    torch.compiler.set_stance("default")
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    """How many functions were compiled."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def results(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -27,54 +49,57 @@ def results(model: torch.nn.Module) -> list[torch.Tensor]:
     return [logits.detach().float(), gradient.float()]
 
 
-@pytest.mark.skipif(not has_compiler(), reason="torch's compiler needs another one for C++")
+@COMPILER
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # in what the compiler imports
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # which the compiler looks at
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
-def test_what_is_compiled_gives_the_same_numbers(
-    dtype: torch.dtype, rounding: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # as the command line has it
-    model = build("Llama", GROUPED).to(dtype)
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_what_is_compiled_gives_the_same_numbers(dtype: torch.dtype, rounding: float, anew: None) -> None:
+    """Of a model that has norms of two widths, over vectors and over each head."""
+    model = build("Qwen3", GROUPED).to(dtype)
     fuse(model)
     model.requires_grad_(False)
     wanted = results(model)
-    torch._dynamo.utils.counters.clear()
     compile_formulas(model, dtype)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
     for found, expected in zip(results(model), wanted, strict=True):
         assert float((found - expected).norm() / expected.norm()) < rounding
         assert dtype == torch.float32 or not torch.equal(found, expected)  # nothing is rounded in between
+    assert graphs() == 4
+    norm = model.get_submodule("model.norm")
+    alone = torch.ones(1, 1, 32, dtype=dtype)
+    torch.testing.assert_close(norm(alone), norm(alone.expand(1, 2, 32))[:, :1])  # by another way
 
 
-@pytest.mark.skipif(not has_compiler(), reason="torch's compiler needs another one for C++")
+@COMPILER
+@ON_A_PROCESSOR
 def test_the_switch(
-    write_recipe: Any, lora: Any, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    write_recipe: Any, lora: Any, tmp_path: Path, tiny_llama: Path, anew: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    runs, graphs = [], []
+    """All that the run calls is compiled before its first step: whatever is not would fail here."""
+    set_stance = torch.compiler.set_stance
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: set_stance(stance.replace("eager", "fail")))
+    runs = []
     for value in (False, True):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
         changes = {"model.name_or_path": tiny_llama, "data.packing": True, "training.torch_compile": value}
-        result = done(lora("train", write_recipe(changes | {"training.output_dir": tmp_path / str(value)})))
+        changes |= {"data.validation": 0.2, "training.output_dir": tmp_path / str(value)}
+        result = done(lora("train", write_recipe(changes)))
         assert ("training.torch_compile: true: compiling norms and gates" in result.stderr) is value
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert graphs() == (4 if value else 0)
         runs.append(Run(tmp_path / str(value)))
-    assert graphs[0] == 0 < graphs[1] <= 2 * 4  # when called first, and as the run calls them
-    assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-5)
+    for split in ("train", "validation"):
+        assert runs[0].column("loss", split) == pytest.approx(runs[1].column("loss", split), rel=1e-5)
 
 
+@ON_A_PROCESSOR
 @pytest.mark.parametrize("share", [0.99, 1.01])
 def test_auto_compiles_what_saves_twice_its_cost(
     share: float, write_recipe: Any, lora: Any, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a compiler that fails the run tells, and goes on."""
-    recipe = write_recipe({"model.name_or_path": tiny_llama, "training.max_steps": 6})
-    rows = done(lora("train", recipe, "training.torch_compile=false")).stderr
+    recipe = write_recipe({"model.name_or_path": tiny_llama, "training.max_steps": 9})
+    without = done(lora("train", recipe, "training.torch_compile=false")).stderr
     info = Run(recipe.parent / "run").info
     steps_in_epoch = info["data"]["rows"] / (2 * 2)  # rows of a micro-batch, micro-batches of a step
-    numbers = info["data"]["tokens"] * 6 / steps_in_epoch * WIDTH * (NORMS + 2 * GATES)
+    numbers = info["data"]["tokens"] * 9 / steps_in_epoch * WIDTH * (NORMS + 2 * GATES)
     saved = 0.9e-9 * numbers / torch.get_num_threads()
     monkeypatch.setattr("lora_cli.training.compiling.COST", share * saved / 2)
 
@@ -87,10 +112,11 @@ def test_auto_compiles_what_saves_twice_its_cost(
     told = " ".join(done(lora("train", recipe, "--overwrite")).stderr.split())
     failed = "training.torch_compile: auto -> false: it failed: g++: internal error"
     assert (failed in told) is (share < 1)
-    assert "more of it" not in told and "torch_compile" not in rows
+    assert "more of it" not in told and "torch_compile" not in without
     assert Run(recipe.parent / "run").losses == before
 
 
+@ON_A_PROCESSOR
 def test_without_a_compiler(
     write_recipe: Any, lora: Any, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,10 +130,11 @@ def test_without_a_compiler(
     assert "training.torch_compile: auto -> false: there is no C++ compiler" in told
 
 
-@pytest.mark.skipif(not has_compiler(), reason="which is told of first")
+@COMPILER
+@ON_A_PROCESSOR
 def test_what_has_nothing_to_compile(write_recipe: Any, lora: Any) -> None:
     told = " ".join(done(lora("train", write_recipe({"training.torch_compile": True}))).stderr.split())
-    assert "training.torch_compile: true -> false: it has no RMS norms or SiLU gates" in told
+    assert "training.torch_compile: true -> false: there are no fused RMS norms or SiLU gates" in told
     refused = lora("train", write_recipe({"training.torch_compile": True, "adapter.fused": False}), "--overwrite")
     assert refused.exit_code == 2
     assert "training.torch_compile: compiles what adapter.fused computes, and that is false" in refused.stderr

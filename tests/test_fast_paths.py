@@ -178,14 +178,19 @@ def test_products_that_round_otherwise_for_another_number_of_tokens_do_not_count
     assert lay_end_to_end(model, torch.device("cpu"), "auto", LENGTHS)
 
 
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """37 rows by 31 words go in chunks of 20 and of 17, which is no rounded number, by 12, 12 and 7 words, and a few
+    rows of these at a time."""
+    for name, value in {"ROWS": 20, "COLUMNS": 4, "LOGITS": 20 * 12, "CACHED": 3 * 12}.items():
+        monkeypatch.setattr(f"lora_cli.evaluation.head.{name}", value)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.3, None), (1e4, None), (1.0, 2.0), (1.7, 1.5)])
 def test_the_loss_in_chunks_is_the_plain_one(
     scale: float, cap: float | None, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In 3 chunks of 16, 16 and 5 rows, each in 3 blocks of 12, 12 and 7 columns, of which 3 rows go at a time."""
-    for name, value in {"ROWS": 16, "COLUMNS": 4, "LOGITS": 16 * 12, "CACHED": 3 * 12}.items():
-        monkeypatch.setattr(f"lora_cli.evaluation.head.{name}", value)
+    small_blocks(monkeypatch)
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(37, 6, generator=draw, dtype=torch.float64, requires_grad=True)
     head = nn.Linear(6, 31, bias=bias, dtype=torch.float64).requires_grad_(False)
@@ -206,6 +211,27 @@ def test_the_loss_in_chunks_is_the_plain_one(
     assert torch.autograd.gradcheck(lambda h: LinearCrossEntropy.apply(h, *arguments), (hidden,))
     with torch.no_grad():
         assert Head(head, scale, cap).summed_loss(hidden, targets).item() == pytest.approx(loss.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_in_16_bits_the_loss_in_chunks_is_as_near_as_its_logits(
+    cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_blocks(monkeypatch)
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(37, 6, generator=draw).bfloat16().requires_grad_()
+    head = nn.Linear(6, 31, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    targets = torch.randint(31, (37,), generator=draw)
+    exact = hidden.detach().double().requires_grad_()
+    logits = exact @ head.weight.double().T
+    logits = logits + (logits.detach().bfloat16() - logits.detach())  # rounded as a product in 16 bits is
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    wanted = (logits.logsumexp(1) - logits[torch.arange(37), targets]).sum()
+    loss = Head(head, 1.0, cap).summed_loss(hidden, targets)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    (slope,), (found,) = torch.autograd.grad(wanted, exact), torch.autograd.grad(loss, hidden)
+    assert float((found - slope).norm() / slope.norm()) < 2**-7
 
 
 def test_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:

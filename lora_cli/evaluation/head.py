@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROWS, COLUMNS, LOGITS = 2048, 4096, 2**22
-"""Rows of logits that a processor makes at a time, at most, columns at least, and about how many logits."""
+"""Rows of logits that a processor makes at a time, at most, columns at least, and logits where rows are few."""
 BYTES_ON_GPU = 2**28
 """Bytes of logits that a GPU makes at a time, at most, but for the rounding of rows: few make slow products."""
 CACHED = 2**19
@@ -170,14 +170,14 @@ def _loss_and_slopes(
 def _block(weight: torch.Tensor, count: int) -> tuple[int, int]:
     """Rows and columns of the logits to make at a time for ``count`` rows and a head's ``weight``.
 
-    On a processor no more than its cache holds, but so many columns that to sum up their products, each as wide as the
+    On a processor about what its cache holds, but so many columns that to sum up their products, each as wide as the
     hidden states, takes little time.
     """
     vocabulary, width = weight.shape
     if weight.device.type != "cpu":
         return rounded(max(64, BYTES_ON_GPU // (weight.itemsize * vocabulary))), vocabulary
     rows = rounded(min(ROWS, LOGITS // width))
-    return rows, min(vocabulary, max(COLUMNS, 2 * width, rounded(LOGITS // min(rows, rounded(count)))))
+    return rows, min(vocabulary, max(COLUMNS, 2 * width, rounded(LOGITS // min(rows, rounded(max(1, count))))))
 
 
 def _make_exponentials(

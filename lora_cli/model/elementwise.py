@@ -7,6 +7,9 @@ some round elsewhere.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +18,7 @@ from torch import nn
 from torch.nn.functional import rms_norm
 
 from lora_cli.model.fused_lora import Fused
-from lora_cli.model.gate import GATED, Formula, Gate
+from lora_cli.model.gate import GATED, Formula, Gate, vectors
 from lora_cli.model.layers import CANNOT
 
 if TYPE_CHECKING:
@@ -25,9 +28,9 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def normal(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """y = w x / sqrt(mean(x^2) + eps) (RMSNorm, arXiv:1910.07467, equation 4), and what x is multiplied by (…, 1).
+    """y = w x / sqrt(mean(x^2) + eps) (RMSNorm, arXiv:1910.07467, equation 4), and what x is multiplied by (n, 1).
 
-    x (…, width), w (width); computed in float32, rounded to x's type before w, as Llama does it.
+    x (n, width), w (width); computed in float32, rounded to x's type before w, as Llama does it.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -50,14 +53,16 @@ class Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, formula: Formula = NORMAL) -> torch.Tensor:
-        y, inverse = formula.value(x, weight, eps)
+        y, inverse = formula.value(vectors(x), weight.detach(), eps)
         ctx.save_for_backward(x, weight, inverse)
         ctx.formula = formula
-        return cast("torch.Tensor", y)
+        return cast("torch.Tensor", y.reshape(x.shape))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return ctx.formula.slopes(*ctx.saved_tensors, grad), None, None, None
+        x, weight, inverse = ctx.saved_tensors
+        grad_x = ctx.formula.slopes(vectors(x), weight.detach(), inverse, vectors(grad))
+        return grad_x.reshape(grad.shape), None, None, None
 
 
 class FrozenRMSNorm(nn.Module):
@@ -90,7 +95,9 @@ class GatedMLP(nn.Module):
         gate, up = self.gate_proj(x), self.up_proj(x)
         if gate.is_cuda and isinstance(self.down_proj, Fused):  # a processor takes too long to make the product twice
             return cast("torch.Tensor", self.down_proj(up, gate=gate))
-        return cast("torch.Tensor", self.down_proj(Gate.apply(gate, up, self.formula)))  # type: ignore[no-untyped-call]
+        with torch.autocast(gate.device.type, enabled=False):  # nothing here heeds it but the compiler
+            product = Gate.apply(gate, up, self.formula)  # type: ignore[no-untyped-call]
+        return cast("torch.Tensor", self.down_proj(product))
 
 
 def fuse(model: PreTrainedModel) -> None:
@@ -105,28 +112,49 @@ def fuse(model: PreTrainedModel) -> None:
 
 
 def widths(model: nn.Module) -> list[int]:
-    """How wide the vectors are that go through the norms and gates which ``fuse`` has put in place."""
+    """The widths of the norms and gates which ``fuse`` has put in place; of a norm over each head that of one head."""
     return [_width(module) for module in model.modules() if isinstance(module, FrozenRMSNorm | GatedMLP)]
 
 
 def compile_formulas(model: nn.Module, dtype: torch.dtype) -> None:
     """Have torch's compiler make one loop of each formula in the model's norms and gates, for inputs of ``dtype``: the
-    same numbers but for rounding. Raises what the compiler does, and leaves the model as it was then."""
-    os.environ.pop("TORCHDYNAMO_DISABLE", None)
-    compiled = {
-        formula: Formula(*(torch.compile(each, dynamic=True) for each in (formula.value, formula.slopes)))
-        for formula in (NORMAL, GATED)
-    }
-    x, y = (torch.ones(1, 64, 256, dtype=dtype, requires_grad=True) for _ in range(2))
-    results = (
-        Normalize.apply(x, torch.ones(256, dtype=dtype), 1e-6, compiled[NORMAL]),  # type: ignore[no-untyped-call]
-        Gate.apply(x, y, compiled[GATED]),  # type: ignore[no-untyped-call]
-    )
-    for result in results:  # they are compiled when they are called
-        result.backward(torch.ones_like(result))
+    same numbers but for rounding. Raises what the compiler does, and leaves the model as it was then.
+
+    The compiler's files, a few hundred megabytes with pickles among them, do not outlast the call: what they do not
+    serve, such as a vector alone, is computed as before.
+    """
+    torch.compiler.set_stance("default")
+    with TemporaryDirectory(prefix="lora-compiles-") as folder, _compiler_on(folder):
+        compiled = {
+            formula: Formula(*(torch.compile(each, dynamic=True) for each in (formula.value, formula.slopes)))
+            for formula in (NORMAL, GATED)
+        }
+        x, y = (torch.ones(64, 256, dtype=dtype, requires_grad=True) for _ in range(2))
+        results = (
+            Normalize.apply(x, torch.ones(256, dtype=dtype), 1e-6, compiled[NORMAL]),  # type: ignore[no-untyped-call]
+            Gate.apply(x, y, compiled[GATED]),  # type: ignore[no-untyped-call]
+        )
+        for result in results:  # they are compiled when they are called
+            result.backward(torch.ones_like(result))
+    torch.compiler.set_stance("eager_on_recompile")
     for module in model.modules():
         if isinstance(module, FrozenRMSNorm | GatedMLP):
             module.formula = compiled[module.formula]
+
+
+@contextmanager
+def _compiler_on(folder: str) -> Iterator[None]:
+    """Within, the compiler is on, which the command line has turned off, and writes into ``folder``."""
+    values = {"TORCHDYNAMO_DISABLE": "0", "TORCHINDUCTOR_CACHE_DIR": folder}
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _width(module: FrozenRMSNorm | GatedMLP) -> int:

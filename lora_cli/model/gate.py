@@ -38,7 +38,11 @@ def gated_slopes(gate: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> tup
 @dataclass(frozen=True)
 class Formula:
     """What gives a value, and from what was kept and the value's gradient those of its inputs: as they stand, or as
-    torch's compiler has made them."""
+    torch's compiler has made them.
+
+    Both take vectors as (n, width), and plain tensors that need no gradient: for each other kind the compiler would
+    make another function.
+    """
 
     value: Callable[..., Any]
     slopes: Callable[..., Any]
@@ -55,9 +59,14 @@ class Gate(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, x: torch.Tensor, formula: Formula = GATED) -> torch.Tensor:
         ctx.save_for_backward(gate, x)
         ctx.formula = formula
-        return cast("torch.Tensor", formula.value(gate, x))
+        return cast("torch.Tensor", formula.value(vectors(gate), vectors(x)).reshape(x.shape))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gate, x = ctx.saved_tensors
-        return *ctx.formula.slopes(gate, x, grad), None
+        slopes = ctx.formula.slopes(*map(vectors, (*ctx.saved_tensors, grad)))
+        return *(each.reshape(grad.shape) for each in slopes), None
+
+
+def vectors(x: torch.Tensor) -> torch.Tensor:
+    """(…, width) as (n, width), which neither needs a gradient nor, detached last, is known as a view of ``x``."""
+    return x.reshape(-1, x.shape[-1]).detach()

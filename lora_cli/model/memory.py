@@ -30,8 +30,9 @@ ALLOCATION_FAILED = (
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and numbers of malloc.h
 KEPT, LARGEST = 2**30, 2**25  # bytes; glibc takes no larger LARGEST
 
-LOGITS_AT_ONCE = 3 * 2**24
-"""Bytes that logits take where they are computed in chunks: some tens of megabytes, whatever the vocabulary."""
+LOGITS_AT_ONCE = 5 * 2**24
+"""Bytes that logits take where they are computed in blocks, sums with them: some tens of megabytes, whatever the
+vocabulary."""
 
 
 def activation_bytes(
