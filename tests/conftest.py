@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import io
 import json
 import os
@@ -288,6 +289,16 @@ def done(result: Any) -> Any:
     """The result of a command that has to succeed."""
     assert result.exit_code == 0, result.stderr
     return result
+
+
+def living_tensors() -> list[torch.Tensor]:
+    """Every tensor in this process that holds memory; torch's compiler leaves some that do not."""
+    import torch
+    from torch._subclasses.fake_tensor import is_fake
+
+    gc.collect()
+    found = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and not is_fake(each)]
+    return [each for each in found if each.device.type == "cpu"]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+from conftest import living_tensors
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -626,9 +626,7 @@ def test_embedding_and_head_are_not_held_at_once(tiny_llama: Path, tmp_path: Pat
     words, held = weights_of(tiny_llama)["lm_head.weight"].shape, []
 
     def counted(info: Any, name: str) -> torch.Tensor:
-        gc.collect()
-        alive = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.device.type == "cpu"]
-        held.append((name, sum(each.shape == words for each in alive)))
+        held.append((name, sum(each.shape == words for each in living_tensors())))
         return read(info, name)
 
     monkeypatch.setattr(merge, "read_tensor", counted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, done
+from conftest import Run, done, living_tensors
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_compose import far, products, varied
@@ -267,9 +266,7 @@ def test_extract_holds_one_layers_factors(tiny_llama: Path, tmp_path: Path, lora
     held, difference = [], extract.Pair.difference
 
     def counted(pair: extract.Pair) -> torch.Tensor:
-        gc.collect()
-        alive = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
-        held.append(sum(each.nbytes for each in alive if each.device.type == "cpu"))
+        held.append(sum(each.nbytes for each in living_tensors()))
         return difference(pair)
 
     monkeypatch.setattr(extract.Pair, "difference", counted)
