@@ -120,13 +120,16 @@ def compile_formulas(model: nn.Module, dtype: torch.dtype) -> None:
     """Have torch's compiler make one loop of each formula in the model's norms and gates, for inputs of ``dtype``: the
     same numbers but for rounding. Raises what the compiler does, and leaves the model as it was then.
 
-    The compiler's files, a few hundred megabytes with pickles among them, do not outlast the call: what they do not
-    serve, such as a vector alone, is computed as before.
+    The compiler's files, pickles among them, do not outlast the call: what they do not serve, such as a vector alone,
+    is computed as before.
     """
-    torch.compiler.set_stance("default")
+    options: dict[str, Any] = {"cpp_cache_precompile_headers": False}  # 150 MB, and no faster for so few formulas
     with TemporaryDirectory(prefix="lora-compiles-") as folder, _compiler_on(folder):
+        torch.compiler.set_stance("default")
         compiled = {
-            formula: Formula(*(torch.compile(each, dynamic=True) for each in (formula.value, formula.slopes)))
+            formula: Formula(
+                *(torch.compile(each, dynamic=True, options=options) for each in (formula.value, formula.slopes))
+            )
             for formula in (NORMAL, GATED)
         }
         x, y = (torch.ones(64, 256, dtype=dtype, requires_grad=True) for _ in range(2))
