@@ -179,8 +179,8 @@ def test_products_that_round_otherwise_for_another_number_of_tokens_do_not_count
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """37 rows by 31 words go in chunks of 20 and of 17, which is no rounded number, by 12, 12 and 7 words, and a few
-    rows of these at a time."""
+    """37 rows by 31 words go in chunks of 20 and of 17, which is no rounded number, by 12 or 13 words, a last 7 or 5,
+    and a few rows of these at a time."""
     for name, value in {"ROWS": 20, "COLUMNS": 4, "LOGITS": 20 * 12, "CACHED": 3 * 12}.items():
         monkeypatch.setattr(f"lora_cli.evaluation.head.{name}", value)
 

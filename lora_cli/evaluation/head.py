@@ -57,13 +57,15 @@ class Head:
             return fused
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        weight = weight.to(hidden.dtype)
+        rows = _rows(weight)
+        wants_gradient = hidden.requires_grad and torch.is_grad_enabled()
         with torch.autocast(hidden.device.type, enabled=False):
-            wants_gradient = hidden.requires_grad and torch.is_grad_enabled()
-            loss = LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-                hidden, weight, bias, targets, self.scale, self.cap, wants_gradient
-            )
-        assert isinstance(loss, torch.Tensor)
-        return loss
+            losses = [
+                LinearCrossEntropy.apply(some, weight, bias, wanted, self.scale, self.cap, wants_gradient)  # type: ignore[no-untyped-call]
+                for some, wanted in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
+            ]
+        return torch.stack(losses).sum()
 
     @contextmanager
     def set_aside(self, use: Callable[[torch.Tensor], None]) -> Iterator[None]:
@@ -103,81 +105,57 @@ class LinearCrossEntropy(torch.autograd.Function):
         cap: float | None,
         wants_gradient: bool,
     ) -> torch.Tensor:
-        weight = weight.to(hidden.dtype)
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=exact, device=hidden.device)
-        gradient = torch.empty_like(hidden) if wants_gradient else None
-        rows, columns = _block(weight, len(hidden))
-        memory = hidden.new_empty(min(rows, rounded(len(hidden))) * columns)
-        for start in range(0, len(hidden), rows):
-            chunk = slice(start, start + rows)
-            loss, slopes = _loss_and_slopes(
-                hidden[chunk], weight, bias, targets[chunk, None], scale, cap, wants_gradient, memory, columns
-            )
-            total += loss
-            if gradient is not None:
-                gradient[chunk] = slopes
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return total
+        rows, columns = len(hidden), _columns(weight, len(hidden))
+        lengthened = pad(hidden, (0, 0, 0, rounded(rows) - rows))
+        memory = hidden.new_empty(len(lengthened) * columns)
+        highest = hidden.new_full((rows, 1), torch.finfo(exact).min, dtype=exact)
+        shrink, divisor, picked = highest.new_zeros(3, rows, 1)
+        slopes = highest.new_zeros(())
+        for first in range(0, len(weight), columns):
+            some = weight[first : first + columns]
+            whole = memory[: len(lengthened) * len(some)].view(len(lengthened), len(some))
+            logits = torch.mm(lengthened, some.T, out=whole)[:rows]
+            if bias is not None:
+                logits += bias[first : first + columns]
+            place = targets[:, None] - first
+            is_here = (place >= 0) & (place < len(some))
+            picked = torch.where(is_here, logits.gather(1, place.clamp(0, len(some) - 1)).to(exact), picked)
+            _make_exponentials(logits, highest, shrink, divisor, scale, cap)
+            if wants_gradient:
+                slopes = torch.mm(whole, some)[:rows].to(exact).addcmul_(slopes, shrink)
+        picked = _bounded(picked, scale, cap)
+        if wants_gradient:
+            own = weight[targets]
+            slopes = slopes.div_(divisor).sub_(own if cap is None else own * _slope(picked, cap)).mul_(scale)
+            ctx.save_for_backward(slopes.to(hidden.dtype))
+        loss: torch.Tensor = (divisor.log() + highest - picked).sum()
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None, None, None, None, None, None
+        (slopes,) = ctx.saved_tensors
+        return slopes * grad.to(slopes.dtype), None, None, None, None, None, None
 
 
-def _loss_and_slopes(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    scale: float,
-    cap: float | None,
-    wants_gradient: bool,
-    memory: torch.Tensor,
-    columns: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed loss of some rows (a scalar), and by their ``hidden`` (rows, width) its gradient, if wanted.
-
-    Goes through the vocabulary by blocks of ``columns`` logits, which are made in ``memory``; ``targets`` (rows, 1).
-    """
-    exact = torch.promote_types(hidden.dtype, torch.float32)
-    rows = len(hidden)
-    lengthened = pad(hidden, (0, 0, 0, rounded(rows) - rows))
-    highest = hidden.new_full((rows, 1), torch.finfo(exact).min, dtype=exact)
-    shrink, divisor, picked = highest.new_zeros(3, rows, 1)
-    slopes = highest.new_zeros(())
-    for first in range(0, len(weight), columns):
-        some = weight[first : first + columns]
-        whole = memory[: len(lengthened) * len(some)].view(len(lengthened), len(some))
-        logits = torch.mm(lengthened, some.T, out=whole)[:rows]
-        if bias is not None:
-            logits += bias[first : first + columns]
-        place = targets - first
-        is_here = (place >= 0) & (place < len(some))
-        picked = torch.where(is_here, logits.gather(1, place.clamp(0, len(some) - 1)).to(exact), picked)
-        _make_exponentials(logits, highest, shrink, divisor, scale, cap)
-        if wants_gradient:
-            slopes = torch.mm(whole, some)[:rows].to(exact).addcmul_(slopes, shrink)
-    picked = _bounded(picked, scale, cap)
-    if wants_gradient:
-        own = weight[targets[:, 0]]
-        slopes = slopes.div_(divisor).sub_(own if cap is None else own * _slope(picked, cap)).mul_(scale)
-    return (divisor.log() + highest - picked).sum(), slopes
+def _rows(weight: torch.Tensor) -> int:
+    """Rows of logits to make at a time for a head's ``weight``, at most."""
+    vocabulary, width = weight.shape
+    if weight.device.type != "cpu":
+        return rounded(max(64, BYTES_ON_GPU // (weight.itemsize * vocabulary)))
+    return rounded(min(ROWS, LOGITS // width))
 
 
-def _block(weight: torch.Tensor, count: int) -> tuple[int, int]:
-    """Rows and columns of the logits to make at a time for ``count`` rows and a head's ``weight``.
+def _columns(weight: torch.Tensor, rows: int) -> int:
+    """Columns of the logits to make at a time for so many rows.
 
-    On a processor about what its cache holds, but so many columns that to sum up their products, each as wide as the
-    hidden states, takes little time.
+    On a processor about what its cache holds, but so many that to sum up their products, each as wide as the hidden
+    states, takes little time.
     """
     vocabulary, width = weight.shape
     if weight.device.type != "cpu":
-        return rounded(max(64, BYTES_ON_GPU // (weight.itemsize * vocabulary))), vocabulary
-    rows = rounded(min(ROWS, LOGITS // width))
-    return rows, min(vocabulary, max(COLUMNS, 2 * width, rounded(LOGITS // min(rows, rounded(max(1, count))))))
+        return vocabulary
+    return min(vocabulary, max(COLUMNS, 2 * width, rounded(LOGITS // rounded(max(1, rows)))))
 
 
 def _make_exponentials(
