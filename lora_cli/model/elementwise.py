@@ -6,9 +6,6 @@ some round elsewhere.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -123,8 +120,13 @@ def compile_formulas(model: nn.Module, dtype: torch.dtype) -> None:
     The compiler's files, pickles among them, do not outlast the call: what they do not serve, such as a vector alone,
     is computed as before.
     """
+    from accelerate.utils import patch_environment
+
     options: dict[str, Any] = {"cpp_cache_precompile_headers": False}  # 150 MB, and no faster for so few formulas
-    with TemporaryDirectory(prefix="lora-compiles-") as folder, _compiler_on(folder):
+    with (
+        TemporaryDirectory(prefix="lora-compiles-") as folder,
+        patch_environment(TORCHDYNAMO_DISABLE="0", TORCHINDUCTOR_CACHE_DIR=folder),  # the command line has it off
+    ):
         torch.compiler.set_stance("default")
         compiled = {
             formula: Formula(
@@ -143,21 +145,6 @@ def compile_formulas(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, FrozenRMSNorm | GatedMLP):
             module.formula = compiled[module.formula]
-
-
-@contextmanager
-def _compiler_on(folder: str) -> Iterator[None]:
-    """Within, the compiler is on, which the command line has turned off, and writes into ``folder``."""
-    values = {"TORCHDYNAMO_DISABLE": "0", "TORCHINDUCTOR_CACHE_DIR": folder}
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
 
 
 def _width(module: FrozenRMSNorm | GatedMLP) -> int:
