@@ -1,4 +1,5 @@
-"""Norms and gated MLPs in one autograd function: the formulas, in the places of the modules that compute just these."""
+"""Norms, gated MLPs and rotary positions in one autograd function: the formulas, in the places of the modules that
+compute just these."""
 
 from __future__ import annotations
 
@@ -11,20 +12,28 @@ from conftest import Run, done
 from peft import LoraConfig, get_peft_model
 from test_fast_paths import GROUPED, build
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from lora_cli.model.elementwise import FrozenRMSNorm, Gate, GatedMLP, Normalize, fuse
+from lora_cli.model.rotary import RotaryAttention, Rotate
 
 MIXED = {"num_local_experts": 2, "num_experts_per_tok": 1}
-REPLACED = {  # norms, MLPs
-    "Llama": (GROUPED, 5, 2),
-    "Qwen3": (GROUPED, 9, 2),
-    "Granite": (GROUPED, 5, 2),
-    "Phi3, whose gate and up are one layer": (GROUPED, 5, 0),
-    "Gemma, which adds 1 to a norm's weight and takes GELU": (GROUPED, 0, 0),
-    "StableLm, which has LayerNorm": (GROUPED, 0, 2),
-    "Mixtral, whose MLPs are experts": (GROUPED | MIXED, 5, 0),
-    "GPT2": ({"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, 0, 0),
+REPLACED = {  # norms, MLPs, attention
+    "Llama": (GROUPED, 5, 2, 2),
+    "Mistral, with a window": (GROUPED | {"sliding_window": 4}, 5, 2, 2),
+    "Qwen3, which has norms over heads": (GROUPED, 9, 2, 2),
+    "Granite": (GROUPED, 5, 2, 2),
+    "SmolLM3, which has one layer without positions": (GROUPED | {"no_rope_layers": [1, 0]}, 5, 2, 1),
+    "Phi3, whose gate and up are one layer": (GROUPED, 5, 0, 0),
+    "Gemma, which adds 1 to a norm's weight and takes GELU": (GROUPED, 0, 0, 2),
+    "StableLm, which has LayerNorm": (GROUPED, 0, 2, 0),
+    "Mixtral, whose MLPs are experts": (GROUPED | MIXED, 5, 0, 2),
+    "Olmo, which has LayerNorm": (GROUPED, 0, 2, 2),
+    "Olmo, which clips": (GROUPED | {"clip_qkv": 8.0}, 0, 2, 0),
+    "Olmo2, whose norms go over all heads": (GROUPED, 9, 2, 0),
+    "Nemotron, which turns half of a head": (GROUPED, 0, 0, 0),
+    "Cohere, whose pairs are neighbours": (GROUPED, 0, 2, 0),
+    "GPT2": ({"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, 0, 0, 0),
 }
 
 
@@ -65,16 +74,48 @@ def test_a_gate_is_the_formula() -> None:
     assert torch.autograd.gradcheck(Gate.apply, (gate, up))
 
 
+def test_positions_turn_pairs() -> None:
+    """Each pair is a complex number, which cos + i sin multiplies."""
+    torch.manual_seed(0)
+    x, angles = doubles(2, 3, 4, 8).requires_grad_(), doubles(2, 3, 4)
+    pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)[:, :, None]
+    cos, sin = (torch.cat((each, each), dim=-1) for each in (angles.cos(), angles.sin()))
+    torch.testing.assert_close(Rotate.apply(x, cos, sin), torch.cat((pairs.real, pairs.imag), dim=-1))
+    assert torch.autograd.gradcheck(lambda x: Rotate.apply(x, cos, sin), (x,))
+    one, other = doubles(1, 3, 8), doubles(1, 3, 8)
+    assert torch.autograd.gradcheck(lambda x: Rotate.apply(x, one, other), (x,))  # whatever they hold
+
+
+def test_in_16_bits_positions_turn_no_less_exactly_than_in_transformers() -> None:
+    torch.manual_seed(0)
+    x, grad = (torch.randn(1, 50, 4, 64).bfloat16() for _ in range(2))
+    angles = 9 * torch.randn(1, 50, 32)
+    cos, sin = (each.repeat(1, 1, 2).bfloat16() for each in (angles.cos(), angles.sin()))
+    found = {}
+    for name, given in {"own": x, "exact": x.double(), "theirs": x}.items():
+        given = given.clone().requires_grad_()
+        turned = (
+            apply_rotary_pos_emb(given, given, cos, sin, unsqueeze_dim=2)[0]
+            if name == "theirs"
+            else Rotate.apply(given, cos.to(given.dtype), sin.to(given.dtype))
+        )
+        found[name] = (
+            torch.stack((turned, *torch.autograd.grad(turned, given, grad.to(turned.dtype)))).detach().double()
+        )
+    own, theirs = (float((found[name] - found["exact"]).norm()) for name in ("own", "theirs"))
+    assert 0 < own < theirs
+
+
 @pytest.mark.parametrize("kind", REPLACED)
 def test_what_is_replaced(kind: str) -> None:
-    arguments, norms, mlps = REPLACED[kind]
+    arguments, norms, mlps, attentions = REPLACED[kind]
     model = build(kind.partition(",")[0], arguments).eval()
     names = [name for name, _ in model.named_parameters()]
     ids = torch.arange(3, 20)[None]
     wanted = model(input_ids=ids).logits
     fuse(model)
     kinds = Counter(type(module) for module in model.modules())
-    assert (kinds[FrozenRMSNorm], kinds[GatedMLP]) == (norms, mlps)
+    assert (kinds[FrozenRMSNorm], kinds[GatedMLP], kinds[RotaryAttention]) == (norms, mlps, attentions)
     assert sorted(name for name, _ in model.named_parameters()) == sorted(names)
     torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-5, atol=1e-5)
 
@@ -89,6 +130,40 @@ def test_a_norm_of_another_formula_stays() -> None:
     fuse(model)
     assert type(model.get_submodule("model.norm")) is OtherRMSNorm
     assert type(model.get_submodule("model.layers.0.input_layernorm")) is FrozenRMSNorm
+
+
+def test_attention_drops_out_as_before() -> None:
+    model = build("Llama", GROUPED | {"attention_dropout": 0.5}).train()
+    ids = torch.arange(3, 20)[None]
+
+    def logits() -> torch.Tensor:
+        torch.manual_seed(1)
+        result: torch.Tensor = model(input_ids=ids).logits
+        return result
+
+    wanted, without = logits(), model.eval()(input_ids=ids).logits
+    fuse(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, without, rtol=1e-5, atol=1e-5)
+    model.train()
+    torch.testing.assert_close(logits(), wanted, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(wanted, without, rtol=1e-2)
+
+
+def test_attention_continues_a_cache() -> None:
+    model = build("Qwen3", GROUPED).eval()
+    options = {"max_new_tokens": 5, "do_sample": False, "use_cache": True}
+    ids = torch.arange(3, 20)[None]
+    wanted = model.generate(ids, **options)
+    fuse(model)
+    assert model.generate(ids, **options).tolist() == wanted.tolist()
+
+
+def test_eager_attention_stays() -> None:
+    """Its function is no one else's."""
+    model = build("Llama", GROUPED)
+    model.set_attn_implementation("eager")
+    fuse(model)
+    assert not any(isinstance(module, RotaryAttention) for module in model.modules())
 
 
 def test_a_norm_that_is_trained_gets_its_gradient() -> None:
@@ -116,7 +191,7 @@ def test_the_switch(
     write_recipe: Any, lora: Any, tmp_path: Any, tiny_llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: Counter[str] = Counter()
-    for function in (Normalize, Gate):
+    for function in (Normalize, Gate, Rotate):
 
         def counted(*arguments: Any, original: Any = function.apply, name: str = function.__name__) -> Any:
             calls[name] += 1
@@ -133,5 +208,5 @@ def test_the_switch(
         }
         done(lora("train", write_recipe(changes)))
         runs.append(Run(tmp_path / str(fused)))
-        assert bool(calls["Normalize"]) == bool(calls["Gate"]) == fused
+        assert bool(calls["Normalize"]) == bool(calls["Gate"]) == bool(calls["Rotate"]) == fused
     assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-5)

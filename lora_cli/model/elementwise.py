@@ -17,6 +17,7 @@ from torch.nn.functional import rms_norm
 from lora_cli.model.fused_lora import Fused
 from lora_cli.model.gate import GATED, Formula, Gate, vectors
 from lora_cli.model.layers import CANNOT
+from lora_cli.model.rotary import in_one_function, rotary_width
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +99,9 @@ class GatedMLP(nn.Module):
 
 
 def fuse(model: PreTrainedModel) -> None:
-    """Replace the norms and MLPs whose own forward pass gives these numbers, in place; all others stay as they are."""
+    """Replace the norms, MLPs and attention whose own forward pass gives these numbers, in place; all others stay as
+    they are."""
+    width = None if model.config._attn_implementation == "eager" else rotary_width(model)
     for name, module in list(model.named_modules()):
         if any(each.requires_grad for each in module.parameters(recurse=False)):
             continue
@@ -106,6 +109,8 @@ def fuse(model: PreTrainedModel) -> None:
             model.set_submodule(name, FrozenRMSNorm(cast("nn.Parameter", module.weight), _eps(module)))
         elif {each for each, _ in module.named_children()} >= set(PROJECTIONS) and _is_gated(module):
             model.set_submodule(name, GatedMLP(*(module.get_submodule(each) for each in PROJECTIONS)))
+        elif width is not None and (attention := in_one_function(module, width)) is not None:
+            model.set_submodule(name, attention)
 
 
 def widths(model: nn.Module) -> list[int]:

@@ -79,8 +79,8 @@ class Adapter(Section):
     use_dora: bool = Field(False, description="Split each weight in magnitude and direction (DoRA, arXiv:2402.09353).")
     fused: bool = Field(
         True,
-        description="Compute RMS norms, SiLU-gated MLPs and, without dropout and DoRA, LoRA layers in one autograd "
-        "function each: faster, in less memory. false: by Transformers' and PEFT's own forward passes.",
+        description="Compute RMS norms, SiLU-gated MLPs, rotary positions and, without dropout and DoRA, LoRA layers "
+        "in one autograd function each: faster, in less memory. false: by Transformers' and PEFT's own forward passes.",
     )
     init_from: str | None = Field(
         None, min_length=1, description="Adapter folder of the same base whose weights training starts from."

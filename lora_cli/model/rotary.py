@@ -1,0 +1,172 @@
+"""Attention whose queries and keys are turned by their positions in one function each way.
+
+It stands in the place of Transformers' own module, with the same names and layers, where that computes just this.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lora_cli.model.layers import CANNOT
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedConfig, PreTrainedModel
+
+PROJECTIONS, NORMS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_norm", "k_norm")
+RECORDED = "lora_recorded"
+"""The name under which Transformers finds the attention that only notes what it is given."""
+
+
+class Rotate(torch.autograd.Function):
+    """x cos + (-x2, x1) sin, where x1 and x2 are the halves of x: rotary position embeddings (RoFormer,
+    arXiv:2104.09864, equation 34), whose pairs lie half a width apart.
+
+    x (rows, tokens, heads, width), cos and sin (rows or 1, tokens, width). In 16 bits it rounds once less than
+    Transformers does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        low, high = sin.chunk(2, dim=-1)
+        return _turned(x, cos, low, high, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        low, high = sin.chunk(2, dim=-1)
+        return _turned(grad, cos, high, low, -1), None, None
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, low: torch.Tensor, high: torch.Tensor, sign: int) -> torch.Tensor:
+    """x cos + sign (-x2 low, x1 high)."""
+    result = x * cos[:, :, None]
+    (first, second), (x1, x2) = result.chunk(2, dim=-1), x.chunk(2, dim=-1)
+    first.addcmul_(x2, low[:, :, None], value=-sign)
+    second.addcmul_(x1, high[:, :, None], value=sign)
+    return result
+
+
+class RotaryAttention(nn.Module):
+    """Attention over queries and keys which ``Rotate`` has turned, by whichever function the model's configuration
+    names; layers and attributes are those of the module that it stands for.
+
+    ``told`` is what that module tells such a function, beside its ``dropout`` while it trains.
+    """
+
+    config: PreTrainedConfig
+    head_dim: int
+    layer_idx: int
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+
+    def __init__(self, original: nn.Module, dropout: float, told: dict[str, Any]) -> None:
+        super().__init__()
+        for name, value in _attributes(original).items():
+            setattr(self, name, value)
+        for name in (*PROJECTIONS, *NORMS):
+            self.add_module(name, getattr(original, name, nn.Identity()))
+        self.dropout, self.told = dropout, told
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **others: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        places = hidden_states.shape[:-1]
+        query, key, value = (
+            layer(hidden_states).view(*places, -1, self.head_dim) for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query = Rotate.apply(self.q_norm(query), *position_embeddings)  # type: ignore[no-untyped-call]
+        key = Rotate.apply(self.k_norm(key), *position_embeddings)  # type: ignore[no-untyped-call]
+        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        dropout = self.dropout if self.training else 0.0
+        attended, weights = attend(self, query, key, value, attention_mask, dropout=dropout, **self.told, **others)
+        return self.o_proj(attended.reshape(*places, -1)), weights
+
+
+def rotary_width(model: PreTrainedModel) -> int | None:
+    """Of how many numbers of a head the positions turn pairs; None when the model has no such positions."""
+    frequencies = (getattr(module, "inv_freq", None) for module in model.modules())
+    return next((2 * each.numel() for each in frequencies if isinstance(each, torch.Tensor)), None)
+
+
+def in_one_function(module: nn.Module, width: int) -> RotaryAttention | None:
+    """What may stand for ``module``, where it computes just this with positions of ``width``; else None.
+
+    Held against its class's own forward pass, of small layers which differ, for two rows of three tokens, whose numbers
+    are so large that clipping them shows.
+    """
+    children = {name for name, _ in module.named_children()}
+    attributes = _attributes(module)
+    is_alike = set(PROJECTIONS) <= children <= {*PROJECTIONS, *NORMS} and "config" in attributes
+    if not is_alike or [*module.parameters(recurse=False)]:
+        return None
+    config = attributes["config"] = copy(attributes["config"])
+    config._attn_implementation = RECORDED
+    random = torch.Generator().manual_seed(0)
+    x, *weights = (100 * torch.randn(*shape, generator=random) for shape in ((2, 3, 4), (4, 2 * width), (4, width)))
+    positions = tuple(torch.randn(2, 3, width, generator=random) for _ in range(2))
+    stand_in = SimpleNamespace(
+        **attributes | {"training": True},
+        q_proj=lambda x: x @ weights[0],
+        k_proj=lambda x: x @ weights[1],
+        v_proj=lambda x: 3 * x @ weights[1],
+        o_proj=lambda x: 5 * x,
+        **{name: (lambda x: x.cumsum(-1)) if name in children else (lambda x: x) for name in NORMS},
+    )
+    try:
+        wanted = _record(type(module).forward, stand_in, x, positions)
+        told = dict(stand_in.seen)
+        stand_in.dropout, stand_in.told = told.pop("dropout"), told
+        found = _record(RotaryAttention.forward, stand_in, x, positions)
+    except CANNOT:
+        return None
+    if not all(map(_agree, found, wanted)):
+        return None
+    return RotaryAttention(module, stand_in.dropout, told)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module has beside its parameters, buffers and children, and beside a hook of Accelerate's."""
+    return {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "forward"}
+
+
+def _record(forward: Any, stand_in: SimpleNamespace, x: torch.Tensor, positions: Any) -> list[torch.Tensor]:
+    """The queries, keys and values that attention is given, and what becomes of its result; ``stand_in.seen`` is then
+    what else it is told. Raises LookupError when it is not told what the module's caller adds."""
+    result, _ = forward(stand_in, hidden_states=x, position_embeddings=positions, attention_mask=None, added=True)
+    *given, stand_in.seen = stand_in.recorded
+    stand_in.seen.pop("added")
+    return [*given, result]
+
+
+def _agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-6 * float(wanted.abs().max()))
+
+
+def _note(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **told: Any
+) -> tuple[torch.Tensor, None]:
+    module.recorded = query, key, value, told
+    return query.transpose(1, 2), None
+
+
+AttentionInterface.register(RECORDED, _note)
