@@ -95,17 +95,8 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     if fused:
         fuse(base)
     hooks = stream(base, sources)
-    packing = recipe.data.packing and lay_end_to_end(
-        base, base.device, recipe.model.attn_implementation, job.train.examples.lengths
-    )
-    if recipe.data.packing and not packing:
-        told = "rows of like length are padded instead"
-        display.note(f"data.packing: this architecture mixes packed rows; {told}", warning=True)
-    targets = [target.name for target in job.targets]
-    if recipe.adapter.init_from is None:
-        model = adapt(base, recipe.adapter, targets, fused)
-    else:
-        model = continue_adapter(base, Path(recipe.adapter.init_from), recipe.adapter, targets, fused)
+    packing = choose_packing(job, base, display)
+    model = put_adapter(job, base, fused)
     for hook in hooks:  # an adapted layer reads its base's weights itself
         hook.remove()
     stream(model, sources)
@@ -140,6 +131,26 @@ def set_up(job: Prepared, display: Display) -> Trainer:
         checkpointing == "offload",
         bool(sources),
     )
+
+
+def choose_packing(job: Prepared, base: PreTrainedModel, display: Display) -> bool:
+    """Whether rows are laid end to end: when the recipe says so and the architecture keeps them apart."""
+    if not job.recipe.data.packing:
+        return False
+    lengths = job.train.examples.lengths
+    packing = lay_end_to_end(base, base.device, job.recipe.model.attn_implementation, lengths)
+    if not packing:
+        told = "rows of like length are padded instead"
+        display.note(f"data.packing: this architecture mixes packed rows; {told}", warning=True)
+    return packing
+
+
+def put_adapter(job: Prepared, base: PreTrainedModel, fused: bool) -> PeftModel:
+    """The base with a new adapter on it, or with that of ``adapter.init_from``."""
+    adapter, targets = job.recipe.adapter, [target.name for target in job.targets]
+    if adapter.init_from is None:
+        return adapt(base, adapter, targets, fused)
+    return continue_adapter(base, Path(adapter.init_from), adapter, targets, fused)
 
 
 def load_frozen(
