@@ -5,7 +5,8 @@ It stands in the place of Transformers' own module, with the same names and laye
 
 from __future__ import annotations
 
-from copy import copy
+from copy import deepcopy
+from inspect import signature
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,8 @@ class Rotate(torch.autograd.Function):
     """x cos + (-x2, x1) sin, where x1 and x2 are the halves of x: rotary position embeddings (RoFormer,
     arXiv:2104.09864, equation 34), whose pairs lie half a width apart.
 
-    x (rows, tokens, heads, width), cos and sin (rows or 1, tokens, width). In 16 bits it rounds once less than
-    Transformers does.
+    x (rows, tokens, heads, width), cos and sin (rows or 1, tokens, width), which are of x's type or make the result
+    one of theirs. Where all are in 16 bits it rounds once less than Transformers does.
     """
 
     @staticmethod
@@ -112,36 +113,42 @@ def in_one_function(module: nn.Module, width: int) -> RotaryAttention | None:
     """What may stand for ``module``, where it computes just this with positions of ``width``; else None.
 
     Held against its class's own forward pass, of small layers which differ, for two rows of three tokens, whose numbers
-    are so large that clipping them shows.
+    are so large that clipping them shows: in float32, and in bfloat16 with positions in float32. One that takes
+    position ids may use them for longer rows than these, and stays.
     """
     children = {name for name, _ in module.named_children()}
     attributes = _attributes(module)
     is_alike = set(PROJECTIONS) <= children <= {*PROJECTIONS, *NORMS} and "config" in attributes
-    if not is_alike or [*module.parameters(recurse=False)]:
+    if (
+        not is_alike
+        or [*module.parameters(recurse=False)]
+        or "position_ids" in signature(type(module).forward).parameters
+    ):
         return None
-    config = attributes["config"] = copy(attributes["config"])
-    config._attn_implementation = RECORDED
+    attributes["config"] = deepcopy(attributes["config"])
+    attributes["config"]._attn_implementation = RECORDED
     random = torch.Generator().manual_seed(0)
     x, *weights = (100 * torch.randn(*shape, generator=random) for shape in ((2, 3, 4), (4, 2 * width), (4, width)))
     positions = tuple(torch.randn(2, 3, width, generator=random) for _ in range(2))
     stand_in = SimpleNamespace(
         **attributes | {"training": True},
-        q_proj=lambda x: x @ weights[0],
-        k_proj=lambda x: x @ weights[1],
-        v_proj=lambda x: 3 * x @ weights[1],
+        q_proj=lambda x: x @ weights[0].to(x.dtype),
+        k_proj=lambda x: x @ weights[1].to(x.dtype),
+        v_proj=lambda x: 3 * x @ weights[1].to(x.dtype),
         o_proj=lambda x: 5 * x,
         **{name: (lambda x: x.cumsum(-1)) if name in children else (lambda x: x) for name in NORMS},
     )
-    try:
-        wanted = _record(type(module).forward, stand_in, x, positions)
-        told = dict(stand_in.seen)
-        stand_in.dropout, stand_in.told = told.pop("dropout"), told
-        found = _record(RotaryAttention.forward, stand_in, x, positions)
-    except CANNOT:
-        return None
-    if not all(map(_agree, found, wanted)):
-        return None
-    return RotaryAttention(module, stand_in.dropout, told)
+    for dtype in (torch.float32, torch.bfloat16):
+        try:
+            wanted = _record(type(module).forward, stand_in, x.to(dtype), positions)
+            told = dict(stand_in.seen)
+            stand_in.dropout, stand_in.told = told.pop("dropout"), told
+            found = _record(RotaryAttention.forward, stand_in, x.to(dtype), positions)
+        except CANNOT:
+            return None
+        if not all(map(_agree, found, wanted)):
+            return None
+    return RotaryAttention(module, stand_in.dropout, stand_in.told)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -151,7 +158,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 def _record(forward: Any, stand_in: SimpleNamespace, x: torch.Tensor, positions: Any) -> list[torch.Tensor]:
     """The queries, keys and values that attention is given, and what becomes of its result; ``stand_in.seen`` is then
-    what else it is told. Raises LookupError when it is not told what the module's caller adds."""
+    what else it is told. Raises LookupError when it is not told ``added``, as whatever the module's caller adds."""
     result, _ = forward(stand_in, hidden_states=x, position_embeddings=positions, attention_mask=None, added=True)
     *given, stand_in.seen = stand_in.recorded
     stand_in.seen.pop("added")
@@ -159,7 +166,8 @@ def _record(forward: Any, stand_in: SimpleNamespace, x: torch.Tensor, positions:
 
 
 def _agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    return found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-6 * float(wanted.abs().max()))
+    alike = found.shape == wanted.shape and found.dtype == wanted.dtype
+    return alike and torch.allclose(found, wanted, atol=1e-6 * float(wanted.abs().max()))
 
 
 def _note(
