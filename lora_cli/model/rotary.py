@@ -141,7 +141,7 @@ def in_one_function(module: nn.Module, width: int) -> RotaryAttention | None:
     for dtype in (torch.float32, torch.bfloat16):
         try:
             wanted = _record(type(module).forward, stand_in, x.to(dtype), positions)
-            told = dict(stand_in.seen)
+            told = stand_in.seen
             stand_in.dropout, stand_in.told = told.pop("dropout"), told
             found = _record(RotaryAttention.forward, stand_in, x.to(dtype), positions)
         except CANNOT:
