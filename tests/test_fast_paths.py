@@ -458,10 +458,11 @@ def test_pefts_own_layers_stand_where_fused_ones_are_off() -> None:
 def test_attention_in_16_bits_is_that_of_each_row_alone(
     window: int | None, key_heads: int, width: int, scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights kept, made again and not made, over blocks and beyond; softmax(q k^T / sqrt(8)) v in float64, as read."""
+    """Weights kept, made again and not made, over blocks and beyond, of rows alone and of several together;
+    softmax(q k^T / sqrt(8)) v in float64, as read."""
     monkeypatch.setattr("lora_cli.model.row_products.SCORES", scores)
     torch.manual_seed(0)
-    lengths = (300, 1, 40, SHORT, SHORT + 1, BLOCK, 1100)
+    lengths = (300, 1, 40, SHORT, 30, SHORT + 1, 310, BLOCK, 1100)
     total = sum(lengths)
     shapes = ((4, total, 8), (key_heads, total, 8), (key_heads, total, width))
     given = [torch.randn(1, *shape).bfloat16() for shape in shapes]
@@ -499,7 +500,7 @@ def test_attention_in_16_bits_is_that_of_each_row_alone(
 def test_attention_by_products_has_the_slope_of_its_numbers(
     window: int | None, short: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights kept and made again, in one block and in several; a row of 17 tokens is laid for 18."""
+    """Weights kept and made again, of rows together, in several blocks."""
     for name, value in (("BLOCK", 8), ("LEAST", 8), ("SHORT", short)):
         monkeypatch.setattr(f"lora_cli.model.row_products.{name}", value)
     lengths = (17, 1, 5)

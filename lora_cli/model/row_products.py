@@ -1,7 +1,8 @@
 """Attention of rows laid end to end by products of matrices, for a processor in 16 bits.
 
-Forward and backward together they take about half the time of torch's own kernel, which is the faster one forward: it
-takes rows whose weights are not kept, where no window cuts them and keys and values are of one width.
+Short rows of about one length go through a product together, since a call costs what a small product does. Forward and
+backward together they take about half the time of torch's own kernel, which is the faster one forward: it takes rows
+whose weights are not kept, where no window cuts them and keys and values are of one width.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ SHORT = 1024
 SCORES = 2**24
 """Scores that are made at a time, at most, over all heads; but never those of fewer queries than LEAST tokens'."""
 LEAST = 16
+TOGETHER = 2**22
+"""Scores of several rows that are made at a time, at most, over all heads."""
 
 
 class RowProducts(torch.autograd.Function):
@@ -44,17 +48,17 @@ class RowProducts(torch.autograd.Function):
         window: int | None,
     ) -> torch.Tensor:
         heads, group = key.shape[1], query.shape[1] // key.shape[1]
-        queries, keys = _layout(lengths, heads, group), _layout(lengths, heads, 1)
+        queries, keys = _layouts(lengths, heads, group)
         q, k, v = queries.lay(query.transpose(1, 2)), keys.lay(key.transpose(1, 2)), keys.lay(value.transpose(1, 2))
         attended = v.new_empty(len(q), v.shape[-1])
         kept: list[torch.Tensor] = []
         for own, seen in zip(queries.rows, keys.rows, strict=True):
-            q_row, k_row, v_row, out = _matrices(heads, (q, own), (k, seen), (v, seen), (attended, own))
+            q_row, k_row, v_row, out = _matrices((q, own), (k, seen), (v, seen), (attended, own))
             keeps = own.tokens <= SHORT and any(ctx.needs_input_grad)
             if not keeps and (window is None or window >= own.tokens) and q.shape[-1] == v.shape[-1]:
                 _attend(q_row, k_row, v_row, out, scale)
                 continue
-            for block in _blocks(own.tokens, heads, group, window):
+            for block in _blocks(own.tokens, own.matrices, group, window):
                 weights = _weights(q_row, k_row, block, scale, window)
                 torch.bmm(weights, v_row[:, block.seen], out=out[:, block.queries])
                 if keeps:
@@ -67,14 +71,14 @@ class RowProducts(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         heads, group, scale = ctx.heads, ctx.group, ctx.scale
-        queries, keys = _layout(ctx.lengths, heads, group), _layout(ctx.lengths, heads, 1)
+        queries, keys = _layouts(ctx.lengths, heads, group)
         g = queries.lay(grad).index_fill_(0, queries.beyond, 0)  # so that what follows a row adds nothing to it
         grads = [torch.empty_like(each) for each in (q, k, v)]
         known = iter(kept)
         for own, seen in zip(queries.rows, keys.rows, strict=True):
-            q_row, k_row, v_row, g_row = _matrices(heads, (q, own), (k, seen), (v, seen), (g, own))
-            grad_q, *others = _matrices(heads, (grads[0], own), (grads[1], seen), (grads[2], seen))
-            blocks = list(_blocks(own.tokens, heads, group, ctx.window))
+            q_row, k_row, v_row, g_row = _matrices((q, own), (k, seen), (v, seen), (g, own))
+            grad_q, *others = _matrices((grads[0], own), (grads[1], seen), (grads[2], seen))
+            blocks = list(_blocks(own.tokens, own.matrices, group, ctx.window))
             sums = [_Sum(each, len(blocks)) for each in others]
             for block in blocks:
                 weights = next(known) if own.tokens <= SHORT else _weights(q_row, k_row, block, scale, ctx.window)
@@ -117,11 +121,12 @@ class _Sum:
 
 
 @dataclass(frozen=True)
-class Row:
-    """Where a row's vectors lie, and how many tokens it is laid for."""
+class Rows:
+    """Where some rows' vectors lie, and for how many tokens each row is laid. A matrix is a key's head in a row."""
 
     place: slice
     tokens: int
+    matrices: int
 
 
 @dataclass(frozen=True)
@@ -129,11 +134,11 @@ class Layout:
     """The vectors of a line's tokens and heads, laid row by row as (heads, tokens * group, width).
 
     The queries of a ``group`` that share a key's head lie together, token by token, so that each product has one
-    matrix a head. A row is laid for a rounded number of tokens, so that there are few shapes of products. Behind its
-    own tokens, which do not see those, its last one is repeated: in the places ``beyond``.
+    matrix a head. Rows lie by their length, each laid for a rounded number of tokens, so that products have few shapes.
+    Behind a row's own tokens, which do not see those, its last one is repeated: in the places ``beyond``.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[Rows, ...]
     sources: torch.Tensor
     places: torch.Tensor
     beyond: torch.Tensor
@@ -149,25 +154,41 @@ class Layout:
 
 
 @lru_cache(maxsize=8)
-def _layout(lengths: tuple[int, ...], heads: int, group: int) -> Layout:
-    rows, sources, places, beyond = [], [], [], []
-    start = end = 0
-    for length in lengths:
-        tokens = rounded(length)
-        laid = torch.arange(end, end + heads * tokens * group).view(heads, tokens, group)
-        token = start + torch.arange(tokens).clamp(max=length - 1)
-        head = torch.arange(heads * group).view(heads, 1, group)
-        sources.append((token[:, None] * heads * group + head).flatten())
-        places.append(laid[:, :length].transpose(0, 1).flatten())
-        beyond.append(laid[:, length:].flatten())
-        rows.append(Row(slice(end, end + laid.numel()), tokens))
-        start, end = start + length, end + laid.numel()
-    return Layout(tuple(rows), torch.cat(sources), torch.cat(places), torch.cat(beyond), heads * group)
+def _layouts(lengths: tuple[int, ...], heads: int, group: int) -> tuple[Layout, Layout]:
+    """That of queries, ``group`` to each of ``heads``, and that of keys."""
+    together: list[tuple[int, list[slice]]] = []
+    for length, end in sorted(zip(lengths, accumulate(lengths), strict=True)):
+        row, tokens = slice(end - length, end), -(-length // 32) * 32 if length <= 256 else rounded(length)
+        most = TOGETHER // (heads * group * tokens * min(tokens, BLOCK))
+        if together and together[-1][0] == tokens and len(together[-1][1]) < most:
+            together[-1][1].append(row)
+        else:
+            together.append((tokens, [row]))
+    return _layout(together, heads, group), _layout(together, heads, 1)
 
 
-def _matrices(heads: int, *parts: tuple[torch.Tensor, Row]) -> list[torch.Tensor]:
-    """Of vectors laid those of a row: (heads, tokens * group, width)."""
-    return [laid[row.place].view(heads, -1, laid.shape[-1]) for laid, row in parts]
+def _layout(together: list[tuple[int, list[slice]]], heads: int, group: int) -> Layout:
+    """For lists of rows with the tokens that each is laid for."""
+    laid, sources, beyond = [], [], []
+    places = torch.empty(sum(row.stop - row.start for _, rows in together for row in rows), heads * group).long()
+    head = torch.arange(heads * group).view(heads, 1, group)
+    end = 0
+    for tokens, rows in together:
+        vectors = torch.arange(end, end + len(rows) * heads * tokens * group).view(-1, heads, tokens, group)
+        for row, own in zip(rows, vectors, strict=True):
+            length = row.stop - row.start
+            token = row.start + torch.arange(tokens).clamp(max=length - 1)
+            sources.append((token[:, None] * heads * group + head).flatten())
+            places[row] = own[:, :length].transpose(0, 1).flatten(1)
+            beyond.append(own[:, length:].flatten())
+        laid.append(Rows(slice(end, end + vectors.numel()), tokens, len(rows) * heads))
+        end += vectors.numel()
+    return Layout(tuple(laid), torch.cat(sources), places.flatten(), torch.cat(beyond), heads * group)
+
+
+def _matrices(*parts: tuple[torch.Tensor, Rows]) -> list[torch.Tensor]:
+    """Of vectors laid those of some rows: (matrices, tokens * group, width)."""
+    return [laid[rows.place].view(rows.matrices, -1, laid.shape[-1]) for laid, rows in parts]
 
 
 @dataclass(frozen=True)
@@ -181,9 +202,9 @@ class Block:
     before: int
 
 
-def _blocks(tokens: int, heads: int, group: int, window: int | None) -> Iterator[Block]:
-    """The blocks of a row, each of whose ``heads`` keys serves ``group`` queries a token."""
-    most = max(LEAST, min(BLOCK, SCORES // (heads * group * min(tokens, (window or tokens) + BLOCK))))
+def _blocks(tokens: int, matrices: int, group: int, window: int | None) -> Iterator[Block]:
+    """The blocks of rows, in each of whose ``matrices`` a key serves ``group`` queries."""
+    most = max(LEAST, min(BLOCK, SCORES // (matrices * group * min(tokens, (window or tokens) + BLOCK))))
     for start in range(0, tokens, most):
         size = min(most, tokens - start)
         before = start if window is None else min(start, window - 1)
