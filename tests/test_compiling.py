@@ -13,11 +13,11 @@ import torch
 from conftest import WIDTH, Run, done
 from test_fast_paths import GROUPED, build
 
-from lora_cli.model.elementwise import compile_gates, fuse
+from lora_cli.model.elementwise import compile_formulas, fuse
 from lora_cli.training.compiling import has_compiler
 
-GATES = 2
-"""Of tiny_llama, each twice as wide as its layers."""
+NORMS, GATES = 2 * 2 + 1, 2
+"""Of tiny_llama; the gates are twice as wide as the norms."""
 ON_A_PROCESSOR = pytest.mark.skipif(torch.cuda.is_available(), reason="the run would take the GPU")
 COMPILER = pytest.mark.skipif(not has_compiler(), reason="torch's compiler needs another one for C++")
 
@@ -54,19 +54,20 @@ def results(model: torch.nn.Module) -> list[torch.Tensor]:
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # which the compiler looks at
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_what_is_compiled_gives_the_same_numbers(dtype: torch.dtype, rounding: float, anew: None) -> None:
-    model = build("Llama", GROUPED).to(dtype)
+    """Of a model that has norms of two widths, over vectors and over each head."""
+    model = build("Qwen3", GROUPED).to(dtype)
     fuse(model)
     model.requires_grad_(False)
     wanted = results(model)
-    compile_gates(model, dtype)
+    compile_formulas(model, dtype)
     for found, expected in zip(results(model), wanted, strict=True):
         assert float((found - expected).norm() / expected.norm()) < rounding
         assert dtype == torch.float32 or not torch.equal(found, expected)  # nothing is rounded in between
-    assert graphs() == 2
-    mlp = model.get_submodule("model.layers.0.mlp")
+    assert graphs() == 4
+    norm = model.get_submodule("model.norm")
     alone = torch.ones(1, 1, 32, dtype=dtype)
-    by_another_way, expected = mlp(alone), mlp(alone.expand(1, 2, 32))[:, :1]
-    assert float((by_another_way - expected).norm() / expected.norm()) < rounding
+    torch.testing.assert_close(norm(alone), norm(alone.expand(1, 2, 32))[:, :1])  # by another way
+    assert graphs() == 4
 
 
 @COMPILER
@@ -82,8 +83,8 @@ def test_the_switch(
         changes = {"model.name_or_path": tiny_llama, "data.packing": True, "training.torch_compile": value}
         changes |= {"data.validation": 0.2, "training.output_dir": tmp_path / str(value)}
         result = done(lora("train", write_recipe(changes)))
-        assert ("training.torch_compile: true: compiling gates" in result.stderr) is value
-        assert graphs() == (2 if value else 0)
+        assert ("training.torch_compile: true: compiling norms and gates" in result.stderr) is value
+        assert graphs() == (4 if value else 0)
         runs.append(Run(tmp_path / str(value)))
     for split in ("train", "validation"):
         assert runs[0].column("loss", split) == pytest.approx(runs[1].column("loss", split), rel=1e-5)
@@ -99,14 +100,14 @@ def test_auto_compiles_what_saves_twice_its_cost(
     without = done(lora("train", recipe, "training.torch_compile=false")).stderr
     info = Run(recipe.parent / "run").info
     steps_in_epoch = info["data"]["rows"] / (2 * 2)  # rows of a micro-batch, micro-batches of a step
-    numbers = info["data"]["tokens"] * 9 / steps_in_epoch * GATES * 2 * WIDTH
-    saved = 0.6e-9 * numbers / torch.get_num_threads()
+    numbers = info["data"]["tokens"] * 9 / steps_in_epoch * WIDTH * (NORMS + 2 * GATES)
+    saved = 0.9e-9 * numbers / torch.get_num_threads()
     monkeypatch.setattr("lora_cli.training.compiling.COST", share * saved / 2)
 
     def fail(*_: Any) -> None:
         raise RuntimeError("g++: internal error\nmore of it")
 
-    monkeypatch.setattr("lora_cli.training.compiling.compile_gates", fail)
+    monkeypatch.setattr("lora_cli.training.compiling.compile_formulas", fail)
     monkeypatch.setattr("lora_cli.training.compiling.has_compiler", lambda: True)
     before = Run(recipe.parent / "run").losses
     told = " ".join(done(lora("train", recipe, "--overwrite")).stderr.split())
@@ -134,7 +135,7 @@ def test_without_a_compiler(
 @ON_A_PROCESSOR
 def test_what_has_nothing_to_compile(write_recipe: Any, lora: Any) -> None:
     told = " ".join(done(lora("train", write_recipe({"training.torch_compile": True}))).stderr.split())
-    assert "training.torch_compile: true -> false: there are no fused SiLU gates" in told
+    assert "training.torch_compile: true -> false: there are no fused RMS norms or SiLU gates" in told
     refused = lora("train", write_recipe({"training.torch_compile": True, "adapter.fused": False}), "--overwrite")
     assert refused.exit_code == 2
     assert "training.torch_compile: compiles what adapter.fused computes, and that is false" in refused.stderr

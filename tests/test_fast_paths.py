@@ -23,7 +23,7 @@ from lora_cli.model.elementwise import PROJECTIONS, fuse
 from lora_cli.model.fused_lora import LoraProduct
 from lora_cli.model.layers import linear_layers
 from lora_cli.model.linear4bit import compute_right, expand
-from lora_cli.model.row_products import BLOCK, SHORT, RowProducts
+from lora_cli.model.row_products import BLOCK, SHORT, RowProducts, _layouts
 from lora_cli.model.shapes import rounded
 from lora_cli.recipe.schema import Adapter, Quantization
 from lora_cli.weights.codes import encode, roundtrip
@@ -500,13 +500,28 @@ def test_attention_in_16_bits_is_that_of_each_row_alone(
 def test_attention_by_products_has_the_slope_of_its_numbers(
     window: int | None, short: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights kept and made again, of rows together, in several blocks."""
+    """Weights kept and made again, of rows alone and together, in several blocks."""
     for name, value in (("BLOCK", 8), ("LEAST", 8), ("SHORT", short)):
         monkeypatch.setattr(f"lora_cli.model.row_products.{name}", value)
     lengths = (17, 1, 5)
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, 23, 2, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
     assert torch.autograd.gradcheck(lambda *given: RowProducts.apply(*given, lengths, 0.6, window), (q, k, v))
+
+
+def test_rows_go_through_a_product_together_while_their_scores_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths, heads, group = (40, 33, 300, 7, 47, 3, 48, 290), 2, 3
+    for together, groups in ((2**22, [2, 4, 2]), (heads * group * 48 * 48 * 3, [2, 3, 1, 1, 1]), (1, [1] * 8)):
+        monkeypatch.setattr("lora_cli.model.row_products.TOGETHER", together)
+        _layouts.cache_clear()
+        queries, keys = _layouts(lengths, heads, group)
+        for layout in (queries, keys):
+            assert [rows.matrices for rows in layout.rows] == [heads * count for count in groups]
+        line = torch.arange(sum(lengths) * heads * group).view(1, sum(lengths), heads * group, 1)
+        laid = queries.lay(line)
+        assert torch.equal(queries.take(laid), line)
+        assert len(laid) == heads * group * (2 * 16 + 4 * 48 + 2 * 320)
+    _layouts.cache_clear()
 
 
 def test_sizes_are_rounded_up_by_an_eighth_at_most_to_eight_between_powers_of_two() -> None:

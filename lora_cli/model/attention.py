@@ -2,7 +2,7 @@
 
 Registered with Transformers under the name ``ROWS``; a forward pass says where rows begin and end by the arguments that
 FlashAttention has there. On a GPU, in 16 bits, the rows go through torch's variable-length FlashAttention together;
-elsewhere one after the other, on a processor in 16 bits by products of matrices.
+on a processor in 16 bits by products of matrices, short ones together; elsewhere one after the other.
 """
 
 from __future__ import annotations

@@ -38,33 +38,29 @@ def normal(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Ten
 
 def normal_slopes(x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     """The gradient of ``normal``'s x for that of its y."""
-    width = len(weight)
-    if x.device.type == "cpu" and grad.dtype == x.dtype:
-        # One pass of layer norm's kernel, told that the mean is 0, where the formula makes eight; the slope of the mean
-        # that it takes off is added again.
-        scale, mean = weight.to(inverse.dtype), torch.zeros_like(inverse)
-        kernel = torch.ops.aten.native_layer_norm_backward
-        slopes, *_ = kernel(grad, x, (width,), mean, inverse, scale, scale, [True, False, False])
-        taken_off = torch.mv(grad, weight.to(grad.dtype)).unsqueeze(-1) * inverse / width
-        return cast("torch.Tensor", slopes.add_(taken_off.to(x.dtype)))
     wide, g = x.to(inverse.dtype), grad.to(inverse.dtype) * weight
     along = torch.linalg.vecdot(g, wide).unsqueeze(-1)
-    return g.mul_(inverse).addcmul_(wide, along * inverse.pow(3).div_(-width)).to(x.dtype)
+    return g.mul_(inverse).addcmul_(wide, along * inverse.pow(3).div_(-x.shape[-1])).to(x.dtype)
+
+
+NORMAL = Formula(normal, normal_slopes)
 
 
 class Normalize(torch.autograd.Function):
     """``normal``, for a frozen w."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        y, inverse = normal(vectors(x), weight, eps)
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, formula: Formula = NORMAL) -> torch.Tensor:
+        y, inverse = formula.value(vectors(x), weight.detach(), eps)
         ctx.save_for_backward(x, weight, inverse)
-        return y.reshape(x.shape)
+        ctx.formula = formula
+        return cast("torch.Tensor", y.reshape(x.shape))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        return normal_slopes(vectors(x), weight, inverse, vectors(grad)).reshape(grad.shape), None, None
+        grad_x = ctx.formula.slopes(vectors(x), weight.detach(), inverse, vectors(grad))
+        return grad_x.reshape(grad.shape), None, None, None
 
 
 class FrozenRMSNorm(nn.Module):
@@ -74,6 +70,7 @@ class FrozenRMSNorm(nn.Module):
         super().__init__()
         self.weight = weight
         self.eps = eps
+        self.formula = NORMAL
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -81,7 +78,7 @@ class FrozenRMSNorm(nn.Module):
                 return self.weight * rms_norm(x, self.weight.shape, eps=self.eps)
             if x.is_cuda and x.dtype == self.weight.dtype:
                 return rms_norm(x, self.weight.shape, self.weight, self.eps)  # one kernel each way
-            return cast("torch.Tensor", Normalize.apply(x, self.weight, self.eps))  # type: ignore[no-untyped-call]
+            return cast("torch.Tensor", Normalize.apply(x, self.weight, self.eps, self.formula))  # type: ignore[no-untyped-call]
 
 
 class GatedMLP(nn.Module):
@@ -116,14 +113,14 @@ def fuse(model: PreTrainedModel) -> None:
             model.set_submodule(name, attention)
 
 
-def gate_widths(model: nn.Module) -> list[int]:
-    """The widths of the gates which ``fuse`` has put in place."""
-    return [cast("int", module.gate_proj.out_features) for module in model.modules() if isinstance(module, GatedMLP)]
+def widths(model: nn.Module) -> list[int]:
+    """The widths of the norms and gates which ``fuse`` has put in place; of a norm over each head that of one head."""
+    return [_width(module) for module in model.modules() if isinstance(module, FrozenRMSNorm | GatedMLP)]
 
 
-def compile_gates(model: nn.Module, dtype: torch.dtype) -> None:
-    """Have torch's compiler make one loop each way of the model's gates, for inputs of ``dtype``: the same numbers but
-    for rounding. Raises what the compiler does, and leaves the model as it was then.
+def compile_formulas(model: nn.Module, dtype: torch.dtype) -> None:
+    """Have torch's compiler make one loop of each formula in the model's norms and gates, for inputs of ``dtype``: the
+    same numbers but for rounding. Raises what the compiler does, and leaves the model as it was then.
 
     The compiler's files, pickles among them, do not outlast the call: what they do not serve, such as a vector alone,
     is computed as before.
@@ -132,23 +129,34 @@ def compile_gates(model: nn.Module, dtype: torch.dtype) -> None:
 
     options: dict[str, Any] = {
         "cpp_cache_precompile_headers": False,  # 150 MB, and no faster for so few formulas
-        "cpp.vec_isa_ok": True,  # it takes 9 s to try what the processor says of itself
+        "cpp.vec_isa_ok": True,  # else it compiles a trial of the vector units, with all of ATen's headers: 7 s
     }
     with (
         TemporaryDirectory(prefix="lora-compiles-") as folder,
         patch_environment(TORCHDYNAMO_DISABLE="0", TORCHINDUCTOR_CACHE_DIR=folder),  # the command line has it off
     ):
         torch.compiler.set_stance("default")
-        compiled = Formula(
-            *(torch.compile(each, dynamic=True, options=options) for each in (GATED.value, GATED.slopes))
-        )
+        compiled = {
+            formula: Formula(
+                *(torch.compile(each, dynamic=True, options=options) for each in (formula.value, formula.slopes))
+            )
+            for formula in (NORMAL, GATED)
+        }
         x, y = (torch.ones(64, 256, dtype=dtype, requires_grad=True) for _ in range(2))
-        result = Gate.apply(x, y, compiled)  # type: ignore[no-untyped-call]
-        result.backward(torch.ones_like(result))  # they are compiled when they are called
+        results = (
+            Normalize.apply(x, torch.ones(256, dtype=dtype), 1e-6, compiled[NORMAL]),  # type: ignore[no-untyped-call]
+            Gate.apply(x, y, compiled[GATED]),  # type: ignore[no-untyped-call]
+        )
+        for result in results:  # they are compiled when they are called
+            result.backward(torch.ones_like(result))
     torch.compiler.set_stance("eager_on_recompile")
     for module in model.modules():
-        if isinstance(module, GatedMLP):
-            module.formula = compiled
+        if isinstance(module, FrozenRMSNorm | GatedMLP):
+            module.formula = compiled[module.formula]
+
+
+def _width(module: FrozenRMSNorm | GatedMLP) -> int:
+    return module.weight.numel() if isinstance(module, FrozenRMSNorm) else cast("int", module.gate_proj.out_features)
 
 
 def _eps(norm: nn.Module) -> float:

@@ -25,6 +25,8 @@ SHORT = 1024
 SCORES = 2**24
 """Scores that are made at a time, at most, over all heads; but never those of fewer queries than LEAST tokens'."""
 LEAST = 16
+LAID = 16
+"""Rows are laid for multiples of so many tokens, so that more of them are alike."""
 TOGETHER = 2**22
 """Scores of several rows that are made at a time, at most, over all heads."""
 
@@ -94,15 +96,15 @@ class RowProducts(torch.autograd.Function):
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, scale: float) -> None:
-    """Causal attention within a row by torch's own kernel, which is the faster one forward."""
-    heads, tokens, width = k.shape
-    queries, places = (each.view(heads, tokens, -1, width).transpose(1, 2) for each in (q, out))
+    """Causal attention within rows by torch's own kernel, which is the faster one forward."""
+    matrices, tokens, width = k.shape
+    queries, places = (each.view(matrices, tokens, -1, width).transpose(1, 2) for each in (q, out))
     keys, values = (each[:, None].expand_as(queries) for each in (k, v))  # each for the queries it serves
     places.copy_(scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale))
 
 
 class _Sum:
-    """Products of matrices summed up into ``out`` (heads, tokens, width), in float32 where there are several."""
+    """Products of matrices summed up into ``out`` (matrices, tokens, width), in float32 where there are several."""
 
     def __init__(self, out: torch.Tensor, count: int) -> None:
         self.out = out
@@ -131,11 +133,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Layout:
-    """The vectors of a line's tokens and heads, laid row by row as (heads, tokens * group, width).
+    """The vectors of a line's tokens and heads, laid row by row, the shortest first, as (heads, tokens * group, width).
 
     The queries of a ``group`` that share a key's head lie together, token by token, so that each product has one
-    matrix a head. Rows lie by their length, each laid for a rounded number of tokens, so that products have few shapes.
-    Behind a row's own tokens, which do not see those, its last one is repeated: in the places ``beyond``.
+    matrix a head. A row is laid for a rounded number of tokens, so that there are few shapes of products. Behind its
+    own tokens, which do not see those, its last one is repeated: in the places ``beyond``.
     """
 
     rows: tuple[Rows, ...]
@@ -153,18 +155,19 @@ class Layout:
         return laid.index_select(0, self.places).view(1, -1, self.heads, laid.shape[-1])
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _layouts(lengths: tuple[int, ...], heads: int, group: int) -> tuple[Layout, Layout]:
     """That of queries, ``group`` to each of ``heads``, and that of keys."""
     together: list[tuple[int, list[slice]]] = []
     for length, end in sorted(zip(lengths, accumulate(lengths), strict=True)):
-        row, tokens = slice(end - length, end), -(-length // 32) * 32 if length <= 256 else rounded(length)
+        row, tokens = slice(end - length, end), max(rounded(length), -(-length // LAID) * LAID)
         most = TOGETHER // (heads * group * tokens * min(tokens, BLOCK))
         if together and together[-1][0] == tokens and len(together[-1][1]) < most:
             together[-1][1].append(row)
         else:
             together.append((tokens, [row]))
-    return _layout(together, heads, group), _layout(together, heads, 1)
+    keys = _layout(together, heads, 1)
+    return keys if group == 1 else _layout(together, heads, group), keys
 
 
 def _layout(together: list[tuple[int, list[slice]]], heads: int, group: int) -> Layout:
@@ -213,8 +216,8 @@ def _blocks(tokens: int, matrices: int, group: int, window: int | None) -> Itera
 
 
 def _weights(q: torch.Tensor, k: torch.Tensor, block: Block, scale: float, window: int | None) -> torch.Tensor:
-    """softmax(scale q k^T) of a block's queries over what it sees (heads, its queries, tokens seen). The mask is laid
-    over the two corners that have one."""
+    """softmax(scale q k^T) of a block's queries over what it sees (matrices, its queries, tokens seen). The mask is
+    laid over the two corners that have one."""
     keys, group = k[:, block.seen].transpose(1, 2), q.shape[1] // k.shape[1]
     size, queries = block.size, q[:, block.queries]
     later = _later(group, q.dtype)[: size * group, :size]
