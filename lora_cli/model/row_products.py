@@ -1,8 +1,8 @@
 """Attention of rows laid end to end by products of matrices, for a processor in 16 bits.
 
-Short rows of about one length go through a product together, since a call costs what a small product does. Forward and
-backward together they take about half the time of torch's own kernel, which is the faster one forward: it takes rows
-whose weights are not kept, where no window cuts them and keys and values are of one width.
+Forward and backward together they take about half the time of torch's own kernel, which is the faster one forward: it
+takes rows whose weights are not kept, where no window cuts them and keys and values are of one width. Short rows of
+about one length go through a product together, since a call costs what a small product does.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class RowProducts(torch.autograd.Function):
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        heads, group = key.shape[1], query.shape[1] // key.shape[1]
-        queries, keys = _layouts(lengths, heads, group)
+        group = query.shape[1] // key.shape[1]
+        queries, keys = _layouts(lengths, key.shape[1], group)
         q, k, v = queries.lay(query.transpose(1, 2)), keys.lay(key.transpose(1, 2)), keys.lay(value.transpose(1, 2))
         attended = v.new_empty(len(q), v.shape[-1])
         kept: list[torch.Tensor] = []
@@ -66,14 +66,13 @@ class RowProducts(torch.autograd.Function):
                 if keeps:
                     kept.append(weights)
         ctx.save_for_backward(q, k, v, *kept)
-        ctx.lengths, ctx.scale, ctx.window, ctx.heads, ctx.group = lengths, scale, window, heads, group
+        ctx.layouts, ctx.scale, ctx.window, ctx.group = (queries, keys), scale, window, group
         return queries.take(attended)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
-        heads, group, scale = ctx.heads, ctx.group, ctx.scale
-        queries, keys = _layouts(ctx.lengths, heads, group)
+        (queries, keys), group, scale = ctx.layouts, ctx.group, ctx.scale
         g = queries.lay(grad).index_fill_(0, queries.beyond, 0)  # so that what follows a row adds nothing to it
         grads = [torch.empty_like(each) for each in (q, k, v)]
         known = iter(kept)
