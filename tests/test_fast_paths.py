@@ -18,7 +18,7 @@ from lora_cli.data.batches import Batch
 from lora_cli.evaluation.head import Head, LinearCrossEntropy, frozen_head
 from lora_cli.evaluation.loss import evaluating, lay_end_to_end, summed_loss
 from lora_cli.model.adapters import adapt
-from lora_cli.model.attention import ROWS, attend_by_rows
+from lora_cli.model.attention import ROWS, ROWS_ALONE, attend_by_rows
 from lora_cli.model.elementwise import PROJECTIONS, fuse
 from lora_cli.model.fused_lora import LoraProduct
 from lora_cli.model.layers import linear_layers
@@ -142,7 +142,7 @@ def test_an_architecture_gives_what_its_rows_give_one_at_a_time(kind: str) -> No
 
     fuse(base)
     assert lay_end_to_end(model, torch.device("cpu"), "auto", LENGTHS) is (attention is not None)
-    assert base.config._attn_implementation == (ROWS if attention == ROWS else own)
+    assert base.config._attn_implementation == (ROWS_ALONE if attention == ROWS else own)
     with evaluating(model):
         head = frozen_head(model)
     assert (head is not None) is in_chunks

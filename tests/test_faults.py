@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 import soak
+import torch
 from accelerate.tracking import TensorBoardTracker
 from conftest import Run, done
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
 from lora_cli.errors import RunError
@@ -412,6 +414,71 @@ def test_a_skipped_step_leaves_every_weight_and_moment_alone(overflow: Any) -> N
     _, without = overflow("sssss", "without")
     assert [loss for loss in run.losses if loss is not None] == without.losses
     assert run.adapter_bytes == without.adapter_bytes
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
+def test_steps_that_are_not_logged_are_skipped_and_told_of_all_the_same(
+    optim: str, overflow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "READ_EVERY", 1000.0)
+    options = (f"training.optim={optim}", "training.save_steps=null", "training.logging_steps=4")
+    result, run = overflow("ssslssls", "skip", "training.on_nonfinite=skip", *options)
+    done(result)
+    assert result.stderr.count("was not taken") == 2 and run.info["result"]["skipped_steps"] == 2
+    assert run.column("step") == [4, 8]
+    _, without = overflow("ssssss", "without", *options)
+    assert run.adapter_bytes == without.adapter_bytes
+
+
+def test_a_broken_step_that_is_not_logged_ends_the_run_before_anything_is_made_of_it(
+    overflow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    original = loop.take_step
+
+    def counted(trainer: Any, step: Any, rate: float) -> torch.Tensor:
+        taken.append(step.number)
+        return original(trainer, step, rate)
+
+    monkeypatch.setattr(loop, "take_step", counted)
+    for name, seconds, reading, last in (("late", 1000.0, "logging_steps=5", 5), ("soon", 0.0, "logging_steps=100", 3)):
+        monkeypatch.setattr(loop, "READ_EVERY", seconds)
+        taken.clear()
+        result, run = overflow("sslssssss", name, "training.save_steps=2", f"training.{reading}")
+        assert result.exit_code == 3 and "step 3 was not taken: loss is nan" in " ".join(result.stderr.split())
+        assert taken[-1] == min(last, 4), "what is saved is read before"
+        assert run.checkpoints == [2]
+
+
+class Noted(TorchDispatchMode):
+    """Notes operations: who reads a tensor's number waits until a GPU has come to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: set[str] = set()
+
+    def __torch_dispatch__(self, operation: Any, _: Any, arguments: Any = (), others: Any = None) -> Any:
+        self.operations.add(operation.name())
+        return operation(*arguments, **(others or {}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_step_waits_for_the_device(
+    dtype: str, tiny_llama: Path, write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, noted = loop.take_step, Noted()
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        with noted:
+            return original(*arguments)
+
+    monkeypatch.setattr(loop, "take_step", watched)
+    model = {"name_or_path": tiny_llama, "dtype": dtype}
+    adapter = {"target_modules": "all-linear"}
+    recipe = write_recipe({"model": model, "adapter": adapter, "data.packing": True, "training.max_steps": 2})
+    done(lora("train", recipe))
+    assert "aten::_fused_adamw_" in noted.operations
+    assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal"} & noted.operations
 
 
 def test_skipping_gives_up_after_five_in_a_row_also_across_a_resume(overflow: Any, lora: Any) -> None:

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, pad
 from lora_cli.data.batches import Batch, collate
 from lora_cli.data.grouping import pack_first_fit, pad_in_order
 from lora_cli.evaluation.head import Head
-from lora_cli.model.attention import ROWS, knows_rows
+from lora_cli.model.attention import ROWS, ROWS_ALONE, knows_rows
 from lora_cli.model.base import longrope_bounds
 from lora_cli.model.layers import CANNOT, has_experts
 from lora_cli.model.memory import is_out_of_memory
@@ -170,6 +170,7 @@ def lay_end_to_end(
     model: PreTrainedModel | PeftModel, device: torch.device, attn_implementation: str, lengths: Ints
 ) -> bool:
     """Prepare the model for packed rows, with attention by rows where it can be chosen; whether it gives them exactly.
+    What has been prepared takes packed rows, or one, and no mask.
 
     Of two rows laid end to end the second has to give what it gives behind any other row, and both what they give
     alone. Models with a state, a convolution over time or positions of another kind do not, and are left as they were.
@@ -192,6 +193,8 @@ def lay_end_to_end(
         if not has_experts(model):  # whose products are of other shapes when another row stands in front
             exact = 0.0
         if _distance(behind[len(first) :], packed[len(first) :]) <= exact and _distance(packed, alone) < rounding:
+            if implementation == ROWS:  # whose masks had to tell of windows, and have nothing more to tell
+                model.set_attn_implementation(ROWS_ALONE)
             return True
     return False
 

@@ -1,8 +1,9 @@
 """Attention for rows laid end to end: each row among its own tokens alone, without a mask over the whole line.
 
-Registered with Transformers under the name ``ROWS``; a forward pass says where rows begin and end by the arguments that
-FlashAttention has there. On a GPU, in 16 bits, the rows go through torch's variable-length FlashAttention together;
-on a processor in 16 bits by products of matrices, short ones together; elsewhere one after the other.
+Registered with Transformers under the names ``ROWS`` and ``ROWS_ALONE``; a forward pass says where rows begin and end
+by the arguments that FlashAttention has there. On a GPU, in 16 bits, the rows go through torch's variable-length
+FlashAttention together; on a processor in 16 bits by products of matrices, short ones together; elsewhere one after the
+other.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROWS = "rows"
+ROWS_ALONE = "rows_alone"
+"""The same for batches that need no mask, where Transformers makes none: it has not been told of masks for this name.
+Else it would look through each batch's positions, and wait until a GPU has come to them."""
 
 
 def attend_by_rows(
@@ -140,6 +144,7 @@ def _mask(
 
 
 AttentionInterface.register(ROWS, attend_by_rows)
+AttentionInterface.register(ROWS_ALONE, attend_by_rows)
 AttentionMaskInterface.register(ROWS, _mask)
 
 

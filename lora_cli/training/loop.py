@@ -39,12 +39,13 @@ from lora_cli.training.proof import digests, prove
 from lora_cli.training.record import provenance, result_record, run_record, tell
 from lora_cli.training.resume import choose_weights, go_on, keeps_best, restore, save
 from lora_cli.training.setup import Trainer, set_up, unwrap
-from lora_cli.training.sharding import backward, clip_gradient, is_sharded
+from lora_cli.training.sharding import backward, clip_gradient, is_sharded, skips_on_device, step_if_finite
 from lora_cli.weights.kept import prune_kept
 from lora_cli.weights.provenance import now
 from lora_cli.weights.shards import whole_folder
 
 PROOF_TOKENS = 64
+READ_EVERY = 1.0  # seconds for which a run goes on, at most, without a look at its losses
 
 
 def train(job: Prepared, display: Display) -> dict[str, Any]:
@@ -208,20 +209,29 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Pro
     training = trainer.job.recipe.training
     rate = learning_rate_at(training, trainer.optimizer, trainer.total_steps)
     clock = Clock()
+    read_at, unread = 0.0, []
+    waits = trainer.accelerator.num_processes > 1 or not skips_on_device(trainer.accelerator, trainer.optimizer)
     for step in remaining(trainer, progress):
-        loss, grad_norm = take_step(trainer, step, rate(step.number))
+        outcome = take_step(trainer, step, rate(step.number))
+        unread.append((step, outcome))
         clock.count(step)
-        progress = count_skipped(trainer, step, loss, grad_norm, replace(progress, step=step.number))
+        progress = replace(progress, step=step.number)
         last = step.number == trainer.total_steps
-        if step.number % training.logging_steps == 0 or last:
+        logs = last or due(step.number, training.logging_steps)
+        evaluates = trainer.job.validation is not None and (last or due(step.number, training.eval_steps))
+        if logs or evaluates or waits or clock.seconds > read_at + READ_EVERY:
+            progress, read_at = read(trainer, unread, progress), clock.seconds
+        if logs:
+            loss, grad_norm = outcome.tolist()
             log_step(trainer, step, loss, grad_norm, rate(step.number), clock)
         trainer.display.advance(step.number)
-        if trainer.job.validation is not None and (last or due(step.number, training.eval_steps)):
+        if evaluates:
             progress = evaluate_step(trainer, step, progress, clock)
         stop_early = has_converged(trainer, progress)
         asked_to_stop = highest(interrupt.number, trainer.accelerator)
         is_best = progress.best_step == step.number and keeps_best(training)
         if last or stop_early or asked_to_stop or is_best or due(step.number, training.save_steps):
+            progress = read(trainer, unread, progress)
             check_finite(trainer, step.number, weight_norm=weight_norm(trainer))
             save(trainer, progress)
         if asked_to_stop and not last and not stop_early:
@@ -233,10 +243,20 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Pro
     return progress
 
 
-def take_step(trainer: Trainer, step: Step, learning_rate: float) -> tuple[float, float]:
-    """One optimizer step. Returns its loss, a mean over all its supervised tokens, and the gradient's norm.
+def read(trainer: Trainer, unread: list[tuple[Step, torch.Tensor]], progress: Progress) -> Progress:
+    """Read, for which a GPU has to come to its end, and forget what came of the steps since the last reading."""
+    for step, outcome in unread:
+        loss, grad_norm = outcome.tolist()
+        progress = count_skipped(trainer, step, loss, grad_norm, progress)
+    unread.clear()
+    return progress
 
-    When one of them is no finite number, the optimizer sees no gradient and the weights stay as they are.
+
+def take_step(trainer: Trainer, step: Step, learning_rate: float) -> torch.Tensor:
+    """One optimizer step. Returns its loss, a mean over all its supervised tokens, and the gradient's norm: (2,)
+    float64, on the device, so that the next step can be sent there before this one has come to its end.
+
+    When one of them is no finite number, weights and optimizer stay as they are.
 
     Each micro-batch's summed loss is divided by the whole step's supervised tokens before the backward pass, so that
     the gradient does not depend on how rows fall into micro-batches and processes; what divides it by the number of
@@ -258,14 +278,10 @@ def take_step(trainer: Trainer, step: Step, learning_rate: float) -> tuple[float
         total += nll.detach()
     weights = [parameter for _, parameter in trainer.trained]
     norm = clip_gradient(accelerator, optimizer, weights, training.max_grad_norm or float("inf"))
-    loss = float(summed(total, accelerator)) / step.supervised
-    is_finite = math.isfinite(loss) and math.isfinite(norm)
-    if not is_finite:
-        optimizer.zero_grad()
-    if is_finite or accelerator.scaler is not None:  # float16's gradient scaler has to be told of every step
-        optimizer.step()
+    outcome = torch.stack([summed(total, accelerator).double() / step.supervised, norm.double()])
+    step_if_finite(accelerator, optimizer, outcome)
     optimizer.zero_grad()
-    return loss, norm
+    return outcome
 
 
 def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock) -> Progress:

@@ -105,6 +105,8 @@ SHAPES = {
         nf4=True,
     ),
 }
+TWO_LAYERS = {"num_hidden_layers": 2, "vocab_size": 8000}  # the head's share of the work is about that of the whole
+SHAPES["llama-8b-2-layers"] = replace(SHAPES["llama-8b"], config=SHAPES["llama-8b"].config | TWO_LAYERS, nf4=False)
 NF4_BLOCKS = {"hidden_size": 64, "intermediate_size": 128}  # whole ones in each row, for bitsandbytes on a processor
 SHAPES["tiny-nf4"] = replace(SHAPES["tiny"], config=SHAPES["tiny"].config | NF4_BLOCKS, dtype="bfloat16", nf4=True)
 
