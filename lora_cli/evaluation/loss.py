@@ -170,7 +170,7 @@ def lay_end_to_end(
     model: PreTrainedModel | PeftModel, device: torch.device, attn_implementation: str, lengths: Ints
 ) -> bool:
     """Prepare the model for packed rows, with attention by rows where it can be chosen; whether it gives them exactly.
-    What has been prepared takes packed rows, or one, and no mask.
+    A model that does takes no mask from then on.
 
     Of two rows laid end to end the second has to give what it gives behind any other row, and both what they give
     alone. Models with a state, a convolution over time or positions of another kind do not, and are left as they were.

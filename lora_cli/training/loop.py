@@ -210,7 +210,7 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Pro
     rate = learning_rate_at(training, trainer.optimizer, trainer.total_steps)
     clock = Clock()
     read_at, unread = 0.0, []
-    waits = trainer.accelerator.num_processes > 1 or not skips_on_device(trainer.accelerator, trainer.optimizer)
+    waits = waits_each_step(trainer)
     for step in remaining(trainer, progress):
         outcome = take_step(trainer, step, rate(step.number))
         unread.append((step, outcome))
@@ -241,6 +241,13 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Pro
             trainer.display.note(f"stopping early: best validation loss was at step {progress.best_step}")
             break
     return progress
+
+
+def waits_each_step(trainer: Trainer) -> bool:
+    """Whether each step is read before the next begins: where processes have to agree, the host decides whether a step
+    is taken, or what it holds in its memory for one step must be free for the next."""
+    accelerator = trainer.accelerator
+    return accelerator.num_processes > 1 or trainer.offload or not skips_on_device(accelerator, trainer.optimizer)
 
 
 def read(trainer: Trainer, unread: list[tuple[Step, torch.Tensor]], progress: Progress) -> Progress:

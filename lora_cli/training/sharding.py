@@ -76,12 +76,13 @@ def backward(
 def clip_gradient(
     accelerator: Accelerator, optimizer: Optimizer, weights: list[torch.nn.Parameter], norm: float
 ) -> torch.Tensor:
-    """Bound the gradient's norm; returns what it was (a scalar). DeepSpeed bounds it when it takes the step."""
+    """Bound the gradient's norm; returns what it was, a scalar on the accelerator's device, wherever the gradient is.
+    DeepSpeed bounds it when it takes the step."""
     if isinstance(optimizer, ZeroOptimizer):
-        return torch.tensor(optimizer.gradient_norm(), device=accelerator.device)
+        return optimizer.gradient_norm().to(accelerator.device)
     found = accelerator.clip_grad_norm_(weights, norm)
     assert found is not None
-    return whole(found)
+    return whole(found).to(accelerator.device)
 
 
 def step_if_finite(accelerator: Accelerator, optimizer: Optimizer, outcome: torch.Tensor) -> None:
@@ -99,7 +100,7 @@ def step_if_finite(accelerator: Accelerator, optimizer: Optimizer, outcome: torc
 def skips_on_device(accelerator: Accelerator, optimizer: Optimizer) -> bool:
     """Whether the optimizer itself can leave a step out by a number on the device, for which nobody has to wait.
 
-    torch's fused ones can, for gradient scalers; over shards they want that number sharded as well.
+    torch's fused ones can, for gradient scalers to tell them; over shards they want that number sharded as well.
     """
     if accelerator.scaler is not None or is_zero(accelerator) or is_sharded(accelerator):
         return False

@@ -24,6 +24,7 @@ SIZES = {  # rows a step, max_length, r, lora_alpha, learning rate
     "gpt2": (8, 512, 8, 16, 2e-3),
     "llama": (8, 512, 8, 16, 2e-3),
     "llama-8b": (16, 2048, 16, 32, 2e-4),
+    "llama-8b-2-layers": (8, 512, 16, 32, 2e-4),
 }
 
 
