@@ -76,8 +76,10 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     )
     from lora_cli.model.layers import linear_layers
     from lora_cli.model.linear4bit import check_dora
+    from lora_cli.training.compiling import check_compiler
 
     resolve_dtype(recipe.model.dtype, best_device())
+    check_compiler(recipe)
     base = locate(recipe.model.name_or_path, weights=True)
     if not Path(recipe.model.name_or_path).is_dir():  # a hub id, whose weights are here only now
         _check_weights_without_torch(recipe, base)

@@ -22,7 +22,7 @@ from lora_cli.model.elementwise import fuse
 from lora_cli.model.memory import activation_bytes, free_bytes, keep_freed_memory
 from lora_cli.training.agreement import check_agreement
 from lora_cli.training.batch_size import recompute_activations, resolve
-from lora_cli.training.compiling import check_compiler, compile_elementwise
+from lora_cli.training.compiling import compile_elementwise
 from lora_cli.training.display import Display
 from lora_cli.training.estimate import largest_batch
 from lora_cli.training.optimizer import check_warmup, make_optimizer
@@ -86,7 +86,6 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = make_accelerator(recipe.training, dtype)
     check_agreement(job, accelerator, str(dtype).removeprefix("torch."))
-    check_compiler(recipe)
     set_seed(recipe.training.seed)
     keep_freed_memory()
     display.note(f"loading {recipe.model.name_or_path}")
