@@ -84,3 +84,19 @@ def test_a_draft_that_is_being_written_stays(adapter: Path, tmp_path: Path, lora
     _, told = slow.communicate()
     assert slow.returncode == 3 and "could not be written" in told
     assert [path.name for path in place.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(("cause", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143), (ValueError(), 1)])
+def test_a_signal_that_hits_an_import_is_no_bug(
+    cause: BaseException, code: int, write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pybind11 passes it on when it comes while matplotlib is imported."""
+
+    def interrupted(_: Path) -> None:
+        raise ImportError("initialization failed") from cause
+
+    monkeypatch.setattr("lora_cli.study.report.write_report", interrupted)
+    result = lora("train", write_recipe({"training.max_steps": 1}))
+    assert result.exit_code == code
+    assert ("bug in lora" in result.stderr) is (code == 1)
+    assert result.stderr.splitlines()[-1] == "stopped" or code == 1

@@ -99,6 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ) as error:  # the last resort of the program: what comes here is a lack of memory, or a bug to be told as one
         if debug:
             traceback.print_exc()
+        if (code := _stopped_in_an_import(error)) is not None:
+            typer.echo("stopped", err=True)
+            return code
         if isinstance(error, RuntimeError | MemoryError) and (lack := _lack_of_memory(error, given)) is not None:
             _tell(lack)
             return lack.exit_code
@@ -123,6 +126,16 @@ def _unwound_by_sigterm(given: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _stopped_in_an_import(error: Exception) -> int | None:
+    """The exit code when a signal came while a library was imported: pybind11, in which matplotlib is written, makes an
+    ImportError of whatever ends that."""
+    if not isinstance(error, ImportError):
+        return None
+    if isinstance(error.__cause__, SystemExit) and isinstance(error.__cause__.code, int):
+        return error.__cause__.code
+    return 128 + signal.SIGINT if isinstance(error.__cause__, KeyboardInterrupt) else None
 
 
 def _lack_of_memory(error: RuntimeError | MemoryError, given: Sequence[str]) -> RunError | None:
