@@ -14,7 +14,7 @@ from conftest import WIDTH, Run, done
 from test_fast_paths import GROUPED, build
 
 from lora_cli.model.elementwise import compile_formulas, fuse
-from lora_cli.training.compiling import has_compiler
+from lora_cli.training.compiler import has_compiler
 
 NORMS, GATES = 2 * 2 + 1, 2
 """Of tiny_llama; the gates are twice as wide as the norms."""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from typing import TYPE_CHECKING
 
 import torch
 
-from lora_cli.errors import UserError
-from lora_cli.model.base import best_device
 from lora_cli.model.elementwise import compile_formulas, widths
 from lora_cli.recipe.schema import Recipe
+from lora_cli.training.compiler import has_compiler
 from lora_cli.training.display import Display
 
 if TYPE_CHECKING:
@@ -22,18 +19,6 @@ SAVED = {2: 3e-9, 4: 0.9e-9}
 compiled: measured on a Xeon with AVX512 (90 and 25 ms of a step in which 29 million numbers go through them)."""
 COST = 20
 """Seconds that the compiler takes, about: 13 on that Xeon."""
-
-
-def check_compiler(recipe: Recipe) -> None:
-    """Raises UserError when the recipe wants something compiled, for a processor, and there is no compiler."""
-    if recipe.training.torch_compile is True and best_device().type == "cpu" and not has_compiler():
-        what = "training.torch_compile: needs a C++ compiler, and there is none"
-        raise UserError(what, hint="install g++, or name another one in the environment's CXX; or leave it at auto")
-
-
-def has_compiler() -> bool:
-    """Whether there is the C++ compiler that torch's own calls."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def compile_elementwise(

@@ -76,7 +76,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     )
     from lora_cli.model.layers import linear_layers
     from lora_cli.model.linear4bit import check_dora
-    from lora_cli.training.compiling import check_compiler
+    from lora_cli.training.compiler import check_compiler
 
     resolve_dtype(recipe.model.dtype, best_device())
     check_compiler(recipe)
