@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch.autograd.graph import save_on_cpu
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_cli.data.batches import Step
 from lora_cli.data.cache import prune, publish, withdraw
 from lora_cli.errors import Aftermath, Interrupted, RunError, UserError, is_lack_of_room, unwritable
-from lora_cli.evaluation.loss import Score, evaluation_groups, score, summed_loss, tally_loss
+from lora_cli.evaluation.loss import Score, evaluation_groups, score, tally_loss
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.training import hidden_states
 from lora_cli.training.announced import announce
@@ -39,7 +38,8 @@ from lora_cli.training.proof import digests, prove
 from lora_cli.training.record import provenance, result_record, run_record, tell
 from lora_cli.training.resume import choose_weights, go_on, keeps_best, restore, save
 from lora_cli.training.setup import Trainer, set_up, unwrap
-from lora_cli.training.sharding import backward, clip_gradient, is_sharded, skips_on_device, step_if_finite
+from lora_cli.training.sharding import is_sharded
+from lora_cli.training.step import take_step, waits_each_step
 from lora_cli.weights.kept import prune_kept
 from lora_cli.weights.provenance import now
 from lora_cli.weights.shards import whole_folder
@@ -222,8 +222,7 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Pro
         if logs or evaluates or waits or clock.seconds > read_at + READ_EVERY:
             progress, read_at = read(trainer, unread, progress), clock.seconds
         if logs:
-            loss, grad_norm = outcome.tolist()
-            log_step(trainer, step, loss, grad_norm, rate(step.number), clock)
+            log_step(trainer, step, outcome, rate(step.number), clock)
         trainer.display.advance(step.number)
         if evaluates:
             progress = evaluate_step(trainer, step, progress, clock)
@@ -243,13 +242,6 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Pro
     return progress
 
 
-def waits_each_step(trainer: Trainer) -> bool:
-    """Whether each step is read before the next begins: where processes have to agree, the host decides whether a step
-    is taken, or what it holds in its memory for one step must be free for the next."""
-    accelerator = trainer.accelerator
-    return accelerator.num_processes > 1 or trainer.offload or not skips_on_device(accelerator, trainer.optimizer)
-
-
 def read(trainer: Trainer, unread: list[tuple[Step, torch.Tensor]], progress: Progress) -> Progress:
     """Read, for which a GPU has to come to its end, and forget what came of the steps since the last reading."""
     for step, outcome in unread:
@@ -257,38 +249,6 @@ def read(trainer: Trainer, unread: list[tuple[Step, torch.Tensor]], progress: Pr
         progress = count_skipped(trainer, step, loss, grad_norm, progress)
     unread.clear()
     return progress
-
-
-def take_step(trainer: Trainer, step: Step, learning_rate: float) -> torch.Tensor:
-    """One optimizer step. Returns its loss, a mean over all its supervised tokens, and the gradient's norm: (2,)
-    float64, on the device, so that the next step can be sent there before this one has come to its end.
-
-    When one of them is no finite number, weights and optimizer stay as they are.
-
-    Each micro-batch's summed loss is divided by the whole step's supervised tokens before the backward pass, so that
-    the gradient does not depend on how rows fall into micro-batches and processes; what divides it by the number of
-    processes afterwards (DistributedDataParallel, fully_shard) is made up for.
-    """
-    accelerator, optimizer, training = trainer.accelerator, trainer.optimizer, trainer.job.recipe.training
-    for parameter_group in optimizer.param_groups:
-        parameter_group["lr"] = learning_rate
-    total = torch.zeros((), device=accelerator.device)
-    on_gpu = accelerator.device.type == "cuda"
-    micro_batches = own_share(step.micro_batches, accelerator)
-    for index, (rows, weight) in enumerate(micro_batches):
-        batch = hidden_states.batch_of(trainer, "train", rows).to(accelerator.device)
-        last = index == len(micro_batches) - 1
-        with nullcontext() if last else accelerator.no_sync(trainer.model):
-            with save_on_cpu(pin_memory=on_gpu) if trainer.offload else nullcontext():
-                nll = weight * summed_loss(trainer.model, batch, trainer.head, trainer.below)
-            backward(accelerator, trainer.model, optimizer, nll * accelerator.num_processes / step.supervised, last)
-        total += nll.detach()
-    weights = [parameter for _, parameter in trainer.trained]
-    norm = clip_gradient(accelerator, optimizer, weights, training.max_grad_norm or float("inf"))
-    outcome = torch.stack([summed(total, accelerator).double() / step.supervised, norm.double()])
-    step_if_finite(accelerator, optimizer, outcome)
-    optimizer.zero_grad()
-    return outcome
 
 
 def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock) -> Progress:
@@ -315,8 +275,9 @@ def validate(trainer: Trainer) -> Score:
     return score(summed(tally, trainer.accelerator))
 
 
-def log_step(trainer: Trainer, step: Step, loss: float, grad_norm: float, learning_rate: float, clock: Clock) -> None:
-    """Write a training line; what is no finite number is null."""
+def log_step(trainer: Trainer, step: Step, outcome: torch.Tensor, learning_rate: float, clock: Clock) -> None:
+    """Write a training line of what ``take_step`` gave; what is no finite number is null."""
+    loss, grad_norm = outcome.tolist()
     line = {
         "step": step.number,
         "epoch": round(step.epoch, 6),

@@ -85,28 +85,6 @@ def clip_gradient(
     return whole(found).to(accelerator.device)
 
 
-def step_if_finite(accelerator: Accelerator, optimizer: Optimizer, outcome: torch.Tensor) -> None:
-    """Take the optimizer's step if all of ``outcome`` are finite numbers; else weights and state stay as they are."""
-    is_finite = outcome.isfinite().all()
-    if skips_on_device(accelerator, optimizer):
-        optimizer.optimizer.found_inf = is_finite.logical_not().float()  # type: ignore[attr-defined]
-    elif not is_finite:
-        optimizer.zero_grad()
-        if accelerator.scaler is None:  # which has to be told of every step
-            return
-    optimizer.step()
-
-
-def skips_on_device(accelerator: Accelerator, optimizer: Optimizer) -> bool:
-    """Whether the optimizer itself can leave a step out by a number on the device, for which nobody has to wait.
-
-    torch's fused ones can, for gradient scalers to tell them; over shards they want that number sharded as well.
-    """
-    if accelerator.scaler is not None or is_zero(accelerator) or is_sharded(accelerator):
-        return False
-    return bool(optimizer.optimizer.defaults.get("fused"))  # type: ignore[attr-defined]
-
-
 def _fsdp_plugin(training: Training) -> FullyShardedDataParallelPlugin | None:
     if training.fsdp:
         options: dict[str, Any] = {"fsdp_version": 2, "auto_wrap_policy": "transformer_based_wrap"}

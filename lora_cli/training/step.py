@@ -1,0 +1,79 @@
+"""One optimizer step, and how it is left out when its numbers are none."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch.autograd.graph import save_on_cpu
+from torch.optim import Optimizer
+
+from lora_cli.data.batches import Step
+from lora_cli.evaluation.loss import summed_loss
+from lora_cli.training import hidden_states
+from lora_cli.training.processes import own_share, summed
+from lora_cli.training.setup import Trainer
+from lora_cli.training.sharding import backward, clip_gradient, is_sharded
+from lora_cli.training.zero import is_zero
+
+
+def take_step(trainer: Trainer, step: Step, learning_rate: float) -> torch.Tensor:
+    """One optimizer step. Returns its loss, a mean over all its supervised tokens, and the gradient's norm: (2,)
+    float64, on the device, so that the next step can be sent there before this one has come to its end.
+
+    When one of them is no finite number, weights and optimizer stay as they are.
+
+    Each micro-batch's summed loss is divided by the whole step's supervised tokens before the backward pass, so that
+    the gradient does not depend on how rows fall into micro-batches and processes; what divides it by the number of
+    processes afterwards (DistributedDataParallel, fully_shard) is made up for.
+    """
+    accelerator, optimizer, training = trainer.accelerator, trainer.optimizer, trainer.job.recipe.training
+    for parameter_group in optimizer.param_groups:
+        parameter_group["lr"] = learning_rate
+    total = torch.zeros((), device=accelerator.device)
+    on_gpu = accelerator.device.type == "cuda"
+    micro_batches = own_share(step.micro_batches, accelerator)
+    for index, (rows, weight) in enumerate(micro_batches):
+        batch = hidden_states.batch_of(trainer, "train", rows).to(accelerator.device)
+        last = index == len(micro_batches) - 1
+        with nullcontext() if last else accelerator.no_sync(trainer.model):
+            with save_on_cpu(pin_memory=on_gpu) if trainer.offload else nullcontext():
+                nll = weight * summed_loss(trainer.model, batch, trainer.head, trainer.below)
+            backward(accelerator, trainer.model, optimizer, nll * accelerator.num_processes / step.supervised, last)
+        total += nll.detach()
+    weights = [parameter for _, parameter in trainer.trained]
+    norm = clip_gradient(accelerator, optimizer, weights, training.max_grad_norm or float("inf"))
+    outcome = torch.stack([summed(total, accelerator).double() / step.supervised, norm.double()])
+    step_if_finite(accelerator, optimizer, outcome)
+    optimizer.zero_grad()
+    return outcome
+
+
+def step_if_finite(accelerator: Accelerator, optimizer: Optimizer, outcome: torch.Tensor) -> None:
+    """Take the optimizer's step if all of ``outcome`` are finite numbers; else weights and state stay as they are."""
+    is_finite = outcome.isfinite().all()
+    if skips_on_device(accelerator, optimizer):
+        optimizer.optimizer.found_inf = is_finite.logical_not().float()  # type: ignore[attr-defined]
+    elif not is_finite:
+        if accelerator.scaler is None:
+            return
+        optimizer.zero_grad()  # float16's gradient scaler has to be told of every step
+    optimizer.step()
+
+
+def skips_on_device(accelerator: Accelerator, optimizer: Optimizer) -> bool:
+    """Whether the optimizer itself can leave a step out by a number on the device, for which nobody has to wait.
+
+    torch's fused ones can, for gradient scalers to tell them; over shards they want that number sharded as well.
+    """
+    if accelerator.scaler is not None or is_zero(accelerator) or is_sharded(accelerator):
+        return False
+    return bool(optimizer.optimizer.defaults.get("fused"))  # type: ignore[attr-defined]
+
+
+def waits_each_step(trainer: Trainer) -> bool:
+    """Whether each step is read before the next begins: where processes have to agree, the host decides whether a step
+    is taken, or what it holds in its memory for one step must be free for the next."""
+    accelerator = trainer.accelerator
+    return accelerator.num_processes > 1 or trainer.offload or not skips_on_device(accelerator, trainer.optimizer)
