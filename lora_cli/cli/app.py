@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
-        with warnings.catch_warnings(), _unwound_by_sigterm(given):
+        with warnings.catch_warnings(), _unwound_by_sigterm(given), _signals_out_of_imports():
             if not debug:
                 _hush_libraries()
             _leave_out_the_compiler()
@@ -99,9 +99,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ) as error:  # the last resort of the program: what comes here is a lack of memory, or a bug to be told as one
         if debug:
             traceback.print_exc()
-        if (code := _stopped_in_an_import(error)) is not None:
-            typer.echo("stopped", err=True)
-            return code
         if isinstance(error, RuntimeError | MemoryError) and (lack := _lack_of_memory(error, given)) is not None:
             _tell(lack)
             return lack.exit_code
@@ -128,14 +125,18 @@ def _unwound_by_sigterm(given: Sequence[str]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _stopped_in_an_import(error: Exception) -> int | None:
-    """The exit code when a signal came while a library was imported: pybind11, in which matplotlib is written, makes an
+@contextmanager
+def _signals_out_of_imports() -> Iterator[None]:
+    """Let a signal end a verb while a library is imported as well: pybind11, in which matplotlib is written, makes an
     ImportError of whatever ends that."""
-    if not isinstance(error, ImportError):
-        return None
-    if isinstance(error.__cause__, SystemExit) and isinstance(error.__cause__.code, int):
-        return error.__cause__.code
-    return 128 + signal.SIGINT if isinstance(error.__cause__, KeyboardInterrupt) else None
+    try:
+        yield
+    except ImportError as error:
+        if isinstance(error.__cause__, SystemExit):
+            raise error.__cause__ from None
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            raise SystemExit(128 + signal.SIGINT) from error
+        raise
 
 
 def _lack_of_memory(error: RuntimeError | MemoryError, given: Sequence[str]) -> RunError | None:
