@@ -170,7 +170,7 @@ def lay_end_to_end(
     model: PreTrainedModel | PeftModel, device: torch.device, attn_implementation: str, lengths: Ints
 ) -> bool:
     """Prepare the model for packed rows, with attention by rows where it can be chosen; whether it gives them exactly.
-    A model that does takes no mask from then on.
+    That attention takes no mask from then on.
 
     Of two rows laid end to end the second has to give what it gives behind any other row, and both what they give
     alone. Models with a state, a convolution over time or positions of another kind do not, and are left as they were.
@@ -193,7 +193,7 @@ def lay_end_to_end(
         if not has_experts(model):  # whose products are of other shapes when another row stands in front
             exact = 0.0
         if _distance(behind[len(first) :], packed[len(first) :]) <= exact and _distance(packed, alone) < rounding:
-            if implementation == ROWS:  # whose masks had to tell of windows, and have nothing more to tell
+            if implementation == ROWS:
                 model.set_attn_implementation(ROWS_ALONE)
             return True
     return False

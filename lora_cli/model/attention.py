@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROWS = "rows"
+"""For a trial: its masks tell of windows that a layer may not tell its attention of."""
 ROWS_ALONE = "rows_alone"
-"""The same for batches that need no mask, where Transformers makes none: it has not been told of masks for this name.
-Else it would look through each batch's positions, and wait until a GPU has come to them."""
+"""For all batches after it. Transformers has not been told of masks for this name and makes none; else it would look
+through each batch's positions for them, and wait until a GPU has come to these."""
 
 
 def attend_by_rows(
