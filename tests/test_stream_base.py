@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from lora_cli.errors import RunError
 from lora_cli.model.memory import activation_bytes
 from lora_cli.recipe.load import load_recipe
-from lora_cli.training import loop, setup
+from lora_cli.training import setup, step
 from lora_cli.training.estimate import estimate, largest_batch
 from lora_cli.training.out_of_memory import out_of_memory
 from lora_cli.training.prepare import prepare
@@ -39,7 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def largest_away(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of the layers' weights that are in memory after each forward pass."""
     seen: list[int] = []
-    original = loop.summed_loss
+    original = step.summed_loss
 
     def look(model: Any, *args: Any) -> Any:
         loss = original(model, *args)
@@ -50,7 +50,7 @@ def largest_away(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(sum(p.data.untyped_storage().nbytes() for p in frozen))
         return loss
 
-    monkeypatch.setattr(loop, "summed_loss", look)
+    monkeypatch.setattr(step, "summed_loss", look)
     return seen
 
 
@@ -193,7 +193,7 @@ def test_nothing_holds_a_layers_codes_after_its_forward_pass(
 
     made: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []
-    brought, taken = Params4bit.from_prequantized, loop.summed_loss
+    brought, taken = Params4bit.from_prequantized, step.summed_loss
 
     def bring(*args: Any, **kwargs: Any) -> Any:
         weight = brought(*args, **kwargs)
@@ -209,7 +209,7 @@ def test_nothing_holds_a_layers_codes_after_its_forward_pass(
     small = tiny_llama.parent / "small"
     if not small.exists():
         done(lora("quantize", tiny_llama, "--out", small))
-    monkeypatch.setattr(loop, "summed_loss", take)
+    monkeypatch.setattr(step, "summed_loss", take)
     original = setup.put_away
 
     def put_away(*args: Any) -> Any:
@@ -289,7 +289,7 @@ def test_what_does_not_go_with_streaming(change: dict[str, Any], write_recipe: A
 def test_offloaded_activations(write_recipe: Any, lora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a layer takes goes through host memory once a micro-batch, and nothing that it computes does."""
     kept: list[torch.Size] = []
-    original = loop.save_on_cpu
+    original = step.save_on_cpu
 
     class Watched(original):  # type: ignore[misc, valid-type]
         def __init__(self, pin_memory: bool) -> None:
@@ -297,7 +297,7 @@ def test_offloaded_activations(write_recipe: Any, lora: Any, tmp_path: Path, mon
             pack = self.pack_hook
             self.pack_hook = lambda tensor: (kept.append(tensor.shape), pack(tensor))[1]
 
-    monkeypatch.setattr(loop, "save_on_cpu", Watched)
+    monkeypatch.setattr(step, "save_on_cpu", Watched)
     adapters = []
     for value in (True, "offload"):
         folder = tmp_path / str(value)
