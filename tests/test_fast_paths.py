@@ -23,7 +23,7 @@ from lora_cli.model.elementwise import PROJECTIONS, fuse
 from lora_cli.model.fused_lora import LoraProduct
 from lora_cli.model.layers import linear_layers
 from lora_cli.model.linear4bit import compute_right, expand
-from lora_cli.model.row_products import BLOCK, SHORT, RowProducts, _layouts
+from lora_cli.model.row_products import SHORT, WHOLE, RowProducts, _layouts
 from lora_cli.model.shapes import rounded
 from lora_cli.recipe.schema import Adapter, Quantization
 from lora_cli.weights.codes import encode, roundtrip
@@ -462,7 +462,7 @@ def test_attention_in_16_bits_is_that_of_each_row_alone(
     softmax(q k^T / sqrt(8)) v in float64, as read."""
     monkeypatch.setattr("lora_cli.model.row_products.SCORES", scores)
     torch.manual_seed(0)
-    lengths = (300, 1, 40, SHORT, 30, SHORT + 1, 310, BLOCK, 1100)
+    lengths = (300, 1, 40, SHORT, 30, SHORT + 1, 310, WHOLE, 1100)
     total = sum(lengths)
     shapes = ((4, total, 8), (key_heads, total, 8), (key_heads, total, width))
     given = [torch.randn(1, *shape).bfloat16() for shape in shapes]
@@ -501,7 +501,7 @@ def test_attention_by_products_has_the_slope_of_its_numbers(
     window: int | None, short: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights kept and made again, of rows alone and together, in several blocks."""
-    for name, value in (("BLOCK", 8), ("LEAST", 8), ("SHORT", short)):
+    for name, value in (("BLOCK", 8), ("WHOLE", 8), ("LEAST", 8), ("SHORT", short)):
         monkeypatch.setattr(f"lora_cli.model.row_products.{name}", value)
     lengths = (17, 1, 5)
     torch.manual_seed(0)
@@ -510,9 +510,18 @@ def test_attention_by_products_has_the_slope_of_its_numbers(
 
 
 def test_rows_go_through_a_product_together_while_their_scores_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of one length, and shorter ones, while that adds fewer scores than a product is worth."""
     lengths, heads, group = (40, 33, 300, 7, 47, 3, 48, 290), 2, 3
-    for together, groups in ((2**22, [2, 4, 2]), (heads * group * 48 * 48 * 3, [2, 3, 1, 1, 1]), (1, [1] * 8)):
+    added = heads * group * 2 * (48**2 - 16**2)  # by the two shortest, laid for 48 tokens
+    for together, spared, groups in (
+        (2**22, 1, [2, 4, 2]),
+        (heads * group * 48 * 48 * 3, 1, [2, 3, 1, 1, 1]),
+        (1, 1, [1] * 8),
+        (2**22, added, [2, 4, 2]),
+        (2**22, added + 1, [6, 2]),
+    ):
         monkeypatch.setattr("lora_cli.model.row_products.TOGETHER", together)
+        monkeypatch.setattr("lora_cli.model.row_products.SPARED", spared)
         _layouts.cache_clear()
         queries, keys = _layouts(lengths, heads, group)
         for layout in (queries, keys):
@@ -520,7 +529,7 @@ def test_rows_go_through_a_product_together_while_their_scores_are_few(monkeypat
         line = torch.arange(sum(lengths) * heads * group).view(1, sum(lengths), heads * group, 1)
         laid = queries.lay(line)
         assert torch.equal(queries.take(laid), line)
-        assert len(laid) == heads * group * (2 * 16 + 4 * 48 + 2 * 320)
+        assert len(laid) == heads * group * ((6 * 48 if groups[0] == 6 else 2 * 16 + 4 * 48) + 2 * 320)
     _layouts.cache_clear()
 
 

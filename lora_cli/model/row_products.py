@@ -19,7 +19,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from lora_cli.model.shapes import rounded
 
 BLOCK = 256
-"""Tokens of a row whose scores are made at a time, at most: later tokens than the last one's are left out."""
+"""Tokens of a long row whose scores are made at a time, at most: later tokens than the last one's are left out."""
+WHOLE = 512
+"""Tokens of a row, at most, that is one block."""
 SHORT = 1024
 """Tokens of a row, at most, whose weights are kept for the backward pass; those of a longer one are made again."""
 SCORES = 2**24
@@ -29,6 +31,8 @@ LAID = 16
 """Rows are laid for multiples of so many tokens, so that more of them are alike."""
 TOGETHER = 2**22
 """Scores of several rows that are made at a time, at most, over all heads."""
+SPARED = 2**17
+"""Scores over all heads, about, that take as long as the calls which a row needs when it goes by itself."""
 
 
 class RowProducts(torch.autograd.Function):
@@ -160,9 +164,11 @@ def _layouts(lengths: tuple[int, ...], heads: int, group: int) -> tuple[Layout, 
     together: list[tuple[int, list[slice]]] = []
     for length, end in sorted(zip(lengths, accumulate(lengths), strict=True)):
         row, tokens = slice(end - length, end), max(rounded(length), -(-length // LAID) * LAID)
-        most = TOGETHER // (heads * group * tokens * min(tokens, BLOCK))
-        if together and together[-1][0] == tokens and len(together[-1][1]) < most:
-            together[-1][1].append(row)
+        shorter, rows = together[-1] if together else (0, [])
+        added = heads * group * len(rows) * (tokens**2 - shorter**2)
+        most = TOGETHER // (heads * group * tokens * min(tokens, WHOLE))
+        if added < SPARED and 0 < len(rows) < most:
+            together[-1] = tokens, [*rows, row]
         else:
             together.append((tokens, [row]))
     keys = _layout(together, heads, 1)
@@ -206,7 +212,8 @@ class Block:
 
 def _blocks(tokens: int, matrices: int, group: int, window: int | None) -> Iterator[Block]:
     """The blocks of rows, in each of whose ``matrices`` a key serves ``group`` queries."""
-    most = max(LEAST, min(BLOCK, SCORES // (matrices * group * min(tokens, (window or tokens) + BLOCK))))
+    size = WHOLE if tokens <= WHOLE else BLOCK
+    most = max(LEAST, min(size, SCORES // (matrices * group * min(tokens, (window or tokens) + size))))
     for start in range(0, tokens, most):
         size = min(most, tokens - start)
         before = start if window is None else min(start, window - 1)
@@ -239,14 +246,14 @@ def _product(x: torch.Tensor, y: torch.Tensor, factor: float, out: torch.Tensor 
 
 @lru_cache(maxsize=4)
 def _later(group: int, dtype: torch.dtype) -> torch.Tensor:
-    """-inf for query i and the keys after the i-th, else 0 (BLOCK * group, BLOCK)."""
-    return _mask(torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu(1), group, dtype)
+    """-inf for query i and the keys after the i-th, else 0 (WHOLE * group, WHOLE)."""
+    return _mask(torch.ones(WHOLE, WHOLE, dtype=torch.bool).triu(1), group, dtype)
 
 
 @lru_cache(maxsize=4)
 def _outside(group: int, dtype: torch.dtype) -> torch.Tensor:
-    """-inf for query i and the keys up to the i-th, which its window has left behind, else 0 (BLOCK * group, BLOCK)."""
-    return _mask(torch.ones(BLOCK, BLOCK, dtype=torch.bool).tril(), group, dtype)
+    """-inf for query i and the keys up to the i-th, which its window has left behind, else 0 (WHOLE * group, WHOLE)."""
+    return _mask(torch.ones(WHOLE, WHOLE, dtype=torch.bool).tril(), group, dtype)
 
 
 def _mask(hidden: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
