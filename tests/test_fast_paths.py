@@ -512,10 +512,10 @@ def test_attention_by_products_has_the_slope_of_its_numbers(
 def test_rows_go_through_a_product_together_while_their_scores_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of one length, and shorter ones, while that adds fewer scores than a product is worth."""
     lengths, heads, group = (40, 33, 300, 7, 47, 3, 48, 290), 2, 3
-    added = heads * group * 2 * (48**2 - 16**2)  # by the two shortest, laid for 48 tokens
+    added = heads * group * 2 * (64**2 - 32**2)  # by the two shortest, laid for 64 tokens
     for together, spared, groups in (
         (2**22, 1, [2, 4, 2]),
-        (heads * group * 48 * 48 * 3, 1, [2, 3, 1, 1, 1]),
+        (heads * group * 64 * 64 * 3, 1, [2, 3, 1, 1, 1]),
         (1, 1, [1] * 8),
         (2**22, added, [2, 4, 2]),
         (2**22, added + 1, [6, 2]),
@@ -529,7 +529,7 @@ def test_rows_go_through_a_product_together_while_their_scores_are_few(monkeypat
         line = torch.arange(sum(lengths) * heads * group).view(1, sum(lengths), heads * group, 1)
         laid = queries.lay(line)
         assert torch.equal(queries.take(laid), line)
-        assert len(laid) == heads * group * ((6 * 48 if groups[0] == 6 else 2 * 16 + 4 * 48) + 2 * 320)
+        assert len(laid) == heads * group * ((6 * 64 if groups[0] == 6 else 2 * 32 + 4 * 64) + 2 * 320)
     _layouts.cache_clear()
 
 

@@ -27,8 +27,9 @@ SHORT = 1024
 SCORES = 2**24
 """Scores that are made at a time, at most, over all heads; but never those of fewer queries than LEAST tokens'."""
 LEAST = 16
-LAID = 16
-"""Rows are laid for multiples of so many tokens, so that more of them are alike."""
+LAID = 32
+"""Rows are laid for multiples of so many tokens, so that more of them are alike, and shapes of products are few: each
+takes some of a megabyte (``shapes``)."""
 TOGETHER = 2**22
 """Scores of several rows that are made at a time, at most, over all heads."""
 SPARED = 2**17
