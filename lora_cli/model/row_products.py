@@ -169,7 +169,8 @@ def _layouts(lengths: tuple[int, ...], heads: int, group: int) -> tuple[Layout, 
         added = heads * group * len(rows) * (tokens**2 - shorter**2)
         most = TOGETHER // (heads * group * tokens * min(tokens, WHOLE))
         if added < SPARED and 0 < len(rows) < most:
-            together[-1] = tokens, [*rows, row]
+            rows.append(row)
+            together[-1] = tokens, rows
         else:
             together.append((tokens, [row]))
     keys = _layout(together, heads, 1)
