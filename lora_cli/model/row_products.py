@@ -162,28 +162,44 @@ class Layout:
 @lru_cache(maxsize=4)
 def _layouts(lengths: tuple[int, ...], heads: int, group: int) -> tuple[Layout, Layout]:
     """That of queries, ``group`` to each of ``heads``, and that of keys."""
-    together: list[tuple[int, list[slice]]] = []
+    together: list[list[slice]] = []
     for length, end in sorted(zip(lengths, accumulate(lengths), strict=True)):
-        row, tokens = slice(end - length, end), max(rounded(length), -(-length // LAID) * LAID)
-        shorter, rows = together[-1] if together else (0, [])
-        added = heads * group * len(rows) * (tokens**2 - shorter**2)
-        most = TOGETHER // (heads * group * tokens * min(tokens, WHOLE))
-        if added < SPARED and 0 < len(rows) < most:
-            rows.append(row)
-            together[-1] = tokens, rows
+        row = slice(end - length, end)
+        if together and _go_together(together[-1], row, heads * group):
+            together[-1].append(row)
         else:
-            together.append((tokens, [row]))
+            together.append([row])
     keys = _layout(together, heads, 1)
     return keys if group == 1 else _layout(together, heads, group), keys
 
 
-def _layout(together: list[tuple[int, list[slice]]], heads: int, group: int) -> Layout:
-    """For lists of rows with the tokens that each is laid for."""
+def _go_together(rows: list[slice], row: slice, heads: int) -> bool:
+    """Whether ``row`` goes through a product with ``rows``, none longer than it: when the scores that it adds to theirs
+    take less time than calls of its own, and all are few."""
+    tokens = _tokens(row)
+    added = heads * len(rows) * (tokens**2 - _tokens(rows[-1]) ** 2)
+    return added < SPARED and heads * (len(rows) + 1) * tokens * _block(tokens) <= TOGETHER
+
+
+def _tokens(row: slice) -> int:
+    """For how many tokens a row is laid by itself."""
+    length: int = row.stop - row.start
+    return max(rounded(length), -(-length // LAID) * LAID)
+
+
+def _block(tokens: int) -> int:
+    """Tokens whose scores are made at a time, at most, of a row that is laid for so many."""
+    return tokens if tokens <= WHOLE else BLOCK
+
+
+def _layout(together: list[list[slice]], heads: int, group: int) -> Layout:
+    """For lists of rows, each laid for as many tokens as its last one, the longest."""
     laid, sources, beyond = [], [], []
-    places = torch.empty(sum(row.stop - row.start for _, rows in together for row in rows), heads * group).long()
+    places = torch.empty(sum(row.stop - row.start for rows in together for row in rows), heads * group).long()
     head = torch.arange(heads * group).view(heads, 1, group)
     end = 0
-    for tokens, rows in together:
+    for rows in together:
+        tokens = _tokens(rows[-1])
         vectors = torch.arange(end, end + len(rows) * heads * tokens * group).view(-1, heads, tokens, group)
         for row, own in zip(rows, vectors, strict=True):
             length = row.stop - row.start
@@ -214,8 +230,8 @@ class Block:
 
 def _blocks(tokens: int, matrices: int, group: int, window: int | None) -> Iterator[Block]:
     """The blocks of rows, in each of whose ``matrices`` a key serves ``group`` queries."""
-    size = WHOLE if tokens <= WHOLE else BLOCK
-    most = max(LEAST, min(size, SCORES // (matrices * group * min(tokens, (window or tokens) + size))))
+    most = _block(tokens)
+    most = max(LEAST, min(most, SCORES // (matrices * group * min(tokens, (window or tokens) + most))))
     for start in range(0, tokens, most):
         size = min(most, tokens - start)
         before = start if window is None else min(start, window - 1)
