@@ -20,9 +20,10 @@ from lora_cli.evaluation.loss import evaluating, lay_end_to_end, summed_loss
 from lora_cli.model.adapters import adapt
 from lora_cli.model.attention import ROWS, ROWS_ALONE, attend_by_rows
 from lora_cli.model.elementwise import PROJECTIONS, fuse
-from lora_cli.model.fused_lora import LoraProduct
+from lora_cli.model.fused_lora import side_by_side
 from lora_cli.model.layers import linear_layers
 from lora_cli.model.linear4bit import compute_right, expand
+from lora_cli.model.lora_products import Kind, LoraProducts
 from lora_cli.model.row_products import SHORT, WHOLE, RowProducts, _layouts
 from lora_cli.model.shapes import rounded
 from lora_cli.recipe.schema import Adapter, Quantization
@@ -275,11 +276,61 @@ def test_fused_lora_is_the_formula(device: str, transposed: bool, bias: bool) ->
     offset = normal(4) if bias else None
 
     def fused(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return LoraProduct.apply(x, weight, offset, a, b, 0.7, transposed, None, None)
+        return LoraProducts.apply(x, None, (Kind(0.7, transposed, None),), weight, offset, a, b)[0]
 
     wanted = x @ (weight if transposed else weight.T) + 0.7 * x @ a.T @ b.T + (0 if offset is None else offset)
     torch.testing.assert_close(fused(x, a, b), wanted)
     assert torch.autograd.gradcheck(fused, (x, a, b))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fused_layers_of_one_input_are_the_formula_each(device: str) -> None:
+    """One of rank 2 and with a bias, one without an adapter, one of rank 1 and transposed."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = ((2, 3, 5), (2, 5), (4, 2), (1, 5), (6, 1), (4, 5), (3, 5), (5, 6), (4,))
+    drawn = [torch.randn(*size, generator=draw, dtype=torch.float64).to(device) for size in sizes]
+    (x, *adapters), weights, bias = [each.requires_grad_() for each in drawn[:5]], drawn[5:8], drawn[8]
+    empty = x.new_empty(0, 5), x.new_empty(3, 0)
+    kinds = (Kind(0.7, False, None), Kind(1, False, None), Kind(1.3, True, None))
+
+    def fused(x: torch.Tensor, *adapters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        layers = ((bias, *adapters[:2]), (None, *empty), (None, *adapters[2:]))
+        tensors = [each for weight, layer in zip(weights, layers, strict=True) for each in (weight, *layer)]
+        return LoraProducts.apply(x, None, kinds, *tensors)
+
+    a, b, other_a, other_b = adapters
+    first = x @ weights[0].T + bias + 0.7 * x @ a.T @ b.T
+    wanted = first, x @ weights[1].T, x @ weights[2] + 1.3 * x @ other_a.T @ other_b.T
+    torch.testing.assert_close(fused(x, *adapters), wanted)
+    assert torch.autograd.gradcheck(fused, (x, *adapters))
+    assert torch.autograd.gradcheck(lambda *adapters: fused(x.detach(), *adapters), adapters)
+
+
+def test_layers_of_one_input_go_together_but_for_a_hook() -> None:
+    """As they do in attention and in a gated MLP; what they give then is what each gives by itself."""
+    torch.manual_seed(0)
+    base = build("Llama", GROUPED | {"num_hidden_layers": 1})
+    model = adapt(base, Adapter(r=2), ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"], True)
+    attention = model.base_model.model.model.layers[0].self_attn
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    for layer in layers[::2]:
+        nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(2, 5, SMALL["hidden_size"])
+    calls: list[int] = []
+    found = []
+    for hooked in (False, True):
+        if hooked:
+            attention.k_proj.register_forward_pre_hook(lambda *_: calls.append(1))
+        inputs = x.clone().requires_grad_()
+        made = side_by_side(layers, inputs)
+        assert (made[0].grad_fn is made[1].grad_fn is made[2].grad_fn) is not hooked
+        sum(each.square().sum() for each in made).backward()
+        weights = [each for each in model.parameters() if each.requires_grad]
+        found.append([*made, inputs.grad, *(each.grad for each in weights)])
+        model.zero_grad()
+    assert calls == [1]
+    for together, apart in zip(*found, strict=True):
+        assert float((together - apart).norm() / apart.norm()) < 1e-5
 
 
 def test_a_gate_before_fused_lora_is_the_formula() -> None:
@@ -289,7 +340,7 @@ def test_a_gate_before_fused_lora_is_the_formula() -> None:
     weight = torch.randn(4, 5, generator=draw, dtype=torch.float64)
 
     def fused(gate: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return LoraProduct.apply(x, weight, None, a, b, 0.7, False, None, gate)
+        return LoraProducts.apply(x, gate, (Kind(0.7, False, None),), weight, None, a, b)[0]
 
     gated = gate / (1 + (-gate).exp()) * x
     torch.testing.assert_close(fused(gate, x, a, b), gated @ weight.T + 0.7 * gated @ a.T @ b.T)
@@ -338,7 +389,7 @@ def test_fused_lora_in_16_bits_is_the_formula_to_its_rounding(device: str) -> No
     x, a, b, weight, along = (torch.randn(*size, generator=draw).to(device) for size in sizes)
     leaves = [x.bfloat16().requires_grad_(), a.requires_grad_(), b.requires_grad_()]
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    y = LoraProduct.apply(leaves[0], weight.bfloat16(), None, *leaves[1:], 0.7, False, None, None)
+    y = LoraProducts.apply(leaves[0], None, (Kind(0.7, False, None),), weight.bfloat16(), None, *leaves[1:])[0]
     wanted = exact[0] @ weight.bfloat16().double().T + 0.7 * exact[0] @ exact[1].T @ exact[2].T
     assert float((y.detach() - wanted.detach()).norm() / wanted.detach().norm()) < 0.01
     y.backward(along.bfloat16())
@@ -413,9 +464,7 @@ def test_fused_layers_give_what_pefts_give(kind: str) -> None:
     for (name, found), (_, wanted) in zip(fused.named_parameters(), plain.named_parameters(), strict=True):
         if wanted.grad is not None:
             torch.testing.assert_close(found.grad, wanted.grad, msg=name)
-    assert "LoraProduct" in type(fused.outputs.grad_fn.next_functions[0][0]).__name__ or "LoraProduct" in str(
-        fused.outputs.grad_fn
-    )
+    assert "LoraProducts" in str(fused.outputs.grad_fn)
 
 
 @pytest.mark.parametrize("changes", [{"adapter.lora_dropout": 0.3}, {"adapter.use_dora": True}])
@@ -433,8 +482,8 @@ def test_dropout_and_dora_keep_pefts_path(
 
 def test_fused_or_not(write_recipe: Any, lora: Any, tmp_path: Any, no_curves: None, monkeypatch: Any) -> None:
     calls: list[int] = []
-    original: Callable[..., Any] = LoraProduct.apply
-    monkeypatch.setattr(LoraProduct, "apply", lambda *arguments: (calls.append(1), original(*arguments))[1])
+    original: Callable[..., Any] = LoraProducts.apply
+    monkeypatch.setattr(LoraProducts, "apply", lambda *arguments: (calls.append(1), original(*arguments))[1])
     losses, counted = [], []
     for fused in (True, False):
         calls.clear()

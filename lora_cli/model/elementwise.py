@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import rms_norm
 
-from lora_cli.model.fused_lora import Fused
+from lora_cli.model.fused_lora import Fused, side_by_side
 from lora_cli.model.gate import GATED, Formula, Gate, vectors
 from lora_cli.model.layers import CANNOT
 from lora_cli.model.rotary import in_one_function, rotary_width
@@ -90,7 +90,7 @@ class GatedMLP(nn.Module):
         self.formula = GATED
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = side_by_side((self.gate_proj, self.up_proj), x)
         if gate.is_cuda and isinstance(self.down_proj, Fused):  # a processor takes too long to make the product twice
             return cast("torch.Tensor", self.down_proj(up, gate=gate))
         with torch.autocast(gate.device.type, enabled=False):  # nothing here heeds it but the compiler

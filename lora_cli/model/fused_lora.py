@@ -1,13 +1,8 @@
-"""Plain LoRA in one autograd function: PEFT's own layers with another forward pass, the same numbers and names.
-
-PEFT computes a layer as base(x) + B(A(x)) * scaling, each part an operation with temporaries and saved tensors of its
-own. Here the products are accumulated in place, nothing of the output's size is kept for the backward pass, and of the
-frozen weight nothing but a reference is.
-"""
+"""Plain LoRA in one autograd function: PEFT's own layers with another forward pass, the same numbers and names."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,133 +10,72 @@ from peft.tuners import lora
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.model.gate import Gate, gated, gated_slopes
-from lora_cli.model.linear4bit import expand
+from lora_cli.model.gate import Gate, gated
+from lora_cli.model.layers import widths
+from lora_cli.model.lora_products import Kind, LoraProducts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from peft import LoraConfig
 
 
-class LoraProduct(torch.autograd.Function):
-    """y = x W^T + bias + s (x A^T) B^T (LoRA, arXiv:2106.09685, equation 3) for a frozen W.
-
-    x (…, in), W (out, in) or, ``transposed``, (in, out), A (r, in), B (out, r), bias (out) or None; the product is
-    computed in x's dtype and gradients of A and B are returned in their own. ``state`` is bitsandbytes' for a W of
-    4 bits, which is expanded in each pass and not kept. With a ``gate`` (…, in), silu(gate) x stands for x, which is
-    made in each pass and not kept either; the backward pass may write over both.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scaling: float,
-        transposed: bool,
-        state: Any,
-        gate: torch.Tensor | None,
-    ) -> torch.Tensor:
-        rows = (x if gate is None else gated(gate, x)).reshape(-1, x.shape[-1])
-        a_low, b_low = a.to(x.dtype), b.to(x.dtype)
-        down = rows @ a_low.T
-        expanded = _expanded(weight, state, transposed, x.dtype).T
-        y = _both_products(rows, expanded, down, b_low.T, scaling, None if bias is None else bias.to(x.dtype))
-        scales = None if state is None else state.absmax
-        ctx.save_for_backward(rows if gate is None else x, weight, down, a_low, b_low, gate, scales)
-        ctx.scaling, ctx.transposed, ctx.state, ctx.dtypes = scaling, transposed, _with(state, None), (a.dtype, b.dtype)
-        return y.view(*x.shape[:-1], y.shape[-1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, down, a_low, b_low, gate, scales = ctx.saved_tensors
-        g = grad.reshape(-1, grad.shape[-1])
-        up = _product(g, b_low, ctx.scaling)
-        grad_b = _product(down.T, g, ctx.scaling).T  # thrice as fast as g.T @ down
-        grad_b = grad_b.to(ctx.dtypes[1], memory_format=torch.contiguous_format)
-        rows = (x if gate is None else gated(gate, x)).reshape(-1, x.shape[-1])
-        grad_a = (up.T @ rows).to(ctx.dtypes[0])
-        del rows
-        grad_x = grad_gate = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[-1]:
-            expanded = _expanded(weight, _with(ctx.state, scales), ctx.transposed, g.dtype)
-            grad_x = _both_products(g, expanded, up, a_low).view(*grad.shape[:-1], x.shape[-1])
-            if gate is not None:
-                grad_gate, grad_x = gated_slopes(gate, x, grad_x)
-        return grad_x, None, None, grad_a, grad_b, None, None, None, grad_gate
+def side_by_side(layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """What each of the layers makes of x; in one function when all allow it and none has a hook, which would be passed
+    over."""
+    modules = [layer for layer in layers if isinstance(layer, nn.Module) and not _is_hooked(layer)]
+    results = together(modules, x) if len(modules) == len(layers) else None
+    return [layer(x) for layer in layers] if results is None else results
 
 
-def _product(x: torch.Tensor, y: torch.Tensor, scaling: float) -> torch.Tensor:
-    """scaling x y, in one operation."""
-    return torch.addmm(x.new_empty(()), x, y, beta=0, alpha=scaling)
+def together(
+    layers: Sequence[nn.Module], x: torch.Tensor, gate: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...] | None:
+    """The layers' outputs, in one function, when each is plain LoRA in training or frozen; else None. With a ``gate``
+    they take silu(gate) x for x."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    parts = [part for layer in layers if (part := _part(layer, dtype)) is not None]
+    if len(parts) < len(layers) or not torch.is_grad_enabled():
+        return None
+    kinds = tuple(kind for kind, _ in parts)
+    tensors = (tensor for _, its in parts for tensor in its)
+    with torch.autocast(device, enabled=False):
+        results = LoraProducts.apply(x.to(dtype), None if gate is None else gate.to(dtype), kinds, *tensors)  # type: ignore[no-untyped-call]
+    return cast("tuple[torch.Tensor, ...]", results)
 
 
-def _both_products(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    low: torch.Tensor,
-    narrow: torch.Tensor,
-    scaling: float = 1,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """x weight + scaling low narrow + bias, the first of these the large product.
-
-    On a GPU it comes last, where adding to what is there costs it next to nothing; a processor is faster otherwise.
-    """
-    if x.is_cuda:
-        small = _product(low, narrow, scaling) if bias is None else torch.addmm(bias, low, narrow, alpha=scaling)
-        return small.addmm_(x, weight)
-    large = x @ weight if bias is None else torch.addmm(bias, x, weight)
-    return large.addmm_(low, narrow, alpha=scaling)
-
-
-def _with(state: Any, scales: torch.Tensor | None) -> Any:
-    """bitsandbytes' state with these scales; between the passes without, which checkpointing is to free."""
-    if state is not None:
-        state = copy.copy(state)
-        state.absmax = scales
-    return state
+def _part(layer: nn.Module, dtype: torch.dtype) -> tuple[Kind, tuple[torch.Tensor | None, ...]] | None:
+    """The layer as ``LoraProducts`` takes it for products in ``dtype``, when it is frozen or plain LoRA; else None."""
+    if isinstance(layer, Fused):
+        adapter = _adapter(cast("Any", layer))
+        base = cast("Any", layer).base_layer
+    elif type(layer) in (nn.Linear, Conv1D):
+        base = cast("Any", layer)
+        wide = cast("tuple[int, int]", widths(layer))
+        adapter = base.weight.new_empty(0, wide[0]), base.weight.new_empty(wide[1], 0), 1.0
+    else:
+        return None
+    if adapter is None or base.weight.requires_grad or getattr(base, "compute_dtype", None) not in (None, dtype):
+        return None
+    a, b, scaling = adapter
+    state = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
+    return Kind(scaling, isinstance(base, Conv1D), state), (base.weight, base.bias, a, b)
 
 
-def _expanded(weight: torch.Tensor, state: Any, transposed: bool, dtype: torch.dtype) -> torch.Tensor:
-    """The weight as (out, in) in ``dtype``."""
-    if state is not None:
-        weight = expand(weight, state)
-    return (weight.T if transposed else weight).to(dtype)
-
-
-def product(layer: Any, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor | None:
-    """The layer's output when it is plain LoRA in training: one active adapter, no dropout, no variant; else None."""
+def _adapter(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """A, B and the scaling of the layer's one adapter where nothing is random in it and it is no variant; else None."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or layer.merged or len(names) != 1 or not torch.is_grad_enabled():
+    if layer.disable_adapters or layer.merged or len(names) != 1:
         return None
-    name, base = names[0], layer.base_layer
-    dropout = layer.lora_dropout[name]
+    name = names[0]
+    dropout, b = layer.lora_dropout[name], layer.lora_B[name]
     random = isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training
-    a, b = layer.lora_A[name], layer.lora_B[name]
-    if random or name in layer.lora_variant or b.bias is not None or base.weight.requires_grad:
+    if random or name in layer.lora_variant or b.bias is not None:
         return None
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    if getattr(base, "compute_dtype", None) not in (None, dtype):
-        return None
-    with torch.autocast(x.device.type, enabled=False):
-        result = LoraProduct.apply(  # type: ignore[no-untyped-call]
-            x.to(dtype),
-            base.weight,
-            base.bias,
-            a.weight,
-            b.weight,
-            layer.scaling[name],
-            isinstance(base, Conv1D),
-            getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None),
-            None if gate is None else gate.to(dtype),
-        )
-    assert isinstance(result, torch.Tensor)
-    return result
+    return layer.lora_A[name].weight, b.weight, layer.scaling[name]
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_pre_hooks or layer._forward_hooks)
 
 
 class Fused:
@@ -150,9 +84,9 @@ class Fused:
     def forward(self, x: torch.Tensor, *args: Any, gate: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         if gate is not None and not (x.requires_grad or gate.requires_grad):
             x, gate = gated(gate, x), None  # one to keep instead of two
-        result = None if args or kwargs else product(self, x, gate)
-        if result is not None:
-            return result
+        results = None if args or kwargs else together([cast("nn.Module", self)], x, gate)
+        if results is not None:
+            return results[0]
         whole = x if gate is None else Gate.apply(gate, x)  # type: ignore[no-untyped-call]
         return cast("torch.Tensor", super().forward(whole, *args, **kwargs))  # type: ignore[misc]
 

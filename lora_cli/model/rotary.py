@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lora_cli.model.fused_lora import side_by_side
 from lora_cli.model.layers import CANNOT
 
 if TYPE_CHECKING:
@@ -89,9 +90,8 @@ class RotaryAttention(nn.Module):
         **others: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         places = hidden_states.shape[:-1]
-        query, key, value = (
-            layer(hidden_states).view(*places, -1, self.head_dim) for layer in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        made = side_by_side((self.q_proj, self.k_proj, self.v_proj), hidden_states)
+        query, key, value = (each.view(*places, -1, self.head_dim) for each in made)
         query = Rotate.apply(self.q_norm(query), *position_embeddings)  # type: ignore[no-untyped-call]
         key = Rotate.apply(self.k_norm(key), *position_embeddings)  # type: ignore[no-untyped-call]
         query, key, value = (each.transpose(1, 2) for each in (query, key, value))

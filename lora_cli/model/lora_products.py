@@ -1,0 +1,143 @@
+"""Products with frozen weights and low-rank adapters beside them, several of one input in one autograd function.
+
+PEFT computes a layer as base(x) + B(A(x)) * scaling, each part an operation with temporaries and saved tensors of its
+own. Here the products are accumulated in place, nothing of the output's size is kept for the backward pass, and of the
+frozen weight nothing but a reference is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import torch
+
+from lora_cli.model.gate import gated, gated_slopes
+from lora_cli.model.linear4bit import expand
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a layer's frozen weight is multiplied: (out, in) or, ``transposed``, (in, out), expanded first where
+    bitsandbytes has it in 4 bits and this ``state`` for it; ``scaling`` is s for its adapter."""
+
+    scaling: float
+    transposed: bool
+    state: Any
+
+
+class LoraProducts(torch.autograd.Function):
+    """y = x W^T + bias + s (x A^T) B^T (LoRA, arXiv:2106.09685, equation 3) for a frozen W, or for each of several.
+
+    x (…, in), then of each layer W, bias (out) or None, A (r, in) and B (out, r), with r = 0 where it has no adapter.
+    Returns each layer's y (…, out). The products are computed in x's dtype, and gradients of A and B are returned in
+    their own. A weight of 4 bits is expanded in each pass and not kept. With a ``gate`` (…, in), silu(gate) x stands
+    for x, which is made in each pass and not kept either; the backward pass may write over both.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, gate: torch.Tensor | None, kinds: tuple[Kind, ...], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        weights, biases, a, b = (tensors[number::4] for number in range(4))
+        rows = (x if gate is None else gated(gate, x)).reshape(-1, x.shape[-1])
+        a_low, b_low = _joined([each.to(x.dtype) for each in a]), [each.to(x.dtype) for each in b]
+        down = rows @ a_low.T
+        lows = torch.split(down, [len(each) for each in a], dim=1)
+        ys = [
+            _both_products(rows, _expanded(weight, kind, x.dtype).T, low, up.T, kind.scaling, bias)
+            for weight, kind, low, up, bias in zip(weights, kinds, lows, b_low, biases, strict=True)
+        ]
+        scales = [None if kind.state is None else kind.state.absmax for kind in kinds]
+        ctx.save_for_backward(rows if gate is None else x, gate, down, a_low, *b_low, *weights, *scales)
+        ctx.kinds, ctx.dtypes = [_with(kind, None) for kind in kinds], [each.dtype for each in (*a, *b)]
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, gate, down, a_low, *others = ctx.saved_tensors
+        count = len(grads)
+        b_low, weights, scales = others[:count], others[count : 2 * count], others[2 * count :]
+        ranks = [b.shape[1] for b in b_low]
+        kinds = [_with(kind, each) for kind, each in zip(ctx.kinds, scales, strict=True)]
+        gs = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        up = _joined([_product(g, b, kind.scaling) for g, b, kind in zip(gs, b_low, kinds, strict=True)], dim=1)
+        rows = (x if gate is None else gated(gate, x)).reshape(-1, x.shape[-1])
+        grads_a = torch.split(up.T @ rows, ranks)
+        del rows
+        lows = zip(torch.split(down, ranks, dim=1), gs, kinds, strict=True)
+        grads_b = [_product(low.T, g, kind.scaling).T for low, g, kind in lows]  # thrice as fast as g.T @ low
+        adapters = [
+            each.to(dtype, memory_format=torch.contiguous_format)
+            for each, dtype in zip((*grads_a, *grads_b), ctx.dtypes, strict=True)
+        ]
+        grad_x = grad_gate = None
+        if any(ctx.needs_input_grad[:2]):
+            large = ((g, _expanded(w, kind, g.dtype)) for g, w, kind in zip(gs, weights, kinds, strict=True))
+            grad_x = _sum_of_products(large, (up, a_low)).view(*grads[0].shape[:-1], x.shape[-1])
+            if gate is not None:
+                grad_gate, grad_x = gated_slopes(gate, x, grad_x)
+        of_layers = [(None, None, *both) for both in zip(adapters[:count], adapters[count:], strict=True)]
+        return grad_x, grad_gate, None, *chain.from_iterable(of_layers)
+
+
+def _joined(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _product(x: torch.Tensor, y: torch.Tensor, scaling: float) -> torch.Tensor:
+    """scaling x y, in one operation."""
+    return torch.addmm(x.new_empty(()), x, y, beta=0, alpha=scaling)
+
+
+def _both_products(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    low: torch.Tensor,
+    narrow: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """x weight + scaling low narrow + bias, the first of these the large product.
+
+    On a GPU it comes last, where adding to what is there costs it next to nothing; a processor is faster otherwise.
+    """
+    bias = None if bias is None else bias.to(x.dtype)
+    if x.is_cuda and len(narrow):
+        small = _product(low, narrow, scaling) if bias is None else torch.addmm(bias, low, narrow, alpha=scaling)
+        return small.addmm_(x, weight)
+    large = x @ weight if bias is None else torch.addmm(bias, x, weight)
+    return large.addmm_(low, narrow, alpha=scaling) if len(narrow) else large
+
+
+def _sum_of_products(
+    large: Iterator[tuple[torch.Tensor, torch.Tensor]], small: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """The sum of each pair's product, that of the small one where ``_both_products`` has it. A large pair is made when
+    its turn comes, and let go of before the next."""
+    total: torch.Tensor | None = None
+    others = [small] if small[0].shape[1] else []
+    for x, y in chain(others, large) if small[0].is_cuda else chain(large, others):
+        total = x @ y if total is None else total.addmm_(x, y)
+        del x, y
+    assert total is not None
+    return total
+
+
+def _with(kind: Kind, scales: torch.Tensor | None) -> Kind:
+    """The kind with these scales in its state; between the passes without, which checkpointing is to free."""
+    if kind.state is None:
+        return kind
+    state = copy.copy(kind.state)
+    state.absmax = scales
+    return replace(kind, state=state)
+
+
+def _expanded(weight: torch.Tensor, kind: Kind, dtype: torch.dtype) -> torch.Tensor:
+    """The weight as (out, in) in ``dtype``."""
+    if kind.state is not None:
+        weight = expand(weight, kind.state)
+    return (weight.T if kind.transposed else weight).to(dtype)
