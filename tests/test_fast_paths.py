@@ -326,7 +326,7 @@ def test_layers_of_one_input_go_together_but_for_a_hook() -> None:
         assert (made[0].grad_fn is made[1].grad_fn is made[2].grad_fn) is not hooked
         sum(each.square().sum() for each in made).backward()
         weights = [each for each in model.parameters() if each.requires_grad]
-        found.append([*made, inputs.grad, *(each.grad for each in weights)])
+        found.append([*(each.detach() for each in made), inputs.grad, *(each.grad for each in weights)])
         model.zero_grad()
     assert calls == [1]
     for together, apart in zip(*found, strict=True):

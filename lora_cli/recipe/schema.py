@@ -80,7 +80,8 @@ class Adapter(Section):
     fused: bool = Field(
         True,
         description="Compute RMS norms, SiLU-gated MLPs, rotary positions and, without dropout and DoRA, LoRA layers "
-        "in one autograd function each: faster, in less memory. false: by Transformers' and PEFT's own forward passes.",
+        "in one autograd function each, layers of one input together: faster, in less memory. false: by Transformers' "
+        "and PEFT's own forward passes.",
     )
     init_from: str | None = Field(
         None, min_length=1, description="Adapter folder of the same base whose weights training starts from."

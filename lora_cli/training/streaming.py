@@ -16,9 +16,11 @@ from torch.nn import Module, Parameter
 from torch.utils.hooks import RemovableHandle
 
 from lora_cli.errors import UserError
+from lora_cli.model.elementwise import GatedMLP
 from lora_cli.model.layers import checkpointed_layers
 from lora_cli.model.linear4bit import expand_always
 from lora_cli.model.memory import free_bytes, size
+from lora_cli.model.rotary import RotaryAttention
 from lora_cli.training.estimate import estimate
 from lora_cli.training.out_of_memory import obstacle
 from lora_cli.training.prepare import Prepared
@@ -100,8 +102,8 @@ def stream(model: Module, sources: Sources) -> list[RemovableHandle]:
 
 
 def _holders(module: Module, sources: Sources) -> Iterator[tuple[Module, list[Place]]]:
-    """The modules that compute with weights that are away: an adapted layer, which reads its base's, or their owner."""
-    whole = isinstance(module, BaseTunerLayer)
+    """The modules that compute with weights that are away: one that reads those of layers within it, or their owner."""
+    whole = isinstance(module, BaseTunerLayer | RotaryAttention | GatedMLP)
     owners = module.modules() if whole else [module]
     places = [
         (owner, name, weight)
