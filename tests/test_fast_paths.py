@@ -333,6 +333,25 @@ def test_layers_of_one_input_go_together_but_for_a_hook() -> None:
         assert float((together - apart).norm() / apart.norm()) < 1e-5
 
 
+def test_frozen_layers_of_one_input_do_not_keep_it() -> None:
+    layers = [nn.Linear(5, width).requires_grad_(False) for width in (3, 4)]
+    x = torch.randn(2, 5, requires_grad=True)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor.shape), tensor)[1], lambda t: t):
+        made = side_by_side(layers, x)
+    assert made[0].grad_fn is made[1].grad_fn
+    assert x.shape not in kept
+    sum(each.sum() for each in made).backward()
+    torch.testing.assert_close(x.grad, sum(layer.weight.sum(0) for layer in layers).expand(2, 5))
+
+
+def test_a_bias_that_is_trained_gets_its_gradient() -> None:
+    layers = [nn.Linear(5, width).requires_grad_(False) for width in (3, 4)]
+    layers[1].bias.requires_grad_()
+    sum(each.sum() for each in side_by_side(layers, torch.randn(2, 5))).backward()
+    torch.testing.assert_close(layers[1].bias.grad, torch.full((4,), 2.0))
+
+
 def test_a_gate_before_fused_lora_is_the_formula() -> None:
     draw = torch.Generator().manual_seed(0)
     sizes = ((2, 3, 5), (2, 3, 5), (2, 5), (4, 2))

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def side_by_side(layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor) -> Sequence[torch.Tensor]:
-    """What each of the layers makes of x; in one function when all allow it and none has a hook, which would be passed
-    over."""
+    """What each of the layers makes of x (…, in), of shape (…, out); in one function when all allow it and none has a
+    forward hook, which would be passed over."""
     modules = [layer for layer in layers if isinstance(layer, nn.Module) and not _is_hooked(layer)]
     results = together(modules, x) if len(modules) == len(layers) else None
     return [layer(x) for layer in layers] if results is None else results
@@ -29,12 +29,15 @@ def side_by_side(layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], x: to
 def together(
     layers: Sequence[nn.Module], x: torch.Tensor, gate: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...] | None:
-    """The layers' outputs, in one function, when each is plain LoRA in training or frozen; else None. With a ``gate``
-    they take silu(gate) x for x."""
+    """The layers' outputs (…, out) for x (…, in), in one function, when each is plain LoRA in training, or frozen and
+    not quantized; else None. Autocast's dtype where it is on, else x's. With a ``gate`` they take silu(gate) x for x.
+    """
+    if not torch.is_grad_enabled():
+        return None
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     parts = [part for layer in layers if (part := _part(layer, dtype)) is not None]
-    if len(parts) < len(layers) or not torch.is_grad_enabled():
+    if len(parts) < len(layers):
         return None
     kinds = tuple(kind for kind, _ in parts)
     tensors = (tensor for _, its in parts for tensor in its)
@@ -44,7 +47,7 @@ def together(
 
 
 def _part(layer: nn.Module, dtype: torch.dtype) -> tuple[Kind, tuple[torch.Tensor | None, ...]] | None:
-    """The layer as ``LoraProducts`` takes it for products in ``dtype``, when it is frozen or plain LoRA; else None."""
+    """The layer as ``LoraProducts`` takes it for products in ``dtype``; None when it is of another kind."""
     if isinstance(layer, Fused):
         adapter = _adapter(cast("Any", layer))
         base = cast("Any", layer).base_layer
@@ -54,7 +57,8 @@ def _part(layer: nn.Module, dtype: torch.dtype) -> tuple[Kind, tuple[torch.Tenso
         adapter = base.weight.new_empty(0, wide[0]), base.weight.new_empty(wide[1], 0), 1.0
     else:
         return None
-    if adapter is None or base.weight.requires_grad or getattr(base, "compute_dtype", None) not in (None, dtype):
+    trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+    if adapter is None or trained or getattr(base, "compute_dtype", None) not in (None, dtype):
         return None
     a, b, scaling = adapter
     state = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)

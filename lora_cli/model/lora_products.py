@@ -34,8 +34,9 @@ class LoraProducts(torch.autograd.Function):
 
     x (…, in), then of each layer W, bias (out) or None, A (r, in) and B (out, r), with r = 0 where it has no adapter.
     Returns each layer's y (…, out). The products are computed in x's dtype, and gradients of A and B are returned in
-    their own. A weight of 4 bits is expanded in each pass and not kept. With a ``gate`` (…, in), silu(gate) x stands
-    for x, which is made in each pass and not kept either; the backward pass may write over both.
+    their own. A weight of 4 bits is expanded in each pass and not kept, nor is x where no layer has an adapter. With a
+    ``gate`` (…, in), silu(gate) x stands for x, which is made in each pass and not kept either; the backward pass may
+    write over both.
     """
 
     @staticmethod
@@ -48,11 +49,12 @@ class LoraProducts(torch.autograd.Function):
         down = rows @ a_low.T
         lows = torch.split(down, [len(each) for each in a], dim=1)
         ys = [
-            _both_products(rows, _expanded(weight, kind, x.dtype).T, low, up.T, kind.scaling, bias)
-            for weight, kind, low, up, bias in zip(weights, kinds, lows, b_low, biases, strict=True)
+            _both_products(rows, _expanded(weight, kind, x.dtype).T, low, narrow.T, kind.scaling, bias)
+            for weight, kind, low, narrow, bias in zip(weights, kinds, lows, b_low, biases, strict=True)
         ]
         scales = [None if kind.state is None else kind.state.absmax for kind in kinds]
-        ctx.save_for_backward(rows if gate is None else x, gate, down, a_low, *b_low, *weights, *scales)
+        kept = x if gate is not None else rows if down.numel() else None
+        ctx.save_for_backward(kept, gate, down, a_low, *b_low, *weights, *scales)
         ctx.kinds, ctx.dtypes = [_with(kind, None) for kind in kinds], [each.dtype for each in (*a, *b)]
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
@@ -65,19 +67,21 @@ class LoraProducts(torch.autograd.Function):
         kinds = [_with(kind, each) for kind, each in zip(ctx.kinds, scales, strict=True)]
         gs = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         up = _joined([_product(g, b, kind.scaling) for g, b, kind in zip(gs, b_low, kinds, strict=True)], dim=1)
-        rows = (x if gate is None else gated(gate, x)).reshape(-1, x.shape[-1])
-        grads_a = torch.split(up.T @ rows, ranks)
-        del rows
-        lows = zip(torch.split(down, ranks, dim=1), gs, kinds, strict=True)
-        grads_b = [_product(low.T, g, kind.scaling).T for low, g, kind in lows]  # thrice as fast as g.T @ low
-        adapters = [
-            each.to(dtype, memory_format=torch.contiguous_format)
-            for each, dtype in zip((*grads_a, *grads_b), ctx.dtypes, strict=True)
-        ]
+        adapters: list[torch.Tensor | None] = [None] * (2 * count)
+        if up.numel():
+            rows = (x if gate is None else gated(gate, x)).reshape(-1, a_low.shape[1])
+            grads_a = torch.split(up.T @ rows, ranks)
+            del rows
+            lows = zip(torch.split(down, ranks, dim=1), gs, kinds, strict=True)
+            grads_b = [_product(low.T, g, kind.scaling).T for low, g, kind in lows]  # thrice as fast as g.T @ low
+            adapters = [
+                each.to(dtype, memory_format=torch.contiguous_format)
+                for each, dtype in zip((*grads_a, *grads_b), ctx.dtypes, strict=True)
+            ]
         grad_x = grad_gate = None
         if any(ctx.needs_input_grad[:2]):
             large = ((g, _expanded(w, kind, g.dtype)) for g, w, kind in zip(gs, weights, kinds, strict=True))
-            grad_x = _sum_of_products(large, (up, a_low)).view(*grads[0].shape[:-1], x.shape[-1])
+            grad_x = _sum_of_products(large, (up, a_low)).view(*grads[0].shape[:-1], a_low.shape[1])
             if gate is not None:
                 grad_gate, grad_x = gated_slopes(gate, x, grad_x)
         of_layers = [(None, None, *both) for both in zip(adapters[:count], adapters[count:], strict=True)]
@@ -116,8 +120,8 @@ def _both_products(
 def _sum_of_products(
     large: Iterator[tuple[torch.Tensor, torch.Tensor]], small: tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
-    """The sum of each pair's product, that of the small one where ``_both_products`` has it. A large pair is made when
-    its turn comes, and let go of before the next."""
+    """The sum of each pair's product; that of the small one is the first on a GPU, the last on a processor, as in
+    ``_both_products``. A large pair is made when its turn comes, and let go of before the next."""
     total: torch.Tensor | None = None
     others = [small] if small[0].shape[1] else []
     for x, y in chain(others, large) if small[0].is_cuda else chain(large, others):
