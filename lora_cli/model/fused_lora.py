@@ -27,7 +27,7 @@ def side_by_side(layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], x: to
 
 
 def together(
-    layers: Sequence[nn.Module], x: torch.Tensor, gate: torch.Tensor | None = None
+    layers: Sequence[nn.Module | Fused], x: torch.Tensor, gate: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...] | None:
     """The layers' outputs (…, out) for x (…, in), in one function, when each is plain LoRA in training, or frozen and
     not quantized; else None. Autocast's dtype where it is on, else x's. With a ``gate`` they take silu(gate) x for x.
@@ -46,19 +46,17 @@ def together(
     return cast("tuple[torch.Tensor, ...]", results)
 
 
-def _part(layer: nn.Module, dtype: torch.dtype) -> tuple[Kind, tuple[torch.Tensor | None, ...]] | None:
+def _part(layer: Any, dtype: torch.dtype) -> tuple[Kind, tuple[torch.Tensor | None, ...]] | None:
     """The layer as ``LoraProducts`` takes it for products in ``dtype``; None when it is of another kind."""
+    adapter: tuple[torch.Tensor, torch.Tensor, float] | None = None
     if isinstance(layer, Fused):
-        adapter = _adapter(cast("Any", layer))
-        base = cast("Any", layer).base_layer
-    elif type(layer) in (nn.Linear, Conv1D):
-        base = cast("Any", layer)
-        wide = cast("tuple[int, int]", widths(layer))
-        adapter = base.weight.new_empty(0, wide[0]), base.weight.new_empty(wide[1], 0), 1.0
-    else:
+        base, adapter = layer.base_layer, _adapter(layer)
+    elif type(layer) in (nn.Linear, Conv1D) and (wide := widths(layer)):
+        base, adapter = layer, (layer.weight.new_empty(0, wide[0]), layer.weight.new_empty(wide[1], 0), 1.0)
+    if adapter is None:
         return None
     trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
-    if adapter is None or trained or getattr(base, "compute_dtype", None) not in (None, dtype):
+    if trained or getattr(base, "compute_dtype", None) not in (None, dtype):
         return None
     a, b, scaling = adapter
     state = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
@@ -85,10 +83,12 @@ def _is_hooked(layer: nn.Module) -> bool:
 class Fused:
     """What makes a LoRA layer of PEFT's a fused one; with a ``gate`` it takes silu(gate) x for x."""
 
+    base_layer: Any
+
     def forward(self, x: torch.Tensor, *args: Any, gate: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         if gate is not None and not (x.requires_grad or gate.requires_grad):
             x, gate = gated(gate, x), None  # one to keep instead of two
-        results = None if args or kwargs else together([cast("nn.Module", self)], x, gate)
+        results = None if args or kwargs else together([self], x, gate)
         if results is not None:
             return results[0]
         whole = x if gate is None else Gate.apply(gate, x)  # type: ignore[no-untyped-call]
