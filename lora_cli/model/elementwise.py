@@ -37,10 +37,18 @@ def normal(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Ten
 
 
 def normal_slopes(x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """The gradient of ``normal``'s x for that of its y."""
-    wide, g = x.to(inverse.dtype), grad.to(inverse.dtype) * weight
-    along = torch.linalg.vecdot(g, wide).unsqueeze(-1)
-    return g.mul_(inverse).addcmul_(wide, along * inverse.pow(3).div_(-x.shape[-1])).to(x.dtype)
+    """The gradient of ``normal``'s x for that of its y.
+
+    The kernel is layer norm's. For a mean of 0 its result is the one sought less inverse mean(w grad), which is what
+    the mean would have taken.
+    """
+    dtype = torch.promote_types(x.dtype, grad.dtype)
+    g, w = grad.to(dtype), weight.to(inverse.dtype)
+    centred, _, _ = torch.ops.aten.native_layer_norm_backward(
+        g, x.to(dtype), w.shape, torch.zeros_like(inverse), inverse, w, None, (True, False, False)
+    )
+    means = (g @ weight.to(dtype)).unsqueeze(-1).mul(inverse).div_(len(weight))
+    return (centred + means.to(dtype)).to(x.dtype)
 
 
 NORMAL = Formula(normal, normal_slopes)

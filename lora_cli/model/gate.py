@@ -22,7 +22,7 @@ def gated(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         from liger_kernel.ops.swiglu import swiglu_forward
 
         return cast("torch.Tensor", swiglu_forward(gate, x)[2])
-    return silu(gate).mul_(x)
+    return silu(gate) * x
 
 
 def gated_slopes(gate: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,8 +31,7 @@ def gated_slopes(gate: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> tup
         from liger_kernel.ops.swiglu import swiglu_backward
 
         return cast("tuple[torch.Tensor, torch.Tensor]", swiglu_backward(gate, x, grad.contiguous()))
-    grad_x = silu(gate).mul_(grad)
-    return torch.ops.aten.silu_backward(grad * x, gate), grad_x
+    return torch.ops.aten.silu_backward(grad * x, gate), silu(gate) * grad
 
 
 @dataclass(frozen=True)
