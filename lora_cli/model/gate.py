@@ -22,7 +22,7 @@ def gated(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         from liger_kernel.ops.swiglu import swiglu_forward
 
         return cast("torch.Tensor", swiglu_forward(gate, x)[2])
-    return silu(gate) * x
+    return _times(silu(gate), x)
 
 
 def gated_slopes(gate: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,7 +31,12 @@ def gated_slopes(gate: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> tup
         from liger_kernel.ops.swiglu import swiglu_backward
 
         return cast("tuple[torch.Tensor, torch.Tensor]", swiglu_backward(gate, x, grad.contiguous()))
-    return torch.ops.aten.silu_backward(grad * x, gate), silu(gate) * grad
+    return torch.ops.aten.silu_backward(grad * x, gate), _times(silu(gate), grad)
+
+
+def _times(own: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """own x, where ``own`` may be written over: in 16 bits that takes nearly twice as long on a processor."""
+    return own * x if own.itemsize == 2 else own.mul_(x)
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,7 @@ class Training(Section):
     torch_compile: bool | Literal["auto"] = Field(
         "auto",
         description="On a processor, have torch's compiler make one loop each of RMS norms and SiLU gates: in 16 bits "
-        "about a tenth faster, after a quarter of a minute at first. Needs a C++ compiler and adapter.fused. auto: "
+        "about a twentieth faster, after a quarter of a minute at first. Needs a C++ compiler and adapter.fused. auto: "
         "where it saves at least 40 seconds of the run.",
     )
     fsdp: bool = Field(
