@@ -44,9 +44,9 @@ def normal_slopes(x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, 
     """
     dtype = torch.promote_types(x.dtype, grad.dtype)
     g, w = grad.to(dtype), weight.to(inverse.dtype)
-    centred, _, _ = torch.ops.aten.native_layer_norm_backward(
+    centred: torch.Tensor = torch.ops.aten.native_layer_norm_backward(
         g, x.to(dtype), w.shape, torch.zeros_like(inverse), inverse, w, None, (True, False, False)
-    )
+    )[0]
     means = (g @ weight.to(dtype)).unsqueeze(-1).mul(inverse).div_(len(weight))
     return (centred + means.to(dtype)).to(x.dtype)
 
