@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import yaml
 from conftest import TRAIN_KEYS, VALIDATION_KEYS, WIDTH, Run, done
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from lora_cli.model.elementwise import GatedMLP
@@ -476,6 +477,22 @@ def test_quantized_bases_train(
     scores = quantized.column("loss", "validation")
     assert scores[-1] < scores[0], "it learned"
     assert all(tensor.dtype == torch.float32 for tensor in quantized.tensors.values())
+
+
+def test_codes_stored_as_numbers_of_another_type_are_left_as_they_are(
+    tiny_llama: Path, tmp_path: Path, train: Callable[..., Run]
+) -> None:
+    """As FSDP needs them: bytes of codes, two of which pass for a bfloat16."""
+    losses = []
+    for storage in ("uint8", "bfloat16"):
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=getattr(torch, storage)
+        )
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config, dtype=torch.float32)
+        shutil.copytree(tiny_llama, tmp_path / storage)
+        model.save_pretrained(tmp_path / storage)
+        losses.append(train({"model": {"name_or_path": tmp_path / storage, "dtype": "float32"}}).losses)
+    assert losses[0] == losses[1]
 
 
 def test_what_quantization_keys_do(

@@ -207,9 +207,12 @@ def load_base(
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise UserError(f"the weights lack {', '.join(names[:3])}{more}", str(folder), "copy or download them again")
     compute_right(base)
-    for parameter in base.parameters():  # Transformers (5.23) leaves some of a base stored quantized as they lay there
-        if parameter.is_floating_point() and parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
+    for module in base.modules():  # Transformers (5.23) leaves some of a base stored quantized as they lay there
+        own = dict(module.named_parameters(recurse=False))
+        codes = any(each.itemsize == 1 or getattr(each, "quant_state", None) is not None for each in own.values())
+        for name, parameter in own.items():
+            if parameter.is_floating_point() and (name == "bias" or not codes):  # else codes, or scales of codes
+                parameter.data = parameter.data.to(dtype)
     base.requires_grad_(False)
     base.config.use_cache = False
     return base
