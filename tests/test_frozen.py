@@ -168,12 +168,14 @@ def test_dropout_below_is_seen_and_draws_nothing_from_the_runs_random_state(key:
     assert torch.equal(torch.get_rng_state(), before) and not model.training
 
 
-def test_an_architecture_whose_layers_share_more_than_hidden_states_is_left_alone() -> None:
+@pytest.mark.parametrize("shared", [2, 0])
+def test_an_architecture_whose_layers_pass_on_more_than_a_vector_a_token_is_left_alone(shared: int) -> None:
+    """Keys and values, or four vectors a token."""
     ARCHITECTURES["gemma3n"] = (
         "Gemma3nText",
         GROUPED
         | {"intermediate_size": [48] * 4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
-        | {"num_kv_shared_layers": 2, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4}
+        | {"num_kv_shared_layers": shared, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4}
         | {"layer_types": ["full_attention"] * 4},
     )
     model = adapted(build("gemma3n")).eval()

@@ -118,12 +118,15 @@ def draws_random_numbers(model: PeftModel, below: FrozenLayers) -> bool:
 
 
 def gives_the_same(model: PeftModel, below: FrozenLayers) -> bool:
-    """Whether the model's logits are the same when what its frozen layers give is computed apart and handed in."""
+    """Whether what its frozen layers give is a vector a token, and the model's logits are the same when that is
+    computed apart and handed in."""
     ids = some_ids(model)
     with torch.no_grad():
         wanted = model(input_ids=ids, use_cache=False).logits.float()
         try:
             hidden = below.states({"input_ids": ids})
+            if hidden.shape[:-1] != ids.shape:
+                return False
             with below.giving(hidden):
                 found = model(input_ids=ids, use_cache=False).logits.float()
         except CANNOT:
