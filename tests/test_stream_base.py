@@ -21,6 +21,7 @@ from lora_cli.training import setup, step
 from lora_cli.training.estimate import estimate, largest_batch
 from lora_cli.training.out_of_memory import out_of_memory
 from lora_cli.training.prepare import prepare
+from lora_cli.weights.shards import read_headers, weight_files
 
 METHODS: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -100,13 +101,17 @@ def test_a_streamed_base_trains_as_a_resident_one(
 def test_weights_stored_in_another_type_are_converted_on_the_way(
     tiny_llama: Path, write_recipe: Any, lora: Any, tmp_path: Path
 ) -> None:
+    """Some may be of another one than most."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
+    model.get_submodule("model.norm").float().weight.data += torch.rand(len(model.model.norm.weight))
     shutil.copytree(tiny_llama, tmp_path / "half")
     model.save_pretrained(tmp_path / "half")
+    assert {info.dtype for info in read_headers(weight_files(tmp_path / "half")).values()} == {"BF16", "F32"}
     adapters = []
     for value in (False, True):
-        changes = {"model.name_or_path": tmp_path / "half", "training.gradient_checkpointing": True}
-        changes |= {"training.stream_base": value, "training.output_dir": tmp_path / str(value)}
+        changes = {"model": {"name_or_path": tmp_path / "half", "dtype": "float32"}}
+        changes |= {"training.gradient_checkpointing": True, "training.stream_base": value}
+        changes |= {"training.output_dir": tmp_path / str(value)}
         done(lora("train", write_recipe(changes)))
         adapters.append((tmp_path / str(value) / "adapter" / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1]

@@ -84,12 +84,16 @@ def put_away(base: PreTrainedModel, folder: Path, device: torch.device, dtype: t
                 )
             if weight in sources:
                 weight.data = _nothing(weight, device, weight.dtype if in_4_bits else dtype)
-    for weight in base.parameters():
-        if weight not in sources:
-            state = getattr(weight, "quant_state", None)
-            weight.data = weight.data.to(device, dtype if state is None else weight.dtype)
-            if state is not None:
-                state.to(device)
+    for name, weight in base.named_parameters():
+        state = getattr(weight, "quant_state", None)
+        if weight in sources:
+            continue
+        if state is None:  # from the file, since ``base`` is all of one type
+            found = _stored(name, weight, headers, base.base_model_prefix)
+            weight.data = (mapped(found[0]) if found else weight.data).to(device, dtype)
+        else:
+            weight.data = weight.data.to(device)
+            state.to(device)
     for buffer in base.buffers():
         buffer.data = buffer.data.to(device)
     base.config.dtype = dtype
