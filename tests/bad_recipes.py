@@ -133,6 +133,11 @@ def rank_wider_than_the_layer(w: World) -> Arguments:
     return w.train({"adapter.r": 100})
 
 
+@case("training.lr_scheduler_type", "polynomial falls to 1e-7")
+def rate_that_cannot_fall(w: World) -> Arguments:
+    return w.train({"training.lr_scheduler_type": "polynomial", "training.learning_rate": 1e-7})
+
+
 @case("training.deepspeed", "shards what training.fsdp shards", "keep one")
 def two_ways_to_shard(w: World) -> Arguments:
     return w.train({"training.fsdp": True, "training.deepspeed": w.file("zero.json", "{}")})

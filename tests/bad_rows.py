@@ -169,6 +169,22 @@ def mapped_column_missing(w: World) -> Arguments:
     return w.train({"data.columns": {"prompt": "asked"}, "data.format": "prompt_completion"}, data=w.rows(ROW))
 
 
+@case("data.columns.input", "no row has a column 'contxt'", "did you mean 'context'?")
+def mapped_column_misspelt_that_a_format_can_do_without(w: World) -> Arguments:
+    row = {"instruction": "Sum up.", "context": "A text.", "output": "Text."}
+    return w.train({"data.columns": {"input": "contxt"}}, data=w.rows(row))
+
+
+@case("rows.jsonl: with weight 0.1", "none of its 1 rows", "raise the weight to 1")
+def weight_that_takes_no_row(w: World) -> Arguments:
+    return w.train({"data.train": [{"path": w.rows(ROW), "weight": 0.1}, w.file("more.txt", "Some words.\n")]})
+
+
+@case("data.validation", "nothing to learn or measure", "none of 1 rows")
+def validation_of_empty_texts(w: World) -> Arguments:
+    return w.train({"data.validation": w.file("empty.jsonl", '{"text": ""}\n')}, data=w.rows(ROW))
+
+
 def chat(w: World, *turns: Any, model: str = "llama") -> Arguments:
     good = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
     changes = {"data.format": "chat", "model.name_or_path": getattr(w, model)}
@@ -188,6 +204,24 @@ def chat_without_turns(w: World) -> Arguments:
 @case("rows.jsonl:2", "messages[1]", "null or missing")
 def chat_with_null_content(w: World) -> Arguments:
     return chat(w, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}])
+
+
+@case("rows.jsonl:2", "messages[1]", "the turn has tool_calls", "write it into the text")
+def chat_with_tool_calls(w: World) -> Arguments:
+    call = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    return chat(w, [{"role": "user", "content": "Hi", "tool_calls": None}, turn])
+
+
+@case("rows.jsonl:2", "messages[1]", "the turn has reasoning_content")
+def chat_with_reasoning_apart(w: World) -> Arguments:
+    turn = {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}
+    return chat(w, [{"role": "user", "content": "Hi", "weight": 1}, turn])
+
+
+@case("rows.jsonl:2", "messages[1]", "the turn has weight 0", "learned alike")
+def chat_with_a_turn_not_to_be_learned(w: World) -> Arguments:
+    return chat(w, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes.", "weight": 0}])
 
 
 @case("rows.jsonl:2", "messages[0]", "expected a turn")

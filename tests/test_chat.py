@@ -126,6 +126,12 @@ MISTRAL = Family(  # the system's words stand in the last user turn; there is no
     bos="<s>",
     adds_bos=True,
 )
+PHI_3 = Family(  # ends each turn, and the conversation with another token
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}",
+    ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"),
+    eos="<|endoftext|>",
+)
 MARKED = Family(  # says itself what is generated, its header left out and its end put in
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}"
@@ -142,6 +148,7 @@ TWICE = (
     ("user", "say yes"),
     ("assistant", "yes"),
 )
+SILENT = (("user", "Is it so?"), ("assistant", ""))
 SPACED = (("user", " Is it so?\n"), ("assistant", "\n yes. \n"))
 HEADERS = (("user", "a"), ("assistant", "a"), ("user", "user"), ("assistant", "assistant"))
 REASONED = (
@@ -292,6 +299,24 @@ CASES = [
         "<s>[INST] Is the answer yes or no? [/INST] ⟦no</s>⟧[INST] Say yes or no.\n\nsay yes [/INST]⟦ yes</s>⟧",
     ),
     (
+        PHI_3,
+        TWICE,
+        "<|user|>\nIs the answer yes or no?<|end|>\n<|assistant|>\n⟦no<|end|>⟧\n"
+        "<|user|>\nsay yes<|end|>\n<|assistant|>\n⟦yes<|end|>\n<|endoftext|>⟧",
+    ),
+    (
+        PHI_3,
+        (*TWICE, ("user", "Bye")),
+        "<|user|>\nIs the answer yes or no?<|end|>\n<|assistant|>\n⟦no<|end|>⟧\n"
+        "<|user|>\nsay yes<|end|>\n<|assistant|>\n⟦yes<|end|>⟧\n<|user|>\nBye<|end|>\n<|endoftext|>",
+    ),
+    (
+        PHI_3,
+        (("user", "One?"), ("assistant", ""), *ONCE),
+        "<|user|>\nOne?<|end|>\n<|assistant|>\n⟦<|end|>⟧\n"
+        "<|user|>\nIs it so?<|end|>\n<|assistant|>\n⟦yes<|end|>\n<|endoftext|>⟧",
+    ),
+    (
         MARKED,
         (SYSTEM, *TWICE),
         "<|im_start|>system\nSay yes or no.<|im_end|>\n"
@@ -375,6 +400,7 @@ WRITTEN: list[tuple[Family, Callable[[str, bool], str]]] = [
     (THINKING, lambda words, last: f"{words}<|im_end|>"),
     (GEMMA, lambda words, last: f"{words.strip()}<end_of_turn>"),
     (MISTRAL, lambda words, last: f" {words.strip()}</s>"),
+    (PHI_3, lambda words, last: f"{words}<|end|>" + "\n<|endoftext|>" * last),
     (MARKED, lambda words, last: f"{words}<|im_end|>"),
 ]
 PIECES = ["a", "no", "yes", "user", "assistant", "model", " ", "\n", "<", "|im_end|", "think", "[/INST", "</", "/s"]
@@ -402,6 +428,23 @@ def test_a_marked_template_agrees_with_its_marks() -> None:
     ids, mask = tokenize_rows(Data(train="x"), [Row({"messages": messages}, "x:1")], tokenizer).examples.row(0)
     assert ids.tolist() == marked["input_ids"]
     assert mask.tolist() == [bool(one) for one in marked["assistant_masks"]]
+
+
+@pytest.mark.parametrize(("turns", "supervised"), [(ONCE, True), ((*ONCE, ("user", "Bye")), False), (SILENT, True)])
+def test_where_a_template_ends_no_turn_the_row_is_ended(turns: tuple[tuple[str, str], ...], supervised: bool) -> None:
+    family = Family("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", ("</s>",), eos="</s>")
+    tokenizer = tokenizer_of(family, "".join(f"{role}: {words}\n" for role, words in turns))
+    row = Row({"messages": messages_of(turns)}, "rows.jsonl:1")
+    ids, mask = tokenize_rows(Data(train="rows.jsonl"), [row], tokenizer).examples.row(0)
+    assert tokenizer.convert_ids_to_tokens(ids.tolist())[-1] == "</s>"
+    assert bool(mask[-1]) is supervised
+
+
+def test_a_conversation_that_is_rendered_as_nothing_is_an_empty_row() -> None:
+    tokenizer = tokenizer_of(Family("{% for m in messages %}{{ m.content }}{% endfor %}", ("</s>",), eos="</s>"), "")
+    row = Row({"messages": messages_of((("user", ""), ("assistant", "")))}, "rows.jsonl:1")
+    ids, mask = tokenize_rows(Data(train="rows.jsonl"), [row], tokenizer).examples.row(0)
+    assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["</s>"] and not mask.any()
 
 
 def test_a_role_that_a_template_does_not_take_is_told_by_its_row(

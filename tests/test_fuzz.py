@@ -232,7 +232,7 @@ DATA = (
 
 def read_or_refuse(path: Path, content: bytes, data: Data) -> None:
     path.write_bytes(content)
-    if faults := check_rows(data, [Source(path=str(path))]):
+    if faults := check_rows(data, [Source(path=str(path))], set()):
         assert len(faults) <= 11
         told_well(faults)
         assert all(str(path) in fault.where for fault in faults if fault.where)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from lora_cli.data.chat import DAY, end_of_turn, marked, written_after_words, written_otherwise
+from lora_cli.data.chat import DAY, end_of_turn, endings, marked, written_after_words, written_otherwise
 from lora_cli.data.examples import Examples, Fitted, per_row
 from lora_cli.errors import UserError
 
@@ -111,7 +111,7 @@ def _ends_supervised(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> 
     """
     ends, behind = [tokenizer.eos_token_id], 0
     if "chat" in examples.format.split("+") and (closing := end_of_turn(tokenizer)):
-        ends.append(_ids(tokenizer, closing)[-1])
+        ends += [_ids(tokenizer, each)[-1] for each in endings(tokenizer, closing)]
         behind = len(_ids(tokenizer, written_after_words(tokenizer).partition(closing)[2]))
     count = 0
     for flat in examples.chunks():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ import numpy.typing as npt
 
 from lora_cli.data.examples import Examples, Ints
 from lora_cli.data.grouping import pack_first_fit, pack_in_order, pad_by_length, pad_in_order
+from lora_cli.errors import Fault, UserError
+from lora_cli.recipe.schema import Source
 
 if TYPE_CHECKING:
     import torch
@@ -63,12 +66,33 @@ def epoch_order(
     parts = []
     for index, weight in enumerate(weights):
         rows = np.flatnonzero(source == index)
-        times = int(weight)
-        extra = round((weight - times) * len(rows))
+        times, extra = _passes(weight, len(rows))
         chosen = np.sort(draw.choice(rows, extra, replace=False)) if shuffle and extra else rows[:extra]
         parts += [rows] * times + [chosen]
     order = np.concatenate(parts).astype(np.int64)
     return draw.permutation(order) if shuffle else order
+
+
+def _passes(weight: float, rows: int) -> tuple[int, int]:
+    """How often an epoch takes all of a source's rows, and how many of them once more."""
+    times = int(weight)
+    return times, round((weight - times) * rows)
+
+
+def check_drawn(source: npt.NDArray[np.int32], parts: Sequence[Source], what: str) -> None:
+    """Raises UserError, naming ``what``, when a part's weight is so small that an epoch takes none of its rows."""
+    counts = np.bincount(source, minlength=len(parts)).tolist()
+    faults = [
+        Fault(
+            f"{part.path}: with weight {part.weight:g} an epoch takes none of its {count:,} rows",
+            what,
+            f"raise the weight to {math.ceil(1000 / count) / 1000:g}, or leave it out",
+        )
+        for part, count in zip(parts, counts, strict=True)
+        if count and not any(_passes(part.weight, count))
+    ]
+    if faults:
+        raise UserError(faults)
 
 
 def collate(examples: Examples, rows: Sequence[int] | Ints, packing: bool, pad_token_id: int) -> Batch:

@@ -70,6 +70,13 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
     return written_after_words(tokenizer).strip()
 
 
+def endings(tokenizer: PreTrainedTokenizerBase, closing: str) -> tuple[str, ...]:
+    """How turns may end when the last one ends in ``closing``: so, or without the end-of-text token that a template
+    puts behind the conversation alone (Phi's '<|end|>\\n<|endoftext|>')."""
+    alone = closing.removesuffix(str(tokenizer.eos_token or "")).rstrip()
+    return tuple(dict.fromkeys(each for each in (closing, alone) if each))
+
+
 def written_otherwise(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the generation prompt ends in that a written answer does not have before it ('<think>…'), or ''."""
     asked, written = render(tokenizer, PROBES[:1], None, True), render(tokenizer, PROBES, None)
@@ -106,8 +113,7 @@ def conversation_segments(
             raise UserError(f"the chat template leaves out or rewrites turn {index} (assistant)", where)
         segments += [(full[at:start], False), (full[start:end], True)]
         at = end
-    segments.append((full[at:], False))
-    return tuple(segment for segment in segments if segment[0])
+    return (*segments, (full[at:], False))
 
 
 def _start(tokenizer: PreTrainedTokenizerBase, full: str, turns: Sequence[Message], index: int, at: int) -> int:
@@ -150,23 +156,31 @@ def _end(
     """Where the turn that begins at ``start`` ends, its ``closing`` included; None when its words are not there."""
     if start < 0:
         return None
+    closings = endings(tokenizer, closing)
     words, said = turns[index].content.strip(), full[start:]
     if words and said.lstrip().startswith(words):
         end = start + len(said) - len(said.lstrip()) + len(words)
-        gap = full.find(closing, end)
-        if closing and gap >= 0 and not full[end:gap].strip():
-            return gap + len(closing)
+        if closed := _closed(full[end:], closings):
+            return end + closed
     # Reasoning may stand before the words, or the template closes this turn otherwise than the last.
     around = _around(tokenizer, turns, index)
     if around and full.endswith(around[1]) and len(full) - len(around[1]) >= start:
         end = len(full) - len(around[1])
-        gap = around[1].find(closing)
-        closed = end + gap + len(closing) if gap >= 0 and not around[1][:gap].strip() else end
+        closed = _closed(around[1], closings)
     else:
-        end = full.find(closing, start) if closing else -1
-        closed = end + len(closing)
-    if end < 0:
-        return None
+        found = [(at, -len(each)) for each in closings if (at := full.find(each, start)) >= 0]
+        if not found:
+            return None
+        end, closed = min(found)[0], -min(found)[1]
     # Words may be spaced anew, reasoning put in or left out: the one must still end as the other does.
     written, meant = ("".join(text.split()) for text in (full[start:end], words))
-    return closed if written.endswith(meant) or (bool(written) and meant.endswith(written)) else None
+    return end + closed if written.endswith(meant) or (bool(written) and meant.endswith(written)) else None
+
+
+def _closed(tail: str, closings: tuple[str, ...]) -> int:
+    """How many characters of ``tail``, which follows a turn's words, end the turn; 0 when it is closed otherwise."""
+    for closing in closings:
+        before, found, _ = tail.partition(closing)
+        if found and not before.strip():
+            return len(before) + len(closing)
+    return 0

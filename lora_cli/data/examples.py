@@ -220,6 +220,6 @@ def check_ids(examples: Examples, vocabulary: int, where: str) -> None:
 
 def cut_for_evaluation(examples: Examples, max_length: int, what: str) -> Examples:
     """Plain text in sliding windows, anything else by its beginning, as in training. Raises UserError as fit does."""
-    if examples.format == "text":
-        return sliding_windows(examples, max_length)
-    return fit(examples, max_length, what).examples
+    if examples.format == "text" and len(windows := sliding_windows(examples, max_length)):
+        return windows
+    return fit(examples, max_length, what).examples  # which tells it when there are no windows

@@ -7,7 +7,7 @@ the tokenizer's template.
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,8 @@ MAX_FAULTS = 10
 HALF = "holds half a character (a lone surrogate, written \\ud800 to \\udfff)"
 HALF_HINT = "write the character itself, or both its halves"
 ROLES = ("system", "user", "assistant", "tool")
+UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
+"""Keys of a turn that say what is in no text of it."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ def _turns(value: Any, where: str) -> tuple[Message, ...]:
         role = SHAREGPT_ROLES.get(str(role), role) if sharegpt else role
         if role not in ROLES:
             raise UserError(f"unknown role {role!r}", place, f"roles: {', '.join(ROLES)} (ShareGPT: human, gpt)")
+        _check_unread(turn, place)
         if not isinstance(content, str):
             found = "null or missing" if content is None else kind_of(content)
             raise UserError(f"the turn's text is {found}", place, "content (or value) must be text")
@@ -137,6 +140,17 @@ def _turns(value: Any, where: str) -> tuple[Message, ...]:
             raise UserError(f"the turn's text {HALF}", place, HALF_HINT)
         turns.append(Message(role, content))
     return tuple(turns)
+
+
+def _check_unread(turn: Mapping[str, Any], place: str) -> None:
+    """Raises UserError when the turn says more than its text, which would be lost."""
+    unread = next((key for key in UNREAD if turn.get(key)), None)
+    if unread is not None:
+        hint = f"write it into the text as the model's template does, and leave {unread} out"
+        raise UserError(f"the turn has {unread}, and its text alone is read", place, hint)
+    if turn.get("weight") not in (None, 1):
+        what = f"the turn has weight {turn['weight']!r}, and every turn of the assistant is learned alike"
+        raise UserError(what, place, "leave such turns out, or their weight")
 
 
 def _broken(text: str) -> bool:
@@ -245,8 +259,18 @@ def read_content(row: Row, format_name: str, data: Data) -> Content:
     return FORMATS[format_name].read(Columns(row, data.columns), data.template)
 
 
-def check_rows(data: Data, sources: Iterable[Source]) -> list[Fault]:
-    """Read every row as training will, without tokenizing: up to ten rows that are wrong, by file and line."""
+def unseen_faults(data: Data, seen: Collection[str]) -> list[Fault]:
+    """The columns in ``data.columns`` that no row has: where a format can do without one, it would be left out."""
+    return [
+        Fault(f"no row has a column '{column}'", f"data.columns.{name}", did_you_mean(column, seen))
+        for name, column in data.columns.items()
+        if column not in seen
+    ]
+
+
+def check_rows(data: Data, sources: Iterable[Source], seen: set[str]) -> list[Fault]:
+    """Read every row as training will, without tokenizing: up to ten rows that are wrong, by file and line. The names
+    of all columns are added to ``seen``."""
     faults: list[Fault] = []
     formats: dict[int, str] = {}
     try:
@@ -254,6 +278,7 @@ def check_rows(data: Data, sources: Iterable[Source]) -> list[Fault]:
             if isinstance(item, Fault):
                 faults.append(item)
             else:
+                seen.update(map(str, item.columns))
                 try:
                     if item.source not in formats:
                         formats[item.source] = ""  # told once, if it is not known

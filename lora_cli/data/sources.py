@@ -113,6 +113,9 @@ def _files(path: str) -> list[Path] | None:
         return [here]
     if here.is_dir():
         found = sorted(f for f in here.rglob("*") if f.is_file() and f.suffix.lower() in READERS)
+        found = [
+            f for f in found if not any(part.startswith(".") for part in f.relative_to(here).parts)
+        ]  # as in a glob
         if not found:
             raise UserError("the folder holds no data file", path, f"types read: {known}")
         return found

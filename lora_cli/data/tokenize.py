@@ -145,8 +145,8 @@ def _doubles_bos(bos: int | None, ids: Tokens, offsets: Ints) -> bool:
 
 
 def _close(eos: int, ids: Tokens, mask: Mask, segments: tuple[Segment, ...]) -> tuple[Tokens, Mask]:
-    """End the row with the end-of-text token, supervised when what stands before it is."""
-    last = segments[-1][1]
+    """End the row with the end-of-text token, supervised when the words before it are."""
+    last = next((wanted for text, wanted in reversed(segments) if wanted or text.strip()), False)
     if len(ids) and ids[-1] == eos:
         mask[-1] = last
         return ids, mask

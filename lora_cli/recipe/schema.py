@@ -275,6 +275,12 @@ class Training(Section):
         return self
 
     @model_validator(mode="after")
+    def _the_rate_can_fall(self) -> Training:
+        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= 1e-7:
+            raise ValueError("training.lr_scheduler_type: polynomial falls to 1e-7, and learning_rate is no more")
+        return self
+
+    @model_validator(mode="after")
     def _streaming_agrees(self) -> Training:
         if self.stream_base is True and (self.fsdp or self.deepspeed is not None):
             raise ValueError("training.stream_base: goes with one process, not with fsdp or deepspeed")

@@ -69,7 +69,7 @@ def _changes(recipe: Recipe, job: Prepared) -> Iterator[dict[str, Any]]:
         device = best_device()
         if resolve_dtype(recipe.model.dtype, device) == torch.float32 and has_units_for(torch.bfloat16, device):
             yield {"model.dtype": "bfloat16"}
-    if not training.optim.endswith("8bit") and not training.fsdp:
+    if not training.optim.endswith("8bit") and not training.fsdp and training.deepspeed is None:
         yield {"training.optim": "adamw_8bit"}
     if recipe.adapter.r > 1:
         yield {"adapter.r": recipe.adapter.r // 2}

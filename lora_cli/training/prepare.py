@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_cli.data.formats import check_rows, column_faults, pattern_faults
+from lora_cli.data.formats import check_rows, column_faults, pattern_faults, unseen_faults
 from lora_cli.data.sources import check_sources, sources_of
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import check_model_type, check_quantizable, check_tokenizer, locate
@@ -205,11 +205,12 @@ def _check_weights_without_torch(recipe: Recipe, base: Path) -> None:
 def check_data(data: Data) -> list[Fault]:
     """Every fault in the data section and in the rows it names."""
     faults = [*(pattern_faults(data.template) if data.template else []), *column_faults(data)]
+    seen: set[str] = set()
     for spec in (data.train, data.validation):
         if spec is not None and not isinstance(spec, float):
             sources = sources_of(spec)
-            faults += check_sources(sources) or ([] if faults else check_rows(data, sources))
-    return faults
+            faults += check_sources(sources) or ([] if faults else check_rows(data, sources, seen))
+    return faults or unseen_faults(data, seen)
 
 
 def _tokenized(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache: Path) -> list[Cached]:
@@ -227,7 +228,7 @@ def _examples(
     recipe: Recipe, tokenized: list[Cached], max_length: int, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Fitted, Examples | None, Report]:
     from lora_cli.data.audit import audit, check_supervised
-    from lora_cli.data.batches import split_validation
+    from lora_cli.data.batches import check_drawn, split_validation
     from lora_cli.data.examples import cut_for_evaluation, fit
 
     data = recipe.data
@@ -240,5 +241,6 @@ def _examples(
         rows, held_out = split_validation(rows, data.validation, recipe.training.seed)
     train = fit(rows, max_length, "data.train")
     check_supervised(train, data.min_supervised_rows, max_length, "data.train")
+    check_drawn(train.examples.source, sources_of(data.train), "data.train")
     validation = cut_for_evaluation(held_out, max_length, "data.validation") if held_out else None
     return train, validation, audit(rows, train, held_out, tokenizer, tokenized[0].tokenized.bos_removed)

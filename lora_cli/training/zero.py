@@ -59,6 +59,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.engine = engine
         self.parameters = list(parameters)
         self.param_groups = engine.optimizer.param_groups  # the step takes the learning rate that stands here
+        self.defaults = {"lr": self.param_groups[0]["lr"]}  # which Transformers' schedules read
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add the loss's gradient; after the ``last`` of a step it is summed over the processes."""
