@@ -29,7 +29,14 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+)
 
 from lora_cli.weights import merge
 
@@ -37,6 +44,11 @@ ALL_LINEAR = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
+GEMMA_3 = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+GEMMA_3 |= {"num_key_value_heads": 2, "sliding_window": 32, "max_position_embeddings": 64}
+SIGHT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIGHT |= {"image_size": 28, "patch_size": 14}
+PICTURES = {"mm_tokens_per_image": 4, "image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7}
 R, ALPHA = 4, 6.0
 EXPLICIT_BITS = {torch.float32: 23, torch.bfloat16: 7}
 Base = tuple[str, Path]
@@ -364,6 +376,16 @@ def test_to_the_bit_what_peft_merges(config: dict[str, Any], tiny_llama: Path, t
     assert found.keys() == wanted.keys()
     for name, weight in wanted.items():
         assert torch.equal(found[name], weight), name
+
+
+def test_an_embedding_of_positions_has_no_words(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
+    adapter = make_adapter("gpt2", tiny_gpt2, tmp_path / "adapter", modules_to_save=["wpe"])
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+    base = AutoModelForCausalLM.from_pretrained(tiny_gpt2, dtype=torch.float32)
+    wanted = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert found.config.vocab_size == base.config.vocab_size
+    assert torch.equal(found.state_dict()["transformer.wpe.weight"], wanted["transformer.wpe.weight"])
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -883,6 +905,58 @@ def test_an_empty_tensor_in_the_base_is_copied(tiny_llama: Path, tmp_path: Path,
     assert weights_of(tmp_path / "merged")["extra"].shape == (0, 4)
 
 
+def test_of_a_model_written_twice_that_is_read_which_transformers_reads(
+    tiny_llama: Path, tmp_path: Path, lora: Any
+) -> None:
+    """It leaves the one file when it writes several, and their index when it writes one."""
+    folder, adapter = in_dtype(tiny_llama, torch.float32, tmp_path / "base"), tmp_path / "adapter"
+    whole = (folder / "model.safetensors").read_bytes()
+    other = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    other.get_input_embeddings().weight.data.zero_()
+    other.save_pretrained(folder, max_shard_size="40KB")
+    assert (folder / "model.safetensors.index.json").exists()
+    (folder / "model.safetensors").write_bytes(whole)
+    make_adapter("llama", folder, adapter)
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+    for shard in folder.glob("model-*.safetensors"):
+        shard.unlink()
+    done(lora("merge", adapter, "--out", tmp_path / "again"))
+    assert weights_of(tmp_path / "again")["model.embed_tokens.weight"].any()
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "merged/model.safetensors").read_bytes()
+
+
+def test_a_mask_that_no_model_reads_may_be_infinite(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    folder = in_dtype(tiny_llama, torch.float32, tmp_path / "base")
+    mask = {"model.layers.0.self_attn.masked_bias": torch.tensor(-1e9).half()}
+    save_file(weights_of(folder) | mask, folder / "model.safetensors", {"format": "pt"})
+    adapter = make_adapter("llama", folder, tmp_path / "adapter")
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+
+
+def test_the_base_is_of_the_revision_that_the_adapter_names(
+    tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    model = cache / "models--somebody--model"
+    for revision, scale in (("a" * 40, 1), ("b" * 40, 2)):
+        shutil.copytree(tiny_llama, model / "snapshots" / revision)
+        one = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+        one.get_submodule("model.norm").weight.data *= scale
+        one.save_pretrained(model / "snapshots" / revision)
+    (model / "refs").mkdir()
+    (model / "refs/main").write_text("a" * 40)
+    (model / "refs/step1").write_text("b" * 40)
+    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for revision, commit in ((None, "a" * 40), ("step1", "b" * 40)):
+        told = config | {"base_model_name_or_path": "somebody/model", "revision": revision}
+        (adapter / "adapter_config.json").write_text(json.dumps(told))
+        done(lora("merge", adapter, "--out", tmp_path / str(revision)))
+        norm = weights_of(tmp_path / str(revision))["model.norm.weight"]
+        assert torch.equal(norm, weights_of(model / "snapshots" / commit)["model.norm.weight"])
+
+
 @pytest.mark.parametrize(
     "name",
     ["model.norm.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight", "model.embed_tokens.weight"],
@@ -947,3 +1021,33 @@ def test_an_embedding_that_peft_saves_by_itself_is_quantized(
     done(lora("quantize", adapter, "--out", tmp_path / "one-pass"))
     one, two = weights_of(tmp_path / "one-pass"), weights_of(tmp_path / "two-passes")
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_a_base_may_store_other_names_and_more_than_the_model_has(
+    more: bool, tiny_llama: Path, tmp_path: Path, lora: Any
+) -> None:
+    """Gemma 3's layers are language_model.model's in the file, and model.language_model's when they are loaded; layers
+    that predict further words are stored and not loaded."""
+    folder = tmp_path / "base"
+    if more:
+        folder = in_dtype(tiny_llama, torch.float32, folder)
+        weights = weights_of(folder)
+        further = {"model.layers.2.self_attn.q_proj.weight": weights["model.layers.1.self_attn.q_proj.weight"].clone()}
+        save_file(weights | further, folder / "model.safetensors", {"format": "pt"})
+    else:
+        text = GEMMA_3 | {"vocab_size": AutoConfig.from_pretrained(tiny_llama).vocab_size}
+        model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=SIGHT, **PICTURES))
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+    adapter = make_adapter("llama", folder, tmp_path / "adapter", target_modules=["q_proj"])
+    if not more:
+        assert "language_model.model.layers.0.self_attn.q_proj.weight" in weights_of(folder)
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    wanted = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
+    for name, weight in wanted.items():
+        assert torch.allclose(found[name], weight, atol=1e-6), name
+    refused = lora("merge", adapter, "--base", tiny_llama, "--out", tmp_path / "other")
+    assert (refused.exit_code == 0) is more or "are for a layer" in refused.stderr

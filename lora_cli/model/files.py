@@ -24,8 +24,9 @@ NO_TEMPLATE = "use an instruct model, or another data.format (template lays a ro
 MODEL_FOLDER = "a model folder holds config.json, a tokenizer and weights in safetensors"
 
 
-def locate(name_or_path: str, weights: bool = False) -> Path:
-    """The folder of a model: the path itself, or a hub id's snapshot (``weights``: with its safetensors files).
+def locate(name_or_path: str, weights: bool = False, revision: str | None = None) -> Path:
+    """The folder of a model: the path itself, or a hub id's snapshot (``weights``: with its safetensors files), of this
+    ``revision`` or the newest.
 
     Raises UserError when there is no such folder and the hub cannot give it.
     """
@@ -41,7 +42,7 @@ def locate(name_or_path: str, weights: bool = False) -> Path:
 
     try:
         patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
-        return _bare(Path(snapshot_download(name_or_path, allow_patterns=patterns)))
+        return _bare(Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns)))
     except HFValidationError as error:
         raise UserError("no such model folder, and no hub id", name_or_path, _nearest_folder(folder)) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

@@ -108,7 +108,10 @@ def check_whole(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, from its index if it has one. Raises UserError when there are none."""
+    """The safetensors files of a model folder: one, or those of its index. Of a folder that was written to twice, and
+    holds both, Transformers takes the one. Raises UserError when there are none."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
     index = folder / INDEX
     if index.is_file():
         try:
@@ -123,8 +126,6 @@ def weight_files(folder: Path) -> list[Path]:
             what = f"shards named in the index are missing: {', '.join(missing)}"
             raise UserError(what, str(index), "copy or download them again")
         return [folder / name for name in names]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
     raise UserError("the model folder holds no safetensors weights", str(folder), pickled(folder) or MODEL_FOLDER)
 
 
@@ -180,8 +181,11 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
-    """Raises UserError when a tensor holds NaN or infinity: ``name``, of ``file``, as the type that it now has."""
-    if not is_finite(tensor):
+    """Raises UserError when a tensor holds NaN or infinity: ``name``, of ``file``, as the type that it now has.
+
+    A mask that old checkpoints of GPT-NeoX hold, and no model reads, is -1e9, which is infinite in float16.
+    """
+    if not is_finite(tensor) and not name.endswith(".masked_bias"):
         kind = str(tensor.dtype).removeprefix("torch.")
         raise UserError(f"tensor {name} holds NaN or infinity (as {kind})", str(file))
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 PIECE = 2**18
 """Numbers of a weight at once in a thread: what is made of them stays in the processor's cache."""
+OF_WORDS = tuple(name for name in EMBEDDINGS if name not in ("wpe", "embed_positions"))
+"""Embeddings and heads that have a row for each word."""
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Types of a number's size: their comparison takes a fraction of the time."""
 
@@ -51,7 +53,7 @@ class Changes:
     @property
     def words(self) -> int | None:
         """The size of the vocabulary where an adapter's embedding or head says it; None for the base's."""
-        rows = [info.shape[0] for name, (_, info) in self.taken.items() if name.split(".")[-2] in EMBEDDINGS]
+        rows = [info.shape[0] for name, (_, info) in self.taken.items() if name.split(".")[-2] in OF_WORDS]
         return max(rows, default=None)
 
     @property
@@ -208,7 +210,7 @@ def _untied(ends: Sequence[str], headers: Mapping[str, TensorInfo]) -> dict[str,
 
 
 def _has_more_words(name: str, info: TensorInfo, words: int | None) -> bool:
-    return name.split(".")[-2] in EMBEDDINGS and words is not None and info.shape[0] > words
+    return name.split(".")[-2] in OF_WORDS and words is not None and info.shape[0] > words
 
 
 def _turned(
