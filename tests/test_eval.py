@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -105,6 +105,68 @@ def test_run_adapter_and_model_equal_a_row_by_row_loop(
     wanted = reference.perplexity_row_by_row(load(base), whole)
     assert found["perplexity"] == pytest.approx(wanted, rel=0.01 if in_16_bits else 1e-6)
     assert set(found) == {"target", "data", "tokens", "loss", "perplexity"}
+
+
+def made(folder: Path, out: Path, words: int = 0, **config: Any) -> Path:
+    """An adapter from PEFT alone, moved by chance, of a base with so many words more and other embeddings for all."""
+    torch.manual_seed(0)
+    model = load(folder)
+    if words:
+        model.resize_token_embeddings(model.config.vocab_size + words)
+        torch.nn.init.normal_(model.get_input_embeddings().weight)
+    is_gpt2 = model.config.model_type == "gpt2"
+    names = ["c_attn"] if is_gpt2 else ["q_proj", "v_proj"]
+    wanted = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=names, fan_in_fan_out=is_gpt2, **config)
+    adapted = get_peft_model(model, wanted)
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight.add_(0.05 * torch.randn(weight.shape))
+    adapted.save_pretrained(str(out), save_embedding_layers=words > 0)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("gpt2", {"bias": "all"}),
+        ("gpt2", {"bias": "lora_only"}),
+        ("gpt2", {"init_lora_weights": "pissa"}),
+        ("llama", {"init_lora_weights": "pissa"}),
+        ("llama", {"init_lora_weights": "olora"}),
+        ("llama", {"kasa_config": {}}),
+        ("llama", {"words": 3}),
+    ],
+    ids=str,
+)
+def test_the_base_is_scored_as_it_is_without_what_peft_puts_into_it(
+    name: str, kind: dict[str, Any], request: pytest.FixtureRequest, qa_file: Path, tmp_path: Path, lora: Any
+) -> None:
+    folder = request.getfixturevalue(f"tiny_{name}")
+    adapter = made(folder, tmp_path / "adapter", **kind)
+    found = done(lora("eval", adapter, "--data", qa_file, "--json")).json
+    alone = done(lora("eval", folder, "--data", qa_file, "--json")).json
+    assert found["base"]["perplexity"] == alone["perplexity"]
+    if "words" not in kind:
+        rows = tokenized(qa_file, AutoTokenizer.from_pretrained(folder), 1000)
+        tuned = reference.perplexity_row_by_row(load(folder, adapter), rows)
+        assert found["perplexity"] == pytest.approx(tuned, rel=0.01)
+    assert abs(found["perplexity"] - alone["perplexity"]) > 0.01 * alone["perplexity"]
+
+
+@pytest.mark.parametrize("start", ["corda", "loftq", "lora_ga", "pissa_niter_4"])
+def test_an_adapter_of_a_base_that_is_not_there_is_refused(
+    start: str, tiny_llama: Path, qa_file: Path, tmp_path: Path, lora: Any
+) -> None:
+    adapter = made(tiny_llama, tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": start}))
+    for result in (
+        lora("eval", adapter, "--data", qa_file),
+        lora("merge", adapter, "--out", tmp_path / "merged"),
+    ):
+        assert result.exit_code == 2
+        assert f"init_lora_weights: {start}" in result.stderr and str(path) in result.stderr
 
 
 def conversed(file: Path, tokenizer: Any, max_length: int) -> list[tuple[list[int], list[int]]]:

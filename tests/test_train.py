@@ -573,6 +573,56 @@ def test_init_from_takes_the_recipes_dropout_and_no_other_shape(
     assert not (tmp_path / "other").exists()
 
 
+MORE = {
+    "bias: all": {"bias": "all"},
+    "bias: lora_only": {"bias": "lora_only"},
+    "modules_to_save: lm_head": {"modules_to_save": ["lm_head"]},
+    "trainable_token_indices: 1, 2": {"trainable_token_indices": [1, 2]},
+    "alora_invocation_tokens": {"alora_invocation_tokens": [5, 6]},
+    "kasa_config": {"kasa_config": {}},
+    "init_lora_weights: pissa": {"init_lora_weights": "pissa"},
+    "init_lora_weights: olora": {"init_lora_weights": "olora"},
+    "model.embed_tokens.lora_embedding_A": {"target_modules": ["embed_tokens", "q_proj"]},
+    "lm_head.weight and 1 more": {"words": 4},
+}
+"""Adapters that hold more than a recipe trains, or are for another base; what is told of each."""
+
+
+@pytest.mark.parametrize("told", [*MORE, "init_lora_weights: corda", "init_lora_weights: loftq"])
+def test_init_from_takes_what_training_can_write_and_nothing_more(
+    told: str, tiny_llama: Path, tmp_path: Path, write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = tmp_path / "start"
+    changes = dict(MORE.get(told, {}))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    if words := changes.pop("words", 0):
+        model.resize_token_embeddings(model.config.vocab_size + words)
+    config = LoraConfig(**{"task_type": "CAUSAL_LM", "r": R, "target_modules": ["q_proj"], **changes})
+    get_peft_model(model, config).save_pretrained(str(start), save_embedding_layers="weight" in told)
+    if told not in MORE:  # whose making needs data, or packages that are not here
+        path = start / "adapter_config.json"
+        kept = json.loads(path.read_text(encoding="utf-8")) | {"init_lora_weights": told.split()[-1]}
+        path.write_text(json.dumps(kept), encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+        adapter = {"r": 2 * R, "target_modules": ["q_proj"], "init_from": start}
+        result = lora("train", write_recipe({"model.name_or_path": tiny_llama, "adapter": adapter}))
+    assert result.exit_code == 2, result.stderr
+    assert told in result.stderr and f"adapter.r: {2 * R}" in result.stderr, "all of it is told at once"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal"])
+def test_init_from_begins_with_an_adapter_of_its_base_as_it_is(
+    start: Any, tiny_llama: Path, train: Callable[..., Run], tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    config = LoraConfig(task_type="CAUSAL_LM", r=R, target_modules=["q_proj"], init_lora_weights=start)
+    get_peft_model(model, config).save_pretrained(str(tmp_path / "start"))
+    adapter = {"r": R, "target_modules": ["q_proj"], "init_from": tmp_path / "start"}
+    assert len(train({"model.name_or_path": tiny_llama, "adapter": adapter}).tensors) == 4
+
+
 @pytest.mark.parametrize("base", ["gpt2", "llama"])
 def test_gradient_checkpointing(
     base: str, request: pytest.FixtureRequest, train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch

@@ -28,6 +28,7 @@ def command(
     """Measure perplexity, the base model beside the adapter."""
     from lora_cli.cli import measure
     from lora_cli.training.run import newest_finished, unfinished
+    from lora_cli.weights.adapter_config import check_init
     from lora_cli.weights.provenance import adapter_folder, read_record, recipe_of, trace
 
     if target is None:
@@ -47,6 +48,7 @@ def command(
         base = locate(target, weights=True)
         check_whole(base)
     else:
+        check_init(adapter)
         base = trace(adapter).base
     rows = measure.rows_for(base, adapter, section, recipe)
     if data is None:

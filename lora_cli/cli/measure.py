@@ -119,9 +119,4 @@ def measure(
     device = best_device()
     settings = recipe.model if recipe else Model(name_or_path=str(base))
     model = load_base(base, settings, quantization, device, resolve_dtype(settings.dtype, device))
-    if adapter is None:
-        return compare(model, rows.tokenizer, rows.examples, rows.max_length, str(base), settings.attn_implementation)
-    from lora_cli.model.adapters import load_adapter
-
-    adapted = load_adapter(model, adapter)
-    return compare(adapted, rows.tokenizer, rows.examples, rows.max_length, str(adapter), settings.attn_implementation)
+    return compare(model, base, adapter, rows.tokenizer, rows.examples, rows.max_length, settings.attn_implementation)

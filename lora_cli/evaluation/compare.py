@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
-
-from peft import PeftModel
 
 from lora_cli.errors import RunError
 from lora_cli.evaluation.head import frozen_head
 from lora_cli.evaluation.loss import Score, evaluate, evaluating, evaluation_batches, lay_end_to_end
+from lora_cli.model.adapters import load_adapter
 from lora_cli.model.base import pad_token_id
 from lora_cli.model.memory import keep_freed_memory
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lora_cli.data.examples import Examples
@@ -31,35 +32,35 @@ class Comparison:
 
 
 def compare(
-    model: PeftModel | PreTrainedModel,
+    model: PreTrainedModel,
+    base: Path,
+    adapter: Path | None,
     tokenizer: PreTrainedTokenizerBase,
     examples: Examples,
     max_length: int,
-    where: str,
     attn_implementation: str = "auto",
 ) -> Comparison:
-    """Score the examples with the adapter on and, when there is one, off.
+    """Score the examples with the model of ``base`` and, when there is one, with ``adapter`` put on it.
 
-    Raises RunError about ``where``, the model's or adapter's place, when a loss is no finite number.
+    Raises RunError about the model's or adapter's place when a loss is no finite number.
     """
     device = next(model.parameters()).device
     keep_freed_memory()
     packing = lay_end_to_end(model, device, attn_implementation, examples.lengths)
-    with evaluating(model):
-        head = frozen_head(model)
 
-    def score(what: str) -> Score:
+    def score(model: PreTrainedModel | PeftModel, what: str) -> Score:
+        with evaluating(model):
+            head = frozen_head(model)
         batches = evaluation_batches(examples, ROWS_AT_ONCE, max_length, packing, pad_token_id(tokenizer))
         found = evaluate(model, batches, device, head)
         if not math.isfinite(found.loss):
             hint = f"the weights are damaged, or their products are beyond what {model.dtype} holds".replace(
                 "torch.", ""
             )
-            raise RunError(f"the loss of {what} is {found.loss}", where, hint)
+            raise RunError(f"the loss of {what} is {found.loss}", str(adapter or base), hint)
         return found
 
-    if not isinstance(model, PeftModel):
-        return Comparison(score("the model"), None)
-    with model.disable_adapter():
-        base = score("the base")
-    return Comparison(score("the base with its adapter"), base)
+    if adapter is None:
+        return Comparison(score(model, "the model"), None)
+    alone = score(model, "the base")  # before PEFT puts the adapter's biases, PiSSA's remainder or new words into it
+    return Comparison(score(load_adapter(model, adapter), "the base with its adapter"), alone)

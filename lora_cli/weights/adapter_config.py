@@ -65,10 +65,21 @@ def check_foldable(folder: Path) -> None:
         if config.get(key):
             what = f"the adapter {told} ({key}), which is not folded into weights here"
             raise UserError(what, where, "load it beside its base with PEFT")
+    check_init(folder)
+
+
+def check_init(folder: Path) -> None:
+    """Raises UserError when a LoRA adapter is for another base than the one it names, which PEFT cannot make again."""
+    config = read_adapter_config(folder)
     start = _start(config)
-    if start not in (*KEPT_BASE, *MADE_AGAIN):
+    if config["peft_type"] == "LORA" and start not in (*KEPT_BASE, *MADE_AGAIN):
         what = f"the adapter is to be added to another base than the one it names (init_lora_weights: {start})"
-        raise UserError(what, where, CONVERT)
+        raise UserError(what, str(folder / ADAPTER_CONFIG), CONVERT)
+
+
+def keeps_base(config: Mapping[str, Any]) -> bool:
+    """Whether a LoRA adapter is to be added to its base as it is."""
+    return _start(config) in KEPT_BASE
 
 
 def is_relative(config: Mapping[str, Any]) -> bool:

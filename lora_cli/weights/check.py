@@ -15,9 +15,12 @@ from lora_cli.recipe.schema import Adapter
 from lora_cli.weights.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    CONVERT,
+    NO_SUM,
     PEFT_PREFIX,
     config_faults,
     is_named,
+    keeps_base,
     named_layers,
     own_value,
     read_adapter_config,
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
 OTHER_TENSORS = ("bias", "modules_to_save", "trainable_token_indices", "target_parameters")
 """Keys of an adapter's configuration that say it holds more than LoRA's own tensors."""
+TRAINED = ("A", "B", "magnitude_vector")
+"""What a recipe trains of a layer: LoRA's two factors, and DoRA's magnitudes."""
 SHOWN = 5
 """How many faults of one adapter are told."""
 EMBEDDINGS = ("wte", "wpe", "embed_tokens", "embed_positions", "embed_in", "word_embeddings", "lm_head", "embed_out")
@@ -102,14 +107,8 @@ def check_adapter(folder: Path, base: Path | None, other_kinds: bool = False) ->
         for name, found in halves.items()
         for kind in sorted({"A", "B"} - set(found))
     ]
-    layers = stored_layers(base) if base is not None else None
-    if layers is not None:
-        faults += _misfits(folder, halves, layers)
-        faults += [
-            Fault(f"tensors {name}.lora_A and lora_B are missing", str(folder))
-            for name in named_layers(config, layers)
-            if not any(adapted == name or adapted.endswith(f".{name}") for adapted in halves)
-        ]
+    if base is not None and not faults:
+        faults += _misfits_of_base(folder, base, config, halves)
     faults += _unexpected(config, folder, halves)
     if not any(".lora_" in name for name in read_headers([folder / ADAPTER_WEIGHTS])):
         faults.append(Fault("the adapter holds no LoRA tensors", str(folder)))
@@ -197,6 +196,30 @@ def adapted_layers(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     return halves
 
 
+def _misfits_of_base(
+    folder: Path, base: Path, config: dict[str, Any], halves: dict[str, dict[str, tuple[int, ...]]]
+) -> list[Fault]:
+    """What does not fit the layers that the base stores. They may have other names than the model's, and be more than
+    it takes, which the model itself tells; it is slow to make, and asked only when something seems wrong."""
+    layers = stored_layers(base)
+    if layers is None:
+        return []
+    faults = list(_misfits(folder, halves, layers))
+    faults += [
+        Fault(f"tensors {name}.lora_A and lora_B are missing", str(folder))
+        for name in named_layers(config, layers)
+        if not any(adapted == name or adapted.endswith(f".{name}") for adapted in halves)
+    ]
+    if faults:
+        from lora_cli.weights.inventory import check_adapter_tensors
+
+        try:
+            check_adapter_tensors(folder, base)
+        except UserError:
+            return faults
+    return []
+
+
 def _misfits(folder: Path, halves: dict[str, dict[str, tuple[int, ...]]], layers: dict[str, Target]) -> Iterator[Fault]:
     for name, shapes in halves.items():
         # Checkpoints may leave out the name of the model's body: h.0.attn for transformer.h.0.attn.
@@ -259,10 +282,11 @@ def _is_uniform(base: Path) -> bool:
 
 
 def check_start(folder: Path, adapter: Adapter, targets: Iterable[str]) -> None:
-    """Raises UserError where the adapter that training is to start from is of another shape than the recipe says."""
+    """Raises UserError where the adapter that training is to start from is of another shape than the recipe says, or
+    more than training writes."""
     config = read_adapter_config(folder)
     hint = "give the recipe the adapter's own value"
-    faults = []
+    faults = list(_untrained(config, folder))
     for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
         stored, asked = config.get(key), getattr(adapter, key)
         if stored is not None and stored != asked:
@@ -277,3 +301,31 @@ def check_start(folder: Path, adapter: Adapter, targets: Iterable[str]) -> None:
         faults.append(Fault(what, str(folder), hint))
     if faults:
         raise UserError(faults)
+
+
+def _untrained(config: Mapping[str, Any], folder: Path) -> Iterator[Fault]:
+    """What an adapter is beside the factors and magnitudes that a recipe trains of its base as it is."""
+    where = str(folder / ADAPTER_CONFIG)
+    unsummed = [key for key in NO_SUM if config.get(key)]
+    for key in unsummed:
+        what = f"the adapter of init_from {NO_SUM[key]} ({key}), and is not trained here"
+        yield Fault(what, where, "begin a new one: leave adapter.init_from out")
+    if not keeps_base(config):
+        what = f"the adapter of init_from is for another base ({_told(config, 'init_lora_weights')})"
+        yield Fault(what, where, CONVERT)
+    hint = "make a model of it with lora merge, and train a new adapter on that"
+    others = [key for key in (*OTHER_TENSORS, "kasa_config") if config.get(key) not in UNSET]
+    for key in others:
+        what = f"the adapter of init_from holds more than LoRA's A and B ({_told(config, key)}), which is not trained"
+        yield Fault(what, where, hint)
+    stored = read_headers([folder / ADAPTER_WEIGHTS])
+    names = [name for name in stored if name.partition(".lora_")[2].partition(".")[0] not in TRAINED]
+    if names and not (unsummed or others):  # which say so already
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        what = f"the adapter of init_from holds more than LoRA's A and B: tensor {names[0]}{more}"
+        yield Fault(what, str(folder), hint)
+
+
+def _told(config: Mapping[str, Any], key: str) -> str:
+    value = config[key]
+    return f"{key}: {', '.join(map(str, value)) if isinstance(value, list | dict) else value}"
