@@ -679,6 +679,13 @@ def test_a_base_gives_the_keys_that_the_recipe_leaves_out() -> None:
     assert recipe.quantization is None
 
 
+def test_a_section_with_nothing_under_it_is_its_bases() -> None:
+    Path("a.yaml").write_text(MINIMAL + "adapter: {r: 64}\n")
+    Path("b.yaml").write_text("base: a.yaml\nadapter:\n  # r: 8\ndata:\n")
+    assert load_recipe("b.yaml") == load_recipe("a.yaml")
+    assert load_recipe("b.yaml", ["adapter=null"]).adapter.r == 16
+
+
 def test_a_section_nulled_halfway_does_not_come_back() -> None:
     Path("a.yaml").write_text(MINIMAL + "quantization: {method: int8, double_quant: false}\n")
     Path("b.yaml").write_text("base: a.yaml\nquantization: null\n")

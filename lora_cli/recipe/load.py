@@ -29,7 +29,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     layers, complete = _layers(str(path), faults)
     root = layers[0]
     for layer in layers[1:]:
-        root = _merge(root, layer)
+        root = _merge(root, _without_headers(layer))
     for override in overrides:
         root = _merge(root, _override(override, faults))
     try:
@@ -166,6 +166,19 @@ def _override(text: str, faults: Faults) -> Node:
     for name in reversed(names):
         node = Node({name: replace(node, key=place)}, place)
     return node
+
+
+def _without_headers(layer: Node) -> Node:
+    """The recipe without sections that have nothing under them, so that they are their base's; where null says
+    something, that there is no such section, it stays."""
+    assert isinstance(layer.value, dict)
+    fields = Recipe.model_fields
+    kept = {
+        name: node
+        for name, node in layer.value.items()
+        if node.value is not None or name not in fields or fields[name].default is None
+    }
+    return replace(layer, value=kept)
 
 
 def _merge(under: Node, over: Node) -> Node:
