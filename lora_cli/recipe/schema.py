@@ -84,7 +84,9 @@ class Adapter(Section):
         "and PEFT's own forward passes.",
     )
     init_from: str | None = Field(
-        None, min_length=1, description="Adapter folder of the same base whose weights training starts from."
+        None,
+        min_length=1,
+        description="Folder of a LoRA or DoRA adapter of the same base whose weights training starts from.",
     )
 
 
