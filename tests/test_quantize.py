@@ -11,7 +11,15 @@ import pytest
 import reference
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    HrmTextConfig,
+    HrmTextForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+)
 
 from lora_cli.model.linear4bit import compute_right, expand
 
@@ -215,6 +223,100 @@ def test_weights_of_zeros_and_of_no_numbers(tiny_llama: Path, tmp_path: Path, lo
     result = lora("quantize", tmp_path / "nan", "--out", tmp_path / "out2")
     assert result.exit_code == 2
     assert f"{name}.weight" in result.stderr and not (tmp_path / "out2").exists()
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+
+
+@pytest.fixture
+def renamed(tokenizer: Any, tmp_path: Path) -> Path:
+    """A NemotronH of two layers: what it calls model.layers is stored as backbone.layers."""
+    torch.manual_seed(3)
+    kinds = ["attention", "mlp"]
+    config = NemotronHConfig(vocab_size=len(tokenizer), layers_block_type=kinds, max_position_embeddings=64, **SIZES)
+    NemotronHForCausalLM(config).save_pretrained(tmp_path / "renamed")
+    tokenizer.save_pretrained(tmp_path / "renamed")
+    return tmp_path / "renamed"
+
+
+@pytest.fixture
+def joined(tokenizer: Any, tmp_path: Path) -> Path:
+    """An HRM of one layer of each kind, whose projections are stored in one tensor."""
+    config = HrmTextConfig(vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=64, **SIZES)
+    HrmTextForCausalLM(config).save_pretrained(tmp_path / "joined")
+    tokenizer.save_pretrained(tmp_path / "joined")
+    return tmp_path / "joined"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_errors_of_layers_that_are_stored_by_another_name(
+    renamed: Path, method: str, tmp_path: Path, lora: Any
+) -> None:
+    flags = [] if method == "int8" else ["--no-double-quant"]
+    report = done(lora("quantize", renamed, "--out", tmp_path / "out", "--method", method, *flags, "--json")).json
+    errors = {}
+    for key, weight in weights_of(renamed).items():
+        if ".mixer." in key:
+            _, values = plain_codes(method, weight)
+            layer = key.replace("backbone.", "model.").removesuffix(".weight")
+            errors[layer] = float((values - weight).norm() / weight.norm())
+    assert len(errors) == 6 and report["layers"] == pytest.approx(errors, rel=1e-4)
+
+
+def test_text_report_where_no_error_is_known(
+    renamed: Path, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_cli.weights.quantize._errors", lambda *_: iter(()))
+    result = done(lora("quantize", renamed, "--out", tmp_path / "out"))
+    assert "nf4" in result.stdout and "relative error" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("base_name", "name"),
+    [
+        ("renamed", "backbone.layers.0.mixer.q_proj.weight"),
+        ("renamed", "backbone.norm_f.weight"),
+        ("joined", "model.L_module.layers.0.attn.gqkv_proj.weight"),
+    ],
+)
+def test_what_is_no_number_by_another_name(
+    base_name: str,
+    name: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    lora: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Told by the stored name, before the model is loaded."""
+    folder = request.getfixturevalue(base_name)
+    weights = weights_of(folder)
+    weights[name].view(-1)[5] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr("lora_cli.weights.quantize.load_base", None)
+    result = lora("quantize", folder, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert f"tensor {name} holds NaN" in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_weight_too_large_for_8_bits(renamed: Path, tmp_path: Path, lora: Any) -> None:
+    """bitsandbytes takes them from float16, in which it is infinite."""
+    name = "backbone.layers.1.mixer.up_proj.weight"
+    weights = weights_of(renamed)
+    weights[name][0, 0] = 1e5
+    save_file(weights, renamed / "model.safetensors", {"format": "pt"})
+    result = lora("quantize", renamed, "--out", tmp_path / "out", "--method", "int8")
+    assert result.exit_code == 2
+    assert name in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_missing_tokenizer_is_told_before_anything_is_quantized(
+    tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    monkeypatch.setattr("lora_cli.weights.quantize.write_quantized", None)
+    result = lora("quantize", tmp_path / "model", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "holds no tokenizer" in result.stderr and not (tmp_path / "out").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")

@@ -131,13 +131,14 @@ def _split(skip: list[str] | None) -> list[str]:
 def _text(report: dict[str, Any]) -> str:
     before, after = report["bytes_before"], report["bytes_after"]
     layers = report["layers"]
-    mean = sum(layers.values()) / len(layers)
     lines = [f"{report['adapter']} merged into {report['base']}, and"] if "adapter" in report else []
-    lines += [
-        f"{report['out']}: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({after / before:.0%}), {report['method']}",
-        f"relative error of {len(layers)} layers: mean {mean:.4f}; the largest:",
-        *(f"  {error:.4f}  {name}" for name, error in list(layers.items())[:WORST]),
-    ]
+    lines.append(
+        f"{report['out']}: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({after / before:.0%}), {report['method']}"
+    )
+    if layers:
+        mean = sum(layers.values()) / len(layers)
+        lines.append(f"relative error of {len(layers)} layers: mean {mean:.4f}; the largest:")
+        lines += [f"  {error:.4f}  {name}" for name, error in list(layers.items())[:WORST]]
     if report["in_experts"]:
         lines.append(f"not quantized: {report['in_experts']:,} numbers of experts, which lie joined in parameters")
     if "before" in report:

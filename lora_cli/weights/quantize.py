@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -50,6 +50,8 @@ from lora_cli.weights.shards import (
 from lora_cli.weights.stream import shard_writer
 
 FLOATS = ("F64", "F32", "BF16", "F16")
+Sources = Mapping[str, Mapping[str, str | None]]
+"""The stored tensors that each of a model's is made of, as ``experts.sources_of`` finds them."""
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -83,7 +85,8 @@ class LayerError:
 class Quantized:
     """What a quantization wrote: sizes in bytes, and each layer's error, worst first.
 
-    ``in_experts`` is how many numbers were left as they are, being those of experts that are joined in a parameter.
+    There is none for a layer whose weight is not stored by itself. ``in_experts`` is how many numbers were left as they
+    are, being those of experts that are joined in a parameter.
     """
 
     out: Path
@@ -112,8 +115,8 @@ def quantize(
 
     ``check`` is given the whole folder before it stands at ``out``, which it does not when that raises.
 
-    Raises UserError when it is quantized already, its weights are damaged or no numbers, a name in ``skip`` is no
-    layer's, or ``out`` will not do.
+    Raises UserError when it is quantized already, its weights are damaged or no numbers, it has no tokenizer, a name in
+    ``skip`` is no layer's, or ``out`` will not do.
     """
     folder, adapter = source.folder, source.adapter
     check_out(out)
@@ -121,11 +124,12 @@ def quantize(
     bare = skeleton(load_config(folder))
     check_weights(folder, bare)
     check_skip(folder, quantization, skip)
+    with_tokenizer = adapter if adapter and (adapter / "tokenizer_config.json").is_file() else folder
+    tokenizer = load_tokenizer(with_tokenizer)
     dtype, compute_dtype = _loaded_dtype(folder, bare), DTYPES[quantization.compute_dtype]
     with whole_folder(out) as draft:
         layers = write_quantized(source, draft, quantization, dtype, compute_dtype, skip, max_shard)
-        with_tokenizer = adapter if adapter and (adapter / "tokenizer_config.json").is_file() else folder
-        load_tokenizer(with_tokenizer).save_pretrained(str(draft))
+        tokenizer.save_pretrained(str(draft))
         for place, name in ((folder, "generation_config.json"), (adapter or folder, PROVENANCE)):
             if (place / name).is_file():
                 shutil.copyfile(place / name, draft / name)
@@ -196,7 +200,7 @@ def write_quantized(
         settings.llm_int8_skip_modules = sorted({*default, *skip})
     names = _model_names(bare, headers)
     if names is None:
-        return _write_whole(source.folder, out, quantization, dtype, settings, max_shard)
+        return _write_whole(source, bare, out, quantization, dtype, settings, max_shard)
     if source.words is not None:
         bare.config.vocab_size = source.words
     turned = _quantized_skeleton(bare, settings)
@@ -297,7 +301,8 @@ def _no_numbers(name: str, info: TensorInfo) -> UserError:
 
 
 def _write_whole(
-    folder: Path,
+    source: Source,
+    bare: PreTrainedModel,
     out: Path,
     quantization: Quantization,
     dtype: torch.dtype,
@@ -305,33 +310,42 @@ def _write_whole(
     max_shard: int,
 ) -> list[LayerError]:
     """By Transformers itself, with the quantized model in memory."""
-    skip = settings.llm_int8_skip_modules
+    from lora_cli.weights.experts import sources_of  # with PEFT, which a model taken by tensors does without
+
+    sources, folder, skip = sources_of(bare, source.headers), source.folder, settings.llm_int8_skip_modules
+    _check_numbers(source, bare, sources, dtype)
     model = load_base(folder, Model(name_or_path=str(folder)), quantization, best_device(), dtype, skip=skip)
     model.config.use_cache = True
     model.config.quantization_config = settings
-    for name, parameter in model.named_parameters():
-        check_finite(parameter.data, name, folder)
-    layers = list(_errors(model, read_headers(weight_files(folder))))
+    layers = list(_errors(model, source, sources))
     model.save_pretrained(str(out), max_shard_size=max_shard)
     return layers
 
 
-def _errors(model: PreTrainedModel, headers: dict[str, TensorInfo]) -> Iterator[LayerError]:
+def _check_numbers(source: Source, bare: PreTrainedModel, sources: Sources, dtype: torch.dtype) -> None:
+    """Raises UserError when a tensor that the model's parameters are made of is not all numbers, as it is loaded: codes
+    do not tell."""
+    for name, _ in bare.named_parameters(remove_duplicate=False):
+        for stored in sources.get(name, {}):
+            check_finite(source.read(stored).to(dtype), stored, source.headers[stored].file)
+
+
+def _errors(model: PreTrainedModel, source: Source, sources: Sources) -> Iterator[LayerError]:
+    """Of the layers whose weight is one stored tensor as it is, by whatever name."""
     for name, module in model.named_modules():
         if not isinstance(module, Linear4bit | Linear8bitLt):
             continue
-        stored = f"{name}.weight"
-        if stored not in headers:
-            stored = stored.removeprefix(f"{model.base_model_prefix}.")
-        if stored not in headers:
+        found = sources.get(f"{name}.weight", {})
+        stored = next((each for each, pattern in found.items() if pattern is None), None)
+        if stored is None:
             continue
-        original = read_tensor(headers[stored], stored).to(module.weight.device, torch.float32)
+        original = source.read(stored).to(module.weight.device, torch.float32)
         if module.source_cls is Conv1D:  # set by Transformers where it replaces a layer
             original = original.T
         size = float(original.norm())
-        if not math.isfinite(size):
-            raise _no_numbers(stored, headers[stored])
         error = float((_expand(module).float() - original).norm())
+        if not math.isfinite(size + error):
+            raise _no_numbers(stored, source.headers[stored])
         yield LayerError(name, error / size if size else error)
 
 
