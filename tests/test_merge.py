@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -880,6 +881,16 @@ def test_an_adapter_of_another_start_merges_as_peft_has_it(
     one, other = weights_of(tmp_path / "new" / "int8"), weights_of(tmp_path / "wanted")
     for name, weight in other.items():
         assert (one[name].double() - weight.double()).abs().max() <= (1 if weight.dtype == torch.int8 else 1e-5), name
+
+
+def test_what_an_adapter_changes_is_told_against_its_base_as_it_is(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    """Before it is trained PiSSA's changes nothing: what it begins with has been taken out of the base."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    config = LoraConfig(task_type="CAUSAL_LM", r=R, target_modules=["q_proj"], init_lora_weights="pissa")
+    get_peft_model(model, config).save_pretrained(str(tmp_path / "adapter"))
+    told = done(lora("merge", tmp_path / "adapter", "--out", tmp_path / "merged")).stdout
+    changes = re.search(r"the adapter changes (\S+) of all they are", " ".join(told.split()))
+    assert changes is not None and float(changes[1]) < 1e-4
 
 
 def test_a_double_in_the_base_is_added_to(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:

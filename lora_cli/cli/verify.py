@@ -198,9 +198,18 @@ def _apart(
     origins: Sequence[AdapterOrigin], quantization: Quantization | None, expanded: Quantization | None = None
 ) -> Any:
     """The base, quantized or what its quantized weights stand for, with the adapters on it."""
+    return _adapted(_base(origins, quantization, expanded), origins)
+
+
+def _adapted(base: Any, origins: Sequence[AdapterOrigin]) -> Any:
+    from lora_cli.model.adapters import load_adapters
+
+    return load_adapters(base, [origin.folder for origin in origins])
+
+
+def _base(origins: Sequence[AdapterOrigin], quantization: Quantization | None, expanded: Quantization | None) -> Any:
     import torch
 
-    from lora_cli.model.adapters import load_adapters
     from lora_cli.weights.quantize import expand_quantized
     from lora_cli.weights.shards import read_headers, stored_dtype, weight_files
 
@@ -209,7 +218,7 @@ def _apart(
     base = _load(origins[0].base, quantization, seen if quantization else None)
     if expanded is not None:
         expand_quantized(base, expanded, seen)
-    return load_adapters(base, [origin.folder for origin in origins])
+    return base
 
 
 def _said(
@@ -218,10 +227,10 @@ def _said(
     """What a base with its adapters says; ``stored`` are the tensors that the two were merged into."""
     from lora_cli.evaluation.agreement import logits_of
 
-    model = _apart(origins, None, expanded)
+    alone = _base(origins, None, expanded)
+    base = logits_of(alone, rows.ids)  # before PEFT puts an adapter's biases or PiSSA's remainder into it
+    model = _adapted(alone, origins)
     own = logits_of(model, rows.ids)
-    with model.disable_adapter():
-        base = logits_of(model, rows.ids)
     _untie(model)
     merged = model.merge_and_unload()
     summed = logits_of(merged, rows.ids)
