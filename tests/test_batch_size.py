@@ -87,6 +87,15 @@ def test_two_processes_take_the_same_numbers(write_recipe: Any, tmp_path: Path, 
     done(lora("train", write_recipe({"training": {BATCH[0]: 3, BATCH[1]: 2, "output_dir": alone.folder}})))
     assert shared.losses == pytest.approx(alone.losses, rel=1e-5)
 
+    on_one = ("train", write_recipe(auto(3, output_dir=shared.folder)), "--resume", "training.max_steps=5")
+    refused = lora(*on_one)
+    assert refused.exit_code == 2
+    hint = [f"training.{BATCH[0]}=3", f"training.{BATCH[1]}=2"]
+    assert f"{' '.join(hint)} keeps it" in " ".join(refused.stderr.split())
+    done(lora(*on_one, *hint))
+    assert numbers(shared.info) == [3, 2]
+    assert shared.column("step") == [1, 2, 3, 4, 5]
+
 
 def test_the_fullest_batch() -> None:
     import numpy as np

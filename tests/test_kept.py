@@ -14,6 +14,7 @@ from conftest import Run, done
 from safetensors.torch import load_file, save_file
 
 from lora_cli.recipe.schema import Quantization
+from lora_cli.training.setup import set_up
 from lora_cli.weights import kept
 
 QUANTIZING = "quantizing it to"
@@ -74,6 +75,33 @@ def test_a_run_beside_takes_it(quantized: Any) -> None:
     assert (made, made_again) == (True, False)
     assert len(kept_in(first)) == 1 and not kept_in(second)
     assert first.losses == second.losses
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_one_that_is_streamed_from_a_run_beside_outlives_it(
+    links: bool, quantized: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamed = {"training.stream_base": True, "training.gradient_checkpointing": True}
+    wanted, _ = quantized("undisturbed", streamed)
+    (source,) = kept_in(wanted)
+
+    def no_links(*_: Any) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    def set_up_and_remove(*args: Any) -> Any:
+        trainer = set_up(*args)
+        linked.append((source / "model.safetensors").samefile(trainer.kept_base / "model.safetensors"))
+        shutil.rmtree(source)
+        return trainer
+
+    linked: list[bool] = []
+    monkeypatch.setattr("lora_cli.training.loop.set_up", set_up_and_remove)
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", no_links)
+    run, made = quantized("run", streamed)
+    assert not made and linked == [links]
+    assert [folder.name for folder in kept_in(run)] == [source.name]
+    assert run.losses == wanted.losses and run.adapter_bytes == wanted.adapter_bytes
 
 
 def test_the_adapter_is_for_the_base_itself(quantized: Any, tiny_gpt2: Path, qa_file: Path, lora: Any) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lora_cli.errors import UserError
 from lora_cli.model.base import has_units_for
 from lora_cli.recipe.load import load_recipe
 from lora_cli.training import checkpoint
+from lora_cli.training.display import Display
 from lora_cli.training.run import RunFolder
 
 EVERYTHING_RANDOM = {
@@ -543,6 +545,53 @@ def test_the_best_survives_a_stop(
     assert stopped.info["result"]["best"] == whole.info["result"]["best"]
     assert stopped.adapter_bytes == whole.adapter_bytes
     assert stopped.checkpoints == [best, 12]
+
+
+@pytest.mark.parametrize(
+    ("stop", "end", "further"),
+    [
+        (3, "training.max_steps=3", "training.max_steps=12"),
+        (11, "training.early_stopping_patience=1", "training.early_stopping_patience=null"),
+    ],
+)
+def test_a_step_that_turns_out_to_be_the_last_is_evaluated(
+    stop: int,
+    end: str,
+    further: str,
+    worsening: dict[str, Any],
+    train: Callable[..., Run],
+    write_recipe: Any,
+    tmp_path: Path,
+    lora: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run stopped at a step without an evaluation, to which it is gone on, and then further."""
+    changes = changed(worsening, eval_steps=2)
+    whole = train(changes)
+    run = Run(tmp_path / "stopped")
+    recipe = write_recipe(changed(changes, output_dir=run.folder), name="stopped.yaml")
+
+    def advance(_: Any, step: int) -> None:
+        if step == stop:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Display, "advance", advance)
+        assert lora("train", recipe).exit_code == 130
+    assert run.checkpoints == [stop]
+    evaluated = run.column("step", "validation")
+    for _ in range(2):
+        done(lora("train", recipe, end, "--resume"))
+        assert run.column("step", "validation") == [*evaluated, stop]
+        measured = done(lora("eval", run.folder, "--data", changes["data.validation"], "--json")).json["loss"]
+        told = run.info["result"]["validation"]["loss"]
+        assert told == run.column("loss", "validation")[-1] == pytest.approx(measured, rel=1e-5)
+        assert f"| with this adapter | {told:.4f} |" in (run.folder / "adapter" / "README.md").read_text()
+
+    done(lora("train", run.folder / "recipe.yaml", further, "--resume"))
+    assert run.lines("validation") == whole.lines("validation")
+    assert run.info["result"]["best"] == whole.info["result"]["best"]
+    assert run.adapter_bytes == whole.adapter_bytes
 
 
 def test_a_damaged_best_checkpoint_writes_no_adapter(

@@ -34,10 +34,11 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: its step, what the base, the last and the best evaluation scored, evaluations since, and
-    steps that were left out, in all and since the last one taken."""
+    """How far a run has come: its step, the last evaluation's, what the base, that one and the best evaluation scored,
+    evaluations since, and steps that were left out, in all and since the last one taken."""
 
     step: int = 0
+    evaluated_step: int = 0
     base_loss: FiniteFloat | None = None
     validation_loss: FiniteFloat | None = None
     validation_tokens: int = 0

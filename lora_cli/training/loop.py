@@ -119,7 +119,7 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
             hidden_states.compute(trainer, interrupt)
         progress = restored or start(trainer)
         with display.steps(progress.step, trainer.total_steps):
-            progress = run_steps(trainer, progress, interrupt)
+            progress = evaluate_reached(trainer, run_steps(trainer, progress, interrupt))
 
     adapter_step = choose_weights(trainer, progress)
     result = result_record(trainer, progress, adapter_step, time.perf_counter() - began)
@@ -258,10 +258,18 @@ def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock
     clock.leave_out(time.perf_counter() - began)
     check_finite(trainer, step.number, validation_loss=score.loss)
     log_score(trainer, step.number, step.epoch, score)
-    progress = replace(progress, validation_loss=score.loss, validation_tokens=score.tokens)
+    progress = replace(progress, evaluated_step=step.number, validation_loss=score.loss, validation_tokens=score.tokens)
     if progress.best_loss is None or score.loss < progress.best_loss:
         return replace(progress, best_loss=score.loss, best_step=step.number, evaluations_since_best=0)
     return replace(progress, evaluations_since_best=progress.evaluations_since_best + 1)
+
+
+def evaluate_reached(trainer: Trainer, progress: Progress) -> Progress:
+    """Evaluate the step reached, unless it has been: a run resumed may have no step left that would do it."""
+    if trainer.job.validation is None or progress.evaluated_step == progress.step:
+        return progress
+    reached = next(trainer.schedule.steps(progress.step - 1))
+    return evaluate_step(trainer, reached, progress, Clock())
 
 
 def validate(trainer: Trainer) -> Score:

@@ -67,7 +67,7 @@ def restore(trainer: Trainer) -> Progress | None:
             state, trainer.trained, trainer.optimizer, accelerator.scaler, accelerator.process_index
         )
     if trainer.writes:
-        folder.cut_metrics(progress.step if progress else -1)
+        folder.cut_metrics(*(progress.step, progress.evaluated_step) if progress else (-1, -1))
         if progress:
             rotate(trainer, progress)  # a killed process may not have come to it
     return progress

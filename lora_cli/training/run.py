@@ -214,9 +214,10 @@ class RunFolder:
             lines.pop()
         return [_metrics_line(line, f"{self.metrics}:{number}") for number, line in enumerate(lines, 1)]
 
-    def cut_metrics(self, step: int) -> None:
-        """Leave out what was measured after ``step``: the steps a resumed run will take again."""
-        kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
+    def cut_metrics(self, step: int, evaluated_step: int) -> None:
+        """Leave out what was measured after these steps, trained and evaluated: a resumed run will do so again."""
+        last = {"train": step, "validation": evaluated_step}
+        kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= last[line["split"]]]
         write_whole(self.metrics, "".join(kept))
 
     def read_info(self) -> dict[str, Any]:

@@ -52,7 +52,8 @@ def check_same_keys(before: Recipe, began_on: int, recipe: Recipe, count: int, w
     if began_on != count and not same_steps:
         batches = before.training.gradient_accumulation_steps * began_on
         what = f"--resume: the run began in {began_on} process(es) and has {count} now, with another step's batch"
-        wanted = f"training.gradient_accumulation_steps={batches // count} keeps it"
+        size = f"training.per_device_train_batch_size={before.training.batch_size}"
+        wanted = f"{size} training.gradient_accumulation_steps={batches // count} keeps it"
         other = f"a step takes {batches} micro-batches; choose a number of processes that divides it"
         faults = [Fault(what, where, other if batches % count else wanted)]
     if faults:

@@ -30,7 +30,7 @@ from lora_cli.training.prepare import Prepared
 from lora_cli.training.sharding import is_sharded, make_accelerator, prepare_model
 from lora_cli.training.streaming import Sources, needs_streaming, put_away, stream
 from lora_cli.training.zero import is_zero
-from lora_cli.weights.kept import find_kept, keep, kept_name
+from lora_cli.weights.kept import find_kept, keep, kept_name, take_over
 from lora_cli.weights.shards import read_headers, stored_dtype, weight_files
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def load_frozen(
     streams, why = needs_streaming(job, accelerator.num_processes, sharded, device)
     if why:
         display.note(f"training.stream_base: auto -> {str(streams).lower()}: {why}", warning=not streams)
-    kept = None if sharded else kept_base(job, accelerator, dtype, display)
+    kept = None if sharded else kept_base(job, accelerator, dtype, streams, display)
     quantization = recipe.quantization if kept is None else None
     if streams:
         if quantization is not None:
@@ -188,10 +188,12 @@ def load_streamed(
     return base, put_away(base, folder, device, dtype)
 
 
-def kept_base(job: Prepared, accelerator: Accelerator, dtype: torch.dtype, display: Display) -> Path | None:
+def kept_base(
+    job: Prepared, accelerator: Accelerator, dtype: torch.dtype, streams: bool, display: Display
+) -> Path | None:
     """The folder that holds the base quantized as the recipe says, made when there is none; None to quantize at load.
 
-    On each machine one process makes it, the others wait.
+    It is the run's own when the base ``streams``. On each machine one process makes it, the others wait.
     """
     if job.recipe.quantization is None:
         return None
@@ -200,6 +202,8 @@ def kept_base(job: Prepared, accelerator: Accelerator, dtype: torch.dtype, displ
     name = kept_name(job.base, job.base_digest, quantization, dtype, compute_dtype)
     with accelerator.local_main_process_first():
         found = find_kept(cache, name)
+        if found is not None and streams and accelerator.is_local_main_process:
+            found = take_over(found, cache / name)
         if found is None and accelerator.is_local_main_process:
             display.note(f"quantizing it to {quantization.method}, kept in {cache / name}")
             try:

@@ -1,7 +1,8 @@
 """A base once quantized is kept so: loaded from there, a run never holds the unquantized weights, nor waits for them.
 
 It lies in a run's cache as ``base-<key>``, the key made of all that its tensors depend on, with the SHA-256 of its
-files: a folder that does not agree with these is made again. A run takes what a run beside it has kept.
+files: a folder that does not agree with these is made again. A run takes what a run beside it has kept; one that reads
+on from it takes it over into its own cache, since the other may remove it at any time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -52,21 +54,27 @@ def find_kept(cache: Path, name: str) -> Path | None:
 def keep(base: Path, folder: Path, quantization: Quantization, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
     """Write the base, quantized, to ``folder``, in place of a damaged one.
 
-    Another process may do so at the same time, on another machine: the first to finish leaves its own there. Raises
-    UserError for weights that are missing or no numbers; RunError when there is no room.
+    Raises UserError for weights that are missing or no numbers; RunError when there is no room.
     """
     needed = sum(file.stat().st_size for file in weight_files(base))  # unquantized: the run needs room of its own
     free = shutil.disk_usage(next(place for place in folder.absolute().parents if place.is_dir())).free
     if free < needed:
         raise RunError(f"{needed:,} bytes are wanted, {free:,} are free", str(folder))
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        with whole_folder(folder, needed=needed) as draft:
-            write_quantized(stored_model(base), draft, quantization, dtype, compute_dtype, max_shard=SHARD)
-            (draft / SUMS).write_text(json.dumps(_sums(draft)), encoding="utf-8")
-    except RunError:
-        if not _is_whole(folder):
-            raise
+    with _in_place_of_damaged(folder, needed) as draft:
+        write_quantized(stored_model(base), draft, quantization, dtype, compute_dtype, max_shard=SHARD)
+        (draft / SUMS).write_text(json.dumps(_sums(draft)), encoding="utf-8")
+
+
+def take_over(found: Path, folder: Path) -> Path:
+    """Have a kept base in ``folder`` too, by links where there can be such; returns ``folder``.
+
+    Raises RunError when its files can be neither linked nor copied.
+    """
+    if found != folder:
+        with _in_place_of_damaged(folder) as draft:
+            for file in found.iterdir():
+                _link_or_copy(file, draft / file.name)
+    return folder
 
 
 def prune_kept(cache: Path, name: str | None) -> None:
@@ -74,6 +82,26 @@ def prune_kept(cache: Path, name: str | None) -> None:
     for folder in cache.glob("*"):
         if OWN_FOLDER.fullmatch(folder.name) and folder.name != name:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _in_place_of_damaged(folder: Path, needed: int | None = None) -> Iterator[Path]:
+    """A draft of ``folder``. Another process may make it at the same time, on another machine: the first to finish
+    leaves its own there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with whole_folder(folder, needed=needed) as draft:
+            yield draft
+    except RunError:
+        if not _is_whole(folder):
+            raise
+
+
+def _link_or_copy(file: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(file)
+    except OSError:  # another disk, or one that has no links
+        shutil.copyfile(file, target)
 
 
 def _places(cache: Path, name: str) -> Iterator[Path]:
