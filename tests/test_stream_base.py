@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,10 @@ def test_streaming_is_advised_once_layers_are_checkpointed(write_recipe: Any, mo
     told = str(out_of_memory(job, MemoryError(), checkpointing=True, streams=False).faults)
     assert f"training.stream_base=true (saves about {layer / 1e6:.1f} MB)" in told
     assert "stream_base" not in str(out_of_memory(job, MemoryError(), checkpointing=True, streams=True).faults)
+    training = job.recipe.training.model_copy(update={"deepspeed": "zero.json"})
+    job = replace(job, recipe=job.recipe.model_copy(update={"training": training}))
+    told = str(out_of_memory(job, MemoryError(), checkpointing=True, streams=False).faults)
+    assert "adapter.r=" in told and "stream_base" not in told and "8bit" not in told
 
 
 @pytest.mark.parametrize("units", [True, False])
