@@ -221,7 +221,8 @@ def chat_with_reasoning_apart(w: World) -> Arguments:
 
 @case("rows.jsonl:2", "messages[1]", "the turn has weight 0", "learned alike")
 def chat_with_a_turn_not_to_be_learned(w: World) -> Arguments:
-    return chat(w, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes.", "weight": 0}])
+    turns = [{"role": "user", "content": "Hi", "weight": 0}, {"role": "assistant", "content": "Yes.", "weight": 0}]
+    return chat(w, turns)
 
 
 @case("rows.jsonl:2", "messages[0]", "expected a turn")

@@ -516,6 +516,18 @@ def test_a_perplexity_beyond_all_numbers_is_still_json(
     assert 1e307 < found["perplexity"] < math.inf
 
 
+def test_rows_to_measure_on_need_not_have_every_column_of_training(
+    write_recipe: Any, tmp_path: Path, lora: Any
+) -> None:
+    row = {"q": "Sum up.", "context": "A text.", "a": "Text."}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    del row["context"]
+    (tmp_path / "others.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    columns = {"instruction": "q", "input": "context", "output": "a"}
+    done(lora("train", write_recipe({"data": {"train": tmp_path / "rows.jsonl", "columns": columns}})))
+    done(lora("eval", tmp_path / "run", "--data", tmp_path / "others.jsonl"))
+
+
 def test_an_empty_name_of_data_is_refused(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
     for command in (["eval", tiny_gpt2], ["quantize", tiny_gpt2, "--out", tmp_path / "out"]):
         result = lora(*command, "--data", "")

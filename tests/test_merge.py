@@ -451,6 +451,9 @@ def test_adapters_that_cannot_be_added_are_refused(tiny_llama: Path, tmp_path: P
     for second, told in ((norms, "plain LoRA"), (dora, "plain LoRA"), (first, "given twice")):
         result = lora("merge", first, second, "--out", out)
         assert result.exit_code == 2 and told in result.stderr, result.stderr
+    again = make_adapter("llama", tiny_llama, tmp_path / "again")
+    result = lora("merge", first, again, again.parent / "first/../again", "--out", out)
+    assert result.exit_code == 2 and "given twice" in result.stderr, result.stderr
     other = in_dtype(tiny_llama, torch.bfloat16, tmp_path / "other")
     third = make_adapter("llama", other, tmp_path / "third")
     result = lora("merge", first, third, "--out", out)

@@ -74,6 +74,17 @@ def test_up_changes_nothing(base: Base, kind: str, tmp_path: Path, lora: Any) ->
     assert far(answers(folder, out), answers(folder, adapter)) < 1e-6
 
 
+def test_down_from_nothing_can_be_trained_on(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    """Of an adapter as PEFT begins it, whose B is zero, A is not zero, too."""
+    adapter, out = make_adapter("llama", tiny_llama, tmp_path / "a"), tmp_path / "out"
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    begun = {name: tensor * ("lora_A" in name) for name, tensor in tensors.items()}
+    save_file(begun, adapter / "adapter_model.safetensors")
+    done(lora("adapters", "resize", adapter, "--rank", R - 1, "--out", out))
+    for name, tensor in load_file(out / "adapter_model.safetensors").items():
+        assert bool(tensor.any(1).all()) is ("lora_A" in name) and R - 1 in tensor.shape
+
+
 def test_up_can_be_trained_on(train: Callable[..., Run], tmp_path: Path, lora: Any) -> None:
     """With the recipe's rank and alpha those of the new adapter; its new rows and columns learn."""
     first = train({"adapter.r": 2, "adapter.lora_alpha": 6})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_merge import make_adapter
 
 from lora_cli.cores import usable_cores
 
@@ -115,6 +116,16 @@ def test_what_files_alone_tell_is_told_without_torch(
     code, modules, stdout, _ = run(*(argument.format(recipe=recipe) for argument in arguments), cwd=tmp_path)
     assert (code, stdout) == (2, "")
     assert not {"torch", "transformers", "peft", "datasets", "pandas"} & set(modules)
+
+
+def test_an_adapter_of_another_model_is_told_without_torch(
+    tiny_gpt2: Path, tiny_llama: Path, write_recipe: Any, tmp_path: Path
+) -> None:
+    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter")
+    recipe = str(write_recipe({"model.name_or_path": tiny_gpt2}))
+    code, modules, _, stderr = run("train", recipe, f"adapter.init_from={adapter}", cwd=tmp_path)
+    assert code == 2 and "are for a layer that the base does not have" in stderr
+    assert not {"torch", "transformers", "peft"} & set(modules)
 
 
 def test_an_unknown_model_type_is_told_without_torch(tiny_gpt2: Path, write_recipe: Any, tmp_path: Path) -> None:

@@ -165,13 +165,14 @@ def _quantize(
 
 
 def _check_together(origins: list[AdapterOrigin], into: str | None) -> None:
-    """Raises UserError when the adapters are of different bases, or ``into`` is for a quantized base and none is."""
+    """Raises UserError when an adapter is given twice, they are of different bases, or ``into`` is for a quantized base
+    and none is."""
+    from lora_cli.weights.check import check_given_once
     from lora_cli.weights.fingerprint import fingerprint
 
+    check_given_once(origin.folder for origin in origins)
     first = origins[0]
     for origin in origins[1:]:
-        if origin.folder == first.folder:
-            raise UserError("this adapter is given twice", str(origin.folder))
         if origin.base != first.base and fingerprint(origin.base) != fingerprint(first.base):
             raise UserError(f"another base than that of {first.folder}", str(origin.folder), f"it is for {origin.base}")
     if into is not None and not any(origin.recipe and origin.recipe.quantization for origin in origins):

@@ -226,8 +226,10 @@ def _said(
 ) -> Said:
     """What a base with its adapters says; ``stored`` are the tensors that the two were merged into."""
     from lora_cli.evaluation.agreement import logits_of
+    from lora_cli.model.adapters import resize_words
 
     alone = _base(origins, None, expanded)
+    resize_words(alone, origins[0].folder)  # for logits of one size
     base = logits_of(alone, rows.ids)  # before PEFT puts an adapter's biases or PiSSA's remainder into it
     model = _adapted(alone, origins)
     own = logits_of(model, rows.ids)

@@ -132,7 +132,7 @@ def _turns(value: Any, where: str) -> tuple[Message, ...]:
         role = SHAREGPT_ROLES.get(str(role), role) if sharegpt else role
         if role not in ROLES:
             raise UserError(f"unknown role {role!r}", place, f"roles: {', '.join(ROLES)} (ShareGPT: human, gpt)")
-        _check_unread(turn, place)
+        _check_unread(turn, role, place)
         if not isinstance(content, str):
             found = "null or missing" if content is None else kind_of(content)
             raise UserError(f"the turn's text is {found}", place, "content (or value) must be text")
@@ -142,13 +142,13 @@ def _turns(value: Any, where: str) -> tuple[Message, ...]:
     return tuple(turns)
 
 
-def _check_unread(turn: Mapping[str, Any], place: str) -> None:
-    """Raises UserError when the turn says more than its text, which would be lost."""
+def _check_unread(turn: Mapping[str, Any], role: str, place: str) -> None:
+    """Raises UserError when the turn says more than its text, or that it is not to be learned, which would be lost."""
     unread = next((key for key in UNREAD if turn.get(key)), None)
     if unread is not None:
         hint = f"write it into the text as the model's template does, and leave {unread} out"
         raise UserError(f"the turn has {unread}, and its text alone is read", place, hint)
-    if turn.get("weight") not in (None, 1):
+    if role == "assistant" and turn.get("weight") not in (None, 1):
         what = f"the turn has weight {turn['weight']!r}, and every turn of the assistant is learned alike"
         raise UserError(what, place, "leave such turns out, or their weight")
 

@@ -112,10 +112,8 @@ def _files(path: str) -> list[Path] | None:
             raise UserError(f"cannot read files of type '{here.suffix or here.name}'", path, f"types read: {known}")
         return [here]
     if here.is_dir():
-        found = sorted(f for f in here.rglob("*") if f.is_file() and f.suffix.lower() in READERS)
-        found = [
-            f for f in found if not any(part.startswith(".") for part in f.relative_to(here).parts)
-        ]  # as in a glob
+        seen = (f for f in here.rglob("*") if not any(part.startswith(".") for part in f.relative_to(here).parts))
+        found = sorted(f for f in seen if f.is_file() and f.suffix.lower() in READERS)
         if not found:
             raise UserError("the folder holds no data file", path, f"types read: {known}")
         return found

@@ -38,7 +38,7 @@ class Progress:
     evaluations since, and steps that were left out, in all and since the last one taken."""
 
     step: int = 0
-    evaluated_step: int = 0
+    evaluated_step: int | None = None
     base_loss: FiniteFloat | None = None
     validation_loss: FiniteFloat | None = None
     validation_tokens: int = 0

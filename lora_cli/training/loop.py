@@ -201,7 +201,7 @@ def start(trainer: Trainer) -> Progress:
         score = validate(trainer)
     check_finite(trainer, 0, loss_of_the_base=score.loss)
     log_score(trainer, 0, 0.0, score)
-    return Progress(base_loss=score.loss, validation_loss=score.loss, validation_tokens=score.tokens)
+    return Progress(evaluated_step=0, base_loss=score.loss, validation_loss=score.loss, validation_tokens=score.tokens)
 
 
 def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Progress:

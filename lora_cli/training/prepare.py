@@ -148,7 +148,7 @@ def _check_without_torch(recipe: Recipe, folder: RunFolder, resume: bool, overwr
         ):
             faults.append(Fault(f"training.report_to: {tracker} is not installed", hint=f"pip install {tracker}"))
     faults += _check_deepspeed(recipe)
-    faults += check_data(recipe.data)
+    faults += check_data(recipe.data, every_column=True)
     if faults:
         raise UserError(faults)
 
@@ -202,15 +202,15 @@ def _check_weights_without_torch(recipe: Recipe, base: Path) -> None:
         check_adapter(Path(recipe.adapter.init_from), base)
 
 
-def check_data(data: Data) -> list[Fault]:
-    """Every fault in the data section and in the rows it names."""
+def check_data(data: Data, every_column: bool = False) -> list[Fault]:
+    """Every fault in the data section and in the rows it names, some of which are to have ``every_column`` it names."""
     faults = [*(pattern_faults(data.template) if data.template else []), *column_faults(data)]
     seen: set[str] = set()
     for spec in (data.train, data.validation):
         if spec is not None and not isinstance(spec, float):
             sources = sources_of(spec)
             faults += check_sources(sources) or ([] if faults else check_rows(data, sources, seen))
-    return faults or unseen_faults(data, seen)
+    return faults or (unseen_faults(data, seen) if every_column else [])
 
 
 def _tokenized(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache: Path) -> list[Cached]:

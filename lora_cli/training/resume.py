@@ -67,7 +67,9 @@ def restore(trainer: Trainer) -> Progress | None:
             state, trainer.trained, trainer.optimizer, accelerator.scaler, accelerator.process_index
         )
     if trainer.writes:
-        folder.cut_metrics(*(progress.step, progress.evaluated_step) if progress else (-1, -1))
+        step = progress.step if progress else -1
+        evaluated = progress.evaluated_step if progress else None
+        folder.cut_metrics(step, step if evaluated is None else evaluated)
         if progress:
             rotate(trainer, progress)  # a killed process may not have come to it
     return progress

@@ -202,12 +202,13 @@ def kept_base(
     name = kept_name(job.base, job.base_digest, quantization, dtype, compute_dtype)
     with accelerator.local_main_process_first():
         found = find_kept(cache, name)
-        if found is not None and streams and accelerator.is_local_main_process:
-            found = take_over(found, cache / name)
-        if found is None and accelerator.is_local_main_process:
-            display.note(f"quantizing it to {quantization.method}, kept in {cache / name}")
+        if accelerator.is_local_main_process and (found is None or (streams and found != cache / name)):
             try:
-                keep(job.base, cache / name, quantization, dtype, compute_dtype)
+                if found is None:
+                    display.note(f"quantizing it to {quantization.method}, kept in {cache / name}")
+                    keep(job.base, cache / name, quantization, dtype, compute_dtype)
+                else:
+                    take_over(found, cache / name)
                 found = cache / name
             except RunError as error:
                 told = f"the base in {quantization.method} is not kept for the next run: {error.faults[0].what}"

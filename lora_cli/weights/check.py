@@ -196,28 +196,44 @@ def adapted_layers(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     return halves
 
 
+def check_given_once(adapters: Iterable[Path]) -> None:
+    """Raises UserError when one of these folders is another one too, by whatever path."""
+    seen: set[Path] = set()
+    for folder in adapters:
+        if folder.resolve() in seen:
+            raise UserError("this adapter is given twice", str(folder))
+        seen.add(folder.resolve())
+
+
 def _misfits_of_base(
     folder: Path, base: Path, config: dict[str, Any], halves: dict[str, dict[str, tuple[int, ...]]]
 ) -> list[Fault]:
     """What does not fit the layers that the base stores. They may have other names than the model's, and be more than
-    it takes, which the model itself tells; it is slow to make, and asked only when something seems wrong."""
+    it takes, which the model itself tells; it is slow to make, and asked only where that may be all that is wrong."""
     layers = stored_layers(base)
     if layers is None:
         return []
-    faults = list(_misfits(folder, halves, layers))
-    faults += [
+    misfits = list(_misfits(folder, halves, layers))
+    missing = [
         Fault(f"tensors {name}.lora_A and lora_B are missing", str(folder))
         for name in named_layers(config, layers)
         if not any(adapted == name or adapted.endswith(f".{name}") for adapted in halves)
     ]
-    if faults:
+    faults = misfits + missing
+    if faults and (not misfits or {_in_a_layer(name) for name in halves} & {_in_a_layer(name) for name in layers}):
         from lora_cli.weights.inventory import check_adapter_tensors
 
         try:
             check_adapter_tensors(folder, base)
         except UserError:
             return faults
-    return []
+        return []
+    return faults
+
+
+def _in_a_layer(name: str) -> str:
+    """A module's name from its layer's number on, which is the same wherever the layers lie."""
+    return re.sub(r"^.*?\.(?=\d+\.)", "", name)
 
 
 def _misfits(folder: Path, halves: dict[str, dict[str, tuple[int, ...]]], layers: dict[str, Target]) -> Iterator[Fault]:
@@ -314,7 +330,7 @@ def _untrained(config: Mapping[str, Any], folder: Path) -> Iterator[Fault]:
         what = f"the adapter of init_from is for another base ({_told(config, 'init_lora_weights')})"
         yield Fault(what, where, CONVERT)
     hint = "make a model of it with lora merge, and train a new adapter on that"
-    others = [key for key in (*OTHER_TENSORS, "kasa_config") if config.get(key) not in UNSET]
+    others = [key for key in (*OTHER_TENSORS, "kasa_config", "lora_bias") if config.get(key) not in UNSET]
     for key in others:
         what = f"the adapter of init_from holds more than LoRA's A and B ({_told(config, key)}), which is not trained"
         yield Fault(what, where, hint)

@@ -60,21 +60,19 @@ def keep(base: Path, folder: Path, quantization: Quantization, dtype: torch.dtyp
     free = shutil.disk_usage(next(place for place in folder.absolute().parents if place.is_dir())).free
     if free < needed:
         raise RunError(f"{needed:,} bytes are wanted, {free:,} are free", str(folder))
-    with _in_place_of_damaged(folder, needed) as draft:
+    with _made_anew(folder, needed) as draft:
         write_quantized(stored_model(base), draft, quantization, dtype, compute_dtype, max_shard=SHARD)
         (draft / SUMS).write_text(json.dumps(_sums(draft)), encoding="utf-8")
 
 
-def take_over(found: Path, folder: Path) -> Path:
-    """Have a kept base in ``folder`` too, by links where there can be such; returns ``folder``.
+def take_over(found: Path, folder: Path) -> None:
+    """Have a kept base in ``folder`` too, by links where there can be such.
 
     Raises RunError when its files can be neither linked nor copied.
     """
-    if found != folder:
-        with _in_place_of_damaged(folder) as draft:
-            for file in found.iterdir():
-                _link_or_copy(file, draft / file.name)
-    return folder
+    with _made_anew(folder) as draft:
+        for file in found.iterdir():
+            _link_or_copy(file, draft / file.name)
 
 
 def prune_kept(cache: Path, name: str | None) -> None:
@@ -85,9 +83,9 @@ def prune_kept(cache: Path, name: str | None) -> None:
 
 
 @contextmanager
-def _in_place_of_damaged(folder: Path, needed: int | None = None) -> Iterator[Path]:
-    """A draft of ``folder``. Another process may make it at the same time, on another machine: the first to finish
-    leaves its own there."""
+def _made_anew(folder: Path, needed: int | None = None) -> Iterator[Path]:
+    """A draft of ``folder``, which is damaged if it is there. Another process may make it at the same time, on another
+    machine: the first to finish leaves its own there."""
     shutil.rmtree(folder, ignore_errors=True)
     try:
         with whole_folder(folder, needed=needed) as draft:

@@ -24,7 +24,7 @@ from lora_cli.weights.adapter_config import (
     is_relative,
     read_adapter_config,
 )
-from lora_cli.weights.check import EMBEDDINGS, check_adapter
+from lora_cli.weights.check import EMBEDDINGS, check_adapter, check_given_once
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.products import EMBEDDING, MAGNITUDE, Factors, Place, Product, adapter_parts, product_of
 from lora_cli.weights.provenance import PROVENANCE, base_record, named_base, now, read_record, versions
@@ -112,12 +112,11 @@ def _is_bases(base: Base, place: Place) -> bool:
 
 
 def check_same_base(adapters: Sequence[LoraAdapter]) -> None:
-    """Raises UserError when adapters are of different bases: by their fingerprints, else by their tensors' names and
-    shapes, else by the bases' names."""
+    """Raises UserError when one is given twice, or they are of different bases: by their fingerprints, else by their
+    tensors' names and shapes, else by the bases' names."""
+    check_given_once(adapter.folder for adapter in adapters)
     first = adapters[0]
     for other in adapters[1:]:
-        if other.folder.resolve() == first.folder.resolve():
-            raise UserError("this adapter is given twice", str(other.folder))
         digests = (first.base.fingerprint, other.base.fingerprint)
         shared = [layer for layer in other.products if layer in first.products]
         is_same = digests[0] == digests[1] if all(digests) else bool(shared) or other.base.name == first.base.name

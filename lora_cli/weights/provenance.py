@@ -60,7 +60,8 @@ def trace(folder: Path, base: str | None = None, other_kinds: bool = False) -> A
     if not name:
         raise UserError("the adapter does not say which base it is for", str(folder / "adapter_config.json"))
     try:
-        found = locate(place, weights=True, revision=read_adapter_config(folder).get("revision"))
+        revision = read_adapter_config(folder).get("revision")
+        found = locate(place, weights=True, revision=str(revision) if revision else None)
     except UserError as error:
         what = f"the base that this adapter is for is not found: {error.faults[0].where}: {error.faults[0].what}"
         raise UserError(what, str(folder), "put it back, move both together, or name it with --base") from error

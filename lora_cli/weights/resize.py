@@ -104,8 +104,9 @@ def _resized(
     after = spectrum.rank_for(energy or 1.0) if rank is None else rank
     if after == before:
         return factors, 1.0
-    up, down = spectrum.halves(after)
-    return replace(factors, up=up, down=down), spectrum.energy(after)
+    held = min(after, spectrum.rank)  # of more than there is both halves would be zeros, which do not learn
+    up, down = spectrum.halves(held)
+    return _padded(replace(factors, up=up, down=down), after - held, embedding, draw), spectrum.energy(after)
 
 
 def _padded(factors: Factors, more: int, embedding: bool, draw: torch.Generator) -> Factors:
