@@ -136,9 +136,15 @@ def missing_shard(w: World) -> Arguments:
     return w.train({"model.name_or_path": "model"})
 
 
+def indexed(w: World, index: str) -> None:
+    """A model's folder with this index, and without the one file that would be read in its stead."""
+    (w.root / w.model() / "model.safetensors").rename(w.root / "model" / "model-00001-of-00001.safetensors")
+    w.file("model/model.safetensors.index.json", index)
+
+
 @case("model/model.safetensors.index.json", "not a readable shard index")
 def broken_shard_index(w: World) -> Arguments:
-    w.file(f"{w.model()}/model.safetensors.index.json", "{}")
+    indexed(w, "{}")
     return w.train({"model.name_or_path": "model"})
 
 
@@ -240,13 +246,13 @@ def chat_template_that_git_lfs_did_not_fetch(w: World) -> Arguments:
 
 @case("model/model.safetensors.index.json", "not a readable shard index", "git lfs pull")
 def index_that_git_lfs_did_not_fetch(w: World) -> Arguments:
-    w.file(f"{w.model()}/model.safetensors.index.json", LFS)
+    indexed(w, LFS)
     return ["quantize", "model", "--out", "out"]
 
 
 @case("model/model.safetensors.index.json", "not a readable shard index")
 def index_of_numbers(w: World) -> Arguments:
-    w.file(f"{w.model()}/model.safetensors.index.json", json.dumps({"weight_map": {"a": 1, "b": 2}}))
+    indexed(w, json.dumps({"weight_map": {"a": 1, "b": 2}}))
     return w.train({"model.name_or_path": "model"})
 
 
@@ -260,7 +266,7 @@ def index_that_leads_out_of_the_folder(w: World) -> Arguments:
 
 @case("model/model.safetensors.index.json", "not a readable shard index")
 def index_without_a_shard(w: World) -> Arguments:
-    w.file(f"{w.model()}/model.safetensors.index.json", json.dumps({"weight_map": {}}))
+    indexed(w, json.dumps({"weight_map": {}}))
     return w.train({"model.name_or_path": "model"})
 
 
