@@ -113,6 +113,7 @@ def test_pickled_weights_of_a_base(
         trap.write(base / "model.safetensors")
         says = ["model.safetensors", "not a whole safetensors file"]
     elif weights == "in the index":
+        (base / "model.safetensors").unlink()
         edit(base / "model.safetensors.index.json", metadata={}, weight_map={"lm_head.weight": "pytorch_model.bin"})
         says = ["pytorch_model.bin", "not a whole safetensors file"]
     elif weights == "pickled":
