@@ -203,7 +203,7 @@ def _check_weights_without_torch(recipe: Recipe, base: Path) -> None:
 
 
 def check_data(data: Data, every_column: bool = False) -> list[Fault]:
-    """Every fault in the data section and in the rows it names, some of which are to have ``every_column`` it names."""
+    """Every fault in the data section and its rows; with ``every_column`` a column that no row has is one."""
     faults = [*(pattern_faults(data.template) if data.template else []), *column_faults(data)]
     seen: set[str] = set()
     for spec in (data.train, data.validation):
