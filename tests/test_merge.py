@@ -598,6 +598,14 @@ def test_other_kinds_peft_merges(kind: Any, tiny_llama: Path, tmp_path: Path, lo
     assert distance(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), tokenizer), wanted) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed", "ignore:Adapter 'default'")
+def test_biases_for_layers_without_one_are_refused(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter", lora_bias=True)
+    result = lora("merge", adapter, "--out", tmp_path / "merged")
+    assert result.exit_code == 2 and "PEFT does not merge adapters of this kind" in result.stderr, result.stderr
+    assert not (tmp_path / "merged").exists()
+
+
 def test_kinds_without_weights_of_their_own_are_refused(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     prompt = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))

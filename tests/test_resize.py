@@ -271,6 +271,20 @@ def test_extract_of_full_training(base: Base, tmp_path: Path, lora: Any) -> None
         )
 
 
+def test_extract_of_a_model_with_more_words(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    model.resize_token_embeddings(model.config.vocab_size + 8, mean_resizing=False)
+    model.get_submodule("model.layers.0.self_attn.q_proj").weight.data += 0.1
+    model.save_pretrained(tmp_path / "tuned")
+    given = ["adapters", "extract", tiny_llama, tmp_path / "tuned", "--rank", "2", "--out"]
+    report = done(lora(*given, tmp_path / "out", "--json")).json
+    assert [layer["name"] for layer in report["layers"]] == ["model.layers.0.self_attn.q_proj"]
+    assert any("embed_tokens" in name for name in report["left_out"])
+    done(lora("quantize", tiny_llama, "--out", tmp_path / "small"))
+    refused = lora("adapters", "extract", tiny_llama, tmp_path / "small", "--rank", "2", "--out", tmp_path / "other")
+    assert refused.exit_code == 2 and "the model is stored quantized (bitsandbytes)" in refused.stderr
+
+
 def test_extract_holds_one_layers_factors(tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: Any) -> None:
     adapter = varied("llama", tiny_llama, tmp_path / "a", 1)
     done(lora("merge", adapter, "--out", tmp_path / "tuned", "--no-verify"))

@@ -195,8 +195,7 @@ def extract_command(
     debug: Debug = False,
 ) -> None:
     """Make the adapter nearest to the difference of two models."""
-    from lora_cli.model.files import check_model_type, locate
-    from lora_cli.weights.check import check_mergeable
+    from lora_cli.model.files import check_model_type, locate, stored_quantization
     from lora_cli.weights.shards import check_out, check_whole
 
     _check_size(rank, energy)
@@ -206,7 +205,9 @@ def extract_command(
         check_out(out, folder)
         check_model_type(folder)
         check_whole(folder)
-        check_mergeable(folder)
+        if stored := stored_quantization(folder):
+            what = f"the model is stored quantized ({stored}), and no difference to its weights can be taken"
+            raise UserError(what, str(folder), "give the model that is not quantized")
 
     from lora_cli.weights.extract import extract
 

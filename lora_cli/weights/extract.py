@@ -76,8 +76,8 @@ def extract(base: Path, name: str, tuned: Path, rank: int | None, energy: float 
     Raises UserError when the models have other layers, a tensor holds NaN or infinity, or they do not differ.
     """
     model = skeleton(load_config(base))
-    for folder in (base, tuned):
-        check_weights(folder, model)
+    check_weights(base, model)
+    check_weights(tuned, skeleton(load_config(tuned)))
     headers = read_headers(weight_files(base)), read_headers(weight_files(tuned))
     pairs = _pairs(model, *headers, tuned)
     used = {place[0] for pair in pairs.values() for place in (pair.base, pair.tuned)}

@@ -99,7 +99,9 @@ def merge_in_memory(
     modules = len(adapted.targeted_module_names) + len(adapted.base_model.targeted_parameter_names)  # type: ignore[arg-type]
     try:
         merged = adapted.merge_and_unload(safe_merge=True)
-    except NotImplementedError as error:
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         what = "PEFT does not merge adapters of this kind"
         raise UserError(what, str(origin.folder), "load it beside its base with PEFT") from error
     except ValueError as error:  # NaN or infinity in the sum
