@@ -59,8 +59,8 @@ def trace(folder: Path, base: str | None = None, other_kinds: bool = False) -> A
     name, place = named_base(folder)
     if not name:
         raise UserError("the adapter does not say which base it is for", str(folder / "adapter_config.json"))
+    revision = read_adapter_config(folder).get("revision")
     try:
-        revision = read_adapter_config(folder).get("revision")
         found = locate(place, weights=True, revision=str(revision) if revision else None)
     except UserError as error:
         what = f"the base that this adapter is for is not found: {error.faults[0].where}: {error.faults[0].what}"
