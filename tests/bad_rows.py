@@ -7,6 +7,8 @@ import json
 import os
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from bad_input import LFS, ROW, Arguments, World, case
 
@@ -178,6 +180,50 @@ def mapped_column_misspelt_that_a_format_can_do_without(w: World) -> Arguments:
 @case("rows.jsonl: with weight 0.1", "none of its 1 rows", "raise the weight to 1")
 def weight_that_takes_no_row(w: World) -> Arguments:
     return w.train({"data.train": [{"path": w.rows(ROW), "weight": 0.1}, w.file("more.txt", "Some words.\n")]})
+
+
+@case("rows.jsonl:1", "read as alpaca, which has no use for data.columns.system", "say data.format")
+def mapped_column_that_the_format_would_not_read(w: World) -> Arguments:
+    row = {"instruction": "Sum up.", "rule": "Be brief.", "output": "Text."}
+    return w.train({"data.columns": {"system": "rule"}}, data=w.rows(row))
+
+
+@case("rows.jsonl:2", "no column 'context', for which data.columns.input stands, but one 'input'")
+def optional_column_of_another_name_in_some_rows(w: World) -> Arguments:
+    row = {"instruction": "Sum up.", "output": "Text."}
+    return w.train({"data.columns": {"input": "context"}}, data=w.rows(row | {"context": "1"}, row | {"input": "2"}))
+
+
+@case("more.jsonl: none of its rows is left to train on", "held out for validation, or max_length")
+def part_of_a_mixture_that_is_cut_away(w: World) -> Arguments:
+    long = w.file("more.jsonl", json.dumps(ROW | {"question": "Why? " * 99}) + "\n")
+    return w.train({"data.train": [w.rows(ROW, ROW), long], "data.max_length": 32})
+
+
+@case("rows.jsonl", "split: test is for a hub id, and this is a file", "the split's own files")
+def split_of_a_file(w: World) -> Arguments:
+    return w.train({"data.train": [{"path": w.rows(ROW), "split": "test"}]})
+
+
+@case("data", "streaming is for a hub id, and this is a folder", "leave it out")
+def streaming_of_a_folder(w: World) -> Arguments:
+    w.file("data/rows.jsonl", json.dumps(ROW))
+    return w.train({"data.train": [{"path": "data", "streaming": True}]})
+
+
+@case("data", "cannot read data/a.jsonl.gz and 1 more", "types read: .jsonl", "convert it")
+def folder_with_rows_of_an_unread_type(w: World) -> Arguments:
+    w.file("data/rows.jsonl", json.dumps(ROW))
+    w.file("data/a.jsonl.gz", gzip.compress(json.dumps(ROW).encode()))
+    w.file("data/b.tsv", "question\tanswer\n")
+    return w.train(data="data")
+
+
+@case("rows.parquet", "column named twice: answer", "its own name")
+def parquet_with_two_columns_of_a_name(w: World) -> Arguments:
+    columns = [pa.array(["Why?"]), pa.array([" a"]), pa.array([" b"])]
+    pq.write_table(pa.table(columns, names=["question", "answer", "answer"]), w.root / "rows.parquet")
+    return w.train(data="rows.parquet")
 
 
 @case("data.validation", "nothing to learn or measure", "none of 1 rows")

@@ -157,10 +157,23 @@ def test_folder_glob_and_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert columns_of("data") == [{"text": "a"}, {"text": "b"}, {"text": "c"}]
     assert columns_of("data/*.jsonl") == [{"text": "b"}]
     assert columns_of("data/**/*.jsonl") == [{"text": "b"}, {"text": "c"}]
+    assert columns_of("data/**/**/*.jsonl") == [{"text": "b"}, {"text": "c"}]
     mixture = ("data/b.jsonl", Source(path="data/A.CSV", weight=2.0), "data/deep")
     rows = [row for row in read_rows(sources_of(mixture)) if isinstance(row, Row)]
     assert [(row.columns["text"], row.source) for row in rows] == [("b", 0), ("a", 1), ("c", 2)]
     assert [source.weight for source in sources_of(mixture)] == [1.0, 2.0, 1.0]
+
+
+def test_a_folder_has_what_its_links_lead_to_and_each_file_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "data" / "a.jsonl", {"text": "a"})
+    write_jsonl(tmp_path / "elsewhere" / "b.jsonl", {"text": "b"})
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
+    assert columns_of("data") == [{"text": "a"}, {"text": "b"}]
+    assert columns_of("data/**/*.jsonl") == [{"text": "a"}, {"text": "b"}]
 
 
 def test_hub_rows_take_the_split_and_name_the_row(tmp_path: Path) -> None:
@@ -267,6 +280,12 @@ TURNS = (Message("user", "Hi"), Message("assistant", "Hello"))
         ({"system": "", "messages": HI}, {}, TURNS),
         ({"talk": HI}, {"columns": {"messages": "talk"}}, TURNS),
         ({"question": "Hi", "answer": "Hello"}, {"format": "chat"}, TURNS),
+        (
+            {"instruction": "a", "output": "b"},
+            {"columns": {"prompt": "instruction", "completion": "output"}},
+            (("a", False), ("b", True)),
+        ),
+        (QA | {"body": "a"}, {"columns": {"text": "body"}}, (("a", True),)),
         (
             {"a": "x", "b": "{c}"},
             {"template": Template(prompt="{{{a}}} {a}: ", completion="{b}")},
@@ -774,7 +793,7 @@ def test_evaluation_takes_each_row_once(lengths: list[int], packing: bool) -> No
     ids, mask = np.zeros(total, np.int32), np.ones(total, np.bool_)
     source = np.zeros(len(sizes), np.int32)
     examples = end_to_end(Flat(ids, mask, np.concatenate(([0], sizes.cumsum()))), source, "text")
-    batches = evaluation_groups(examples, 3, 16, packing)
+    batches = evaluation_groups(examples, 3, 16, packing, ())
     assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
     if packing:
         assert max(sizes[batch].sum() for batch in batches) <= 3 * 16
@@ -833,6 +852,8 @@ def test_steps_windows_and_epochs() -> None:
     assert [step.tokens for step in steps] == [23, 12, 12, 23]
     assert [step.supervised for step in steps] == [19, 8, 10, 19]
     assert (plain.total_steps(2, None), plain.total_steps(0.5, None), plain.total_steps(9, 4)) == (6, 2, 4)
+    one_by_one = schedule(packing=False, batch_size=1, accumulation=1)
+    assert [one_by_one.total_steps(epochs, None) for epochs in (1.1, 1.15, 2.2, 3.2)] == [11, 12, 22, 32]
     resumed = next(iter(plain.steps(start=3)))
     assert (resumed.number, resumed.epoch) == (4, 1.4)
     assert [rows.tolist() for rows in resumed.micro_batches] == [rows.tolist() for rows in steps[3].micro_batches]

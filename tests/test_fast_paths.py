@@ -14,11 +14,13 @@ from peft.tuners.lora import Linear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.data.batches import Batch
+from lora_cli.data.batches import Batch, Schedule, collate
+from lora_cli.data.examples import Flat, end_to_end
 from lora_cli.evaluation.head import Head, LinearCrossEntropy, frozen_head
-from lora_cli.evaluation.loss import evaluating, lay_end_to_end, summed_loss
+from lora_cli.evaluation.loss import evaluating, evaluation_groups, lay_end_to_end, summed_loss
 from lora_cli.model.adapters import adapt
 from lora_cli.model.attention import ROWS, ROWS_ALONE, attend_by_rows
+from lora_cli.model.base import longrope_bounds
 from lora_cli.model.elementwise import PROJECTIONS, fuse
 from lora_cli.model.fused_lora import side_by_side
 from lora_cli.model.layers import linear_layers
@@ -142,7 +144,7 @@ def test_an_architecture_gives_what_its_rows_give_one_at_a_time(kind: str) -> No
     wanted = learned(model, expected)
 
     fuse(base)
-    assert lay_end_to_end(model, torch.device("cpu"), "auto", LENGTHS) is (attention is not None)
+    assert lay_end_to_end(model, torch.device("cpu"), "auto") is (attention is not None)
     assert base.config._attn_implementation == (ROWS_ALONE if attention == ROWS else own)
     with evaluating(model):
         head = frozen_head(model)
@@ -161,7 +163,7 @@ def test_an_architecture_gives_what_its_rows_give_one_at_a_time(kind: str) -> No
 def test_rows_do_not_see_each_other() -> None:
     """Another first row changes nothing in the second one's loss."""
     model = build("Llama", GROUPED)
-    assert lay_end_to_end(model, torch.device("cpu"), "auto", LENGTHS)
+    assert lay_end_to_end(model, torch.device("cpu"), "auto")
     first, other, second = rows_of((6, 6, 8))
 
     def loss(*rows: torch.Tensor) -> float:
@@ -176,7 +178,7 @@ def test_products_that_round_otherwise_for_another_number_of_tokens_do_not_count
     model = build("Llama", GROUPED).bfloat16()
     mlp = model.get_submodule("model.layers.1.mlp")
     mlp.register_forward_hook(lambda _, __, output: output * (1.5 if output.shape[1] < 12 else 1))
-    assert lay_end_to_end(model, torch.device("cpu"), "auto", LENGTHS)
+    assert lay_end_to_end(model, torch.device("cpu"), "auto")
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +241,7 @@ def test_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 40 supervised positions among 62 no more than a chunk's meet the vocabulary at once, and no other does."""
     monkeypatch.setattr("lora_cli.evaluation.head.ROWS", 16)
     model = build("Llama", GROUPED)
-    assert lay_end_to_end(model, torch.device("cpu"), "auto", LENGTHS)
+    assert lay_end_to_end(model, torch.device("cpu"), "auto")
     head = frozen_head(model.eval())
     batch = packed(rows_of((30, 32)))
     batch = replace(batch, **{name: getattr(batch, name)[:40] for name in ("predict_from", "supervised", "targets")})
@@ -615,7 +617,7 @@ def test_in_16_bits_a_processor_takes_lines_of_few_lengths(name: str, dtype: tor
     """For 69 tokens 72, of which the last 3 add nothing to the loss and its slope."""
     model = build(name, GROUPED if name == "Llama" else {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 70})
     targets = list(linear_layers(model))
-    assert lay_end_to_end(model, torch.device("cpu"), "auto", np.array([69]))
+    assert lay_end_to_end(model, torch.device("cpu"), "auto")
     base = model.to(dtype)
     adapted = adapt(base, Adapter(r=2), targets, fused=True).eval()
     for weight in adapted.parameters():
@@ -648,20 +650,53 @@ def test_a_model_that_mixes_rows_is_padded_and_says_so(
     assert Run(tmp_path / "run").info["data"]["packed"] is False
 
 
-@pytest.mark.parametrize(("lengths", "packs"), [((4, 16), True), ((17, 20), True), ((16, 17), False)])
-def test_longrope_packs_rows_of_one_kind_alone(lengths: tuple[int, ...], packs: bool) -> None:
-    first = {"original_max_position_embeddings": 16}
-    factors = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
-    rope = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, **factors, **first}}
-    model = build("Phi3", GROUPED | rope | first)
-    assert lay_end_to_end(model, torch.device("cpu"), "auto", np.array(lengths)) is packs
+LONGROPE = {
+    "original_max_position_embeddings": 16,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [8.0] * 4,
+        "original_max_position_embeddings": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_longrope_has_no_row_beside_one_that_turns_its_positions(packing: bool) -> None:
+    """One row longer than the model was first made for does so for all of its batch."""
+    model = build("Phi3", GROUPED | LONGROPE).eval()
+    assert lay_end_to_end(model, torch.device("cpu"), "auto")
+    bounds = longrope_bounds(model.config)
+    assert bounds == [16]
+    rows = rows_of((4, 30, 16, 17, 9, 18, 12, 3))
+    ids, lengths = torch.cat(rows).numpy(), np.array([len(row) for row in rows])
+    offsets = np.concatenate(([0], lengths.cumsum()))
+    flat = Flat(ids, ~np.isin(np.arange(len(ids)), offsets), offsets)
+    examples = end_to_end(flat, np.zeros(len(rows), np.int32), "text")
+    in_order, drawn = (
+        Schedule(lengths, lengths, examples.source, (1.0,), 0, shuffle, 3, 32, packing, 1, tuple(bounds))
+        for shuffle in (False, True)
+    )
+    assert np.concatenate(in_order.epoch_batches(0)).tolist() == list(range(len(rows)))
+    wanted = float(one_at_a_time(model, rows))
+    for groups in (
+        in_order.epoch_batches(0),
+        drawn.epoch_batches(0),
+        evaluation_groups(examples, 3, 32, packing, bounds),
+    ):
+        assert sorted(np.concatenate(groups)) == list(range(len(rows))) and len(groups) < len(rows)
+        found = sum(float(summed_loss(model, collate(examples, group, packing, 0))) for group in groups)
+        assert found == pytest.approx(wanted, rel=1e-5)
+    mixed = float(summed_loss(model, collate(examples, range(len(rows)), packing, 0)))
+    assert mixed != pytest.approx(wanted, rel=1e-4)
 
 
 def test_a_window_that_the_mask_alone_tells_of_is_kept() -> None:
     """PhiMoE and Qwen2-MoE hand no window to attention."""
     model = build("Phimoe", GROUPED | {"sliding_window": 6, "num_local_experts": 2}).eval()
     rows = rows_of((20, 5, 15))
-    assert lay_end_to_end(model, torch.device("cpu"), "auto", np.array([20, 5, 15]))
+    assert lay_end_to_end(model, torch.device("cpu"), "auto")
     assert float(summed_loss(model, packed(rows))) == pytest.approx(float(one_at_a_time(model, rows)), rel=1e-5)
 
 

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -123,7 +122,7 @@ def test_the_upper_half_alone_gives_what_the_whole_model_gives(kind: str) -> Non
     # In float64, as layers make much of a last bit; Mixtral's experts know no float64.
     base = build(kind, dtype=torch.float32 if kind == "mixtral" else torch.float64)
     model = adapted(base)
-    packs = lay_end_to_end(base, torch.device("cpu"), "auto", np.array([4]))
+    packs = lay_end_to_end(base, torch.device("cpu"), "auto")
     model.eval()
     below = frozen_layers(model)
     assert below is not None and below.count == 2

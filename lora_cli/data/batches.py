@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_cli.data.examples import Examples, Ints
-from lora_cli.data.grouping import pack_first_fit, pack_in_order, pad_by_length, pad_in_order
+from lora_cli.data.grouping import apart, apart_in_order, pack_first_fit, pack_in_order, pad_by_length, pad_in_order
 from lora_cli.errors import Fault, UserError
 from lora_cli.recipe.schema import Source
 
@@ -80,17 +80,18 @@ def _passes(weight: float, rows: int) -> tuple[int, int]:
 
 
 def check_drawn(source: npt.NDArray[np.int32], parts: Sequence[Source], what: str) -> None:
-    """Raises UserError, naming ``what``, when a part's weight is so small that an epoch takes none of its rows."""
-    counts = np.bincount(source, minlength=len(parts)).tolist()
-    faults = [
-        Fault(
-            f"{part.path}: with weight {part.weight:g} an epoch takes none of its {count:,} rows",
-            what,
-            f"raise the weight to {math.ceil(1000 / count) / 1000:g}, or leave it out",
-        )
-        for part, count in zip(parts, counts, strict=True)
-        if count and not any(_passes(part.weight, count))
-    ]
+    """Raises UserError, naming ``what``, when an epoch takes no row of a part: for a weight that is too small, or since
+    none is left."""
+    faults = []
+    for part, count in zip(parts, np.bincount(source, minlength=len(parts)).tolist(), strict=True):
+        if not count:
+            told = f"{part.path}: none of its rows is left to train on"
+            hint = "they were held out for validation, or max_length leaves them no supervised token"
+            faults.append(Fault(told, what, hint))
+        elif not any(_passes(part.weight, count)):
+            told = f"{part.path}: with weight {part.weight:g} an epoch takes none of its {count:,} rows"
+            hint = f"raise the weight to {math.ceil(1000 / count) / 1000:g}, or leave it out"
+            faults.append(Fault(told, what, hint))
     if faults:
         raise UserError(faults)
 
@@ -151,7 +152,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which rows each step takes: from the seed and the lengths alone, so that any step can be found again."""
+    """Which rows each step takes: from the seed and the lengths alone, so that any step can be found again.
+
+    No batch has rows of up to one of the ``bounds``, in tokens, beside longer ones.
+    """
 
     lengths: Ints
     supervised: Ints
@@ -163,6 +167,7 @@ class Schedule:
     max_length: int
     packing: bool
     accumulation: int
+    bounds: tuple[int, ...] = ()
 
     _counts: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -172,14 +177,19 @@ class Schedule:
         With ``shuffle`` rows change places so that batches are full, or of rows of like length.
         """
         order = epoch_order(self.source, self.weights, self.seed, epoch, self.shuffle)
-        if self.packing:
-            pack = pack_first_fit if self.shuffle else pack_in_order
-            batches = pack(order, self.lengths, self.batch_size * self.max_length)
-        elif self.shuffle:
-            draw = np.random.default_rng([self.seed, epoch, 1])
-            batches = pad_by_length(order, self.lengths, self.batch_size, draw)
-        else:
-            batches = pad_in_order(order, self.batch_size)
+        draw = np.random.default_rng([self.seed, epoch, 1])
+
+        def group(rows: Ints) -> list[Ints]:
+            if self.packing:
+                pack = pack_first_fit if self.shuffle else pack_in_order
+                return pack(rows, self.lengths, self.batch_size * self.max_length)
+            if self.shuffle:
+                return pad_by_length(rows, self.lengths, self.batch_size, draw)
+            return pad_in_order(rows, self.batch_size)
+
+        batches = (apart if self.shuffle else apart_in_order)(order, self.lengths, self.bounds, group)
+        if self.shuffle and self.bounds:  # all long rows would come before all others
+            batches = [batches[0], *(batches[1 + index] for index in draw.permutation(len(batches) - 1))]
         self._counts[epoch] = len(batches)
         return batches
 
@@ -190,7 +200,7 @@ class Schedule:
         whole = int(epochs)
         total = sum(self.steps_in(epoch) for epoch in range(whole))
         if epochs > whole:
-            total += int(np.ceil((epochs - whole) * self.steps_in(whole)))
+            total += math.ceil(round((epochs - whole) * self.steps_in(whole), 6))  # 1.1 - 1 is more than a tenth
         return total
 
     def steps_in(self, epoch: int) -> int:

@@ -73,6 +73,9 @@ class Columns:
         """
         column = self.column(name)
         if default is not None and (column is None or self.row.columns[column] is None):
+            if column is None and name in self.row.columns:  # then ``data.columns`` maps the name to another
+                what = f"no column '{self.mapping[name]}', for which data.columns.{name} stands, but one '{name}'"
+                raise UserError(what, self.row.where, "give the column one name in all rows")
             return default
         value = self.value(name)
         if not isinstance(value, str):
@@ -242,9 +245,19 @@ def detect(row: Row, data: Data) -> str:
     if data.template is not None:
         return "template"
     columns = Columns(row, data.columns)
-    for name, entry in FORMATS.items():
-        if any(all(columns.column(c) is not None for c in names) for names in entry.known_by):
-            return name
+    fitting = [
+        name
+        for name, entry in FORMATS.items()
+        if any(all(columns.column(c) is not None for c in names) for names in entry.known_by)
+    ]
+    if fitting:
+        mapped = {name for name, column in data.columns.items() if column in row.columns}
+        found = max(fitting, key=lambda name: len(mapped.intersection(FORMATS[name].names)))
+        unused = sorted(mapped.difference(FORMATS[found].names))
+        if unused:
+            what = f"read as {found}, which has no use for data.columns.{unused[0]}"
+            raise UserError(what, row.where, "leave it out, or say data.format")
+        return found
     seen = ", ".join(map(str, row.columns)) or "none"
     known = "; ".join(
         f"{name}: {' or '.join(' + '.join('/'.join(ALIASES.get(c, (c,))) for c in names) for names in entry.known_by)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -76,3 +77,18 @@ def pad_by_length(order: Ints, lengths: Ints, batch_size: int, draw: np.random.G
     longest = max(range(len(drawn)), key=lambda index: int(lengths[drawn[index][0]]))
     drawn.insert(0, drawn.pop(longest))
     return drawn
+
+
+def apart(order: Ints, lengths: Ints, bounds: Sequence[int], group: Callable[[Ints], list[Ints]]) -> list[Ints]:
+    """What ``group`` makes of the rows on each side of the ``bounds`` by themselves, those of the longest rows first:
+    no batch has rows of up to so many tokens beside longer ones."""
+    sides = np.searchsorted(np.unique(bounds), lengths[order])
+    return [batch for side in np.unique(sides)[::-1] for batch in group(order[sides == side])]
+
+
+def apart_in_order(
+    order: Ints, lengths: Ints, bounds: Sequence[int], group: Callable[[Ints], list[Ints]]
+) -> list[Ints]:
+    """The same with the order as it stands: a batch ends where the side changes."""
+    sides = np.searchsorted(np.unique(bounds), lengths[order])
+    return [batch for part in np.split(order, np.flatnonzero(np.diff(sides)) + 1) for batch in group(part)]

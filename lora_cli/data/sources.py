@@ -19,6 +19,8 @@ from lora_cli.errors import Fault, UserError, is_pointer, mend, nearest
 from lora_cli.recipe.schema import Source
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+UNREAD_DATA = {".ndjson", ".tsv", ".arrow", ".feather", ".orc", ".avro", ".xlsx", ".gz", ".bz2", ".xz", ".zst", ".zip"}
+"""Types of files that hold rows, and are not left out of a folder without a word."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,20 @@ def kind_of(value: Any) -> str:
 
 
 def check_sources(sources: Iterable[Source]) -> list[Fault]:
-    """The paths that name nothing, without reading a row."""
+    """The paths that name nothing, and keys that say nothing of theirs, without reading a row."""
     faults: list[Fault] = []
     for source in sources:
         try:
-            _files(source.path)
+            files = _files(source.path)
         except UserError as error:
             faults.extend(error.faults)
+            continue
+        if files is not None and source.split != "train":
+            what = f"split: {source.split} is for a hub id, and this is a {_kind_of_path(source.path)}"
+            faults.append(Fault(what, source.path, "give the path of the split's own files"))
+        if files is not None and source.streaming:
+            what = f"streaming is for a hub id, and this is a {_kind_of_path(source.path)}"
+            faults.append(Fault(what, source.path, "leave it out: rows are read one by one in any case"))
     return faults
 
 
@@ -105,29 +114,41 @@ def places(sources: Sequence[Source], rows: Collection[tuple[int, int]]) -> list
 
 def _files(path: str) -> list[Path] | None:
     """The data files that a path stands for, sorted; None for a hub id. Raises UserError when there is none."""
-    known = ", ".join(READERS)
     here = Path(path)
     if here.is_file():
         if here.suffix.lower() not in READERS:
-            raise UserError(f"cannot read files of type '{here.suffix or here.name}'", path, f"types read: {known}")
+            hint = f"types read: {', '.join(READERS)}"
+            raise UserError(f"cannot read files of type '{here.suffix or here.name}'", path, hint)
         return [here]
     if here.is_dir():
-        seen = (f for f in here.rglob("*") if not any(part.startswith(".") for part in f.relative_to(here).parts))
-        found = sorted(f for f in seen if f.is_file() and f.suffix.lower() in READERS)
-        if not found:
-            raise UserError("the folder holds no data file", path, f"types read: {known}")
-        return found
+        return _readable([here / name for name in glob.glob("**", root_dir=here, recursive=True)], path)  # noqa: PTH207 (Path.rglob follows no link, before Python 3.13)
     if glob.has_magic(path):
-        matches = (Path(name) for name in glob.glob(path, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
-        found = sorted(f for f in matches if f.is_file() and f.suffix.lower() in READERS)
-        if not found:
-            raise UserError("no data file matches", path, f"types read: {known}")
-        return found
+        return _readable([Path(name) for name in glob.glob(path, recursive=True)], path)  # noqa: PTH207 (Path.glob takes no absolute pattern)
     if HUB_ID.fullmatch(path) and here.suffix.lower() not in READERS and not here.parent.exists():
         return None
     siblings = [f.name for f in here.parent.iterdir() if f.suffix.lower() in READERS] if here.parent.is_dir() else []
     hint = nearest(here.name, siblings) or f"paths are relative to {Path.cwd()}"
     raise UserError("no such data file", path, hint)
+
+
+def _readable(found: list[Path], path: str) -> list[Path]:
+    """The data files among these, sorted, each under one of its names. Raises UserError when there is none, or when
+    others look to hold rows too."""
+    files = sorted(each for each in found if each.is_file())
+    unread = [each for each in files if UNREAD_DATA & {suffix.lower() for suffix in each.suffixes}]
+    if unread:
+        more = f" and {len(unread) - 1:,} more" if len(unread) > 1 else ""
+        hint = f"types read: {', '.join(READERS)}; convert it, or name the others by a glob such as *.jsonl"
+        raise UserError(f"cannot read {unread[0]}{more}", path, hint)
+    readable = {each.resolve(): each for each in reversed(files) if each.suffix.lower() in READERS}
+    if not readable:
+        what = "the folder holds no data file" if Path(path).is_dir() else "no data file matches"
+        raise UserError(what, path, f"types read: {', '.join(READERS)}")
+    return sorted(readable.values())
+
+
+def _kind_of_path(path: str) -> str:
+    return "file" if Path(path).is_file() else "folder" if Path(path).is_dir() else "glob"
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -259,6 +280,10 @@ def _parquet(path: Path) -> Iterator[Record | Fault]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            if repeated:
+                raise UserError(f"column named twice: {', '.join(repeated)}", str(path), "give each its own name")
             for batch in file.iter_batches():
                 for columns in batch.to_pylist():
                     number += 1

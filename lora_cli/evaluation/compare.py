@@ -11,7 +11,7 @@ from lora_cli.errors import RunError
 from lora_cli.evaluation.head import frozen_head
 from lora_cli.evaluation.loss import Score, evaluate, evaluating, evaluation_batches, lay_end_to_end
 from lora_cli.model.adapters import load_adapter
-from lora_cli.model.base import pad_token_id
+from lora_cli.model.base import longrope_bounds, pad_token_id
 from lora_cli.model.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -46,12 +46,13 @@ def compare(
     """
     device = next(model.parameters()).device
     keep_freed_memory()
-    packing = lay_end_to_end(model, device, attn_implementation, examples.lengths)
+    packing = lay_end_to_end(model, device, attn_implementation)
 
     def score(model: PreTrainedModel | PeftModel, what: str) -> Score:
         with evaluating(model):
             head = frozen_head(model)
-        batches = evaluation_batches(examples, ROWS_AT_ONCE, max_length, packing, pad_token_id(tokenizer))
+        bounds = longrope_bounds(model.config)
+        batches = evaluation_batches(examples, ROWS_AT_ONCE, max_length, packing, bounds, pad_token_id(tokenizer))
         found = evaluate(model, batches, device, head)
         if not math.isfinite(found.loss):
             hint = f"the weights are damaged, or their products are beyond what {model.dtype} holds".replace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,9 @@ import torch
 from torch.nn.functional import cross_entropy, pad
 
 from lora_cli.data.batches import Batch, collate
-from lora_cli.data.grouping import pack_first_fit, pad_in_order
+from lora_cli.data.grouping import apart, pack_first_fit, pad_in_order
 from lora_cli.evaluation.head import Head
 from lora_cli.model.attention import ROWS, ROWS_ALONE, knows_rows
-from lora_cli.model.base import longrope_bounds
 from lora_cli.model.layers import CANNOT, has_experts
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.model.shapes import rounded
@@ -151,34 +150,33 @@ def score(tally: torch.Tensor) -> Score:
     return Score(total / max(tokens, 1), int(tokens))
 
 
-def evaluation_groups(examples: Examples, batch_size: int, max_length: int, packing: bool) -> list[Ints]:
-    """The examples in packed batches, or in padded ones of like length: the loss does not depend on which."""
+def evaluation_groups(
+    examples: Examples, batch_size: int, max_length: int, packing: bool, bounds: Sequence[int]
+) -> list[Ints]:
+    """The examples in packed batches, or in padded ones of like length: the loss does not depend on which. None has
+    rows of up to one of the ``bounds``, in tokens, beside longer ones."""
+    lengths = examples.lengths
     if packing:
-        return pack_first_fit(np.arange(len(examples)), examples.lengths, batch_size * max_length)
-    return pad_in_order(np.argsort(-examples.lengths, kind="stable"), batch_size)
+        order = np.arange(len(examples))
+        return apart(order, lengths, bounds, lambda rows: pack_first_fit(rows, lengths, batch_size * max_length))
+    return apart(np.argsort(-lengths, kind="stable"), lengths, bounds, lambda rows: pad_in_order(rows, batch_size))
 
 
 def evaluation_batches(
-    examples: Examples, batch_size: int, max_length: int, packing: bool, pad_token_id: int
+    examples: Examples, batch_size: int, max_length: int, packing: bool, bounds: Sequence[int], pad_token_id: int
 ) -> Iterable[Batch]:
     """The examples as packed or padded batches."""
-    for rows in evaluation_groups(examples, batch_size, max_length, packing):
+    for rows in evaluation_groups(examples, batch_size, max_length, packing, bounds):
         yield collate(examples, rows, packing, pad_token_id)
 
 
-def lay_end_to_end(
-    model: PreTrainedModel | PeftModel, device: torch.device, attn_implementation: str, lengths: Ints
-) -> bool:
+def lay_end_to_end(model: PreTrainedModel | PeftModel, device: torch.device, attn_implementation: str) -> bool:
     """Prepare the model for packed rows, with attention by rows where it can be chosen; whether it gives them exactly.
     That attention takes no mask from then on.
 
     Of two rows laid end to end the second has to give what it gives behind any other row, and both what they give
     alone. Models with a state, a convolution over time or positions of another kind do not, and are left as they were.
-    Nor does LongRoPE (arXiv:2402.13753), which turns all positions of a batch another way once its longest row is
-    longer than the model was first made for: ``lengths`` (rows,) are those of all rows.
     """
-    if any(lengths.min() <= bound < lengths.max() for bound in longrope_bounds(model.config)):
-        return False
     given = model.config._attn_implementation
     vocabulary = model.config.get_text_config().vocab_size
     ids = (torch.arange(19, device=device) * 7919 + 3) % vocabulary

@@ -79,7 +79,11 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 
 
 def longrope_bounds(config: PreTrainedConfig) -> list[int]:
-    """Up to how many tokens a batch's longest row may have for the positions of shorter ones to stay as they are."""
+    """Up to how many tokens a batch's longest row may have for the positions of shorter ones to stay as they are.
+
+    LongRoPE (arXiv:2402.13753) turns all positions of a batch another way once one row of it is longer than the model
+    was first made for.
+    """
     given = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = [given] if "rope_type" in given else [each for each in given.values() if isinstance(each, dict)]
     return [each["original_max_position_embeddings"] for each in kinds if each.get("rope_type") == "longrope"]

@@ -95,9 +95,12 @@ class Source(Section):
 
     path: str = Field(min_length=1, description="File, folder, glob or hub id.")
     weight: float = Field(
-        1.0, gt=0, description="How often an epoch passes over this source: 2 takes each row twice, 0.5 half of them."
+        1.0,
+        gt=0,
+        description="How often an epoch passes over this source: 2 takes each row twice, 0.5 half of them. In "
+        "data.validation each row counts once whatever is said here.",
     )
-    split: str = Field("train", min_length=1, description="Split to take when path is a hub id.")
+    split: str = Field("train", min_length=1, description="Split of a hub id.")
     streaming: bool = Field(
         False,
         description="Read a hub id's rows over the network as they are needed, and keep no copy on disk.",

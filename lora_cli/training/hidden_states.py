@@ -195,7 +195,7 @@ def fill(trainer: Trainer, part: str, interrupt: Interrupt) -> None:
     assert planned is not None
     kept = planned.kept[part]
     size = trainer.job.recipe.training.batch_size
-    groups = evaluation_groups(examples, size, trainer.job.max_length, trainer.packing)
+    groups = evaluation_groups(examples, size, trainer.job.max_length, trainer.packing, trainer.schedule.bounds)
     count = accelerator.num_processes
     with evaluating(trainer.model):
         for at, (rows, _) in enumerate(own_share(groups, accelerator)):

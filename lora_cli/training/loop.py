@@ -276,7 +276,9 @@ def validate(trainer: Trainer) -> Score:
     """Loss on the validation rows with the model as it is, each row counted once over all processes."""
     job, training = trainer.job, trainer.job.recipe.training
     assert job.validation is not None
-    groups = evaluation_groups(job.validation, training.batch_size, job.max_length, trainer.packing)
+    groups = evaluation_groups(
+        job.validation, training.batch_size, job.max_length, trainer.packing, trainer.schedule.bounds
+    )
     mine = own_share(groups, trainer.accelerator)
     batches = ((hidden_states.batch_of(trainer, "validation", rows), weight) for rows, weight in mine)
     tally = tally_loss(trainer.model, batches, trainer.accelerator.device, trainer.head, trainer.below)

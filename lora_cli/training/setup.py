@@ -17,7 +17,7 @@ from lora_cli.errors import RunError
 from lora_cli.evaluation.head import Head, frozen_head
 from lora_cli.evaluation.loss import evaluating, lay_end_to_end
 from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameters
-from lora_cli.model.base import best_device, load_base, resolve_compute_dtype, resolve_dtype
+from lora_cli.model.base import best_device, load_base, longrope_bounds, resolve_compute_dtype, resolve_dtype
 from lora_cli.model.elementwise import fuse
 from lora_cli.model.memory import activation_bytes, free_bytes, keep_freed_memory
 from lora_cli.training.agreement import check_agreement
@@ -136,8 +136,7 @@ def choose_packing(job: Prepared, base: PreTrainedModel, display: Display) -> bo
     """Whether rows are laid end to end: when the recipe says so and the architecture keeps them apart."""
     if not job.recipe.data.packing:
         return False
-    lengths = job.train.examples.lengths
-    packing = lay_end_to_end(base, base.device, job.recipe.model.attn_implementation, lengths)
+    packing = lay_end_to_end(base, base.device, job.recipe.model.attn_implementation)
     if not packing:
         told = "rows of like length are padded instead"
         display.note(f"data.packing: this architecture mixes packed rows; {told}", warning=True)
@@ -231,6 +230,7 @@ def make_schedule(job: Prepared, packing: bool, processes: int) -> Schedule:
         max_length=job.max_length,
         packing=packing,
         accumulation=recipe.training.gradient_accumulation_steps * processes,
+        bounds=tuple(longrope_bounds(job.config)),
     )
 
 
