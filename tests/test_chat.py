@@ -19,9 +19,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.data.chat import conversation_segments, end_of_turn, render
-from lora_cli.data.formats import Message
 from lora_cli.data.sources import Row
 from lora_cli.data.tokenize import tokenize_rows
+from lora_cli.data.turns import Conversation, Message
 from lora_cli.errors import UserError
 from lora_cli.recipe.schema import Data
 
@@ -380,11 +380,11 @@ def test_the_assistants_words_and_their_end_are_supervised(
 @pytest.mark.parametrize("family", [LLAMA_3, LLAMA_3_2, CHATML, QWEN_2_5, QWEN_3, GEMMA, MISTRAL, MARKED])
 def test_an_answer_is_learned_behind_what_is_given_to_the_model(family: Family) -> None:
     messages = messages_of(TWICE)
-    turns = [Message(role, content) for role, content in TWICE]
-    tokenizer = tokenizer_of(family, render(tokenizer_of(family, ""), turns, None))
+    talk = Conversation(tuple(Message(role, content) for role, content in TWICE))
+    tokenizer = tokenizer_of(family, render(tokenizer_of(family, ""), talk, None))
     rows = [Row({"messages": messages}, "rows.jsonl:1")]
     ids, mask = tokenize_rows(Data(train="rows.jsonl"), rows, tokenizer).examples.row(0)
-    given = tokenizer(render(tokenizer, turns[:-1], None, add_generation_prompt=True), add_special_tokens=False)[
+    given = tokenizer(render(tokenizer, talk.before(3), None, add_generation_prompt=True), add_special_tokens=False)[
         "input_ids"
     ]
     assert ids[: len(given)].tolist() == given
@@ -415,9 +415,10 @@ def test_any_words_are_supervised_and_no_others(
     family, written = case
     tokenizer = tokenizer_of(family, "")
     turns = [Message(role, words) for pair in pairs for role, words in zip(("user", "assistant"), pair, strict=True)]
-    segments = conversation_segments(tokenizer, turns, end_of_turn(tokenizer), "rows.jsonl:1")
+    talk = Conversation(tuple(turns))
+    segments = conversation_segments(tokenizer, talk, end_of_turn(tokenizer), "rows.jsonl:1")
     learned = [text for text, wanted in segments if wanted]
-    assert "".join(text for text, _ in segments) == render(tokenizer, turns, None)
+    assert "".join(text for text, _ in segments) == render(tokenizer, talk, None)
     assert learned == [written(answer, number == len(pairs)) for number, (_, answer) in enumerate(pairs, 1)]
 
 

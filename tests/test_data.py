@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 
 from lora_cli.data.batches import Schedule, collate, epoch_order, split_validation
 from lora_cli.data.examples import Examples, Flat, cut_for_evaluation, end_to_end, fit, join_pieces, sliding_windows
-from lora_cli.data.formats import FORMATS, Message, check_rows, column_faults, read_content
+from lora_cli.data.formats import FORMATS, check_rows, column_faults, read_content
 from lora_cli.data.grouping import OPEN, POOL, pack_first_fit, pack_in_order, pad_by_length
 from lora_cli.data.sources import READERS, Row, hub_rows, read_rows, sources_of
 from lora_cli.data.tokenize import tokenize
+from lora_cli.data.turns import Conversation, Message
 from lora_cli.errors import Fault, LoraError, UserError
 from lora_cli.evaluation.loss import evaluation_groups, summed_loss
 from lora_cli.recipe.schema import Data, Source, Template
@@ -273,13 +274,17 @@ TURNS = (Message("user", "Hi"), Message("assistant", "Hello"))
             {},
             (("### Instruction:\nAdd\n\n### Response:\n", False), ("2", True)),
         ),
-        ({"messages": HI}, {}, TURNS),
-        ({"system": None, "messages": HI}, {}, TURNS),
-        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, {}, TURNS),
-        ({"system": "Be kind", "messages": HI}, {}, (Message("system", "Be kind"), *TURNS)),
-        ({"system": "", "messages": HI}, {}, TURNS),
-        ({"talk": HI}, {"columns": {"messages": "talk"}}, TURNS),
-        ({"question": "Hi", "answer": "Hello"}, {"format": "chat"}, TURNS),
+        ({"messages": HI}, {}, Conversation(TURNS)),
+        ({"system": None, "messages": HI}, {}, Conversation(TURNS)),
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+            {},
+            Conversation(TURNS),
+        ),
+        ({"system": "Be kind", "messages": HI}, {}, Conversation((Message("system", "Be kind"), *TURNS))),
+        ({"system": "", "messages": HI}, {}, Conversation(TURNS)),
+        ({"talk": HI}, {"columns": {"messages": "talk"}}, Conversation(TURNS)),
+        ({"question": "Hi", "answer": "Hello"}, {"format": "chat"}, Conversation(TURNS)),
         (
             {"instruction": "a", "output": "b"},
             {"columns": {"prompt": "instruction", "completion": "output"}},
@@ -402,7 +407,7 @@ def test_windows_are_for_text_alone(tokenizer: Any, tmp_path: Path) -> None:
 def test_a_system_turn_that_is_there_wins_over_the_column() -> None:
     turns = [{"role": "system", "content": "Mine"}, *HI]
     content = read_content(Row({"system": "Yours", "messages": turns}, "x:1"), "chat", Data(train="x"))
-    assert content == (Message("system", "Mine"), *TURNS)
+    assert content == Conversation((Message("system", "Mine"), *TURNS))
 
 
 # Tokens.

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from lora_cli.data.bounds import BYTES, SECONDS, bounded
-from lora_cli.data.formats import Message, Segment
+from lora_cli.data.formats import Segment
+from lora_cli.data.turns import Conversation, Message
 from lora_cli.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBE = "lora-probe-7f3a"
-PROBES = (Message("user", PROBE), Message("assistant", PROBE))
+PROBES = Conversation((Message("user", PROBE), Message("assistant", PROBE)))
 DAY = "26 Jul 2024"
 """Today, for Llama's templates, which fall back to this day: the same rows are to give the same tokens on any day."""
 MEND = "mend the model's chat_template.jinja, or chat_template in its JSON"
@@ -26,18 +26,17 @@ GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], where: str | None, add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase, talk: Conversation, where: str | None, add_generation_prompt: bool = False
 ) -> str:
     """The conversation as text, special tokens included. A template that takes a ``date_string`` gets ``DAY``.
 
     Raises UserError, with the row's place, when the template refuses the conversation or is broken.
     """
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     try:
         with bounded():
             text = str(
                 tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DAY
+                    talk.messages(), tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DAY
                 )
             )
     except TemplateSyntaxError as error:
@@ -49,7 +48,7 @@ def render(
     except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         hint = "see which roles, and in which order, this model's template takes"
         raise UserError(f"the chat template refuses the conversation: {error}", where, hint) from error
-    if len(text) > MOST_ADDED + MOST_REPEATED * sum(len(turn.content) for turn in turns):
+    if len(text) > MOST_ADDED + MOST_REPEATED * sum(len(turn.content) for turn in talk.turns):
         raise UserError(f"the chat template makes {len(text):,} characters of one conversation", where, MEND)
     return text
 
@@ -79,7 +78,7 @@ def endings(tokenizer: PreTrainedTokenizerBase, closing: str) -> tuple[str, ...]
 
 def written_otherwise(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the generation prompt ends in that a written answer does not have before it ('<think>…'), or ''."""
-    asked, written = render(tokenizer, PROBES[:1], None, True), render(tokenizer, PROBES, None)
+    asked, written = render(tokenizer, PROBES.before(1), None, True), render(tokenizer, PROBES, None)
     shared = next(n for n in range(len(asked), -1, -1) if written.startswith(asked[:n]))
     return asked[shared:]
 
@@ -88,27 +87,26 @@ def marked(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """What of an answer the template's ``{% generation %}`` marks hold; None when it has no such marks."""
     if not GENERATION_MARK.search(tokenizer.get_chat_template()):
         return None
-    messages = [{"role": turn.role, "content": turn.content} for turn in PROBES]
-    found: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    found: Any = tokenizer.apply_chat_template(PROBES.messages(), return_dict=True, return_assistant_tokens_mask=True)
     held = [token for token, wanted in zip(found["input_ids"], found["assistant_masks"], strict=True) if wanted]
     return str(tokenizer.decode(held))
 
 
 def conversation_segments(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], closing: str, where: str
+    tokenizer: PreTrainedTokenizerBase, talk: Conversation, closing: str, where: str
 ) -> tuple[Segment, ...]:
     """The rendered conversation cut into segments; an assistant's words and the end of its turn are supervised.
 
     Raises UserError, with the row's place, when the template refuses the conversation or leaves a turn out.
     """
-    full = render(tokenizer, turns, where)
+    full = render(tokenizer, talk, where)
     segments: list[Segment] = []
     at = 0
-    for index, turn in enumerate(turns):
+    for index, turn in enumerate(talk.turns):
         if turn.role != "assistant":
             continue
-        start = _start(tokenizer, full, turns, index, at)
-        end = _end(tokenizer, full, turns, index, start, closing)
+        start = _start(tokenizer, full, talk, index, at)
+        end = _end(tokenizer, full, talk, index, start, closing)
         if end is None:
             raise UserError(f"the chat template leaves out or rewrites turn {index} (assistant)", where)
         segments += [(full[at:start], False), (full[start:end], True)]
@@ -116,54 +114,54 @@ def conversation_segments(
     return (*segments, (full[at:], False))
 
 
-def _start(tokenizer: PreTrainedTokenizerBase, full: str, turns: Sequence[Message], index: int, at: int) -> int:
+def _start(tokenizer: PreTrainedTokenizerBase, full: str, talk: Conversation, index: int, at: int) -> int:
     """Where an assistant's turn begins in the rendered conversation, not before ``at``; -1 when it is not found.
 
     That is where the conversation before it ends, rendered with the generation prompt: exactly what the model is given
     when it is to answer. Where the conversation is written otherwise (a prompt may end in reasoning that it closes at
     once, system words may move on to a later turn), the turn begins with its words.
     """
-    given = _attempt(tokenizer, turns[:index], add_generation_prompt=True)
+    given = _attempt(tokenizer, talk.before(index), add_generation_prompt=True)
     if given and len(given) >= at and full.startswith(given):
         return len(given)
-    around = _around(tokenizer, turns, index)
+    around = _around(tokenizer, talk, index)
     if around is None:
         return -1
     head, tail = around
     if len(head) >= at and full.startswith(head):
         return len(head)
-    words, said = turns[index].content.strip(), full.removesuffix(tail).rstrip()
+    words, said = talk.turns[index].content.strip(), full.removesuffix(tail).rstrip()
     return len(said) - len(words) if words and full.endswith(tail) and said[at:].endswith(words) else -1
 
 
-def _around(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], index: int) -> tuple[str, str] | None:
+def _around(tokenizer: PreTrainedTokenizerBase, talk: Conversation, index: int) -> tuple[str, str] | None:
     """What stands before and after a turn's words when these are others; None when that cannot be told."""
-    head, found, tail = _attempt(tokenizer, (*turns[:index], PROBES[1], *turns[index + 1 :])).partition(PROBE)
+    head, found, tail = _attempt(tokenizer, talk.with_turn(index, PROBES.turns[1])).partition(PROBE)
     return (head, tail) if found else None
 
 
-def _attempt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], add_generation_prompt: bool = False) -> str:
+def _attempt(tokenizer: PreTrainedTokenizerBase, talk: Conversation, add_generation_prompt: bool = False) -> str:
     """The conversation as text, or '' when the template refuses this part of one that it takes as a whole."""
     try:
-        return render(tokenizer, turns, None, add_generation_prompt) if turns else ""
+        return render(tokenizer, talk, None, add_generation_prompt) if talk.turns else ""
     except UserError:
         return ""
 
 
 def _end(
-    tokenizer: PreTrainedTokenizerBase, full: str, turns: Sequence[Message], index: int, start: int, closing: str
+    tokenizer: PreTrainedTokenizerBase, full: str, talk: Conversation, index: int, start: int, closing: str
 ) -> int | None:
     """Where the turn that begins at ``start`` ends, its ``closing`` included; None when its words are not there."""
     if start < 0:
         return None
     closings = endings(tokenizer, closing)
-    words, said = turns[index].content.strip(), full[start:]
+    words, said = talk.turns[index].content.strip(), full[start:]
     if words and said.lstrip().startswith(words):
         end = start + len(said) - len(said.lstrip()) + len(words)
         if closed := _closed(full[end:], closings):
             return end + closed
     # Reasoning may stand before the words, or the template closes this turn otherwise than the last.
-    around = _around(tokenizer, turns, index)
+    around = _around(tokenizer, talk, index)
     if around and full.endswith(around[1]) and len(full) - len(around[1]) >= start:
         end = len(full) - len(around[1])
         closed = _closed(around[1], closings)

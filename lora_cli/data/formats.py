@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_cli.data.sources import Row, kind_of, read_rows
+from lora_cli.data.turns import HALF, HALF_HINT, Conversation, Message, is_broken, read_turns
 from lora_cli.errors import Fault, UserError, did_you_mean
 from lora_cli.recipe.schema import Data, Source, Template
 
@@ -19,26 +20,12 @@ Segment = tuple[str, bool]
 """A piece of text, and whether it is supervised."""
 
 
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-
-
-Content = tuple[Segment, ...] | tuple[Message, ...]
+Content = tuple[Segment, ...] | Conversation
 
 ALIASES = {"prompt": ("prompt", "question"), "completion": ("completion", "answer")}
 """Column names that stand for a format's name when the recipe does not map it."""
 
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 MAX_FAULTS = 10
-HALF = "holds half a character (a lone surrogate, written \\ud800 to \\udfff)"
-HALF_HINT = "write the character itself, or both its halves"
-ROLES = ("system", "user", "assistant", "tool")
-UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
-"""Keys of a turn that say what is in no text of it."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +68,7 @@ class Columns:
         if not isinstance(value, str):
             what = f"column '{self.column(name)}' holds {kind_of(value)}, expected text"
             raise UserError(what, self.row.where, self._seen())
-        if _broken(value):
+        if is_broken(value):
             raise UserError(f"column '{self.column(name)}' {HALF}", self.row.where, HALF_HINT)
         return value
 
@@ -111,54 +98,14 @@ def chat(row: Columns) -> Content:
     """``messages`` (role, content), ShareGPT's ``conversations`` (from, value), or a prompt and a completion."""
     for name in ("messages", "conversations"):
         if row.column(name) is not None:
-            turns = _turns(row.value(name), f"{row.row.where}: {row.column(name)}")
+            turns = read_turns(row.value(name), f"{row.row.where}: {row.column(name)}")
             break
     else:
         turns = (Message("user", row.text("prompt")), Message("assistant", row.text("completion")))
     system = row.text("system", default="")
     if system and turns[0].role != "system":
         turns = (Message("system", system), *turns)
-    return turns
-
-
-def _turns(value: Any, where: str) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise UserError("expected a list of turns", where, "each turn is {role, content} or {from, value}")
-    turns = []
-    for number, turn in enumerate(value):
-        place = f"{where}[{number}]"
-        if not isinstance(turn, dict):
-            hint = "each turn is {role, content} or {from, value}"
-            raise UserError(f"expected a turn, found {kind_of(turn)}", place, hint)
-        sharegpt = "from" in turn
-        role, content = (turn.get("from"), turn.get("value")) if sharegpt else (turn.get("role"), turn.get("content"))
-        role = SHAREGPT_ROLES.get(str(role), role) if sharegpt else role
-        if role not in ROLES:
-            raise UserError(f"unknown role {role!r}", place, f"roles: {', '.join(ROLES)} (ShareGPT: human, gpt)")
-        _check_unread(turn, role, place)
-        if not isinstance(content, str):
-            found = "null or missing" if content is None else kind_of(content)
-            raise UserError(f"the turn's text is {found}", place, "content (or value) must be text")
-        if _broken(content):
-            raise UserError(f"the turn's text {HALF}", place, HALF_HINT)
-        turns.append(Message(role, content))
-    return tuple(turns)
-
-
-def _check_unread(turn: Mapping[str, Any], role: str, place: str) -> None:
-    """Raises UserError when the turn says more than its text, or that it is not to be learned, which would be lost."""
-    unread = next((key for key in UNREAD if turn.get(key)), None)
-    if unread is not None:
-        hint = f"write it into the text as the model's template does, and leave {unread} out"
-        raise UserError(f"the turn has {unread}, and its text alone is read", place, hint)
-    if role == "assistant" and turn.get("weight") not in (None, 1):
-        what = f"the turn has weight {turn['weight']!r}, and every turn of the assistant is learned alike"
-        raise UserError(what, place, "leave such turns out, or their weight")
-
-
-def _broken(text: str) -> bool:
-    """Whether the text holds a surrogate without its other half, which JSON can spell and UTF-8 cannot."""
-    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+    return Conversation(turns)
 
 
 def template(row: Columns, patterns: Template | None) -> Content:

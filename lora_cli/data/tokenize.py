@@ -13,10 +13,11 @@ import numpy as np
 
 from lora_cli.data.chat import conversation_segments, end_of_turn
 from lora_cli.data.examples import Examples, Ints, Mask, Piece, Tokens, join_pieces
-from lora_cli.data.formats import Content, Message, Segment, detect, read_content
+from lora_cli.data.formats import Content, Segment, detect, read_content
 from lora_cli.data.gather import gather
 from lora_cli.data.parallel import in_order
 from lora_cli.data.sources import Row, whole_rows
+from lora_cli.data.turns import Conversation
 from lora_cli.errors import UserError
 from lora_cli.recipe.schema import Data, Source
 
@@ -133,10 +134,9 @@ def encode_chunk(tokenizer: PreTrainedTokenizerBase, supervise_all: bool, chunk:
 
 
 def _segments(tokenizer: PreTrainedTokenizerBase, content: Content, chunk: Chunk, where: str) -> tuple[Segment, ...]:
-    if chunk.format == "chat":
-        turns = [turn for turn in content if isinstance(turn, Message)]
-        return conversation_segments(tokenizer, turns, chunk.closing, where)
-    return tuple(segment for segment in content if not isinstance(segment, Message))
+    if isinstance(content, Conversation):
+        return conversation_segments(tokenizer, content, chunk.closing, where)
+    return content
 
 
 def _doubles_bos(bos: int | None, ids: Tokens, offsets: Ints) -> bool:

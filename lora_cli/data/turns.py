@@ -1,0 +1,88 @@
+"""What the chat columns of a row say: turns.
+
+``formats.py`` says which columns these are, ``chat.py`` renders the conversation through the tokenizer's template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lora_cli.data.sources import kind_of
+from lora_cli.errors import UserError
+
+SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+HALF = "holds half a character (a lone surrogate, written \\ud800 to \\udfff)"
+HALF_HINT = "write the character itself, or both its halves"
+ROLES = ("system", "user", "assistant", "tool")
+UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
+"""Keys of a turn that say what is in no text of it."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns in order."""
+
+    turns: tuple[Message, ...]
+
+    def messages(self) -> list[dict[str, str]]:
+        """The turns as Transformers' ``apply_chat_template`` takes them."""
+        return [{"role": turn.role, "content": turn.content} for turn in self.turns]
+
+    def before(self, index: int) -> Conversation:
+        """The turns before this one alone."""
+        return replace(self, turns=self.turns[:index])
+
+    def with_turn(self, index: int, turn: Message) -> Conversation:
+        """The conversation with ``turn`` in this one's place."""
+        return replace(self, turns=(*self.turns[:index], turn, *self.turns[index + 1 :]))
+
+
+def read_turns(value: Any, where: str) -> tuple[Message, ...]:
+    """The turns of a list of {role, content} or {from, value}. Raises UserError, with the turn's place."""
+    if not isinstance(value, list) or not value:
+        raise UserError("expected a list of turns", where, "each turn is {role, content} or {from, value}")
+    turns = []
+    for number, turn in enumerate(value):
+        place = f"{where}[{number}]"
+        if not isinstance(turn, dict):
+            hint = "each turn is {role, content} or {from, value}"
+            raise UserError(f"expected a turn, found {kind_of(turn)}", place, hint)
+        sharegpt = "from" in turn
+        role, content = (turn.get("from"), turn.get("value")) if sharegpt else (turn.get("role"), turn.get("content"))
+        role = SHAREGPT_ROLES.get(str(role), role) if sharegpt else role
+        if role not in ROLES:
+            raise UserError(f"unknown role {role!r}", place, f"roles: {', '.join(ROLES)} (ShareGPT: human, gpt)")
+        _check_unread(turn, role, place)
+        if not isinstance(content, str):
+            found = "null or missing" if content is None else kind_of(content)
+            raise UserError(f"the turn's text is {found}", place, "content (or value) must be text")
+        if is_broken(content):
+            raise UserError(f"the turn's text {HALF}", place, HALF_HINT)
+        turns.append(Message(role, content))
+    return tuple(turns)
+
+
+def _check_unread(turn: Mapping[str, Any], role: str, place: str) -> None:
+    """Raises UserError when the turn says more than its text, or that it is not to be learned, which would be lost."""
+    unread = next((key for key in UNREAD if turn.get(key)), None)
+    if unread is not None:
+        hint = f"write it into the text as the model's template does, and leave {unread} out"
+        raise UserError(f"the turn has {unread}, and its text alone is read", place, hint)
+    if role == "assistant" and turn.get("weight") not in (None, 1):
+        what = f"the turn has weight {turn['weight']!r}, and every turn of the assistant is learned alike"
+        raise UserError(what, place, "leave such turns out, or their weight")
+
+
+def is_broken(text: str) -> bool:
+    """Whether the text holds a surrogate without its other half, which JSON can spell and UTF-8 cannot."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
