@@ -276,6 +276,19 @@ def chat_turn_that_is_text(w: World) -> Arguments:
     return chat(w, ["Hi"])
 
 
+@case("rows.jsonl:1", "leaves out the row's tools", "leave the column out", "whose template writes tools")
+def chat_with_tools_that_the_template_leaves_out(w: World) -> Arguments:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    return w.train({"model.name_or_path": w.llama}, data=w.rows({"messages": turns, "tools": [{"name": "clock"}]}))
+
+
+@case("rows.jsonl:1", "tools[1]", "expected a tool's JSON schema, found text", "list of JSON schemas")
+def chat_with_a_tool_that_is_text(w: World) -> Arguments:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    tools = [{"name": "clock"}, "weather"]
+    return w.train({"model.name_or_path": w.llama}, data=w.rows({"messages": turns, "tools": tools}))
+
+
 @case("chat template", "instruct model", "data.format")
 def chat_without_a_template(w: World) -> Arguments:
     return chat(w, model="gpt2")

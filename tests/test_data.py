@@ -340,7 +340,7 @@ COLUMNS_OF: dict[str, list[dict[str, Any]]] = {
     "prompt_completion": [{"prompt": "P", "completion": "C"}],
     "alpaca": [{"instruction": "I", "input": "N", "output": "O"}],
     "chat": [
-        {"messages": HI, "system": "S"},
+        {"messages": HI, "system": "S", "tools": [{"name": "clock"}]},
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
         {"prompt": "P", "completion": "C"},
     ],

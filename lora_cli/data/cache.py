@@ -47,7 +47,7 @@ SETTINGS = {"format", "columns", "template", "train_on"}
 """Keys of ``data`` on which a row's tokens depend."""
 OWN_FILE = re.compile(r"([0-9a-f]{64})\.safetensors|\.[0-9a-f]{64}\.[0-9a-f]{32}")
 """A cached file, its key a group, or the draft of one."""
-# No format reads anything but text, lists and objects: of other values, which Parquet holds, the kind will do.
+# No format reads anything but what JSON can say: of other values, which Parquet holds, the kind will do.
 CONTENT = json.JSONEncoder(default=lambda value: type(value).__name__)
 
 

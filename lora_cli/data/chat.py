@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -36,7 +37,11 @@ def render(
         with bounded():
             text = str(
                 tokenizer.apply_chat_template(
-                    talk.messages(), tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DAY
+                    talk.messages(),
+                    tools=list(talk.tools) or None,  # for an empty list some templates write a heading
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    date_string=DAY,
                 )
             )
     except TemplateSyntaxError as error:
@@ -48,7 +53,7 @@ def render(
     except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         hint = "see which roles, and in which order, this model's template takes"
         raise UserError(f"the chat template refuses the conversation: {error}", where, hint) from error
-    if len(text) > MOST_ADDED + MOST_REPEATED * sum(len(turn.content) for turn in talk.turns):
+    if len(text) > MOST_ADDED + MOST_REPEATED * len(str(talk)):
         raise UserError(f"the chat template makes {len(text):,} characters of one conversation", where, MEND)
     return text
 
@@ -97,9 +102,12 @@ def conversation_segments(
 ) -> tuple[Segment, ...]:
     """The rendered conversation cut into segments; an assistant's words and the end of its turn are supervised.
 
-    Raises UserError, with the row's place, when the template refuses the conversation or leaves a turn out.
+    Raises UserError, with the row's place, when the template refuses the conversation, leaves a turn out or the tools.
     """
     full = render(tokenizer, talk, where)
+    if talk.tools and full == _attempt(tokenizer, replace(talk, tools=())):
+        hint = "leave the column out of the rows, or take a model whose template writes tools"
+        raise UserError("the chat template leaves out the row's tools", where, hint)
     segments: list[Segment] = []
     at = 0
     for index, turn in enumerate(talk.turns):

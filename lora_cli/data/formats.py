@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_cli.data.sources import Row, kind_of, read_rows
-from lora_cli.data.turns import HALF, HALF_HINT, Conversation, Message, is_broken, read_turns
+from lora_cli.data.turns import HALF, HALF_HINT, Conversation, Message, is_broken, read_tools, read_turns
 from lora_cli.errors import Fault, UserError, did_you_mean
 from lora_cli.recipe.schema import Data, Source, Template
 
@@ -95,7 +95,8 @@ def alpaca(row: Columns) -> Content:
 
 
 def chat(row: Columns) -> Content:
-    """``messages`` (role, content), ShareGPT's ``conversations`` (from, value), or a prompt and a completion."""
+    """``messages`` (role, content), ShareGPT's ``conversations`` (from, value), or a prompt and a completion; the
+    ``tools`` beside them."""
     for name in ("messages", "conversations"):
         if row.column(name) is not None:
             turns = read_turns(row.value(name), f"{row.row.where}: {row.column(name)}")
@@ -105,7 +106,9 @@ def chat(row: Columns) -> Content:
     system = row.text("system", default="")
     if system and turns[0].role != "system":
         turns = (Message("system", system), *turns)
-    return Conversation(turns)
+    column = row.column("tools")
+    tools = () if column is None else read_tools(row.row.columns[column], f"{row.row.where}: {column}")
+    return Conversation(turns, tools)
 
 
 def template(row: Columns, patterns: Template | None) -> Content:
@@ -155,7 +158,7 @@ class Format:
 FORMATS: dict[str, Format] = {
     "chat": Format(
         lambda row, _: chat(row),
-        ("messages", "conversations", "prompt", "completion", "system"),
+        ("messages", "conversations", "prompt", "completion", "system", "tools"),
         (("messages",), ("conversations",)),
     ),
     "alpaca": Format(lambda row, _: alpaca(row), ("instruction", "input", "output"), (("instruction", "output"),)),

@@ -202,7 +202,7 @@ def _jsonl(path: Path) -> Iterator[Record | Fault]:
 
 def _json_object(text: str, where: str) -> Record | Fault:
     try:
-        value = json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=keys_once)
     except json.JSONDecodeError as error:
         return Fault(f"not valid JSON: {error.msg} (column {error.colno})", where, "one JSON object a line")
     except (ValueError, RecursionError) as error:
@@ -212,7 +212,7 @@ def _json_object(text: str, where: str) -> Record | Fault:
     return where, value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Raises ValueError for a key that stands there twice, of which JSON would keep the last alone."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -224,7 +224,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _json(path: Path) -> Iterator[Record | Fault]:
     text = _decode(_read_bytes(path), path)
     try:
-        value = json.loads(text, object_pairs_hook=_object) if text.strip() else []
+        value = json.loads(text, object_pairs_hook=keys_once) if text.strip() else []
     except json.JSONDecodeError as error:
         what, place = f"not valid JSON: {error.msg} (column {error.colno})", f"{path}:{error.lineno}"
         raise UserError(what, place, "a .json file is one list of objects, a .jsonl file an object a line") from error

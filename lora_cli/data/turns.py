@@ -1,15 +1,16 @@
-"""What the chat columns of a row say: turns.
+"""What the chat columns of a row say: turns, and the tools that the assistant may call.
 
 ``formats.py`` says which columns these are, ``chat.py`` renders the conversation through the tokenizer's template.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_cli.data.sources import kind_of
+from lora_cli.data.sources import keys_once, kind_of
 from lora_cli.errors import UserError
 
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -18,6 +19,7 @@ HALF_HINT = "write the character itself, or both its halves"
 ROLES = ("system", "user", "assistant", "tool")
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
 """Keys of a turn that say what is in no text of it."""
+TOOLS_HINT = "a list of JSON schemas, as Transformers' chat templates take them, or its text; or leave the column out"
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,10 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in order."""
+    """Turns in order, and the JSON schemas of the tools."""
 
     turns: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
 
     def messages(self) -> list[dict[str, str]]:
         """The turns as Transformers' ``apply_chat_template`` takes them."""
@@ -81,6 +84,41 @@ def _check_unread(turn: Mapping[str, Any], role: str, place: str) -> None:
     if role == "assistant" and turn.get("weight") not in (None, 1):
         what = f"the turn has weight {turn['weight']!r}, and every turn of the assistant is learned alike"
         raise UserError(what, place, "leave such turns out, or their weight")
+
+
+def read_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
+    """The tools of a list of JSON schemas, or of that list as JSON text; of null, no text or an empty list, none.
+
+    Raises UserError, with the place.
+    """
+    if isinstance(value, str):
+        value = _from_json(value, where, TOOLS_HINT) if value.strip() else None
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise UserError(f"expected a list of tools, found {kind_of(value)}", where, TOOLS_HINT)
+    for number, tool in enumerate(value):
+        if not isinstance(tool, dict):
+            raise UserError(f"expected a tool's JSON schema, found {kind_of(tool)}", f"{where}[{number}]", TOOLS_HINT)
+    _check_json(value, where)
+    return tuple(value)
+
+
+def _from_json(text: str, where: str, hint: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=keys_once)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not valid JSON: {error}", where, hint) from error
+
+
+def _check_json(value: Any, where: str) -> None:
+    """Raises UserError for what JSON has no words for (a date, bytes), or UTF-8 none."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot be written as JSON: {error}", where) from error
+    if is_broken(text):
+        raise UserError(HALF, where, HALF_HINT)
 
 
 def is_broken(text: str) -> bool:
