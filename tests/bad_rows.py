@@ -252,11 +252,23 @@ def chat_with_null_content(w: World) -> Arguments:
     return chat(w, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}])
 
 
-@case("rows.jsonl:2", "messages[1]", "the turn has tool_calls", "write it into the text")
-def chat_with_tool_calls(w: World) -> Arguments:
+@case("rows.jsonl:2", "leaves out or rewrites turn 1", "write the calls into the text", "leave tool_calls out")
+def chat_with_tool_calls_that_the_template_leaves_out(w: World) -> Arguments:
     call = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
     turn = {"role": "assistant", "content": "", "tool_calls": [call]}
     return chat(w, [{"role": "user", "content": "Hi", "tool_calls": None}, turn])
+
+
+@case("rows.jsonl:2", "messages[0]", "the turn has tool_calls", "write it into the text")
+def chat_with_tool_calls_of_the_user(w: World) -> Arguments:
+    call = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    return chat(w, [{"role": "user", "content": "Hi", "tool_calls": [call]}])
+
+
+@case("rows.jsonl:2", "messages[1].tool_calls[0]", "not valid JSON", "an object or the text of one")
+def chat_with_arguments_that_are_no_object(w: World) -> Arguments:
+    call = {"type": "function", "function": {"name": "weather", "arguments": "Paris"}}
+    return chat(w, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}])
 
 
 @case("rows.jsonl:2", "messages[1]", "the turn has reasoning_content")

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,25 @@ from lora_cli.data.tokenize import tokenize_rows
 from lora_cli.errors import UserError
 from lora_cli.recipe.schema import Data
 
-QWEN = Family(  # tools stand in the system turn
+QWEN = Family(  # tools stand in the system turn, calls in the assistant's, and what tools answer in a user's
     "{% if tools %}<|im_start|>system\n"
     "{{ messages[0].content + '\n\n' if messages[0].role == 'system' }}# Tools\n<tools>"
     "{% for tool in tools %}{{ '\n' }}{{ tool | tojson }}{% endfor %}{{ '\n' }}</tools><|im_end|>\n"
     "{% elif messages[0].role == 'system' %}<|im_start|>system\n{{ messages[0].content }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}{% if not loop.first or m.role != 'system' %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    CHATML.specials,
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}{{ m.content }}"
+    "{% for call in m.tool_calls %}{% set call = call.function or call %}{{ '\n' if m.content or not loop.first }}"
+    '<tool_call>\n{"name": "{{ call.name }}", "arguments": {{ call.arguments | tojson }}'
+    "{{ '}\n' }}</tool_call>"
+    "{% endfor %}<|im_end|>{% endgeneration %}{{ '\n' }}{% elif m.role == 'tool' %}"
+    "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}{{ '\n' }}"
+    "<tool_response>\n{{ m.content }}{{ '\n' }}</tool_response>"
+    "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>\n{% endif %}"
+    "{% elif m.role != 'system' or not loop.first %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    (*CHATML.specials, "<tool_call>", "</tool_call>"),
     eos="<|im_end|>",
 )
+UNMARKED = replace(QWEN, template=re.sub(r"{% (end)?generation %}", "", QWEN.template))
 WEATHER = {
     "type": "function",
     "function": {
@@ -113,6 +123,171 @@ def test_tools_are_told_by_their_rows_before_a_model_is_read(tmp_path: Path) -> 
     path = write_rows(tmp_path / "rows.jsonl", rows)
     faults = check_rows(Data(train=path), sources_of(path), set())
     assert [fault.where for fault in faults] == [f"{path}:2: tools", f"{path}:3: tools"]
+
+
+def call(name: str, arguments: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}} | more
+
+
+def calling(*calls: dict[str, Any], content: Any = "") -> list[dict[str, Any]]:
+    """A question, an assistant's turn that calls, what each call is answered, and an answer."""
+    answers = [{"role": "tool", "name": "weather", "content": f"sunny {n}"} for n, _ in enumerate(calls)]
+    turn = {"role": "assistant", "content": content, "tool_calls": list(calls)}
+    return [{"role": "user", "content": "Is it so?"}, turn, *answers, {"role": "assistant", "content": "yes"}]
+
+
+PARIS = call("weather", {"city": "Paris", "days": [1, 2.5, None, True]}, id="a1")
+NOON = call("clock", {})
+WRITTEN = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris", "days": [1, 2.5, null, true]}}\n</tool_call>'
+CALLED = [
+    ((PARIS,), "", f"⟦{WRITTEN}<|im_end|>⟧", 1),
+    ((PARIS,), "Let me see.", f"⟦Let me see.\n{WRITTEN}<|im_end|>⟧", 1),
+    ((PARIS, PARIS), "", f"⟦{WRITTEN}\n{WRITTEN}<|im_end|>⟧", 2),
+    (
+        (PARIS, NOON),
+        "weather <|im_end|>",
+        f'⟦weather <|im_end|>\n{WRITTEN}\n<tool_call>\n{{"name": "clock", "arguments": {{}}}}\n</tool_call><|im_end|>⟧',
+        2,
+    ),
+]
+
+
+@pytest.mark.parametrize("family", [QWEN, UNMARKED], ids=["marked", "unmarked"])
+@pytest.mark.parametrize(("calls", "content", "written", "count"), CALLED)
+def test_calls_and_their_end_are_supervised_and_answers_are_not(
+    family: Family, calls: tuple[dict[str, Any], ...], content: str, written: str, count: int
+) -> None:
+    messages = calling(*calls, content=content)
+    answers = "".join(f"\n<tool_response>\nsunny {n}\n</tool_response>" for n in range(count))
+    expected = (
+        f"<|im_start|>system\n# Tools\n<tools>\n{json.dumps(CLOCK)}\n</tools><|im_end|>\n"
+        f"<|im_start|>user\nIs it so?<|im_end|>\n<|im_start|>assistant\n{written}\n"
+        f"<|im_start|>user{answers}<|im_end|>\n<|im_start|>assistant\n⟦yes<|im_end|>⟧\n"
+    )
+    found = tokenized(family, {"messages": messages, "tools": [CLOCK]}, expected)
+    assert found == tokens_of(family, expected)
+    tokenizer = tokenizer_of(family, expected)
+    assert "".join(token for token, _ in found) == tokenizer.apply_chat_template(
+        messages, tools=[CLOCK], tokenize=False
+    )
+    if family is QWEN:
+        marked = tokenizer.apply_chat_template(
+            messages, tools=[CLOCK], return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert [learned for _, learned in found] == [bool(one) for one in marked["assistant_masks"]]
+
+
+def test_a_call_may_end_a_conversation_and_needs_no_tools() -> None:
+    messages = calling(PARIS)[:2]
+    expected = f"<|im_start|>user\nIs it so?<|im_end|>\n<|im_start|>assistant\n⟦{WRITTEN}<|im_end|>⟧\n"
+    assert tokenized(UNMARKED, {"messages": messages}, expected) == tokens_of(UNMARKED, expected)
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [PARIS]},
+        {"role": "assistant", "tool_calls": [PARIS]},
+        {"role": "assistant", "content": "", "tool_calls": [PARIS["function"]]},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [call("weather", json.dumps(PARIS["function"]["arguments"]))],
+        },
+        {"from": "gpt", "value": "", "tool_calls": [PARIS]},
+    ],
+    ids=["null", "missing", "flat", "text", "sharegpt"],
+)
+def test_calls_may_be_written_in_other_ways(turn: dict[str, Any]) -> None:
+    messages = calling(PARIS)
+    text = tokenizer_of(QWEN, "").apply_chat_template(messages, tokenize=False)
+    found = tokenized(QWEN, {"messages": [messages[0], turn, *messages[2:]]}, text)
+    assert found == tokenized(QWEN, {"messages": messages}, text)
+    assert "".join(token for token, _ in found) == text
+
+
+@pytest.mark.parametrize("arguments", ["", " ", "{}"])
+def test_arguments_may_be_none(arguments: str) -> None:
+    messages = calling(NOON)
+    text = tokenizer_of(QWEN, "").apply_chat_template(messages, tokenize=False)
+    assert tokenized(QWEN, {"messages": calling(call("clock", arguments))}, text) == tokenized(
+        QWEN, {"messages": messages}, text
+    )
+
+
+def test_the_template_is_told_which_call_is_answered() -> None:
+    family = replace(
+        CHATML,
+        template="{% for m in messages %}{{ m.role }}{{ m.name }}{{ m.tool_call_id }}:{{ m.content }}"
+        "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.id }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}",
+    )
+    messages = calling(PARIS, content="See.")
+    messages[0]["name"] = "Ada"  # as before, the name of a speaker is not handed on
+    messages[2] |= {"tool_call_id": "a1", "name": None}
+    expected = "user:Is it so?<|im_end|>\nassistant:⟦See.weathera1<|im_end|>⟧\ntoola1:sunny 0<|im_end|>\n"
+    expected += "assistant:⟦yes<|im_end|>⟧\n"
+    assert tokenized(family, {"messages": messages}, expected) == tokens_of(family, expected)
+
+
+NO_CALLS = CHATML
+NAMELESS = replace(UNMARKED, template=UNMARKED.template.replace("{{ call.name }}", ""))
+FIRST_ALONE = replace(UNMARKED, template=UNMARKED.template.replace("in m.tool_calls", "in (m.tool_calls or [])[:1]"))
+NO_WORDS = replace(
+    UNMARKED,
+    template=UNMARKED.template.replace(
+        "assistant\n{{ m.content }}", "assistant\n{{ '' if m.tool_calls else m.content }}"
+    ),
+)
+NO_ANSWERS = replace(
+    UNMARKED, template=UNMARKED.template.replace("<tool_response>\n{{ m.content }}", "<tool_response>")
+)
+NESTED = replace(  # what the tool answers stands in the turn that calls it, as with Gemma 4
+    CHATML,
+    template="{% for m in messages %}{% if m.role != 'tool' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls %}{{ c.function.name }}={{ messages[loop.index0 + 2].content }}{% endfor %}"
+    "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "messages", "says"),
+    [
+        (NO_CALLS, calling(PARIS), r"leaves out or rewrites turn 1 \(assistant\)\n    write the calls into the text"),
+        (NO_CALLS, calling(PARIS, content="See."), r"turn 1 \(assistant\)\n    write the calls into the text"),
+        (NO_CALLS, calling(PARIS, content="weather"), r"turn 1 \(assistant\)\n    write the calls into the text"),
+        (NAMELESS, calling(PARIS), r"turn 1 \(assistant\)\n    write the calls into the text"),
+        (FIRST_ALONE, calling(PARIS, PARIS), r"turn 1 \(assistant\)\n    write the calls into the text"),
+        (NO_WORDS, calling(PARIS, content="See."), r"turn 1 \(assistant\)\n    write the calls into the text"),
+        (NO_ANSWERS, calling(PARIS), r"leaves out turn 2 \(tool\), or puts it elsewhere\n    give its text the role"),
+        (NO_ANSWERS, [*messages_of(ONCE), {"role": "tool", "content": "sunny"}], r"leaves out turn 2 \(tool\)"),
+        (NESTED, calling(PARIS), r"leaves out turn 2 \(tool\), or puts it elsewhere"),
+    ],
+)
+def test_calls_and_answers_that_a_template_leaves_out_are_told(family: Family, messages: Any, says: str) -> None:
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: the chat template " + r".*" + says):
+        tokenized(family, {"messages": messages}, "")
+
+
+@pytest.mark.parametrize(
+    ("calls", "says"),
+    [
+        ("weather", r"rows\.jsonl:1: messages\[1\]\.tool_calls: expected a list of calls, found text"),
+        (["weather"], r"tool_calls\[0\]: the call names no function"),
+        ([{"function": "weather"}], r"tool_calls\[0\]: the call names no function"),
+        ([PARIS, call("", {})], r"tool_calls\[1\]: the call names no function"),
+        ([call("weather", "Paris")], r"tool_calls\[0\]: not valid JSON: Expecting value"),
+        ([call("weather", "[]")], r"tool_calls\[0\]: the call's arguments are a list, expected an object"),
+        ([{"name": "weather"}], r"tool_calls\[0\]: the call's arguments are null, expected an object"),
+        ([call("weather", '{"city": "half \\ud83d"}')], r"tool_calls\[0\]: holds half a character"),
+        ([call("weather", {"since": datetime.date(2024, 7, 26)})], "cannot be written as JSON: Object of type date"),
+    ],
+)
+def test_calls_that_are_none_are_told(calls: Any, says: str) -> None:
+    messages = calling(PARIS)
+    messages[1]["tool_calls"] = calls
+    with pytest.raises(UserError, match=says):
+        tokenized(QWEN, {"messages": messages}, "")
 
 
 def test_rows_with_other_tools_are_tokenized_anew(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ PROBES = Conversation((Message("user", PROBE), Message("assistant", PROBE)))
 DAY = "26 Jul 2024"
 """Today, for Llama's templates, which fall back to this day: the same rows are to give the same tokens on any day."""
 MEND = "mend the model's chat_template.jinja, or chat_template in its JSON"
+CALLS_AS_TEXT = "write the calls into the text as the model's template does, and leave tool_calls out"
 MOST_ADDED, MOST_REPEATED = 1_000_000, 10
 """Characters that a template may add to a conversation, and how often it may repeat what is said there."""
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -111,15 +112,26 @@ def conversation_segments(
     segments: list[Segment] = []
     at = 0
     for index, turn in enumerate(talk.turns):
+        if turn.role == "tool" and not _answers(tokenizer, full, talk, index, at):
+            what = f"the chat template leaves out turn {index} (tool), or puts it elsewhere"
+            raise UserError(what, where, "give its text the role that this model's template gives to what tools answer")
         if turn.role != "assistant":
             continue
         start = _start(tokenizer, full, talk, index, at)
         end = _end(tokenizer, full, talk, index, start, closing)
         if end is None:
-            raise UserError(f"the chat template leaves out or rewrites turn {index} (assistant)", where)
+            what = f"the chat template leaves out or rewrites turn {index} (assistant)"
+            raise UserError(what, where, CALLS_AS_TEXT if turn.called else None)
         segments += [(full[at:start], False), (full[start:end], True)]
         at = end
     return (*segments, (full[at:], False))
+
+
+def _answers(tokenizer: PreTrainedTokenizerBase, full: str, talk: Conversation, index: int, at: int) -> bool:
+    """Whether a tool's turn stands in the rendered conversation, and not before ``at``: some templates put it into the
+    turn that calls the tool."""
+    around = _around(tokenizer, talk, index, replace(talk.turns[index], content=PROBE))
+    return around is not None and len(around[0]) >= at and full.startswith(around[0])
 
 
 def _start(tokenizer: PreTrainedTokenizerBase, full: str, talk: Conversation, index: int, at: int) -> int:
@@ -142,9 +154,11 @@ def _start(tokenizer: PreTrainedTokenizerBase, full: str, talk: Conversation, in
     return len(said) - len(words) if words and full.endswith(tail) and said[at:].endswith(words) else -1
 
 
-def _around(tokenizer: PreTrainedTokenizerBase, talk: Conversation, index: int) -> tuple[str, str] | None:
-    """What stands before and after a turn's words when these are others; None when that cannot be told."""
-    head, found, tail = _attempt(tokenizer, talk.with_turn(index, PROBES.turns[1])).partition(PROBE)
+def _around(
+    tokenizer: PreTrainedTokenizerBase, talk: Conversation, index: int, probe: Message = PROBES.turns[1]
+) -> tuple[str, str] | None:
+    """What stands before and after a turn's words when ``probe`` is in its place; None when that cannot be told."""
+    head, found, tail = _attempt(tokenizer, talk.with_turn(index, probe)).partition(PROBE)
     return (head, tail) if found else None
 
 
@@ -163,8 +177,9 @@ def _end(
     if start < 0:
         return None
     closings = endings(tokenizer, closing)
-    words, said = talk.turns[index].content.strip(), full[start:]
-    if words and said.lstrip().startswith(words):
+    turn = talk.turns[index]
+    words, said = turn.content.strip(), full[start:]
+    if words and not turn.called and said.lstrip().startswith(words):
         end = start + len(said) - len(said.lstrip()) + len(words)
         if closed := _closed(full[end:], closings):
             return end + closed
@@ -173,14 +188,41 @@ def _end(
     if around and full.endswith(around[1]) and len(full) - len(around[1]) >= start:
         end = len(full) - len(around[1])
         closed = _closed(around[1], closings)
+    elif turn.called:
+        return None  # the first ending after it may be another turn's
     else:
         found = [(at, -len(each)) for each in closings if (at := full.find(each, start)) >= 0]
         if not found:
             return None
         end, closed = min(found)[0], -min(found)[1]
+    spoken = _before_calls(tokenizer, full, talk, index, start, end)
+    if spoken is None:
+        return None
     # Words may be spaced anew, reasoning put in or left out: the one must still end as the other does.
-    written, meant = ("".join(text.split()) for text in (full[start:end], words))
+    written, meant = ("".join(text.split()) for text in (spoken, words))
     return end + closed if written.endswith(meant) or (bool(written) and meant.endswith(written)) else None
+
+
+def _before_calls(
+    tokenizer: PreTrainedTokenizerBase, full: str, talk: Conversation, index: int, start: int, end: int
+) -> str | None:
+    """What a turn says from ``start`` to its calls, or to ``end`` when it has none; None when the names of the tools it
+    calls do not stand behind it."""
+    turn = talk.turns[index]
+    if not turn.called:
+        return full[start:end]
+    begin = start
+    if turn.content.strip():
+        around = _around(tokenizer, talk, index, replace(turn, content=PROBE))
+        if around is None or not full.endswith(around[1]):
+            return None
+        begin = len(full) - len(around[1])
+    behind = full[begin:end]
+    for name in turn.called:
+        _, found, behind = behind.partition(name)
+        if not found:
+            return None
+    return full[start:begin]
 
 
 def _closed(tail: str, closings: tuple[str, ...]) -> int:

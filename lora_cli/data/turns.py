@@ -1,4 +1,4 @@
-"""What the chat columns of a row say: turns, and the tools that the assistant may call.
+"""What the chat columns of a row say: turns, the calls of tools among them, and the tools there are to call.
 
 ``formats.py`` says which columns these are, ``chat.py`` renders the conversation through the tokenizer's template.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_cli.data.sources import keys_once, kind_of
@@ -18,16 +18,26 @@ HALF = "holds half a character (a lone surrogate, written \\ud800 to \\udfff)"
 HALF_HINT = "write the character itself, or both its halves"
 ROLES = ("system", "user", "assistant", "tool")
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
-"""Keys of a turn that say what is in no text of it."""
+"""Keys of a turn that say what is in no text of it; of these, an assistant's ``tool_calls`` are read."""
+ANSWERED = ("name", "tool_call_id")
+"""Keys of a tool's turn that say which call it answers."""
 TOOLS_HINT = "a list of JSON schemas, as Transformers' chat templates take them, or its text; or leave the column out"
+CALLS_HINT = "each call is {type: function, function: {name, arguments}}, its arguments an object or the text of one"
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation; ``extra`` holds what the template is handed beside role and content: an assistant's
+    ``tool_calls``, and which call a tool's turn answers."""
 
     role: str
     content: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def called(self) -> list[str]:
+        """The names of the tools that the turn calls."""
+        return [(call.get("function") or call)["name"] for call in self.extra.get("tool_calls", ())]
 
 
 @dataclass(frozen=True)
@@ -37,9 +47,9 @@ class Conversation:
     turns: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
 
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         """The turns as Transformers' ``apply_chat_template`` takes them."""
-        return [{"role": turn.role, "content": turn.content} for turn in self.turns]
+        return [{"role": turn.role, "content": turn.content, **turn.extra} for turn in self.turns]
 
     def before(self, index: int) -> Conversation:
         """The turns before this one alone."""
@@ -51,7 +61,10 @@ class Conversation:
 
 
 def read_turns(value: Any, where: str) -> tuple[Message, ...]:
-    """The turns of a list of {role, content} or {from, value}. Raises UserError, with the turn's place."""
+    """The turns of a list of {role, content} or {from, value}; an assistant's may have tool_calls, and no text then.
+
+    Raises UserError, with the turn's place.
+    """
     if not isinstance(value, list) or not value:
         raise UserError("expected a list of turns", where, "each turn is {role, content} or {from, value}")
     turns = []
@@ -66,24 +79,61 @@ def read_turns(value: Any, where: str) -> tuple[Message, ...]:
         if role not in ROLES:
             raise UserError(f"unknown role {role!r}", place, f"roles: {', '.join(ROLES)} (ShareGPT: human, gpt)")
         _check_unread(turn, role, place)
+        extra = _extra(turn, role, place)
+        content = "" if content is None and "tool_calls" in extra else content
         if not isinstance(content, str):
             found = "null or missing" if content is None else kind_of(content)
             raise UserError(f"the turn's text is {found}", place, "content (or value) must be text")
         if is_broken(content):
             raise UserError(f"the turn's text {HALF}", place, HALF_HINT)
-        turns.append(Message(role, content))
+        turns.append(Message(role, content, extra))
     return tuple(turns)
 
 
 def _check_unread(turn: Mapping[str, Any], role: str, place: str) -> None:
     """Raises UserError when the turn says more than its text, or that it is not to be learned, which would be lost."""
-    unread = next((key for key in UNREAD if turn.get(key)), None)
+    read = ("tool_calls",) if role == "assistant" else ()
+    unread = next((key for key in UNREAD if turn.get(key) and key not in read), None)
     if unread is not None:
         hint = f"write it into the text as the model's template does, and leave {unread} out"
         raise UserError(f"the turn has {unread}, and its text alone is read", place, hint)
     if role == "assistant" and turn.get("weight") not in (None, 1):
         what = f"the turn has weight {turn['weight']!r}, and every turn of the assistant is learned alike"
         raise UserError(what, place, "leave such turns out, or their weight")
+
+
+def _extra(turn: Mapping[str, Any], role: str, place: str) -> dict[str, Any]:
+    """What the template is handed of a turn beside its role and text."""
+    if role == "tool":
+        extra = {key: turn[key] for key in ANSWERED if turn.get(key)}
+        _check_json(extra, place)
+        return extra
+    calls = turn.get("tool_calls") if role == "assistant" else None
+    return {"tool_calls": _read_calls(calls, f"{place}.tool_calls")} if calls else {}
+
+
+def _read_calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """The calls, their arguments as objects, which is what templates take: as text, many would quote them once more.
+
+    Raises UserError, with the call's place.
+    """
+    if not isinstance(value, list):
+        raise UserError(f"expected a list of calls, found {kind_of(value)}", where, CALLS_HINT)
+    calls = []
+    for number, call in enumerate(value):
+        place = f"{where}[{number}]"
+        function = call.get("function") or call if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name") or None, str):
+            raise UserError("the call names no function", place, CALLS_HINT)
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            arguments = _from_json(arguments, place, CALLS_HINT) if arguments.strip() else {}
+        if not isinstance(arguments, dict):
+            raise UserError(f"the call's arguments are {kind_of(arguments)}, expected an object", place, CALLS_HINT)
+        _check_json([call, arguments], place)
+        function = function | {"arguments": arguments}
+        calls.append(call | {"function": function} if call.get("function") else function)
+    return calls
 
 
 def read_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:

@@ -132,8 +132,9 @@ class Data(Section):
         "auto",
         description="How a row is read: text, prompt_completion (prompt and completion, or question and answer, joined "
         "as they stand), alpaca (instruction, input, output), chat (messages, conversations, or a prompt and "
-        "completion as two turns; with tools, a list of JSON schemas or its text; through the tokenizer's chat "
-        "template), template. auto: by the columns of each source's first row.",
+        "completion as two turns; with tool_calls of the assistant and, beside them, tools, a list of JSON schemas or "
+        "its text; through the tokenizer's chat template, which must write them), template. auto: by the columns of "
+        "each source's first row.",
     )
     columns: dict[str, str] = Field(
         {}, description="The row's column for each name the format uses, e.g. {prompt: question, completion: answer}."
