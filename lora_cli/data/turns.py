@@ -19,6 +19,8 @@ HALF_HINT = "write the character itself, or both its halves"
 ROLES = ("system", "user", "assistant", "tool")
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
 """Keys of a turn that say what is in no text of it; of these, an assistant's ``tool_calls`` are read."""
+WEIGHTS = ("weight", "train", "training")
+"""Keys that say whether a turn is to be learned, or how much."""
 ANSWERED = ("name", "tool_call_id")
 """Keys of a tool's turn that say which call it answers."""
 TOOLS_HINT = "a list of JSON schemas, as Transformers' chat templates take them, or its text; or leave the column out"
@@ -97,9 +99,10 @@ def _check_unread(turn: Mapping[str, Any], role: str, place: str) -> None:
     if unread is not None:
         hint = f"write it into the text as the model's template does, and leave {unread} out"
         raise UserError(f"the turn has {unread}, and its text alone is read", place, hint)
-    if role == "assistant" and turn.get("weight") not in (None, 1):
-        what = f"the turn has weight {turn['weight']!r}, and every turn of the assistant is learned alike"
-        raise UserError(what, place, "leave such turns out, or their weight")
+    weight = next((key for key in WEIGHTS if turn.get(key) not in (None, 1)), None)
+    if role == "assistant" and weight is not None:
+        what = f"the turn has {weight} {turn[weight]!r}, and every turn of the assistant is learned alike"
+        raise UserError(what, place, f"leave such turns out, or their {weight}")
 
 
 def _extra(turn: Mapping[str, Any], role: str, place: str) -> dict[str, Any]:

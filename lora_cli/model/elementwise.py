@@ -55,20 +55,20 @@ NORMAL = Formula(normal, normal_slopes)
 
 
 class Normalize(torch.autograd.Function):
-    """``normal``, for a frozen w."""
+    """``normal`` of x (…, width), for a frozen w. Returns y (n, width), no view, so that it may be written to."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, formula: Formula = NORMAL) -> torch.Tensor:
         y, inverse = formula.value(vectors(x), weight.detach(), eps)
         ctx.save_for_backward(x, weight, inverse)
         ctx.formula = formula
-        return cast("torch.Tensor", y.reshape(x.shape))
+        return cast("torch.Tensor", y)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        grad_x = ctx.formula.slopes(vectors(x), weight.detach(), inverse, vectors(grad))
-        return grad_x.reshape(grad.shape), None, None, None
+        grad_x = ctx.formula.slopes(vectors(x), weight.detach(), inverse, grad.detach())
+        return grad_x.reshape(x.shape), None, None, None
 
 
 class FrozenRMSNorm(nn.Module):
@@ -86,7 +86,8 @@ class FrozenRMSNorm(nn.Module):
                 return self.weight * rms_norm(x, self.weight.shape, eps=self.eps)
             if x.is_cuda and x.dtype == self.weight.dtype:
                 return rms_norm(x, self.weight.shape, self.weight, self.eps)  # one kernel each way
-            return cast("torch.Tensor", Normalize.apply(x, self.weight, self.eps, self.formula))  # type: ignore[no-untyped-call]
+            y = Normalize.apply(x, self.weight, self.eps, self.formula)  # type: ignore[no-untyped-call]
+            return cast("torch.Tensor", y).view(x.shape)
 
 
 class GatedMLP(nn.Module):
@@ -102,7 +103,7 @@ class GatedMLP(nn.Module):
         if gate.is_cuda and isinstance(self.down_proj, Fused):  # a processor takes too long to make the product twice
             return cast("torch.Tensor", self.down_proj(up, gate=gate))
         with torch.autocast(gate.device.type, enabled=False):  # nothing here heeds it but the compiler
-            product = Gate.apply(gate, up, self.formula)  # type: ignore[no-untyped-call]
+            product = Gate.apply(gate, up, self.formula).view(up.shape)  # type: ignore[no-untyped-call]
         return cast("torch.Tensor", self.down_proj(product))
 
 

@@ -41,9 +41,12 @@ def together(
         return None
     kinds = tuple(kind for kind, _ in parts)
     tensors = (tensor for _, its in parts for tensor in its)
+    places = x.shape[:-1]
+    rows, gates = (None if each is None else each.to(dtype).reshape(-1, each.shape[-1]) for each in (x, gate))
     with torch.autocast(device, enabled=False):
-        results = LoraProducts.apply(x.to(dtype), None if gate is None else gate.to(dtype), kinds, *tensors)  # type: ignore[no-untyped-call]
-    return cast("tuple[torch.Tensor, ...]", results)
+        results = LoraProducts.apply(rows, gates, kinds, *tensors)  # type: ignore[no-untyped-call]
+    # Not within the function: its views of what it returns could not be written to, as some models do.
+    return tuple(y.view(*places, y.shape[1]) for y in results)
 
 
 def _part(layer: Any, dtype: torch.dtype) -> tuple[Kind, tuple[torch.Tensor | None, ...]] | None:
@@ -91,7 +94,7 @@ class Fused:
         results = None if args or kwargs else together([self], x, gate)
         if results is not None:
             return results[0]
-        whole = x if gate is None else Gate.apply(gate, x)  # type: ignore[no-untyped-call]
+        whole = x if gate is None else Gate.apply(gate, x).view(x.shape)  # type: ignore[no-untyped-call]
         return cast("torch.Tensor", super().forward(whole, *args, **kwargs))  # type: ignore[misc]
 
 

@@ -56,19 +56,20 @@ GATED = Formula(gated, gated_slopes)
 
 
 class Gate(torch.autograd.Function):
-    """``gated``, with nothing but its two inputs kept; the backward pass may write over them, which nothing else reads
-    by then."""
+    """``gated`` of two (…, width), as (n, width): no view, so that it may be written to. Nothing but its two inputs is
+    kept; the backward pass may write over them, which nothing else reads by then."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, x: torch.Tensor, formula: Formula = GATED) -> torch.Tensor:
         ctx.save_for_backward(gate, x)
         ctx.formula = formula
-        return cast("torch.Tensor", formula.value(vectors(gate), vectors(x)).reshape(x.shape))
+        return cast("torch.Tensor", formula.value(vectors(gate), vectors(x)))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        slopes = ctx.formula.slopes(*map(vectors, (*ctx.saved_tensors, grad)))
-        return *(each.reshape(grad.shape) for each in slopes), None
+        gate, x = ctx.saved_tensors
+        slopes = ctx.formula.slopes(vectors(gate), vectors(x), grad.detach())
+        return *(each.reshape(x.shape) for each in slopes), None
 
 
 def vectors(x: torch.Tensor) -> torch.Tensor:

@@ -17,14 +17,20 @@ if TYPE_CHECKING:
 CANNOT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What an architecture raises when its forward pass is asked for what it does not know."""
 
+MAMBAS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+"""Model types whose layers named out_proj have their weight read by a kernel, past an adapter: PEFT refuses them."""
+
 
 def linear_layers(model: PreTrainedModel) -> dict[str, Target]:
-    """Every linear layer but the output head and expert routers, GPT-2's Conv1D included."""
-    head = model.get_output_embeddings()
+    """Every linear layer but the output head, expert routers, gates of one number and those that Mamba's kernels read,
+    GPT-2's Conv1D included."""
+    head, read_by_kernels = model.get_output_embeddings(), model.config.model_type in MAMBAS
     layers = {}
     for name, module in model.named_modules():
         wide = widths(module)
-        if wide is not None and module is not head and not _is_router(name, wide[1], model):
+        if wide is None or module is head or wide[1] == 1 or _is_router(name, wide[1], model):
+            continue
+        if not (read_by_kernels and name.rpartition(".")[2] == "out_proj"):
             layers[name] = Target(name, *wide)
     return layers
 

@@ -32,10 +32,10 @@ class Kind:
 class LoraProducts(torch.autograd.Function):
     """y = x W^T + bias + s (x A^T) B^T (LoRA, arXiv:2106.09685, equation 3) for a frozen W, or for each of several.
 
-    x (…, in), then of each layer W, bias (out) or None, A (r, in) and B (out, r), with r = 0 where it has no adapter.
-    Returns each layer's y (…, out). The products are computed in x's dtype, and gradients of A and B are returned in
+    x (n, in), then of each layer W, bias (out) or None, A (r, in) and B (out, r), with r = 0 where it has no adapter.
+    Returns each layer's y (n, out). The products are computed in x's dtype, and gradients of A and B are returned in
     their own. A weight of 4 bits is expanded in each pass and not kept, nor is x where no layer has an adapter. With a
-    ``gate`` (…, in), silu(gate) x stands for x, which is made in each pass and not kept either; the backward pass may
+    ``gate`` (n, in), silu(gate) x stands for x, which is made in each pass and not kept either; the backward pass may
     write over both.
     """
 
@@ -44,19 +44,19 @@ class LoraProducts(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, gate: torch.Tensor | None, kinds: tuple[Kind, ...], *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         weights, biases, a, b = (tensors[number::4] for number in range(4))
-        rows = (x if gate is None else gated(gate, x)).reshape(-1, x.shape[-1])
+        rows = x if gate is None else gated(gate, x)
         a_low, b_low = _joined([each.to(x.dtype) for each in a]), [each.to(x.dtype) for each in b]
         down = rows @ a_low.T
         lows = torch.split(down, [len(each) for each in a], dim=1)
-        ys = [
+        ys = tuple(
             _both_products(rows, _expanded(weight, kind, x.dtype).T, low, narrow.T, kind.scaling, bias)
             for weight, kind, low, narrow, bias in zip(weights, kinds, lows, b_low, biases, strict=True)
-        ]
+        )
         scales = [None if kind.state is None else kind.state.absmax for kind in kinds]
         kept = x if gate is not None else rows if down.numel() else None
         ctx.save_for_backward(kept, gate, down, a_low, *b_low, *weights, *scales)
         ctx.kinds, ctx.dtypes = [_with(kind, None) for kind in kinds], [each.dtype for each in (*a, *b)]
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+        return ys
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -65,14 +65,13 @@ class LoraProducts(torch.autograd.Function):
         b_low, weights, scales = others[:count], others[count : 2 * count], others[2 * count :]
         ranks = [b.shape[1] for b in b_low]
         kinds = [_with(kind, each) for kind, each in zip(ctx.kinds, scales, strict=True)]
-        gs = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        up = _joined([_product(g, b, kind.scaling) for g, b, kind in zip(gs, b_low, kinds, strict=True)], dim=1)
+        up = _joined([_product(g, b, kind.scaling) for g, b, kind in zip(grads, b_low, kinds, strict=True)], dim=1)
         adapters: list[torch.Tensor | None] = [None] * (2 * count)
         if up.numel():
-            rows = (x if gate is None else gated(gate, x)).reshape(-1, a_low.shape[1])
+            rows = x if gate is None else gated(gate, x)
             grads_a = torch.split(up.T @ rows, ranks)
             del rows
-            lows = zip(torch.split(down, ranks, dim=1), gs, kinds, strict=True)
+            lows = zip(torch.split(down, ranks, dim=1), grads, kinds, strict=True)
             grads_b = [_product(low.T, g, kind.scaling).T for low, g, kind in lows]  # thrice as fast as g.T @ low
             adapters = [
                 each.to(dtype, memory_format=torch.contiguous_format)
@@ -80,8 +79,8 @@ class LoraProducts(torch.autograd.Function):
             ]
         grad_x = grad_gate = None
         if any(ctx.needs_input_grad[:2]):
-            large = ((g, _expanded(w, kind, g.dtype)) for g, w, kind in zip(gs, weights, kinds, strict=True))
-            grad_x = _sum_of_products(large, (up, a_low)).view(*grads[0].shape[:-1], a_low.shape[1])
+            large = ((g, _expanded(w, kind, g.dtype)) for g, w, kind in zip(grads, weights, kinds, strict=True))
+            grad_x = _sum_of_products(large, (up, a_low))
             if gate is not None:
                 grad_gate, grad_x = gated_slopes(gate, x, grad_x)
         of_layers = [(None, None, *both) for both in zip(adapters[:count], adapters[count:], strict=True)]

@@ -54,7 +54,8 @@ def activation_bytes(
     """
     text = config.get_text_config()
     hidden = int(text.hidden_size)
-    inner = int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden)
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+    inner = int(max(inner) if isinstance(inner, list | tuple) else inner)  # Gemma 3n's layers have each their own
     layers = int(text.num_hidden_layers)
     layer, gradients = 7 * hidden + 3 * inner, 2 * hidden + 3 * inner
     kept = layers * hidden + layer if checkpointing else layers * layer

@@ -149,13 +149,16 @@ def kept(folder: Path, then: str = "") -> str:
 def is_whole(path: Path) -> bool:
     """Whether every file of a checkpoint has the size and the SHA-256 that its manifest says, and is what it is named.
 
-    Whatever is no safetensors file, such as a pickle, is not opened any further.
+    Whatever is no safetensors file, such as a pickle, is not opened any further. Raises OSError when a file that is
+    there cannot be read, which may pass: a checkpoint taken for damaged would be written over.
     """
     try:
         listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if listed != _manifest(path):
+            return False
         read_headers([path / f"{name}.safetensors" for name in FILES])
-        return bool(listed == _manifest(path)) and _read_document(path).progress.step == step_of(path)
-    except (OSError, ValueError, RecursionError, UserError):
+        return _read_document(path).progress.step == step_of(path)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, RecursionError, UserError):
         return False
 
 

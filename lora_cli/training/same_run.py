@@ -61,9 +61,9 @@ def check_same_keys(before: Recipe, began_on: int, recipe: Recipe, count: int, w
 
 
 def step_of(recipe: Recipe, processes: int) -> tuple[int, ...]:
-    """What decides which rows a step takes: their number; packed, the batches' size and number."""
+    """What decides which rows a step takes: the batches' size and number; padded in the file's order, their rows."""
     size, batches = recipe.training.batch_size, recipe.training.gradient_accumulation_steps * processes
-    return (size, batches) if recipe.data.packing else (size * batches,)
+    return (size, batches) if recipe.data.packing or recipe.data.shuffle else (size * batches,)
 
 
 def with_batch_size(recipe: Recipe, count: int) -> Recipe:

@@ -113,7 +113,8 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     optimizer = make_optimizer(recipe.training, [p for _, p in trainable_parameters(model)])
     prepared, optimizer = prepare_model(accelerator, model, optimizer, dtype)
     prepared.train()
-    set_seed(recipe.training.seed, device_specific=True)  # the same start on all processes, dropout of its own on each
+    own_seed = (recipe.training.seed + accelerator.process_index) % 2**32
+    set_seed(own_seed)  # the same start on all processes, dropout of its own on each
     return Trainer(
         job,
         accelerator,

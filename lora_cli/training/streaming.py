@@ -6,9 +6,9 @@ checkpointing has recomputed, which frees them as it goes: without checkpointing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 Sources = dict[Parameter, Callable[[], Parameter]]
 """How each weight that is away is brought to the device."""
+Files = Mapping[Path, BinaryIO]
+"""The open files of the base, by their names."""
 Place = tuple[Module, str, Parameter]
 """A module, and the name under which it holds a weight that is away."""
 COMPARED = 1024
@@ -67,6 +69,7 @@ def put_away(base: PreTrainedModel, folder: Path, device: torch.device, dtype: t
     on the device when that is one in 4 bits.
     """
     headers = read_headers(weight_files(folder))
+    files = {file: file.open("rb") for file in weight_files(folder)}  # open, since others may come to have their names
     sources: Sources = {}
     for outer, layer in checkpointed_layers(base).items():
         expand_always(layer)
@@ -76,11 +79,11 @@ def put_away(base: PreTrainedModel, folder: Path, device: torch.device, dtype: t
             found = _stored(f"{outer}.{inner}", weight, headers, base.base_model_prefix)
             in_4_bits = getattr(weight, "quant_state", None) is not None
             if in_4_bits and found:
-                sources[weight] = _codes_from_disk(found[1], headers, device)
+                sources[weight] = _codes_from_disk(found[1], headers, files, device)
                 cast("Any", weight).quant_state = None
             elif not in_4_bits:
                 sources[weight] = (
-                    _from_disk(found[0], device, dtype) if found else _from_host(weight.data, device, dtype)
+                    _from_disk(found[0], files, device, dtype) if found else _from_host(weight.data, device, dtype)
                 )
             if weight in sources:
                 weight.data = _nothing(weight, device, weight.dtype if in_4_bits else dtype)
@@ -146,18 +149,20 @@ def _stored(name: str, weight: Parameter, headers: dict[str, TensorInfo], prefix
     return None
 
 
-def _from_disk(info: TensorInfo, device: torch.device, dtype: torch.dtype) -> Callable[[], Parameter]:
-    return lambda: Parameter(mapped(info).to(device, dtype), requires_grad=False)
+def _from_disk(info: TensorInfo, files: Files, device: torch.device, dtype: torch.dtype) -> Callable[[], Parameter]:
+    return lambda: Parameter(mapped(info, files[info.file]).to(device, dtype), requires_grad=False)
 
 
-def _codes_from_disk(name: str, headers: dict[str, TensorInfo], device: torch.device) -> Callable[[], Parameter]:
+def _codes_from_disk(
+    name: str, headers: dict[str, TensorInfo], files: Files, device: torch.device
+) -> Callable[[], Parameter]:
     from bitsandbytes.nn import Params4bit
 
-    beside = [each for each in headers if each.startswith(f"{name}.")]
+    infos = {each: info for each, info in headers.items() if each == name or each.startswith(f"{name}.")}
 
     def read() -> Parameter:
-        stats = {each: mapped(headers[each]) for each in beside}
-        return cast("Parameter", Params4bit.from_prequantized(mapped(headers[name]), stats, device=device))
+        stats = {each: mapped(info, files[info.file]) for each, info in infos.items()}
+        return cast("Parameter", Params4bit.from_prequantized(stats.pop(name), stats, device=device))
 
     return read
 

@@ -45,10 +45,15 @@ def _sweep(out: Path) -> None:
     own = re.compile(rf"\.{re.escape(out.name)}\.[a-z0-9_]{{8}}\.draft")
     with suppress(OSError):  # a folder that may not be listed is no reason to stop
         for draft in [path for path in out.parent.iterdir() if own.fullmatch(path.name)]:
-            with suppress(OSError):  # somebody else's, or locked: it is being written
-                lock = os.open(draft, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(draft, ignore_errors=True)
-                finally:
-                    os.close(lock)
+            remove_unlocked(draft)
+
+
+def remove_unlocked(draft: Path) -> None:
+    """Remove a draft, unless a process is writing it or it is somebody else's."""
+    with suppress(OSError):
+        lock = os.open(draft, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(draft, ignore_errors=True)
+        finally:
+            os.close(lock)

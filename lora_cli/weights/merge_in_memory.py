@@ -102,7 +102,7 @@ def merge_in_memory(
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        what = "PEFT does not merge adapters of this kind"
+        what = f"PEFT does not merge this adapter: {' '.join(str(error).split())}"
         raise UserError(what, str(origin.folder), "load it beside its base with PEFT") from error
     except ValueError as error:  # NaN or infinity in the sum
         raise UserError(f"the weights cannot be merged: {error}", str(origin.folder)) from error

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
 from lora_cli.errors import UserError, mend, unwritable
 from lora_cli.model.files import MODEL_FOLDER, read_config
-from lora_cli.weights.drafts import draft_folder
+from lora_cli.weights.drafts import draft_folder, remove_unlocked
 
 if TYPE_CHECKING:
     import torch
@@ -161,13 +161,13 @@ def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
     return tensor
 
 
-def mapped(info: TensorInfo) -> torch.Tensor:
+def mapped(info: TensorInfo, file: BinaryIO | None = None) -> torch.Tensor:
     """A tensor where it lies in its file: nothing is read but what is looked at, and none of it is the process's own
-    memory, which would be left in small pieces."""
+    memory, which would be left in small pieces. ``file`` is the open one, when it is not to be opened by its name."""
     import numpy as np
     import torch
 
-    raw = torch.from_numpy(np.memmap(info.file, np.uint8, "c", info.start, (info.bytes,)))
+    raw = torch.from_numpy(np.memmap(file or info.file, np.uint8, "c", info.start, (info.bytes,)))
     return raw.view(getattr(torch, DTYPES[info.dtype])).view(info.shape)
 
 
@@ -238,10 +238,11 @@ def set_aside(folder: Path) -> None:
 
 
 def clear_drafts(folder: Path) -> None:
-    """Remove the folders in ``folder`` that a killed process was writing or removing; nothing of other names."""
+    """Remove the folders in ``folder`` that a killed process was writing or removing; nothing of other names, and none
+    that is being written."""
     for path in folder.glob(".*"):
         if DRAFT.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            remove_unlocked(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def check_out(out: Path, *made_from: Path) -> None:
