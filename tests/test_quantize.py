@@ -266,7 +266,7 @@ def test_errors_of_layers_that_are_stored_by_another_name(
 def test_text_report_where_no_error_is_known(
     renamed: Path, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_cli.weights.quantize._errors", lambda *_: iter(()))
+    monkeypatch.setattr("lora_cli.weights.quantize_in_memory._errors", lambda *_: iter(()))
     result = done(lora("quantize", renamed, "--out", tmp_path / "out"))
     assert "nf4" in result.stdout and "relative error" not in result.stdout
 
@@ -292,7 +292,7 @@ def test_what_is_no_number_by_another_name(
     weights = weights_of(folder)
     weights[name].view(-1)[5] = float("nan")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    monkeypatch.setattr("lora_cli.weights.quantize.load_base", None)
+    monkeypatch.setattr("lora_cli.weights.quantize_in_memory.load_base", None)
     result = lora("quantize", folder, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert f"tensor {name} holds NaN" in result.stderr and not (tmp_path / "out").exists()

@@ -41,7 +41,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("lora_cli.weights.quantize.load_base", load)
+    monkeypatch.setattr("lora_cli.weights.quantize_in_memory.load_base", load)
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -69,8 +69,9 @@ def command(
         rows = measure.rows_for(folder, adapter, section, recipe)
 
     from lora_cli.model.memory import keep_freed_memory
-    from lora_cli.weights.quantize import is_streamed, quantize, stored_model
+    from lora_cli.weights.quantize import is_streamed, quantize
     from lora_cli.weights.quantize_merged import quantize_merged
+    from lora_cli.weights.stored_model import stored_model
 
     keep_freed_memory()
     if not is_streamed(folder):

@@ -210,7 +210,7 @@ def _adapted(base: Any, origins: Sequence[AdapterOrigin]) -> Any:
 def _base(origins: Sequence[AdapterOrigin], quantization: Quantization | None, expanded: Quantization | None) -> Any:
     import torch
 
-    from lora_cli.weights.quantize import expand_quantized
+    from lora_cli.weights.quantized_layers import expand_quantized
     from lora_cli.weights.shards import read_headers, stored_dtype, weight_files
 
     told = origins[0].dtype

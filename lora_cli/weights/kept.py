@@ -23,8 +23,9 @@ import torch
 from lora_cli import __version__
 from lora_cli.errors import RunError
 from lora_cli.recipe.schema import Quantization
-from lora_cli.weights.quantize import stored_model, write_quantized
+from lora_cli.weights.quantize import write_quantized
 from lora_cli.weights.shards import weight_files, whole_folder
+from lora_cli.weights.stored_model import stored_model
 
 SUMS = "sha256.json"
 SHARD = 10**9  # bytes: several files, so that their sums are taken at once

@@ -164,7 +164,7 @@ def find_sums(
         return None
     if quantization is None:
         return Sums({**headers, **changes.untied}, changes, None, {}, seen, dtype)
-    from lora_cli.weights.quantize import quantized_layers
+    from lora_cli.weights.quantized_layers import quantized_layers
 
     layers = quantized_layers(base, quantization)
     found = {stored_name(f"{layer}.weight", headers): turned for layer, turned in layers.items()}

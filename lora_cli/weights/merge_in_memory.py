@@ -18,7 +18,7 @@ from lora_cli.model.memory import is_out_of_memory
 from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS, read_adapter_config
 from lora_cli.weights.provenance import AdapterOrigin
-from lora_cli.weights.quantize import expand_quantized
+from lora_cli.weights.quantized_layers import expand_quantized
 from lora_cli.weights.shards import TensorInfo, check_finite, read_headers, stored_dtype
 
 if TYPE_CHECKING:

@@ -1,0 +1,82 @@
+"""Which layers of a model Transformers quantizes, and what that costs each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from lora_cli.errors import UserError, did_you_mean
+from lora_cli.model.base import bitsandbytes_config, load_config, skeleton
+from lora_cli.recipe.schema import Quantization
+from lora_cli.weights.codes import roundtrip
+from lora_cli.weights.shards import TensorInfo
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """A layer's relative error in the Frobenius norm, |Q(W) - W| / |W|."""
+
+    name: str
+    relative: float
+
+
+def quantized_layers(folder: Path, quantization: Quantization) -> dict[str, bool]:
+    """The layers of a model that Transformers quantizes, and whether their weight lies turned, as (in, out)."""
+    return quantized_skeleton(skeleton(load_config(folder)), bitsandbytes_config(quantization, torch.device("cpu")))
+
+
+def quantized_skeleton(bare: PreTrainedModel, settings: BitsAndBytesConfig) -> dict[str, bool]:
+    """Replace the layers that Transformers quantizes, in place; their names, and whether their weight lies turned."""
+    quantizer = AutoHfQuantizer.from_config(settings)
+    quantizer.preprocess_model(model=bare, device_map=None)
+    return {
+        name: module.source_cls is Conv1D  # set by Transformers where it replaces a layer
+        for name, module in bare.named_modules()
+        if isinstance(module, Linear4bit | Linear8bitLt)
+    }
+
+
+def check_skip(folder: Path, quantization: Quantization, skip: Sequence[str]) -> None:
+    """Raises UserError for a name that none of the layers to quantize has, and when no layer is left."""
+    layers = list(quantized_layers(folder, quantization))
+    ends = sorted({layer.rpartition(".")[2] for layer in layers})
+    for name in skip:
+        try:
+            if not any(should_convert_module(layer, [name]) is False for layer in layers):
+                raise UserError(
+                    f"--skip {name}: no layer that would be quantized has this name", hint=did_you_mean(name, ends)
+                )
+        except re.error as error:
+            raise UserError(f"--skip {name}: neither a name nor a regular expression: {error}") from error
+    if not any(should_convert_module(layer, list(skip)) for layer in layers):
+        raise UserError("no layer is left to quantize", str(folder), "skip fewer" if skip else None)
+
+
+def no_numbers(name: str, info: TensorInfo) -> UserError:
+    """What to raise when a layer's weight, stored as ``name``, is not all numbers."""
+    return UserError(f"tensor {name} holds values that are no finite numbers", str(info.file))
+
+
+def expand_quantized(model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype) -> None:
+    """Replace the weights that training held quantized by what their quantized form stands for, in place.
+
+    ``dtype`` is the type they were quantized from. Transformers itself says which layers those are.
+    """
+    settings = bitsandbytes_config(quantization, torch.device("cpu"))
+    for name, turned in quantized_skeleton(skeleton(model.config), settings).items():
+        parameter = model.get_parameter(f"{name}.weight")
+        weight = (parameter.data.T if turned else parameter.data).to(dtype).contiguous()
+        expanded = roundtrip(weight, quantization)
+        parameter.data = (expanded.T if turned else expanded).to(parameter.dtype).contiguous()

@@ -1,0 +1,57 @@
+"""Which of a model's tensors each stored one is, where these are the model's as they are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from lora_cli.weights.shards import TensorInfo, read_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def model_names(bare: PreTrainedModel, headers: dict[str, TensorInfo]) -> dict[str, str] | None:
+    """The model's name for each stored tensor that it has, but for repeated tied ones.
+
+    None when the model has other tensors than the stored ones, with or without the name of its body before them and
+    that of its head by another name, when tied ones are not the same, and when it has buffers among them, whose types
+    are its own affair.
+    """
+    first = {id(parameter): name for name, parameter in bare.named_parameters()}
+    known = {name: first[id(parameter)] for name, parameter in bare.named_parameters(remove_duplicate=False)}
+    buffers = bare.state_dict().keys() - known.keys()
+    prefix, renamed = f"{bare.base_model_prefix}.", _renamed_head(bare, headers)
+    names: dict[str, str] = {}
+    tied: dict[str, str] = {}
+    for stored in headers:
+        own = renamed.get(stored, stored)
+        found = [name for name in (own, prefix + own, own.removeprefix(prefix)) if name in known or name in buffers]
+        if found and found[0] in buffers:
+            return None
+        if found:
+            (names if known[found[0]] == found[0] else tied)[stored] = known[found[0]]
+    places = {name: stored for stored, name in names.items()}
+    if set(places) != set(first.values()) or len(names) != len(places):
+        return None
+    repeated = all(_is_same(headers, stored, places[name]) for stored, name in tied.items())
+    return names if repeated else None
+
+
+def _renamed_head(bare: PreTrainedModel, headers: dict[str, TensorInfo]) -> dict[str, str]:
+    """The model's name for a head that is stored by another one, which Transformers changes in loading."""
+    found = get_model_conversion_mapping(bare, add_legacy=False)
+    renamings = [each for each in found if isinstance(each, WeightRenaming)]
+    if len(renamings) < len(found):
+        return {}
+    head = bare.get_output_embeddings()
+    own = {f"{name}.weight" for name, module in bare.named_modules() if module is head}
+    renamed = {stored: rename_source_key(stored, renamings, [])[0] for stored in headers}
+    return {stored: name for stored, name in renamed.items() if name != stored and name in own}
+
+
+def _is_same(headers: dict[str, TensorInfo], one: str, other: str) -> bool:
+    return torch.equal(read_tensor(headers[one], one), read_tensor(headers[other], other))
