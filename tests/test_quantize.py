@@ -298,13 +298,20 @@ def test_what_is_no_number_by_another_name(
     assert f"tensor {name} holds NaN" in result.stderr and not (tmp_path / "out").exists()
 
 
-def test_a_weight_too_large_for_8_bits(renamed: Path, tmp_path: Path, lora: Any) -> None:
+@pytest.mark.parametrize(
+    ("base_name", "name"),
+    [("tiny_llama", "model.layers.0.mlp.up_proj.weight"), ("renamed", "backbone.layers.1.mixer.up_proj.weight")],
+)
+def test_a_weight_too_large_for_8_bits(
+    base_name: str, name: str, request: pytest.FixtureRequest, tmp_path: Path, lora: Any
+) -> None:
     """bitsandbytes takes them from float16, in which it is infinite."""
-    name = "backbone.layers.1.mixer.up_proj.weight"
-    weights = weights_of(renamed)
+    folder = tmp_path / "large"
+    shutil.copytree(request.getfixturevalue(base_name), folder)
+    weights = weights_of(folder)
     weights[name][0, 0] = 1e5
-    save_file(weights, renamed / "model.safetensors", {"format": "pt"})
-    result = lora("quantize", renamed, "--out", tmp_path / "out", "--method", "int8")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    result = lora("quantize", folder, "--out", tmp_path / "out", "--method", "int8")
     assert result.exit_code == 2
     assert name in result.stderr and not (tmp_path / "out").exists()
 

@@ -5,7 +5,6 @@ Tensor by tensor, from file to file; a model whose tensors are not the stored on
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.check import check_weights
 from lora_cli.weights.codes import PARTS, encode
 from lora_cli.weights.provenance import PROVENANCE
-from lora_cli.weights.quantized_layers import LayerError, check_skip, no_numbers, quantized_skeleton
+from lora_cli.weights.quantized_layers import LayerError, check_skip, layer_error, quantized_skeleton
 from lora_cli.weights.shards import DTYPES as TYPES
 from lora_cli.weights.shards import MAX_SHARD, check_finite, check_out, read_headers, weight_files, whole_folder
 from lora_cli.weights.stored_model import Source
@@ -176,9 +175,7 @@ def _write_by_tensors(
                 continue
             weight = tensor.T.contiguous() if turned[layer] else tensor
             encoded = encode(weight.to(best_device()), quantization)
-            if not math.isfinite(encoded.size):
-                raise no_numbers(stored, headers[stored])
+            layers.append(layer_error(layer, encoded.error, encoded.size, stored, headers[stored]))
             for suffix, part in encoded.tensors.items():
                 write(f"{layer}.{suffix}", part)
-            layers.append(LayerError(layer, encoded.error / encoded.size if encoded.size else encoded.error))
     return layers

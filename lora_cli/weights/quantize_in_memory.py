@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +15,7 @@ from lora_cli.model.base import best_device, load_base
 from lora_cli.model.linear4bit import expand
 from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.weights.experts import sources_of
-from lora_cli.weights.quantized_layers import LayerError, no_numbers
+from lora_cli.weights.quantized_layers import LayerError, layer_error
 from lora_cli.weights.shards import check_finite
 from lora_cli.weights.stored_model import Source
 
@@ -73,9 +72,7 @@ def _errors(model: PreTrainedModel, source: Source, sources: Sources) -> Iterato
             original = original.T
         size = float(original.norm())
         error = float((_expand(module).float() - original).norm())
-        if not math.isfinite(size + error):
-            raise no_numbers(stored, source.headers[stored])
-        yield LayerError(name, error / size if size else error)
+        yield layer_error(name, error, size, stored, source.headers[stored])
 
 
 def _expand(module: Linear4bit | Linear8bitLt) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,9 +65,11 @@ def check_skip(folder: Path, quantization: Quantization, skip: Sequence[str]) ->
         raise UserError("no layer is left to quantize", str(folder), "skip fewer" if skip else None)
 
 
-def no_numbers(name: str, info: TensorInfo) -> UserError:
-    """What to raise when a layer's weight, stored as ``name``, is not all numbers."""
-    return UserError(f"tensor {name} holds values that are no finite numbers", str(info.file))
+def layer_error(layer: str, error: float, size: float, stored: str, info: TensorInfo) -> LayerError:
+    """Of the norms |Q(W) - W| and |W|. Raises UserError when W, stored as ``stored``, or Q(W) is not all numbers."""
+    if not math.isfinite(error + size):
+        raise UserError(f"tensor {stored} holds values that are no finite numbers", str(info.file))
+    return LayerError(layer, error / size if size else error)
 
 
 def expand_quantized(model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype) -> None:
