@@ -39,7 +39,9 @@ from transformers import (
     Gemma3ForConditionalGeneration,
 )
 
-from lora_cli.weights import merge
+from lora_cli.model.base import skeleton
+from lora_cli.weights import inventory, merge
+from lora_cli.weights.provenance import trace
 
 ALL_LINEAR = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -1047,10 +1049,10 @@ def test_an_embedding_that_peft_saves_by_itself_is_quantized(
 
 @pytest.mark.parametrize("more", [False, True])
 def test_a_base_may_store_other_names_and_more_than_the_model_has(
-    more: bool, tiny_llama: Path, tmp_path: Path, lora: Any
+    more: bool, tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gemma 3's layers are language_model.model's in the file, and model.language_model's when they are loaded; layers
-    that predict further words are stored and not loaded."""
+    that predict further words are stored and not loaded. The model is laid out once to tell if the adapter fits."""
     folder = tmp_path / "base"
     if more:
         folder = in_dtype(tiny_llama, torch.float32, folder)
@@ -1065,6 +1067,10 @@ def test_a_base_may_store_other_names_and_more_than_the_model_has(
     adapter = make_adapter("llama", folder, tmp_path / "adapter", target_modules=["q_proj"])
     if not more:
         assert "language_model.model.layers.0.self_attn.q_proj.weight" in weights_of(folder)
+    laid_out: list[Any] = []
+    monkeypatch.setattr(inventory, "skeleton", lambda config: laid_out.append(config) or skeleton(config))
+    trace(adapter)
+    assert len(laid_out) == 1
     done(lora("merge", adapter, "--out", tmp_path / "merged"))
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     wanted = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().state_dict()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,11 +83,14 @@ def stored_layers(folder: Path) -> dict[str, Target] | None:
     return layers
 
 
-def check_adapter(folder: Path, base: Path | None, other_kinds: bool = False) -> None:
+def check_adapter(
+    folder: Path, base: Path | None, other_kinds: bool = False, in_model: Callable[[], list[Fault]] | None = None
+) -> None:
     """Raises UserError, by tensor, when a LoRA adapter's tensors do not fit the base's layers or are missing.
 
     PEFT loads such an adapter without a word and the result is the bare base. Without a ``base`` what the adapter's own
     files tell is checked alone. Of ``other_kinds``, refused if they are not expected, only the numbers are looked at.
+    ``in_model`` is ``faults_in_model`` of these two, for who asks more than once.
     """
     config = read_adapter_config(folder)
     if config["peft_type"] != "LORA" and other_kinds:
@@ -108,13 +111,21 @@ def check_adapter(folder: Path, base: Path | None, other_kinds: bool = False) ->
         for kind in sorted({"A", "B"} - set(found))
     ]
     if base is not None and not faults:
-        faults += _misfits_of_base(folder, base, config, halves)
+        faults += _misfits_of_base(folder, base, config, halves, in_model or (lambda: faults_in_model(folder, base)))
     faults += _unexpected(config, folder, halves)
     if not any(".lora_" in name for name in read_headers([folder / ADAPTER_WEIGHTS])):
         faults.append(Fault("the adapter holds no LoRA tensors", str(folder)))
     if faults:
         raise misfit(faults)
     _check_finite(folder)
+
+
+def faults_in_model(folder: Path, base: Path) -> list[Fault]:
+    """What is wrong with an adapter's tensors, by the base's model, which is slow to make. Raises UserError when the
+    base itself lacks tensors."""
+    from lora_cli.weights.inventory import adapter_faults  # with torch and PEFT
+
+    return adapter_faults(folder, base)
 
 
 def misfit(faults: Sequence[Fault]) -> UserError:
@@ -206,7 +217,11 @@ def check_given_once(adapters: Iterable[Path]) -> None:
 
 
 def _misfits_of_base(
-    folder: Path, base: Path, config: dict[str, Any], halves: dict[str, dict[str, tuple[int, ...]]]
+    folder: Path,
+    base: Path,
+    config: dict[str, Any],
+    halves: dict[str, dict[str, tuple[int, ...]]],
+    in_model: Callable[[], list[Fault]],
 ) -> list[Fault]:
     """What does not fit the layers that the base stores. They may have other names than the model's, and be more than
     it takes, which the model itself tells; it is slow to make, and asked only where that may be all that is wrong."""
@@ -220,15 +235,8 @@ def _misfits_of_base(
         if not any(adapted == name or adapted.endswith(f".{name}") for adapted in halves)
     ]
     faults = misfits + missing
-    if faults and (not misfits or {_in_a_layer(name) for name in halves} & {_in_a_layer(name) for name in layers}):
-        from lora_cli.weights.inventory import check_adapter_tensors
-
-        try:
-            check_adapter_tensors(folder, base)
-        except UserError:
-            return faults
-        return []
-    return faults
+    may_fit = not misfits or {_in_a_layer(name) for name in halves} & {_in_a_layer(name) for name in layers}
+    return [] if faults and may_fit and not in_model() else faults
 
 
 def _in_a_layer(name: str) -> str:

@@ -15,8 +15,8 @@ from lora_cli.errors import Fault, UserError
 from lora_cli.model.adapters import resize_words
 from lora_cli.model.base import WRONG_VALUES, load_config, skeleton
 from lora_cli.model.files import stored_quantization
-from lora_cli.weights.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX
-from lora_cli.weights.check import SHOWN, misfit
+from lora_cli.weights.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, read_adapter_config
+from lora_cli.weights.check import SHOWN
 from lora_cli.weights.experts import converters_of, joins_experts, sources_of
 from lora_cli.weights.shards import read_headers, weight_files
 
@@ -26,9 +26,16 @@ if TYPE_CHECKING:
 Shapes = dict[str, tuple[int, ...]]
 
 
-def check_base_tensors(base: Path) -> None:
-    """Raises UserError, by tensor, when a base lacks tensors of its model: Transformers makes them up."""
+def adapter_faults(folder: Path, base: Path) -> list[Fault]:
+    """What is wrong with an adapter's tensors, as the base's model takes them; of other kinds than LoRA that is not
+    known. Raises UserError, by tensor, when the base itself lacks some."""
     bare = skeleton(load_config(base))
+    _check_base_tensors(base, bare)  # before it is adapted
+    return _adapter_faults(folder, bare) if read_adapter_config(folder)["peft_type"] == "LORA" else []
+
+
+def _check_base_tensors(base: Path, bare: PreTrainedModel) -> None:
+    """Raises UserError, by tensor, when a base lacks tensors of its model: Transformers makes them up."""
     if stored_quantization(base) or any(len(each.target_patterns) > 1 for each in converters_of(bare)):
         return  # whose stored names do not tell
     sources = sources_of(bare, read_headers(weight_files(base)))
@@ -58,10 +65,9 @@ def _missing_experts(bare: PreTrainedModel, sources: Mapping[str, Mapping[str, s
                 yield f"{wanted - len(stored)} of the {wanted} tensors that {name} is made of are missing"
 
 
-def check_adapter_tensors(folder: Path, base: Path) -> None:
-    """Raises UserError, by tensor, when a LoRA adapter's file lacks some that its configuration speaks of, has others,
-    or of other shapes than its base takes."""
-    bare = skeleton(load_config(base))
+def _adapter_faults(folder: Path, bare: PreTrainedModel) -> list[Fault]:
+    """The tensors that a LoRA adapter's file lacks of those its configuration speaks of, has beside them, or of other
+    shapes than its base takes. ``bare`` is adapted."""
     resize_words(bare, folder)
     kept = _kept(bare)
     wanted = _wanted(folder, bare)
@@ -75,8 +81,7 @@ def check_adapter_tensors(folder: Path, base: Path) -> None:
             faults.append(Fault(f"tensor {name} is none that {ADAPTER_CONFIG} speaks of", place))
         elif shape != right:
             faults.append(Fault(f"tensor {name} has shape {list(shape)}, expected {list(right)}", place))
-    if faults:
-        raise misfit(faults)
+    return faults
 
 
 def _plain(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ from lora_cli.model.files import locate
 from lora_cli.recipe.explain import dotted_keys
 from lora_cli.recipe.schema import Recipe
 from lora_cli.weights.adapter_config import read_adapter_config
-from lora_cli.weights.check import check_adapter, is_plainly_whole
+from lora_cli.weights.check import check_adapter, faults_in_model, is_plainly_whole, misfit
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.shards import check_whole
 
@@ -104,14 +105,11 @@ def now() -> str:
 def _checked(folder: Path, base: Path, name: str, other_kinds: bool) -> AdapterOrigin:
     check_whole(base)
     check_base(folder, base)
-    check_adapter(folder, base, other_kinds)
+    in_model = functools.cache(lambda: faults_in_model(folder, base))
+    check_adapter(folder, base, other_kinds, in_model)
     is_lora = read_adapter_config(folder)["peft_type"] == "LORA"
-    if not (is_lora and is_plainly_whole(folder, base)):
-        from lora_cli.weights.inventory import check_adapter_tensors, check_base_tensors
-
-        check_base_tensors(base)
-        if is_lora:
-            check_adapter_tensors(folder, base)
+    if not (is_lora and is_plainly_whole(folder, base)) and (faults := in_model()):
+        raise misfit(faults)
     return AdapterOrigin(folder, base, name, recipe_of(folder), read_record(folder).get("dtype"))
 
 
