@@ -15,18 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import ParamWrapper
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from lora_cli.weights.products import Factors, Place, scaling_of
 from lora_cli.weights.shards import TensorInfo, read_tensor
+from lora_cli.weights.stored_names import converters_of, sources_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -137,22 +130,6 @@ def find_experts(
             products[stored] = ExpertProduct(parameter.name, parts, scaling, count, turned, expert, rows, read_part)
     stems = frozenset(parameter.stem for parameter in parameters)
     return Found(products, stems)
-
-
-def converters_of(bare: PreTrainedModel) -> list[WeightConverter]:
-    """How Transformers makes a model's tensors of stored ones that are not the same."""
-    return [each for each in get_model_conversion_mapping(bare) if isinstance(each, WeightConverter)]
-
-
-def sources_of(bare: PreTrainedModel, headers: Mapping[str, TensorInfo]) -> dict[str, dict[str, str | None]]:
-    """The stored tensors that each of the model's is made of, with the pattern of a converter that each goes by."""
-    renamings = [each for each in get_model_conversion_mapping(bare) if isinstance(each, WeightRenaming)]
-    converters, known, prefix = converters_of(bare), bare.state_dict(), bare.base_model_prefix
-    sources: dict[str, dict[str, str | None]] = {}
-    for stored in sorted(headers, key=dot_natural_key):
-        name, pattern = rename_source_key(stored, renamings, converters, prefix, known)
-        sources.setdefault(name, {})[stored] = pattern
-    return sources
 
 
 def _parameters(folder: Path, bare: PreTrainedModel) -> Iterator[_Parameter]:

@@ -17,8 +17,9 @@ from lora_cli.model.base import WRONG_VALUES, load_config, skeleton
 from lora_cli.model.files import stored_quantization
 from lora_cli.weights.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, read_adapter_config
 from lora_cli.weights.check import SHOWN
-from lora_cli.weights.experts import converters_of, joins_experts, sources_of
+from lora_cli.weights.experts import joins_experts
 from lora_cli.weights.shards import read_headers, weight_files
+from lora_cli.weights.stored_names import converters_of, sources_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,6 +21,7 @@ from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.check import check_weights
 from lora_cli.weights.codes import PARTS, encode
 from lora_cli.weights.provenance import PROVENANCE
+from lora_cli.weights.quantize_in_memory import quantize_in_memory
 from lora_cli.weights.quantized_layers import LayerError, check_skip, layer_error, quantized_skeleton
 from lora_cli.weights.shards import DTYPES as TYPES
 from lora_cli.weights.shards import MAX_SHARD, check_finite, check_out, read_headers, weight_files, whole_folder
@@ -131,8 +132,6 @@ def write_quantized(
         settings.llm_int8_skip_modules = sorted({*default, *skip})
     names = model_names(bare, source.headers)
     if names is None:
-        from lora_cli.weights.quantize_in_memory import quantize_in_memory  # with PEFT, which the others do without
-
         return quantize_in_memory(source, bare, out, quantization, dtype, settings, max_shard)
     if source.words is not None:
         bare.config.vocab_size = source.words

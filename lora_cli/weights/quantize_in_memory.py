@@ -14,16 +14,16 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.model.base import best_device, load_base
 from lora_cli.model.linear4bit import expand
 from lora_cli.recipe.schema import Model, Quantization
-from lora_cli.weights.experts import sources_of
 from lora_cli.weights.quantized_layers import LayerError, layer_error
 from lora_cli.weights.shards import check_finite
 from lora_cli.weights.stored_model import Source
+from lora_cli.weights.stored_names import sources_of
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 Sources = Mapping[str, Mapping[str, str | None]]
-"""The stored tensors that each of a model's is made of, as ``experts.sources_of`` finds them."""
+"""The stored tensors that each of a model's is made of, as ``sources_of`` finds them."""
 
 
 def quantize_in_memory(

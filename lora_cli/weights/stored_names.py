@@ -1,12 +1,13 @@
-"""Which of a model's tensors each stored one is, where these are the model's as they are."""
+"""Which stored tensors a model's are, or are made of: Transformers says it, as it does when it loads them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from lora_cli.weights.shards import TensorInfo, read_tensor
 
@@ -55,3 +56,19 @@ def _renamed_head(bare: PreTrainedModel, headers: dict[str, TensorInfo]) -> dict
 
 def _is_same(headers: dict[str, TensorInfo], one: str, other: str) -> bool:
     return torch.equal(read_tensor(headers[one], one), read_tensor(headers[other], other))
+
+
+def converters_of(bare: PreTrainedModel) -> list[WeightConverter]:
+    """How Transformers makes a model's tensors of stored ones that are not the same."""
+    return [each for each in get_model_conversion_mapping(bare) if isinstance(each, WeightConverter)]
+
+
+def sources_of(bare: PreTrainedModel, headers: Mapping[str, TensorInfo]) -> dict[str, dict[str, str | None]]:
+    """The stored tensors that each of the model's is made of, with the pattern of a converter that each goes by."""
+    renamings = [each for each in get_model_conversion_mapping(bare) if isinstance(each, WeightRenaming)]
+    converters, known, prefix = converters_of(bare), bare.state_dict(), bare.base_model_prefix
+    sources: dict[str, dict[str, str | None]] = {}
+    for stored in sorted(headers, key=dot_natural_key):
+        name, pattern = rename_source_key(stored, renamings, converters, prefix, known)
+        sources.setdefault(name, {})[stored] = pattern
+    return sources
