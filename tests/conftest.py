@@ -157,6 +157,21 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 
 @pytest.fixture
+def joined(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    """An HRM of one layer of each kind, whose projections are stored in one tensor, and loaded each by itself."""
+    import torch
+    from transformers import HrmTextConfig, HrmTextForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "max_position_embeddings": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+    config = HrmTextConfig(vocab_size=len(tokenizer), **sizes, **heads)
+    HrmTextForCausalLM(config).save_pretrained(tmp_path / "joined")
+    tokenizer.save_pretrained(tmp_path / "joined")
+    return tmp_path / "joined"
+
+
+@pytest.fixture
 def qa_file(tmp_path: Path) -> Path:
     """24 rows of question and answer, of very different lengths."""
     path = tmp_path / "qa.jsonl"

@@ -251,3 +251,18 @@ def test_weights_that_are_no_numbers_are_refused(
     result = lora("train", write_recipe({"model.name_or_path": base, "quantization.method": "int8"}))
     assert result.exit_code == 2
     assert "model.layers.1.mlp.up_proj.weight" in result.stderr and not (tmp_path / "run").exists()
+
+
+def test_what_could_not_be_loaded_again_is_quantized_at_load(
+    joined: Path, quantized: Any, write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    changes = {"model.name_or_path": joined, "adapter.target_modules": "all-linear", "data.max_length": 32}
+    run, _ = quantized("run", changes)
+    assert not kept_in(run)
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_cli.training.setup.kept_base", lambda *_: None)
+        plain, _ = quantized("plain", changes)
+    assert run.losses == plain.losses and run.adapter_bytes == plain.adapter_bytes
+    streamed = {"training.output_dir": tmp_path / "streamed", "training.stream_base": True}
+    result = lora("train", write_recipe(changes | streamed | {"quantization": {"method": "nf4"}}))
+    assert result.exit_code == 3 and "is not kept for the next run: its layers are stored joined" in result.stderr

@@ -15,8 +15,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    HrmTextConfig,
-    HrmTextForCausalLM,
     NemotronHConfig,
     NemotronHForCausalLM,
 )
@@ -239,15 +237,6 @@ def renamed(tokenizer: Any, tmp_path: Path) -> Path:
     return tmp_path / "renamed"
 
 
-@pytest.fixture
-def joined(tokenizer: Any, tmp_path: Path) -> Path:
-    """An HRM of one layer of each kind, whose projections are stored in one tensor."""
-    config = HrmTextConfig(vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=64, **SIZES)
-    HrmTextForCausalLM(config).save_pretrained(tmp_path / "joined")
-    tokenizer.save_pretrained(tmp_path / "joined")
-    return tmp_path / "joined"
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_errors_of_layers_that_are_stored_by_another_name(
     renamed: Path, method: str, tmp_path: Path, lora: Any
@@ -276,7 +265,6 @@ def test_text_report_where_no_error_is_known(
     [
         ("renamed", "backbone.layers.0.mixer.q_proj.weight"),
         ("renamed", "backbone.norm_f.weight"),
-        ("joined", "model.L_module.layers.0.attn.gqkv_proj.weight"),
     ],
 )
 def test_what_is_no_number_by_another_name(
@@ -314,6 +302,28 @@ def test_a_weight_too_large_for_8_bits(
     result = lora("quantize", folder, "--out", tmp_path / "out", "--method", "int8")
     assert result.exit_code == 2
     assert name in result.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_that_could_not_be_loaded_again(joined: Path, method: str, tmp_path: Path, lora: Any) -> None:
+    """Transformers saves HRM's projections joined, and so it does with codes and their scales."""
+    flags = ["--method", method, "--out", tmp_path / "out"]
+    result = lora("quantize", joined, *flags)
+    hint = "--skip gate_proj,k_proj,q_proj,up_proj,v_proj"
+    assert result.exit_code == 2 and "could not be loaded again" in result.stderr and hint in result.stderr
+    result = lora("quantize", joined, *flags, "--skip", "gate_proj,k_proj,q_proj,up_proj")
+    assert result.exit_code == 2 and "self_attn.v_proj and 1 more" in result.stderr and hint in result.stderr
+    assert not (tmp_path / "out").exists()
+
+    report = done(lora("quantize", joined, *flags, *hint.split(), "--json")).json
+    assert {layer.rpartition(".")[2] for layer in report["layers"]} == {"o_proj", "down_proj"}
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        found, wanted = (
+            each(torch.arange(8)[None]).logits for each in (model, AutoModelForCausalLM.from_pretrained(joined))
+        )
+    assert (found - wanted).norm() < 0.2 * wanted.norm()
 
 
 def test_a_missing_tokenizer_is_told_before_anything_is_quantized(

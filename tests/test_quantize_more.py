@@ -148,6 +148,26 @@ def test_skipped_modules_stay_as_they_are(
     assert found["model.layers.0.self_attn.o_proj.weight"].dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("base_name", "skip", "told"),
+    [("joined", [], "could not be loaded again"), ("tiny_llama", ["--skip", "q_prj"], "did you mean 'q_proj'?")],
+)
+def test_what_cannot_be_quantized_is_told_before_a_model_is_merged(
+    base_name: str,
+    skip: list[str],
+    told: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    lora: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = request.getfixturevalue(base_name)
+    adapter = make_adapter(base, tmp_path / "adapter", "loha", target_modules=["q_proj"])
+    monkeypatch.setattr("lora_cli.weights.quantize_merged.merge", None)
+    result = lora("quantize", adapter, "--out", tmp_path / "out", *skip)
+    assert result.exit_code == 2 and told in result.stderr and not (tmp_path / "out").exists()
+
+
 def test_a_tied_head_stays_when_others_are_skipped(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
     done(lora("quantize", tiny_gpt2, "--out", tmp_path / "out", "--skip", "c_fc"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

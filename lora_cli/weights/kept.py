@@ -22,10 +22,13 @@ import torch
 
 from lora_cli import __version__
 from lora_cli.errors import RunError
+from lora_cli.model.base import load_config, skeleton
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.quantize import write_quantized
-from lora_cli.weights.shards import weight_files, whole_folder
+from lora_cli.weights.quantized_layers import quantized_layers
+from lora_cli.weights.shards import read_headers, weight_files, whole_folder
 from lora_cli.weights.stored_model import stored_model
+from lora_cli.weights.stored_names import unstorable
 
 SUMS = "sha256.json"
 SHARD = 10**9  # bytes: several files, so that their sums are taken at once
@@ -55,12 +58,16 @@ def find_kept(cache: Path, name: str) -> Path | None:
 def keep(base: Path, folder: Path, quantization: Quantization, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
     """Write the base, quantized, to ``folder``, in place of a damaged one.
 
-    Raises UserError for weights that are missing or no numbers; RunError when there is no room.
+    Raises UserError for weights that are missing or no numbers; RunError when there is no room, and when what would be
+    written could not be loaded again.
     """
     needed = sum(file.stat().st_size for file in weight_files(base))  # unquantized: the run needs room of its own
     free = shutil.disk_usage(next(place for place in folder.absolute().parents if place.is_dir())).free
     if free < needed:
         raise RunError(f"{needed:,} bytes are wanted, {free:,} are free", str(folder))
+    bare = skeleton(load_config(base))
+    if unstorable(bare, read_headers(weight_files(base)), quantized_layers(bare, quantization)):
+        raise RunError("its layers are stored joined or split, and quantized so could not be loaded again", str(base))
     with _made_anew(folder, needed) as draft:
         write_quantized(stored_model(base), draft, quantization, dtype, compute_dtype, max_shard=SHARD)
         (draft / SUMS).write_text(json.dumps(_sums(draft)), encoding="utf-8")

@@ -164,9 +164,10 @@ def find_sums(
         return None
     if quantization is None:
         return Sums({**headers, **changes.untied}, changes, None, {}, seen, dtype)
+    from lora_cli.model.base import load_config, skeleton
     from lora_cli.weights.quantized_layers import quantized_layers
 
-    layers = quantized_layers(base, quantization)
+    layers = quantized_layers(skeleton(load_config(base)), quantization)
     found = {stored_name(f"{layer}.weight", headers): turned for layer, turned in layers.items()}
     expanded = {name: turned for name, turned in found.items() if name is not None}
     if len(expanded) < len(layers):

@@ -22,7 +22,7 @@ from lora_cli.weights.check import check_weights
 from lora_cli.weights.codes import PARTS, encode
 from lora_cli.weights.provenance import PROVENANCE
 from lora_cli.weights.quantize_in_memory import quantize_in_memory
-from lora_cli.weights.quantized_layers import LayerError, check_skip, layer_error, quantized_skeleton
+from lora_cli.weights.quantized_layers import LayerError, check_layers, layer_error, replace_layers
 from lora_cli.weights.shards import DTYPES as TYPES
 from lora_cli.weights.shards import MAX_SHARD, check_finite, check_out, read_headers, weight_files, whole_folder
 from lora_cli.weights.stored_model import Source
@@ -63,15 +63,15 @@ def quantize(
 
     ``check`` is given the whole folder before it stands at ``out``, which it does not when that raises.
 
-    Raises UserError when it is quantized already, its weights are damaged or no numbers, it has no tokenizer, a name in
-    ``skip`` is no layer's, or ``out`` will not do.
+    Raises UserError when it is quantized already, its weights are damaged or no numbers, its layers could not be loaded
+    again, it has no tokenizer, a name in ``skip`` is no layer's, or ``out`` will not do.
     """
     folder, adapter = source.folder, source.adapter
     check_out(out)
     check_quantizable(folder)
     bare = skeleton(load_config(folder))
     check_weights(folder, bare)
-    check_skip(folder, quantization, skip)
+    check_layers(folder, quantization, skip)
     with_tokenizer = adapter if adapter and (adapter / "tokenizer_config.json").is_file() else folder
     tokenizer = load_tokenizer(with_tokenizer)
     dtype, compute_dtype = _loaded_dtype(folder, bare), DTYPES[quantization.compute_dtype]
@@ -135,7 +135,7 @@ def write_quantized(
         return quantize_in_memory(source, bare, out, quantization, dtype, settings, max_shard)
     if source.words is not None:
         bare.config.vocab_size = source.words
-    turned = quantized_skeleton(bare, settings)
+    turned = replace_layers(bare, settings)
     bare.config.dtype, bare.config.quantization_config = dtype, settings
     bare.config.architectures = [type(bare).__name__]
     bare.config.save_pretrained(str(out))

@@ -12,6 +12,7 @@ from lora_cli.weights.drafts import draft_folder
 from lora_cli.weights.merge import common_quantization, find_sums, merge
 from lora_cli.weights.provenance import AdapterOrigin
 from lora_cli.weights.quantize import Quantized, is_streamed, quantize
+from lora_cli.weights.quantized_layers import check_layers
 from lora_cli.weights.shards import MAX_SHARD, check_out, read_headers, stored_dtype, weight_files
 from lora_cli.weights.stored_model import Source, stored_model
 
@@ -35,6 +36,7 @@ def quantize_merged(
     seen = getattr(torch, origin.dtype) if origin.dtype else stored_dtype(headers)
     sums = find_sums([origin], headers, common_quantization([origin]), seen, None)
     if sums is None or not is_streamed(origin.base):
+        check_layers(origin.base, quantization, skip)  # which merging may take long to come to
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         with draft_folder(out.absolute()) as place:
             merged = place / "merged"

@@ -19,7 +19,8 @@ from lora_cli.errors import UserError, did_you_mean
 from lora_cli.model.base import bitsandbytes_config, load_config, skeleton
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.codes import roundtrip
-from lora_cli.weights.shards import TensorInfo
+from lora_cli.weights.shards import TensorInfo, read_headers, weight_files
+from lora_cli.weights.stored_names import unstorable
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -33,13 +34,14 @@ class LayerError:
     relative: float
 
 
-def quantized_layers(folder: Path, quantization: Quantization) -> dict[str, bool]:
-    """The layers of a model that Transformers quantizes, and whether their weight lies turned, as (in, out)."""
-    return quantized_skeleton(skeleton(load_config(folder)), bitsandbytes_config(quantization, torch.device("cpu")))
+def quantized_layers(bare: PreTrainedModel, quantization: Quantization) -> dict[str, bool]:
+    """The layers of a model that Transformers quantizes, which are replaced, and whether their weight lies turned, as
+    (in, out)."""
+    return replace_layers(bare, bitsandbytes_config(quantization, torch.device("cpu")))
 
 
-def quantized_skeleton(bare: PreTrainedModel, settings: BitsAndBytesConfig) -> dict[str, bool]:
-    """Replace the layers that Transformers quantizes, in place; their names, and whether their weight lies turned."""
+def replace_layers(bare: PreTrainedModel, settings: BitsAndBytesConfig) -> dict[str, bool]:
+    """``quantized_layers`` of these settings, which may leave some out."""
     quantizer = AutoHfQuantizer.from_config(settings)
     quantizer.preprocess_model(model=bare, device_map=None)
     return {
@@ -49,9 +51,11 @@ def quantized_skeleton(bare: PreTrainedModel, settings: BitsAndBytesConfig) -> d
     }
 
 
-def check_skip(folder: Path, quantization: Quantization, skip: Sequence[str]) -> None:
-    """Raises UserError for a name that none of the layers to quantize has, and when no layer is left."""
-    layers = list(quantized_layers(folder, quantization))
+def check_layers(folder: Path, quantization: Quantization, skip: Sequence[str]) -> None:
+    """Raises UserError for a name in ``skip`` that none of the layers to quantize has, when no layer is left, and when
+    those left could not be loaded again."""
+    bare = skeleton(load_config(folder))
+    layers = list(quantized_layers(bare, quantization))
     ends = sorted({layer.rpartition(".")[2] for layer in layers})
     for name in skip:
         try:
@@ -61,8 +65,15 @@ def check_skip(folder: Path, quantization: Quantization, skip: Sequence[str]) ->
                 )
         except re.error as error:
             raise UserError(f"--skip {name}: neither a name nor a regular expression: {error}") from error
-    if not any(should_convert_module(layer, list(skip)) for layer in layers):
+    left = [layer for layer in layers if should_convert_module(layer, list(skip))]
+    if not left:
         raise UserError("no layer is left to quantize", str(folder), "skip fewer" if skip else None)
+    lost = unstorable(bare, read_headers(weight_files(folder)), left)
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        what = f"stored joined or split, and quantized so could not be loaded again: {lost[0]}{more}"
+        names = ",".join(sorted({*skip, *(layer.rpartition(".")[2] for layer in lost)}))
+        raise UserError(what, str(folder), f"leave them as they are: --skip {names}")
 
 
 def layer_error(layer: str, error: float, size: float, stored: str, info: TensorInfo) -> LayerError:
@@ -77,8 +88,7 @@ def expand_quantized(model: PreTrainedModel, quantization: Quantization, dtype: 
 
     ``dtype`` is the type they were quantized from. Transformers itself says which layers those are.
     """
-    settings = bitsandbytes_config(quantization, torch.device("cpu"))
-    for name, turned in quantized_skeleton(skeleton(model.config), settings).items():
+    for name, turned in quantized_layers(skeleton(model.config), quantization).items():
         parameter = model.get_parameter(f"{name}.weight")
         weight = (parameter.data.T if turned else parameter.data).to(dtype).contiguous()
         expanded = roundtrip(weight, quantization)

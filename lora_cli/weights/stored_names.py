@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -72,3 +72,11 @@ def sources_of(bare: PreTrainedModel, headers: Mapping[str, TensorInfo]) -> dict
         name, pattern = rename_source_key(stored, renamings, converters, prefix, known)
         sources.setdefault(name, {})[stored] = pattern
     return sources
+
+
+def unstorable(bare: PreTrainedModel, headers: Mapping[str, TensorInfo], layers: Iterable[str]) -> list[str]:
+    """Those of the layers whose weights Transformers makes of others in loading. In saving it would make one tensor of
+    their codes again, as if these were weights, and one of their scales, and could load neither."""
+    used = {pattern for found in sources_of(bare, headers).values() for pattern in found.values()}
+    back = [each.reverse_transform() for each in converters_of(bare) if used & {*each.source_patterns}]
+    return [layer for layer in layers if any(each.rename_source_key(f"{layer}.weight")[1] for each in back)]
