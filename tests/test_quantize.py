@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from lora_cli.model.linear4bit import compute_right, expand
+from lora_cli.weights.shards import TensorInfo, read_tensor
 
 LINEAR = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -260,30 +261,29 @@ def test_text_report_where_no_error_is_known(
     assert "nf4" in result.stdout and "relative error" not in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("base_name", "name"),
-    [
-        ("renamed", "backbone.layers.0.mixer.q_proj.weight"),
-        ("renamed", "backbone.norm_f.weight"),
-    ],
-)
-def test_what_is_no_number_by_another_name(
-    base_name: str,
-    name: str,
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
-    lora: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Told by the stored name, before the model is loaded."""
-    folder = request.getfixturevalue(base_name)
-    weights = weights_of(folder)
+@pytest.mark.parametrize("name", ["backbone.layers.0.mixer.q_proj.weight", "backbone.norm_f.weight"])
+def test_what_is_no_number_by_another_name(name: str, renamed: Path, tmp_path: Path, lora: Any) -> None:
+    """Told by the stored name."""
+    weights = weights_of(renamed)
     weights[name].view(-1)[5] = float("nan")
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    monkeypatch.setattr("lora_cli.weights.quantize_in_memory.load_base", None)
-    result = lora("quantize", folder, "--out", tmp_path / "out")
+    save_file(weights, renamed / "model.safetensors", {"format": "pt"})
+    result = lora("quantize", renamed, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert f"tensor {name} holds NaN" in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_beside_loading_what_is_quantized_is_read_once(
+    renamed: Path, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+
+    def read(info: TensorInfo, name: str) -> torch.Tensor:
+        reads.append(name)
+        return read_tensor(info, name)
+
+    monkeypatch.setattr("lora_cli.weights.stored_model.read_tensor", read)
+    done(lora("quantize", renamed, "--out", tmp_path / "out"))
+    assert sorted(reads) == sorted(name for name in weights_of(renamed) if "_proj" in name)
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,14 @@ def test_experts_that_transformers_joins(tiny_llama: Path, method: str, tmp_path
     assert len(report["layers"]) == 4
     same_as_transformers(base, tmp_path / "out", method, True, tmp_path / "plain")
 
+    weights = tensors_of(base)
+    name = next(name for name in weights if name.endswith("experts.1.w2.weight"))
+    weights[name][3, 3] = float("inf")
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    result = lora("quantize", base, "--out", tmp_path / "none", "--method", method)
+    assert result.exit_code == 2 and f"tensor {name} holds NaN or infinity" in result.stderr
+    assert not (tmp_path / "none").exists()
+
 
 @pytest.mark.parametrize(("method", "double_quant"), CASES)
 @pytest.mark.parametrize("shape", [(1100, 1001), (1049, 1001), (2048, 1024), (3, 5)])
