@@ -71,8 +71,8 @@ def check_foldable(folder: Path) -> None:
 def check_init(folder: Path) -> None:
     """Raises UserError when a LoRA adapter is for another base than the one it names, which PEFT cannot make again."""
     config = read_adapter_config(folder)
-    start = _start(config)
-    if config["peft_type"] == "LORA" and start not in (*KEPT_BASE, *MADE_AGAIN):
+    if config["peft_type"] == "LORA" and not keeps_base(config) and not is_relative(config):
+        start = config["init_lora_weights"]
         what = f"the adapter is to be added to another base than the one it names (init_lora_weights: {start})"
         raise UserError(what, str(folder / ADAPTER_CONFIG), CONVERT)
 
