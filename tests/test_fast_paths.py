@@ -166,6 +166,21 @@ def test_an_architecture_gives_what_its_rows_give_one_at_a_time(kind: str) -> No
 
 
 @pytest.mark.parametrize(
+    ("name", "more", "left_out"),
+    [
+        ("Qwen2Moe", GROUPED | {"num_experts": 2}, {"shared_expert_gate", "lm_head"}),
+        ("Mamba", {**SMALL, "state_size": 4}, {"out_proj", "lm_head"}),
+    ],
+)
+def test_layers_that_are_not_adapted(name: str, more: dict[str, Any], left_out: set[str]) -> None:
+    """A gate of one number can have no rank, and PEFT refuses what Mamba's kernels read."""
+    model = build(name, more)
+    linear = {key for key, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert {key.rpartition(".")[2] for key in linear - linear_layers(model).keys()} == left_out
+    adapt(model, Adapter(r=2, target_modules="all-linear"), list(linear_layers(model)), fused=True)
+
+
+@pytest.mark.parametrize(
     ("name", "more"),
     [
         ("Olmo", {"clip_qkv": 0.5}),

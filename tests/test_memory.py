@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import Run
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3nTextConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_cli.model.memory import activation_bytes, asked_bytes, free_bytes, is_out_of_memory, total_bytes
 from lora_cli.training.batch_size import recompute_activations
@@ -148,6 +148,12 @@ def test_a_small_llamas_backward_pass_takes_what_is_estimated(
     measured = max(args["Total Allocated"] for _, args in memory) - before
     whole = activation_bytes(config, 4 * 128, 0, 4, checkpointing)
     assert whole - activation_bytes(config, 0, 0, 4, checkpointing) == pytest.approx(measured, rel=0.15)
+
+
+def test_a_width_for_each_layer_counts_as_the_largest() -> None:
+    configs = (Gemma3nTextConfig(num_hidden_layers=3, intermediate_size=sizes) for sizes in ([7, 99, 8], [99, 99, 99]))
+    first, second = (activation_bytes(config, 9, 9, 2) for config in configs)
+    assert first == second
 
 
 def wide_llama(folder: Path, tokenizer: Any, width: int, layers: int) -> Path:

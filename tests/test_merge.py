@@ -604,7 +604,8 @@ def test_other_kinds_peft_merges(kind: Any, tiny_llama: Path, tmp_path: Path, lo
 def test_biases_for_layers_without_one_are_refused(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
     adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter", lora_bias=True)
     result = lora("merge", adapter, "--out", tmp_path / "merged")
-    assert result.exit_code == 2 and "PEFT does not merge this adapter: Impossible to merge" in result.stderr, result.stderr
+    assert result.exit_code == 2, result.stderr
+    assert "PEFT does not merge this adapter: Impossible to merge" in result.stderr
     assert not (tmp_path / "merged").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -19,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from lora_cli.errors import UserError
 from lora_cli.model.base import has_units_for
 from lora_cli.recipe.load import load_recipe
-from lora_cli.training import checkpoint
+from lora_cli.training import checkpoint, hidden_states
 from lora_cli.training.display import Display
 from lora_cli.training.run import RunFolder
+from lora_cli.weights.drafts import draft_folder
 
 EVERYTHING_RANDOM = {
     "adapter.lora_dropout": 0.2,
@@ -138,6 +140,40 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint(
     assert resumed.adapter_bytes == whole.adapter_bytes
     assert resumed.checkpoints == [1, 2, 3, 4]
     assert not list((cut / "checkpoints").glob(".*"))
+
+
+def test_a_checkpoint_that_cannot_be_read_at_the_moment_is_not_given_up(
+    train: Callable[..., Run], lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk on the network, say, that is gone for a moment."""
+    run = train()
+    before, read_bytes = files_of(run), Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path.name == "state.json":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read_bytes(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing)
+        result = lora("train", run.folder / "recipe.yaml", "training.max_steps=5", "--resume")
+    assert result.exit_code == 3
+    assert "the system refused: Input/output error" in result.stderr and "beginning again" not in result.stderr
+    kept = {
+        path: held for path, held in files_of(run).items() if "checkpoints" in path.parts or path.suffix == ".jsonl"
+    }
+    assert kept.items() <= before.items() and len(kept) > 4
+    done(lora("train", run.folder / "recipe.yaml", "training.max_steps=5", "--resume"))
+    assert run.column("step") == [1, 2, 3, 4, 5]
+
+
+def test_a_draft_that_another_verb_is_writing_stays(train: Callable[..., Run], lora: Any) -> None:
+    run = train()
+    left = run.folder / ".merged.bcdefghi.draft"
+    left.mkdir()
+    with draft_folder(run.folder / "merged") as draft:
+        done(lora("train", run.folder / "recipe.yaml", "--resume"))
+        assert draft.is_dir() and not left.exists()
 
 
 STEP_2 = "checkpoints/step-00000002"
@@ -264,6 +300,24 @@ def test_resume_refuses_another_run_with_all_its_changes(
         assert told in result.stderr
     assert "max_steps" not in result.stderr and "loading" not in result.stderr
     assert files_of(run) == before
+
+
+@pytest.mark.parametrize("data", [{"packing": False}, {"packing": True, "shuffle": False}])
+def test_resume_refuses_batches_that_would_take_other_rows(
+    data: dict[str, Any], train: Callable[..., Run], lora: Any
+) -> None:
+    run = train({"data": data})
+    half = ["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=4"]
+    result = lora("train", run.folder / "recipe.yaml", *half, "training.max_steps=5", "--resume")
+    assert result.exit_code == 2
+    assert "per_device_train_batch_size was 2 and is now 1" in result.stderr
+
+
+def test_resume_takes_smaller_batches_in_the_files_order(train: Callable[..., Run], lora: Any) -> None:
+    whole, run = (train({"data": {"packing": False, "shuffle": False}, "training.max_steps": n}) for n in (6, 3))
+    half = ["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=4"]
+    done(lora("train", run.folder / "recipe.yaml", *half, "training.max_steps=6", "--resume"))
+    assert run.column("tokens") == whole.column("tokens")
 
 
 def test_resume_takes_over_what_it_can_and_says_so(train: Callable[..., Run], write_recipe: Any, lora: Any) -> None:
@@ -589,6 +643,45 @@ def test_a_step_that_turns_out_to_be_the_last_is_evaluated(
         assert f"| with this adapter | {told:.4f} |" in (run.folder / "adapter" / "README.md").read_text()
 
     done(lora("train", run.folder / "recipe.yaml", further, "--resume"))
+    assert run.lines("validation") == whole.lines("validation")
+    assert run.info["result"]["best"] == whole.info["result"]["best"]
+    assert run.adapter_bytes == whole.adapter_bytes
+
+
+@pytest.mark.parametrize(
+    ("stop", "number"), [(0, signal.SIGTERM), (2, signal.SIGHUP), (4, signal.SIGINT), (6, signal.SIGTERM)]
+)
+def test_an_evaluation_stops_and_is_made_again(
+    stop: int,
+    number: int,
+    worsening: dict[str, Any],
+    train: Callable[..., Run],
+    write_recipe: Any,
+    tmp_path: Path,
+    lora: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows to evaluate on may take longer than whoever sends the signal waits. Step 6 is the last."""
+    steps = {"max_steps": 6, "eval_steps": 2, "per_device_train_batch_size": 1, "load_best_model_at_end": True}
+    changes = changed(worsening, **steps)
+    whole, run = train(changes), Run(tmp_path / "stopped")
+    recipe = write_recipe(changed(changes, output_dir=run.folder), name="stopped.yaml")
+    batch_of, seen = hidden_states.batch_of, []
+
+    def batch(trainer: Any, part: str, rows: Any) -> Any:
+        seen.append(part)
+        if part == "validation" and seen.count("train") == 2 * stop and seen[-2:-1] != ["validation"]:
+            signal.raise_signal(number)
+        return batch_of(trainer, part, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hidden_states, "batch_of", batch)
+        result = lora("train", recipe)
+    assert result.exit_code == 128 + number, result.stderr
+    assert ("stopped before the first step" if stop == 0 else f"stopped after step {stop}, checkpoint") in result.stderr
+    assert seen[-2:] == (["train", "validation"] if stop else ["validation"])
+    assert stop == 0 or run.column("step", "validation") == list(range(0, stop, 2))
+    done(lora("train", recipe, "--resume"))
     assert run.lines("validation") == whole.lines("validation")
     assert run.info["result"]["best"] == whole.info["result"]["best"]
     assert run.adapter_bytes == whole.adapter_bytes

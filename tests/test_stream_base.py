@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import WIDTH
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_cli.errors import RunError
 from lora_cli.model.memory import activation_bytes
 from lora_cli.recipe.load import load_recipe
 from lora_cli.training import setup, step
+from lora_cli.training.display import Display
 from lora_cli.training.estimate import estimate, largest_batch
 from lora_cli.training.out_of_memory import out_of_memory
 from lora_cli.training.prepare import prepare
@@ -97,6 +99,30 @@ def test_a_streamed_base_trains_as_a_resident_one(
     assert losses[0] == losses[1]
     assert adapters[0] == adapters[1]
     assert held[1] < held[0] / 20
+
+
+@pytest.mark.parametrize("method", ["float32", "nf4"])
+def test_a_base_that_is_replaced_meanwhile_is_gone_on_with(
+    method: str, tiny_llama: Path, write_recipe: Any, lora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = []
+    for replaces in (False, True):
+        base, folder = tmp_path / f"base-{replaces}", tmp_path / f"run-{replaces}"
+        shutil.copytree(tiny_llama, base)
+
+        def advance(_: Any, step: int, replaces: bool = replaces, places: tuple[Path, ...] = (base, folder)) -> None:
+            if replaces and step == 1:
+                for file in [file for place in places for file in place.rglob("model*.safetensors")]:
+                    other = file.with_suffix(".new")
+                    save_file({name: torch.zeros_like(each) for name, each in load_file(file).items()}, other)
+                    other.replace(file)
+
+        changes = METHODS[method] | {"model.name_or_path": base, "training.output_dir": folder}
+        with monkeypatch.context() as patch:
+            patch.setattr(Display, "advance", advance)
+            done(lora("train", write_recipe(changes | {"training.stream_base": True})))
+        losses.append([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    assert losses[0] == losses[1]
 
 
 def test_weights_stored_in_another_type_are_converted_on_the_way(

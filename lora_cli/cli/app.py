@@ -43,7 +43,7 @@ app.add_typer(adapters.app, name="adapters")
 app.command("explain")(explain.command)
 
 
-_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP)
 _SHOWN = 12  # faults; more fill a screen
 _SECONDS_FOR_THE_FIRST = 30  # to tell what another process of the run has found, or suffered, as well
 
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except SystemExit as ended:
         if ended.code in _STOPPED:
-            typer.echo("stopped", err=True)
+            _say("stopped")
         return ended.code if isinstance(ended.code, int) else 0
     except OSError as error:
         if debug:
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, RuntimeError | MemoryError) and (lack := _lack_of_memory(error, given)) is not None:
             _tell(lack)
             return lack.exit_code
-        typer.echo(f"bug in lora: {type(error).__name__}: {error}\n  --debug shows where; please report it", err=True)
+        _say(f"bug in lora: {type(error).__name__}: {error}\n  --debug shows where; please report it")
         return 1
     return 0
 
@@ -174,10 +174,15 @@ def _tell(error: LoraError) -> None:
         # Another process tells the cause, or the same fault, and the launcher ends all of them once one has ended.
         time.sleep(_SECONDS_FOR_THE_FIRST)
     for fault in error.faults[:_SHOWN]:
-        typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-        typer.echo(str(fault), err=True)
+        _say(f"{typer.style('error: ', fg='red', bold=True)}{fault}")
     if (more := len(error.faults) - _SHOWN) > 0:
-        typer.echo(f"... and {more:,} more", err=True)
+        _say(f"... and {more:,} more")
+
+
+def _say(text: str) -> None:
+    """On stderr, if it still can be written: the exit code tells all the same."""
+    with suppress(OSError):
+        typer.echo(text, err=True)
 
 
 def run() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import psutil
 from rich.console import Console
@@ -18,11 +18,28 @@ from rich.table import Table
 from lora_cli.errors import unwritable
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Fall silent: that nobody reads any more is no reason to end a run, whose log goes on."""
-        self.quiet = True
-        silence(sys.stderr)
+class _Lasting:
+    """A stream that falls silent when it cannot be written: that its reader is gone, or its disk full, is no reason to
+    end a run, whose own log goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            silence(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            silence(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def silence(stream: TextIO) -> None:
@@ -41,7 +58,8 @@ class Display:
 
     def __init__(self, quiet: bool = False, silent: bool = False) -> None:
         self.quiet = quiet
-        self.console = _Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), quiet=silent)
+        stream = cast("TextIO", _Lasting(sys.stderr))
+        self.console = Console(file=stream, highlight=False, soft_wrap=not sys.stderr.isatty(), quiet=silent)
         self._log: Path | None = None
         self._progress: Progress | None = None
         self._task = TaskID(0)

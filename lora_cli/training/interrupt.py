@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM ask the loop to stop after its step; the second one stops at once."""
+"""SIGINT, SIGTERM and SIGHUP ask the loop to stop after its step; the second one stops at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Interrupt:
 
 @contextmanager
 def catch_signals() -> Iterator[Interrupt]:
-    """Turn the first SIGINT or SIGTERM into a note to be read between steps, as long as the block lasts."""
+    """Turn the first SIGINT, SIGTERM or SIGHUP (unless nohup has it ignored) into a note to be read between steps, as
+    long as the block lasts."""
     asked = Interrupt()
     if threading.current_thread() is not threading.main_thread():  # Python lets no other thread set handlers
         yield asked
@@ -30,7 +31,9 @@ def catch_signals() -> Iterator[Interrupt]:
         for kind, handler in before.items():
             signal.signal(kind, handler)
 
-    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
     for kind in before:
         signal.signal(kind, handle)
     try:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 
-from lora_cli.data.batches import Step
+from lora_cli.data.batches import Batch, Step
 from lora_cli.data.cache import prune, publish, withdraw
 from lora_cli.errors import Aftermath, Interrupted, RunError, UserError, is_lack_of_room, unwritable
 from lora_cli.evaluation.loss import Score, evaluation_groups, score, tally_loss
@@ -117,9 +117,9 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
         restored = restore(trainer) if job.resume else None
         if restored is None or is_unfinished(trainer, restored):
             hidden_states.compute(trainer, interrupt)
-        progress = restored or start(trainer)
+        progress = restored or start(trainer, interrupt)
         with display.steps(progress.step, trainer.total_steps):
-            progress = evaluate_reached(trainer, run_steps(trainer, progress, interrupt))
+            progress = evaluate_reached(trainer, run_steps(trainer, progress, interrupt), interrupt)
 
     adapter_step = choose_weights(trainer, progress)
     result = result_record(trainer, progress, adapter_step, time.perf_counter() - began)
@@ -193,12 +193,15 @@ def start_trackers(trainer: Trainer) -> None:
         trainer.accelerator.init_trackers("lora", config=flat)
 
 
-def start(trainer: Trainer) -> Progress:
+def start(trainer: Trainer, interrupt: Interrupt) -> Progress:
     """Step 0: the base measured on the validation rows, when there are any."""
     if trainer.job.validation is None:
         return Progress()
     with unwrap(trainer).disable_adapter():
-        score = validate(trainer)
+        score = validate(trainer, interrupt)
+    if score is None:
+        number = highest(interrupt.number, trainer.accelerator)
+        raise Interrupted("stopped before the first step", number, "--resume begins it again")
     check_finite(trainer, 0, loss_of_the_base=score.loss)
     log_score(trainer, 0, 0.0, score)
     return Progress(evaluated_step=0, base_loss=score.loss, validation_loss=score.loss, validation_tokens=score.tokens)
@@ -209,8 +212,13 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Pro
     training = trainer.job.recipe.training
     rate = learning_rate_at(training, trainer.optimizer, trainer.total_steps)
     clock = Clock()
-    read_at, unread = 0.0, []
+    read_at = 0.0
+    unread: list[tuple[Step, torch.Tensor]] = []
     waits = waits_each_step(trainer)
+    if was_stopped_in_evaluation(trainer, progress):
+        reached = next(trainer.schedule.steps(progress.step - 1))
+        progress = evaluate_step(trainer, reached, progress, clock, interrupt)
+        progress = end_step(trainer, reached, progress, unread, interrupt)
     for step in remaining(trainer, progress):
         outcome = take_step(trainer, step, rate(step.number))
         unread.append((step, outcome))
@@ -225,21 +233,37 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Pro
             log_step(trainer, step, outcome, rate(step.number), clock)
         trainer.display.advance(step.number)
         if evaluates:
-            progress = evaluate_step(trainer, step, progress, clock)
-        stop_early = has_converged(trainer, progress)
-        asked_to_stop = highest(interrupt.number, trainer.accelerator)
-        is_best = progress.best_step == step.number and keeps_best(training)
-        if last or stop_early or asked_to_stop or is_best or due(step.number, training.save_steps):
-            progress = read(trainer, unread, progress)
-            check_finite(trainer, step.number, weight_norm=weight_norm(trainer))
-            save(trainer, progress)
-        if asked_to_stop and not last and not stop_early:
-            hint = "the same command with --resume goes on from there"
-            raise Interrupted(f"stopped after step {step.number}, checkpoint written", asked_to_stop, hint)
-        if stop_early:
-            trainer.display.note(f"stopping early: best validation loss was at step {progress.best_step}")
+            progress = evaluate_step(trainer, step, progress, clock, interrupt)
+        progress = end_step(trainer, step, progress, unread, interrupt)
+        if has_converged(trainer, progress):
             break
     return progress
+
+
+def end_step(
+    trainer: Trainer, step: Step, progress: Progress, unread: list[tuple[Step, torch.Tensor]], interrupt: Interrupt
+) -> Progress:
+    """Save when it is due. Raises Interrupted when a signal asks to stop and the run has not come to its end."""
+    training = trainer.job.recipe.training
+    last = step.number == trainer.total_steps
+    stop_early = has_converged(trainer, progress)
+    asked_to_stop = highest(interrupt.number, trainer.accelerator)
+    is_best = progress.best_step == step.number and keeps_best(training)
+    if last or stop_early or asked_to_stop or is_best or due(step.number, training.save_steps):
+        progress = read(trainer, unread, progress)
+        check_finite(trainer, step.number, weight_norm=weight_norm(trainer))
+        save(trainer, progress)
+    if asked_to_stop and not stop_early and not (last and is_evaluated(trainer, progress)):
+        raise stopped_after(step.number, asked_to_stop)
+    if stop_early:
+        trainer.display.note(f"stopping early: best validation loss was at step {progress.best_step}")
+    return progress
+
+
+def stopped_after(step: int, signal_number: int) -> Interrupted:
+    """What to raise once the step's checkpoint is written."""
+    hint = "the same command with --resume goes on from there"
+    return Interrupted(f"stopped after step {step}, checkpoint written", signal_number, hint)
 
 
 def read(trainer: Trainer, unread: list[tuple[Step, torch.Tensor]], progress: Progress) -> Progress:
@@ -251,11 +275,14 @@ def read(trainer: Trainer, unread: list[tuple[Step, torch.Tensor]], progress: Pr
     return progress
 
 
-def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock) -> Progress:
-    """Measure the validation rows, log the score and note whether it is the best so far."""
+def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock, interrupt: Interrupt) -> Progress:
+    """Measure the validation rows, log the score and note whether it is the best so far; nothing of it when a signal
+    asks to stop meanwhile."""
     began = time.perf_counter()
-    score = validate(trainer)
+    score = validate(trainer, interrupt)
     clock.leave_out(time.perf_counter() - began)
+    if score is None:
+        return progress
     check_finite(trainer, step.number, validation_loss=score.loss)
     log_score(trainer, step.number, step.epoch, score)
     progress = replace(progress, evaluated_step=step.number, validation_loss=score.loss, validation_tokens=score.tokens)
@@ -264,25 +291,48 @@ def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock
     return replace(progress, evaluations_since_best=progress.evaluations_since_best + 1)
 
 
-def evaluate_reached(trainer: Trainer, progress: Progress) -> Progress:
+def evaluate_reached(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Progress:
     """Evaluate the step reached, unless it has been: a run resumed may have no step left that would do it."""
-    if trainer.job.validation is None or progress.evaluated_step == progress.step:
+    if is_evaluated(trainer, progress):
         return progress
     reached = next(trainer.schedule.steps(progress.step - 1))
-    return evaluate_step(trainer, reached, progress, Clock())
+    progress = evaluate_step(trainer, reached, progress, Clock(), interrupt)
+    if not is_evaluated(trainer, progress):
+        raise stopped_after(progress.step, highest(interrupt.number, trainer.accelerator))
+    return progress
 
 
-def validate(trainer: Trainer) -> Score:
-    """Loss on the validation rows with the model as it is, each row counted once over all processes."""
+def is_evaluated(trainer: Trainer, progress: Progress) -> bool:
+    """Whether there is nothing to evaluate after the step reached."""
+    return trainer.job.validation is None or progress.evaluated_step == progress.step
+
+
+def was_stopped_in_evaluation(trainer: Trainer, progress: Progress) -> bool:
+    """Whether the step that the run goes on from was to be evaluated before the next, and has not been."""
+    eval_steps = trainer.job.recipe.training.eval_steps
+    return progress.step > 0 and due(progress.step, eval_steps) and not is_evaluated(trainer, progress)
+
+
+def validate(trainer: Trainer, interrupt: Interrupt) -> Score | None:
+    """Loss on the validation rows with the model as it is, each row counted once over all processes; None when a signal
+    asks to stop meanwhile."""
     job, training = trainer.job, trainer.job.recipe.training
     assert job.validation is not None
     groups = evaluation_groups(
         job.validation, training.batch_size, job.max_length, trainer.packing, trainer.schedule.bounds
     )
-    mine = own_share(groups, trainer.accelerator)
-    batches = ((hidden_states.batch_of(trainer, "validation", rows), weight) for rows, weight in mine)
-    tally = tally_loss(trainer.model, batches, trainer.accelerator.device, trainer.head, trainer.below)
-    return score(summed(tally, trainer.accelerator))
+    asked_to_stop = 0
+
+    def batches() -> Iterator[tuple[Batch, float]]:
+        nonlocal asked_to_stop
+        for rows, weight in own_share(groups, trainer.accelerator):
+            yield hidden_states.batch_of(trainer, "validation", rows), weight
+            asked_to_stop = highest(interrupt.number, trainer.accelerator)
+            if asked_to_stop:
+                return
+
+    tally = tally_loss(trainer.model, batches(), trainer.accelerator.device, trainer.head, trainer.below)
+    return None if asked_to_stop else score(summed(tally, trainer.accelerator))
 
 
 def log_step(trainer: Trainer, step: Step, outcome: torch.Tensor, learning_rate: float, clock: Clock) -> None:
