@@ -154,3 +154,14 @@ def eval_of_rows_without_a_name(w: World) -> Arguments:
 @case("--resume", "--overwrite", "exclude each other")
 def resume_and_overwrite_with_processes(w: World) -> Arguments:
     return w.train({}, "--resume", "--overwrite", "--num-processes", "2")
+
+
+@case("--seed is not for --method cat", "it is for dare_ties, dare_linear")
+def seed_of_an_exact_sum(w: World) -> Arguments:
+    w.run()
+    return ["adapters", "compose", "run=1", "run/adapter=1", "--seed", "3", "--out", "out"]
+
+
+@case("--no-double-quant", "for --method nf4 and fp4")
+def scales_of_8_bits(w: World) -> Arguments:
+    return ["quantize", w.gpt2, "--method", "int8", "--no-double-quant", "--out", "out"]

@@ -148,11 +148,6 @@ def sharded_8bit_optimizer(w: World) -> Arguments:
     return w.train({"training.fsdp": True, "training.optim": "adamw_8bit"})
 
 
-@case("zero.json", "training.deepspeed", "zero_optimization")
-def deepspeed_file_that_is_missing(w: World) -> Arguments:
-    return w.train({"training.deepspeed": "zero.json"})
-
-
 @case("zero.json", "training.deepspeed")
 def deepspeed_file_that_is_no_json(w: World) -> Arguments:
     return w.train({"training.deepspeed": w.file("zero.json", "zero: 2")})
@@ -171,6 +166,11 @@ def deepspeed_of_an_unknown_stage(w: World) -> Arguments:
 @case("zero.json", "training.deepspeed", "stage")
 def deepspeed_of_a_stage_in_words(w: World) -> Arguments:
     return w.train({"training.deepspeed": w.file("zero.json", json.dumps({"zero_optimization": {"stage": "two"}}))})
+
+
+@case("zero.json", "training.deepspeed: cannot be read: No such file")
+def deepspeed_of_no_file(w: World) -> Arguments:
+    return w.train({"training.deepspeed": "zero.json"})
 
 
 def zero_that_says(w: World, zero: Any = None, **more: Any) -> Arguments:

@@ -373,6 +373,11 @@ def eval_of_missing_rows(w: World) -> Arguments:
     return ["eval", w.gpt2, "--data", "missing.jsonl"]
 
 
+@case("runs/typo", "no such model folder")
+def eval_of_nothing(w: World) -> Arguments:
+    return ["eval", "runs/typo"]
+
+
 @case("nothing to measure on", "--data")
 def eval_without_rows(w: World) -> Arguments:
     return ["eval", w.gpt2]

@@ -119,7 +119,7 @@ def test_copies_and_leaks_agree_with_counting_tuples(
 ) -> None:
     def made(rows: list[list[tuple[int, bool]]]) -> Examples:
         pieces = [(np.asarray([i for i, _ in r], np.int32), np.asarray([m for _, m in r]), 0) for r in rows]
-        return join_pieces(pieces, "text")
+        return join_pieces(pieces, ("text",))
 
     whole = made(train)
     report = audit(whole, Fitted(whole, len(whole), 0, 0), made(held_out), tokenizer, 0)

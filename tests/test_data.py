@@ -396,12 +396,16 @@ def test_a_source_of_no_known_format_is_told_once_and_the_others_are_read(tmp_pa
 def test_windows_are_for_text_alone(tokenizer: Any, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", {"text": "Rivers carry salt from the rocks down to it. " * 9})
     write_jsonl(tmp_path / "b.jsonl", QA)
-    alone, both = (
-        tokenize(Data(train=train), sources_of(train), tokenizer)
-        for train in (str(tmp_path / "a.jsonl"), (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")))
+    texts, others = (str(tmp_path / name) for name in ("a.jsonl", "b.jsonl"))
+    text, other, both = (
+        cut_for_evaluation(tokenize(Data(train=train), sources_of(train), tokenizer), 8, "rows")
+        for train in (texts, others, (others, texts, others))
     )
-    assert len(cut_for_evaluation(alone, 20, "rows")) > 5
-    assert len(cut_for_evaluation(both, 20, "rows")) == 2
+    assert len(text) > 5 and len(other) == 1 and len(both) == len(text) + 2
+    assert both.supervised_per_row.sum() == text.supervised_per_row.sum() + 2 * other.supervised_per_row.sum()
+    for index, (part, row) in enumerate([(other, 0), *((text, row) for row in range(len(text))), (other, 0)]):
+        assert all(np.array_equal(*pair) for pair in zip(both.row(index), part.row(row), strict=True))
+    assert both.format == "prompt_completion+text"
 
 
 def test_a_system_turn_that_is_there_wins_over_the_column() -> None:
@@ -555,7 +559,7 @@ def test_fit_and_select_agree_with_lists(
         (np.asarray([i for i, _ in r], np.int32), np.asarray([m for _, m in r], np.bool_), n)
         for n, r in enumerate(rows)
     ]
-    examples = join_pieces(pieces, "text")
+    examples = join_pieces(pieces, ("text",))
     picked = [index for index in chosen if index < len(rows)]
     assert lists(examples.select(picked)) == [(rows[index], index) for index in picked]
     wanted = [(row[:max_length], n) for n, row in enumerate(rows) if any(m for _, m in row[:max_length])]
@@ -797,7 +801,7 @@ def test_evaluation_takes_each_row_once(lengths: list[int], packing: bool) -> No
     total = int(sizes.sum())
     ids, mask = np.zeros(total, np.int32), np.ones(total, np.bool_)
     source = np.zeros(len(sizes), np.int32)
-    examples = end_to_end(Flat(ids, mask, np.concatenate(([0], sizes.cumsum()))), source, "text")
+    examples = end_to_end(Flat(ids, mask, np.concatenate(([0], sizes.cumsum()))), source, ("text",))
     batches = evaluation_groups(examples, 3, 16, packing, ())
     assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
     if packing:
@@ -870,7 +874,7 @@ def test_rows_are_gone_through_a_chunk_at_a_time(lengths: list[int], data: st.Da
     draw = np.random.default_rng(1)
     rows = [(draw.integers(0, 99, n).astype(np.int32), draw.integers(0, 2, n) > 0, 0) for n in lengths]
     chosen = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=60))
-    examples = join_pieces(rows, "text").select(chosen)
+    examples = join_pieces(rows, ("text",) * 9).select(chosen)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lora_cli.data.examples.CHUNK", 32)
         flats = list(examples.chunks())
@@ -880,13 +884,13 @@ def test_rows_are_gone_through_a_chunk_at_a_time(lengths: list[int], data: st.Da
     assert flat(flat_.supervised.tolist() for flat_ in flats) == flat(rows[row][1].tolist() for row in chosen)
     assert flat(np.diff(flat_.offsets).tolist() for flat_ in flats) == [lengths[row] for row in chosen]
     assert counts.tolist() == [int(rows[row][1].sum()) for row in chosen]
-    assert print_ == join_pieces([rows[row] for row in chosen], "text").fingerprint
+    assert print_ == join_pieces([rows[row] for row in chosen], ("text",) * 9).fingerprint
 
 
 def test_a_share_is_held_out() -> None:
     ids = np.arange(20, dtype=np.int32)
     flat = Flat(ids, np.ones(20, np.bool_), np.arange(21, dtype=np.int64))
-    examples = end_to_end(flat, np.zeros(20, np.int32), "text")
+    examples = end_to_end(flat, np.zeros(20, np.int32), ("text",))
     train, held = split_validation(examples, 0.25, 3)
     assert (len(train), len(held)) == (15, 5)
     assert sorted([*train.flat().ids, *held.flat().ids]) == list(range(20))

@@ -718,7 +718,7 @@ def test_longrope_has_no_row_beside_one_that_turns_its_positions(packing: bool) 
     ids, lengths = torch.cat(rows).numpy(), np.array([len(row) for row in rows])
     offsets = np.concatenate(([0], lengths.cumsum()))
     flat = Flat(ids, ~np.isin(np.arange(len(ids)), offsets), offsets)
-    examples = end_to_end(flat, np.zeros(len(rows), np.int32), "text")
+    examples = end_to_end(flat, np.zeros(len(rows), np.int32), ("text",))
     in_order, drawn = (
         Schedule(lengths, lengths, examples.source, (1.0,), 0, shuffle, 3, 32, packing, 1, tuple(bounds))
         for shuffle in (False, True)

@@ -132,7 +132,7 @@ def held_still(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]) -> None:
         (("h.1.attn.c_attn.lora_B",), {"training.weight_decay": 0.1}),  # A decays: the update is nothing all the same
         (("h.1.attn.c_attn.lora_",), {"adapter.use_dora": True}),
         (("h.1.attn.c_attn",), {"adapter.init_from": "first/adapter"}),
-        (("",), {"adapter.init_from": "first/adapter"}),
+        (("",), {"adapter.init_from": "first"}),
     ],
     ids=["lora", "B alone", "dora", "continued", "continued, all"],
 )

@@ -701,6 +701,15 @@ def test_faults_point_to_the_file_that_holds_the_key() -> None:
     assert [each.where for each in found] == ["r.yaml:3:15", "sub/root.yaml:8:3", "sub/root.yaml:9:6"]
 
 
+def test_an_empty_mapping_takes_away_the_columns_of_the_base() -> None:
+    Path("a.yaml").write_text(MINIMAL.replace("data:\n", "data:\n  columns: {prompt: ask, completion: reply}\n"))
+    Path("b.yaml").write_text("base: a.yaml\ndata: {columns: {}}\n")
+    kept = load_recipe("a.yaml")
+    assert load_recipe("a.yaml", ["data.columns={prompt: q}"]).data.columns == {"prompt": "q", "completion": "reply"}
+    assert load_recipe("a.yaml", ["data.columns={}"]).data.columns == {} == load_recipe("b.yaml").data.columns
+    assert load_recipe("a.yaml", ["data={}", "adapter={}"]) == kept
+
+
 def test_a_base_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_TEST_BASE", "root.yaml")
     Path("root.yaml").write_text(MINIMAL)

@@ -287,9 +287,9 @@ def test_resume_refuses_another_run_with_all_its_changes(
     assert result.exit_code == 2
     for told in (
         f"model.name_or_path was {run.info['base']['name_or_path']!r} and is now {str(tiny_llama)!r}",
-        "quantization.method was None and is now 'nf4'",
+        "quantization.method was null and is now 'nf4'",
         "adapter.r was 4 and is now 2",
-        "data.shuffle was True and is now False",
+        "data.shuffle was true and is now false",
         f"data.train was {str(qa_file)!r} and is now {str(qa_file.with_name('other.jsonl'))!r}",
         "training.learning_rate was 0.005 and is now 0.1",
         "training.seed was 42 and is now 7",
@@ -328,10 +328,10 @@ def test_resume_takes_over_what_it_can_and_says_so(train: Callable[..., Run], wr
     result = done(lora("train", write_recipe({"training": changes}), "--resume"))
     for told in (
         "--resume: training.num_train_epochs was 1.0 and is now 2.0",
-        "--resume: training.save_steps was None and is now 2",
-        "--resume: training.save_total_limit was 2 and is now None",
+        "--resume: training.save_steps was null and is now 2",
+        "--resume: training.save_total_limit was 2 and is now null",
         "--resume: training.logging_steps was 1 and is now 3",
-        "--resume: training.gradient_checkpointing was auto and is now True",
+        "--resume: training.gradient_checkpointing was 'auto' and is now true",
         "the cosine schedule now ends at step 12, not 6: from here on the learning rate is another",
     ):
         assert told in result.stderr

@@ -109,7 +109,7 @@ def compose_command(
         float | None,
         typer.Option("--density", help="ties, dare, magnitude_prune: share of numbers kept."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="dare: seed of what is dropped.")] = 42,
+    seed: Annotated[int | None, typer.Option("--seed", help="dare: seed of what is dropped; else 42.")] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

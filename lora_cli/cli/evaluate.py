@@ -27,6 +27,7 @@ def command(
 ) -> None:
     """Measure perplexity, the base model beside the adapter."""
     from lora_cli.cli import measure
+    from lora_cli.model.files import check_model_type, locate
     from lora_cli.training.run import newest_finished, unfinished
     from lora_cli.weights.adapter_config import check_init
     from lora_cli.weights.provenance import adapter_folder, read_record, recipe_of, trace
@@ -37,14 +38,14 @@ def command(
             typer.echo(f"evaluating the newest finished run: {target}", err=True)
     adapter = adapter_folder(Path(target))
     warnings = [unfinished(Path(target), adapter)]
+    if adapter is None:
+        check_model_type(locate(target))
     recipe = recipe_of(adapter or Path(target))
     section = measure.data_section(data, recipe)
     measure.check(section)
     if adapter is None:
-        from lora_cli.model.files import check_model_type, locate
         from lora_cli.weights.shards import check_whole
 
-        check_model_type(locate(target))
         base = locate(target, weights=True)
         check_whole(base)
     else:

@@ -33,8 +33,9 @@ def command(
     out: Annotated[Path, typer.Option("--out", help="The folder to write; must not exist.", show_default=False)],
     method: Annotated[Literal["nf4", "fp4", "int8"], typer.Option("--method", help="The type to store.")] = "nf4",
     double_quant: Annotated[
-        bool, typer.Option("--double-quant/--no-double-quant", help="4 bits: quantize the blocks' scales as well.")
-    ] = True,
+        bool | None,
+        typer.Option("--double-quant/--no-double-quant", help="4 bits: quantize the blocks' scales as well, or not."),
+    ] = None,
     skip: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,6 +57,9 @@ def command(
     from lora_cli.weights.provenance import recipe_of
     from lora_cli.weights.shards import bytes_of, check_out
 
+    if double_quant is not None and method == "int8":
+        raise UserError("--double-quant and --no-double-quant are for --method nf4 and fp4")
+    wanted = Quantization(method=method, double_quant=double_quant is not False)
     max_shard = bytes_of(max_shard_size)
     check_out(out)
     folder, origin = _find(target)
@@ -76,7 +80,7 @@ def command(
     keep_freed_memory()
     if not is_streamed(folder):
         typer.echo(WHOLE, err=True)
-    wanted, skipped = Quantization(method=method, double_quant=double_quant), _split(skip)
+    skipped = _split(skip)
     if origin is None:
         result = quantize(stored_model(folder), out, wanted, skipped, max_shard)
     else:

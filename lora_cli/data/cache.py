@@ -166,7 +166,7 @@ def _read(cache: Path, key: str) -> Tokenized | None:
         return None
     stated, offsets = json.loads(about), arrays["offsets"].copy()
     flat = Flat(store.ids, store.supervised, offsets)
-    examples = end_to_end(flat, arrays["source"].copy(), stated["format"], store.mappings)
+    examples = end_to_end(flat, arrays["source"].copy(), tuple(stated["formats"]), store.mappings)
     return Tokenized(examples, stated["bos_removed"])
 
 
@@ -194,7 +194,7 @@ def _write(cache: Path, part: Cached) -> Path:
     examples = part.tokenized.examples
     flat = examples.flat()
     arrays = {"ids": flat.ids, "supervised": flat.supervised, "offsets": flat.offsets, "source": examples.source}
-    about = json.dumps({"format": examples.format, "bos_removed": part.tokenized.bos_removed})
+    about = json.dumps({"formats": examples.formats, "bos_removed": part.tokenized.bos_removed})
     draft = cache / f".{part.key}.{uuid.uuid4().hex}"
     target = cache / f"{part.key}.safetensors"
     try:

@@ -52,8 +52,7 @@ class Examples:
     """Tokenized rows: from ``starts`` to ``ends`` (rows, int64) in a store that others may share.
 
     Never a row's first token is supervised, which nothing predicts. ``source`` (rows, int32) is the part of the mixture
-    a row is from, ``number`` (rows, int32) the row's place in it, counted from 0. ``format`` names the format; of a
-    mixture of several, all of them, joined by '+'.
+    a row is from, ``number`` (rows, int32) the row's place in it, counted from 0. ``formats`` names each part's format.
     """
 
     store: Store
@@ -61,7 +60,12 @@ class Examples:
     ends: Ints
     source: Tokens
     number: Tokens
-    format: str
+    formats: tuple[str, ...]
+
+    @property
+    def format(self) -> str:
+        """The format; of a mixture of several, all of them, joined by '+'."""
+        return "+".join(dict.fromkeys(self.formats))
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -126,11 +130,11 @@ class Examples:
             first = last
 
 
-def end_to_end(flat: Flat, source: Tokens, format_name: str, mappings: tuple[mmap.mmap, ...] = ()) -> Examples:
+def end_to_end(flat: Flat, source: Tokens, formats: tuple[str, ...], mappings: tuple[mmap.mmap, ...] = ()) -> Examples:
     """Examples of all rows of the sources, one source after the other, that lie so in memory or mapped."""
     store = Store(flat.ids, flat.supervised, mappings)
     number = (np.arange(len(source)) - np.searchsorted(source, source)).astype(np.int32)
-    return Examples(store, flat.offsets[:-1], flat.offsets[1:], source, number, format_name)
+    return Examples(store, flat.offsets[:-1], flat.offsets[1:], source, number, formats)
 
 
 def offsets_of(lengths: Ints) -> Ints:
@@ -148,14 +152,14 @@ Piece = tuple[Tokens, Mask, int]
 """A row's ids, its supervision and its source."""
 
 
-def join_pieces(pieces: Sequence[Piece], format_name: str) -> Examples:
+def join_pieces(pieces: Sequence[Piece], formats: tuple[str, ...]) -> Examples:
     """The rows, end to end."""
     flat = Flat(
         ids=np.concatenate([np.zeros(0, np.int32), *(ids for ids, _, _ in pieces)]),
         supervised=np.concatenate([np.zeros(0, np.bool_), *(mask for _, mask, _ in pieces)]),
         offsets=offsets_of(np.asarray([len(ids) for ids, _, _ in pieces], np.int64)),
     )
-    return end_to_end(flat, np.asarray([source for _, _, source in pieces], np.int32), format_name)
+    return end_to_end(flat, np.asarray([source for _, _, source in pieces], np.int32), formats)
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,8 @@ def fit(examples: Examples, max_length: int, what: str) -> Fitted:
 
 
 def sliding_windows(examples: Examples, max_length: int) -> Examples:
-    """Cut long rows into windows that overlap by half, each token supervised once, with what precedes it as context.
+    """Cut long rows of plain text into windows that overlap by half, each token supervised once, with what precedes it
+    as context; rows of other formats have their first ``max_length`` tokens, if one of these is supervised.
 
     This is how perplexity of plain text is measured; nothing is cut off.
     """
@@ -197,6 +202,8 @@ def sliding_windows(examples: Examples, max_length: int) -> Examples:
     pieces: list[Piece] = []
     for index in range(len(examples)):
         ids, mask = examples.row(index)
+        if examples.formats[examples.source[index]] != "text":
+            ids, mask = ids[:max_length], mask[:max_length]
         scored = 0
         for start in range(0, len(ids), stride):
             end = min(start + max_length, len(ids))
@@ -207,7 +214,7 @@ def sliding_windows(examples: Examples, max_length: int) -> Examples:
             scored = end
             if end == len(ids):
                 break
-    return join_pieces(pieces, examples.format)
+    return join_pieces(pieces, examples.formats)
 
 
 def check_ids(examples: Examples, vocabulary: int, where: str) -> None:
@@ -220,6 +227,6 @@ def check_ids(examples: Examples, vocabulary: int, where: str) -> None:
 
 def cut_for_evaluation(examples: Examples, max_length: int, what: str) -> Examples:
     """Plain text in sliding windows, anything else by its beginning, as in training. Raises UserError as fit does."""
-    if examples.format == "text" and len(windows := sliding_windows(examples, max_length)):
+    if "text" in examples.formats and len(windows := sliding_windows(examples, max_length)):
         return windows
     return fit(examples, max_length, what).examples  # which tells it when there are no windows

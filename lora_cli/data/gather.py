@@ -27,7 +27,7 @@ def gather(parts: Iterable[Examples], folder: Path | None) -> Examples:
     files: list[IO[bytes]] = []
     lengths: list[Ints] = [np.zeros(0, np.int64)]
     sources: list[Tokens] = [np.zeros(0, np.int32)]
-    formats: dict[str, None] = {}
+    formats: dict[int, str] = {}
     place = folder or Path(tempfile.gettempdir())
     waiting = 0
     try:
@@ -35,7 +35,7 @@ def gather(parts: Iterable[Examples], folder: Path | None) -> Examples:
             held.append(part)
             lengths.append(part.lengths)
             sources.append(part.source)
-            formats[part.format] = None
+            formats |= {index: part.formats[index] for index in np.unique(part.source).tolist()}
             waiting += part.tokens
             if waiting >= HELD:
                 _write(held, files, place)
@@ -47,7 +47,7 @@ def gather(parts: Iterable[Examples], folder: Path | None) -> Examples:
         for file in files:
             file.close()
     flat = Flat(store.ids, store.supervised, offsets_of(np.concatenate(lengths)))
-    return end_to_end(flat, np.concatenate(sources), "+".join(formats), store.mappings)
+    return end_to_end(flat, np.concatenate(sources), tuple(formats.values()), store.mappings)
 
 
 def _write(held: list[Examples], files: list[IO[bytes]], place: Path) -> None:

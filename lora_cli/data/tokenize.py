@@ -130,7 +130,8 @@ def encode_chunk(tokenizer: PreTrainedTokenizerBase, supervise_all: bool, chunk:
             ids, mask = _close(tokenizer.eos_token_id, ids, mask, segments)
         mask[:1] = False
         pieces.append((ids, mask, source))
-    return Tokenized(join_pieces(pieces, chunk.format), removed)
+    parts = 1 + max(source for _, _, source in pieces)
+    return Tokenized(join_pieces(pieces, (chunk.format,) * parts), removed)
 
 
 def _segments(tokenizer: PreTrainedTokenizerBase, content: Content, chunk: Chunk, where: str) -> tuple[Segment, ...]:

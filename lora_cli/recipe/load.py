@@ -182,12 +182,16 @@ def _without_headers(layer: Node) -> Node:
 
 
 def _merge(under: Node, over: Node) -> Node:
-    """``over`` on ``under``, mapping by mapping; every value keeps the place where it was written."""
+    """``over`` on ``under``, mapping by mapping; every value keeps the place where it was written.
+
+    An empty mapping that is a key's value, such as data.columns, takes away what its base has there.
+    """
     if not isinstance(under.value, dict) or not isinstance(over.value, dict):
         return over
     merged = dict(under.value)
     for name, node in over.value.items():
-        merged[name] = _merge(merged[name], node) if name in merged else node
+        clears = node.value == {} and name not in Recipe.model_fields
+        merged[name] = node if clears or name not in merged else _merge(merged[name], node)
     # What a section lacks is missing in the file, not in an override of another of its keys.
     return replace(over if over.place.line else under, value=merged)
 

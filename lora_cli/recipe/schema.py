@@ -86,7 +86,7 @@ class Adapter(Section):
     init_from: str | None = Field(
         None,
         min_length=1,
-        description="Folder of a LoRA or DoRA adapter of the same base whose weights training starts from.",
+        description="Run, or folder of a LoRA or DoRA adapter, of the same base whose weights training starts from.",
     )
 
 

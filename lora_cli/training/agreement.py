@@ -18,6 +18,7 @@ from lora_cli.errors import Fault, UserError
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.same_run import flat_keys
 from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS
+from lora_cli.weights.provenance import start_of
 
 PLACES = {
     "model.name_or_path",
@@ -54,7 +55,7 @@ def check_agreement(job: Prepared, accelerator: Accelerator, dtype: str) -> None
 def account(job: Prepared, dtype: str) -> Account:
     """What this process is about to train, in values of JSON."""
     recipe = job.recipe
-    deepspeed, start = recipe.training.deepspeed, recipe.adapter.init_from
+    deepspeed, start = recipe.training.deepspeed, start_of(recipe.adapter)
     return {
         **{key: value for key, value in flat_keys(recipe.model_dump(mode="json")).items() if key not in PLACES},
         "--resume": job.resume,
@@ -64,7 +65,7 @@ def account(job: Prepared, dtype: str) -> Account:
         "the validation rows' fingerprint": job.validation.fingerprint if job.validation else None,
         "the weights of data.train": [source.weight for source in sources_of(recipe.data.train)],
         "DeepSpeed's configuration": json.loads(Path(deepspeed).read_text(encoding="utf-8")) if deepspeed else None,
-        "the SHA-256 of adapter.init_from": _sum(Path(start, ADAPTER_WEIGHTS)) if start else None,
+        "the SHA-256 of adapter.init_from": _sum(start / ADAPTER_WEIGHTS) if start else None,
         "the version of lora": __version__,
         **{f"the version of {name}": version(name) for name in PACKAGES},
     }

@@ -262,7 +262,7 @@ def end_step(
 
 def stopped_after(step: int, signal_number: int) -> Interrupted:
     """What to raise once the step's checkpoint is written."""
-    hint = "the same command with --resume goes on from there"
+    hint = "the same command with --resume, and without --overwrite, goes on from there"
     return Interrupted(f"stopped after step {step}, checkpoint written", signal_number, hint)
 
 

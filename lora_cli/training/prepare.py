@@ -22,7 +22,7 @@ from lora_cli.training.same_run import as_begun
 from lora_cli.training.zero_config import config_faults
 from lora_cli.weights.check import check_adapter, check_start, check_weights, stored_layers
 from lora_cli.weights.fingerprint import fingerprint
-from lora_cli.weights.provenance import check_base
+from lora_cli.weights.provenance import check_base, start_of
 from lora_cli.weights.shards import check_whole
 
 if TYPE_CHECKING:
@@ -93,8 +93,9 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     check_weights(base, bare)
     digest = fingerprint(base)
     check_attention(config, recipe.model.attn_implementation, best_device())
-    if recipe.adapter.init_from is not None:
-        check_start(Path(recipe.adapter.init_from), recipe.adapter, [target.name for target in targets])
+    start = start_of(recipe.adapter)
+    if start is not None:
+        check_start(start, recipe.adapter, [target.name for target in targets])
 
     max_length = min(recipe.data.max_length, max_positions(config) or recipe.data.max_length)
     tokenized = _tokenized(recipe, tokenizer, folder.cache)
@@ -160,7 +161,9 @@ def _check_deepspeed(recipe: Recipe) -> list[Fault]:
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
         stage = config["zero_optimization"]["stage"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except OSError as error:
+        return [Fault(f"training.deepspeed: cannot be read: {error.strerror}", path, "name DeepSpeed's JSON file")]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         hint = 'it is a JSON file such as {"zero_optimization": {"stage": 2}}'
         return [Fault(f"training.deepspeed: names no stage of ZeRO: {error!r}", path, hint)]
     if stage not in (0, 1, 2, 3):
@@ -197,9 +200,10 @@ def _check_weights_without_torch(recipe: Recipe, base: Path) -> None:
         choose_targets(layers, wanted, recipe.adapter.r, recipe.adapter.layers_to_transform)
     elif layers is not None and isinstance(wanted, str):
         compile_pattern(wanted, layers)
-    if recipe.adapter.init_from is not None:
-        check_base(Path(recipe.adapter.init_from), base)
-        check_adapter(Path(recipe.adapter.init_from), base)
+    start = start_of(recipe.adapter)
+    if start is not None:
+        check_base(start, base)
+        check_adapter(start, base)
 
 
 def check_data(data: Data, every_column: bool = False) -> list[Fault]:

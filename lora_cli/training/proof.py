@@ -57,7 +57,10 @@ def prove(
         names = _some([layer.removeprefix(PEFT_PREFIX) for layer in still])
         what = f"{len(still)} of {layers} adapted layers are as they were before training: {names}"
         unused = "leave layers that the model does not use out of adapter.target_modules"
-        early = "the step they are of had learned nothing yet: raise training.learning_rate, or train for more steps"
+        early = (
+            "the step they are of had learned nothing yet: lower training.learning_rate when later evaluations were "
+            "worse, else raise it, or train for more steps"
+        )
         hint = f"{KEPT}; {unused if len(still) < layers else early}"
         raise RunError(what, where, hint)
     _check_logits(folder, where, model, stored, ids)

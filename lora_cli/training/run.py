@@ -15,7 +15,7 @@ from lora_cli.recipe.load import changed, dump_recipe, load_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.launched import process_count
 from lora_cli.training.lock import check_unlocked
-from lora_cli.training.same_run import MAY_CHANGE_TOGETHER, changed_keys, check_same_keys
+from lora_cli.training.same_run import MAY_CHANGE_TOGETHER, changed_keys, check_same_keys, told
 from lora_cli.weights.shards import check_writable, clear_drafts, set_aside, sync
 
 KINDS = {
@@ -157,17 +157,17 @@ class RunFolder:
     def go_on(self, recipe: Recipe, info: Mapping[str, Any]) -> list[str]:
         """Take the folder's run up again; returns what is to be said of changes to its recipe."""
         before, differing = self.read_info(), changed_keys(self.read_recipe(), recipe)
-        told = [f"--resume: {key} was {old} and is now {new}" for key, (old, new) in differing.items()]
+        changes = [f"--resume: {key} was {told(old)} and is now {told(new)}" for key, (old, new) in differing.items()]
         course = recipe.training.lr_scheduler_type
         if before["steps"] != info["steps"] and course != "constant":
-            told.append(
+            changes.append(
                 f"the {course} schedule now ends at step {info['steps']:,}, not {before['steps']:,}: from here on the "
                 "learning rate is another than in a run of one piece"
             )
         self._clear_drafts()
         self.write_info({**info, "started": before["started"]})
         self.write_recipe(recipe)
-        return told
+        return changes
 
     def _clear_drafts(self) -> None:
         """Remove what a killed process was writing."""

@@ -45,7 +45,7 @@ def check_same_keys(before: Recipe, began_on: int, recipe: Recipe, count: int, w
     differing = changed_keys(before, recipe)
     hint = "set it back, or begin a new run in another folder"
     faults = [
-        Fault(f"--resume: {key} was {old!r} and is now {new!r}", where, hint)
+        Fault(f"--resume: {key} was {told(old)} and is now {told(new)}", where, hint)
         for key, (old, new) in differing.items()
         if key not in MAY_CHANGE and not (same_steps and key in MAY_CHANGE_TOGETHER)
     ]
@@ -92,6 +92,13 @@ def changed_keys(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
     """The keys, dotted, whose values differ, each with both values."""
     old, new = flat_keys(before.model_dump()), flat_keys(now.model_dump())
     return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+
+
+def told(value: Any) -> str:
+    """A recipe's value for people, as it is written there."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def flat_keys(dumped: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from lora_cli.training.sharding import is_sharded, make_accelerator, prepare_mod
 from lora_cli.training.streaming import Sources, needs_streaming, put_away, stream
 from lora_cli.training.zero import is_zero
 from lora_cli.weights.kept import find_kept, keep, kept_name, take_over
+from lora_cli.weights.provenance import start_of
 from lora_cli.weights.shards import read_headers, stored_dtype, weight_files
 
 if TYPE_CHECKING:
@@ -147,9 +148,10 @@ def choose_packing(job: Prepared, base: PreTrainedModel, display: Display) -> bo
 def put_adapter(job: Prepared, base: PreTrainedModel, fused: bool) -> PeftModel:
     """The base with a new adapter on it, or with that of ``adapter.init_from``."""
     adapter, targets = job.recipe.adapter, [target.name for target in job.targets]
-    if adapter.init_from is None:
+    start = start_of(adapter)
+    if start is None:
         return adapt(base, adapter, targets, fused)
-    return continue_adapter(base, Path(adapter.init_from), adapter, targets, fused)
+    return continue_adapter(base, start, adapter, targets, fused)
 
 
 def load_frozen(

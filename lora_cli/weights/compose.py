@@ -34,6 +34,8 @@ from lora_cli.weights.products import Factors
 from lora_cli.weights.provenance import read_record, recipe_of
 from lora_cli.weights.shards import read_tensor, whole_folder
 
+SEED = 42
+"""Of what is dropped at random, when none is given."""
 NAME = "composed_{}"  # PEFT finds tensors by their adapter's name, which must not stand in a layer's
 
 
@@ -71,7 +73,7 @@ class Composition:
     method: str
     rank: int | None
     density: float | None
-    seed: int
+    seed: int | None
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,10 @@ def check_composition(how: Composition, adapters: Sequence[LoraAdapter]) -> None
     """Raises UserError when adapters cannot be composed so: they are of different bases, no plain LoRA, or the method
     takes other values."""
     method = METHODS[how.method]
-    for name, value, taken in (("--rank", how.rank, method.rank), ("--density", how.density, method.density)):
-        if value is not None and not taken:
-            able = ", ".join(each for each, takes in METHODS.items() if getattr(takes, name[2:]))
+    given = {"rank": ("--rank", how.rank), "density": ("--density", how.density), "random": ("--seed", how.seed)}
+    for taken, (name, value) in given.items():
+        if value is not None and not getattr(method, taken):
+            able = ", ".join(each for each, takes in METHODS.items() if getattr(takes, taken))
             raise UserError(f"{name} is not for --method {how.method}", hint=f"it is for {able}")
     if method.density and how.density is None:
         raise UserError(f"--method {how.method} needs --density", hint="the share of numbers to keep, such as 0.5")
@@ -145,10 +148,11 @@ def compose(adapters: Sequence[LoraAdapter], how: Composition, out: Path) -> Com
     embeddings = frozenset(
         layer for adapter in adapters for layer, product in adapter.products.items() if is_embedding(product)
     )
-    factors = _weighted(adapters, how, embeddings)
+    seed = SEED if how.seed is None else how.seed
+    factors = _weighted(adapters, how, seed, embeddings)
     first = adapters[0]
     parts = [source_record(adapter) | {"weight": weight} for adapter, weight in zip(adapters, how.weights, strict=True)]
-    by = {"by": "compose", "method": how.method, "rank": how.rank, "density": how.density, "seed": how.seed}
+    by = {"by": "compose", "method": how.method, "rank": how.rank, "density": how.density, "seed": seed}
     # Merging has to know which form of the base the parts were fitted to.
     kept = {key: read_record(first.folder)[key] for key in ("recipe", "dtype")} if _trained_on(first) else {}
     with whole_folder(out) as draft:
@@ -162,7 +166,9 @@ def compose(adapters: Sequence[LoraAdapter], how: Composition, out: Path) -> Com
     return Composed(out, how.method, len(factors), ranks, (out / ADAPTER_WEIGHTS).stat().st_size)
 
 
-def _weighted(adapters: Sequence[LoraAdapter], how: Composition, embeddings: frozenset[str]) -> dict[str, Factors]:
+def _weighted(
+    adapters: Sequence[LoraAdapter], how: Composition, seed: int, embeddings: frozenset[str]
+) -> dict[str, Factors]:
     """The composed factors by layer, with a scaling of 1."""
     model: PeftModel | None = None
     tree = _tree(adapters)
@@ -181,7 +187,7 @@ def _weighted(adapters: Sequence[LoraAdapter], how: Composition, embeddings: fro
     assert model is not None
     result = NAME.format("whole")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(how.seed)
+        torch.manual_seed(seed)
         model.add_weighted_adapter(
             names,
             list(how.weights),
