@@ -72,7 +72,8 @@ class CheckError(LoraError):
 
 
 class Interrupted(LoraError):
-    """The run was stopped by a signal, with a checkpoint written. Exit code 128 + the signal's number."""
+    """The run was stopped by a signal, with a checkpoint written once it has taken a step. Exit code 128 + the signal's
+    number."""
 
     def __init__(self, what: str, signal_number: int, hint: str | None = None) -> None:
         super().__init__(what, hint=hint)

@@ -194,6 +194,13 @@ def optional_column_of_another_name_in_some_rows(w: World) -> Arguments:
     return w.train({"data.columns": {"input": "context"}}, data=w.rows(row | {"context": "1"}, row | {"input": "2"}))
 
 
+@case("rows.jsonl:2", "no column 'functions', for which data.columns.tools stands, but one 'tools'")
+def tools_of_another_name_in_some_rows(w: World) -> Arguments:
+    talk = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    rows = w.rows(talk | {"functions": []}, talk | {"tools": [{"name": "weather"}]})
+    return w.train({"data.columns": {"tools": "functions"}, "model.name_or_path": w.llama}, data=rows)
+
+
 @case("more.jsonl: none of its rows is left to train on", "held out for validation, or max_length")
 def part_of_a_mixture_that_is_cut_away(w: World) -> Arguments:
     long = w.file("more.jsonl", json.dumps(ROW | {"question": "Why? " * 99}) + "\n")

@@ -100,6 +100,20 @@ def test_parquet(tmp_path: Path) -> None:
     assert columns_of(tmp_path / "rows.parquet") == rows
 
 
+def test_parquet_fills_no_objects(tmp_path: Path) -> None:
+    """Arrow gives all objects of a column the keys of any; a null of its own it has not."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows: list[dict[str, Any]] = [
+        {"calls": [{"arguments": {"city": "Pau"}}, {"arguments": {"zone": "Z"}}], "note": None},
+        {"calls": [{"arguments": {"city": None}}], "note": "x"},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    rows[1]["calls"][0]["arguments"] = {}
+    assert columns_of(str(tmp_path / "rows.parquet")) == rows
+
+
 def test_a_paragraph_of_a_text_file_is_a_row(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_bytes("\ufeff\n \nOnce upon\r\n  a time\r\n\t\r\n\r\nthere\u2028was\x0c\n\nA hill".encode())
@@ -171,10 +185,11 @@ def test_a_folder_has_what_its_links_lead_to_and_each_file_once(
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "data" / "a.jsonl", {"text": "a"})
     write_jsonl(tmp_path / "elsewhere" / "b.jsonl", {"text": "b"})
+    write_jsonl(tmp_path / "data" / "part-0.gz.jsonl", {"text": "c"})
     (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
-    assert columns_of("data") == [{"text": "a"}, {"text": "b"}]
-    assert columns_of("data/**/*.jsonl") == [{"text": "a"}, {"text": "b"}]
+    assert columns_of("data") == [{"text": "a"}, {"text": "b"}, {"text": "c"}]
+    assert columns_of("data/**/*.jsonl") == [{"text": "a"}, {"text": "b"}, {"text": "c"}]
 
 
 def test_hub_rows_take_the_split_and_name_the_row(tmp_path: Path) -> None:
@@ -862,7 +877,7 @@ def test_steps_windows_and_epochs() -> None:
     assert [step.supervised for step in steps] == [19, 8, 10, 19]
     assert (plain.total_steps(2, None), plain.total_steps(0.5, None), plain.total_steps(9, 4)) == (6, 2, 4)
     one_by_one = schedule(packing=False, batch_size=1, accumulation=1)
-    assert [one_by_one.total_steps(epochs, None) for epochs in (1.1, 1.15, 2.2, 3.2)] == [11, 12, 22, 32]
+    assert [one_by_one.total_steps(epochs, None) for epochs in (1.1, 1.15, 2.2, 3.2, 1e-9)] == [11, 12, 22, 32, 1]
     resumed = next(iter(plain.steps(start=3)))
     assert (resumed.number, resumed.epoch) == (4, 1.4)
     assert [rows.tolist() for rows in resumed.micro_batches] == [rows.tolist() for rows in steps[3].micro_batches]

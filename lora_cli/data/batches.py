@@ -201,7 +201,7 @@ class Schedule:
         total = sum(self.steps_in(epoch) for epoch in range(whole))
         if epochs > whole:
             total += math.ceil(round((epochs - whole) * self.steps_in(whole), 6))  # 1.1 - 1 is more than a tenth
-        return total
+        return max(1, total)
 
     def steps_in(self, epoch: int) -> int:
         """Optimizer steps of this pass over the data."""

@@ -53,16 +53,23 @@ class Columns:
             raise UserError(f"column '{column}' is null", self.row.where, self._seen())
         return value
 
+    def optional(self, name: str) -> Any:
+        """The column's value, None when it is missing.
+
+        Raises UserError when ``data.columns`` maps the name to another column, and the row has one of this name alone.
+        """
+        column = self.column(name)
+        if column is None and name in self.row.columns:
+            what = f"no column '{self.mapping[name]}', for which data.columns.{name} stands, but one '{name}'"
+            raise UserError(what, self.row.where, "give the column one name in all rows")
+        return None if column is None else self.row.columns[column]
+
     def text(self, name: str, default: str | None = None) -> str:
         """The column's text; ``default``, when there is one, for a column that is missing or null.
 
         Raises UserError when it is missing or null without a default, or no text.
         """
-        column = self.column(name)
-        if default is not None and (column is None or self.row.columns[column] is None):
-            if column is None and name in self.row.columns:  # then ``data.columns`` maps the name to another
-                what = f"no column '{self.mapping[name]}', for which data.columns.{name} stands, but one '{name}'"
-                raise UserError(what, self.row.where, "give the column one name in all rows")
+        if default is not None and self.optional(name) is None:
             return default
         value = self.value(name)
         if not isinstance(value, str):
@@ -106,8 +113,7 @@ def chat(row: Columns) -> Content:
     system = row.text("system", default="")
     if system and turns[0].role != "system":
         turns = (Message("system", system), *turns)
-    column = row.column("tools")
-    tools = () if column is None else read_tools(row.row.columns[column], f"{row.row.where}: {column}")
+    tools = read_tools(row.optional("tools"), f"{row.row.where}: {row.column('tools')}")
     return Conversation(turns, tools)
 
 

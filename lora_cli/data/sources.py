@@ -135,7 +135,7 @@ def _readable(found: list[Path], path: str) -> list[Path]:
     """The data files among these, sorted, each under one of its names. Raises UserError when there is none, or when
     others look to hold rows too."""
     files = sorted(each for each in found if each.is_file())
-    unread = [each for each in files if UNREAD_DATA & {suffix.lower() for suffix in each.suffixes}]
+    unread = [each for each in files if each.suffix.lower() in UNREAD_DATA]
     if unread:
         more = f" and {len(unread) - 1:,} more" if len(unread) > 1 else ""
         hint = f"types read: {', '.join(READERS)}; convert it, or name the others by a glob such as *.jsonl"
@@ -287,11 +287,23 @@ def _parquet(path: Path) -> Iterator[Record | Fault]:
             for batch in file.iter_batches():
                 for columns in batch.to_pylist():
                     number += 1
-                    yield f"{path} (row {number})", columns
+                    yield f"{path} (row {number})", _without_filling(columns)
     # OverflowError, ValueError, KeyError: a date or a time zone that Python has none for.
     except (pa.ArrowException, OSError, OverflowError, ValueError, KeyError) as error:
         what = f"not a readable Parquet file: {str(error).splitlines()[0]}"
         raise UserError(what, str(path), "copy or write it again") from error
+
+
+def _without_filling(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without the nulls that Arrow puts into objects for the keys that others in their column have: a chat
+    template would write them into a tool's call."""
+
+    def cleared(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cleared(inner) for key, inner in value.items() if inner is not None}
+        return [cleared(inner) for inner in value] if isinstance(value, list) else value
+
+    return {name: cleared(value) for name, value in columns.items()}
 
 
 def _text(path: Path) -> Iterator[Record | Fault]:
@@ -338,7 +350,7 @@ def hub_rows(name: str, split: str, streaming: bool = False) -> Iterator[Row]:
     try:
         rows = datasets.load_dataset(name, split=split, streaming=streaming)
         for number, columns in enumerate(rows, 1):
-            yield Row(columns, _hub_place(name, split, number))
+            yield Row(_without_filling(columns), _hub_place(name, split, number))
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         what = f"the data set could not be loaded from the hub: {str(error).splitlines()[0]}"
         raise UserError(what, name, "give a path that exists, or a hub id that can be reached from here") from error

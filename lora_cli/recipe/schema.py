@@ -134,7 +134,7 @@ class Data(Section):
         "as they stand), alpaca (instruction, input, output), chat (messages, conversations, or a prompt and "
         "completion as two turns; with tool_calls of the assistant and, beside them, tools, a list of JSON schemas or "
         "its text; through the tokenizer's chat template, which must write them), template. auto: by the columns of "
-        "each source's first row.",
+        "each source's first row, of several formats that which uses most of data.columns.",
     )
     columns: dict[str, str] = Field(
         {}, description="The row's column for each name the format uses, e.g. {prompt: question, completion: answer}."

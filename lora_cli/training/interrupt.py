@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP ask the loop to stop after its step; the second one stops at once."""
+"""SIGINT, SIGTERM and SIGHUP ask the loop to stop after its step; a second one stops at once, unless it is SIGHUP."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def catch_signals() -> Iterator[Interrupt]:
     def handle(number: int, _: FrameType | None) -> None:
         asked.number = number
         for kind, handler in before.items():
-            signal.signal(kind, handler)
+            # A shell that ends tells its jobs of it, and the system tells them once more.
+            signal.signal(kind, signal.SIG_IGN if kind == signal.SIGHUP else handler)
 
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     if before[signal.SIGHUP] is signal.SIG_IGN:

@@ -52,7 +52,7 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
     """Fine-tune what ``prepare`` has checked; returns run.json's content, which holds the result.
 
     Raises UserError for stored weights that turn out to be unusable, before anything is written; RunError when the run
-    fails; Interrupted when a signal stopped it after a checkpoint.
+    fails; Interrupted when a signal stopped it, after a checkpoint or before the first step.
     """
     began = time.perf_counter()
     root = job.folder.root

@@ -78,8 +78,11 @@ def check_layers(folder: Path, quantization: Quantization, skip: Sequence[str]) 
 
 def layer_error(layer: str, error: float, size: float, stored: str, info: TensorInfo) -> LayerError:
     """Of the norms |Q(W) - W| and |W|. Raises UserError when W, stored as ``stored``, or Q(W) is not all numbers."""
-    if not math.isfinite(error + size):
+    if not math.isfinite(size):
         raise UserError(f"tensor {stored} holds values that are no finite numbers", str(info.file))
+    if not math.isfinite(error):
+        what = f"tensor {stored} has numbers beyond float16's, in which 8 bits are made"
+        raise UserError(what, str(info.file), f"leave it as it is (--skip {layer}), or take --method nf4")
     return LayerError(layer, error / size if size else error)
 
 
