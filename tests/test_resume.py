@@ -562,6 +562,26 @@ def changed(changes: dict[str, Any], **training: Any) -> dict[str, Any]:
     return changes | {"training": changes["training"] | training}
 
 
+Twice = Callable[[dict[str, Any]], tuple[Run, Run, Path]]
+
+
+@pytest.fixture
+def twice(train: Callable[..., Run], write_recipe: Any, tmp_path: Path) -> Twice:
+    """A run undisturbed, and the same to be made again elsewhere: its folder and its recipe."""
+
+    def make(changes: dict[str, Any]) -> tuple[Run, Run, Path]:
+        run = Run(tmp_path / "stopped")
+        return train(changes), run, write_recipe(changed(changes, output_dir=run.folder), name="stopped.yaml")
+
+    return make
+
+
+def assert_same_end(run: Run, whole: Run) -> None:
+    assert run.lines("validation") == whole.lines("validation")
+    assert run.info["result"]["best"] == whole.info["result"]["best"]
+    assert run.adapter_bytes == whole.adapter_bytes
+
+
 def checkpoint_weights(run: Run, step: int) -> dict[str, torch.Tensor]:
     stored = load_file(run.folder / "checkpoints" / f"step-{step:08d}" / "weights.safetensors")
     return {name.replace(".default.", "."): tensor for name, tensor in stored.items()}
@@ -613,17 +633,13 @@ def test_a_step_that_turns_out_to_be_the_last_is_evaluated(
     end: str,
     further: str,
     worsening: dict[str, Any],
-    train: Callable[..., Run],
-    write_recipe: Any,
-    tmp_path: Path,
+    twice: Twice,
     lora: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A run stopped at a step without an evaluation, to which it is gone on, and then further."""
     changes = changed(worsening, eval_steps=2)
-    whole = train(changes)
-    run = Run(tmp_path / "stopped")
-    recipe = write_recipe(changed(changes, output_dir=run.folder), name="stopped.yaml")
+    whole, run, recipe = twice(changes)
 
     def advance(_: Any, step: int) -> None:
         if step == stop:
@@ -643,9 +659,7 @@ def test_a_step_that_turns_out_to_be_the_last_is_evaluated(
         assert f"| with this adapter | {told:.4f} |" in (run.folder / "adapter" / "README.md").read_text()
 
     done(lora("train", run.folder / "recipe.yaml", further, "--resume"))
-    assert run.lines("validation") == whole.lines("validation")
-    assert run.info["result"]["best"] == whole.info["result"]["best"]
-    assert run.adapter_bytes == whole.adapter_bytes
+    assert_same_end(run, whole)
 
 
 @pytest.mark.parametrize(
@@ -655,17 +669,13 @@ def test_an_evaluation_stops_and_is_made_again(
     stop: int,
     number: int,
     worsening: dict[str, Any],
-    train: Callable[..., Run],
-    write_recipe: Any,
-    tmp_path: Path,
+    twice: Twice,
     lora: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows to evaluate on may take longer than whoever sends the signal waits. Step 6 is the last."""
     steps = {"max_steps": 6, "eval_steps": 2, "per_device_train_batch_size": 1, "load_best_model_at_end": True}
-    changes = changed(worsening, **steps)
-    whole, run = train(changes), Run(tmp_path / "stopped")
-    recipe = write_recipe(changed(changes, output_dir=run.folder), name="stopped.yaml")
+    whole, run, recipe = twice(changed(worsening, **steps))
     batch_of, seen = hidden_states.batch_of, []
 
     def batch(trainer: Any, part: str, rows: Any) -> Any:
@@ -684,9 +694,7 @@ def test_an_evaluation_stops_and_is_made_again(
     assert seen[-2:] == (["train", "validation"] if stop else ["validation"])
     assert stop == 0 or run.column("step", "validation") == list(range(0, stop, 2))
     done(lora("train", recipe, "--resume"))
-    assert run.lines("validation") == whole.lines("validation")
-    assert run.info["result"]["best"] == whole.info["result"]["best"]
-    assert run.adapter_bytes == whole.adapter_bytes
+    assert_same_end(run, whole)
 
 
 def test_a_damaged_best_checkpoint_writes_no_adapter(

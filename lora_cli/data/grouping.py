@@ -82,7 +82,7 @@ def pad_by_length(order: Ints, lengths: Ints, batch_size: int, draw: np.random.G
 def apart(order: Ints, lengths: Ints, bounds: Sequence[int], group: Callable[[Ints], list[Ints]]) -> list[Ints]:
     """What ``group`` makes of the rows on each side of the ``bounds`` by themselves, those of the longest rows first:
     no batch has rows of up to so many tokens beside longer ones."""
-    sides = np.searchsorted(np.unique(bounds), lengths[order])
+    sides = _sides(lengths[order], bounds)
     return [batch for side in np.unique(sides)[::-1] for batch in group(order[sides == side])]
 
 
@@ -90,5 +90,10 @@ def apart_in_order(
     order: Ints, lengths: Ints, bounds: Sequence[int], group: Callable[[Ints], list[Ints]]
 ) -> list[Ints]:
     """The same with the order as it stands: a batch ends where the side changes."""
-    sides = np.searchsorted(np.unique(bounds), lengths[order])
-    return [batch for part in np.split(order, np.flatnonzero(np.diff(sides)) + 1) for batch in group(part)]
+    changes = np.flatnonzero(np.diff(_sides(lengths[order], bounds))) + 1
+    return [batch for part in np.split(order, changes) for batch in group(part)]
+
+
+def _sides(lengths: Ints, bounds: Sequence[int]) -> Ints:
+    """How many of the bounds each row is longer than."""
+    return np.searchsorted(np.unique(bounds), lengths)

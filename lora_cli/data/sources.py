@@ -8,6 +8,7 @@ import io
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -53,12 +54,15 @@ def check_sources(sources: Iterable[Source]) -> list[Fault]:
         except UserError as error:
             faults.extend(error.faults)
             continue
-        if files is not None and source.split != "train":
-            what = f"split: {source.split} is for a hub id, and this is a {_kind_of_path(source.path)}"
-            faults.append(Fault(what, source.path, "give the path of the split's own files"))
-        if files is not None and source.streaming:
-            what = f"streaming is for a hub id, and this is a {_kind_of_path(source.path)}"
-            faults.append(Fault(what, source.path, "leave it out: rows are read one by one in any case"))
+        if files is None:
+            continue
+        told = f"is for a hub id, and this is a {_kind_of_path(source.path)}"
+        if source.split != "train":
+            hint = "give the path of the split's own files"
+            faults.append(Fault(f"split: {source.split} {told}", source.path, hint))
+        if source.streaming:
+            hint = "leave it out: rows are read one by one in any case"
+            faults.append(Fault(f"streaming {told}", source.path, hint))
     return faults
 
 
@@ -216,9 +220,18 @@ def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Raises ValueError for a key that stands there twice, of which JSON would keep the last alone."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"named twice: {', '.join(sorted({name for name in names if names.count(name) > 1}))}")
+        raise ValueError(f"named twice: {', '.join(_repeated([name for name, _ in pairs]))}")
     return found
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return sorted(name for name, count in Counter(names).items() if count > 1)
+
+
+def _check_named_once(columns: Sequence[str], where: str) -> None:
+    """Raises UserError for a table's column that stands there twice."""
+    if repeated := _repeated(columns):
+        raise UserError(f"column named twice: {', '.join(repeated)}", where, "give each its own name")
 
 
 def _json(path: Path) -> Iterator[Record | Fault]:
@@ -253,9 +266,7 @@ def _csv(path: Path) -> Iterator[Record | Fault]:
             if header is None:
                 header = cells
                 _check_separator(header, where)
-                repeated = sorted({name for name in header if header.count(name) > 1})
-                if repeated:
-                    raise UserError(f"column named twice: {', '.join(repeated)}", where, "give each its own name")
+                _check_named_once(header, where)
             elif len(cells) != len(header):
                 yield Fault(f"{len(cells)} cells under {len(header)} columns", where, f"columns: {', '.join(header)}")
             else:
@@ -280,10 +291,7 @@ def _parquet(path: Path) -> Iterator[Record | Fault]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            repeated = sorted({name for name in names if names.count(name) > 1})
-            if repeated:
-                raise UserError(f"column named twice: {', '.join(repeated)}", str(path), "give each its own name")
+            _check_named_once(file.schema_arrow.names, str(path))
             for batch in file.iter_batches():
                 for columns in batch.to_pylist():
                     number += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -29,6 +28,7 @@ from lora_cli.training.display import Display
 from lora_cli.training.interrupt import Interrupt, catch_signals
 from lora_cli.training.launched import is_first_here, process_count, process_index
 from lora_cli.training.lock import locked
+from lora_cli.training.metrics import log_score, log_step, start_trackers, trackers_closed
 from lora_cli.training.nonfinite import check_finite, count_skipped, weight_norm
 from lora_cli.training.optimizer import learning_rate_at
 from lora_cli.training.out_of_memory import out_of_memory
@@ -172,27 +172,6 @@ def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: host_copy(weight) for name, weight in trainer.trained}
 
 
-@contextmanager
-def trackers_closed(trainer: Trainer) -> Iterator[None]:
-    """Close the trackers when the run fails or is stopped within; one that comes to its end has closed them itself."""
-    try:
-        yield
-    except BaseException:
-        for tracker in trainer.accelerator.trackers:
-            with suppress(Exception):  # the run's own failure is what is told
-                tracker.finish()
-        raise
-
-
-def start_trackers(trainer: Trainer) -> None:
-    """Tell the trackers of ``report_to`` the recipe, each key under its dotted name."""
-    recipe = trainer.job.recipe
-    if recipe.training.report_to:
-        sections = recipe.model_dump(mode="json", exclude_none=True)
-        flat = {f"{name}.{key}": str(value) for name, section in sections.items() for key, value in section.items()}
-        trainer.accelerator.init_trackers("lora", config=flat)
-
-
 def start(trainer: Trainer, interrupt: Interrupt) -> Progress:
     """Step 0: the base measured on the validation rows, when there are any."""
     if trainer.job.validation is None:
@@ -216,9 +195,9 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Pro
     unread: list[tuple[Step, torch.Tensor]] = []
     waits = waits_each_step(trainer)
     if was_stopped_in_evaluation(trainer, progress):
-        reached = next(trainer.schedule.steps(progress.step - 1))
-        progress = evaluate_step(trainer, reached, progress, clock, interrupt)
-        progress = end_step(trainer, reached, progress, unread, interrupt)
+        step = reached(trainer, progress)
+        progress = evaluate_step(trainer, step, progress, clock, interrupt)
+        progress = end_step(trainer, step, progress, unread, interrupt)
     for step in remaining(trainer, progress):
         outcome = take_step(trainer, step, rate(step.number))
         unread.append((step, outcome))
@@ -295,11 +274,15 @@ def evaluate_reached(trainer: Trainer, progress: Progress, interrupt: Interrupt)
     """Evaluate the step reached, unless it has been: a run resumed may have no step left that would do it."""
     if is_evaluated(trainer, progress):
         return progress
-    reached = next(trainer.schedule.steps(progress.step - 1))
-    progress = evaluate_step(trainer, reached, progress, Clock(), interrupt)
+    progress = evaluate_step(trainer, reached(trainer, progress), progress, Clock(), interrupt)
     if not is_evaluated(trainer, progress):
         raise stopped_after(progress.step, highest(interrupt.number, trainer.accelerator))
     return progress
+
+
+def reached(trainer: Trainer, progress: Progress) -> Step:
+    """The last step that was taken."""
+    return next(trainer.schedule.steps(progress.step - 1))
 
 
 def is_evaluated(trainer: Trainer, progress: Progress) -> bool:
@@ -333,40 +316,6 @@ def validate(trainer: Trainer, interrupt: Interrupt) -> Score | None:
 
     tally = tally_loss(trainer.model, batches(), trainer.accelerator.device, trainer.head, trainer.below)
     return None if asked_to_stop else score(summed(tally, trainer.accelerator))
-
-
-def log_step(trainer: Trainer, step: Step, outcome: torch.Tensor, learning_rate: float, clock: Clock) -> None:
-    """Write a training line of what ``take_step`` gave; what is no finite number is null."""
-    loss, grad_norm = outcome.tolist()
-    line = {
-        "step": step.number,
-        "epoch": round(step.epoch, 6),
-        "split": "train",
-        "loss": loss if math.isfinite(loss) else None,
-        "tokens": step.supervised,
-        "learning_rate": learning_rate,
-        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-        "tokens_per_second": round(clock.rate(), 1),
-        "seconds": round(clock.seconds, 3),
-    }
-    log(trainer, line, seconds_left=clock.seconds_for(trainer.total_steps - step.number))
-
-
-def log_score(trainer: Trainer, step: int, epoch: float, score: Score) -> None:
-    """Write an evaluation line."""
-    line = {"step": step, "epoch": round(epoch, 6), "split": "validation", "loss": score.loss}
-    log(trainer, line | {"perplexity": score.perplexity, "tokens": score.tokens})
-
-
-def log(trainer: Trainer, line: dict[str, Any], seconds_left: float | None = None) -> None:
-    """Write a line to metrics.jsonl, the display and the trackers."""
-    if trainer.writes:
-        trainer.job.folder.append_metrics(line)
-    trainer.display.metrics(line, seconds_left)
-    if trainer.job.recipe.training.report_to:
-        told = {key: value for key, value in line.items() if key not in ("step", "split") and value is not None}
-        values = {f"{line['split']}/{key}": value for key, value in told.items()}
-        trainer.accelerator.log(values, step=line["step"])
 
 
 def remaining(trainer: Trainer, progress: Progress) -> Iterator[Step]:

@@ -1,0 +1,70 @@
+"""What a run tells of its steps and evaluations: in metrics.jsonl, on the display and to the trackers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+
+from lora_cli.data.batches import Step
+from lora_cli.evaluation.loss import Score
+from lora_cli.training.clock import Clock
+from lora_cli.training.setup import Trainer
+
+
+def start_trackers(trainer: Trainer) -> None:
+    """Tell the trackers of ``report_to`` the recipe, each key under its dotted name."""
+    recipe = trainer.job.recipe
+    if recipe.training.report_to:
+        sections = recipe.model_dump(mode="json", exclude_none=True)
+        flat = {f"{name}.{key}": str(value) for name, section in sections.items() for key, value in section.items()}
+        trainer.accelerator.init_trackers("lora", config=flat)
+
+
+@contextmanager
+def trackers_closed(trainer: Trainer) -> Iterator[None]:
+    """Close the trackers when the run fails or is stopped within; one that comes to its end has closed them itself."""
+    try:
+        yield
+    except BaseException:
+        for tracker in trainer.accelerator.trackers:
+            with suppress(Exception):  # the run's own failure is what is told
+                tracker.finish()
+        raise
+
+
+def log_step(trainer: Trainer, step: Step, outcome: torch.Tensor, learning_rate: float, clock: Clock) -> None:
+    """Write a training line of what ``take_step`` gave; what is no finite number is null."""
+    loss, grad_norm = outcome.tolist()
+    line = {
+        "step": step.number,
+        "epoch": round(step.epoch, 6),
+        "split": "train",
+        "loss": loss if math.isfinite(loss) else None,
+        "tokens": step.supervised,
+        "learning_rate": learning_rate,
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+        "tokens_per_second": round(clock.rate(), 1),
+        "seconds": round(clock.seconds, 3),
+    }
+    log(trainer, line, seconds_left=clock.seconds_for(trainer.total_steps - step.number))
+
+
+def log_score(trainer: Trainer, step: int, epoch: float, score: Score) -> None:
+    """Write an evaluation line."""
+    line = {"step": step, "epoch": round(epoch, 6), "split": "validation", "loss": score.loss}
+    log(trainer, line | {"perplexity": score.perplexity, "tokens": score.tokens})
+
+
+def log(trainer: Trainer, line: dict[str, Any], seconds_left: float | None = None) -> None:
+    """Write a line to metrics.jsonl, the display and the trackers."""
+    if trainer.writes:
+        trainer.job.folder.append_metrics(line)
+    trainer.display.metrics(line, seconds_left)
+    if trainer.job.recipe.training.report_to:
+        told = {key: value for key, value in line.items() if key not in ("step", "split") and value is not None}
+        values = {f"{line['split']}/{key}": value for key, value in told.items()}
+        trainer.accelerator.log(values, step=line["step"])
