@@ -24,7 +24,8 @@ from lora_cli.data.batches import Schedule, collate, epoch_order, split_validati
 from lora_cli.data.examples import Examples, Flat, cut_for_evaluation, end_to_end, fit, join_pieces, sliding_windows
 from lora_cli.data.formats import FORMATS, check_rows, column_faults, read_content
 from lora_cli.data.grouping import OPEN, POOL, pack_first_fit, pack_in_order, pad_by_length
-from lora_cli.data.sources import READERS, Row, hub_rows, read_rows, sources_of
+from lora_cli.data.readers import READERS
+from lora_cli.data.sources import Row, hub_rows, read_rows, sources_of
 from lora_cli.data.tokenize import tokenize
 from lora_cli.data.turns import Conversation, Message
 from lora_cli.errors import Fault, LoraError, UserError

@@ -23,7 +23,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_cli.data.formats import check_rows
-from lora_cli.data.sources import READERS, Source
+from lora_cli.data.readers import READERS
+from lora_cli.data.sources import Source
 from lora_cli.errors import Fault, UserError
 from lora_cli.recipe.explain import dotted_keys
 from lora_cli.recipe.load import load_recipe

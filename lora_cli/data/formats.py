@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_cli.data.sources import Row, kind_of, read_rows
+from lora_cli.data.readers import kind_of
+from lora_cli.data.sources import Row, read_rows
 from lora_cli.data.turns import HALF, HALF_HINT, Conversation, Message, is_broken, read_tools, read_turns
 from lora_cli.errors import Fault, UserError, did_you_mean
 from lora_cli.recipe.schema import Data, Source, Template

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import glob
-import io
-import json
 import re
-import sys
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lora_cli.data.readers import READERS, without_filling
 from lora_cli.errors import Fault, UserError, is_pointer, mend, nearest
 from lora_cli.recipe.schema import Source
 
@@ -37,12 +33,6 @@ def sources_of(spec: str | tuple[str | Source, ...]) -> tuple[Source, ...]:
     """The parts of ``data.train`` or ``data.validation``, each with a path, a weight and a split."""
     parts = (spec,) if isinstance(spec, str) else spec
     return tuple(Source(path=part) if isinstance(part, str) else part for part in parts)
-
-
-def kind_of(value: Any) -> str:
-    """What a value of a row is, in a user's words."""
-    words = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return "null" if value is None else words.get(type(value), type(value).__name__)
 
 
 def check_sources(sources: Iterable[Source]) -> list[Fault]:
@@ -155,192 +145,6 @@ def _kind_of_path(path: str) -> str:
     return "file" if Path(path).is_file() else "folder" if Path(path).is_dir() else "glob"
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", str(path)) from error
-
-
-def _decode(raw: bytes, path: Path) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"not UTF-8: byte 0x{raw[error.start]:02x}", f"{path}:{line}", "save it as UTF-8") from error
-
-
-def _lines(path: Path, newline: str | None) -> Iterator[str]:
-    """A file's lines, one at a time; ``newline`` as ``open`` takes it. Raises UserError at one that is not UTF-8."""
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    what = f"not UTF-8: byte 0x{raw[error.start]:02x}"
-                    raise UserError(what, f"{path}:{number}", "save it as UTF-8") from error
-                yield from io.StringIO(line, newline=newline)
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", str(path)) from error
-
-
-Record = tuple[str, dict[str, Any]]
-
-
-def _jsonl(path: Path) -> Iterator[Record | Fault]:
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                where = f"{path}:{number}"
-                try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    yield Fault(f"not UTF-8: byte 0x{raw[error.start]:02x}", where, "save the file as UTF-8")
-                    continue
-                if line.strip():
-                    yield _json_object(line, where)
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", str(path)) from error
-
-
-def _json_object(text: str, where: str) -> Record | Fault:
-    try:
-        value = json.loads(text, object_pairs_hook=keys_once)
-    except json.JSONDecodeError as error:
-        return Fault(f"not valid JSON: {error.msg} (column {error.colno})", where, "one JSON object a line")
-    except (ValueError, RecursionError) as error:
-        return Fault(f"not valid JSON: {error}", where, "one JSON object a line")
-    if not isinstance(value, dict):
-        return Fault(f"expected a JSON object, found {kind_of(value)}", where, "one JSON object a line")
-    return where, value
-
-
-def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises ValueError for a key that stands there twice, of which JSON would keep the last alone."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"named twice: {', '.join(_repeated([name for name, _ in pairs]))}")
-    return found
-
-
-def _repeated(names: Sequence[str]) -> list[str]:
-    return sorted(name for name, count in Counter(names).items() if count > 1)
-
-
-def _check_named_once(columns: Sequence[str], where: str) -> None:
-    """Raises UserError for a table's column that stands there twice."""
-    if repeated := _repeated(columns):
-        raise UserError(f"column named twice: {', '.join(repeated)}", where, "give each its own name")
-
-
-def _json(path: Path) -> Iterator[Record | Fault]:
-    text = _decode(_read_bytes(path), path)
-    try:
-        value = json.loads(text, object_pairs_hook=keys_once) if text.strip() else []
-    except json.JSONDecodeError as error:
-        what, place = f"not valid JSON: {error.msg} (column {error.colno})", f"{path}:{error.lineno}"
-        raise UserError(what, place, "a .json file is one list of objects, a .jsonl file an object a line") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not valid JSON: {error}", str(path)) from error
-    if not isinstance(value, list):
-        raise UserError(f"expected a list of objects, found {kind_of(value)}", str(path), "[{...}, {...}]")
-    for number, item in enumerate(value, 1):
-        where = f"{path} (row {number})"
-        if isinstance(item, dict):
-            yield where, item
-        else:
-            yield Fault(f"expected an object, found {kind_of(item)}", where, "a .json file is one list of objects")
-
-
-def _csv(path: Path) -> Iterator[Record | Fault]:
-    csv.field_size_limit(sys.maxsize)  # a cell may hold a whole text; the library stops at 128 KiB
-    reader = csv.reader(_lines(path, newline=""), strict=True)
-    header: list[str] | None = None
-    line = 1  # where a record begins: a cell may hold line breaks
-    try:
-        for cells in reader:
-            where, line = f"{path}:{line}", reader.line_num + 1
-            if not cells:
-                continue
-            if header is None:
-                header = cells
-                _check_separator(header, where)
-                _check_named_once(header, where)
-            elif len(cells) != len(header):
-                yield Fault(f"{len(cells)} cells under {len(header)} columns", where, f"columns: {', '.join(header)}")
-            else:
-                yield where, dict(zip(header, cells, strict=True))
-    except csv.Error as error:
-        hint = "a cell with quotes, commas or line breaks stands in quotes, and quotes in it are doubled"
-        raise UserError(f"not valid CSV: {error}", f"{path}:{line}", hint) from error
-
-
-def _check_separator(header: list[str], where: str) -> None:
-    """Raises UserError for a header of one column that holds what other programs put between columns."""
-    for mark, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
-        if len(header) == 1 and mark in header[0]:
-            what = f"one column, named {header[0]!r}: these look to be columns set apart by {name}"
-            raise UserError(what, where, "save the file with commas between columns")
-
-
-def _parquet(path: Path) -> Iterator[Record | Fault]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            _check_named_once(file.schema_arrow.names, str(path))
-            for batch in file.iter_batches():
-                for columns in batch.to_pylist():
-                    number += 1
-                    yield f"{path} (row {number})", _without_filling(columns)
-    # OverflowError, ValueError, KeyError: a date or a time zone that Python has none for.
-    except (pa.ArrowException, OSError, OverflowError, ValueError, KeyError) as error:
-        what = f"not a readable Parquet file: {str(error).splitlines()[0]}"
-        raise UserError(what, str(path), "copy or write it again") from error
-
-
-def _without_filling(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without the nulls that Arrow puts into objects for the keys that others in their column have: a chat
-    template would write them into a tool's call."""
-
-    def cleared(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: cleared(inner) for key, inner in value.items() if inner is not None}
-        return [cleared(inner) for inner in value] if isinstance(value, list) else value
-
-    return {name: cleared(value) for name, value in columns.items()}
-
-
-def _text(path: Path) -> Iterator[Record | Fault]:
-    """A row for each paragraph: lines between blank ones, joined as they stand."""
-    lines: list[str] = []
-    number = 0
-    for number, line in enumerate(_lines(path, newline=None), 1):
-        if line.strip():
-            lines.append(line)
-        elif lines:
-            yield _paragraph(path, number, lines)
-            lines = []
-    if lines:
-        yield _paragraph(path, number + 1, lines)
-
-
-def _paragraph(path: Path, after: int, lines: list[str]) -> Record:
-    return f"{path}:{after - len(lines)}", {"text": "".join(lines).removesuffix("\n")}
-
-
-READERS: dict[str, Callable[[Path], Iterator[Record | Fault]]] = {
-    ".jsonl": _jsonl,
-    ".json": _json,
-    ".csv": _csv,
-    ".parquet": _parquet,
-    ".txt": _text,
-}
-
-
 def _hub_place(name: str, split: str, number: int) -> str:
     return f"{name}[{split}] (row {number})"
 
@@ -358,7 +162,7 @@ def hub_rows(name: str, split: str, streaming: bool = False) -> Iterator[Row]:
     try:
         rows = datasets.load_dataset(name, split=split, streaming=streaming)
         for number, columns in enumerate(rows, 1):
-            yield Row(_without_filling(columns), _hub_place(name, split, number))
+            yield Row(without_filling(columns), _hub_place(name, split, number))
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         what = f"the data set could not be loaded from the hub: {str(error).splitlines()[0]}"
         raise UserError(what, name, "give a path that exists, or a hub id that can be reached from here") from error
