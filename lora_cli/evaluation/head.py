@@ -27,7 +27,7 @@ ROWS, COLUMNS, LOGITS = 2048, 4096, 2**22
 BYTES_ON_GPU = 2**28
 """Bytes of logits that a GPU makes at a time, at most, but for the rounding of rows: few make slow products."""
 CACHED = 2**19
-"""Logits that a processor makes exponentials of at a time, in float32: what stays in its cache."""
+"""Logits that a processor makes a softmax of at a time, in float32: what stays in its cache."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     """The sum of -log softmax(z_i)[t_i] over rows i, with the logits z that ``Head`` gives and W frozen.
 
     The gradient of h, (softmax(z) - onehot(t)) * dz/dh, is made block by block in the forward pass, while the block's
-    logits are there, as in Liger (arXiv:2410.10989, section 3.2); the exponentials are made once for both. They are
-    those of z less the highest that its row has had, and shrink when a higher one comes (arXiv:1805.02867,
-    algorithm 3).
+    logits are there, as in Liger (arXiv:2410.10989, section 3.2). A block's columns have a softmax of their own; those
+    of several are joined by the logarithms of their sums (as in arXiv:1805.02867, section 3).
     """
 
     @staticmethod
@@ -109,9 +108,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         rows, columns = len(hidden), _columns(weight, len(hidden))
         lengthened = pad(hidden, (0, 0, 0, rounded(rows) - rows))
         memory = hidden.new_empty(len(lengthened) * columns)
-        highest = hidden.new_full((rows, 1), torch.finfo(exact).min, dtype=exact)
-        shrink, divisor, picked = highest.new_zeros(3, rows, 1)
-        slopes = highest.new_zeros(())
+        total = hidden.new_full((rows, 1), -torch.inf, dtype=exact)  # log sum exp(z) over the columns so far
+        picked = torch.zeros_like(total)
+        slopes = total.new_zeros(rows, hidden.shape[1] if wants_gradient else 0)
         for first in range(0, len(weight), columns):
             some = weight[first : first + columns]
             whole = memory[: len(lengthened) * len(some)].view(len(lengthened), len(some))
@@ -121,15 +120,16 @@ class LinearCrossEntropy(torch.autograd.Function):
             place = targets[:, None] - first
             is_here = (place >= 0) & (place < len(some))
             picked = torch.where(is_here, logits.gather(1, place.clamp(0, len(some) - 1)).to(exact), picked)
-            _make_exponentials(logits, highest, shrink, divisor, scale, cap)
+            own = _make_softmax(logits, exact, scale, cap)
+            total = torch.logaddexp(total, own)
             if wants_gradient:
-                slopes = torch.mm(whole, some)[:rows].to(exact).addcmul_(slopes, shrink)
+                slopes.lerp_(torch.mm(whole, some)[:rows].to(exact), own.sub_(total).exp_())
         picked = _bounded(picked, scale, cap)
         if wants_gradient:
-            own = weight[targets]
-            slopes = slopes.div_(divisor).sub_(own if cap is None else own * _slope(picked, cap)).mul_(scale)
+            wanted = weight[targets]
+            slopes = slopes.sub_(wanted if cap is None else wanted * _slope(picked, cap)).mul_(scale)
             ctx.save_for_backward(slopes.to(hidden.dtype))
-        loss: torch.Tensor = (divisor.log() + highest - picked).sum()
+        loss: torch.Tensor = (total - picked).sum()
         return loss
 
     @staticmethod
@@ -158,30 +158,20 @@ def _columns(weight: torch.Tensor, rows: int) -> int:
     return min(vocabulary, max(COLUMNS, 2 * width, rounded(LOGITS // rounded(max(1, rows)))))
 
 
-def _make_exponentials(
-    logits: torch.Tensor,
-    highest: torch.Tensor,
-    shrink: torch.Tensor,
-    divisor: torch.Tensor,
-    scale: float,
-    cap: float | None,
-) -> None:
-    """Make of ``logits`` (rows, n) e = exp(z - m), times z's slope where there is a cap, in place.
+def _make_softmax(logits: torch.Tensor, exact: torch.dtype, scale: float, cap: float | None) -> torch.Tensor:
+    """log sum exp(z) of each row of ``logits`` (rows, n), as (rows, 1) in the ``exact`` dtype.
 
-    m, the largest z of a row so far, takes the place of ``highest`` (rows, 1), ``shrink`` becomes exp(highest - m), by
-    which what was made before is to be multiplied, and ``divisor`` its sum of all e, without slopes.
+    In their place comes softmax(z), times z's slope where there is a cap.
     """
     few = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    parts = (torch.split(each, few) for each in (logits, highest, shrink, divisor))
-    for each, most, less, total in zip(*parts, strict=True):
-        z = _bounded(each.to(most.dtype), scale, cap)
-        slope = None if cap is None else _slope(z, cap)
-        new = torch.maximum(most, z.amax(1, keepdim=True))
-        torch.sub(most, new, out=less).exp_()
-        most.copy_(new)
-        exponentials = z.sub_(new).exp_()
-        total.mul_(less).add_(exponentials.sum(1, keepdim=True))
-        each.copy_(exponentials if slope is None else exponentials.mul_(slope))
+    sums = []
+    for each in torch.split(logits, few):
+        z = _bounded(each.to(exact), scale, cap)
+        shares = z.softmax(1)
+        # The highest share is 1 / sum exp(z - max): torch's own logsumexp would make the exponentials once more.
+        sums.append(z.amax(1, keepdim=True) - shares.amax(1, keepdim=True).log())
+        each.copy_(shares if cap is None else shares.mul_(_slope(z, cap)))
+    return torch.cat(sums)
 
 
 def _slope(z: torch.Tensor, cap: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""RMS norms and gated MLPs, each in one autograd function that keeps its inputs alone for the backward pass.
+"""RMS norms and gated MLPs, each in one autograd function that keeps no more than its inputs for the backward pass.
 
 They stand in the places of Transformers' own modules, with the same names and weights, and the same numbers: in 16 bits
 some round elsewhere.
@@ -104,6 +104,7 @@ class GatedMLP(nn.Module):
             return cast("torch.Tensor", self.down_proj(up, gate=gate))
         with torch.autocast(gate.device.type, enabled=False):  # nothing here heeds it but the compiler
             product = Gate.apply(gate, up, self.formula).view(up.shape)  # type: ignore[no-untyped-call]
+        del gate, up
         return cast("torch.Tensor", self.down_proj(product))
 
 
