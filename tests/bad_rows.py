@@ -284,10 +284,46 @@ def chat_with_reasoning_apart(w: World) -> Arguments:
     return chat(w, [{"role": "user", "content": "Hi", "weight": 1}, turn])
 
 
-@case("rows.jsonl:2", "messages[1]", "the turn has weight 0", "learned alike")
-def chat_with_a_turn_not_to_be_learned(w: World) -> Arguments:
-    turns = [{"role": "user", "content": "Hi", "weight": 0}, {"role": "assistant", "content": "Yes.", "weight": 0}]
+@case("rows.jsonl:2", "messages[1]", "the turn has weight 0.5", "learned (1, true) or not (0, false)")
+def chat_with_a_turn_to_be_learned_by_half(w: World) -> Arguments:
+    turns = [{"role": "user", "content": "Hi", "weight": 0}, {"role": "assistant", "content": "Yes.", "weight": 0.5}]
     return chat(w, turns)
+
+
+@case("rows.jsonl:2", "messages[1]", "weight and train say different things", "keep one")
+def chat_with_a_turn_to_be_learned_and_not(w: World) -> Arguments:
+    turn = {"role": "assistant", "content": "Yes.", "weight": 0, "train": True}
+    return chat(w, [{"role": "user", "content": "Hi"}, turn])
+
+
+@case("rows.jsonl:2", "messages[0]", "a part of the turn is of type 'image_url'", "only text is read")
+def chat_with_a_picture(w: World) -> Arguments:
+    parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "a.png"}}]
+    return chat(w, [{"role": "user", "content": parts}, {"role": "assistant", "content": "A cat."}])
+
+
+@case("rows.csv:2", "not valid JSON", "{role, content}")
+def chat_in_a_cell_that_is_no_json(w: World) -> Arguments:
+    return w.train(data=w.file("rows.csv", 'messages\n"[{role: user}]"\n'))
+
+
+@case("rows.jsonl:2", "column 'history' is not empty", "alpaca has no place for it", "data.template")
+def alpaca_with_earlier_turns(w: World) -> Arguments:
+    row = {"instruction": "Add", "input": "1 1", "output": "2", "system": "", "history": []}
+    return w.train(data=w.rows(row, row | {"history": [["Hi", "Hello"]]}))
+
+
+@case("data/b.jsonl:1", "looks like prompt_completion", "first row is read as alpaca", "a part of their own")
+def a_folder_of_two_formats(w: World) -> Arguments:
+    w.file("data/a.jsonl", '{"instruction": "Add", "output": "2"}\n')
+    w.file("data/b.jsonl", '{"question": "Why?", "answer": " Because."}\n')
+    return w.train(data="data")
+
+
+@case("rows.fifo", "neither a file nor a folder", "write them into a file")
+def rows_from_a_pipe(w: World) -> Arguments:
+    os.mkfifo(w.root / "rows.fifo")
+    return w.train(data="rows.fifo")
 
 
 @case("rows.jsonl:2", "messages[0]", "expected a turn")

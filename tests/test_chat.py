@@ -391,6 +391,24 @@ def test_an_answer_is_learned_behind_what_is_given_to_the_model(family: Family) 
     assert mask[len(given)] and not mask[len(given) - 1]
 
 
+@pytest.mark.parametrize("key", ["weight", "train", "training"])
+@pytest.mark.parametrize("supervised", ["completion", "all"])
+def test_a_turn_may_be_read_and_not_learned(key: str, supervised: str) -> None:
+    messages = messages_of(TWICE)
+    talk = Conversation(tuple(Message(*turn) for turn in TWICE))
+    tokenizer = tokenizer_of(CHATML, render(tokenizer_of(CHATML, ""), talk, None))
+    masks = []
+    for turns in (messages, [messages[0], messages[1] | {key: False}, *messages[2:3], messages[3] | {key: True}]):
+        data = Data(train="rows.jsonl", train_on=supervised)
+        rows = [Row({"messages": turns}, "rows.jsonl:1")]
+        masks.append(tokenize_rows(data, rows, tokenizer).examples.row(0)[1])
+    answer = len(tokenizer(render(tokenizer, talk.before(2), None), add_special_tokens=False)["input_ids"])
+    first = masks[0].copy()
+    first[answer:] = False
+    assert first.any()
+    assert (masks[1] == (masks[0] if supervised == "all" else masks[0] & ~first)).all()
+
+
 THOUGHT = "<think>\n\n</think>\n\n"
 WRITTEN: list[tuple[Family, Callable[[str, bool], str]]] = [
     (LLAMA_3, lambda words, last: f"{words.strip()}<|eot_id|>"),

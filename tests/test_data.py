@@ -260,7 +260,9 @@ def test_csv_reads_what_python_writes(rows: list[tuple[str, str]], tmp_path: Pat
 # Formats.
 
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+TEXT = {"type": "text", "text": "Hi"}
 TURNS = (Message("user", "Hi"), Message("assistant", "Hello"))
+GIVEN = (TURNS[0], Message("assistant", "Hello", learned=False))
 
 
 @pytest.mark.parametrize(
@@ -299,6 +301,19 @@ TURNS = (Message("user", "Hi"), Message("assistant", "Hello"))
         ),
         ({"system": "Be kind", "messages": HI}, {}, Conversation((Message("system", "Be kind"), *TURNS))),
         ({"system": "", "messages": HI}, {}, Conversation(TURNS)),
+        ({"messages": json.dumps(HI)}, {}, Conversation(TURNS)),
+        (
+            {"messages": [HI[0] | {"content": [TEXT, TEXT]}, HI[1]]},
+            {},
+            Conversation((Message("user", "HiHi"), TURNS[1])),
+        ),
+        ({"prompt": HI[:1], "completion": HI[1:]}, {}, Conversation(TURNS)),
+        ({"prompt": HI * 2, "completion": HI[1:]}, {}, Conversation((*GIVEN, *GIVEN, TURNS[1]))),
+        (
+            {"messages": [HI[0], HI[1] | {"weight": 0}, HI[0], HI[1] | {"weight": 1}]},
+            {},
+            Conversation((*GIVEN, *TURNS)),
+        ),
         ({"talk": HI}, {"columns": {"messages": "talk"}}, Conversation(TURNS)),
         ({"question": "Hi", "answer": "Hello"}, {"format": "chat"}, Conversation(TURNS)),
         (

@@ -101,7 +101,8 @@ def marked(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def conversation_segments(
     tokenizer: PreTrainedTokenizerBase, talk: Conversation, closing: str, where: str
 ) -> tuple[Segment, ...]:
-    """The rendered conversation cut into segments; an assistant's words and the end of its turn are supervised.
+    """The rendered conversation cut into segments; an assistant's words and the end of its turn are supervised where
+    the turn is to be learned.
 
     Raises UserError, with the row's place, when the template refuses the conversation, leaves a turn out or the tools.
     """
@@ -122,7 +123,7 @@ def conversation_segments(
         if end is None:
             what = f"the chat template leaves out or rewrites turn {index} (assistant)"
             raise UserError(what, where, CALLS_AS_TEXT if turn.called else None)
-        segments += [(full[at:start], False), (full[start:end], True)]
+        segments += [(full[at:start], False), (full[start:end], turn.learned)]
         at = end
     return (*segments, (full[at:], False))
 

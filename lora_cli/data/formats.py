@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_cli.data.readers import kind_of
@@ -96,6 +96,9 @@ def prompt_completion(row: Columns) -> Content:
 
 def alpaca(row: Columns) -> Content:
     """Stanford Alpaca's columns under its three headings; an empty input leaves its heading out."""
+    if lost := next((name for name in ("system", "history") if row.row.columns.get(name)), None):
+        hint = "lay rows out by data.template, which may name {system}, or give them as messages"
+        raise UserError(f"column '{lost}' is not empty, and alpaca has no place for it", row.row.where, hint)
     extra = row.text("input", default="")
     middle = f"### Input:\n{extra}\n\n" if extra else ""
     prompt = f"### Instruction:\n{row.text('instruction')}\n\n{middle}### Response:\n"
@@ -103,19 +106,30 @@ def alpaca(row: Columns) -> Content:
 
 
 def chat(row: Columns) -> Content:
-    """``messages`` (role, content), ShareGPT's ``conversations`` (from, value), or a prompt and a completion; the
-    ``tools`` beside them."""
+    """``messages`` (role, content), ShareGPT's ``conversations`` (from, value), or a prompt and a completion, each a
+    turn's text or turns, of which those of the prompt are not learned; the ``tools`` beside them."""
     for name in ("messages", "conversations"):
         if row.column(name) is not None:
             turns = read_turns(row.value(name), f"{row.row.where}: {row.column(name)}")
             break
     else:
-        turns = (Message("user", row.text("prompt")), Message("assistant", row.text("completion")))
+        turns = (*_side(row, "prompt", "user"), *_side(row, "completion", "assistant"))
     system = row.text("system", default="")
     if system and turns[0].role != "system":
         turns = (Message("system", system), *turns)
     tools = read_tools(row.optional("tools"), f"{row.row.where}: {row.column('tools')}")
     return Conversation(turns, tools)
+
+
+def _side(row: Columns, name: str, role: str) -> tuple[Message, ...]:
+    value = row.value(name)
+    if not isinstance(value, list):
+        return (Message(role, row.text(name)),)
+    turns = read_turns(value, f"{row.row.where}: {row.column(name)}")
+    is_learned = name == "completion"
+    return tuple(
+        turn if turn.role != "assistant" else replace(turn, learned=turn.learned and is_learned) for turn in turns
+    )
 
 
 def template(row: Columns, patterns: Template | None) -> Content:
@@ -210,6 +224,8 @@ def detect(row: Row, data: Data) -> str:
     if fitting:
         mapped = {name for name, column in data.columns.items() if column in row.columns}
         found = max(fitting, key=lambda name: len(mapped.intersection(FORMATS[name].names)))
+        if found == "prompt_completion" and isinstance(columns.optional("completion"), list):
+            found = "chat"
         unused = sorted(mapped.difference(FORMATS[found].names))
         if unused:
             what = f"read as {found}, which has no use for data.columns.{unused[0]}"
@@ -238,6 +254,18 @@ def unseen_faults(data: Data, seen: Collection[str]) -> list[Fault]:
     ]
 
 
+def _of_another_format(row: Row, format_name: str, data: Data) -> list[Fault]:
+    """That the row's columns speak for another format than its source's first row, if they do."""
+    try:
+        own = detect(row, data)
+    except UserError:
+        return []
+    if own == format_name or not format_name:
+        return []
+    hint = "give files of each format as a part of their own: data.train takes a list, each read by its own first row"
+    return [Fault(f"looks like {own}, but its source's first row is read as {format_name}", row.where, hint)]
+
+
 def check_rows(data: Data, sources: Iterable[Source], seen: set[str]) -> list[Fault]:
     """Read every row as training will, without tokenizing: up to ten rows that are wrong, by file and line. The names
     of all columns are added to ``seen``."""
@@ -256,7 +284,7 @@ def check_rows(data: Data, sources: Iterable[Source], seen: set[str]) -> list[Fa
                     if formats[item.source]:
                         read_content(item, formats[item.source], data)
                 except UserError as error:
-                    faults.extend(error.faults)
+                    faults.extend(_of_another_format(item, formats[item.source], data) or error.faults)
             if len(faults) >= MAX_FAULTS:
                 return [*faults[:MAX_FAULTS], Fault("there may be more; the first ones are shown")]
     except UserError as error:

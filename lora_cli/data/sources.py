@@ -120,8 +120,10 @@ def _files(path: str) -> list[Path] | None:
         return _readable([Path(name) for name in glob.glob(path, recursive=True)], path)  # noqa: PTH207 (Path.glob takes no absolute pattern)
     if HUB_ID.fullmatch(path) and here.suffix.lower() not in READERS and not here.parent.exists():
         return None
+    if here.exists():
+        raise UserError("neither a file nor a folder: rows are read more than once", path, "write them into a file")
     siblings = [f.name for f in here.parent.iterdir() if f.suffix.lower() in READERS] if here.parent.is_dir() else []
-    hint = nearest(here.name, siblings) or f"paths are relative to {Path.cwd()}"
+    hint = nearest(here.name, siblings) or (None if here.is_absolute() else f"paths are relative to {Path.cwd()}")
     raise UserError("no such data file", path, hint)
 
 

@@ -20,21 +20,23 @@ ROLES = ("system", "user", "assistant", "tool")
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
 """Keys of a turn that say what is in no text of it; of these, an assistant's ``tool_calls`` are read."""
 WEIGHTS = ("weight", "train", "training")
-"""Keys that say whether a turn is to be learned, or how much."""
+"""Keys that say whether a turn is to be learned."""
 ANSWERED = ("name", "tool_call_id")
 """Keys of a tool's turn that say which call it answers."""
 TOOLS_HINT = "a list of JSON schemas, as Transformers' chat templates take them, or its text; or leave the column out"
+TURNS_HINT = "each turn is {role, content} or {from, value}"
 CALLS_HINT = "each call is {type: function, function: {name, arguments}}, its arguments an object or the text of one"
 
 
 @dataclass(frozen=True)
 class Message:
     """One turn of a conversation; ``extra`` holds what the template is handed beside role and content: an assistant's
-    ``tool_calls``, and which call a tool's turn answers."""
+    ``tool_calls``, and which call a tool's turn answers. An assistant's turn that is not ``learned`` is only read."""
 
     role: str
     content: str
     extra: Mapping[str, Any] = field(default_factory=dict)
+    learned: bool = True
 
     @property
     def called(self) -> list[str]:
@@ -63,18 +65,20 @@ class Conversation:
 
 
 def read_turns(value: Any, where: str) -> tuple[Message, ...]:
-    """The turns of a list of {role, content} or {from, value}; an assistant's may have tool_calls, and no text then.
+    """The turns of a list of {role, content} or {from, value}, or of that list as JSON text, which is all that a CSV
+    file's cell can hold; an assistant's may have tool_calls, and no text then.
 
     Raises UserError, with the turn's place.
     """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _from_json(value, where, TURNS_HINT)
     if not isinstance(value, list) or not value:
-        raise UserError("expected a list of turns", where, "each turn is {role, content} or {from, value}")
+        raise UserError("expected a list of turns", where, TURNS_HINT)
     turns = []
     for number, turn in enumerate(value):
         place = f"{where}[{number}]"
         if not isinstance(turn, dict):
-            hint = "each turn is {role, content} or {from, value}"
-            raise UserError(f"expected a turn, found {kind_of(turn)}", place, hint)
+            raise UserError(f"expected a turn, found {kind_of(turn)}", place, TURNS_HINT)
         sharegpt = "from" in turn
         role, content = (turn.get("from"), turn.get("value")) if sharegpt else (turn.get("role"), turn.get("content"))
         role = SHAREGPT_ROLES.get(str(role), role) if sharegpt else role
@@ -82,27 +86,44 @@ def read_turns(value: Any, where: str) -> tuple[Message, ...]:
             raise UserError(f"unknown role {role!r}", place, f"roles: {', '.join(ROLES)} (ShareGPT: human, gpt)")
         _check_unread(turn, role, place)
         extra = _extra(turn, role, place)
-        content = "" if content is None and "tool_calls" in extra else content
-        if not isinstance(content, str):
-            found = "null or missing" if content is None else kind_of(content)
-            raise UserError(f"the turn's text is {found}", place, "content (or value) must be text")
-        if is_broken(content):
-            raise UserError(f"the turn's text {HALF}", place, HALF_HINT)
-        turns.append(Message(role, content, extra))
+        content = "" if content is None and "tool_calls" in extra else _text(content, place)
+        turns.append(Message(role, content, extra, role != "assistant" or _is_learned(turn, place)))
     return tuple(turns)
 
 
+def _text(content: Any, place: str) -> str:
+    """A turn's text, which may stand in parts of {type: text, text}. Raises UserError for anything else."""
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                what = f"of type {part['type']!r}" if isinstance(part, dict) and "type" in part else kind_of(part)
+                raise UserError(f"a part of the turn is {what}", place, "each is {type: text, text}: only text is read")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        found = "null or missing" if content is None else kind_of(content)
+        raise UserError(f"the turn's text is {found}", place, "content (or value) must be text")
+    if is_broken(content):
+        raise UserError(f"the turn's text {HALF}", place, HALF_HINT)
+    return content
+
+
 def _check_unread(turn: Mapping[str, Any], role: str, place: str) -> None:
-    """Raises UserError when the turn says more than its text, or that it is not to be learned, which would be lost."""
+    """Raises UserError when the turn says more than its text, which would be lost."""
     read = ("tool_calls",) if role == "assistant" else ()
     unread = next((key for key in UNREAD if turn.get(key) and key not in read), None)
     if unread is not None:
         hint = f"write it into the text as the model's template does, and leave {unread} out"
         raise UserError(f"the turn has {unread}, and its text alone is read", place, hint)
-    weight = next((key for key in WEIGHTS if turn.get(key) not in (None, 1)), None)
-    if role == "assistant" and weight is not None:
-        what = f"the turn has {weight} {turn[weight]!r}, and every turn of the assistant is learned alike"
-        raise UserError(what, place, f"leave such turns out, or their {weight}")
+
+
+def _is_learned(turn: Mapping[str, Any], place: str) -> bool:
+    """Raises UserError for a turn that is to be learned more or less than others."""
+    given = {key: turn[key] for key in WEIGHTS if turn.get(key) is not None}
+    if odd := next((key for key, weight in given.items() if weight not in (0, 1)), None):
+        raise UserError(f"the turn has {odd} {given[odd]!r}", place, "it is learned (1, true) or not (0, false)")
+    if len(set(given.values())) > 1:
+        raise UserError(f"{' and '.join(given)} say different things of the turn", place, "keep one of them")
+    return all(given.values())
 
 
 def _extra(turn: Mapping[str, Any], role: str, place: str) -> dict[str, Any]:
