@@ -525,6 +525,23 @@ def test_one_end_of_text_closes_each_row_and_is_supervised(tokenizer: Any, tmp_p
         assert mask.tolist() == [False] + [True] * (len(ids) - 1)
 
 
+@pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "Why?", "completion": " So"}])
+def test_an_end_of_text_that_the_tokenizer_puts_there_is_supervised(
+    row: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    """It stands for no character, as where tokenizer_config.json says add_eos_token."""
+    from tokenizers.processors import TemplateProcessing
+
+    closing = copy.deepcopy(tokenizer)
+    closing.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, tokenizer.eos_token_id)]
+    )
+    plain, closed = (examples_of(each, tmp_path, row).row(0) for each in (tokenizer, closing))
+    assert closing("a").input_ids[-1] == tokenizer.eos_token_id
+    assert closed[0].tolist() == plain[0].tolist()
+    assert closed[1].tolist() == plain[1].tolist() and closed[1][-1]
+
+
 @pytest.mark.parametrize("format", ["text", "prompt_completion", "alpaca", "template", "chat"])
 def test_a_bos_stands_once(format: str, with_bos: Any, tmp_path: Path) -> None:
     rows = {
