@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import math
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -300,6 +301,41 @@ def test_resume_refuses_another_run_with_all_its_changes(
         assert told in result.stderr
     assert "max_steps" not in result.stderr and "loading" not in result.stderr
     assert files_of(run) == before
+
+
+OTHER_STEPS = {"weight_decay": 0.1, "max_grad_norm": 0.5, "warmup_steps": 1, "lr_scheduler_type": "'linear'"}
+
+
+def test_resume_refuses_whatever_makes_other_steps_of_the_same_rows(train: Callable[..., Run], lora: Any) -> None:
+    run = train({"training.max_steps": 2})
+    changes = [f"training.{key}={value}" for key, value in OTHER_STEPS.items()]
+    result = lora("train", run.folder / "recipe.yaml", *changes, "adapter.lora_alpha=9", "--resume")
+    assert result.exit_code == 2
+    told = {f"training.{key}": value for key, value in OTHER_STEPS.items()} | {"adapter.lora_alpha": 9.0}
+    for key, value in told.items():
+        assert re.search(rf"--resume: {re.escape(key)} was \S+ and is now {value}", result.stderr), key
+
+
+def test_resume_refuses_a_row_that_is_now_of_another_source(
+    train: Callable[..., Run], qa_file: Path, tmp_path: Path, lora: Any
+) -> None:
+    """The same rows in the same order, but one of them is taken twice an epoch from now on."""
+    rows = qa_file.read_text().splitlines(keepends=True)
+    files = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+
+    def divide(at: int) -> None:
+        for file, part in zip(files, (rows[:at], rows[at:]), strict=True):
+            file.write_text("".join(part))
+
+    divide(10)
+    mixture = [{"path": str(file), "weight": weight} for file, weight in zip(files, (2.0, 1.0), strict=True)]
+    run = train({"data.train": mixture, "training.max_steps": 1})
+    divide(11)
+    result = lora("train", run.folder / "recipe.yaml", "--resume", "training.max_steps=2")
+    assert result.exit_code == 2
+    assert "--resume: the training rows have changed since the run began" in result.stderr
+    divide(10)
+    done(lora("train", run.folder / "recipe.yaml", "--resume", "training.max_steps=2"))
 
 
 @pytest.mark.parametrize("data", [{"packing": False}, {"packing": True, "shuffle": False}])
