@@ -88,6 +88,29 @@ def test_a_run_stopped_by_a_signal_or_a_kill_goes_on_exactly_and_its_folder_is_i
         assert run.adapter_bytes == undisturbed.adapter_bytes
 
 
+@pytest.mark.parametrize("validation", [None, 0.2])
+def test_a_signal_in_the_last_step_lets_the_run_end(
+    validation: float | None,
+    write_recipe: Any,
+    tmp_path: Path,
+    lora: Any,
+    no_curves: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once there is nothing left to compute, the adapter is a matter of a moment."""
+    end_step = loop.end_step
+
+    def signalled(trainer: Any, step: Any, *others: Any) -> Any:
+        if step.number == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return end_step(trainer, step, *others)
+
+    monkeypatch.setattr(loop, "end_step", signalled)
+    done(lora("train", write_recipe({"data.validation": validation})))
+    run = Run(tmp_path / "run")
+    assert run.info["finished"] and run.info["result"]["steps"] == 4 and run.adapter_bytes
+
+
 def test_a_second_signal_stops_at_once_with_nothing_torn(
     write_recipe: Any, tmp_path: Path, qa_file: Path, lora: Any, no_curves: None
 ) -> None:
@@ -291,6 +314,37 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_whole(
         assert run.column("step") == list(range(1, 2 * kept + 5))
 
 
+def test_what_takes_its_place_is_on_the_disk_before_and_its_name_after(
+    write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that loses its power may else be left with a name for a file that holds nothing."""
+    fsync, replace = os.fsync, Path.replace
+    synced: list[Path] = []
+    placed: list[tuple[Path, int]] = []
+
+    def noted_sync(handle: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{handle}").readlink())
+        fsync(handle)
+
+    def noted_replace(path: Path, target: Path) -> Path:
+        if not target.name.startswith("."):
+            files = [file for file in (path, *path.rglob("*")) if file.is_file()]
+            assert {file.resolve() for file in files} <= set(synced), f"{target} is not on the disk"
+            placed.append((target, len(synced)))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    done(lora("train", write_recipe({"training": {"max_steps": 2, "save_steps": 1}})))
+    run = tmp_path / "run"
+    steps = [run / "checkpoints" / f"step-{step:08d}" for step in (1, 2)]
+    assert {*steps, run / "adapter", run / "run.json", run / "recipe.yaml"} <= {target for target, _ in placed}
+    assert any(target.parent == run / "cache" for target, _ in placed)
+    for target, before in placed:
+        assert target.parent.resolve() in synced[before:], f"{target}: its name is not on the disk"
+    assert (run / "metrics.jsonl").resolve() in synced
+
+
 def test_trackers_are_closed_when_a_run_fails(write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[str] = []
     finish = TensorBoardTracker.finish
@@ -416,6 +470,16 @@ def test_a_skipped_step_leaves_every_weight_and_moment_alone(overflow: Any) -> N
     assert run.adapter_bytes == without.adapter_bytes
 
 
+def test_a_skipped_step_is_no_better_than_the_one_before_it(overflow: Any, rows: Any) -> None:
+    """The first of equal losses is the best, and patience comes to its end."""
+    watching = (f"data.validation={rows('ss')}", "training.eval_steps=1", "training.early_stopping_patience=2")
+    result, run = overflow("sllss", "skip", "training.on_nonfinite=skip", *watching)
+    done(result)
+    losses = run.column("loss", "validation")
+    assert len(losses) == 4 and losses[1] == losses[2] == losses[3]
+    assert run.info["result"]["best"] == {"step": 1, "loss": losses[1]}
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
 def test_steps_that_are_not_logged_are_skipped_and_told_of_all_the_same(
     optim: str, overflow: Any, monkeypatch: pytest.MonkeyPatch
@@ -490,6 +554,16 @@ def test_skipping_gives_up_after_five_in_a_row_also_across_a_resume(overflow: An
     again = lora("train", run.folder / "recipe.yaml", "--resume")
     assert again.exit_code == 3
     assert "step 11 was not taken" in again.stderr and "5 steps in a row" in again.stderr
+
+
+def test_weights_that_the_last_step_breaks_are_not_kept(write_recipe: Any, tmp_path: Path, lora: Any) -> None:
+    """Its loss and its gradient are those of the weights before it."""
+    run = Run(tmp_path / "run")
+    wild = {"learning_rate": 1e30, "warmup_steps": 0, "max_steps": 1}
+    result = lora("train", write_recipe({"training": wild}))
+    assert result.exit_code == 3
+    assert "step 1: weight norm is inf" in " ".join(result.stderr.split())
+    assert run.checkpoints == [] and not (run.folder / "adapter").exists()
 
 
 def test_a_learning_rate_beyond_all_bounds(write_recipe: Any, tmp_path: Path, lora: Any) -> None:
