@@ -341,6 +341,26 @@ def test_a_failure_while_writing_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_what_is_written_is_on_the_disk_before_it_gets_its_name(
+    tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: Any
+) -> None:
+    """All files and their folder, while there is nothing at ``out``; then the folder that holds the name."""
+    adapter, out = make_adapter("llama", tiny_llama, tmp_path / "adapter"), tmp_path / "merged"
+    synced: list[tuple[Path, bool]] = []
+    sync = os.fsync
+
+    def noted(handle: int) -> None:
+        sync(handle)
+        synced.append((Path(f"/proc/self/fd/{handle}").readlink(), out.exists()))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    done(lora("merge", adapter, "--out", out, "--no-verify"))
+    before = [path for path, stands in synced if not stands]
+    assert {path.name for path in before if path.suffix != ".draft"} == {path.name for path in out.iterdir()}
+    assert any(path.suffix == ".draft" for path in before)
+    assert [path for path, stands in synced if stands] == [tmp_path]
+
+
 def test_a_base_stored_quantized_is_refused(tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any) -> None:
     done(lora("quantize", tiny_llama, "--out", tmp_path / "small"))
     done(lora("train", write_recipe({"model.name_or_path": tmp_path / "small"})))
@@ -379,6 +399,22 @@ def test_to_the_bit_what_peft_merges(config: dict[str, Any], tiny_llama: Path, t
     assert found.keys() == wanted.keys()
     for name, weight in wanted.items():
         assert torch.equal(found[name], weight), name
+
+
+def test_a_layers_number_is_not_the_end_of_another(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    """Of twelve layers, what is said of the second does not hold for the last, which is 11."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    sizes = {"num_hidden_layers": 12, "hidden_size": 16, "intermediate_size": 8}
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_llama, **sizes)).save_pretrained(folder)
+    own = {"rank_pattern": {"1.self_attn.q_proj": 2}, "alpha_pattern": {"1.self_attn.q_proj": 12.0}}
+    adapter = make_adapter("llama", folder, tmp_path / "adapter", target_modules=["q_proj", "v_proj"], **own)
+    report = done(lora("merge", adapter, "--out", tmp_path / "merged", "--no-verify", "--json")).json
+    assert report["modules"] == 24
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    wanted = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
 
 
 def test_an_embedding_of_positions_has_no_words(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
@@ -461,6 +497,29 @@ def test_adapters_that_cannot_be_added_are_refused(tiny_llama: Path, tmp_path: P
     result = lora("merge", first, third, "--out", out)
     assert result.exit_code == 2 and "another base" in result.stderr
     assert not out.exists()
+
+
+def test_adapters_that_saw_the_base_otherwise_are_not_added(
+    train: Callable[..., Any], tmp_path: Path, tiny_gpt2: Path, lora: Any
+) -> None:
+    """One was fitted to 4 bits of the base, another to the base itself, a third to 4 bits of it in bfloat16."""
+    quick = {"training.max_steps": 1}
+    seen = quick | {"quantization": {"method": "nf4", "compute_dtype": "float32"}}
+    small, plain, rounded = train(seen), train(quick), train(seen | {"model.dtype": "bfloat16"})
+    out = tmp_path / "merged"
+    for first, second in ((small, plain), (plain, small), (small, rounded)):
+        result = lora("merge", first.folder, second.folder, "--out", out, "--no-verify")
+        assert result.exit_code == 2 and f"quantized otherwise than that of {first.folder}" in result.stderr
+        assert "--into original" in result.stderr and not out.exists()
+        parts = [f"{run.folder}=1" for run in (first, second)]
+        result = lora("adapters", "compose", *parts, "--out", tmp_path / "composed")
+        assert result.exit_code == 2 and "quantized otherwise" in result.stderr
+    done(lora("merge", small.folder, rounded.folder, "--into", "original", "--out", out, "--no-verify"))
+    before, after = weights_of(tiny_gpt2), weights_of(out)
+    sums = [expected("gpt2", before, run.tensors, 8 / R, False) for run in (small, rounded)]
+    for key, (once, size) in sums[0].items():
+        wanted = once + sums[1][key][0] - before[key].double()
+        assert ((after[key].double() - wanted).abs() <= 4 * 2.0**-23 * (size + sums[1][key][1])).all(), key
 
 
 def test_the_type_and_the_size_of_files_can_be_chosen(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
@@ -553,6 +612,15 @@ def test_the_choice_of_a_base_is_seen(
     seen = run(PeftModel.from_pretrained(in_4_bits(tiny_llama, True, torch.float32), str(adapter)))
     original = run(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), str(adapter)))
     own = original if into == "original" else seen
+
+    def perplexity(logits: torch.Tensor) -> float:
+        told = zip(logits.log_softmax(-1).split([len(row) for row in ids]), ids, strict=True)
+        right = [float(each[at, row[at + 1]]) for each, row in told for at in range(len(row) - 1)]
+        return math.exp(-sum(right) / len(right))
+
+    assert told["apart"] == pytest.approx(perplexity(seen), rel=1e-3)
+    for name, said in (("expanded", seen), ("original", original)):
+        assert told["candidates"][name]["perplexity"] == pytest.approx(perplexity(said), rel=1e-3)
     if into == "quantized":
         merged = run(unpacked(AutoModelForCausalLM.from_pretrained(out)))
         requantized = (seen.softmax(-1) * (seen.log_softmax(-1) - merged.log_softmax(-1))).sum(-1).mean()
