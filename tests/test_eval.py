@@ -337,6 +337,21 @@ def test_base_and_adapter_moved_together_are_found(
     done(lora("merge", tmp_path / "elsewhere" / "runs" / "one", "--out", tmp_path / "merged"))
 
 
+def test_a_copy_of_an_adapter_is_for_the_base_that_it_was_trained_on(
+    tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, tmp_path: Path, lora: Any
+) -> None:
+    """While that is where it was: what lies where a copy of it would lie may be another."""
+    home, copy = tmp_path / "home", tmp_path / "copy"
+    shutil.copytree(tiny_gpt2, home / "base")
+    before = done(lora("eval", run_of(home / "base", "home/runs/one"), "--data", qa_file, "--json")).json
+    shutil.copytree(home, copy)
+    tensors = load_file(copy / "base" / "model.safetensors")
+    tensors[next(iter(tensors))] += 0.5
+    save_file(tensors, copy / "base" / "model.safetensors", {"format": "pt"})
+    after = done(lora("eval", copy / "runs" / "one", "--data", qa_file, "--json")).json
+    assert (after["loss"], after["base"]) == (before["loss"], before["base"])
+
+
 def test_another_base_in_its_place_is_refused(
     tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, tmp_path: Path, lora: Any
 ) -> None:

@@ -77,6 +77,16 @@ def test_a_run_beside_takes_it(quantized: Any) -> None:
     assert first.losses == second.losses
 
 
+def test_what_another_user_keeps_is_not_taken(quantized: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs may lie beside one another in /tmp, which is everybody's."""
+    first, _ = quantized("first")
+    (folder,) = kept_in(first)
+    monkeypatch.setattr("os.getuid", lambda: folder.stat().st_uid + 1)
+    second, made = quantized("second")
+    assert made and len(kept_in(second)) == 1
+    assert first.losses == second.losses
+
+
 @pytest.mark.parametrize("links", [True, False])
 def test_one_that_is_streamed_from_a_run_beside_outlives_it(
     links: bool, quantized: Any, monkeypatch: pytest.MonkeyPatch

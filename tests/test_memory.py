@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,17 @@ def test_a_control_groups_limit_is_the_memory_there_is(case: str, tmp_path: Path
 
 def test_without_control_groups_memory_is_the_machines(tmp_path: Path) -> None:
     assert total_bytes(torch.device("cpu"), tmp_path) == psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(("kind", "used"), [(resource.RLIMIT_AS, "vms"), (resource.RLIMIT_DATA, "data")])
+def test_a_limit_of_the_process_is_the_memory_there_is(kind: int, used: str, tmp_path: Path) -> None:
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (getattr(psutil.Process().memory_info(), used) + 2**28, before[1]))
+    try:
+        free = free_bytes(torch.device("cpu"), tmp_path)
+    finally:
+        resource.setrlimit(kind, before)
+    assert free == pytest.approx(2**28, abs=2**26)
 
 
 def test_the_largest_batch() -> None:
