@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -191,6 +192,27 @@ def test_a_composition_of_quantized_runs_knows_what_they_saw(train: Any, tmp_pat
     result = lora("adapters", "compose", f"{runs[0].folder}=1", f"{plain.folder}=1", "--out", tmp_path / "other")
     assert result.exit_code == 2 and "quantized otherwise" in result.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_bases_are_told_apart_without_a_record(tiny_llama: Path, tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
+    """By their weights while these are there, else by the names of layers and of the bases."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_llama, other)
+    tensors = load_file(other / "model.safetensors")
+    save_file({key: value + 1 for key, value in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    bases = {"some/llama": ("llama", tiny_llama), "other/llama": ("llama", other), "some/gpt2": ("gpt2", tiny_gpt2)}
+    first, *others = (varied(*base, tmp_path / name.replace("/", "-"), 1) for name, base in bases.items())
+    commands = [["compose", f"{first}=1", f"{each}=1", "--out", tmp_path / "out"] for each in others]
+    commands += [["diff", first, each] for each in others]
+    for command in commands:
+        result = lora("adapters", *command)
+        assert result.exit_code == 2 and f"another base than that of {first}" in result.stderr
+    for folder, name in zip((first, *others), bases, strict=True):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+    done(lora("adapters", *commands[0]))
+    result = lora("adapters", *commands[1][:-1], tmp_path / "no")
+    assert result.exit_code == 2 and "it is for some/gpt2, not some/llama" in result.stderr
 
 
 def test_every_method_is_known_to_the_command_line() -> None:
