@@ -75,6 +75,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str | None, bool]] = {
     "mixtral": ("Mixtral", GROUPED | {"num_local_experts": 2}, ROWS, True),
     "bloom, which counts positions itself": ("Bloom", {**SMALL, "n_layer": 2, "n_head": 4}, None, True),
     "mamba, which has a state": ("Mamba", {**SMALL, "state_size": 4}, None, True),
+    "falcon h1, which multiplies logits by a number of its own name": (
+        "FalconH1",
+        GROUPED | {"lm_head_multiplier": 0.25, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 4},
+        None,
+        False,
+    ),
 }
 """Configuration class, its arguments, the attention that packed rows get (None: they are padded), and whether the
 loss is made in chunks."""
