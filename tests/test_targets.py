@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
+from lora_cli.model.adapters import adapt, trainable_parameters
 from lora_cli.model.base import skeleton
 from lora_cli.model.layers import linear_layers
 from lora_cli.model.targets import choose_targets
+from lora_cli.recipe.schema import Adapter
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
 SPLIT = {"minimal": {"q_proj", "v_proj"}, "standard": {"q_proj", "k_proj", "v_proj"}}
@@ -35,3 +38,38 @@ def test_words_name_the_layers_of_attention(name: str) -> None:
         assert {layer.rpartition(".")[2] for layer in found} == leaves, word
         assert len(found) == 2 * len(leaves), "in both layers, and in their attention alone"
     assert len(choose_targets(layers, "all-linear", 2)) == len(layers) > 2 * len(wanted["standard"] | outputs)
+
+
+MIXTURE = SIZES | {"moe_intermediate_size": 8, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+ALL_LINEAR: dict[str, tuple[dict[str, Any], set[str]]] = {
+    # PEFT takes gate_proj, up_proj and down_proj of a dense layer or a shared expert for those of single experts.
+    "DeepseekV3": (
+        MIXTURE | LATENT | {"first_k_dense_replace": 1, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+        {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"},
+    ),
+    "Qwen3Moe": (MIXTURE | {"num_experts": 4, "mlp_only_layers": [0]}, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+    "Qwen2Moe": (
+        MIXTURE | {"num_experts": 4, "shared_expert_intermediate_size": 8},
+        {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    ),
+    # Mamba's forward pass reads the weights of dt_proj and out_proj past an adapter.
+    "Mamba": ({"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}, {"in_proj", "x_proj"}),
+    "FalconMamba": ({"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}, {"in_proj", "x_proj"}),
+}
+
+
+@pytest.mark.parametrize("name", ALL_LINEAR)
+def test_all_linear_names_what_an_adapter_reaches(name: str) -> None:
+    """Each layer named has an adapter, nothing else has, and each learns from a loss."""
+    arguments, leaves = ALL_LINEAR[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(vocab_size=50, **arguments)
+    base = transformers.AutoModelForCausalLM.from_config(config)
+    found = [target.name for target in choose_targets(linear_layers(skeleton(config)), "all-linear", 1)]
+    assert {layer.rpartition(".")[2] for layer in found} == leaves
+    model = adapt(base, Adapter(r=1), found, fused=False)
+    ids = torch.arange(48).view(4, 12)
+    model(input_ids=ids, labels=ids).loss.backward()
+    learning = {name: bool(weight.grad.any()) for name, weight in trainable_parameters(model) if "lora_B" in name}
+    assert learning == {f"base_model.model.{layer}.lora_B.default.weight": True for layer in found}

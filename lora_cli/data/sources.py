@@ -123,8 +123,8 @@ def _files(path: str) -> list[Path] | None:
     if here.exists():
         raise UserError("neither a file nor a folder: rows are read more than once", path, "write them into a file")
     siblings = [f.name for f in here.parent.iterdir() if f.suffix.lower() in READERS] if here.parent.is_dir() else []
-    hint = nearest(here.name, siblings) or (None if here.is_absolute() else f"paths are relative to {Path.cwd()}")
-    raise UserError("no such data file", path, hint)
+    relative = None if here.is_absolute() else f"paths are relative to {Path.cwd()}"
+    raise UserError("no such data file", path, nearest(here.name, siblings) or relative)
 
 
 def _readable(found: list[Path], path: str) -> list[Path]:

@@ -11,6 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.errors import RunError
 from lora_cli.model.fused_lora import register
 from lora_cli.recipe.schema import Adapter
 
@@ -46,6 +47,10 @@ def adapt(base: PreTrainedModel, adapter: Adapter, targets: Sequence[str], fused
         register(config, layers)
     model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
+    if set(model.targeted_module_names) != set(targets):
+        raise RunError(
+            "PEFT adapts other layers of this model than it was asked for", hint="choose other target_modules"
+        )
     return model
 
 

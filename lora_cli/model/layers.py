@@ -17,22 +17,38 @@ if TYPE_CHECKING:
 CANNOT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What an architecture raises when its forward pass is asked for what it does not know."""
 
-MAMBAS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
-"""Model types whose layers named out_proj have their weight read by a kernel, past an adapter: PEFT refuses them."""
+READ_BY_KERNELS = {
+    "out_proj": {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"},
+    "dt_proj": {"falcon_mamba", "jamba", "mamba"},
+}
+"""Layers of Mamba's, by name, and the model types where their weight is read past an adapter: it would learn nothing,
+and PEFT refuses the first."""
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, Target]:
-    """Every linear layer but the output head, expert routers, gates of one number and those that Mamba's kernels read,
-    GPT-2's Conv1D included."""
-    head, read_by_kernels = model.get_output_embeddings(), model.config.model_type in MAMBAS
+    """Every linear layer but the output head, expert routers, gates of one number, those that Mamba's kernels read and
+    those that PEFT takes for experts, GPT-2's Conv1D included."""
+    head, kind = model.get_output_embeddings(), model.config.model_type
     layers = {}
     for name, module in model.named_modules():
         wide = widths(module)
         if wide is None or module is head or wide[1] == 1 or _is_router(name, wide[1], model):
             continue
-        if not (read_by_kernels and name.rpartition(".")[2] == "out_proj"):
+        if kind not in READ_BY_KERNELS.get(name.rpartition(".")[2], ()):
             layers[name] = Target(name, *wide)
-    return layers
+    return _not_for_experts(layers, model) if has_experts(model) else layers
+
+
+def _not_for_experts(layers: dict[str, Target], model: PreTrainedModel) -> dict[str, Target]:
+    """Those whose names PEFT leaves as they are. In mixtures of experts that Transformers joins, it takes some names
+    for those of single experts, of a dense layer or a shared expert among them (DeepSeek-V3's gate_proj), and adapts
+    the joined experts in their place: when an adapter is made, and when it is loaded."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=list(layers))
+    convert_peft_config_for_transformers(config, model, None)
+    return {name: target for name, target in layers.items() if name in (config.target_modules or ())}
 
 
 def checkpointed_layers(model: PreTrainedModel) -> dict[str, nn.Module]:

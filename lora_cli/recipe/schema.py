@@ -69,8 +69,8 @@ class Adapter(Section):
     target_modules: Text | Annotated[tuple[Text, ...], Field(min_length=1)] = Field(
         "attention",
         description="Which layers: minimal (query and value projections), standard (all attention projections but the "
-        "output), attention (all attention projections), all-linear (every linear layer but the head), a list of "
-        "module names, or a regular expression that matches whole module names.",
+        "output), attention (all attention projections), all-linear (every linear layer that PEFT can adapt, but the "
+        "head), a list of module names, or a regular expression that matches whole module names.",
     )
     layers_to_transform: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = Field(
         None, description="Numbers of the layers that are adapted, from 0, e.g. [6, 7]; null: all."
