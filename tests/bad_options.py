@@ -165,3 +165,13 @@ def seed_of_an_exact_sum(w: World) -> Arguments:
 @case("--no-double-quant", "for --method nf4 and fp4")
 def scales_of_8_bits(w: World) -> Arguments:
     return ["quantize", w.gpt2, "--method", "int8", "--no-double-quant", "--out", "out"]
+
+
+@case("--data", "given more than once", "keep one")
+def an_option_given_twice(w: World) -> Arguments:
+    return ["eval", w.llama, "--data", w.rows(ROW), "--data", w.rows(ROW)]
+
+
+@case("--rank", "given more than once", "keep one")
+def an_option_of_adapters_given_twice(w: World) -> Arguments:
+    return ["adapters", "resize", w.llama, "--rank", "2", "--out", w.root / "out", "--rank", "4"]

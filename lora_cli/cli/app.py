@@ -22,6 +22,7 @@ import typer
 
 from lora_cli import __version__
 from lora_cli.cli import adapters, evaluate, explain, merge, quantize, train
+from lora_cli.cli.options import Once
 from lora_cli.errors import Aftermath, Interrupted, LoraError, RunError, UserError, is_lack_of_room, unwritable
 from lora_cli.training.launched import process_count, process_index
 
@@ -35,12 +36,12 @@ app = typer.Typer(
     # The default spares typer (0.29) importing pydantic to coerce the --help that was not given.
     context_settings={"help_option_names": ["-h", "--help"], "default_map": {"help": False}},
 )
-app.command("train")(train.command)
-app.command("eval")(evaluate.command)
-app.command("merge")(merge.command)
-app.command("quantize")(quantize.command)
+app.command("train", cls=Once)(train.command)
+app.command("eval", cls=Once)(evaluate.command)
+app.command("merge", cls=Once)(merge.command)
+app.command("quantize", cls=Once)(quantize.command)
 app.add_typer(adapters.app, name="adapters")
-app.command("explain")(explain.command)
+app.command("explain", cls=Once)(explain.command)
 
 
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP)

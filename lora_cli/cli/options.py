@@ -1,12 +1,27 @@
-"""Options that every verb takes."""
+"""Options that every verb takes, and how often it takes them."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections import Counter
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
+
+from lora_cli.errors import UserError
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and results alone.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 MaxShardSize = Annotated[str, typer.Option("--max-shard-size", help="Tensors in a file at most, as 500MB or 5GB.")]
+
+
+class Once(TyperCommand):
+    """A verb that refuses an option which is given twice, of which the last would be taken in silence."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter, times in Counter(given).items():
+            if times > 1 and not (parameter.multiple or getattr(parameter, "is_flag", True)):
+                raise UserError("given more than once", max(parameter.opts, key=len), "keep one of them")
+        return super().parse_args(ctx, args)
