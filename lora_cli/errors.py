@@ -6,11 +6,12 @@ import difflib
 import errno
 import os
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 _LONGEST = 700  # characters of a fault's parts; three of them are half a screen
+_ALIKE = 5  # faults of one kind that are told
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,14 @@ class UserError(LoraError):
     """The input was wrong: recipe, data, model, adapter or options. Exit code 2."""
 
     exit_code = 2
+
+
+def alike(faults: Sequence[Fault], hint: str) -> UserError:
+    """What to raise of faults of one kind, for all of which the ``hint`` is: the first few, and how many more there
+    are."""
+    *first, last = faults[:_ALIKE]
+    more = f"{len(faults) - _ALIKE} more like these: " if len(faults) > _ALIKE else ""
+    return UserError([*first, replace(last, hint=more + hint)])
 
 
 class RunError(LoraError):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.errors import Fault, UserError
+from lora_cli.errors import Fault, UserError, alike
 from lora_cli.model.files import read_config, stored_quantization
 from lora_cli.model.targets import Target
 from lora_cli.recipe.schema import Adapter
@@ -34,8 +33,7 @@ OTHER_TENSORS = ("bias", "modules_to_save", "trainable_token_indices", "target_p
 """Keys of an adapter's configuration that say it holds more than LoRA's own tensors."""
 TRAINED = ("A", "B", "magnitude_vector")
 """What a recipe trains of a layer: LoRA's two factors, and DoRA's magnitudes."""
-SHOWN = 5
-"""How many faults of one adapter are told."""
+MISFIT = "the adapter does not fit its base: it belongs to another, or its file is damaged"
 EMBEDDINGS = ("wte", "wpe", "embed_tokens", "embed_positions", "embed_in", "word_embeddings", "lm_head", "embed_out")
 ENDS = {"model.embed_tokens.weight", "model.norm.weight"}
 """What most models store beside their layers, and a head where it is not tied."""
@@ -116,7 +114,7 @@ def check_adapter(
     if not any(".lora_" in name for name in read_headers([folder / ADAPTER_WEIGHTS])):
         faults.append(Fault("the adapter holds no LoRA tensors", str(folder)))
     if faults:
-        raise misfit(faults)
+        raise alike(faults, MISFIT)
     _check_finite(folder)
 
 
@@ -126,14 +124,6 @@ def faults_in_model(folder: Path, base: Path) -> list[Fault]:
     from lora_cli.weights.inventory import adapter_faults  # with torch and PEFT
 
     return adapter_faults(folder, base)
-
-
-def misfit(faults: Sequence[Fault]) -> UserError:
-    """What to raise when these are wrong with an adapter's tensors."""
-    more = f"{len(faults) - SHOWN} more like these: " if len(faults) > SHOWN else ""
-    hint = f"{more}the adapter does not fit its base: it belongs to another, or its file is damaged"
-    *first, last = faults[:SHOWN]
-    return UserError([*first, replace(last, hint=hint)])
 
 
 def _unexpected(
@@ -183,7 +173,7 @@ def _check_finite(folder: Path) -> None:
     ]
     if faults:
         hint = "the training that made it diverged, or the file is damaged: take an earlier checkpoint, or train again"
-        raise UserError([*faults[: SHOWN - 1], replace(faults[-1], hint=hint)])
+        raise alike(faults, hint)
 
 
 def check_mergeable(base: Path) -> None:

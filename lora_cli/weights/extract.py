@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.errors import Fault, UserError
+from lora_cli.errors import Fault, UserError, alike
 from lora_cli.model.base import load_config, skeleton
 from lora_cli.model.files import copy_tokenizer
 from lora_cli.model.layers import linear_layers
@@ -127,8 +127,7 @@ def _pairs(
         turned = isinstance(model.get_submodule(layer), Conv1D)
         pairs[layer] = Pair((names[0], here), (names[1], there), turned)
     if faults:
-        *first, last = faults[:5]
-        raise UserError([*first, Fault(last.what, last.where, "give a model that was made from this base")])
+        raise alike(faults, "give a model that was made from this base")
     return pairs
 
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
 
-from lora_cli.errors import Fault, UserError
+from lora_cli.errors import Fault, UserError, alike
 from lora_cli.model.adapters import resize_words
 from lora_cli.model.base import WRONG_VALUES, load_config, skeleton
 from lora_cli.model.files import stored_quantization
 from lora_cli.weights.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, read_adapter_config
-from lora_cli.weights.check import SHOWN
 from lora_cli.weights.experts import joins_experts
 from lora_cli.weights.shards import read_headers, weight_files
 from lora_cli.weights.stored_names import converters_of, sources_of
@@ -45,15 +43,13 @@ def _check_base_tensors(base: Path, bare: PreTrainedModel) -> None:
         tied.setdefault(id(parameter), []).append(name)
     spare = bare._keys_to_ignore_on_load_missing or ()
     missing = [
-        f"tensor {names[0]} is missing"
+        Fault(f"tensor {names[0]} is missing", str(base))
         for names in tied.values()
         if not any(name in sources or any(re.search(key, name) for key in spare) for name in names)
     ]
-    missing += _missing_experts(bare, sources)
+    missing += [Fault(what, str(base)) for what in _missing_experts(bare, sources)]
     if missing:
-        more = f"{len(missing) - SHOWN} more like these: " if len(missing) > SHOWN else ""
-        *first, last = [Fault(what, str(base)) for what in missing[:SHOWN]]
-        raise UserError([*first, replace(last, hint=f"{more}copy or download the model again")])
+        raise alike(missing, "copy or download the model again")
 
 
 def _missing_experts(bare: PreTrainedModel, sources: Mapping[str, Mapping[str, str | None]]) -> Iterator[str]:

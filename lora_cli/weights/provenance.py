@@ -15,12 +15,12 @@ from typing import Any, TypeGuard
 from pydantic import ValidationError
 
 from lora_cli import __version__
-from lora_cli.errors import Fault, UserError
+from lora_cli.errors import Fault, UserError, alike
 from lora_cli.model.files import locate
 from lora_cli.recipe.explain import dotted_keys
 from lora_cli.recipe.schema import Adapter, Recipe
 from lora_cli.weights.adapter_config import read_adapter_config
-from lora_cli.weights.check import check_adapter, faults_in_model, is_plainly_whole, misfit
+from lora_cli.weights.check import MISFIT, check_adapter, faults_in_model, is_plainly_whole
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.shards import check_whole
 
@@ -114,7 +114,7 @@ def _checked(folder: Path, base: Path, name: str, other_kinds: bool) -> AdapterO
     check_adapter(folder, base, other_kinds, in_model)
     is_lora = read_adapter_config(folder)["peft_type"] == "LORA"
     if not (is_lora and is_plainly_whole(folder, base)) and (faults := in_model()):
-        raise misfit(faults)
+        raise alike(faults, MISFIT)
     return AdapterOrigin(folder, base, name, recipe_of(folder), read_record(folder).get("dtype"))
 
 
