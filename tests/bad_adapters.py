@@ -52,6 +52,12 @@ def broken_adapter_config(w: World) -> Arguments:
     return ["merge", "run", "--out", "out"]
 
 
+@case("run/adapter/adapter_config.json", "not readable")
+def adapter_config_nested_without_end(w: World) -> Arguments:
+    w.file(f"{w.run()}/adapter/adapter_config.json", "[" * 100_000)
+    return ["merge", "run", "--out", "out"]
+
+
 @case("run/adapter", "adapter_model.safetensors", "missing")
 def adapter_without_weights(w: World) -> Arguments:
     (w.root / w.run() / "adapter" / "adapter_model.safetensors").unlink()

@@ -265,6 +265,12 @@ def index_that_leads_out_of_the_folder(w: World) -> Arguments:
 
 
 @case("model/model.safetensors.index.json", "not a readable shard index")
+def index_nested_without_end(w: World) -> Arguments:
+    indexed(w, "[" * 100_000)
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/model.safetensors.index.json", "not a readable shard index")
 def index_without_a_shard(w: World) -> Arguments:
     indexed(w, json.dumps({"weight_map": {}}))
     return w.train({"model.name_or_path": "model"})

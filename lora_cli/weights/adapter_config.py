@@ -43,7 +43,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise UserError("no adapter here (no adapter_config.json)", str(folder), "give a run or an adapter folder")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"not readable: {error}", str(path), mend(path)) from error
     if not isinstance(config, dict) or "peft_type" not in config:
         raise UserError("not an adapter's configuration (no peft_type)", str(path))

@@ -118,7 +118,7 @@ def weight_files(folder: Path) -> list[Path]:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             if not names or any(Path(name).name != name for name in names):
                 raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             what = "not a readable shard index (a JSON object with a weight_map to files beside it)"
             raise UserError(what, str(index), mend(index)) from error
         missing = [name for name in names if not (folder / name).is_file()]
