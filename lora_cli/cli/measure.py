@@ -56,7 +56,7 @@ def rows_for(base: Path, adapter: Path | None, data: Data, recipe: Recipe | None
     """
     from lora_cli.data.examples import check_ids
     from lora_cli.model.base import load_config, load_tokenizer, max_positions, skeleton
-    from lora_cli.weights.check import check_weights
+    from lora_cli.weights.check_model import check_weights
 
     config = load_config(base)
     check_weights(base, skeleton(config))

@@ -61,7 +61,7 @@ def command(
 ) -> None:
     """Fold adapters into their base model's weights."""
     from lora_cli.model.files import check_model_type
-    from lora_cli.weights.check import check_mergeable
+    from lora_cli.weights.check_model import check_mergeable
     from lora_cli.weights.shards import bytes_of, check_out
 
     if data is not None and verify is False:
@@ -167,7 +167,7 @@ def _quantize(
 def _check_together(origins: list[AdapterOrigin], into: str | None) -> None:
     """Raises UserError when an adapter is given twice, they are of different bases, or ``into`` is for a quantized base
     and none is."""
-    from lora_cli.weights.check import check_given_once
+    from lora_cli.weights.check_adapter import check_given_once
     from lora_cli.weights.fingerprint import fingerprint
 
     check_given_once(origin.folder for origin in origins)

@@ -20,10 +20,12 @@ from lora_cli.training.launched import is_first_here, process_index
 from lora_cli.training.run import RunFolder
 from lora_cli.training.same_run import as_begun
 from lora_cli.training.zero_config import config_faults
-from lora_cli.weights.check import check_adapter, check_start, check_weights, stored_layers
+from lora_cli.weights.check_adapter import check_adapter
+from lora_cli.weights.check_model import check_weights, stored_layers
 from lora_cli.weights.fingerprint import fingerprint
-from lora_cli.weights.provenance import check_base, start_of
+from lora_cli.weights.provenance import check_base
 from lora_cli.weights.shards import check_whole
+from lora_cli.weights.start import check_start, start_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase

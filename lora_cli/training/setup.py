@@ -31,8 +31,8 @@ from lora_cli.training.sharding import is_sharded, make_accelerator, prepare_mod
 from lora_cli.training.streaming import Sources, needs_streaming, put_away, stream
 from lora_cli.training.zero import is_zero
 from lora_cli.weights.kept import find_kept, keep, kept_name, take_over
-from lora_cli.weights.provenance import start_of
 from lora_cli.weights.shards import read_headers, stored_dtype, weight_files
+from lora_cli.weights.start import start_of
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -16,7 +16,7 @@ from lora_cli.model.base import load_config, skeleton
 from lora_cli.model.files import copy_tokenizer
 from lora_cli.model.layers import linear_layers
 from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS, PEFT_PREFIX
-from lora_cli.weights.check import check_weights
+from lora_cli.weights.check_model import check_weights
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.lora_adapter import Base, write_plain_config, write_record
 from lora_cli.weights.products import Place

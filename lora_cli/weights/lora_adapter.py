@@ -24,7 +24,8 @@ from lora_cli.weights.adapter_config import (
     is_relative,
     read_adapter_config,
 )
-from lora_cli.weights.check import EMBEDDINGS, check_adapter, check_given_once
+from lora_cli.weights.check_adapter import check_adapter, check_given_once
+from lora_cli.weights.check_model import EMBEDDINGS
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.products import EMBEDDING, MAGNITUDE, Factors, Place, Product, adapter_parts, product_of
 from lora_cli.weights.provenance import PROVENANCE, base_record, named_base, now, read_record, versions

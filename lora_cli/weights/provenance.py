@@ -18,9 +18,9 @@ from lora_cli import __version__
 from lora_cli.errors import Fault, UserError, alike
 from lora_cli.model.files import locate
 from lora_cli.recipe.explain import dotted_keys
-from lora_cli.recipe.schema import Adapter, Recipe
+from lora_cli.recipe.schema import Recipe
 from lora_cli.weights.adapter_config import read_adapter_config
-from lora_cli.weights.check import MISFIT, check_adapter, faults_in_model, is_plainly_whole
+from lora_cli.weights.check_adapter import MISFIT, check_adapter, faults_in_model, is_plainly_whole
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.shards import check_whole
 
@@ -47,11 +47,6 @@ def adapter_folder(target: Path) -> Path | None:
         if (folder / "adapter_config.json").is_file():
             return folder
     return None
-
-
-def start_of(adapter: Adapter) -> Path | None:
-    """The folder of the adapter that training starts from: ``init_from``, or that of the run which it names."""
-    return None if adapter.init_from is None else adapter_folder(Path(adapter.init_from)) or Path(adapter.init_from)
 
 
 def trace(folder: Path, base: str | None = None, other_kinds: bool = False) -> AdapterOrigin:

@@ -18,7 +18,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from lora_cli.model.base import DTYPES, best_device, bitsandbytes_config, load_config, load_tokenizer, skeleton
 from lora_cli.model.files import check_quantizable
 from lora_cli.recipe.schema import Quantization
-from lora_cli.weights.check import check_weights
+from lora_cli.weights.check_model import check_weights
 from lora_cli.weights.codes import PARTS, encode
 from lora_cli.weights.provenance import PROVENANCE
 from lora_cli.weights.quantize_in_memory import quantize_in_memory

@@ -18,7 +18,7 @@ import torch
 from lora_cli.errors import UserError
 from lora_cli.model.files import read_config
 from lora_cli.weights.adapter_config import is_relative, read_adapter_config
-from lora_cli.weights.check import EMBEDDINGS
+from lora_cli.weights.check_model import EMBEDDINGS
 from lora_cli.weights.pieces import workers
 from lora_cli.weights.products import MAGNITUDE, Place, Product, adapter_parts, product_of
 from lora_cli.weights.shards import TensorInfo, is_finite, read_tensor

@@ -1,42 +1,30 @@
-"""Do these files belong to this model? Answered from safetensors headers and shapes, before any weight is loaded."""
+"""Does this adapter fit this base? Answered from safetensors headers and shapes, before any weight is loaded."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_cli.errors import Fault, UserError, alike
-from lora_cli.model.files import read_config, stored_quantization
 from lora_cli.model.targets import Target
-from lora_cli.recipe.schema import Adapter
 from lora_cli.weights.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    CONVERT,
-    NO_SUM,
     PEFT_PREFIX,
     config_faults,
     is_named,
-    keeps_base,
     named_layers,
     own_value,
     read_adapter_config,
 )
-from lora_cli.weights.shards import DEPTHS, is_finite, read_headers, read_tensor, weight_files
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from lora_cli.weights.check_model import EMBEDDINGS, is_uniform, stored_layers
+from lora_cli.weights.shards import is_finite, read_headers, read_tensor
 
 OTHER_TENSORS = ("bias", "modules_to_save", "trainable_token_indices", "target_parameters")
 """Keys of an adapter's configuration that say it holds more than LoRA's own tensors."""
-TRAINED = ("A", "B", "magnitude_vector")
-"""What a recipe trains of a layer: LoRA's two factors, and DoRA's magnitudes."""
 MISFIT = "the adapter does not fit its base: it belongs to another, or its file is damaged"
-EMBEDDINGS = ("wte", "wpe", "embed_tokens", "embed_positions", "embed_in", "word_embeddings", "lm_head", "embed_out")
-ENDS = {"model.embed_tokens.weight", "model.norm.weight"}
-"""What most models store beside their layers, and a head where it is not tied."""
 PLAIN_KEYS = {
     *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
     *("r", "lora_alpha", "alpha_pattern", "lora_dropout", "target_modules", "use_rslora", "fan_in_fan_out"),
@@ -44,41 +32,6 @@ PLAIN_KEYS = {
 }
 """Keys of an adapter's configuration beside which no other says which tensors it has."""
 UNSET: tuple[Any, ...] = (None, False, "none", [], {})
-
-
-def check_weights(folder: Path, bare: PreTrainedModel) -> None:
-    """Raises UserError when the folder's files are damaged, or tensors are not of the shape the configuration says.
-
-    Names that Transformers converts while loading are not judged here; loading reports what is missing.
-    """
-    tensors = read_headers(weight_files(folder))
-    if stored_quantization(folder):
-        return
-    expected = {name: tuple(tensor.shape) for name, tensor in bare.state_dict().items()}
-    faults = []
-    for name, info in tensors.items():
-        wanted = expected.get(name) or expected.get(f"{bare.base_model_prefix}.{name}")
-        if wanted is not None and wanted != info.shape:
-            what = f"tensor {name} has shape {list(info.shape)}, the configuration says {list(wanted)}"
-            faults.append(Fault(what, str(info.file), "config.json and the weights are of different models"))
-    if faults:
-        raise UserError(faults[:5])
-
-
-def stored_layers(folder: Path) -> dict[str, Target] | None:
-    """The linear layers that a checkpoint's tensors speak of, by the names they are stored under.
-
-    None where the tensors' names or shapes are not the model's: quantized weights, and experts that Transformers joins
-    while loading. Which of its two widths is which is not known of a layer of GPT-2's kind.
-    """
-    if stored_quantization(folder) or any("experts" in key for key in read_config(folder)):
-        return None
-    layers = {}
-    for name, info in read_headers(weight_files(folder)).items():
-        layer, _, kind = name.rpartition(".")
-        if kind == "weight" and len(info.shape) == 2 and layer.rpartition(".")[2] not in EMBEDDINGS:
-            layers[layer] = Target(layer, info.shape[1], info.shape[0])
-    return layers
 
 
 def check_adapter(
@@ -176,17 +129,6 @@ def _check_finite(folder: Path) -> None:
         raise alike(faults, hint)
 
 
-def check_mergeable(base: Path) -> None:
-    """Raises UserError when the base is stored quantized: a sum with its codes is no weight."""
-    stored = stored_quantization(base)
-    if stored is not None:
-        hint = (
-            "use this adapter unmerged, or train on the unquantized model with quantization.method set: that one is "
-            "merged into the weights it saw"
-        )
-        raise UserError(f"the base is stored quantized ({stored}), and nothing can be merged into it", str(base), hint)
-
-
 def adapted_layers(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     """The layers a LoRA adapter's tensors are for, each with the shapes of its A (r, in) and B (out, r)."""
     halves: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -264,7 +206,7 @@ def is_plainly_whole(folder: Path, base: Path) -> bool:
     config, layers = read_adapter_config(folder), stored_layers(base)
     names = config.get("target_modules")
     others = {key for key, value in config.items() if key not in PLAIN_KEYS and value not in UNSET}
-    if layers is None or others or not isinstance(names, list) or not _is_uniform(base):
+    if layers is None or others or not isinstance(names, list) or not is_uniform(base):
         return False
     rank = config["r"]
     wanted = {
@@ -275,71 +217,3 @@ def is_plainly_whole(folder: Path, base: Path) -> bool:
     halves, stored = adapted_layers(folder), read_headers([folder / ADAPTER_WEIGHTS])
     are_met = all(any(is_named(layer, [name]) for layer in wanted) for name in names)
     return are_met and halves == wanted and len(stored) == 2 * len(halves)
-
-
-def _is_uniform(base: Path) -> bool:
-    """Whether each of a model's layers has every tensor that another has, and what most models store beside them is
-    all there is."""
-    config = read_config(base)
-    depth = next((config[key] for key in DEPTHS if isinstance(config.get(key), int)), 0)
-    layers: dict[tuple[str, str], set[int]] = {}
-    outside = set()
-    for name in read_headers(weight_files(base)):
-        found = re.fullmatch(r"(.+?)\.(\d+)\.(.+)", name)
-        if found:
-            layers.setdefault((found[1], found[3]), set()).add(int(found[2]))
-        else:
-            outside.add(name)
-    is_tied = config.get("tie_word_embeddings") is True
-    has_ends = outside == {*ENDS, "lm_head.weight"} or (is_tied and outside == ENDS)
-    return has_ends and all(found == set(range(depth)) for found in layers.values())
-
-
-def check_start(folder: Path, adapter: Adapter, targets: Iterable[str]) -> None:
-    """Raises UserError where the adapter that training is to start from is of another shape than the recipe says, or
-    more than training writes."""
-    config = read_adapter_config(folder)
-    hint = "give the recipe the adapter's own value"
-    faults = list(_untrained(config, folder))
-    for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
-        stored, asked = config.get(key), getattr(adapter, key)
-        if stored is not None and stored != asked:
-            what = f"adapter.{key}: {asked} in the recipe, but {stored} in the adapter of init_from"
-            faults.append(Fault(what, str(folder), hint))
-    stored_names, asked_names = set(adapted_layers(folder)), set(targets)
-    if stored_names != asked_names:
-        what = (
-            f"adapter.target_modules: the recipe adapts {len(asked_names)} layers, "
-            f"the adapter of init_from {len(stored_names)} (named {config.get('target_modules')})"
-        )
-        faults.append(Fault(what, str(folder), hint))
-    if faults:
-        raise UserError(faults)
-
-
-def _untrained(config: Mapping[str, Any], folder: Path) -> Iterator[Fault]:
-    """What an adapter is beside the factors and magnitudes that a recipe trains of its base as it is."""
-    where = str(folder / ADAPTER_CONFIG)
-    unsummed = [key for key in NO_SUM if config.get(key)]
-    for key in unsummed:
-        what = f"the adapter of init_from {NO_SUM[key]} ({key}), and is not trained here"
-        yield Fault(what, where, "begin a new one: leave adapter.init_from out")
-    if not keeps_base(config):
-        what = f"the adapter of init_from is for another base ({_told(config, 'init_lora_weights')})"
-        yield Fault(what, where, CONVERT)
-    hint = "make a model of it with lora merge, and train a new adapter on that"
-    others = [key for key in (*OTHER_TENSORS, "kasa_config", "lora_bias") if config.get(key) not in UNSET]
-    for key in others:
-        what = f"the adapter of init_from holds more than LoRA's A and B ({_told(config, key)}), which is not trained"
-        yield Fault(what, where, hint)
-    stored = read_headers([folder / ADAPTER_WEIGHTS])
-    names = [name for name in stored if name.partition(".lora_")[2].partition(".")[0] not in TRAINED]
-    if names and not (unsummed or others):  # which say so already
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        what = f"the adapter of init_from holds more than LoRA's A and B: tensor {names[0]}{more}"
-        yield Fault(what, str(folder), hint)
-
-
-def _told(config: Mapping[str, Any], key: str) -> str:
-    value = config[key]
-    return f"{key}: {', '.join(map(str, value)) if isinstance(value, list | dict) else value}"

@@ -1,0 +1,79 @@
+"""The adapter that training starts from (``adapter.init_from``), and whether training can go on with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_cli.errors import Fault, UserError
+from lora_cli.recipe.schema import Adapter
+from lora_cli.weights.adapter_config import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONVERT,
+    NO_SUM,
+    keeps_base,
+    read_adapter_config,
+)
+from lora_cli.weights.check_adapter import OTHER_TENSORS, UNSET, adapted_layers
+from lora_cli.weights.provenance import adapter_folder
+from lora_cli.weights.shards import read_headers
+
+TRAINED = ("A", "B", "magnitude_vector")
+"""What a recipe trains of a layer: LoRA's two factors, and DoRA's magnitudes."""
+
+
+def start_of(adapter: Adapter) -> Path | None:
+    """The folder of the adapter that training starts from: ``init_from``, or that of the run which it names."""
+    return None if adapter.init_from is None else adapter_folder(Path(adapter.init_from)) or Path(adapter.init_from)
+
+
+def check_start(folder: Path, adapter: Adapter, targets: Iterable[str]) -> None:
+    """Raises UserError where the adapter that training is to start from is of another shape than the recipe says, or
+    more than training writes."""
+    config = read_adapter_config(folder)
+    hint = "give the recipe the adapter's own value"
+    faults = list(_untrained(config, folder))
+    for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        stored, asked = config.get(key), getattr(adapter, key)
+        if stored is not None and stored != asked:
+            what = f"adapter.{key}: {asked} in the recipe, but {stored} in the adapter of init_from"
+            faults.append(Fault(what, str(folder), hint))
+    stored_names, asked_names = set(adapted_layers(folder)), set(targets)
+    if stored_names != asked_names:
+        what = (
+            f"adapter.target_modules: the recipe adapts {len(asked_names)} layers, "
+            f"the adapter of init_from {len(stored_names)} (named {config.get('target_modules')})"
+        )
+        faults.append(Fault(what, str(folder), hint))
+    if faults:
+        raise UserError(faults)
+
+
+def _untrained(config: Mapping[str, Any], folder: Path) -> Iterator[Fault]:
+    """What an adapter is beside the factors and magnitudes that a recipe trains of its base as it is."""
+    where = str(folder / ADAPTER_CONFIG)
+    unsummed = [key for key in NO_SUM if config.get(key)]
+    for key in unsummed:
+        what = f"the adapter of init_from {NO_SUM[key]} ({key}), and is not trained here"
+        yield Fault(what, where, "begin a new one: leave adapter.init_from out")
+    if not keeps_base(config):
+        what = f"the adapter of init_from is for another base ({_told(config, 'init_lora_weights')})"
+        yield Fault(what, where, CONVERT)
+    hint = "make a model of it with lora merge, and train a new adapter on that"
+    others = [key for key in (*OTHER_TENSORS, "kasa_config", "lora_bias") if config.get(key) not in UNSET]
+    for key in others:
+        what = f"the adapter of init_from holds more than LoRA's A and B ({_told(config, key)}), which is not trained"
+        yield Fault(what, where, hint)
+    stored = read_headers([folder / ADAPTER_WEIGHTS])
+    names = [name for name in stored if name.partition(".lora_")[2].partition(".")[0] not in TRAINED]
+    if names and not (unsummed or others):  # which say so already
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        what = f"the adapter of init_from holds more than LoRA's A and B: tensor {names[0]}{more}"
+        yield Fault(what, str(folder), hint)
+
+
+def _told(config: Mapping[str, Any], key: str) -> str:
+    value = config[key]
+    return f"{key}: {', '.join(map(str, value)) if isinstance(value, list | dict) else value}"
