@@ -24,7 +24,7 @@ from lora_cli.recipe.load import load_recipe
 from lora_cli.training import checkpoint, hidden_states
 from lora_cli.training.display import Display
 from lora_cli.training.run import RunFolder
-from lora_cli.weights.drafts import draft_folder
+from lora_cli.weights.folders import draft_folder
 
 EVERYTHING_RANDOM = {
     "adapter.lora_dropout": 0.2,

@@ -115,7 +115,7 @@ def compose_command(
     debug: Debug = False,
 ) -> None:
     """Make one adapter of several, each with a weight."""
-    from lora_cli.weights.shards import check_out
+    from lora_cli.weights.folders import check_out
 
     weighted = [_weighted(part) for part in parts]
     if len(weighted) < 2:
@@ -144,7 +144,7 @@ def resize_command(
     debug: Debug = False,
 ) -> None:
     """Give an adapter another rank: less, or more to train on with."""
-    from lora_cli.weights.shards import check_out
+    from lora_cli.weights.folders import check_out
 
     _check_size(rank, energy)
     check_out(out, adapter)
@@ -196,7 +196,8 @@ def extract_command(
 ) -> None:
     """Make the adapter nearest to the difference of two models."""
     from lora_cli.model.files import check_model_type, locate, stored_quantization
-    from lora_cli.weights.shards import check_out, check_whole
+    from lora_cli.weights.folders import check_out
+    from lora_cli.weights.shards import check_whole
 
     _check_size(rank, energy)
     check_out(out)

@@ -62,7 +62,8 @@ def command(
     """Fold adapters into their base model's weights."""
     from lora_cli.model.files import check_model_type
     from lora_cli.weights.check_model import check_mergeable
-    from lora_cli.weights.shards import bytes_of, check_out
+    from lora_cli.weights.folders import check_out
+    from lora_cli.weights.shards import bytes_of
 
     if data is not None and verify is False:
         raise UserError("--data: there is nothing to verify with --no-verify", hint="leave one of them out")

@@ -54,8 +54,9 @@ def command(
     """Store a model's linear layers in 4 or 8 bits."""
     from lora_cli.cli import measure
     from lora_cli.recipe.schema import Quantization
+    from lora_cli.weights.folders import check_out
     from lora_cli.weights.provenance import recipe_of
-    from lora_cli.weights.shards import bytes_of, check_out
+    from lora_cli.weights.shards import bytes_of
 
     if double_quant is not None and method == "int8":
         raise UserError("--double-quant and --no-double-quant are for --method nf4 and fp4")

@@ -20,7 +20,8 @@ from torch.amp.grad_scaler import GradScaler
 
 from lora_cli.errors import UserError
 from lora_cli.training.processes import fill, laid_out_as, shape_of, whole
-from lora_cli.weights.shards import clear_drafts, read_headers, set_aside, whole_folder
+from lora_cli.weights.folders import clear_drafts, set_aside, whole_folder
+from lora_cli.weights.shards import read_headers
 
 MANIFEST = "manifest.json"
 DOCUMENT = "state.json"

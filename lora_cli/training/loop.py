@@ -40,9 +40,9 @@ from lora_cli.training.resume import choose_weights, go_on, keeps_best, restore,
 from lora_cli.training.setup import Trainer, set_up, unwrap
 from lora_cli.training.sharding import is_sharded
 from lora_cli.training.step import take_step, waits_each_step
+from lora_cli.weights.folders import whole_folder
 from lora_cli.weights.kept import prune_kept
 from lora_cli.weights.provenance import now
-from lora_cli.weights.shards import whole_folder
 
 PROOF_TOKENS = 64
 READ_EVERY = 1.0  # seconds for which a run goes on, at most, without a look at its losses

@@ -16,7 +16,7 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.training.launched import process_count
 from lora_cli.training.lock import check_unlocked
 from lora_cli.training.same_run import MAY_CHANGE_TOGETHER, changed_keys, check_same_keys, told
-from lora_cli.weights.shards import check_writable, clear_drafts, set_aside, sync
+from lora_cli.weights.folders import check_writable, clear_drafts, set_aside, sync
 
 KINDS = {
     "started": str,

@@ -19,6 +19,7 @@ from torch import nn
 from lora_cli.errors import UserError
 from lora_cli.model.files import copy_tokenizer
 from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS, PEFT_PREFIX
+from lora_cli.weights.folders import whole_folder
 from lora_cli.weights.lora_adapter import (
     LoraAdapter,
     check_plain,
@@ -32,7 +33,7 @@ from lora_cli.weights.lora_adapter import (
 )
 from lora_cli.weights.products import Factors
 from lora_cli.weights.provenance import read_record, recipe_of
-from lora_cli.weights.shards import read_tensor, whole_folder
+from lora_cli.weights.shards import read_tensor
 
 SEED = 42
 """Of what is dropped at random, when none is given."""

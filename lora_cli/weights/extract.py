@@ -18,9 +18,10 @@ from lora_cli.model.layers import linear_layers
 from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS, PEFT_PREFIX
 from lora_cli.weights.check_model import check_weights
 from lora_cli.weights.fingerprint import fingerprint
+from lora_cli.weights.folders import whole_folder
 from lora_cli.weights.lora_adapter import Base, write_plain_config, write_record
 from lora_cli.weights.products import Place
-from lora_cli.weights.shards import SINGLE, TensorInfo, is_finite, read_headers, read_tensor, weight_files, whole_folder
+from lora_cli.weights.shards import SINGLE, TensorInfo, is_finite, read_headers, read_tensor, weight_files
 from lora_cli.weights.spectrum import Spectrum
 from lora_cli.weights.stream import shard_writer
 from lora_cli.weights.updates import stored_name

@@ -24,9 +24,10 @@ from lora_cli import __version__
 from lora_cli.errors import RunError
 from lora_cli.model.base import load_config, skeleton
 from lora_cli.recipe.schema import Quantization
+from lora_cli.weights.folders import whole_folder
 from lora_cli.weights.quantize import write_quantized
 from lora_cli.weights.quantized_layers import quantized_layers
-from lora_cli.weights.shards import read_headers, weight_files, whole_folder
+from lora_cli.weights.shards import read_headers, weight_files
 from lora_cli.weights.stored_model import stored_model
 from lora_cli.weights.stored_names import unstorable
 

@@ -19,17 +19,16 @@ import torch
 from lora_cli.errors import UserError
 from lora_cli.model.files import check_tokenizer, copy_tokenizer
 from lora_cli.recipe.schema import Quantization
+from lora_cli.weights.folders import check_out, whole_folder
 from lora_cli.weights.provenance import PROVENANCE, AdapterOrigin
 from lora_cli.weights.shards import (
     MAX_SHARD,
     TensorInfo,
     check_finite,
-    check_out,
     read_headers,
     read_tensor,
     stored_dtype,
     weight_files,
-    whole_folder,
 )
 from lora_cli.weights.stream import shard_writer
 from lora_cli.weights.updates import Changes, Summed, find_changes, stored_name, summed

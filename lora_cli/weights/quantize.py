@@ -20,11 +20,12 @@ from lora_cli.model.files import check_quantizable
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.check_model import check_weights
 from lora_cli.weights.codes import PARTS, encode
+from lora_cli.weights.folders import check_out, whole_folder
 from lora_cli.weights.provenance import PROVENANCE
 from lora_cli.weights.quantize_in_memory import quantize_in_memory
 from lora_cli.weights.quantized_layers import LayerError, check_layers, layer_error, replace_layers
 from lora_cli.weights.shards import DTYPES as TYPES
-from lora_cli.weights.shards import MAX_SHARD, check_finite, check_out, read_headers, weight_files, whole_folder
+from lora_cli.weights.shards import MAX_SHARD, check_finite, read_headers, weight_files
 from lora_cli.weights.stored_model import Source
 from lora_cli.weights.stored_names import model_names
 from lora_cli.weights.stream import shard_writer

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from lora_cli.recipe.schema import Quantization
-from lora_cli.weights.drafts import draft_folder
+from lora_cli.weights.folders import check_out, draft_folder
 from lora_cli.weights.merge import common_quantization, find_sums, merge
 from lora_cli.weights.provenance import AdapterOrigin
 from lora_cli.weights.quantize import Quantized, is_streamed, quantize
 from lora_cli.weights.quantized_layers import check_layers
-from lora_cli.weights.shards import MAX_SHARD, check_out, read_headers, stored_dtype, weight_files
+from lora_cli.weights.shards import MAX_SHARD, read_headers, stored_dtype, weight_files
 from lora_cli.weights.stored_model import Source, stored_model
 
 

@@ -11,6 +11,7 @@ import torch
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import copy_tokenizer
 from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS
+from lora_cli.weights.folders import whole_folder
 from lora_cli.weights.lora_adapter import (
     LoraAdapter,
     is_embedding,
@@ -22,7 +23,7 @@ from lora_cli.weights.lora_adapter import (
 )
 from lora_cli.weights.products import Factors
 from lora_cli.weights.provenance import read_record
-from lora_cli.weights.shards import read_tensor, whole_folder
+from lora_cli.weights.shards import read_tensor
 from lora_cli.weights.spectrum import spectrum_of
 
 SEED = 42

@@ -1,23 +1,19 @@
-"""Safetensors checkpoints on disk: what tensors a folder holds, read one at a time; folders that appear whole."""
+"""Safetensors checkpoints on disk: what tensors a folder holds, read one at a time."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
-from lora_cli.errors import UserError, mend, unwritable
+from lora_cli.errors import UserError, mend
 from lora_cli.model.files import MODEL_FOLDER, read_config
-from lora_cli.weights.drafts import draft_folder, remove_unlocked
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +41,6 @@ DTYPES = {
 }
 """What torch calls the types that safetensors names."""
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
-DRAFT = re.compile(r"\..+\.([a-z0-9_]{8}|old)\.draft(\.former)?")
-"""Names that are given to folders on their way in or out, and to no others."""
 
 
 @dataclass(frozen=True)
@@ -200,83 +194,3 @@ def stored_dtype(headers: Mapping[str, TensorInfo]) -> torch.dtype:
         if info.dtype in known:
             sizes[info.dtype] = sizes.get(info.dtype, 0) + math.prod(info.shape)
     return known[max(sizes, key=lambda name: sizes[name])] if sizes else torch.float32
-
-
-@contextmanager
-def whole_folder(out: Path, replace: bool = False, needed: int | None = None) -> Iterator[Path]:
-    """A folder to write into that becomes ``out`` when the block ends well, and vanishes when it does not.
-
-    ``needed`` are the bytes that will be written, as far as they are known. Raises UserError when ``out`` exists and is
-    not an empty folder (unless it is to be replaced), or its parent cannot be written; RunError when writing fails.
-    """
-    out = out.resolve()  # a link is followed, not replaced
-    if not replace:
-        check_out(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with draft_folder(out) as draft:
-        former = draft.with_name(f"{draft.name}.former")
-        try:
-            draft.chmod(0o777 & ~_umask())
-            yield draft
-            for path in (*draft.rglob("*"), draft):
-                sync(path)
-            if replace and out.exists():
-                out.replace(former)
-            draft.replace(out)
-            sync(out.parent)
-        except (OSError, SafetensorError) as error:
-            raise unwritable(out, error, needed) from error
-        finally:
-            if former.exists() and not out.exists():
-                former.replace(out)
-            shutil.rmtree(former, ignore_errors=True)
-
-
-def set_aside(folder: Path) -> None:
-    """Take a folder out of sight at once, to be removed with the drafts: it is never seen with a part of its files."""
-    folder.replace(folder.with_name(f".{folder.name}.old.draft"))
-
-
-def clear_drafts(folder: Path) -> None:
-    """Remove the folders in ``folder`` that a killed process was writing or removing; nothing of other names, and none
-    that is being written."""
-    for path in folder.glob(".*"):
-        if DRAFT.fullmatch(path.name):
-            remove_unlocked(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def check_out(out: Path, *made_from: Path) -> None:
-    """Raises UserError when a folder cannot be made at ``out``, holds something already, or lies in one of
-    ``made_from``."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError("exists already", str(out), "choose another --out, or remove it first")
-    check_writable(out)
-    for folder in made_from:
-        if out.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"lies in {folder}, which it is made from", str(out), "choose another --out")
-
-
-def check_writable(folder: Path) -> None:
-    """Raises UserError when ``folder`` could not be made or written; makes nothing."""
-    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists() or p.is_symlink())
-    if not nearest.exists():
-        raise UserError(f"{nearest} is a link that leads nowhere", str(folder), "choose another folder")
-    if not nearest.is_dir():
-        raise UserError(f"{nearest} is a file, not a folder", str(folder), "choose another folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"no permission to write in {nearest}", str(folder), "choose another folder")
-
-
-def sync(path: Path) -> None:
-    """Make a file's or folder's content survive a crash of the machine."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,0 +1,149 @@
+"""Folders that appear whole or not at all, and where they may be made.
+
+They are written beside the place they are for: no draft stays behind, however its process ended.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from lora_cli.errors import UserError, unwritable
+
+DRAFT = re.compile(r"\..+\.([a-z0-9_]{8}|old)\.draft(\.former)?")
+"""Names that are given to folders on their way in or out, and to no others."""
+
+
+@contextmanager
+def whole_folder(out: Path, replace: bool = False, needed: int | None = None) -> Iterator[Path]:
+    """A folder to write into that becomes ``out`` when the block ends well, and vanishes when it does not.
+
+    ``needed`` are the bytes that will be written, as far as they are known. Raises UserError when ``out`` exists and is
+    not an empty folder (unless it is to be replaced), or its parent cannot be written; RunError when writing fails.
+    """
+    out = out.resolve()  # a link is followed, not replaced
+    if not replace:
+        check_out(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with draft_folder(out) as draft:
+        former = draft.with_name(f"{draft.name}.former")
+        try:
+            draft.chmod(0o777 & ~_umask())
+            yield draft
+            for path in (*draft.rglob("*"), draft):
+                sync(path)
+            if replace and out.exists():
+                out.replace(former)
+            draft.replace(out)
+            sync(out.parent)
+        except (OSError, SafetensorError) as error:
+            raise unwritable(out, error, needed) from error
+        finally:
+            if former.exists() and not out.exists():
+                former.replace(out)
+            shutil.rmtree(former, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> None:
+    """Take a folder out of sight at once, to be removed with the drafts: it is never seen with a part of its files."""
+    folder.replace(folder.with_name(f".{folder.name}.old.draft"))
+
+
+def clear_drafts(folder: Path) -> None:
+    """Remove the folders in ``folder`` that a killed process was writing or removing; nothing of other names, and none
+    that is being written."""
+    for path in folder.glob(".*"):
+        if DRAFT.fullmatch(path.name):
+            _remove_unlocked(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def check_out(out: Path, *made_from: Path) -> None:
+    """Raises UserError when a folder cannot be made at ``out``, holds something already, or lies in one of
+    ``made_from``."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError("exists already", str(out), "choose another --out, or remove it first")
+    check_writable(out)
+    for folder in made_from:
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"lies in {folder}, which it is made from", str(out), "choose another --out")
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError when ``folder`` could not be made or written; makes nothing."""
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists() or p.is_symlink())
+    if not nearest.exists():
+        raise UserError(f"{nearest} is a link that leads nowhere", str(folder), "choose another folder")
+    if not nearest.is_dir():
+        raise UserError(f"{nearest} is a file, not a folder", str(folder), "choose another folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"no permission to write in {nearest}", str(folder), "choose another folder")
+
+
+def sync(path: Path) -> None:
+    """Make a file's or folder's content survive a crash of the machine."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def draft_folder(out: Path) -> Iterator[Path]:
+    """A new folder beside ``out``, whose parent exists; what is left of it goes when the block ends.
+
+    What processes that were killed have left of the same ``out`` goes as well. A process holds a lock on its own draft,
+    which the system takes back when it ends.
+    """
+    _sweep(out)
+    draft, lock = _make(out)
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        os.close(lock)
+
+
+def _make(out: Path) -> tuple[Path, int]:
+    """A draft and the lock on it."""
+    while True:
+        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".draft", dir=out.parent))
+        with suppress(FileNotFoundError):  # swept by another process before it was locked
+            lock = os.open(draft, os.O_RDONLY)
+            with suppress(OSError):  # where there are no locks, nothing is swept
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if draft.exists():
+                return draft, lock
+            os.close(lock)
+
+
+def _sweep(out: Path) -> None:
+    own = re.compile(rf"\.{re.escape(out.name)}\.[a-z0-9_]{{8}}\.draft")
+    with suppress(OSError):  # a folder that may not be listed is no reason to stop
+        for draft in [path for path in out.parent.iterdir() if own.fullmatch(path.name)]:
+            _remove_unlocked(draft)
+
+
+def _remove_unlocked(draft: Path) -> None:
+    """Remove a draft, unless a process is writing it or it is somebody else's."""
+    with suppress(OSError):
+        lock = os.open(draft, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(draft, ignore_errors=True)
+        finally:
+            os.close(lock)
