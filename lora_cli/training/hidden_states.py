@@ -21,11 +21,12 @@ import torch
 from accelerate.utils import broadcast
 
 from lora_cli.data.batches import Batch, collate
-from lora_cli.errors import Interrupted, unwritable
+from lora_cli.errors import unwritable
 from lora_cli.evaluation.loss import evaluating, evaluation_groups, rows_apart
 from lora_cli.model.base import pad_token_id
 from lora_cli.model.frozen_layers import FrozenLayers, draws_random_numbers, frozen_layers, gives_the_same, some_ids
 from lora_cli.model.memory import free_bytes
+from lora_cli.training.interrupt import Interrupt, stopped_after
 from lora_cli.training.processes import firsts, highest, own_share
 from lora_cli.training.setup import Trainer, unwrap
 from lora_cli.training.sharding import is_sharded
@@ -33,7 +34,6 @@ from lora_cli.training.zero import is_zero
 
 if TYPE_CHECKING:
     from lora_cli.data.examples import Examples, Ints
-    from lora_cli.training.interrupt import Interrupt
 
 MEMORY_SHARE, DISK_SHARE = 0.2, 0.5
 """How much of what is free ``training.cache_frozen: auto`` takes; activations may have four fifths of the memory."""
@@ -210,7 +210,7 @@ def fill(trainer: Trainer, part: str, interrupt: Interrupt) -> None:
                 kept.states[places] = broadcast(given, process).to("cpu")
             asked_to_stop = highest(interrupt.number, accelerator)
             if asked_to_stop:
-                raise Interrupted("stopped before the first step", asked_to_stop, "--resume begins it again")
+                raise stopped_after(0, asked_to_stop)
 
 
 def batch_of(trainer: Trainer, part: str, rows: Ints) -> Batch:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from lora_cli.errors import Interrupted
+
 
 @dataclass
 class Interrupt:
@@ -42,3 +44,11 @@ def catch_signals() -> Iterator[Interrupt]:
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
+
+
+def stopped_after(step: int, signal_number: int) -> Interrupted:
+    """What to raise once the step's checkpoint is written; before the first step, which is 0, there is none."""
+    if step == 0:
+        return Interrupted("stopped before the first step", signal_number, "--resume begins it again")
+    hint = "the same command with --resume, and without --overwrite, goes on from there"
+    return Interrupted(f"stopped after step {step}, checkpoint written", signal_number, hint)

@@ -14,10 +14,9 @@ import torch
 from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 
-from lora_cli.data.batches import Batch, Step
+from lora_cli.data.batches import Step
 from lora_cli.data.cache import prune, publish, withdraw
-from lora_cli.errors import Aftermath, Interrupted, RunError, UserError, is_lack_of_room, unwritable
-from lora_cli.evaluation.loss import Score, evaluation_groups, score, tally_loss
+from lora_cli.errors import Aftermath, RunError, UserError, is_lack_of_room, unwritable
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.training import hidden_states
 from lora_cli.training.announced import announce
@@ -25,21 +24,22 @@ from lora_cli.training.artifacts import write_adapter
 from lora_cli.training.checkpoint import GO_ON, Progress, host_copy, kept
 from lora_cli.training.clock import Clock
 from lora_cli.training.display import Display
-from lora_cli.training.interrupt import Interrupt, catch_signals
+from lora_cli.training.interrupt import Interrupt, catch_signals, stopped_after
 from lora_cli.training.launched import is_first_here, process_count, process_index
 from lora_cli.training.lock import locked
-from lora_cli.training.metrics import log_score, log_step, start_trackers, trackers_closed
+from lora_cli.training.metrics import log_step, start_trackers, trackers_closed
 from lora_cli.training.nonfinite import check_finite, count_skipped, weight_norm
 from lora_cli.training.optimizer import learning_rate_at
 from lora_cli.training.out_of_memory import out_of_memory
 from lora_cli.training.prepare import Prepared
-from lora_cli.training.processes import firsts, highest, is_broken_connection, own_share, summed
+from lora_cli.training.processes import firsts, highest, is_broken_connection
 from lora_cli.training.proof import digests, prove
 from lora_cli.training.record import provenance, result_record, run_record, tell
 from lora_cli.training.resume import choose_weights, go_on, keeps_best, restore, save
 from lora_cli.training.setup import Trainer, set_up, unwrap
 from lora_cli.training.sharding import is_sharded
 from lora_cli.training.step import take_step, waits_each_step
+from lora_cli.training.validation import evaluate_base, evaluate_reached, evaluate_step, is_evaluated, reached
 from lora_cli.weights.folders import whole_folder
 from lora_cli.weights.kept import prune_kept
 from lora_cli.weights.provenance import now
@@ -117,7 +117,7 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
         restored = restore(trainer) if job.resume else None
         if restored is None or is_unfinished(trainer, restored):
             hidden_states.compute(trainer, interrupt)
-        progress = restored or start(trainer, interrupt)
+        progress = restored or evaluate_base(trainer, interrupt)
         with display.steps(progress.step, trainer.total_steps):
             progress = evaluate_reached(trainer, run_steps(trainer, progress, interrupt), interrupt)
 
@@ -170,20 +170,6 @@ def reading_along() -> Iterator[None]:
 def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     """What is trained, by name, gathered from all processes."""
     return {name: host_copy(weight) for name, weight in trainer.trained}
-
-
-def start(trainer: Trainer, interrupt: Interrupt) -> Progress:
-    """Step 0: the base measured on the validation rows, when there are any."""
-    if trainer.job.validation is None:
-        return Progress()
-    with unwrap(trainer).disable_adapter():
-        score = validate(trainer, interrupt)
-    if score is None:
-        number = highest(interrupt.number, trainer.accelerator)
-        raise Interrupted("stopped before the first step", number, "--resume begins it again")
-    check_finite(trainer, 0, loss_of_the_base=score.loss)
-    log_score(trainer, 0, 0.0, score)
-    return Progress(evaluated_step=0, base_loss=score.loss, validation_loss=score.loss, validation_tokens=score.tokens)
 
 
 def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Progress:
@@ -239,12 +225,6 @@ def end_step(
     return progress
 
 
-def stopped_after(step: int, signal_number: int) -> Interrupted:
-    """What to raise once the step's checkpoint is written."""
-    hint = "the same command with --resume, and without --overwrite, goes on from there"
-    return Interrupted(f"stopped after step {step}, checkpoint written", signal_number, hint)
-
-
 def read(trainer: Trainer, unread: list[tuple[Step, torch.Tensor]], progress: Progress) -> Progress:
     """Read, for which a GPU has to come to its end, and forget what came of the steps since the last reading."""
     for step, outcome in unread:
@@ -252,70 +232,6 @@ def read(trainer: Trainer, unread: list[tuple[Step, torch.Tensor]], progress: Pr
         progress = count_skipped(trainer, step, loss, grad_norm, progress)
     unread.clear()
     return progress
-
-
-def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock, interrupt: Interrupt) -> Progress:
-    """Measure the validation rows, log the score and note whether it is the best so far; nothing of it when a signal
-    asks to stop meanwhile."""
-    began = time.perf_counter()
-    score = validate(trainer, interrupt)
-    clock.leave_out(time.perf_counter() - began)
-    if score is None:
-        return progress
-    check_finite(trainer, step.number, validation_loss=score.loss)
-    log_score(trainer, step.number, step.epoch, score)
-    progress = replace(progress, evaluated_step=step.number, validation_loss=score.loss, validation_tokens=score.tokens)
-    if progress.best_loss is None or score.loss < progress.best_loss:
-        return replace(progress, best_loss=score.loss, best_step=step.number, evaluations_since_best=0)
-    return replace(progress, evaluations_since_best=progress.evaluations_since_best + 1)
-
-
-def evaluate_reached(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Progress:
-    """Evaluate the step reached, unless it has been: a run resumed may have no step left that would do it."""
-    if is_evaluated(trainer, progress):
-        return progress
-    progress = evaluate_step(trainer, reached(trainer, progress), progress, Clock(), interrupt)
-    if not is_evaluated(trainer, progress):
-        raise stopped_after(progress.step, highest(interrupt.number, trainer.accelerator))
-    return progress
-
-
-def reached(trainer: Trainer, progress: Progress) -> Step:
-    """The last step that was taken."""
-    return next(trainer.schedule.steps(progress.step - 1))
-
-
-def is_evaluated(trainer: Trainer, progress: Progress) -> bool:
-    """Whether there is nothing to evaluate after the step reached."""
-    return trainer.job.validation is None or progress.evaluated_step == progress.step
-
-
-def was_stopped_in_evaluation(trainer: Trainer, progress: Progress) -> bool:
-    """Whether the step that the run goes on from was to be evaluated before the next, and has not been."""
-    eval_steps = trainer.job.recipe.training.eval_steps
-    return progress.step > 0 and due(progress.step, eval_steps) and not is_evaluated(trainer, progress)
-
-
-def validate(trainer: Trainer, interrupt: Interrupt) -> Score | None:
-    """Loss on the validation rows with the model as it is, each row counted once over all processes; None when a signal
-    asks to stop meanwhile."""
-    job, training = trainer.job, trainer.job.recipe.training
-    assert job.validation is not None
-    groups = evaluation_groups(
-        job.validation, training.batch_size, job.max_length, trainer.packing, trainer.schedule.bounds
-    )
-    asked_to_stop = 0
-
-    def batches() -> Iterator[tuple[Batch, float]]:
-        nonlocal asked_to_stop
-        for rows, weight in own_share(groups, trainer.accelerator):
-            yield hidden_states.batch_of(trainer, "validation", rows), weight
-            asked_to_stop = highest(interrupt.number, trainer.accelerator)
-            if asked_to_stop:
-                return
-
-    tally = tally_loss(trainer.model, batches(), trainer.accelerator.device, trainer.head, trainer.below)
-    return None if asked_to_stop else score(summed(tally, trainer.accelerator))
 
 
 def remaining(trainer: Trainer, progress: Progress) -> Iterator[Step]:
@@ -334,6 +250,12 @@ def has_converged(trainer: Trainer, progress: Progress) -> bool:
     """Whether early stopping's patience is used up."""
     patience = trainer.job.recipe.training.early_stopping_patience
     return patience is not None and progress.evaluations_since_best >= patience
+
+
+def was_stopped_in_evaluation(trainer: Trainer, progress: Progress) -> bool:
+    """Whether the step that the run goes on from was to be evaluated before the next, and has not been."""
+    eval_steps = trainer.job.recipe.training.eval_steps
+    return progress.step > 0 and due(progress.step, eval_steps) and not is_evaluated(trainer, progress)
 
 
 def due(step: int, interval: int | None) -> bool:

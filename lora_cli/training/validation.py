@@ -1,0 +1,89 @@
+"""The validation rows in the course of a run: measured when it is due, logged, and the best score noted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+from lora_cli.data.batches import Batch, Step
+from lora_cli.evaluation.loss import Score, evaluation_groups, score, tally_loss
+from lora_cli.training import hidden_states
+from lora_cli.training.checkpoint import Progress
+from lora_cli.training.clock import Clock
+from lora_cli.training.interrupt import Interrupt, stopped_after
+from lora_cli.training.metrics import log_score
+from lora_cli.training.nonfinite import check_finite
+from lora_cli.training.processes import highest, own_share, summed
+from lora_cli.training.setup import Trainer, unwrap
+
+
+def evaluate_base(trainer: Trainer, interrupt: Interrupt) -> Progress:
+    """Step 0: the base measured on the validation rows, when there are any."""
+    if trainer.job.validation is None:
+        return Progress()
+    with unwrap(trainer).disable_adapter():
+        score = validate(trainer, interrupt)
+    if score is None:
+        raise stopped_after(0, highest(interrupt.number, trainer.accelerator))
+    check_finite(trainer, 0, loss_of_the_base=score.loss)
+    log_score(trainer, 0, 0.0, score)
+    return Progress(evaluated_step=0, base_loss=score.loss, validation_loss=score.loss, validation_tokens=score.tokens)
+
+
+def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock, interrupt: Interrupt) -> Progress:
+    """Measure the validation rows, log the score and note whether it is the best so far; nothing of it when a signal
+    asks to stop meanwhile."""
+    began = time.perf_counter()
+    score = validate(trainer, interrupt)
+    clock.leave_out(time.perf_counter() - began)
+    if score is None:
+        return progress
+    check_finite(trainer, step.number, validation_loss=score.loss)
+    log_score(trainer, step.number, step.epoch, score)
+    progress = replace(progress, evaluated_step=step.number, validation_loss=score.loss, validation_tokens=score.tokens)
+    if progress.best_loss is None or score.loss < progress.best_loss:
+        return replace(progress, best_loss=score.loss, best_step=step.number, evaluations_since_best=0)
+    return replace(progress, evaluations_since_best=progress.evaluations_since_best + 1)
+
+
+def evaluate_reached(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Progress:
+    """Evaluate the step reached, unless it has been: a run resumed may have no step left that would do it."""
+    if is_evaluated(trainer, progress):
+        return progress
+    progress = evaluate_step(trainer, reached(trainer, progress), progress, Clock(), interrupt)
+    if not is_evaluated(trainer, progress):
+        raise stopped_after(progress.step, highest(interrupt.number, trainer.accelerator))
+    return progress
+
+
+def validate(trainer: Trainer, interrupt: Interrupt) -> Score | None:
+    """Loss on the validation rows with the model as it is, each row counted once over all processes; None when a signal
+    asks to stop meanwhile."""
+    job, training = trainer.job, trainer.job.recipe.training
+    assert job.validation is not None
+    groups = evaluation_groups(
+        job.validation, training.batch_size, job.max_length, trainer.packing, trainer.schedule.bounds
+    )
+    asked_to_stop = 0
+
+    def batches() -> Iterator[tuple[Batch, float]]:
+        nonlocal asked_to_stop
+        for rows, weight in own_share(groups, trainer.accelerator):
+            yield hidden_states.batch_of(trainer, "validation", rows), weight
+            asked_to_stop = highest(interrupt.number, trainer.accelerator)
+            if asked_to_stop:
+                return
+
+    tally = tally_loss(trainer.model, batches(), trainer.accelerator.device, trainer.head, trainer.below)
+    return None if asked_to_stop else score(summed(tally, trainer.accelerator))
+
+
+def reached(trainer: Trainer, progress: Progress) -> Step:
+    """The last step that was taken."""
+    return next(trainer.schedule.steps(progress.step - 1))
+
+
+def is_evaluated(trainer: Trainer, progress: Progress) -> bool:
+    """Whether there is nothing to evaluate after the step reached."""
+    return trainer.job.validation is None or progress.evaluated_step == progress.step
