@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from lora_cli.errors import RunError
-from lora_cli.model.base import best_device, has_units_for, resolve_dtype, skeleton
-from lora_cli.model.files import is_stored_in_4_bits, stored_quantization
-from lora_cli.model.layers import checkpointed_layers
+from lora_cli.model.base import best_device, has_units_for, resolve_dtype
+from lora_cli.model.files import stored_quantization
 from lora_cli.model.memory import describe_lack, size
 from lora_cli.recipe.load import changed
 from lora_cli.recipe.schema import Recipe
@@ -18,7 +17,8 @@ from lora_cli.training.checkpoint import kept
 from lora_cli.training.estimate import estimate
 from lora_cli.training.launched import process_count
 from lora_cli.training.prepare import Prepared
-from lora_cli.training.same_run import with_numbers
+from lora_cli.training.same_run import told, with_numbers
+from lora_cli.training.streaming import obstacle
 
 REMEDIES = 3
 
@@ -45,11 +45,14 @@ def remedies(job: Prepared, recipe: Recipe) -> list[tuple[str, int]]:
     """The changes to the recipe that would save most, as overrides, each with the bytes it would save."""
     now = estimate(job, recipe).total
     saved = [
-        (" ".join(f"{key}={_word(value)}" for key, value in changes.items()), now - estimate(job, other).total)
-        for changes in _changes(recipe, job)
-        for other in [changed(recipe, changes)]
+        (_overrides(changes), now - estimate(job, changed(recipe, changes)).total) for changes in _changes(recipe, job)
     ]
     return sorted((item for item in saved if item[1] > 0), key=lambda item: -item[1])[:REMEDIES]
+
+
+def _overrides(changes: Mapping[str, Any]) -> str:
+    """The changes as they are written on the command line."""
+    return " ".join(f"{key}={value if isinstance(value, str) else told(value)}" for key, value in changes.items())
 
 
 def _changes(recipe: Recipe, job: Prepared) -> Iterator[dict[str, Any]]:
@@ -73,23 +76,3 @@ def _changes(recipe: Recipe, job: Prepared) -> Iterator[dict[str, Any]]:
         yield {"training.optim": "adamw_8bit"}
     if recipe.adapter.r > 1:
         yield {"adapter.r": recipe.adapter.r // 2}
-
-
-def obstacle(job: Prepared, recipe: Recipe, processes: int) -> str:
-    """What keeps this recipe's base from being streamed (``training.stream_base``); empty when nothing does."""
-    if processes > 1 or recipe.training.fsdp or recipe.training.deepspeed is not None:
-        return "it goes with one process; training.fsdp shards the base over several"
-    in_8_bits = recipe.quantization is not None and recipe.quantization.method == "int8"
-    if in_8_bits or (stored_quantization(job.base) and not is_stored_in_4_bits(job.base)):
-        return "of quantized bases those in bitsandbytes' 4 bits alone are streamed"
-    if recipe.adapter.use_dora:
-        return "adapter.use_dora reads every weight's norm"
-    if recipe.training.gradient_checkpointing is False:
-        return "it needs gradient_checkpointing, which is false"
-    if not checkpointed_layers(skeleton(job.config)):
-        return f"{job.config.model_type} has no layers that can be checkpointed"
-    return ""
-
-
-def _word(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -16,13 +16,15 @@ from torch.nn import Module, Parameter
 from torch.utils.hooks import RemovableHandle
 
 from lora_cli.errors import UserError
+from lora_cli.model.base import skeleton
 from lora_cli.model.elementwise import GatedMLP
+from lora_cli.model.files import is_stored_in_4_bits, stored_quantization
 from lora_cli.model.layers import checkpointed_layers
 from lora_cli.model.linear4bit import expand_always
 from lora_cli.model.memory import free_bytes, size
 from lora_cli.model.rotary import RotaryAttention
+from lora_cli.recipe.schema import Recipe
 from lora_cli.training.estimate import estimate
-from lora_cli.training.out_of_memory import obstacle
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.same_run import with_numbers
 from lora_cli.weights.shards import TensorInfo, mapped, read_headers, weight_files
@@ -59,6 +61,22 @@ def needs_streaming(job: Prepared, processes: int, sharded: bool, device: torch.
         return False, ""
     told = f"the base needs about {size(needed)}, and {device.type} has {size(free)} free"
     return not why_not, f"{told}; {why_not}" if why_not else told
+
+
+def obstacle(job: Prepared, recipe: Recipe, processes: int) -> str:
+    """What keeps this recipe's base from being streamed (``training.stream_base``); empty when nothing does."""
+    if processes > 1 or recipe.training.fsdp or recipe.training.deepspeed is not None:
+        return "it goes with one process; training.fsdp shards the base over several"
+    in_8_bits = recipe.quantization is not None and recipe.quantization.method == "int8"
+    if in_8_bits or (stored_quantization(job.base) and not is_stored_in_4_bits(job.base)):
+        return "of quantized bases those in bitsandbytes' 4 bits alone are streamed"
+    if recipe.adapter.use_dora:
+        return "adapter.use_dora reads every weight's norm"
+    if recipe.training.gradient_checkpointing is False:
+        return "it needs gradient_checkpointing, which is false"
+    if not checkpointed_layers(skeleton(job.config)):
+        return f"{job.config.model_type} has no layers that can be checkpointed"
+    return ""
 
 
 def put_away(base: PreTrainedModel, folder: Path, device: torch.device, dtype: torch.dtype) -> Sources:
