@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from lora_cli.data.batches import Schedule, collate, epoch_order, split_validation
 from lora_cli.data.examples import Examples, Flat, cut_for_evaluation, end_to_end, fit, join_pieces, sliding_windows
-from lora_cli.data.formats import FORMATS, check_rows, column_faults, read_content
+from lora_cli.data.formats import FORMATS, column_faults, read_content, row_faults
 from lora_cli.data.grouping import OPEN, POOL, pack_first_fit, pack_in_order, pad_by_length
 from lora_cli.data.readers import READERS
 from lora_cli.data.sources import Row, hub_rows, read_rows, sources_of
@@ -158,7 +158,7 @@ def test_a_byte_that_is_not_utf8_is_named_by_its_line(suffix: str, header: str, 
 def test_a_csv_of_another_kind_gets_a_hint(mark: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text(f"question{mark}answer\nWhy, then?{mark}Because.\n")
-    (fault,) = check_rows(Data(train=str(path)), sources_of(str(path)), set())
+    (fault,) = row_faults(Data(train=str(path)), sources_of(str(path)), set())
     assert fault.where == f"{path}:1" and name in fault.what
     assert fault.hint == "save the file with commas between columns"
 
@@ -243,7 +243,7 @@ def test_any_bytes_are_rows_or_told(suffix: str, content: bytes, tmp_path: Path)
                 assert item.where
     except UserError as error:
         assert all(fault.where for fault in error.faults)
-    check_rows(Data(train=str(path)), sources_of(str(path)), set())
+    row_faults(Data(train=str(path)), sources_of(str(path)), set())
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -405,7 +405,7 @@ def test_each_source_of_a_mixture_has_its_own_format(tokenizer: Any, tmp_path: P
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = CHATML
     data = Data(train=tuple(str(tmp_path / f"{name}.jsonl") for name in "abc"))
-    assert check_rows(data, sources_of(data.train), set()) == []
+    assert row_faults(data, sources_of(data.train), set()) == []
     examples = tokenize(data, sources_of(data.train), chatty)
     assert examples.format == "prompt_completion+chat+text"
     assert examples.source.tolist() == [0, 0, 1, 2, 2]
@@ -420,7 +420,7 @@ def test_a_source_of_no_known_format_is_told_once_and_the_others_are_read(tmp_pa
     write_jsonl(tmp_path / "a.jsonl", {"x": 1}, {"x": 2})
     write_jsonl(tmp_path / "b.jsonl", QA, {"question": "Why?", "answer": 3})
     data = Data(train=(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")))
-    faults = check_rows(data, sources_of(data.train), set())
+    faults = row_faults(data, sources_of(data.train), set())
     assert [fault.where for fault in faults] == [f"{tmp_path / 'a.jsonl'}:1", f"{tmp_path / 'b.jsonl'}:2"]
 
 

@@ -22,7 +22,7 @@ from conftest import done, run_lora
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_cli.data.formats import check_rows
+from lora_cli.data.formats import row_faults
 from lora_cli.data.readers import READERS
 from lora_cli.data.sources import Source
 from lora_cli.errors import Fault, UserError
@@ -233,7 +233,7 @@ DATA = (
 
 def read_or_refuse(path: Path, content: bytes, data: Data) -> None:
     path.write_bytes(content)
-    if faults := check_rows(data, [Source(path=str(path))], set()):
+    if faults := row_faults(data, [Source(path=str(path))], set()):
         assert len(faults) <= 11
         told_well(faults)
         assert all(str(path) in fault.where for fault in faults if fault.where)

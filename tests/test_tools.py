@@ -15,7 +15,7 @@ import pytest
 from test_cache import cached, write_rows
 from test_chat import CHATML, GEMMA, MISTRAL, ONCE, Family, messages_of, tokenizer_of, tokens_of
 
-from lora_cli.data.formats import check_rows
+from lora_cli.data.formats import row_faults
 from lora_cli.data.sources import Row, sources_of
 from lora_cli.data.tokenize import tokenize_rows
 from lora_cli.errors import UserError
@@ -121,7 +121,7 @@ def test_tools_that_are_none_are_told(tools: Any, says: str) -> None:
 def test_tools_are_told_by_their_rows_before_a_model_is_read(tmp_path: Path) -> None:
     rows = [{"messages": ASKED, "tools": tools} for tools in ([CLOCK], "clock", 3)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    faults = check_rows(Data(train=path), sources_of(path), set())
+    faults = row_faults(Data(train=path), sources_of(path), set())
     assert [fault.where for fault in faults] == [f"{path}:2: tools", f"{path}:3: tools"]
 
 

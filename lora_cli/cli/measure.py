@@ -33,9 +33,9 @@ def data_section(data: str | None, recipe: Recipe | None) -> Data:
 
 def check(data: Data) -> None:
     """Raises UserError with every fault in the rows, before a model is looked at."""
-    from lora_cli.training.prepare import check_data
+    from lora_cli.training.prepare import data_faults
 
-    faults = check_data(data)
+    faults = data_faults(data)
     if faults:
         raise UserError(faults)
 

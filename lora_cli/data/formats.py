@@ -266,7 +266,7 @@ def _of_another_format(row: Row, format_name: str, data: Data) -> list[Fault]:
     return [Fault(f"looks like {own}, but its source's first row is read as {format_name}", row.where, hint)]
 
 
-def check_rows(data: Data, sources: Iterable[Source], seen: set[str]) -> list[Fault]:
+def row_faults(data: Data, sources: Iterable[Source], seen: set[str]) -> list[Fault]:
     """Read every row as training will, without tokenizing: up to ten rows that are wrong, by file and line. The names
     of all columns are added to ``seen``."""
     faults: list[Fault] = []

@@ -35,7 +35,7 @@ def sources_of(spec: str | tuple[str | Source, ...]) -> tuple[Source, ...]:
     return tuple(Source(path=part) if isinstance(part, str) else part for part in parts)
 
 
-def check_sources(sources: Iterable[Source]) -> list[Fault]:
+def source_faults(sources: Iterable[Source]) -> list[Fault]:
     """The paths that name nothing, and keys that say nothing of theirs, without reading a row."""
     faults: list[Fault] = []
     for source in sources:

@@ -54,7 +54,7 @@ def tokenize_rows(
 ) -> Tokenized:
     """Format and tokenize every row, whole; on all cores when there are many, which ``gather`` keeps in ``folder``.
 
-    Raises UserError at the first row that is wrong; ``check_rows`` finds these sooner, and all of them.
+    Raises UserError at the first row that is wrong; ``row_faults`` finds these sooner, and all of them.
     """
     check_usable(tokenizer)
     encode = partial(encode_chunk, tokenizer, data.train_on == "all")

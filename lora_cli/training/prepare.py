@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_cli.data.formats import check_rows, column_faults, pattern_faults, unseen_faults
-from lora_cli.data.sources import check_sources, sources_of
+from lora_cli.data.formats import column_faults, pattern_faults, row_faults, unseen_faults
+from lora_cli.data.sources import source_faults, sources_of
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import check_model_type, check_quantizable, check_tokenizer, locate
 from lora_cli.model.targets import Target, choose_targets, compile_pattern
@@ -141,22 +141,31 @@ def _check_without_torch(recipe: Recipe, folder: RunFolder, resume: bool, overwr
     if process_index() == 0:  # the one that writes; the others may come when it has begun
         collect(lambda: folder.check(recipe, resume, overwrite))
     collect(lambda: _check_model(recipe))
-    attention = recipe.model.attn_implementation
-    if attention.startswith("flash") and not any(importlib.util.find_spec(name) for name in FLASH_PACKAGES):
-        hint = f"install one of {', '.join(FLASH_PACKAGES)}, or leave it at auto"
-        faults.append(Fault(f"model.attn_implementation: {attention} is not installed", hint=hint))
-    for tracker in recipe.training.report_to:
-        if importlib.util.find_spec(tracker) is None and not (
-            tracker == "tensorboard" and importlib.util.find_spec("tensorboardX")
-        ):
-            faults.append(Fault(f"training.report_to: {tracker} is not installed", hint=f"pip install {tracker}"))
-    faults += _check_deepspeed(recipe)
-    faults += check_data(recipe.data, every_column=True)
+    faults += _package_faults(recipe)
+    faults += _deepspeed_faults(recipe)
+    faults += data_faults(recipe.data, every_column=True)
     if faults:
         raise UserError(faults)
 
 
-def _check_deepspeed(recipe: Recipe) -> list[Fault]:
+def _package_faults(recipe: Recipe) -> Iterator[Fault]:
+    """What the recipe asks for of packages that are not installed."""
+    attention = recipe.model.attn_implementation
+    if attention.startswith("flash") and not _is_installed(*FLASH_PACKAGES):
+        hint = f"install one of {', '.join(FLASH_PACKAGES)}, or leave it at auto"
+        yield Fault(f"model.attn_implementation: {attention} is not installed", hint=hint)
+    for tracker in recipe.training.report_to:
+        packages = ("tensorboard", "tensorboardX") if tracker == "tensorboard" else (tracker,)
+        if not _is_installed(*packages):
+            yield Fault(f"training.report_to: {tracker} is not installed", hint=f"pip install {tracker}")
+
+
+def _is_installed(*packages: str) -> bool:
+    """Whether one of these packages is."""
+    return any(importlib.util.find_spec(name) for name in packages)
+
+
+def _deepspeed_faults(recipe: Recipe) -> list[Fault]:
     path = recipe.training.deepspeed
     if path is None:
         return []
@@ -175,7 +184,7 @@ def _check_deepspeed(recipe: Recipe) -> list[Fault]:
         return faults
     if stage == 3 and recipe.quantization is not None:
         return [Fault("training.deepspeed: stage 3 does not shard a quantized base", path, "use training.fsdp: true")]
-    if importlib.util.find_spec("deepspeed") is None:
+    if not _is_installed("deepspeed"):
         return [
             Fault("training.deepspeed: deepspeed is not installed", hint="pip install --no-build-isolation deepspeed")
         ]
@@ -208,14 +217,14 @@ def _check_weights_without_torch(recipe: Recipe, base: Path) -> None:
         check_adapter(start, base)
 
 
-def check_data(data: Data, every_column: bool = False) -> list[Fault]:
+def data_faults(data: Data, every_column: bool = False) -> list[Fault]:
     """Every fault in the data section and its rows; with ``every_column`` a column that no row has is one."""
     faults = [*(pattern_faults(data.template) if data.template else []), *column_faults(data)]
     seen: set[str] = set()
     for spec in (data.train, data.validation):
         if spec is not None and not isinstance(spec, float):
             sources = sources_of(spec)
-            faults += check_sources(sources) or ([] if faults else check_rows(data, sources, seen))
+            faults += source_faults(sources) or ([] if faults else row_faults(data, sources, seen))
     return faults or (unseen_faults(data, seen) if every_column else [])
 
 

@@ -15,7 +15,7 @@ from lora_cli.data.audit import audit
 from lora_cli.data.batches import Schedule
 from lora_cli.data.cache import publish, tokenize_cached
 from lora_cli.data.examples import fit
-from lora_cli.data.formats import check_rows
+from lora_cli.data.formats import row_faults
 from lora_cli.data.sources import sources_of
 from lora_cli.recipe.schema import Data
 
@@ -39,7 +39,7 @@ def main(job: str) -> None:
         stages[name] = {"seconds": time.perf_counter() - start, "peak_bytes": _high_water()}
         return found
 
-    stage("check", lambda: check_rows(data, sources, set()))
+    stage("check", lambda: row_faults(data, sources, set()))
     parts = [stage("tokenize", lambda: tokenize_cached(data, sources, tokenizer, cache))]
     stage("write", lambda: publish(cache, parts))
     cached = stage("read again", lambda: tokenize_cached(data, sources, tokenizer, cache))
