@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json as jsonlib
 import math
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -315,10 +316,10 @@ def _origin(made: Any) -> str | None:
 
 def _grouped(layers: list[AdaptedLayer]) -> list[list[str]]:
     """Layers of the same last name, widths and rank as one row."""
-    alike: dict[tuple[str, str, str], int] = {}
-    for layer in layers:
-        key = (layer.name.rpartition(".")[2], f"{layer.in_features} -> {layer.out_features}", str(layer.rank))
-        alike[key] = alike.get(key, 0) + 1
+    alike = Counter(
+        (layer.name.rpartition(".")[2], f"{layer.in_features} -> {layer.out_features}", str(layer.rank))
+        for layer in layers
+    )
     return [[name, str(number), wide, rank] for (name, wide, rank), number in alike.items()]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lora_cli.data.examples import Examples, Ints
+from lora_cli.data.examples import Examples, Ints, offsets_of
 from lora_cli.data.grouping import apart, apart_in_order, pack_first_fit, pack_in_order, pad_by_length, pad_in_order
 from lora_cli.errors import Fault, UserError
 from lora_cli.recipe.schema import Source
@@ -108,7 +108,7 @@ def collate(examples: Examples, rows: Sequence[int] | Ints, packing: bool, pad_t
         ids = np.concatenate([ids for ids, _ in pairs])[None]
         wanted = np.concatenate([mask for _, mask in pairs])[None]
         positions = np.concatenate([np.arange(length) for length in lengths])[None]
-        starts = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
+        starts = torch.from_numpy(offsets_of(lengths).astype(np.int32))
     else:
         ids = np.full((len(pairs), longest), pad_token_id, dtype=np.int64)
         wanted = np.zeros((len(pairs), longest), dtype=np.bool_)

@@ -128,10 +128,9 @@ def _what_exists(layers: Iterable[str]) -> str:
 
 def describe(targets: Iterable[Target], r: int) -> list[tuple[str, int, str, int]]:
     """Rows of a table: pattern with the layer numbers left out, count, widths, trainable parameters of rank ``r``."""
-    groups: dict[tuple[str, int, int], int] = {}
-    for target in targets:
-        key = (re.sub(r"\.\d+\.", ".*.", target.name), target.in_features, target.out_features)
-        groups[key] = groups.get(key, 0) + 1
+    groups = Counter(
+        (re.sub(r"\.\d+\.", ".*.", target.name), target.in_features, target.out_features) for target in targets
+    )
     return [
         (pattern, count, f"{wide} -> {out}", count * r * (wide + out)) for (pattern, wide, out), count in groups.items()
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import socket
 from importlib.metadata import version
@@ -18,6 +17,7 @@ from lora_cli.errors import Fault, UserError
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.same_run import flat_keys
 from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS
+from lora_cli.weights.fingerprint import file_sha256
 from lora_cli.weights.start import start_of
 
 PLACES = {
@@ -65,15 +65,10 @@ def account(job: Prepared, dtype: str) -> Account:
         "the validation rows' fingerprint": job.validation.fingerprint if job.validation else None,
         "the weights of data.train": [source.weight for source in sources_of(recipe.data.train)],
         "DeepSpeed's configuration": json.loads(Path(deepspeed).read_text(encoding="utf-8")) if deepspeed else None,
-        "the SHA-256 of adapter.init_from": _sum(start / ADAPTER_WEIGHTS) if start else None,
+        "the SHA-256 of adapter.init_from": file_sha256(start / ADAPTER_WEIGHTS) if start else None,
         "the version of lora": __version__,
         **{f"the version of {name}": version(name) for name in PACKAGES},
     }
-
-
-def _sum(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _shown(value: Any) -> str:

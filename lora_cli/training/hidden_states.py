@@ -21,6 +21,7 @@ import torch
 from accelerate.utils import broadcast
 
 from lora_cli.data.batches import Batch, collate
+from lora_cli.data.examples import offsets_of
 from lora_cli.errors import unwritable
 from lora_cli.evaluation.loss import evaluating, evaluation_groups, rows_apart
 from lora_cli.model.base import pad_token_id
@@ -163,7 +164,7 @@ def compute(trainer: Trainer, interrupt: Interrupt) -> None:
     for part, place in planned.places.items():
         began = time.perf_counter()
         examples = parts(trainer)[part]
-        offsets = np.concatenate(([0], np.cumsum(examples.lengths))).astype(np.int64)
+        offsets = offsets_of(examples.lengths)
         states = make_room(place, (examples.tokens, planned.width), planned.dtype, trainer.job.folder.cache)
         planned.kept[part] = Kept(states, offsets)
         fill(trainer, part, interrupt)

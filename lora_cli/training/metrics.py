@@ -12,6 +12,7 @@ import torch
 from lora_cli.data.batches import Step
 from lora_cli.evaluation.loss import Score
 from lora_cli.training.clock import Clock
+from lora_cli.training.same_run import flat_keys
 from lora_cli.training.setup import Trainer
 
 
@@ -20,8 +21,8 @@ def start_trackers(trainer: Trainer) -> None:
     recipe = trainer.job.recipe
     if recipe.training.report_to:
         sections = recipe.model_dump(mode="json", exclude_none=True)
-        flat = {f"{name}.{key}": str(value) for name, section in sections.items() for key, value in section.items()}
-        trainer.accelerator.init_trackers("lora", config=flat)
+        config = {key: str(value) for key, value in flat_keys(sections).items()}
+        trainer.accelerator.init_trackers("lora", config=config)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from lora_cli.model.base import best_device, load_base, longrope_bounds, resolve
 from lora_cli.model.elementwise import fuse
 from lora_cli.model.memory import activation_bytes, free_bytes, keep_freed_memory
 from lora_cli.training.agreement import check_agreement
-from lora_cli.training.batch_size import recompute_activations, resolve
+from lora_cli.training.batch_size import SHARE, recompute_activations, resolve
 from lora_cli.training.compiling import compile_elementwise
 from lora_cli.training.display import Display
 from lora_cli.training.estimate import largest_batch
@@ -240,7 +240,7 @@ def make_schedule(job: Prepared, packing: bool, processes: int) -> Schedule:
 def choose_checkpointing(
     job: Prepared, schedule: Schedule, dtype: torch.dtype, device: torch.device, whole_logits: bool
 ) -> Literal["on", "offload"] | None:
-    """The recipe's word, or for auto: the first way in which the activations take at most 4/5 of the free memory."""
+    """The recipe's word, or for auto: the first way in which the activations take at most SHARE of the free memory."""
     wanted = job.recipe.training.gradient_checkpointing
     if wanted == "offload":
         return "offload"
@@ -249,7 +249,7 @@ def choose_checkpointing(
     tokens, positions = largest_batch(
         schedule.lengths, schedule.supervised, schedule.batch_size, job.max_length, schedule.packing
     )
-    free = 0.8 * free_bytes(device)
+    free = SHARE * free_bytes(device)
     plain, checkpointed = (
         activation_bytes(job.config, tokens, positions, dtype.itemsize, checkpointing, whole_logits)
         for checkpointing in (False, True)

@@ -1,4 +1,4 @@
-"""Which base this is: a digest of all that its numbers come from, taken without importing torch."""
+"""Which base this is, by a digest of all that its numbers come from, or which file; without importing torch."""
 
 from __future__ import annotations
 
@@ -35,6 +35,12 @@ def fingerprint(folder: Path) -> str:
     ]
     stated = json.dumps([_deciding(read_config(folder)), tensors], sort_keys=True)
     return hashlib.sha256(stated.encode()).hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _digest(info: TensorInfo) -> str:

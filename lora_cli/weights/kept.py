@@ -24,6 +24,7 @@ from lora_cli import __version__
 from lora_cli.errors import RunError
 from lora_cli.model.base import load_config, skeleton
 from lora_cli.recipe.schema import Quantization
+from lora_cli.weights.fingerprint import file_sha256
 from lora_cli.weights.folders import whole_folder
 from lora_cli.weights.quantize import write_quantized
 from lora_cli.weights.quantized_layers import quantized_layers
@@ -129,9 +130,4 @@ def _sums(folder: Path) -> dict[str, str]:
     """SHA-256 of every file but the list of them."""
     files = sorted(file for file in folder.iterdir() if file.name != SUMS)
     with ThreadPoolExecutor() as pool:
-        return dict(zip((file.name for file in files), pool.map(_sum, files), strict=True))
-
-
-def _sum(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return dict(zip((file.name for file in files), pool.map(file_sha256, files), strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -26,7 +25,7 @@ from lora_cli.weights.adapter_config import (
 )
 from lora_cli.weights.check_adapter import check_adapter, check_given_once
 from lora_cli.weights.check_model import EMBEDDINGS
-from lora_cli.weights.fingerprint import fingerprint
+from lora_cli.weights.fingerprint import file_sha256, fingerprint
 from lora_cli.weights.products import EMBEDDING, MAGNITUDE, Factors, Place, Product, adapter_parts, product_of
 from lora_cli.weights.provenance import PROVENANCE, base_record, named_base, now, read_record, versions
 from lora_cli.weights.shards import read_headers, read_tensor, weight_files
@@ -213,6 +212,4 @@ def write_record(
 
 def source_record(adapter: LoraAdapter) -> dict[str, str]:
     """How an adapter that another is made of is named in that one's record."""
-    with (adapter.folder / ADAPTER_WEIGHTS).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name_or_path": str(adapter.folder.resolve()), "sha256": digest}
+    return {"name_or_path": str(adapter.folder.resolve()), "sha256": file_sha256(adapter.folder / ADAPTER_WEIGHTS)}

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from lora_cli.errors import UserError
-from lora_cli.model.files import check_tokenizer, copy_tokenizer
+from lora_cli.model.files import check_tokenizer, copy_tokenizer, read_config
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.folders import check_out, whole_folder
 from lora_cli.weights.provenance import PROVENANCE, AdapterOrigin
@@ -208,7 +208,7 @@ def _write(sums: Sums, draft: Path, max_shard: int) -> float:
 
 
 def _write_config(base: Path, draft: Path, dtype: torch.dtype | None, changes: Changes) -> None:
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = read_config(base)
     if dtype is not None:
         config.pop("torch_dtype", None)  # the name of older versions
         config["dtype"] = str(dtype).removeprefix("torch.")

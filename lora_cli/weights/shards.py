@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,8 +190,8 @@ def stored_dtype(headers: Mapping[str, TensorInfo]) -> torch.dtype:
     import torch
 
     known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for info in headers.values():
         if info.dtype in known:
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + math.prod(info.shape)
-    return known[max(sizes, key=lambda name: sizes[name])] if sizes else torch.float32
+            sizes[info.dtype] += math.prod(info.shape)
+    return known[sizes.most_common(1)[0][0]] if sizes else torch.float32
