@@ -1,4 +1,4 @@
-"""What eval and quantize share: the rows to measure on, and a model's perplexity on them."""
+"""What eval, quantize and merge share: the rows to measure on, and a model's perplexity on them."""
 
 from __future__ import annotations
 
@@ -56,11 +56,12 @@ def rows_for(base: Path, adapter: Path | None, data: Data, recipe: Recipe | None
     """
     from lora_cli.data.examples import check_ids
     from lora_cli.model.base import load_config, load_tokenizer, max_positions, skeleton
+    from lora_cli.model.files import tokenizer_folder
     from lora_cli.weights.check_model import check_weights
 
     config = load_config(base)
     check_weights(base, skeleton(config))
-    tokenizer = load_tokenizer(adapter if adapter and (adapter / "tokenizer_config.json").is_file() else base)
+    tokenizer = load_tokenizer(tokenizer_folder(base, *([adapter] if adapter else [])))
     max_length = min(data.max_length, max_positions(config) or data.max_length)
     examples = _examples(data, tokenizer, max_length, recipe.training.seed if recipe else 0)
     check_ids(examples, config.get_text_config().vocab_size, str(base))

@@ -1,4 +1,4 @@
-"""Options that every verb takes, and how often it takes them."""
+"""Options that several verbs take, and how often a verb takes one."""
 
 from __future__ import annotations
 

@@ -159,9 +159,9 @@ def rows_for(origin: AdapterOrigin, data: str | None) -> Rows:
     from lora_cli.data.sources import sources_of, whole_rows
     from lora_cli.data.tokenize import tokenize_rows
     from lora_cli.model.base import load_tokenizer
+    from lora_cli.model.files import tokenizer_folder
 
-    folder = origin.folder if (origin.folder / "tokenizer_config.json").is_file() else origin.base
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(tokenizer_folder(origin.base, origin.folder))
     section = origin.recipe.data if data is None and origin.recipe else None
     if data is not None:
         section = measure.data_section(data, origin.recipe)

@@ -55,9 +55,8 @@ def compare(
         batches = evaluation_batches(examples, ROWS_AT_ONCE, max_length, packing, bounds, pad_token_id(tokenizer))
         found = evaluate(model, batches, device, head)
         if not math.isfinite(found.loss):
-            hint = f"the weights are damaged, or their products are beyond what {model.dtype} holds".replace(
-                "torch.", ""
-            )
+            dtype = str(model.dtype).removeprefix("torch.")
+            hint = f"the weights are damaged, or their products are beyond what {dtype} holds"
             raise RunError(f"the loss of {what} is {found.loss}", str(adapter or base), hint)
         return found
 

@@ -81,6 +81,11 @@ def check_tokenizer(folder: Path, chat: bool = False) -> None:
         raise UserError("the tokenizer has no chat template, which format: chat needs", str(folder), NO_TEMPLATE)
 
 
+def tokenizer_folder(base: Path, *adapters: Path) -> Path:
+    """Where the tokenizer is: with the first of the adapters that has one of its own, else with the base."""
+    return next((adapter for adapter in adapters if (adapter / "tokenizer_config.json").is_file()), base)
+
+
 def copy_tokenizer(folder: Path, to: Path) -> None:
     """Copy a tokenizer's files and its chat templates."""
     for pattern in (*TOKENIZER_FILES, *TOKENIZER_EXTRAS, "chat_template.*", "additional_chat_templates/*.jinja"):

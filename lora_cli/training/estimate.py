@@ -1,4 +1,4 @@
-"""What a run will need, from the shapes of its base and its rows; nothing is loaded."""
+"""What memory a run will need, from the shapes of its base and its rows; nothing is loaded."""
 
 from __future__ import annotations
 

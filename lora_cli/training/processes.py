@@ -1,4 +1,4 @@
-"""One run on several processes: which process this is, what its share is, and how all come to one mind."""
+"""One run on several processes: what each one's share is, and how all come to hold or to know the same."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from lora_cli.errors import UserError
-from lora_cli.model.files import check_tokenizer, copy_tokenizer, read_config
+from lora_cli.model.files import check_tokenizer, copy_tokenizer, read_config, tokenizer_folder
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.folders import check_out, whole_folder
 from lora_cli.weights.provenance import PROVENANCE, AdapterOrigin
@@ -126,7 +126,7 @@ def merge(
         raise UserError(what, str(origin.folder), "merge one, then train the others on the result")
     if sums is None and tell is not None:
         tell(IN_MEMORY)
-    with_tokenizer = next((o.folder for o in origins if (o.folder / "tokenizer_config.json").is_file()), origin.base)
+    with_tokenizer = tokenizer_folder(origin.base, *(each.folder for each in origins))
     check_tokenizer(with_tokenizer)
     needed = sum(math.prod(info.shape) for info in (sums.headers if sums else headers).values()) * stored.itemsize
     with whole_folder(out, needed=needed) as draft:

@@ -19,7 +19,7 @@ from lora_cli.errors import Fault, UserError, alike
 from lora_cli.model.files import locate
 from lora_cli.recipe.explain import dotted_keys
 from lora_cli.recipe.schema import Recipe
-from lora_cli.weights.adapter_config import read_adapter_config
+from lora_cli.weights.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from lora_cli.weights.check_adapter import MISFIT, check_adapter, faults_in_model, is_plainly_whole
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.shards import check_whole
@@ -44,7 +44,7 @@ class AdapterOrigin:
 def adapter_folder(target: Path) -> Path | None:
     """The adapter that a path stands for: the folder itself, or a run's ``adapter``; None when it is neither."""
     for folder in (target, target / "adapter"):
-        if (folder / "adapter_config.json").is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
             return folder
     return None
 
@@ -59,7 +59,7 @@ def trace(folder: Path, base: str | None = None, other_kinds: bool = False) -> A
         return _checked(folder, locate(base, weights=True), base, other_kinds)
     name, place = named_base(folder)
     if not name:
-        raise UserError("the adapter does not say which base it is for", str(folder / "adapter_config.json"))
+        raise UserError("the adapter does not say which base it is for", str(folder / ADAPTER_CONFIG))
     revision = read_adapter_config(folder).get("revision")
     try:
         found = locate(place, weights=True, revision=str(revision) if revision else None)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from lora_cli.model.base import DTYPES, best_device, bitsandbytes_config, load_config, load_tokenizer, skeleton
-from lora_cli.model.files import check_quantizable
+from lora_cli.model.files import check_quantizable, tokenizer_folder
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.check_model import check_weights
 from lora_cli.weights.codes import PARTS, encode
@@ -73,8 +73,7 @@ def quantize(
     bare = skeleton(load_config(folder))
     check_weights(folder, bare)
     check_layers(folder, quantization, skip)
-    with_tokenizer = adapter if adapter and (adapter / "tokenizer_config.json").is_file() else folder
-    tokenizer = load_tokenizer(with_tokenizer)
+    tokenizer = load_tokenizer(tokenizer_folder(folder, *([adapter] if adapter else [])))
     dtype, compute_dtype = _loaded_dtype(folder, bare), DTYPES[quantization.compute_dtype]
     with whole_folder(out) as draft:
         layers = write_quantized(source, draft, quantization, dtype, compute_dtype, skip, max_shard)
