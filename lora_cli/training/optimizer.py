@@ -3,42 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 import torch
+from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+from torch.optim import AdamW, Optimizer
 from transformers import get_scheduler
 
 from lora_cli.errors import UserError
 from lora_cli.recipe.schema import Training
 
-
-def _adamw(parameters: Any, **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, **options)
-
-
-def _adamw_fused(parameters: Any, **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, fused=True, **options)
-
-
-def _adamw_8bit(parameters: Any, **options: Any) -> torch.optim.Optimizer:
-    from bitsandbytes.optim import AdamW8bit
-
-    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **options)
-    return optimizer
-
-
-def _paged_adamw_8bit(parameters: Any, **options: Any) -> torch.optim.Optimizer:
-    from bitsandbytes.optim import PagedAdamW8bit
-
-    optimizer: torch.optim.Optimizer = PagedAdamW8bit(parameters, **options)
-    return optimizer
-
-
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw_torch": _adamw,
-    "adamw_torch_fused": _adamw_fused,
-    "adamw_8bit": _adamw_8bit,
-    "paged_adamw_8bit": _paged_adamw_8bit,
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adamw_torch": AdamW,
+    "adamw_torch_fused": partial(AdamW, fused=True),
+    "adamw_8bit": AdamW8bit,
+    "paged_adamw_8bit": PagedAdamW8bit,
 }
 
 SCHEDULES = {
@@ -51,7 +30,7 @@ SCHEDULES = {
 """The recipe's word -> Transformers' schedule. Plain 'constant' there would leave the warm-up out without a word."""
 
 
-def make_optimizer(training: Training, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(training: Training, parameters: Sequence[torch.nn.Parameter]) -> Optimizer:
     """AdamW (arXiv:1711.05101) over the adapter's parameters."""
     make = OPTIMIZERS[training.optim]
     try:
@@ -77,7 +56,7 @@ def check_warmup(training: Training, total_steps: int) -> None:
         raise UserError(what, hint="set it to 0, or train for more steps")
 
 
-def learning_rate_at(training: Training, optimizer: torch.optim.Optimizer, total_steps: int) -> Callable[[int], float]:
+def learning_rate_at(training: Training, optimizer: Optimizer, total_steps: int) -> Callable[[int], float]:
     """The learning rate of step n (1, 2, …): Transformers' schedule at n - 1, a function of n alone.
 
     Without state there is nothing to save or to restore, and no count that several processes could disagree on.
