@@ -41,7 +41,7 @@ SHARE = 0.8
 """Of the free memory that activations may take by the estimate; the rest is for what it does not count."""
 
 
-def resolve(
+def resolve_batch_size(
     job: Prepared,
     accelerator: Accelerator,
     model: PeftModel,

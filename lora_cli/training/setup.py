@@ -21,7 +21,7 @@ from lora_cli.model.base import best_device, load_base, longrope_bounds, resolve
 from lora_cli.model.elementwise import fuse
 from lora_cli.model.memory import activation_bytes, free_bytes, keep_freed_memory
 from lora_cli.training.agreement import check_agreement
-from lora_cli.training.batch_size import SHARE, recompute_activations, resolve
+from lora_cli.training.batch_size import SHARE, recompute_activations, resolve_batch_size
 from lora_cli.training.compiling import compile_elementwise
 from lora_cli.training.display import Display
 from lora_cli.training.estimate import largest_batch
@@ -102,7 +102,10 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     stream(model, sources)
     with evaluating(model):
         head = frozen_head(model)
-    job = replace(job, recipe=resolve(job, accelerator, model, head, packing, dtype.itemsize, bool(sources), display))
+    job = replace(
+        job,
+        recipe=resolve_batch_size(job, accelerator, model, head, packing, dtype.itemsize, bool(sources), display),
+    )
     schedule = make_schedule(job, packing, accelerator.num_processes)
     checkpointing = choose_checkpointing(job, schedule, dtype, accelerator.device, head is None)
     if checkpointing or sources:
@@ -117,20 +120,20 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     own_seed = (recipe.training.seed + accelerator.process_index) % 2**32
     set_seed(own_seed)  # the same start on all processes, dropout of its own on each
     return Trainer(
-        job,
-        accelerator,
-        prepared,
-        trainable_parameters(accelerator.unwrap_model(prepared)),
-        head,
-        optimizer,
-        schedule,
-        packing,
-        total,
-        dtype,
-        display,
-        kept,
-        checkpointing == "offload",
-        bool(sources),
+        job=job,
+        accelerator=accelerator,
+        model=prepared,
+        trained=trainable_parameters(accelerator.unwrap_model(prepared)),
+        head=head,
+        optimizer=optimizer,
+        schedule=schedule,
+        packing=packing,
+        total_steps=total,
+        dtype=dtype,
+        display=display,
+        kept_base=kept,
+        offload=checkpointing == "offload",
+        streams=bool(sources),
     )
 
 

@@ -63,9 +63,7 @@ def prepare_model(
     return engine, ZeroOptimizer(engine, [parameter for _, parameter in trainable_parameters(model)])
 
 
-def backward(
-    accelerator: Accelerator, model: torch.nn.Module, optimizer: Optimizer, loss: torch.Tensor, last: bool
-) -> None:
+def backward(accelerator: Accelerator, optimizer: Optimizer, loss: torch.Tensor, last: bool) -> None:
     """Add the loss's gradient, summed over the processes after the step's ``last`` alone."""
     if isinstance(optimizer, ZeroOptimizer):
         optimizer.backward(loss, last)

@@ -40,7 +40,7 @@ def take_step(trainer: Trainer, step: Step, learning_rate: float) -> torch.Tenso
         with nullcontext() if last else accelerator.no_sync(trainer.model):
             with save_on_cpu(pin_memory=on_gpu) if trainer.offload else nullcontext():
                 nll = weight * summed_loss(trainer.model, batch, trainer.head, trainer.below)
-            backward(accelerator, trainer.model, optimizer, nll * accelerator.num_processes / step.supervised, last)
+            backward(accelerator, optimizer, nll * accelerator.num_processes / step.supervised, last)
         total += nll.detach()
     weights = [parameter for _, parameter in trainer.trained]
     norm = clip_gradient(accelerator, optimizer, weights, training.max_grad_norm or float("inf"))
