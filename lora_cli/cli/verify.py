@@ -208,13 +208,11 @@ def _adapted(base: Any, origins: Sequence[AdapterOrigin]) -> Any:
 
 
 def _base(origins: Sequence[AdapterOrigin], quantization: Quantization | None, expanded: Quantization | None) -> Any:
-    import torch
-
+    from lora_cli.weights.merge import seen_dtype
     from lora_cli.weights.quantized_layers import expand_quantized
-    from lora_cli.weights.shards import read_headers, stored_dtype, weight_files
+    from lora_cli.weights.shards import read_headers, weight_files
 
-    told = origins[0].dtype
-    seen = getattr(torch, told) if told else stored_dtype(read_headers(weight_files(origins[0].base)))
+    seen = seen_dtype(origins[0], read_headers(weight_files(origins[0].base)))
     base = _load(origins[0].base, quantization, seen if quantization else None)
     if expanded is not None:
         expand_quantized(base, expanded, seen)
@@ -254,13 +252,11 @@ def _untie(model: Any) -> None:
 
 def _round(model: Any, stored: Mapping[str, TensorInfo]) -> None:
     """Round a model's parameters in float32, in place, to the types they are ``stored`` in."""
-    import torch
-
-    from lora_cli.weights.shards import DTYPES, stored_dtype
+    from lora_cli.weights.shards import stored_dtype
     from lora_cli.weights.updates import stored_name
 
     most = stored_dtype(stored)
     for name, parameter in model.named_parameters():
         found = stored_name(name, stored)
-        dtype = getattr(torch, DTYPES[stored[found].dtype]) if found else most  # None: experts, which loading joins
+        dtype = stored[found].torch_dtype if found else most  # None: experts, which loading joins
         parameter.data = parameter.data.to(dtype).float()

@@ -119,7 +119,7 @@ def merge(
     headers = read_headers(files)
     stored = dtype or stored_dtype(headers)
     quantization = common_quantization(origins) if into != "original" else None
-    seen = getattr(torch, origin.dtype) if origin.dtype else stored_dtype(headers)
+    seen = seen_dtype(origin, headers)
     sums = find_sums(origins, headers, quantization, seen, dtype)
     if len(origins) > 1 and (sums is None or sums.changes.taken or sums.changes.rescaled):
         what = "several adapters can be added up where all are plain LoRA: no DoRA, and no tensors beside the products"
@@ -182,6 +182,11 @@ def common_quantization(origins: Sequence[AdapterOrigin]) -> Quantization | None
             what = f"trained on a base quantized otherwise than that of {origins[0].folder}"
             raise UserError(what, str(origin.folder), "give --into original to add both to the unquantized base")
     return first[0]
+
+
+def seen_dtype(origin: AdapterOrigin, headers: Mapping[str, TensorInfo]) -> torch.dtype:
+    """The type that the base, whose stored tensors these are, was loaded in when the adapter was trained on it."""
+    return getattr(torch, origin.dtype) if origin.dtype else stored_dtype(headers)
 
 
 def _write(sums: Sums, draft: Path, max_shard: int) -> float:

@@ -24,9 +24,8 @@ from lora_cli.weights.folders import check_out, whole_folder
 from lora_cli.weights.provenance import PROVENANCE
 from lora_cli.weights.quantize_in_memory import quantize_in_memory
 from lora_cli.weights.quantized_layers import LayerError, check_layers, layer_error, replace_layers
-from lora_cli.weights.shards import DTYPES as TYPES
-from lora_cli.weights.shards import MAX_SHARD, check_finite, read_headers, weight_files
-from lora_cli.weights.stored_model import Source
+from lora_cli.weights.shards import MAX_SHARD, TORCH_NAMES, check_finite, read_headers, weight_files
+from lora_cli.weights.stored_model import StoredModel
 from lora_cli.weights.stored_names import model_names
 from lora_cli.weights.stream import shard_writer
 
@@ -53,7 +52,7 @@ class Quantized:
 
 
 def quantize(
-    source: Source,
+    source: StoredModel,
     out: Path,
     quantization: Quantization,
     skip: Sequence[str] = (),
@@ -97,7 +96,7 @@ def _loaded_dtype(folder: Path, bare: PreTrainedModel) -> torch.dtype:
         return told
     with safe_open(weight_files(folder)[0], framework="pt") as file:
         kinds = (file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 (safe_open is no mapping)
-        return next((getattr(torch, TYPES[kind]) for kind in kinds if kind in FLOATS), torch.float32)
+        return next((getattr(torch, TORCH_NAMES[kind]) for kind in kinds if kind in FLOATS), torch.float32)
 
 
 def _in_experts(bare: PreTrainedModel) -> int:
@@ -106,7 +105,7 @@ def _in_experts(bare: PreTrainedModel) -> int:
 
 
 def write_quantized(
-    source: Source,
+    source: StoredModel,
     out: Path,
     quantization: Quantization,
     dtype: torch.dtype,
@@ -150,7 +149,7 @@ def is_streamed(folder: Path) -> bool:
 
 
 def _write_by_tensors(
-    source: Source,
+    source: StoredModel,
     names: Mapping[str, str],
     turned: Mapping[str, bool],
     out: Path,

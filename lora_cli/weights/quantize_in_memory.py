@@ -16,7 +16,7 @@ from lora_cli.model.linear4bit import expand
 from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.weights.quantized_layers import LayerError, layer_error
 from lora_cli.weights.shards import check_finite, is_finite
-from lora_cli.weights.stored_model import Source
+from lora_cli.weights.stored_model import StoredModel
 from lora_cli.weights.stored_names import sources_of
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Sources = Mapping[str, Mapping[str, str | None]]
 
 
 def quantize_in_memory(
-    source: Source,
+    source: StoredModel,
     bare: PreTrainedModel,
     out: Path,
     quantization: Quantization,
@@ -50,7 +50,7 @@ def quantize_in_memory(
     return layers
 
 
-def _errors(model: PreTrainedModel, source: Source, sources: Sources, dtype: torch.dtype) -> Iterator[LayerError]:
+def _errors(model: PreTrainedModel, source: StoredModel, sources: Sources, dtype: torch.dtype) -> Iterator[LayerError]:
     """Of the layers whose weight is one stored tensor as it is, by whatever name. Raises UserError when one is not all
     numbers as ``dtype``, as it was loaded: codes do not tell."""
     for name, module in model.named_modules():
@@ -70,7 +70,7 @@ def _errors(model: PreTrainedModel, source: Source, sources: Sources, dtype: tor
         yield layer_error(name, error, size, stored, source.headers[stored])
 
 
-def _check_rest(model: PreTrainedModel, source: Source, sources: Sources) -> None:
+def _check_rest(model: PreTrainedModel, source: StoredModel, sources: Sources) -> None:
     """Raises UserError when a parameter that is not quantized is not all numbers, and tells the stored tensor."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not is_finite(parameter.data):

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.folders import check_out, draft_folder
-from lora_cli.weights.merge import common_quantization, find_sums, merge
+from lora_cli.weights.merge import common_quantization, find_sums, merge, seen_dtype
 from lora_cli.weights.provenance import AdapterOrigin
 from lora_cli.weights.quantize import Quantized, is_streamed, quantize
 from lora_cli.weights.quantized_layers import check_layers
-from lora_cli.weights.shards import MAX_SHARD, read_headers, stored_dtype, weight_files
-from lora_cli.weights.stored_model import Source, stored_model
+from lora_cli.weights.shards import MAX_SHARD, read_headers, weight_files
+from lora_cli.weights.stored_model import StoredModel, stored_model
 
 
 def quantize_merged(
@@ -33,8 +31,7 @@ def quantize_merged(
     """
     check_out(out)
     headers = read_headers(weight_files(origin.base))
-    seen = getattr(torch, origin.dtype) if origin.dtype else stored_dtype(headers)
-    sums = find_sums([origin], headers, common_quantization([origin]), seen, None)
+    sums = find_sums([origin], headers, common_quantization([origin]), seen_dtype(origin, headers), None)
     if sums is None or not is_streamed(origin.base):
         check_layers(origin.base, quantization, skip)  # which merging may take long to come to
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +40,7 @@ def quantize_merged(
             merge([origin], merged, tell=tell)
             return quantize(stored_model(merged), out, quantization, skip, max_shard, check)
     read, changes = sums.read, sums.changes
-    source = Source(
+    source = StoredModel(
         origin.base,
         sums.headers,
         lambda name: read(name).tensor,

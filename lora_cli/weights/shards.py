@@ -26,7 +26,7 @@ DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MAX_SHARD = 50 * 10**9
 """Bytes of tensors in a file, as in ``save_pretrained``."""
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-DTYPES = {
+TORCH_NAMES = {
     "F64": "float64",
     "F32": "float32",
     "BF16": "bfloat16",
@@ -54,6 +54,14 @@ class TensorInfo:
     dtype: str
     start: int
     bytes: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Its type in torch's terms. Raises KeyError when torch has none such."""
+        import torch
+
+        found: torch.dtype = getattr(torch, TORCH_NAMES[self.dtype])
+        return found
 
 
 def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
@@ -146,9 +154,9 @@ def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
     """
     import torch
 
-    if info.dtype not in DTYPES:
+    if info.dtype not in TORCH_NAMES:
         raise UserError(f"tensor {name} is of the type {info.dtype}, which is not handled", str(info.file))
-    tensor = torch.empty(info.shape, dtype=getattr(torch, DTYPES[info.dtype]))
+    tensor = torch.empty(info.shape, dtype=info.torch_dtype)
     with info.file.open("rb") as file:
         file.seek(info.start)
         if file.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
@@ -163,7 +171,7 @@ def mapped(info: TensorInfo, file: BinaryIO | None = None) -> torch.Tensor:
     import torch
 
     raw = torch.from_numpy(np.memmap(file or info.file, np.uint8, "c", info.start, (info.bytes,)))
-    return raw.view(getattr(torch, DTYPES[info.dtype])).view(info.shape)
+    return raw.view(info.torch_dtype).view(info.shape)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

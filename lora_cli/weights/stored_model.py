@@ -12,7 +12,7 @@ from lora_cli.weights.shards import TensorInfo, read_headers, read_tensor, weigh
 
 
 @dataclass(frozen=True)
-class Source:
+class StoredModel:
     """The model to quantize: the one in ``folder``, or what an adapter makes of it.
 
     ``read`` gives a tensor by the name ``folder`` stores it under; ``words`` is the size of the vocabulary where the
@@ -27,7 +27,7 @@ class Source:
     untied: bool = False
 
 
-def stored_model(folder: Path) -> Source:
+def stored_model(folder: Path) -> StoredModel:
     """The model in ``folder`` as it is."""
     headers = read_headers(weight_files(folder))
-    return Source(folder, headers, lambda name: read_tensor(headers[name], name))
+    return StoredModel(folder, headers, lambda name: read_tensor(headers[name], name))

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from lora_cli.weights.shards import DTYPES, INDEX, MAX_SHARD, SINGLE
+from lora_cli.weights.shards import INDEX, MAX_SHARD, SINGLE, TORCH_NAMES
 
 ENTRY = 160  # bytes that a tensor takes in a file's header at most, beside its name
 RESERVE = 2**26  # bytes
 ALIGNMENT = 8  # bytes: the format has no room between tensors, and readers want each where its type may lie
-NAMES = {getattr(torch, dtype): name for name, dtype in DTYPES.items()}
+NAMES = {getattr(torch, dtype): name for name, dtype in TORCH_NAMES.items()}
 
 
 @contextmanager
