@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -32,6 +33,8 @@ PLAIN_KEYS = {
 }
 """Keys of an adapter's configuration beside which no other says which tensors it has."""
 UNSET: tuple[Any, ...] = (None, False, "none", [], {})
+Halves = dict[str, dict[str, tuple[int, ...]]]
+"""By layer, the shapes of A (r, in) and B (out, r)."""
 
 
 def check_adapter(
@@ -41,7 +44,7 @@ def check_adapter(
 
     PEFT loads such an adapter without a word and the result is the bare base. Without a ``base`` what the adapter's own
     files tell is checked alone. Of ``other_kinds``, refused if they are not expected, only the numbers are looked at.
-    ``in_model`` is ``faults_in_model`` of these two, for who asks more than once.
+    ``in_model`` is ``_faults_in_model`` of these two, for who asks more than once.
     """
     config = read_adapter_config(folder)
     if config["peft_type"] != "LORA" and other_kinds:
@@ -62,7 +65,7 @@ def check_adapter(
         for kind in sorted({"A", "B"} - set(found))
     ]
     if base is not None and not faults:
-        faults += _misfits_of_base(folder, base, config, halves, in_model or (lambda: faults_in_model(folder, base)))
+        faults += _misfits_of_base(folder, base, config, halves, in_model or (lambda: _faults_in_model(folder, base)))
     faults += _unexpected(config, folder, halves)
     if not any(".lora_" in name for name in read_headers([folder / ADAPTER_WEIGHTS])):
         faults.append(Fault("the adapter holds no LoRA tensors", str(folder)))
@@ -71,7 +74,16 @@ def check_adapter(
     _check_finite(folder)
 
 
-def faults_in_model(folder: Path, base: Path) -> list[Fault]:
+def check_in_model(folder: Path, base: Path, other_kinds: bool) -> None:
+    """``check_adapter``, and by the base's model itself where headers do not show that it has all it takes."""
+    in_model = functools.cache(lambda: _faults_in_model(folder, base))
+    check_adapter(folder, base, other_kinds, in_model)
+    is_lora = read_adapter_config(folder)["peft_type"] == "LORA"
+    if not (is_lora and _is_plainly_whole(folder, base)) and (faults := in_model()):
+        raise alike(faults, MISFIT)
+
+
+def _faults_in_model(folder: Path, base: Path) -> list[Fault]:
     """What is wrong with an adapter's tensors, by the base's model, which is slow to make. Raises UserError when the
     base itself lacks tensors."""
     from lora_cli.weights.inventory import adapter_faults  # with torch and PEFT
@@ -79,9 +91,7 @@ def faults_in_model(folder: Path, base: Path) -> list[Fault]:
     return adapter_faults(folder, base)
 
 
-def _unexpected(
-    config: Mapping[str, Any], folder: Path, halves: dict[str, dict[str, tuple[int, ...]]]
-) -> Iterator[Fault]:
+def _unexpected(config: Mapping[str, Any], folder: Path, halves: Halves) -> Iterator[Fault]:
     """Tensors that are not what the adapter's configuration says, which PEFT passes over or makes up in silence."""
     place = str(folder)
     if not config.get("target_parameters"):  # experts have r each
@@ -129,9 +139,9 @@ def _check_finite(folder: Path) -> None:
         raise alike(faults, hint)
 
 
-def adapted_layers(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The layers a LoRA adapter's tensors are for, each with the shapes of its A (r, in) and B (out, r)."""
-    halves: dict[str, dict[str, tuple[int, ...]]] = {}
+def adapted_layers(folder: Path) -> Halves:
+    """The layers that a LoRA adapter's tensors are for."""
+    halves: Halves = {}
     for name, info in read_headers([folder / ADAPTER_WEIGHTS]).items():
         layer, _, part = name.removeprefix(PEFT_PREFIX).partition(".lora_")
         if part in ("A.weight", "B.weight"):
@@ -152,7 +162,7 @@ def _misfits_of_base(
     folder: Path,
     base: Path,
     config: dict[str, Any],
-    halves: dict[str, dict[str, tuple[int, ...]]],
+    halves: Halves,
     in_model: Callable[[], list[Fault]],
 ) -> list[Fault]:
     """What does not fit the layers that the base stores. They may have other names than the model's, and be more than
@@ -176,7 +186,7 @@ def _in_a_layer(name: str) -> str:
     return re.sub(r"^.*?\.(?=\d+\.)", "", name)
 
 
-def _misfits(folder: Path, halves: dict[str, dict[str, tuple[int, ...]]], layers: dict[str, Target]) -> Iterator[Fault]:
+def _misfits(folder: Path, halves: Halves, layers: dict[str, Target]) -> Iterator[Fault]:
     for name, shapes in halves.items():
         # Checkpoints may leave out the name of the model's body: h.0.attn for transformer.h.0.attn.
         layer = layers.get(name) or layers.get(name.partition(".")[2])
@@ -197,7 +207,7 @@ def _misfits(folder: Path, halves: dict[str, dict[str, tuple[int, ...]]], layers
             yield Fault(f"{what}{wide[0]} -> {wide[1]}", str(folder))
 
 
-def is_plainly_whole(folder: Path, base: Path) -> bool:
+def _is_plainly_whole(folder: Path, base: Path) -> bool:
     """Whether it is plain, without a look at the base's modules, that the base's and a LoRA adapter's tensors are all
     that their configurations speak of; others need not be wrong.
 

@@ -30,7 +30,7 @@ def adapter_faults(folder: Path, base: Path) -> list[Fault]:
     known. Raises UserError, by tensor, when the base itself lacks some."""
     bare = skeleton(load_config(base))
     _check_base_tensors(base, bare)  # before it is adapted
-    return _adapter_faults(folder, bare) if read_adapter_config(folder)["peft_type"] == "LORA" else []
+    return _lora_faults(folder, bare) if read_adapter_config(folder)["peft_type"] == "LORA" else []
 
 
 def _check_base_tensors(base: Path, bare: PreTrainedModel) -> None:
@@ -62,7 +62,7 @@ def _missing_experts(bare: PreTrainedModel, sources: Mapping[str, Mapping[str, s
                 yield f"{wanted - len(stored)} of the {wanted} tensors that {name} is made of are missing"
 
 
-def _adapter_faults(folder: Path, bare: PreTrainedModel) -> list[Fault]:
+def _lora_faults(folder: Path, bare: PreTrainedModel) -> list[Fault]:
     """The tensors that a LoRA adapter's file lacks of those its configuration speaks of, has beside them, or of other
     shapes than its base takes. ``bare`` is adapted."""
     resize_words(bare, folder)

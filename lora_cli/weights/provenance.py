@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import platform
@@ -15,12 +14,12 @@ from typing import Any, TypeGuard
 from pydantic import ValidationError
 
 from lora_cli import __version__
-from lora_cli.errors import Fault, UserError, alike
+from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import locate
 from lora_cli.recipe.explain import dotted_keys
 from lora_cli.recipe.schema import Recipe
 from lora_cli.weights.adapter_config import ADAPTER_CONFIG, read_adapter_config
-from lora_cli.weights.check_adapter import MISFIT, check_adapter, faults_in_model, is_plainly_whole
+from lora_cli.weights.check_adapter import check_in_model
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.shards import check_whole
 
@@ -105,11 +104,7 @@ def now() -> str:
 def _checked(folder: Path, base: Path, name: str, other_kinds: bool) -> AdapterOrigin:
     check_whole(base)
     check_base(folder, base)
-    in_model = functools.cache(lambda: faults_in_model(folder, base))
-    check_adapter(folder, base, other_kinds, in_model)
-    is_lora = read_adapter_config(folder)["peft_type"] == "LORA"
-    if not (is_lora and is_plainly_whole(folder, base)) and (faults := in_model()):
-        raise alike(faults, MISFIT)
+    check_in_model(folder, base, other_kinds)
     return AdapterOrigin(folder, base, name, recipe_of(folder), read_record(folder).get("dtype"))
 
 
