@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json as jsonlib
 import math
-from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from lora_cli.cli.adapter_words import entry_row, facts, layer_rows, print_table, rank_range
 from lora_cli.cli.options import Debug, Json, Quiet
 from lora_cli.errors import UserError
 
 if TYPE_CHECKING:
-    from lora_cli.weights.catalogue import AdaptedLayer, Entry
     from lora_cli.weights.lora_adapter import LoraAdapter
 
 app = typer.Typer(
@@ -49,7 +48,9 @@ def list_command(
         told = [str(fault) for fault in faults]
         typer.echo(jsonlib.dumps({"adapters": [dataclasses.asdict(entry) for entry in entries], "warnings": told}))
     elif entries:
-        _print(["adapter", "kind", "r", "layers", "MB", "base", "data", "best loss", "date"], map(_row, entries))
+        print_table(
+            ["adapter", "kind", "r", "layers", "MB", "base", "data", "best loss", "date"], map(entry_row, entries)
+        )
     else:
         typer.echo(f"no adapters in {folder}")
 
@@ -72,10 +73,11 @@ def show_command(adapter: Adapter, json: Json = False, quiet: Quiet = False, deb
     if json:
         typer.echo(jsonlib.dumps(result))
         return
-    width = 1 + max(len(name) for name, _ in _facts(result))
-    typer.echo("\n".join(f"{name + ':':{width}} {value}" for name, value in _facts(result)))
+    known = facts(result)
+    width = 1 + max(map(len, known))
+    typer.echo("\n".join(f"{name + ':':{width}} {value}" for name, value in known.items()))
     if layers:
-        _print(["layers", "number", "in -> out", "r"], _grouped(layers))
+        print_table(["layers", "number", "in -> out", "r"], layer_rows(layers))
 
 
 @app.command("compose")
@@ -129,7 +131,7 @@ def compose_command(
     how = Composition(tuple(weight for _, weight in weighted), method, rank, density, seed)
     check_composition(how, adapters)
     result = compose(adapters, how, out)
-    ranks = _range(result.ranks)
+    ranks = rank_range(result.ranks)
     text = f"{out}: {result.layers} layers of rank {ranks} by {method}, {result.bytes / 1e6:,.1f} MB"
     typer.echo(jsonlib.dumps(dataclasses.asdict(result), default=str) if json else text)
 
@@ -159,8 +161,8 @@ def resize_command(
         return
     if not quiet:
         rows = [[each.name, f"{each.before} -> {each.after}", f"{each.energy:.2%}"] for each in result.layers]
-        _print(["layer", "r", "energy kept"], rows)
-    ranks = [_range(tuple(getattr(each, key) for each in result.layers)) for key in ("before", "after")]
+        print_table(["layer", "r", "energy kept"], rows)
+    ranks = [rank_range(tuple(getattr(each, key) for each in result.layers)) for key in ("before", "after")]
     typer.echo(f"{out}: {len(result.layers)} layers, rank {ranks[0]} -> {ranks[1]}, {result.bytes / 1e6:,.1f} MB")
 
 
@@ -178,7 +180,9 @@ def diff_command(
         typer.echo(jsonlib.dumps(dataclasses.asdict(result)))
         return
     rows = [[each.name, *map(_share, (each.cosine, each.overlap_out, each.overlap_in))] for each in result.layers]
-    _print(["layer", "cosine", "overlap out", "overlap in"], [*rows, ["all layers", _share(result.cosine), "", ""]])
+    print_table(
+        ["layer", "cosine", "overlap out", "overlap in"], [*rows, ["all layers", _share(result.cosine), "", ""]]
+    )
     for folder, names in ((first, result.only_first), (second, result.only_second)):
         if names:
             typer.echo(f"{len(names)} layers are in {folder} alone: {', '.join(names[:3])}{' ...' * (len(names) > 3)}")
@@ -218,11 +222,11 @@ def extract_command(
         typer.echo(jsonlib.dumps(dataclasses.asdict(result), default=str))
         return
     if not quiet:
-        _print(["layer", "r", "energy kept"], [[x.name, str(x.rank), f"{x.energy:.2%}"] for x in result.layers])
+        print_table(["layer", "r", "energy kept"], [[x.name, str(x.rank), f"{x.energy:.2%}"] for x in result.layers])
     if result.left_out:
         told = f"{len(result.left_out)} other tensors differ, and an adapter does not bring them"
         typer.echo(f"warning: {told}: {', '.join(result.left_out[:5])}{' ...' * (len(result.left_out) > 5)}", err=True)
-    ranks = _range(tuple(each.rank for each in result.layers))
+    ranks = rank_range(tuple(each.rank for each in result.layers))
     typer.echo(f"{out}: {len(result.layers)} layers of rank {ranks}, {result.bytes / 1e6:,.1f} MB")
 
 
@@ -260,80 +264,3 @@ def _read(adapter: Path) -> LoraAdapter:
     from lora_cli.weights.lora_adapter import read_lora
 
     return read_lora(folder)
-
-
-def _range(ranks: tuple[int, ...]) -> str:
-    return "-".join(str(rank) for rank in dict.fromkeys((min(ranks), max(ranks)))) if ranks else ""
-
-
-def _row(entry: Entry) -> list[str]:
-    return [
-        entry.path,
-        entry.kind,
-        _range(entry.ranks),
-        " ".join(entry.targets),
-        f"{entry.bytes / 1e6:,.1f}",
-        Path(entry.base).name if entry.base else "",
-        entry.data or "",
-        "" if entry.best_loss is None else f"{entry.best_loss:.4f}",
-        entry.date[:10],
-    ]
-
-
-def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """What is known of an adapter, by name, in the order it is told."""
-    from lora_cli.weights.catalogue import inside
-
-    config, record = result["config"], result["provenance"]
-    scores = {name: inside(record, "result", name, "loss") for name in ("validation", "base", "best")}
-    losses = [f"{name} {loss:.4f}" for name, loss in scores.items() if isinstance(loss, float)]
-    versions = inside(record, "versions")
-    pattern = " in part" if config.get("alpha_pattern") else ""
-    known = {
-        "adapter": result["path"],
-        "kind": result["kind"],
-        "alpha": f"{config['lora_alpha']:g}{pattern}" if isinstance(config.get("lora_alpha"), int | float) else None,
-        "size": f"{result['parameters']:,} parameters, {result['bytes'] / 1e6:,.1f} MB",
-        "base": f"{result['base']} ({result['base_state']})" if result["base"] else None,
-        "base fingerprint": inside(record, "base", "fingerprint"),
-        "data": result["data"],
-        "data fingerprint": inside(record, "data", "fingerprint"),
-        "validation loss": ", ".join(losses),
-        "best step": inside(record, "result", "best", "step"),
-        "made": result["date"],
-        "made of": _origin(inside(record, "made")),
-        "with": ", ".join(f"{name} {number}" for name, number in versions.items()) if versions else None,
-    }
-    return [(name, str(value)) for name, value in known.items() if value not in (None, "")]
-
-
-def _origin(made: Any) -> str | None:
-    if not isinstance(made, dict):
-        return None
-    parts = [str(part.get("name_or_path")) for part in made.get("of", []) if isinstance(part, dict)]
-    return f"{made.get('by')} of {', '.join(parts)}"
-
-
-def _grouped(layers: list[AdaptedLayer]) -> list[list[str]]:
-    """Layers of the same last name, widths and rank as one row."""
-    alike = Counter(
-        (layer.name.rpartition(".")[2], f"{layer.in_features} -> {layer.out_features}", str(layer.rank))
-        for layer in layers
-    )
-    return [[name, str(number), wide, rank] for (name, wide, rank), number in alike.items()]
-
-
-def _print(header: list[str], rows: Any) -> None:
-    """A table: on a terminal as wide as it is, elsewhere a line for each row whatever its length."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, markup=False)
-    table = Table(box=None, pad_edge=False)
-    for name in header:
-        table.add_column(name, overflow="fold", no_wrap=not console.is_terminal)
-    for row in rows:
-        table.add_row(*row)
-    if not console.is_terminal:
-        console.width = 10_000
-    console.print(table, soft_wrap=not console.is_terminal)

@@ -1,0 +1,90 @@
+"""Adapters in words: a line for each, what is known of one, and tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_cli.weights.catalogue import AdaptedLayer, Entry
+
+
+def entry_row(entry: Entry) -> list[str]:
+    """An adapter as a row of cells."""
+    return [
+        entry.path,
+        entry.kind,
+        rank_range(entry.ranks),
+        " ".join(entry.targets),
+        f"{entry.bytes / 1e6:,.1f}",
+        Path(entry.base).name if entry.base else "",
+        entry.data or "",
+        "" if entry.best_loss is None else f"{entry.best_loss:.4f}",
+        entry.date[:10],
+    ]
+
+
+def facts(result: dict[str, Any]) -> dict[str, str]:
+    """What is known of an adapter, by name, in the order it is told."""
+    from lora_cli.weights.catalogue import inside
+
+    config, record = result["config"], result["provenance"]
+    scores = {name: inside(record, "result", name, "loss") for name in ("validation", "base", "best")}
+    losses = [f"{name} {loss:.4f}" for name, loss in scores.items() if isinstance(loss, float)]
+    versions = inside(record, "versions")
+    pattern = " in part" if config.get("alpha_pattern") else ""
+    known = {
+        "adapter": result["path"],
+        "kind": result["kind"],
+        "alpha": f"{config['lora_alpha']:g}{pattern}" if isinstance(config.get("lora_alpha"), int | float) else None,
+        "size": f"{result['parameters']:,} parameters, {result['bytes'] / 1e6:,.1f} MB",
+        "base": f"{result['base']} ({result['base_state']})" if result["base"] else None,
+        "base fingerprint": inside(record, "base", "fingerprint"),
+        "data": result["data"],
+        "data fingerprint": inside(record, "data", "fingerprint"),
+        "validation loss": ", ".join(losses),
+        "best step": inside(record, "result", "best", "step"),
+        "made": result["date"],
+        "made of": _origin(inside(record, "made")),
+        "with": ", ".join(f"{name} {number}" for name, number in versions.items()) if versions else None,
+    }
+    return {name: str(value) for name, value in known.items() if value not in (None, "")}
+
+
+def _origin(made: Any) -> str | None:
+    if not isinstance(made, dict):
+        return None
+    parts = [str(part.get("name_or_path")) for part in made.get("of", []) if isinstance(part, dict)]
+    return f"{made.get('by')} of {', '.join(parts)}"
+
+
+def layer_rows(layers: list[AdaptedLayer]) -> list[list[str]]:
+    """Layers of the same last name, widths and rank as one row."""
+    alike = Counter(
+        (layer.name.rpartition(".")[2], f"{layer.in_features} -> {layer.out_features}", str(layer.rank))
+        for layer in layers
+    )
+    return [[name, str(number), wide, rank] for (name, wide, rank), number in alike.items()]
+
+
+def rank_range(ranks: Sequence[int]) -> str:
+    """The lowest and the highest rank, or the one there is."""
+    return "-".join(str(rank) for rank in dict.fromkeys((min(ranks), max(ranks)))) if ranks else ""
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table: on a terminal as wide as it is, elsewhere a line for each row whatever its length."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False)
+    table = Table(box=None, pad_edge=False)
+    for name in header:
+        table.add_column(name, overflow="fold", no_wrap=not console.is_terminal)
+    for row in rows:
+        table.add_row(*row)
+    if not console.is_terminal:
+        console.width = 10_000
+    console.print(table, soft_wrap=not console.is_terminal)
