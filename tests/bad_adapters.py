@@ -309,6 +309,20 @@ def provenance_with_numbers_for_names(w: World) -> Arguments:
     return ["merge", "run", "--out", "out"]
 
 
+@case("run/adapter/provenance.json", "not an adapter's record")
+def provenance_with_words_for_versions(w: World) -> Arguments:
+    w.run()
+    w.edit_json("run/adapter/provenance.json", versions="the newest")
+    return ["adapters", "show", "run"]
+
+
+@case("run/adapter/provenance.json", "not an adapter's record")
+def provenance_made_of_a_number(w: World) -> Arguments:
+    w.run()
+    w.edit_json("run/adapter/provenance.json", made={"by": "compose", "of": 3})
+    return ["adapters", "show", "run"]
+
+
 @case("run/adapter/provenance.json", "recipe")
 def provenance_with_a_recipe_that_is_none(w: World) -> Arguments:
     w.run()

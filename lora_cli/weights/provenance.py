@@ -26,6 +26,8 @@ from lora_cli.weights.shards import check_whole
 PROVENANCE = "provenance.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
 DTYPES = ("float32", "bfloat16", "float16")
+OBJECTS = ("base", "data", "versions", "made")
+"""Keys of a record under which there are objects, if anything."""
 WITHOUT = "copy it again, or remove it: the adapter then counts as made elsewhere"
 
 
@@ -133,7 +135,9 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def _is_record(record: Any) -> TypeGuard[dict[str, Any]]:
     """Whether what is read of a record is of the kinds that it is written in."""
-    if not isinstance(record, dict) or not all(isinstance(record.get(key, {}), dict) for key in ("base", "data")):
+    if not isinstance(record, dict) or not all(isinstance(record.get(key, {}), dict) for key in OBJECTS):
+        return False
+    if not isinstance(record.get("made", {}).get("of", []), list):
         return False
     names = [record.get("base", {}).get(key) for key in ("name_or_path", "relative_path", "fingerprint")]
     return record.get("dtype") in (None, *DTYPES) and all(isinstance(name, str | None) for name in names)
