@@ -25,9 +25,9 @@ class Report:
     ``duplicates`` repeat an earlier training row, in what is learned of it too; ``validation_in_train`` are validation
     rows whose tokens are a training row's; both are told of whole rows, before any is cut. Of the training rows that
     are kept, ``ends_supervised`` have the end of their last answer (or text) supervised; ``ends_masked`` have not,
-    though nothing was cut off. A training row holds
-    between ``bos_per_row`` BOS; ``bos_doubled`` begin with two, ``bos_removed`` would have, had the tokenizer's not
-    been left out. ``template_notes`` say what the chat template leaves to be found out.
+    though nothing was cut off. ``bos_per_row`` are the fewest and the most BOS in a training row; ``bos_doubled`` rows
+    begin with two, ``bos_removed`` would have, had the tokenizer's not been left out. ``template_notes`` say what the
+    chat template leaves to be found out.
     """
 
     duplicates: int

@@ -155,8 +155,8 @@ def _close(eos: int, ids: Tokens, mask: Mask, segments: tuple[Segment, ...]) -> 
 
 
 def _supervised(segments: tuple[Segment, ...], offsets: Ints) -> Mask:
-    """Which tokens reach into a supervised segment; ``offsets`` (tokens, 2) are each token's first
-    character and the one past its last.
+    """Which tokens reach into a supervised segment; ``offsets`` (tokens, 2) are each token's first character and the
+    one past its last.
 
     A token that begins in the prompt and ends in the completion holds the completion's first character: it is
     supervised. Tokenizers may leave white space out of a token's offsets; it counts to the token that follows.

@@ -78,16 +78,12 @@ def schema_at(path: Sequence[str | int]) -> JsonSchema | None:
 
 def names_at(path: Sequence[str | int]) -> tuple[str, ...]:
     """The keys that the mapping at ``path`` may hold."""
-    node = schema_at(path)
-    mapping = _mapping_in(node) if node is not None else None
-    return tuple(mapping["properties"]) if mapping else ()
+    return tuple(_mapping_at(path).get("properties", ()))
 
 
 def required_at(path: Sequence[str | int]) -> tuple[str, ...]:
     """The keys that the mapping at ``path`` must hold."""
-    node = schema_at(path)
-    mapping = _mapping_in(node) if node is not None else None
-    return tuple(mapping.get("required", ())) if mapping else ()
+    return tuple(_mapping_at(path).get("required", ()))
 
 
 def dotted_keys() -> tuple[str, ...]:
@@ -163,8 +159,13 @@ def _step(node: JsonSchema, step: str | int) -> JsonSchema | None:
     return None
 
 
-def _mapping_in(node: JsonSchema) -> JsonSchema | None:
-    return next((option for option in options(node) if "properties" in option), None)
+def _mapping_at(path: Sequence[str | int]) -> JsonSchema:
+    return _mapping_in(schema_at(path) or {})
+
+
+def _mapping_in(node: JsonSchema) -> JsonSchema:
+    """The mapping that ``node`` takes; empty when it takes none."""
+    return next((option for option in options(node) if "properties" in option), {})
 
 
 def _keys() -> Iterator[tuple[str, JsonSchema, bool]]:
@@ -184,8 +185,7 @@ def _keys_in(prefix: str, node: JsonSchema) -> Iterator[tuple[str, JsonSchema, b
 
 def _section(name: str) -> str:
     node = _schema()["properties"][name]
-    mapping = _mapping_in(node) or {}
-    head = f"{name}: {mapping['description']}"
+    head = f"{name}: {_mapping_in(node)['description']}"
     entries = [_entry(key, inner, required) for key, inner, required in _keys_in(name, node)]
     return "\n\n".join([head, *entries])
 

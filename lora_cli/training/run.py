@@ -226,11 +226,11 @@ class RunFolder:
             info: Any = json.loads(self.info.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"not readable: {error}", str(self.info), RESTORE) from error
-        if not isinstance(info, dict) or not all(
-            isinstance(info.get(key, kind()), kind) for key, kind in KINDS.items()
+        if (
+            not isinstance(info, dict)
+            or not all(isinstance(info.get(key, kind()), kind) for key, kind in KINDS.items())
+            or not isinstance(info.get("data", {}).get("validation", {}), dict)
         ):
-            raise UserError("not a run's record", str(self.info), RESTORE)
-        if not isinstance(info.get("data", {}).get("validation", {}), dict):
             raise UserError("not a run's record", str(self.info), RESTORE)
         return info
 
