@@ -12,7 +12,6 @@ import json
 import mmap
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
@@ -29,7 +28,7 @@ from lora_cli import __version__
 from lora_cli.data.examples import CHUNK, Flat, Store, end_to_end
 from lora_cli.data.sources import Row, whole_rows
 from lora_cli.data.tokenize import Tokenized, check_usable, tokenize_rows
-from lora_cli.errors import RunError, UserError
+from lora_cli.errors import RunError, UserError, unwritable
 from lora_cli.recipe.schema import Data, Source
 
 if TYPE_CHECKING:
@@ -204,11 +203,8 @@ def _write(cache: Path, part: Cached) -> Path:
         _sync(draft)
         draft.replace(target)
         _sync(cache)
-    except (OSError, SafetensorError) as error:
-        needed, folder = sum(array.nbytes for array in arrays.values()), next(p for p in cache.parents if p.is_dir())
-        room = f"{needed:,} bytes are needed, {shutil.disk_usage(folder).free:,} are free there"
-        what = f"could not be written: {getattr(error, 'strerror', None) or error} ({room})"
-        raise RunError(what, str(target), "make room, or choose another training.output_dir") from error
+    except OSError as error:
+        raise unwritable(target, error, sum(array.nbytes for array in arrays.values())) from error
     finally:
         with suppress(OSError):
             draft.unlink()
