@@ -126,6 +126,7 @@ def test_a_tied_head_that_is_stored_as_another(tiny_gpt2: Path, tmp_path: Path, 
     """Which Transformers takes for a head of its own."""
     base = with_head(tmp_path / "base", tiny_gpt2, 0.5)
     assert "whole model in memory" in done(lora("quantize", base, "--out", tmp_path / "out")).stderr
+    assert not done(lora("quantize", base, "--out", tmp_path / "quiet", "--quiet")).stderr
     same_as_transformers(base, tmp_path / "out", "nf4", True, tmp_path / "plain")
 
 

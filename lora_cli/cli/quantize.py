@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 WORST = 5
 WHOLE = (
-    "note: the model's tensors are not the stored ones (Transformers renames, joins or splits them in loading): "
+    "the model's tensors are not the stored ones (Transformers renames, joins or splits them in loading): "
     "it is quantized with the whole model in memory"
 )
 
@@ -53,6 +53,7 @@ def command(
 ) -> None:
     """Store a model's linear layers in 4 or 8 bits."""
     from lora_cli.cli import measure
+    from lora_cli.cli.merge import tell_beforehand
     from lora_cli.recipe.schema import Quantization
     from lora_cli.weights.folders import check_out
     from lora_cli.weights.provenance import recipe_of
@@ -79,15 +80,14 @@ def command(
     from lora_cli.weights.stored_model import stored_model
 
     keep_freed_memory()
-    if not is_streamed(folder):
-        typer.echo(WHOLE, err=True)
+    tell = None if quiet else tell_beforehand
+    if tell is not None and not is_streamed(folder):
+        tell(WHOLE)
     skipped = _split(skip)
     if origin is None:
         result = quantize(stored_model(folder), out, wanted, skipped, max_shard)
     else:
-        from lora_cli.cli.merge import tell_beforehand
-
-        result = quantize_merged(origin, out, wanted, skipped, max_shard, None if quiet else tell_beforehand)
+        result = quantize_merged(origin, out, wanted, skipped, max_shard, tell)
     report: dict[str, Any] = {
         "out": str(out),
         "method": method,
