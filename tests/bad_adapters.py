@@ -323,6 +323,20 @@ def provenance_made_of_a_number(w: World) -> Arguments:
     return ["adapters", "show", "run"]
 
 
+@case("run/adapter/provenance.json", "not an adapter's record")
+def provenance_with_a_word_for_the_validation_rows(w: World) -> Arguments:
+    w.run()
+    w.edit_json("run/adapter/provenance.json", data={"validation": {"fingerprint": "y"}})
+    return ["eval", "run", "--data", w.rows(ROW)]
+
+
+@case("run/checkpoints/step-00000001", "no config.json", "name the run (run)")
+def eval_of_a_checkpoint(w: World) -> Arguments:
+    w.run()
+    w.file("run/checkpoints/step-00000001/manifest.json", "{}")
+    return ["eval", "run/checkpoints/step-00000001", "--data", w.rows(ROW)]
+
+
 @case("run/adapter/provenance.json", "recipe")
 def provenance_with_a_recipe_that_is_none(w: World) -> Arguments:
     w.run()

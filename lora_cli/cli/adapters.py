@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lora_cli.cli.adapter_words import entry_row, facts, layer_rows, print_table, rank_range
-from lora_cli.cli.options import Debug, Json, Quiet
+from lora_cli.cli.options import Debug, Json, Once, Quiet
 from lora_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ Energy = Annotated[
 Out = Annotated[Path, typer.Option("--out", help="The folder to write; must not exist.", show_default=False)]
 
 
-@app.command("list")
+@app.command("list", cls=Once)
 def list_command(
     folder: Annotated[Path, typer.Argument(help="A folder with adapters in it, at any depth.")] = Path("runs"),
     json: Json = False,
@@ -55,7 +55,7 @@ def list_command(
         typer.echo(f"no adapters in {folder}")
 
 
-@app.command("show")
+@app.command("show", cls=Once)
 def show_command(adapter: Adapter, json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """Show an adapter: its layers, base, data and making."""
     from lora_cli.weights.adapter_config import read_adapter_config
@@ -80,7 +80,7 @@ def show_command(adapter: Adapter, json: Json = False, quiet: Quiet = False, deb
         print_table(["layers", "number", "in -> out", "r"], layer_rows(layers))
 
 
-@app.command("compose")
+@app.command("compose", cls=Once)
 def compose_command(
     parts: Annotated[
         list[str], typer.Argument(help="Two or more, each as FOLDER=WEIGHT.", metavar="ADAPTER=WEIGHT...")
@@ -136,7 +136,7 @@ def compose_command(
     typer.echo(jsonlib.dumps(dataclasses.asdict(result), default=str) if json else text)
 
 
-@app.command("resize")
+@app.command("resize", cls=Once)
 def resize_command(
     adapter: Adapter,
     out: Out,
@@ -166,7 +166,7 @@ def resize_command(
     typer.echo(f"{out}: {len(result.layers)} layers, rank {ranks[0]} -> {ranks[1]}, {result.bytes / 1e6:,.1f} MB")
 
 
-@app.command("diff")
+@app.command("diff", cls=Once)
 def diff_command(
     first: Adapter, second: Adapter, json: Json = False, quiet: Quiet = False, debug: Debug = False
 ) -> None:
@@ -188,7 +188,7 @@ def diff_command(
             typer.echo(f"{len(names)} layers are in {folder} alone: {', '.join(names[:3])}{' ...' * (len(names) > 3)}")
 
 
-@app.command("extract")
+@app.command("extract", cls=Once)
 def extract_command(
     base: Annotated[str, typer.Argument(help="The model training began with: a folder or hub id.", show_default=False)],
     tuned: Annotated[str, typer.Argument(help="What training made of it.", show_default=False)],

@@ -33,8 +33,11 @@ def locate(name_or_path: str, weights: bool = False, revision: str | None = None
     folder = Path(name_or_path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            is_adapter = (folder / "adapter_config.json").is_file()
-            hint = "this is an adapter; give its base here" if is_adapter else MODEL_FOLDER
+            hint = MODEL_FOLDER
+            if (folder / "adapter_config.json").is_file():
+                hint = "this is an adapter; give its base here"
+            elif folder.parent.name == "checkpoints":
+                hint = f"a checkpoint is for --resume alone; name the run ({folder.parent.parent}) or its adapter"
             raise UserError("the folder holds no model (no config.json)", name_or_path, hint)
         return _bare(folder)
     from huggingface_hub import snapshot_download

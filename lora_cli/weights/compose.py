@@ -155,7 +155,8 @@ def compose(adapters: Sequence[LoraAdapter], how: Composition, out: Path) -> Com
     parts = [source_record(adapter) | {"weight": weight} for adapter, weight in zip(adapters, how.weights, strict=True)]
     by = {"by": "compose", "method": how.method, "rank": how.rank, "density": how.density, "seed": seed}
     # Merging has to know which form of the base the parts were fitted to.
-    kept = {key: read_record(first.folder)[key] for key in ("recipe", "dtype")} if _trained_on(first) else {}
+    record = read_record(first.folder) if _trained_on(first) else {}
+    kept: dict[str, Any] = {key: record[key] for key in ("recipe", "dtype") if key in record}
     with whole_folder(out) as draft:
         write_tensors(draft, factors, embeddings)
         fan_in_fan_out = any(adapter.config.get("fan_in_fan_out") for adapter in adapters)

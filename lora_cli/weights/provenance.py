@@ -139,6 +139,9 @@ def _is_record(record: Any) -> TypeGuard[dict[str, Any]]:
         return False
     if not isinstance(record.get("made", {}).get("of", []), list):
         return False
+    validation = record.get("data", {}).get("validation") or {"rows": 0}
+    if not isinstance(validation, dict) or not isinstance(validation.get("rows"), int):
+        return False
     names = [record.get("base", {}).get(key) for key in ("name_or_path", "relative_path", "fingerprint")]
     return record.get("dtype") in (None, *DTYPES) and all(isinstance(name, str | None) for name in names)
 
