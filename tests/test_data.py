@@ -21,7 +21,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_cli.data.batches import Schedule, collate, epoch_order, split_validation
-from lora_cli.data.examples import Examples, Flat, cut_for_evaluation, end_to_end, fit, join_pieces, sliding_windows
+from lora_cli.data.examples import (
+    Examples,
+    Flat,
+    check_ids,
+    cut_for_evaluation,
+    end_to_end,
+    fit,
+    join_pieces,
+    sliding_windows,
+)
 from lora_cli.data.formats import FORMATS, column_faults, read_content, row_faults
 from lora_cli.data.grouping import OPEN, POOL, pack_first_fit, pack_in_order, pad_by_length
 from lora_cli.data.readers import READERS
@@ -564,6 +573,28 @@ def test_train_on_all(tokenizer: Any, tmp_path: Path) -> None:
     examples = examples_of(tokenizer, tmp_path, QA, train_on="all")
     ids, mask = examples.row(0)
     assert mask.tolist() == [False] + [True] * (len(ids) - 1)
+
+
+def test_fingerprint_tells_apart_where_rows_begin() -> None:
+    def fingerprint(*lengths: int) -> str:
+        rows = [(np.zeros(length, np.int32), np.zeros(length, np.bool_), 0) for length in lengths]
+        return join_pieces(rows, ("text",)).fingerprint
+
+    assert fingerprint(1, 3) != fingerprint(2, 2)
+
+
+def test_a_row_of_just_max_length_is_not_cut(tokenizer: Any, tmp_path: Path) -> None:
+    examples = examples_of(tokenizer, tmp_path, QA)
+    length = int(examples.lengths[0])
+    assert [fit(examples, most, "rows").truncated for most in (length, length - 1)] == [0, 1]
+
+
+def test_an_id_of_the_vocabularys_size_is_beyond_it(tokenizer: Any, tmp_path: Path) -> None:
+    examples = examples_of(tokenizer, tmp_path, QA)
+    highest = int(examples.flat().ids.max())
+    check_ids(examples, highest + 1, "base")
+    with pytest.raises(UserError):
+        check_ids(examples, highest, "base")
 
 
 def test_fingerprint_tells_supervision_apart(tokenizer: Any, tmp_path: Path) -> None:

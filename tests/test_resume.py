@@ -18,10 +18,10 @@ import torch
 from conftest import TRAIN_KEYS, VALIDATION_KEYS, Run, done
 from safetensors.torch import load_file, save_file
 
-from lora_cli.errors import UserError
+from lora_cli.errors import RunError, UserError
 from lora_cli.model.base import has_units_for
 from lora_cli.recipe.load import load_recipe
-from lora_cli.training import checkpoint, hidden_states
+from lora_cli.training import checkpoint, hidden_states, loop
 from lora_cli.training.display import Display
 from lora_cli.training.run import RunFolder
 from lora_cli.weights.folders import draft_folder
@@ -798,3 +798,25 @@ def test_a_best_needs_validation_rows(write_recipe: Any, lora: Any) -> None:
     result = lora("train", write_recipe({"training.load_best_model_at_end": True}))
     assert result.exit_code == 2
     assert "load_best_model_at_end: needs data.validation" in result.stderr
+
+
+def test_a_finished_run_that_is_resumed_keeps_as_many_checkpoints_as_asked_for_now(
+    train: Callable[..., Run], lora: Any
+) -> None:
+    run = train({"training": {"save_steps": 1, "save_total_limit": None}})
+    done(lora("train", run.folder / "recipe.yaml", "training.save_total_limit=1", "--resume"))
+    assert run.checkpoints == [4]
+
+
+def test_a_damaged_checkpoint_takes_no_whole_ones_place(
+    train: Callable[..., Run], lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train({"training": {"save_steps": 1, "save_total_limit": 3}})
+    (run.folder / "checkpoints/step-00000004/manifest.json").unlink()
+
+    def fail(*_: Any) -> None:
+        raise RunError("the power is gone")
+
+    monkeypatch.setattr(loop, "take_step", fail)
+    assert lora("train", run.folder / "recipe.yaml", "training.save_total_limit=2", "--resume").exit_code == 3
+    assert run.checkpoints == [2, 3]
