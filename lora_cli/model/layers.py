@@ -18,11 +18,20 @@ CANNOT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What an architecture raises when its forward pass is asked for what it does not know."""
 
 READ_BY_KERNELS = {
-    "out_proj": {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"},
-    "dt_proj": {"falcon_mamba", "jamba", "mamba"},
+    "out_proj": {
+        "bamba",
+        "falcon_h1",
+        "falcon_mamba",
+        "granitemoehybrid",
+        "mamba",
+        "mamba2",
+        "nemotron_h",
+        "zamba2",
+    },
+    "dt_proj": {"doge", "falcon_mamba", "jamba", "mamba"},
 }
-"""Layers of Mamba's, by name, and the model types where their weight is read past an adapter: it would learn nothing,
-and PEFT refuses the first."""
+"""Layers by name, and the model types where their weight is read past an adapter, by Mamba's kernels or without them,
+or where it is used for long rows alone (Doge): the adapter would learn nothing, and for some PEFT refuses it."""
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, Target]:

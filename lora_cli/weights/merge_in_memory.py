@@ -73,6 +73,9 @@ def _load(base: PreTrainedModel, folder: Path) -> PeftModel:
     if adds and is_tied:
         what = "the adapter adds to the embedding or the head of a base that has one tensor for both"
         raise UserError(what, str(folder), "plain LoRA of them is handled, without DoRA")
+    if is_tied and isinstance(ends[1], TrainableTokensLayer) and not ends[1].tied_adapter:
+        what = "the adapter trains tokens of the head of a base that has one tensor for head and embedding"
+        raise UserError(what, str(folder), "load it beside its base with PEFT")
     return adapted
 
 
