@@ -66,7 +66,6 @@ def test_what_does_not_fit_is_divided_and_the_step_keeps_its_rows(
 
 def test_a_resumed_run_keeps_the_numbers_it_began_with(train: Callable[..., Run], write_recipe: Any, lora: Any) -> None:
     by_hand = {BATCH[0]: 3, BATCH[1]: 2}
-    whole, run = train({"training": by_hand | {"max_steps": 5}}), train({"training": by_hand | {"max_steps": 3}})
     constant = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
     whole, run = (train({"training": by_hand | constant | {"max_steps": steps}}) for steps in (5, 3))
     other = write_recipe(auto(7, output_dir=run.folder, max_steps=5, **constant))
