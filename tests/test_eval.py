@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+from conftest import done
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,12 +27,6 @@ TEXTS = (
     "Short.",
     "They fly south in September, across the sea and the desert, and come back in April. " * 3,
 )
-
-
-def done(result: Any) -> Any:
-    """The result of a command that has to succeed."""
-    assert result.exit_code == 0, result.stderr
-    return result
 
 
 def tokenized(file: Path, tokenizer: Any, max_length: int) -> list[tuple[list[int], list[int]]]:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import living_tensors
+from conftest import done, living_tensors
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -89,12 +89,6 @@ def make_adapter(name: str, folder: Path, out: Path, save_embedding_layers: bool
                 weight.add_(0.1 * torch.randn(weight.shape, generator=draw))
     adapted.save_pretrained(str(out), save_embedding_layers=save_embedding_layers)
     return out
-
-
-def done(result: Any) -> Any:
-    """The result of a command that has to succeed."""
-    assert result.exit_code == 0, result.stderr
-    return result
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import done
 
 
 @dataclass
@@ -48,12 +49,6 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trap:
 def edit(file: Path, **changes: Any) -> None:
     content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     file.write_text(json.dumps(content | changes), encoding="utf-8")
-
-
-def done(result: Any) -> Any:
-    """The result of a command that has to succeed."""
-    assert result.exit_code == 0, result.stderr
-    return result
 
 
 def refused(result: Any, *says: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import done
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -20,12 +21,6 @@ from lora_cli.training.proof import digests, prove
 
 FILE = "adapter_model.safetensors"
 SOME = "base_model.model.transformer.h.1.attn.c_attn"
-
-
-def done(result: Any) -> Any:
-    """The result of a command that has to succeed."""
-    assert result.exit_code == 0, result.stderr
-    return result
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]) -> None:

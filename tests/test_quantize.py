@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+from conftest import done
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -33,12 +34,6 @@ Base = tuple[str, Path]
 @pytest.fixture(params=["gpt2", "llama"])
 def base(request: pytest.FixtureRequest) -> Base:
     return request.param, request.getfixturevalue(f"tiny_{request.param}")
-
-
-def done(result: Any) -> Any:
-    """The result of a command that has to succeed."""
-    assert result.exit_code == 0, result.stderr
-    return result
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

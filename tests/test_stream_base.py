@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WIDTH
+from conftest import WIDTH, done
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -56,11 +56,6 @@ def largest_away(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(step, "summed_loss", look)
     return seen
-
-
-def done(result: Any) -> Any:
-    assert result.exit_code == 0, result.stderr
-    return result
 
 
 @pytest.mark.parametrize("method", METHODS)
