@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import gc
 import io
 import json
@@ -60,6 +61,8 @@ SENTENCES = (
     "Can a clock be too exact? Not for the trains; for the cook it may well be, says the cook.",
 )
 QUESTIONS = tuple(tuple(sentence.split("? ")) for sentence in SENTENCES)
+Base = tuple[str, Path]
+"""What kind a model is of, gpt2 or llama, and its folder."""
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +88,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
         pad_token=PAD,
         additional_special_tokens=[TURN, TURN_END],
     )
+
+
+@pytest.fixture
+def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer with a BOS of its own that it puts before every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    changed = copy.deepcopy(tokenizer)
+    changed.add_special_tokens({"bos_token": "<s>"})
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", changed.convert_tokens_to_ids("<s>"))]
+    )
+    return changed
 
 
 @pytest.fixture(scope="session")
@@ -154,6 +170,12 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pa
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def base(request: pytest.FixtureRequest) -> Base:
+    """Each of the two tiny models."""
+    return request.param, request.getfixturevalue(f"tiny_{request.param}")
 
 
 @pytest.fixture
@@ -304,6 +326,13 @@ def done(result: Any) -> Any:
     """The result of a command that has to succeed."""
     assert result.exit_code == 0, result.stderr
     return result
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a model in one file."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
 
 
 def living_tensors() -> list[torch.Tensor]:

@@ -372,3 +372,8 @@ def next_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
             batches.append([])
         batches[-1].append(row)
     return [batch for batch in batches if batch]
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    """|found - wanted| as a share of |wanted|."""
+    return float((found - wanted).norm() / wanted.norm())

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from conftest import WIDTH, Run, done
+from made_adapters import ALPHA, R, make_adapter
 from peft import IA3Config, get_peft_model
 from safetensors.torch import load_file
-from test_merge import ALPHA, R, make_adapter
 from transformers import AutoModelForCausalLM
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
 
 from lora_cli.data.audit import Report, audit
 from lora_cli.data.examples import Examples, Fitted, fit, join_pieces
@@ -55,17 +54,6 @@ def chatty(tokenizer: Any) -> Callable[[str], Any]:
         return changed
 
     return make
-
-
-@pytest.fixture
-def with_bos(tokenizer: Any) -> Any:
-    """The tokenizer with a BOS of its own that it puts before every text."""
-    changed = copy.deepcopy(tokenizer)
-    changed.add_special_tokens({"bos_token": "<s>"})
-    changed.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", changed.convert_tokens_to_ids("<s>"))]
-    )
-    return changed
 
 
 # Copies and leaks.

@@ -10,16 +10,12 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from conftest import done
+from conftest import Base, done
+from made_adapters import R, logits, make_adapter
 from peft import PeftModel
+from reference import distance
 from safetensors.torch import load_file, save_file
-from test_merge import Base, R, logits, make_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-
-@pytest.fixture(params=["gpt2", "llama"])
-def base(request: pytest.FixtureRequest) -> Base:
-    return request.param, request.getfixturevalue(f"tiny_{request.param}")
 
 
 def products(folder: Path) -> dict[str, torch.Tensor]:
@@ -57,10 +53,6 @@ def two(name: str, folder: Path, place: Path, **second: Any) -> tuple[Path, Path
     return varied(name, folder, place / "a", 1), varied(name, folder, place / "b", 2, **second)
 
 
-def far(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
-
-
 SECOND = {
     "gpt2": {"target_modules": ["c_attn"], "r": 3, "rank_pattern": {"h.1.attn.c_attn": 5}},
     "llama": {
@@ -93,7 +85,7 @@ def test_the_sum_of_products(base: Base, method: str, swapped: bool, tmp_path: P
     assert found.keys() == wanted.keys()
     assert report["layers"] == len(wanted)
     for layer, product in found.items():
-        assert far(product, wanted[layer]) < (1e-6 if method == "cat" else 1e-5), layer
+        assert distance(product, wanted[layer]) < (1e-6 if method == "cat" else 1e-5), layer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -103,7 +95,7 @@ def test_the_sum_of_products(base: Base, method: str, swapped: bool, tmp_path: P
         for layer, product in wanted.items():
             weight = sums.get_submodule(layer).weight
             weight += (product.T if name == "gpt2" else product).float()
-    assert far(by_peft, logits(sums, tokenizer)) < 1e-5
+    assert distance(by_peft, logits(sums, tokenizer)) < 1e-5
 
 
 def test_cat_is_exact_to_the_bit(base: Base, tmp_path: Path, lora: Any) -> None:
@@ -131,7 +123,7 @@ def test_svd_is_the_nearest_of_its_rank(tiny_llama: Path, tmp_path: Path, lora: 
     for layer, product in products(tmp_path / "out").items():
         whole = parts[0][layer] + parts[1][layer]
         u, s, v = torch.linalg.svd(whole)
-        assert far(product, u[:, :3] @ torch.diag(s[:3]) @ v[:3]) < 1e-5
+        assert distance(product, u[:, :3] @ torch.diag(s[:3]) @ v[:3]) < 1e-5
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "dare_linear", "magnitude_prune", "ties_svd"])
@@ -152,7 +144,7 @@ def test_the_other_methods_are_pefts(method: str, tiny_llama: Path, tmp_path: Pa
     found = load_file(tmp_path / "out" / "adapter_model.safetensors")
     for layer, product in products(tmp_path / "out").items():
         module = model.base_model.model.get_submodule(layer)
-        assert far(product, module.get_delta_weight("both").double()) < 1e-5 or "dare" in method, layer
+        assert distance(product, module.get_delta_weight("both").double()) < 1e-5 or "dare" in method, layer
     if "dare" in method:
         again = {}
         for seed in ("7", "8"):
@@ -236,7 +228,7 @@ def test_an_embedding_that_peft_keeps_is_no_update(base: Base, tmp_path: Path, l
     found = products(out)
     assert len(found) == 2
     for layer, update in found.items():
-        assert far(update, 0.5 * before[0][layer] + 0.3 * before[1][layer]) < 1e-6
+        assert distance(update, 0.5 * before[0][layer] + 0.3 * before[1][layer]) < 1e-6
 
     def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {key: tensor + 1 if "base_layer" in key else tensor for key, tensor in tensors.items()}

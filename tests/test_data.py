@@ -476,19 +476,6 @@ def supervised_text(tokenizer: Any, examples: Examples, index: int = 0) -> list[
     return runs
 
 
-@pytest.fixture(scope="session")
-def with_bos(tokenizer: Any) -> Any:
-    """The tokenizer with a BOS of its own that it puts before every text."""
-    from tokenizers.processors import TemplateProcessing
-
-    changed = copy.deepcopy(tokenizer)
-    changed.add_special_tokens({"bos_token": "<s>"})
-    changed.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", changed.convert_tokens_to_ids("<s>"))]
-    )
-    return changed
-
-
 @pytest.mark.parametrize(
     ("prompt", "completion"),
     [

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import done, living_tensors
+from conftest import Base, done, living_tensors, weights_of
+from made_adapters import ALL_LINEAR, ALPHA, R, logits, make_adapter
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -29,6 +30,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from reference import distance
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -43,23 +45,12 @@ from lora_cli.model.base import skeleton
 from lora_cli.weights import inventory, merge
 from lora_cli.weights.provenance import trace
 
-ALL_LINEAR = {
-    "gpt2": ["c_attn", "c_proj", "c_fc"],
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-}
 GEMMA_3 = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
 GEMMA_3 |= {"num_key_value_heads": 2, "sliding_window": 32, "max_position_embeddings": 64}
 SIGHT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 SIGHT |= {"image_size": 28, "patch_size": 14}
 PICTURES = {"mm_tokens_per_image": 4, "image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7}
-R, ALPHA = 4, 6.0
 EXPLICIT_BITS = {torch.float32: 23, torch.bfloat16: 7}
-Base = tuple[str, Path]
-
-
-@pytest.fixture(params=["gpt2", "llama"])
-def base(request: pytest.FixtureRequest) -> Base:
-    return request.param, request.getfixturevalue(f"tiny_{request.param}")
 
 
 def in_dtype(folder: Path, dtype: torch.dtype, out: Path) -> Path:
@@ -67,32 +58,6 @@ def in_dtype(folder: Path, dtype: torch.dtype, out: Path) -> Path:
     shutil.copytree(folder, out)
     AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(out)
     return out
-
-
-def make_adapter(name: str, folder: Path, out: Path, save_embedding_layers: bool | str = False, **config: Any) -> Path:
-    """An adapter from PEFT alone, every tensor of it away from where it starts."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    wanted = LoraConfig(
-        task_type="CAUSAL_LM",
-        fan_in_fan_out=name == "gpt2",
-        **{"r": R, "lora_alpha": ALPHA, "target_modules": ALL_LINEAR[name], **config},
-    )
-    adapted = get_peft_model(model, wanted)
-    draw = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for key, weight in adapted.named_parameters():
-            if "lora_magnitude" in key:
-                weight.mul_(1 + 0.2 * torch.rand(weight.shape, generator=draw))
-            elif "lora_" in key:
-                weight.copy_(0.1 * torch.randn(weight.shape, generator=draw))
-            elif "modules_to_save" in key:
-                weight.add_(0.1 * torch.randn(weight.shape, generator=draw))
-    adapted.save_pretrained(str(out), save_embedding_layers=save_embedding_layers)
-    return out
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
 
 
 def stored_name(module: str, weights: dict[str, torch.Tensor]) -> str:
@@ -122,16 +87,6 @@ def expected(
             total, size = factor * total, 4 * factor * size
         found[stored] = (total.T, size.T) if name == "gpt2" else (total, size)
     return found
-
-
-def logits(model: Any, tokenizer: Any) -> torch.Tensor:
-    ids = tokenizer("Which class does this drug belong to? It is one of many.", return_tensors="pt").input_ids
-    with torch.no_grad():
-        return model.eval()(input_ids=ids).logits.double()
-
-
-def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

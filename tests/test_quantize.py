@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import done
-from safetensors.torch import load_file, save_file
+from conftest import Base, done, weights_of
+from made_adapters import ALL_LINEAR
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,26 +24,12 @@ from transformers import (
 from lora_cli.model.linear4bit import compute_right, expand
 from lora_cli.weights.shards import TensorInfo, read_tensor
 
-LINEAR = {
-    "gpt2": ["c_attn", "c_proj", "c_fc"],
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-}
 METHODS = ["nf4", "fp4", "int8"]
-Base = tuple[str, Path]
-
-
-@pytest.fixture(params=["gpt2", "llama"])
-def base(request: pytest.FixtureRequest) -> Base:
-    return request.param, request.getfixturevalue(f"tiny_{request.param}")
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
 
 
 def linear_weights(name: str, folder: Path) -> dict[str, torch.Tensor]:
     """The weights (out, in) that are to be quantized, by their name in the checkpoint."""
-    found = {k: w for k, w in weights_of(folder).items() if any(f".{leaf}.weight" in k for leaf in LINEAR[name])}
+    found = {k: w for k, w in weights_of(folder).items() if any(f".{leaf}.weight" in k for leaf in ALL_LINEAR[name])}
     return {key: weight.T.contiguous() if name == "gpt2" else weight for key, weight in found.items()}
 
 

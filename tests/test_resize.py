@@ -9,20 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, done, living_tensors
+from conftest import Base, Run, done, living_tensors, weights_of
+from made_adapters import R, logits, make_adapter
 from peft import PeftModel
+from reference import distance
 from safetensors.torch import load_file, save_file
-from test_compose import far, products, varied
-from test_merge import Base, R, logits, make_adapter, weights_of
+from test_compose import products, varied
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.weights import extract
-
-
-@pytest.fixture(params=["gpt2", "llama"])
-def base(request: pytest.FixtureRequest) -> Base:
-    return request.param, request.getfixturevalue(f"tiny_{request.param}")
-
 
 UNEVEN = {
     "gpt2": {"rank_pattern": {"h.0.attn.c_attn": 6}, "alpha_pattern": {"c_fc": 5}},
@@ -71,7 +66,7 @@ def test_up_changes_nothing(base: Base, kind: str, tmp_path: Path, lora: Any) ->
     for layer in products(adapter):
         deltas = [model.base_model.model.get_submodule(layer).get_delta_weight("default") for model in models]
         assert torch.equal(*deltas), layer
-    assert far(answers(folder, out), answers(folder, adapter)) < 1e-6
+    assert distance(answers(folder, out), answers(folder, adapter)) < 1e-6
 
 
 def test_down_from_nothing_can_be_trained_on(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
@@ -116,8 +111,8 @@ def test_down_to_the_true_rank_changes_nothing(base: Base, to: list[str], tmp_pa
     assert all(layer["after"] == R and layer["energy"] > 1 - 1e-9 for layer in report["layers"])
     wanted = products(adapter)
     for layer, product in products(tmp_path / "out").items():
-        assert far(product, wanted[layer]) < 1e-5, layer
-    assert far(answers(folder, tmp_path / "out"), answers(folder, adapter)) < 1e-5
+        assert distance(product, wanted[layer]) < 1e-5, layer
+    assert distance(answers(folder, tmp_path / "out"), answers(folder, adapter)) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["", "uneven"])
@@ -128,7 +123,7 @@ def test_down_is_the_nearest_of_its_rank(base: Base, kind: str, tmp_path: Path, 
     found = products(out)
     for layer, product in products(adapter).items():
         u, s, v = torch.linalg.svd(product, full_matrices=False)
-        assert far(found[layer], u[:, :2] @ torch.diag(s[:2]) @ v[:2]) < 1e-5, layer
+        assert distance(found[layer], u[:, :2] @ torch.diag(s[:2]) @ v[:2]) < 1e-5, layer
         (told,) = (each for each in report["layers"] if each["name"] == layer)
         assert told["energy"] == pytest.approx(float(s[:2].square().sum() / s.square().sum()), abs=1e-6)
 
@@ -146,7 +141,7 @@ def test_energy_takes_the_smallest_rank(tiny_llama: Path, tmp_path: Path, lora: 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(model, str(out)).base_model.model
     for layer, product in products(out).items():
-        assert far(adapted.get_submodule(layer).get_delta_weight("default").double(), product) < 1e-6
+        assert distance(adapted.get_submodule(layer).get_delta_weight("default").double(), product) < 1e-6
 
 
 def test_a_resized_run_keeps_its_record(train: Callable[..., Run], tmp_path: Path, lora: Any) -> None:
@@ -218,7 +213,7 @@ def test_what_was_merged_is_extracted(base: Base, to: list[str], tmp_path: Path,
         assert {layer["rank"] for layer in report["layers"]} == {R}
     assert report["left_out"] == []
     for layer, product in products(tmp_path / "out").items():
-        assert far(product, wanted[layer]) < 1e-4, layer
+        assert distance(product, wanted[layer]) < 1e-4, layer
     done(lora("merge", tmp_path / "out", "--out", tmp_path / "again"))
     before, after = weights_of(tmp_path / "tuned"), weights_of(tmp_path / "again")
     assert before.keys() == after.keys()
@@ -250,7 +245,7 @@ def test_extract_of_full_training(base: Base, tmp_path: Path, lora: Any) -> None
         assert layer["rank"] == 1 + int((shares < 0.8).sum())
         assert layer["energy"] == pytest.approx(float(shares[layer["rank"] - 1]), abs=1e-5)
         kept = slice(layer["rank"])
-        assert far(found[layer["name"]], u[:, kept] @ torch.diag(s[kept]) @ v[kept]) < 1e-4
+        assert distance(found[layer["name"]], u[:, kept] @ torch.diag(s[kept]) @ v[kept]) < 1e-4
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["rank_pattern"] and len(report["layers"]) == len(found)
     assert any("norm" in each or "ln_" in each for each in report["left_out"])
@@ -260,7 +255,7 @@ def test_extract_of_full_training(base: Base, tmp_path: Path, lora: Any) -> None
     loaded = PeftModel.from_pretrained(bare, str(tmp_path / "whole")).base_model.model
     for layer, product in products(tmp_path / "whole").items():
         assert (
-            far(
+            distance(
                 loaded.get_submodule(layer)
                 .get_delta_weight("default")
                 .double()
@@ -340,7 +335,7 @@ def test_an_embedding_that_peft_keeps_is_kept(base: Base, tmp_path: Path, lora: 
     end = "wte" if name == "gpt2" else "embed_tokens"
     adapter, out = make_adapter(name, folder, tmp_path / "a", True, target_modules=[end]), tmp_path / "out"
     done(lora("adapters", "resize", adapter, "--rank", "9", "--out", out))
-    assert far(answers(folder, out), answers(folder, adapter)) < 1e-6
+    assert distance(answers(folder, out), answers(folder, adapter)) < 1e-6
     kept = [load_file(part / "adapter_model.safetensors") for part in (adapter, out)]
     names = [name for name in kept[0] if "base_layer" in name]
     assert len(names) == 1 and torch.equal(kept[1][names[0]], kept[0][names[0]])

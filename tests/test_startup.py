@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_merge import make_adapter
+from made_adapters import make_adapter
 
 from lora_cli.cores import usable_cores
 

@@ -1,0 +1,44 @@
+"""Adapters that PEFT alone has made, and what a model with them says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+ALL_LINEAR = {
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+R, ALPHA = 4, 6.0
+
+
+def make_adapter(name: str, folder: Path, out: Path, save_embedding_layers: bool | str = False, **config: Any) -> Path:
+    """An adapter from PEFT alone, every tensor of it away from where it starts."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    wanted = LoraConfig(
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=name == "gpt2",
+        **{"r": R, "lora_alpha": ALPHA, "target_modules": ALL_LINEAR[name], **config},
+    )
+    adapted = get_peft_model(model, wanted)
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for key, weight in adapted.named_parameters():
+            if "lora_magnitude" in key:
+                weight.mul_(1 + 0.2 * torch.rand(weight.shape, generator=draw))
+            elif "lora_" in key:
+                weight.copy_(0.1 * torch.randn(weight.shape, generator=draw))
+            elif "modules_to_save" in key:
+                weight.add_(0.1 * torch.randn(weight.shape, generator=draw))
+    adapted.save_pretrained(str(out), save_embedding_layers=save_embedding_layers)
+    return out
+
+
+def logits(model: Any, tokenizer: Any) -> torch.Tensor:
+    ids = tokenizer("Which class does this drug belong to? It is one of many.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits.double()
