@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -335,14 +335,21 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def living_tensors() -> list[torch.Tensor]:
-    """Every tensor in this process that holds memory; torch's compiler leaves some that do not."""
+@pytest.fixture
+def living_tensors() -> Iterator[Callable[[], list[torch.Tensor]]]:
+    """Lists the tensors made since the test began that hold memory; torch's compiler leaves some that do not."""
     import torch
     from torch._subclasses.fake_tensor import is_fake
 
+    def living() -> list[torch.Tensor]:
+        gc.collect()
+        found = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and not is_fake(each)]
+        return [each for each in found if each.device.type == "cpu"]
+
     gc.collect()
-    found = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and not is_fake(each)]
-    return [each for each in found if each.device.type == "cpu"]
+    gc.freeze()  # what there is before is not looked through each time, which takes seconds
+    yield living
+    gc.unfreeze()
 
 
 @dataclass(frozen=True)

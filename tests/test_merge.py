@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import Base, done, living_tensors, weights_of
+from conftest import Base, done, weights_of
 from made_adapters import ALL_LINEAR, ALPHA, R, logits, make_adapter
 from peft import (
     AdaLoraConfig,
@@ -675,7 +675,9 @@ def test_numbers_too_large_for_the_type_are_refused(
     done(lora("merge", adapter, "--out", tmp_path / "merged", "--no-verify"))
 
 
-def test_embedding_and_head_are_not_held_at_once(tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: Any) -> None:
+def test_embedding_and_head_are_not_held_at_once(
+    tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: Any, living_tensors: Any
+) -> None:
     adapter, read = make_adapter("llama", tiny_llama, tmp_path / "adapter"), merge.read_tensor
     words, held = weights_of(tiny_llama)["lm_head.weight"].shape, []
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Base, Run, done, living_tensors, weights_of
+from conftest import Base, Run, done, weights_of
 from made_adapters import R, logits, make_adapter
 from peft import PeftModel
 from reference import distance
@@ -280,7 +280,9 @@ def test_extract_of_a_model_with_more_words(tiny_llama: Path, tmp_path: Path, lo
     assert refused.exit_code == 2 and "the model is stored quantized (bitsandbytes)" in refused.stderr
 
 
-def test_extract_holds_one_layers_factors(tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: Any) -> None:
+def test_extract_holds_one_layers_factors(
+    tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: Any, living_tensors: Any
+) -> None:
     adapter = varied("llama", tiny_llama, tmp_path / "a", 1)
     done(lora("merge", adapter, "--out", tmp_path / "tuned", "--no-verify"))
     held, difference = [], extract.Pair.difference
