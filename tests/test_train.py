@@ -429,7 +429,7 @@ ELSEWHERE = {
     "training.gradient_checkpointing": "test_gradient_checkpointing",
     "training.cache_frozen": "test_runs_with_and_without_take_the_same_steps (test_frozen.py)",
     "training.stream_base": "test_a_streamed_base_trains_as_a_resident_one (test_stream_base.py)",
-    "training.torch_compile": "test_the_switch (test_compiling.py)",
+    "training.torch_compile": "test_the_switch (test_torch_compile.py)",
     "training.report_to": "test_tensorboard",
     "training.deepspeed": "test_zero (test_processes.py)",
     "training.fsdp": "test_two_processes_take_the_steps_of_one (test_processes.py)",

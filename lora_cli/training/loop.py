@@ -41,8 +41,8 @@ from lora_cli.training.sharding import is_sharded
 from lora_cli.training.step import take_step, waits_each_step
 from lora_cli.training.validation import evaluate_base, evaluate_reached, evaluate_step, is_evaluated, reached
 from lora_cli.weights.folders import whole_folder
-from lora_cli.weights.kept import prune_kept
 from lora_cli.weights.provenance import now
+from lora_cli.weights.quantized_cache import prune_kept
 
 PROOF_TOKENS = 64
 READ_EVERY = 1.0  # seconds for which a run goes on, at most, without a look at its losses

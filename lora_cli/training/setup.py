@@ -20,17 +20,17 @@ from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameter
 from lora_cli.model.base import best_device, load_base, longrope_bounds, resolve_compute_dtype, resolve_dtype
 from lora_cli.model.elementwise import fuse
 from lora_cli.model.memory import activation_bytes, free_bytes, keep_freed_memory
-from lora_cli.training.agreement import check_agreement
 from lora_cli.training.batch_size import SHARE, recompute_activations, resolve_batch_size
-from lora_cli.training.compiling import compile_elementwise
 from lora_cli.training.display import Display
 from lora_cli.training.estimate import largest_batch
 from lora_cli.training.optimizer import check_warmup, make_optimizer
 from lora_cli.training.prepare import Prepared
+from lora_cli.training.process_agreement import check_agreement
 from lora_cli.training.sharding import is_sharded, make_accelerator, prepare_model
 from lora_cli.training.streaming import Sources, needs_streaming, put_away, stream
+from lora_cli.training.torch_compile import compile_elementwise
 from lora_cli.training.zero import is_zero
-from lora_cli.weights.kept import find_kept, keep, kept_name, take_over
+from lora_cli.weights.quantized_cache import find_kept, keep, kept_name, take_over
 from lora_cli.weights.shards import read_headers, stored_dtype, weight_files
 from lora_cli.weights.start import start_of
 

@@ -102,13 +102,13 @@ def test_auto_compiles_what_saves_twice_its_cost(
     steps_in_epoch = info["data"]["rows"] / (2 * 2)  # rows of a micro-batch, micro-batches of a step
     numbers = info["data"]["tokens"] * 9 / steps_in_epoch * WIDTH * (NORMS + 2 * GATES)
     saved = 1.2e-9 * numbers / torch.get_num_threads()
-    monkeypatch.setattr("lora_cli.training.compiling.COST", share * saved / 2)
+    monkeypatch.setattr("lora_cli.training.torch_compile.COST", share * saved / 2)
 
     def fail(*_: Any) -> None:
         raise RuntimeError("g++: internal error\nmore of it")
 
-    monkeypatch.setattr("lora_cli.training.compiling.compile_formulas", fail)
-    monkeypatch.setattr("lora_cli.training.compiling.has_compiler", lambda: True)
+    monkeypatch.setattr("lora_cli.training.torch_compile.compile_formulas", fail)
+    monkeypatch.setattr("lora_cli.training.torch_compile.has_compiler", lambda: True)
     before = Run(recipe.parent / "run").losses
     told = " ".join(done(lora("train", recipe, "--overwrite")).stderr.split())
     failed = "training.torch_compile: auto -> false: it failed: g++: internal error"
@@ -126,7 +126,7 @@ def test_without_a_compiler(
     asked = lora("train", recipe, "training.torch_compile=true")
     assert asked.exit_code == 2 and not (tmp_path / "run").exists()
     assert "training.torch_compile: needs a C++ compiler, and there is none" in asked.stderr
-    monkeypatch.setattr("lora_cli.training.compiling.COST", 0)
+    monkeypatch.setattr("lora_cli.training.torch_compile.COST", 0)
     told = " ".join(done(lora("train", recipe)).stderr.split())
     assert "training.torch_compile: auto -> false: there is no C++ compiler" in told
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_cli.recipe.schema import Quantization
 from lora_cli.training.setup import set_up
-from lora_cli.weights import kept
+from lora_cli.weights import quantized_cache
 
 QUANTIZING = "quantizing it to"
 METHODS = [("nf4", True), ("nf4", False), ("fp4", True), ("int8", True)]
@@ -190,19 +190,19 @@ def test_a_damaged_one_is_made_again(damage: str, quantized: Any) -> None:
 
 def test_of_two_that_make_it_the_first_wins(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As processes on two machines do that share a disk: the later one must not take the files from under the first."""
-    folder, write = tmp_path / "cache" / "base", kept.write_quantized
+    folder, write = tmp_path / "cache" / "base", quantized_cache.write_quantized
     settings = (tiny_llama, folder, Quantization(method="nf4"), torch.float32, torch.float32)
 
     def overtaken(*args: Any, **keywords: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(kept, "write_quantized", write)
-            kept.keep(*settings)
+            patch.setattr(quantized_cache, "write_quantized", write)
+            quantized_cache.keep(*settings)
         firsts.extend(file.stat().st_ino for file in sorted(folder.iterdir()))
         return write(*args, **keywords)
 
     firsts: list[int] = []
-    monkeypatch.setattr(kept, "write_quantized", overtaken)
-    kept.keep(*settings)
+    monkeypatch.setattr(quantized_cache, "write_quantized", overtaken)
+    quantized_cache.keep(*settings)
     assert [file.stat().st_ino for file in sorted(folder.iterdir())] == firsts
     assert [path.name for path in folder.parent.iterdir()] == ["base"]
 
@@ -217,9 +217,9 @@ def test_without_room_it_is_quantized_at_load(
         raise OSError(28, "No space left on device")
 
     if when == "before":
-        monkeypatch.setattr("lora_cli.weights.kept.weight_files", lambda _: [sparse(tmp_path / "huge")])
+        monkeypatch.setattr("lora_cli.weights.quantized_cache.weight_files", lambda _: [sparse(tmp_path / "huge")])
     else:
-        monkeypatch.setattr("lora_cli.weights.kept.write_quantized", full)
+        monkeypatch.setattr("lora_cli.weights.quantized_cache.write_quantized", full)
     changes = {"quantization": {"method": "nf4", "compute_dtype": "float32"}}
     recipe = write_recipe(changes | {"training.output_dir": tmp_path / "here" / "run"})
     result = done(lora("train", recipe))
