@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,21 @@ class Summed:
     unchanged: int
 
 
+@dataclass(frozen=True)
+class _Adapter:
+    """What an adapter's files hold: by layer the parts of its products, by name the tensors to take instead of the
+    base's."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    halves: Mapping[str, Mapping[str, Place]]
+    others: Mapping[str, Place]
+
+
+class _NotByTensor(Exception):
+    """What an adapter does cannot be done a stored tensor at a time."""
+
+
 def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, TensorInfo]) -> Changes | None:
     """What LoRA adapters do to the tensors that a base stores; None where PEFT has to do it.
 
@@ -82,43 +97,15 @@ def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, Ten
     """
     skeleton = functools.cache(lambda: _skeleton(base))
     words = read_config(base).get("vocab_size")
-    read = [(folder, read_adapter_config(folder), adapter_parts(folder)) for folder in adapters]
-    parts = [(folder, config, *found) for folder, config, found in read if found and _is_plain(config)]
-    if len(parts) < len(read):
+    try:
+        read = [_read_adapter(folder) for folder in adapters]
+        untied = _untied(read, headers, words, skeleton)
+        headers = {**headers, **untied}
+        experts, rest = _find_experts(read, headers, base)
+        taken = _find_taken(rest, headers, untied, words)
+        products = _find_products(rest, headers)
+    except _NotByTensor:
         return None
-    layers = {f"{layer}.weight" for *_, halves, _ in parts for layer in halves}
-    saved = {name for *_, others in parts for name in others}
-    ends = _tied_ends(layers | saved, headers, words, skeleton)
-    is_untied = not layers.isdisjoint(ends)
-    untied = _untied(ends, headers) if is_untied else {}
-    if (is_untied and not untied) or (not is_untied and not saved.isdisjoint(ends)):
-        return None
-    headers = {**headers, **untied}
-    products: dict[str, tuple[Product, ...]] = {}
-    experts: dict[str, tuple[ExpertProduct, ...]] = {}
-    taken: dict[str, Place] = {}
-    for folder, config, halves, others in parts:
-        if config.get("target_parameters"):
-            from lora_cli.weights.experts import find_experts
-
-            of_experts = find_experts(folder, config, halves, _skeleton(base), headers)
-            if of_experts is None:
-                return None
-            experts |= {stored: (*experts.get(stored, ()), each) for stored, each in of_experts.products.items()}
-            halves = {layer: each for layer, each in halves.items() if layer not in of_experts.stems}
-        found = {name: stored_name(name, headers) for name in (*others, *(f"{layer}.weight" for layer in halves))}
-        for name, (own, info) in others.items():
-            stored = found[name]
-            if stored is None or (headers[stored].shape != info.shape and not _has_more_words(name, info, words)):
-                return None
-            taken[stored] = (own, info)
-            if ".base_layer." in own and stored in untied:  # what was tied when it was saved
-                taken |= {end: (own, info) for end in untied if end not in taken}
-        for layer, each in halves.items():
-            stored = found[f"{layer}.weight"]
-            if stored is None:
-                return None
-            products[stored] = (*products.get(stored, ()), product_of(config, layer, each))
     if (taken.keys() | products.keys()) & experts.keys():
         return None
     shaped = {**headers, **{name: info for name, (_, info) in taken.items()}}
@@ -171,9 +158,36 @@ def _skeleton(base: Path) -> PreTrainedModel:
     return skeleton(load_config(base))
 
 
-def _is_plain(config: Mapping[str, Any]) -> bool:
-    """Whether an adapter's update is LoRA's, of the base as it is stored."""
-    return config["peft_type"] == "LORA" and not is_relative(config) and not config.get("kasa_config")
+def _read_adapter(folder: Path) -> _Adapter:
+    config, parts = read_adapter_config(folder), adapter_parts(folder)
+    is_plain = config["peft_type"] == "LORA" and not is_relative(config) and not config.get("kasa_config")
+    if parts is None or not is_plain:  # no update of LoRA's, of the base as it is stored
+        raise _NotByTensor
+    return _Adapter(folder, config, *parts)
+
+
+def _untied(
+    adapters: Sequence[_Adapter],
+    headers: Mapping[str, TensorInfo],
+    words: int | None,
+    skeleton: Callable[[], PreTrainedModel],
+) -> dict[str, TensorInfo]:
+    """The embedding and the head of a base that has one tensor for both, where a product is for one of them: by the
+    names they are to be stored under, with the places of their own or of the one that the base stores."""
+    layers = {f"{layer}.weight" for adapter in adapters for layer in adapter.halves}
+    saved = {name for adapter in adapters for name in adapter.others}
+    ends = _tied_ends(layers | saved, headers, words, skeleton)
+    if layers.isdisjoint(ends):
+        if not saved.isdisjoint(ends):
+            raise _NotByTensor
+        return {}
+    places = {end: stored_name(end, headers) for end in ends}
+    stored = next((headers[place] for place in places.values() if place is not None), None)
+    if stored is None:
+        raise _NotByTensor
+    return {end: stored for end, place in places.items() if place is None} | {
+        place: headers[place] for place in places.values() if place is not None
+    }
 
 
 def _tied_ends(
@@ -197,16 +211,55 @@ def _tied_ends(
     return tuple(f"{name}.weight" for name, module in bare.named_modules() if module in ends)
 
 
-def _untied(ends: Sequence[str], headers: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The two by the names they are to be stored under, with the places of their own or of the one that the base
-    stores; empty where it stores none."""
-    places = {end: stored_name(end, headers) for end in ends}
-    stored = next((headers[place] for place in places.values() if place is not None), None)
-    if stored is None:
-        return {}
-    return {end: stored for end, place in places.items() if place is None} | {
-        place: headers[place] for place in places.values() if place is not None
-    }
+def _find_experts(
+    adapters: Sequence[_Adapter], headers: Mapping[str, TensorInfo], base: Path
+) -> tuple[dict[str, tuple[ExpertProduct, ...]], list[_Adapter]]:
+    """The products for experts by stored tensor, and the adapters without what they have of these."""
+    products: dict[str, tuple[ExpertProduct, ...]] = {}
+    rest = []
+    for adapter in adapters:
+        halves = adapter.halves
+        if adapter.config.get("target_parameters"):
+            from lora_cli.weights.experts import find_experts
+
+            found = find_experts(adapter.folder, adapter.config, halves, _skeleton(base), headers)
+            if found is None:
+                raise _NotByTensor
+            products |= {stored: (*products.get(stored, ()), each) for stored, each in found.products.items()}
+            halves = {layer: parts for layer, parts in halves.items() if layer not in found.stems}
+        rest.append(replace(adapter, halves=halves))
+    return products, rest
+
+
+def _find_taken(
+    adapters: Sequence[_Adapter],
+    headers: Mapping[str, TensorInfo],
+    untied: Mapping[str, TensorInfo],
+    words: int | None,
+) -> dict[str, Place]:
+    """The adapters' tensors that stand for the base's, by stored tensor."""
+    taken: dict[str, Place] = {}
+    for adapter in adapters:
+        for name, (own, info) in adapter.others.items():
+            stored = stored_name(name, headers)
+            if stored is None or (headers[stored].shape != info.shape and not _has_more_words(name, info, words)):
+                raise _NotByTensor
+            taken[stored] = (own, info)
+            if ".base_layer." in own and stored in untied:  # what was tied when it was saved
+                taken |= {end: (own, info) for end in untied if end not in taken}
+    return taken
+
+
+def _find_products(adapters: Sequence[_Adapter], headers: Mapping[str, TensorInfo]) -> dict[str, tuple[Product, ...]]:
+    """The adapters' products by stored tensor."""
+    products: dict[str, tuple[Product, ...]] = {}
+    for adapter in adapters:
+        for layer, parts in adapter.halves.items():
+            stored = stored_name(f"{layer}.weight", headers)
+            if stored is None:
+                raise _NotByTensor
+            products[stored] = (*products.get(stored, ()), product_of(adapter.config, layer, parts))
+    return products
 
 
 def _has_more_words(name: str, info: TensorInfo, words: int | None) -> bool:
