@@ -115,15 +115,13 @@ def merge(
     """
     check_out(out)
     origin = origins[0]
-    files = weight_files(origin.base)
-    headers = read_headers(files)
+    headers = read_headers(weight_files(origin.base))
     stored = dtype or stored_dtype(headers)
     quantization = common_quantization(origins) if into != "original" else None
     seen = seen_dtype(origin, headers)
     sums = find_sums(origins, headers, quantization, seen, dtype)
-    if len(origins) > 1 and (sums is None or sums.changes.taken or sums.changes.rescaled):
-        what = "several adapters can be added up where all are plain LoRA: no DoRA, and no tensors beside the products"
-        raise UserError(what, str(origin.folder), "merge one, then train the others on the result")
+    if len(origins) > 1:
+        _check_addable(sums, origin.folder)
     if sums is None and tell is not None:
         tell(IN_MEMORY)
     with_tokenizer = tokenizer_folder(origin.base, *(each.folder for each in origins))
@@ -138,9 +136,8 @@ def merge(
             modules, unchanged = sums.changes.layers, _write(sums, draft, max_shard)
             _write_config(origin.base, draft, dtype, sums.changes)
         copy_tokenizer(with_tokenizer, draft)
-        for folder, name in ((origin.base, "generation_config.json"), (origin.folder, PROVENANCE)):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, draft / name)
+        _copy_if_there(origin.base / "generation_config.json", draft)
+        _copy_if_there(origin.folder / PROVENANCE, draft)
         if check is not None:
             check(draft)
     size = sum(file.stat().st_size for file in weight_files(out))
@@ -187,6 +184,18 @@ def common_quantization(origins: Sequence[AdapterOrigin]) -> Quantization | None
 def seen_dtype(origin: AdapterOrigin, headers: Mapping[str, TensorInfo]) -> torch.dtype:
     """The type that the base, whose stored tensors these are, was loaded in when the adapter was trained on it."""
     return getattr(torch, origin.dtype) if origin.dtype else stored_dtype(headers)
+
+
+def _check_addable(sums: Sums | None, first: Path) -> None:
+    """Raises UserError where several adapters, of which this is the first, do more than add to the base's weights."""
+    if sums is None or sums.changes.taken or sums.changes.rescaled:
+        what = "several adapters can be added up where all are plain LoRA: no DoRA, and no tensors beside the products"
+        raise UserError(what, str(first), "merge one, then train the others on the result")
+
+
+def _copy_if_there(file: Path, folder: Path) -> None:
+    if file.is_file():
+        shutil.copyfile(file, folder / file.name)
 
 
 def _write(sums: Sums, draft: Path, max_shard: int) -> float:
