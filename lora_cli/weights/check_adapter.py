@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +36,17 @@ Halves = dict[str, dict[str, tuple[int, ...]]]
 """By layer, the shapes of A (r, in) and B (out, r)."""
 
 
-def check_adapter(
-    folder: Path, base: Path | None, other_kinds: bool = False, in_model: Callable[[], list[Fault]] | None = None
-) -> None:
-    """Raises UserError, by tensor, when a LoRA adapter's tensors do not fit the base's layers or are missing.
+def check_adapter(folder: Path, base: Path | None, other_kinds: bool = False) -> bool:
+    """Raises UserError, by tensor, when a LoRA adapter's tensors do not fit the base's layers or are missing; True
+    where the base's model, which is slow to make, had to be asked and takes them.
 
     PEFT loads such an adapter without a word and the result is the bare base. Without a ``base`` what the adapter's own
     files tell is checked alone. Of ``other_kinds``, refused if they are not expected, only the numbers are looked at.
-    ``in_model`` is ``_faults_in_model`` of these two, for who asks more than once.
     """
     config = read_adapter_config(folder)
     if config["peft_type"] != "LORA" and other_kinds:
-        return _check_finite(folder)
+        _check_finite(folder)
+        return False
     if config["peft_type"] != "LORA":
         raise UserError(
             f"adapters of kind {config['peft_type']} are not handled",
@@ -64,22 +62,24 @@ def check_adapter(
         for name, found in halves.items()
         for kind in sorted({"A", "B"} - set(found))
     ]
+    model_takes_them = False
     if base is not None and not faults:
-        faults += _misfits_of_base(folder, base, config, halves, in_model or (lambda: _faults_in_model(folder, base)))
+        faults, model_takes_them = _misfits_of_base(folder, base, config, halves)
     faults += _unexpected(config, folder, halves)
     if not any(".lora_" in name for name in read_headers([folder / ADAPTER_WEIGHTS])):
         faults.append(Fault("the adapter holds no LoRA tensors", str(folder)))
     if faults:
         raise alike(faults, MISFIT)
     _check_finite(folder)
+    return model_takes_them
 
 
 def check_in_model(folder: Path, base: Path, other_kinds: bool) -> None:
     """``check_adapter``, and by the base's model itself where headers do not show that it has all it takes."""
-    in_model = functools.cache(lambda: _faults_in_model(folder, base))
-    check_adapter(folder, base, other_kinds, in_model)
+    if check_adapter(folder, base, other_kinds):
+        return
     is_lora = read_adapter_config(folder)["peft_type"] == "LORA"
-    if not (is_lora and _is_plainly_whole(folder, base)) and (faults := in_model()):
+    if not (is_lora and _is_plainly_whole(folder, base)) and (faults := _faults_in_model(folder, base)):
         raise alike(faults, MISFIT)
 
 
@@ -158,18 +158,15 @@ def check_given_once(adapters: Iterable[Path]) -> None:
         seen.add(folder.resolve())
 
 
-def _misfits_of_base(
-    folder: Path,
-    base: Path,
-    config: dict[str, Any],
-    halves: Halves,
-    in_model: Callable[[], list[Fault]],
-) -> list[Fault]:
-    """What does not fit the layers that the base stores. They may have other names than the model's, and be more than
-    it takes, which the model itself tells; it is slow to make, and asked only where that may be all that is wrong."""
+def _misfits_of_base(folder: Path, base: Path, config: dict[str, Any], halves: Halves) -> tuple[list[Fault], bool]:
+    """What does not fit the layers that the base stores, and whether the model has been asked and takes it all.
+
+    Stored layers may have other names than the model's, and be more than it takes, which the model itself tells; it is
+    slow to make, and asked only where that may be all that is wrong.
+    """
     layers = stored_layers(base)
     if layers is None:
-        return []
+        return [], False
     misfits = list(_misfits(folder, halves, layers))
     missing = [
         Fault(f"tensors {name}.lora_A and lora_B are missing", str(folder))
@@ -178,7 +175,9 @@ def _misfits_of_base(
     ]
     faults = misfits + missing
     may_fit = not misfits or {_in_a_layer(name) for name in halves} & {_in_a_layer(name) for name in layers}
-    return [] if faults and may_fit and not in_model() else faults
+    if faults and may_fit and not _faults_in_model(folder, base):
+        return [], True
+    return faults, False
 
 
 def _in_a_layer(name: str) -> str:
