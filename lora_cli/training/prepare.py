@@ -67,41 +67,16 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     _check_without_torch(recipe, folder, resume, overwrite)
 
     from lora_cli.data.examples import check_ids
-    from lora_cli.model.base import (
-        best_device,
-        check_attention,
-        load_config,
-        load_tokenizer,
-        max_positions,
-        resolve_dtype,
-        skeleton,
-    )
-    from lora_cli.model.layers import linear_layers
-    from lora_cli.model.linear4bit import check_dora
-    from lora_cli.training.compiler import check_compiler
+    from lora_cli.model.base import load_config, load_tokenizer, max_positions
 
-    resolve_dtype(recipe.model.dtype, best_device())
-    check_compiler(recipe)
-    base = locate(recipe.model.name_or_path, weights=True)
-    if not Path(recipe.model.name_or_path).is_dir():  # a hub id, whose weights are here only now
-        _check_weights_without_torch(recipe, base)
+    base = _base_with_weights(recipe)
     config = load_config(base)
     tokenizer = load_tokenizer(base)
-    bare = skeleton(config)
-    adapter = recipe.adapter
-    targets = choose_targets(linear_layers(bare), adapter.target_modules, adapter.r, adapter.layers_to_transform)
-    if adapter.use_dora and recipe.quantization is not None and recipe.quantization.method != "int8":
-        check_dora(targets, best_device())
-    check_weights(base, bare)
+    targets = _targets(recipe, base, config)
     digest = fingerprint(base)
-    check_attention(config, recipe.model.attn_implementation, best_device())
-    start = start_of(recipe.adapter)
-    if start is not None:
-        check_start(start, recipe.adapter, [target.name for target in targets])
 
     max_length = min(recipe.data.max_length, max_positions(config) or recipe.data.max_length)
     tokenized = _tokenized(recipe, tokenizer, folder.cache)
-    keys, from_cache = frozenset(part.key for part in tokenized), not any(part.fresh for part in tokenized)
     train, validation, report = _examples(recipe, tokenized, max_length, tokenizer)
     for examples in (train.examples, validation):
         if examples is not None:
@@ -124,8 +99,8 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
         validation=validation,
         report=report,
         tokenized=tokenized,
-        cache_keys=keys,
-        from_cache=from_cache,
+        cache_keys=frozenset(part.key for part in tokenized),
+        from_cache=not any(part.fresh for part in tokenized),
     )
 
 
@@ -215,6 +190,39 @@ def _check_weights_without_torch(recipe: Recipe, base: Path) -> None:
     if start is not None:
         check_base(start, base)
         check_adapter(start, base)
+
+
+def _base_with_weights(recipe: Recipe) -> Path:
+    """Where the base is; if it is a hub's, its weights are here only now. Raises UserError, before they are fetched,
+    for what this machine cannot do."""
+    from lora_cli.model.base import best_device, resolve_dtype
+    from lora_cli.training.compiler import check_compiler
+
+    resolve_dtype(recipe.model.dtype, best_device())
+    check_compiler(recipe)
+    base = locate(recipe.model.name_or_path, weights=True)
+    if not Path(recipe.model.name_or_path).is_dir():
+        _check_weights_without_torch(recipe, base)
+    return base
+
+
+def _targets(recipe: Recipe, base: Path, config: PreTrainedConfig) -> list[Target]:
+    """The layers to adapt, by the base's model. Raises UserError when that and its weights, the recipe and the adapter
+    to start from do not go together."""
+    from lora_cli.model.base import best_device, check_attention, skeleton
+    from lora_cli.model.layers import linear_layers
+    from lora_cli.model.linear4bit import check_dora
+
+    adapter, bare = recipe.adapter, skeleton(config)
+    targets = choose_targets(linear_layers(bare), adapter.target_modules, adapter.r, adapter.layers_to_transform)
+    if adapter.use_dora and recipe.quantization is not None and recipe.quantization.method != "int8":
+        check_dora(targets, best_device())
+    check_weights(base, bare)
+    check_attention(config, recipe.model.attn_implementation, best_device())
+    start = start_of(adapter)
+    if start is not None:
+        check_start(start, adapter, [target.name for target in targets])
+    return targets
 
 
 def data_faults(data: Data, every_column: bool = False) -> list[Fault]:
