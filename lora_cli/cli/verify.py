@@ -61,11 +61,11 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Said:
+class Expected:
     """The logits of a base with adapters apart, of the base alone, of the two summed by PEFT in float32, and of these
     sums rounded to the types that they are stored in."""
 
-    own: list[torch.Tensor]
+    unmerged: list[torch.Tensor]
     base: list[torch.Tensor]
     summed: list[torch.Tensor]
     rounded: list[torch.Tensor]
@@ -91,33 +91,39 @@ def verify(origins: Sequence[AdapterOrigin], draft: Path, out: Path, into: str |
     quantization = recipe.quantization if recipe else None
     stored = read_headers(weight_files(draft))
     merged = logits_of(_load(draft, None), rows.ids)
-    candidates, said = {}, None
+    candidates, expected = {}, None
     if quantization is None:
-        said = _said(origins, None, stored, rows)
-        seen = own = said.own
+        expected = _expected(origins, None, stored, rows)
+        in_training = unmerged = expected.unmerged
     else:
-        seen = own = logits_of(_apart(origins, quantization), rows.ids)
+        in_training = unmerged = logits_of(_unmerged(origins, quantization), rows.ids)
         for name, expanded in (("expanded", quantization), ("original", None)):
             if name == (into or "expanded"):
-                said = _said(origins, expanded, stored, rows)
-                candidates[name] = own = said.own
+                expected = _expected(origins, expanded, stored, rows)
+                candidates[name] = unmerged = expected.unmerged
             else:
-                candidates[name] = logits_of(_apart(origins, None, expanded), rows.ids)
+                candidates[name] = logits_of(_unmerged(origins, None, expanded), rows.ids)
     if into == "quantized":
         candidates["quantized"] = merged
-    against = {name: agreement(seen, logits, rows.ids) for name, logits in candidates.items()}
+    difference = agreement(unmerged, merged, rows.ids)
     moved = rounding = None
-    if said is not None:
-        moved, rounding = (agreement(own, logits, rows.ids).relative for logits in (said.base, said.rounded))
+    if expected is not None:
+        moved = agreement(unmerged, expected.base, rows.ids).relative
+        rounding = agreement(unmerged, expected.rounded, rows.ids).relative
         allowed = NOISE + SHARE * max(moved, rounding)
-        if not all(
-            agreement(wanted, found, rows.ids).relative <= allowed
-            for wanted, found in ((own, said.summed), (said.rounded, merged))
-        ):
-            raise _unexplained(agreement(own, merged, rows.ids).relative, moved, rounding, stored, out)
-    tokens = sum(len(row) for row in rows.ids)
-    apart, difference = perplexity(seen, rows.ids), agreement(own, merged, rows.ids)
-    return Verified(len(rows.ids), tokens, rows.of, apart, difference, against, moved, rounding)
+        pairs = ((unmerged, expected.summed), (expected.rounded, merged))
+        if not all(agreement(wanted, found, rows.ids).relative <= allowed for wanted, found in pairs):
+            raise _unexplained(difference.relative, moved, rounding, stored, out)
+    return Verified(
+        rows=len(rows.ids),
+        tokens=sum(len(row) for row in rows.ids),
+        of=rows.of,
+        apart=perplexity(in_training, rows.ids),
+        merged=difference,
+        candidates={name: agreement(in_training, logits, rows.ids) for name, logits in candidates.items()},
+        moved=moved,
+        rounding=rounding,
+    )
 
 
 def _unexplained(
@@ -194,7 +200,7 @@ def _load(folder: Path, quantization: Quantization | None, quantized_from: torch
     return model
 
 
-def _apart(
+def _unmerged(
     origins: Sequence[AdapterOrigin], quantization: Quantization | None, expanded: Quantization | None = None
 ) -> Any:
     """The base, quantized or what its quantized weights stand for, with the adapters on it."""
@@ -219,10 +225,10 @@ def _base(origins: Sequence[AdapterOrigin], quantization: Quantization | None, e
     return base
 
 
-def _said(
+def _expected(
     origins: Sequence[AdapterOrigin], expanded: Quantization | None, stored: Mapping[str, TensorInfo], rows: Rows
-) -> Said:
-    """What a base with its adapters says; ``stored`` are the tensors that the two were merged into."""
+) -> Expected:
+    """What a merge into this base has to say; ``stored`` are the tensors that the two were merged into."""
     from lora_cli.evaluation.agreement import logits_of
     from lora_cli.model.adapters import resize_words
 
@@ -230,12 +236,12 @@ def _said(
     resize_words(alone, origins[0].folder)  # for logits of one size
     base = logits_of(alone, rows.ids)  # before PEFT puts an adapter's biases or PiSSA's remainder into it
     model = _adapted(alone, origins)
-    own = logits_of(model, rows.ids)
+    unmerged = logits_of(model, rows.ids)
     _untie(model)
     merged = model.merge_and_unload()
     summed = logits_of(merged, rows.ids)
     _round(merged, stored)
-    return Said(own, base, summed, logits_of(merged, rows.ids))
+    return Expected(unmerged, base, summed, logits_of(merged, rows.ids))
 
 
 def _untie(model: Any) -> None:
