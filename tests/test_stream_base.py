@@ -26,6 +26,8 @@ from lora_cli.training.out_of_memory import out_of_memory
 from lora_cli.training.prepare import prepare
 from lora_cli.weights.shards import read_headers, weight_files
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 METHODS: dict[str, dict[str, Any]] = {
     "float32": {},
     "PEFT's own layers": {"adapter.fused": False},
