@@ -16,7 +16,9 @@ ALL_LINEAR = {
 R, ALPHA = 4, 6.0
 
 
-def make_adapter(name: str, folder: Path, out: Path, save_embedding_layers: bool | str = False, **config: Any) -> Path:
+def make_adapter(
+    name: str, folder: Path, out: Path, save_embedding_layers: bool | str = False, seed: int = 5, **config: Any
+) -> Path:
     """An adapter from PEFT alone, every tensor of it away from where it starts."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     wanted = LoraConfig(
@@ -25,7 +27,7 @@ def make_adapter(name: str, folder: Path, out: Path, save_embedding_layers: bool
         **{"r": R, "lora_alpha": ALPHA, "target_modules": ALL_LINEAR[name], **config},
     )
     adapted = get_peft_model(model, wanted)
-    draw = torch.Generator().manual_seed(5)
+    draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, weight in adapted.named_parameters():
             if "lora_magnitude" in key:

@@ -6,9 +6,12 @@ libraries, other tests hold ``lora`` against it. A row goes through the model by
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,22 @@ Row = tuple[Sequence[int], Sequence[int]]
 """A row's ids and its labels: the id itself where it is supervised, -100 elsewhere (not shifted)."""
 
 IGNORED = -100
+
+
+def rows_of(file: Path, tokenizer: Any, max_length: int) -> list[Row]:
+    """A file's rows of question and answer: a token is learned when the text up to it reaches into the answer.
+
+    What lies beyond ``max_length`` is cut; rows of which nothing is learned are left out.
+    """
+    rows = []
+    for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+        ids = tokenizer(record["question"] + record["answer"]).input_ids
+        reach = [len(tokenizer.decode(ids[: at + 1])) for at in range(len(ids))]
+        labels = [id if end > len(record["question"]) else IGNORED for id, end in zip(ids, reach, strict=True)]
+        ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+        if any(label >= 0 for label in labels[:max_length]):
+            rows.append((ids[:max_length], labels[:max_length]))
+    return rows
 
 
 class LoRALinear(nn.Module):

@@ -76,7 +76,7 @@ def test_jsonl_with_blank_lines_crlf_and_byte_order_mark(tmp_path: Path) -> None
     ]
 
 
-def test_json(tmp_path: Path) -> None:
+def test_a_json_file_is_a_list_of_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([QA, {"text": "b"}], indent=1), encoding="utf-8")
     assert columns_of(path) == [QA, {"text": "b"}]
@@ -338,7 +338,9 @@ GIVEN = (TURNS[0], Message("assistant", "Hello", learned=False))
         ),
     ],
 )
-def test_formats(columns: dict[str, Any], data: dict[str, Any], content: Any, tmp_path: Path) -> None:
+def test_each_format_is_detected_and_read(
+    columns: dict[str, Any], data: dict[str, Any], content: Any, tmp_path: Path
+) -> None:
     from lora_cli.data.formats import detect
 
     settings = Data(train="rows.jsonl", **data)

@@ -106,7 +106,7 @@ def test_in_16_bits_positions_turn_no_less_exactly_than_in_transformers() -> Non
 
 
 @pytest.mark.parametrize("kind", REPLACED)
-def test_what_is_replaced(kind: str) -> None:
+def test_which_modules_are_replaced_and_what_they_give(kind: str) -> None:
     arguments, norms, mlps, attentions = REPLACED[kind]
     model = build(kind.partition(",")[0], arguments).eval()
     names = [name for name, _ in model.named_parameters()]
@@ -201,7 +201,7 @@ def test_a_norm_that_is_trained_gets_its_gradient() -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_the_switch(
+def test_adapter_fused_takes_our_formulas_or_leaves_the_models(
     write_recipe: Any, lora: Any, tmp_path: Any, tiny_llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: Counter[str] = Counter()

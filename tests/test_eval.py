@@ -29,19 +29,6 @@ TEXTS = (
 )
 
 
-def tokenized(file: Path, tokenizer: Any, max_length: int) -> list[tuple[list[int], list[int]]]:
-    """Each row's ids and labels: a token is learned when the text up to it reaches into the answer."""
-    rows = []
-    for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-        ids = tokenizer(record["question"] + record["answer"]).input_ids
-        reach = [len(tokenizer.decode(ids[: at + 1])) for at in range(len(ids))]
-        labels = [id if end > len(record["question"]) else -100 for id, end in zip(ids, reach, strict=True)]
-        ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
-        if any(label >= 0 for label in labels[:max_length]):
-            rows.append((ids[:max_length], labels[:max_length]))
-    return rows
-
-
 def load(folder: Path, adapter: Path | None = None) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model if adapter is None else PeftModel.from_pretrained(model, str(adapter)).eval()
@@ -77,7 +64,7 @@ def test_run_adapter_and_model_equal_a_row_by_row_loop(
         loads.append(args)
         return original(*args, **kwargs)
 
-    rows = tokenized(qa_file, AutoTokenizer.from_pretrained(base), 24)
+    rows = reference.rows_of(qa_file, AutoTokenizer.from_pretrained(base), 24)
     bare = reference.perplexity_row_by_row(load(base), rows)
     tuned = reference.perplexity_row_by_row(load(base, run / "adapter"), rows)
     assert abs(bare - tuned) > 1e-3 * bare
@@ -94,7 +81,7 @@ def test_run_adapter_and_model_equal_a_row_by_row_loop(
         assert (found["target"], found["data"]) == (str(target), str(qa_file))
     assert len(loads) == 2, "one model a command, for base and adapter both"
 
-    whole = tokenized(qa_file, AutoTokenizer.from_pretrained(base), 1000)
+    whole = reference.rows_of(qa_file, AutoTokenizer.from_pretrained(base), 1000)
     found = done(lora("eval", base, "--data", qa_file, "--json")).json
     in_16_bits = has_units_for(torch.bfloat16, torch.device("cpu"))  # a model alone has no recipe that says float32
     wanted = reference.perplexity_row_by_row(load(base), whole)
@@ -143,7 +130,7 @@ def test_the_base_is_scored_as_it_is_without_what_peft_puts_into_it(
     alone = done(lora("eval", folder, "--data", qa_file, "--json")).json
     assert found["base"]["perplexity"] == alone["perplexity"]
     if "words" not in kind:
-        rows = tokenized(qa_file, AutoTokenizer.from_pretrained(folder), 1000)
+        rows = reference.rows_of(qa_file, AutoTokenizer.from_pretrained(folder), 1000)
         tuned = reference.perplexity_row_by_row(load(folder, adapter), rows)
         assert found["perplexity"] == pytest.approx(tuned, rel=0.01)
     assert abs(found["perplexity"] - alone["perplexity"]) > 0.01 * alone["perplexity"]
@@ -208,7 +195,9 @@ def test_a_chat_adapter_is_measured_on_what_it_was_trained_to_see(
     assert trained["result"]["validation"]["perplexity"] == pytest.approx(found["perplexity"], rel=1e-6)
 
 
-def test_the_table(tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, lora: Any) -> None:
+def test_the_table_tells_the_numbers_of_the_json(
+    tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, lora: Any
+) -> None:
     run = run_of(tiny_gpt2)
     numbers = done(lora("eval", run, "--data", qa_file, "--json")).json
     lines = done(lora("eval", run, "--perplexity", "--data", qa_file)).stdout.splitlines()
@@ -291,7 +280,7 @@ def test_validation_rows_of_their_own(tiny_gpt2: Path, run_of: Callable[..., Pat
     run = run_of(tiny_gpt2, **{"data.validation": file})
     found = done(lora("eval", run, "--json")).json
     assert found["data"] == str(file)
-    read = tokenized(file, AutoTokenizer.from_pretrained(tiny_gpt2), 96)
+    read = reference.rows_of(file, AutoTokenizer.from_pretrained(tiny_gpt2), 96)
     wanted = reference.perplexity_row_by_row(load(tiny_gpt2, run / "adapter"), read)
     assert found["perplexity"] == pytest.approx(wanted, rel=1e-6)
 

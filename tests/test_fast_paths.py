@@ -552,7 +552,9 @@ def test_dropout_and_dora_keep_pefts_path(
     assert runs[0].adapter_bytes == runs[1].adapter_bytes
 
 
-def test_fused_or_not(write_recipe: Any, lora: Any, tmp_path: Any, no_curves: None, monkeypatch: Any) -> None:
+def test_adapter_fused_takes_our_products_or_pefts_layers(
+    write_recipe: Any, lora: Any, tmp_path: Any, no_curves: None, monkeypatch: Any
+) -> None:
     calls: list[int] = []
     original: Callable[..., Any] = LoraProducts.apply
     monkeypatch.setattr(LoraProducts, "apply", lambda *arguments: (calls.append(1), original(*arguments))[1])

@@ -279,7 +279,7 @@ def test_any_values_as_rows(folder: Path, rows: list[Any], data: Data) -> None:
 
 @pytest.mark.parametrize("suffix", READERS)
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig", "latin-1", "cp1252", "utf-16-le", "utf-7"])
-def test_other_encodings(folder: Path, suffix: str, encoding: str) -> None:
+def test_rows_in_other_encodings_are_read_or_refused(folder: Path, suffix: str, encoding: str) -> None:
     for good in GOOD_FILES[suffix]:
         content = good if suffix == ".parquet" else good.decode().encode(encoding, errors="replace")
         read_or_refuse(folder / f"rows{suffix}", content, DATA[0])

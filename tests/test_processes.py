@@ -259,7 +259,9 @@ def test_shards_are_gone_on_with(recipe: Callable[..., Path], lora_process: Any)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero(stage: int, recipe: Callable[..., Path], lora: Any, lora_process: Any, tmp_path: Path) -> None:
+def test_zero_begins_and_goes_on_as_one_process_would(
+    stage: int, recipe: Callable[..., Path], lora: Any, lora_process: Any, tmp_path: Path
+) -> None:
     """DeepSpeed's parts come and go as whole tensors: begun by it, gone on with by it or without it."""
     pytest.importorskip("deepspeed", reason="an extra: pip install --no-build-isolation deepspeed")
     configuration = tmp_path / "zero.json"

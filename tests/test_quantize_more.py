@@ -66,7 +66,7 @@ def test_an_adapter_is_merged_in_the_same_pass(
 
 
 @pytest.mark.parametrize("trained_on", [None, {"method": "nf4", "compute_dtype": "float32"}])
-def test_a_run(
+def test_a_runs_adapter_is_merged_as_lora_merge_does_and_quantized(
     trained_on: dict[str, str] | None, train: Any, qa_file: Path, tiny_llama: Path, tmp_path: Path, lora: Any
 ) -> None:
     """Trained on a quantized base, it is merged into what that base's weights stand for, as lora merge does it."""

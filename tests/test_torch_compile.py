@@ -16,6 +16,8 @@ from test_fast_paths import GROUPED, build
 from lora_cli.model.elementwise import compile_formulas, fuse
 from lora_cli.training.compiler import has_compiler
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 NORMS, GATES = 2 * 2 + 1, 2
 """Of tiny_llama; the gates are twice as wide as the norms."""
 ON_A_PROCESSOR = pytest.mark.skipif(torch.cuda.is_available(), reason="the run would take the GPU")
@@ -72,7 +74,7 @@ def test_what_is_compiled_gives_the_same_numbers(dtype: torch.dtype, rounding: f
 
 @COMPILER
 @ON_A_PROCESSOR
-def test_the_switch(
+def test_true_compiles_all_before_the_first_step_and_false_nothing(
     write_recipe: Any, lora: Any, tmp_path: Path, tiny_llama: Path, anew: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that the run calls is compiled before its first step: whatever is not would fail here."""

@@ -20,6 +20,7 @@ import reference
 import torch
 import yaml
 from conftest import TRAIN_KEYS, VALIDATION_KEYS, WIDTH, Run, done
+from made_adapters import ALPHA, R, make_adapter
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -28,12 +29,6 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from lora_cli.model.elementwise import GatedMLP
 from lora_cli.recipe.explain import dotted_keys
 from lora_cli.training import loop
-
-LEAVES = {
-    "gpt2": ["c_attn", "c_proj", "c_fc"],
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-}
-
 
 # --- the equations ---------------------------------------------------------------------------------------------------
 
@@ -70,44 +65,8 @@ CASES = {
     "llama-dora-clipped": Case("llama", "dora", clip=0.1, accumulation=5, epochs=3),
     "llama-dora-packed": Case("llama", "dora", packing=True, weight_decay=0.1),
 }
-R, ALPHA, RATE, SEED = 4, 6.0, 2e-3, 11
+RATE, SEED = 2e-3, 11
 SCHEDULES = {"cosine": reference.cosine, "linear": reference.linear_decay, "constant": reference.constant}
-
-
-def known_adapter(base: str, folder: Path, out: Path, kind: str) -> Path:
-    """An adapter whose A and B (and DoRA's m) are all away from where training would begin."""
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=R,
-        lora_alpha=ALPHA,  # type: ignore[arg-type]
-        target_modules=LEAVES[base],
-        fan_in_fan_out=base == "gpt2",
-        use_rslora=kind == "rslora",
-        use_dora=kind == "dora",
-    )
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
-    draw = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for key, weight in adapted.named_parameters():
-            if "lora_magnitude" in key:
-                weight.mul_(1 + 0.1 * torch.rand(weight.shape, generator=draw))
-            elif "lora_" in key:
-                weight.copy_(0.1 * torch.randn(weight.shape, generator=draw))
-    adapted.save_pretrained(str(out))
-    return out
-
-
-def tokenized(file: Path, tokenizer: Any, max_length: int) -> list[tuple[list[int], list[int]]]:
-    """Each row's ids and labels: a token is learned when the text up to it reaches into the answer."""
-    rows = []
-    for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-        ids = tokenizer(record["question"] + record["answer"]).input_ids
-        reach = [len(tokenizer.decode(ids[: at + 1])) for at in range(len(ids))]
-        labels = [id if end > len(record["question"]) else -100 for id, end in zip(ids, reach, strict=True)]
-        ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
-        if any(label >= 0 for label in labels[:max_length]):
-            rows.append((ids[:max_length], labels[:max_length]))
-    return rows
 
 
 def batches_of(rows: list[Any], case: Case, epoch: int) -> list[list[Any]]:
@@ -133,12 +92,12 @@ def test_steps_and_adapter_equal_the_reference(
 ) -> None:
     case = CASES[name]
     folder = request.getfixturevalue(f"tiny_{case.base}")
-    start = known_adapter(case.base, folder, tmp_path / "start", case.kind)
+    variant = {"use_rslora": case.kind == "rslora", "use_dora": case.kind == "dora"}
+    start = make_adapter(case.base, folder, tmp_path / "start", seed=3, **variant)
     run = train(
         {
             "model.name_or_path": folder,
-            "adapter": {"r": R, "lora_alpha": ALPHA, "target_modules": "all-linear", "init_from": start}
-            | {"use_rslora": case.kind == "rslora", "use_dora": case.kind == "dora"},
+            "adapter": {"r": R, "lora_alpha": ALPHA, "target_modules": "all-linear", "init_from": start} | variant,
             "data": {"packing": case.packing, "shuffle": case.shuffle, "max_length": case.max_length},
             "training": {
                 "seed": SEED,
@@ -155,7 +114,7 @@ def test_steps_and_adapter_equal_the_reference(
         }
     )
 
-    rows = tokenized(qa_file, AutoTokenizer.from_pretrained(folder), case.max_length)
+    rows = reference.rows_of(qa_file, AutoTokenizer.from_pretrained(folder), case.max_length)
     steps, passes = [], []
     for epoch in range(math.ceil(case.epochs)):
         batches = batches_of(rows, case, epoch)
@@ -201,7 +160,7 @@ def test_steps_and_adapter_equal_the_reference(
 # --- the run's folder ------------------------------------------------------------------------------------------------
 
 
-def test_the_folder(tiny_gpt2: Path, tmp_path: Path, write_recipe: Any, lora: Any) -> None:
+def test_a_run_leaves_its_files_and_records(tiny_gpt2: Path, tmp_path: Path, write_recipe: Any, lora: Any) -> None:
     result = done(lora("train", write_recipe({"data.validation": 0.2, "training.eval_steps": 2}), "--json")).json
     run = Run(tmp_path / "run")
     assert sorted(path.name for path in run.folder.iterdir()) == [
@@ -409,36 +368,38 @@ KEYS = [
     Key("data.validation", (0.25, None), lambda run: len(run.lines("validation")), (2, 0), also=ONE_STEP),
     Key("data.train", ("ONE", "TWO"), lambda run: run.info["data"]["rows"], (1, 2)),
 ]
-ELSEWHERE = {
+ELSEWHERE = {  # the test, and where that is another, its file
     "model.name_or_path": "test_steps_and_adapter_equal_the_reference",
-    "model.dtype": "test_bfloat16",
+    "model.dtype": "test_bfloat16_is_computed_in_and_the_adapter_stays_in_float32",
     "model.attn_implementation": "test_what_the_model_and_the_optimizer_are",
     "quantization.method": "test_quantized_bases_train",
     "quantization.double_quant": "test_what_quantization_keys_do",
     "quantization.compute_dtype": "test_what_quantization_keys_do",
-    "adapter.method": "has one value",
-    "adapter.fused": "test_fused_or_not (test_fast_paths.py)",
+    "adapter.fused": "test_adapter_fused_takes_our_products_or_pefts_layers (test_fast_paths.py)",
     "adapter.init_from": "test_steps_and_adapter_equal_the_reference",
     "data.min_supervised_rows": "test_too_few_rows_to_learn_from (test_audit.py)",
-    "training.output_dir": "test_the_recipe_alone_repeats_the_run",
+    "training.output_dir": "test_the_recipe_alone_repeats_the_run (test_resume.py)",
     "training.lr_scheduler_type": "test_schedules",
     "training.optim": "test_what_the_model_and_the_optimizer_are",
-    "training.early_stopping_patience": "test_early_stopping",
-    "training.on_nonfinite": "test_a_learning_rate_beyond_all_bounds",
-    "training.load_best_model_at_end": "test_the_best_steps_weights_are_taken_when_asked",
+    "training.early_stopping_patience": "test_early_stopping (test_resume.py)",
+    "training.on_nonfinite": "test_a_learning_rate_beyond_all_bounds (test_faults.py)",
+    "training.load_best_model_at_end": "test_the_best_steps_weights_are_taken_when_asked (test_resume.py)",
     "training.gradient_checkpointing": "test_gradient_checkpointing",
     "training.cache_frozen": "test_runs_with_and_without_take_the_same_steps (test_frozen.py)",
     "training.stream_base": "test_a_streamed_base_trains_as_a_resident_one (test_stream_base.py)",
-    "training.torch_compile": "test_the_switch (test_torch_compile.py)",
+    "training.torch_compile": "test_true_compiles_all_before_the_first_step_and_false_nothing (test_torch_compile.py)",
     "training.report_to": "test_tensorboard",
-    "training.deepspeed": "test_zero (test_processes.py)",
+    "training.deepspeed": "test_zero_begins_and_goes_on_as_one_process_would (test_processes.py)",
     "training.fsdp": "test_two_processes_take_the_steps_of_one (test_processes.py)",
 }
 
 
 def test_every_key_is_tested() -> None:
-    tested = {entry.key for entry in KEYS} | set(ELSEWHERE)
+    tested = {entry.key for entry in KEYS} | set(ELSEWHERE) | {"adapter.method"}  # which has one value
     assert {re.sub("^(data.template)[.].*", r"\1", key) for key in tested} == set(dotted_keys())
+    for told in ELSEWHERE.values():
+        test, _, file = told.removesuffix(")").partition(" (")
+        assert f"def {test}(" in (Path(__file__).parent / (file or "test_train.py")).read_text(), told
 
 
 @pytest.mark.parametrize("entry", KEYS, ids=lambda entry: entry.key)
@@ -513,7 +474,9 @@ def test_what_quantization_keys_do(
         assert kinds == {getattr(torch, compute)} or "compute_dtype: bfloat16 -> float32" in result.stderr
 
 
-def test_bfloat16(train: Callable[..., Run], trainers: list[Any]) -> None:
+def test_bfloat16_is_computed_in_and_the_adapter_stays_in_float32(
+    train: Callable[..., Run], trainers: list[Any]
+) -> None:
     full, half = train(NO_WARMUP), train(NO_WARMUP | {"model.dtype": "bfloat16"})
     assert half.info["dtype"] == "bfloat16"
     assert trainers[-1].model.get_input_embeddings().weight.dtype == torch.bfloat16
@@ -561,7 +524,7 @@ def test_what_the_model_and_the_optimizer_are(train: Callable[..., Run], trainer
 def test_init_from_takes_the_recipes_dropout_and_no_other_shape(
     tiny_gpt2: Path, train: Callable[..., Run], tmp_path: Path, write_recipe: Any, lora: Any
 ) -> None:
-    start = known_adapter("gpt2", tiny_gpt2, tmp_path / "start", "lora")
+    start = make_adapter("gpt2", tiny_gpt2, tmp_path / "start")
     same = {"r": R, "lora_alpha": ALPHA, "target_modules": "all-linear", "init_from": start}
     runs = [train({"adapter": {**same, "lora_dropout": dropout}}) for dropout in (0.0, 0.5)]
     assert runs[0].losses[0] != runs[1].losses[0]
