@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import weakref
 from dataclasses import replace
@@ -291,6 +292,25 @@ def test_streaming_is_advised_once_layers_are_checkpointed(write_recipe: Any, mo
     job = replace(job, recipe=job.recipe.model_copy(update={"training": training}))
     told = str(out_of_memory(job, MemoryError(), checkpointing=True, streams=False).faults)
     assert "adapter.r=" in told and "stream_base" not in told and "8bit" not in told
+
+
+@pytest.mark.parametrize(
+    ("length", "rows", "shorter", "fewer"), [(2, 1, [], []), (3, 2, [], ["1"]), (4, 3, ["2"], ["1"])]
+)
+def test_no_advice_is_beyond_what_a_recipe_may_say(
+    length: int, rows: int, shorter: list[str], fewer: list[str], write_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of less than 2 tokens, batches of none, half a rank: a lack of memory is told all the same."""
+    monkeypatch.setattr("lora_cli.training.out_of_memory.REMEDIES", 9)
+    small = {"data.train_on": "all", "data.max_length": length, "adapter.r": 1}
+    job = prepare(
+        load_recipe(write_recipe(small | {"training.per_device_train_batch_size": rows})), resume=False, overwrite=False
+    )
+    told = " ".join(out_of_memory(job, MemoryError(), checkpointing=False, streams=False).faults[0].hint or ())
+    assert re.findall(r"data\.max_length=(\d+)", told) == shorter
+    assert re.findall(r"per_device_train_batch_size=(\d+)", told) == fewer
+    assert ("gradient_accumulation_steps=4" in told) == (rows == 2), "an odd batch has no exact half"
+    assert "adapter.r" not in told
 
 
 @pytest.mark.parametrize("units", [True, False])

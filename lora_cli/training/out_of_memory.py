@@ -65,7 +65,7 @@ def _changes(recipe: Recipe, job: Prepared) -> Iterator[dict[str, Any]]:
     if size > 1:
         kept = {"training.gradient_accumulation_steps": batches * 2} if size % 2 == 0 else {}
         yield {"training.per_device_train_batch_size": size // 2} | kept
-    if job.max_length > 2:
+    if job.max_length >= 4:  # a row has at least 2 tokens
         yield {"data.max_length": job.max_length // 2}
     if recipe.quantization is None and not stored_quantization(job.base):
         yield {"quantization.method": "nf4"}
