@@ -306,6 +306,30 @@ def test_too_few_rows_to_learn_from(
         assert not (tmp_path / "run").exists()
 
 
+def test_rows_too_long_for_the_model_are_told_by_its_positions(
+    tokenizer: Any, tiny_gpt2: Path, write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
+) -> None:
+    """Of 1,024 tokens asked for the model has positions for 128; what is lost of the rows is told quietly as well."""
+    wordy = {"question": "Why?", "answer": " Because they mend the nets in winter." * 20}
+    rows = [LONG, wordy, SHORT, SHORT | {"question": "Who?"}, LONG | {"answer": " Nobody."}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lengths = [len(tokenizer(row["question"] + row["answer"]).input_ids) + 1 for row in rows]  # and the end
+    long = sum(length > 128 for length in lengths)
+    assert long == 3 and max(lengths) < 1024
+    changes = {"data.train": tmp_path / "rows.jsonl", "data.max_length": 1024, "training.max_steps": 1}
+    result = lora("train", write_recipe(changes))
+    assert result.exit_code == 0, result.stderr
+    assert "data.max_length: 1024 -> 128" in result.stderr
+    assert "3 of 5 rows are longer than 128 tokens and were cut" in result.stderr
+    dropped = "warning: 2 rows had nothing left to learn and were dropped"
+    assert dropped in result.stderr
+    found = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert [found[key] for key in ("max_length", "rows", "truncated", "dropped")] == [128, 3, 3, 2]
+    assert found["tokens"] == 128 + lengths[2] + lengths[3]
+    quiet = lora("train", write_recipe(changes), "--overwrite", "--quiet")
+    assert quiet.stderr.splitlines() == [dropped]
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.1])
 def test_the_share_has_bounds(value: float, write_recipe: Any, lora: Any) -> None:
     result = lora("train", write_recipe({"data.min_supervised_rows": value}))

@@ -308,6 +308,25 @@ def test_the_newest_finished_run_is_the_default(
     assert "runs/a" in result.stderr
 
 
+def test_the_table_is_of_the_same_numbers(
+    tiny_gpt2: Path, run_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: Any
+) -> None:
+    """The base above its adapter, or a model alone; which run is measured is told unless --quiet says not to."""
+    monkeypatch.chdir(tmp_path)
+    run_of(tiny_gpt2, "runs/a", **{"data.validation": 0.2, "training.max_steps": 2})
+    found = done(lora("eval", "--json")).json
+    table = done(lora("eval", "--quiet"))
+    assert table.stderr == "" and "runs/a" in done(lora("eval")).stderr
+    heads, *rows = [line.split() for line in table.stdout.splitlines()[1:]]
+    assert table.stdout.startswith(f"{found['tokens']:,} predicted tokens of {found['data']}\n")
+    assert heads == ["loss", "perplexity"] and found["base"]["loss"] != found["loss"]
+    wanted = [(["base"], found["base"]), (["with", "adapter"], found)]
+    assert rows == [[*name, f"{each['loss']:.4f}", f"{each['perplexity']:.2f}"] for name, each in wanted]
+    data = found["data"].partition(" of ")[2]
+    alone = done(lora("eval", tiny_gpt2, "--data", data)).stdout.splitlines()
+    assert [line.split()[0] for line in alone[2:]] == ["model"]
+
+
 def test_base_and_adapter_moved_together_are_found(
     tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, tmp_path: Path, lora: Any
 ) -> None:

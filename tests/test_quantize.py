@@ -141,6 +141,27 @@ def test_text_report(tiny_gpt2: Path, qa_file: Path, tmp_path: Path, lora: Any) 
     assert "nf4" in result.stdout and "relative error of 8 layers" in result.stdout and "perplexity" in result.stdout
 
 
+def test_the_text_says_what_the_record_does(tiny_llama: Path, qa_file: Path, tmp_path: Path, lora: Any) -> None:
+    given = ["quantize", tiny_llama, "--method", "nf4", "--data", qa_file, "--out"]
+    report = done(lora(*given, tmp_path / "out", "--json")).json
+    first, *lines = done(lora(*given, tmp_path / "again", "--quiet")).stdout.splitlines()
+    sizes = [
+        sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (tiny_llama, tmp_path / "out")
+    ]
+    before, after = (report[key] for key in ("bytes_before", "bytes_after"))
+    headers = 20_000  # of two files, at most
+    assert 0 <= sizes[0] - before < headers and 0 <= sizes[1] - after < headers
+    shown = f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({round(100 * after / before)}%), nf4"
+    assert first == f"{tmp_path / 'again'}: {shown}" and after < before
+    errors = sorted(((error, name) for name, error in report["layers"].items()), reverse=True)
+    assert len(errors) == 14
+    mean = sum(error for error, _ in errors) / 14
+    assert lines[0] == f"relative error of 14 layers: mean {mean:.4f}; the largest:"
+    assert lines[1:6] == [f"  {error:.4f}  {name}" for error, name in errors[:5]]
+    perplexities = " -> ".join(f"{report[key]['perplexity']:.3f}" for key in ("before", "after"))
+    assert lines[6:] == [f"perplexity {perplexities} on {report['before']['tokens']:,} tokens"]
+
+
 def test_quantized_already_is_refused(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
     done(lora("quantize", tiny_gpt2, "--out", tmp_path / "once"))
     result = lora("quantize", tmp_path / "once", "--out", tmp_path / "twice")

@@ -188,6 +188,22 @@ def test_diff_of_the_same_and_of_others(base: Base, tmp_path: Path, lora: Any) -
     assert f"{found['cosine']:.4f}" in done(lora("adapters", "diff", a, b)).stdout
 
 
+def test_layers_that_one_adapter_alone_has_are_named(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    """Four of the first, of which three are named, and two of the second, beside the two that they share."""
+    a = make_adapter("llama", tiny_llama, tmp_path / "a", target_modules=["q_proj", "k_proj", "v_proj"])
+    only = r"0\.self_attn\.o_proj|1\.mlp\.up_proj|\d\.self_attn\.q_proj"
+    b = make_adapter("llama", tiny_llama, tmp_path / "b", target_modules=rf".*({only})")
+    found = done(lora("adapters", "diff", a, b, "--json")).json
+    assert [len(found[key]) for key in ("only_first", "only_second", "layers")] == [4, 2, 2]
+    text = done(lora("adapters", "diff", a, b)).stdout.splitlines()
+    assert text[-2] == f"4 layers are in {a} alone: {', '.join(found['only_first'][:3])} ..."
+    assert text[-1] == f"2 layers are in {b} alone: {', '.join(found['only_second'])}"
+    rows = {line.split()[0]: line.split()[1:] for line in text[1:-3]}
+    shares = ("cosine", "overlap_out", "overlap_in")
+    assert rows == {each["name"]: [f"{each[key]:.4f}" for key in shares] for each in found["layers"]}
+    assert text[-3].split() == ["all", "layers", f"{found['cosine']:.4f}"]
+
+
 def test_diff_with_an_adapter_that_adds_nothing(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
     a, b = varied("llama", tiny_llama, tmp_path / "a", 1), varied("llama", tiny_llama, tmp_path / "b", 2)
     file = b / "adapter_model.safetensors"

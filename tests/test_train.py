@@ -29,6 +29,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from lora_cli.model.elementwise import GatedMLP
 from lora_cli.recipe.explain import dotted_keys
 from lora_cli.training import loop
+from lora_cli.training.display import duration
 
 # --- the equations ---------------------------------------------------------------------------------------------------
 
@@ -197,6 +198,53 @@ def test_a_run_leaves_its_files_and_records(tiny_gpt2: Path, tmp_path: Path, wri
     assert "<svg" in report
     for score in (info["result"]["base"], info["result"]["validation"]):
         assert f"{score['perplexity']:.2f}" in report
+
+
+def test_what_people_are_told_of_a_run_is_what_it_measured(
+    tiny_gpt2: Path, tmp_path: Path, write_recipe: Any, lora: Any, no_curves: None
+) -> None:
+    """The summary, the model card, the report and the adapter's provenance, beside metrics and files."""
+    changes = {"data.validation": 0.25, "quantization": {"method": "nf4"}, "adapter.target_modules": ["c_attn"]}
+    told = done(lora("train", write_recipe(changes))).stdout
+    run = Run(tmp_path / "run")
+    first, *_, last = run.column("loss", "validation")
+    assert first != last
+    assert re.match(rf"4 steps in [\d.]+ s, last loss {run.losses[-1]:.4f}\n", told)
+    assert f"validation perplexity {math.exp(first):.2f} -> {math.exp(last):.2f}\n" in told
+    assert "the best" not in told and "skipped" not in told
+
+    trained = sum(tensor.numel() for tensor in run.tensors.values())
+    rows = sum(run.info["data"][key] for key in ("rows", "dropped"))
+    assert rows == 18
+    card = (run.folder / "adapter" / "README.md").read_text()
+    assert f"\nRank 4, alpha 8, trained on the base in nf4; {trained:,} trained parameters, 4 steps at a peak " in card
+    assert "learning rate of 0.005.\n" in card and f"Training data: {rows} rows (" in card
+    for name, loss in (("base", first), ("with this adapter", last)):
+        assert f"\n| {name} | {loss:.4f} | {math.exp(loss):.2f} |\n" in card
+
+    report = (run.folder / "report.html").read_text()
+    tokens = run.column("tokens", "validation")[0]
+    for name, loss in (("base", first), ("base with adapter", last)):
+        cells = (f"{loss:.4f}", f"{math.exp(loss):.2f}", f"{tokens:,}")
+        assert f"<td>{name}</td>" + "".join(f"<td class=n>{cell}</td>" for cell in cells) in report
+    peak = run.info["result"]["peak_memory_bytes"] / 1024 / 1024
+    supervised = run.info["data"]["supervised_tokens"]
+    assert supervised < run.info["data"]["tokens"]
+    assert f"<td>{rows} rows, {supervised:,} supervised tokens</td>" in report
+    assert f"<td>{peak:,.0f} MiB</td>" in report and 50 < peak < 100_000
+
+    record = json.loads((run.folder / "adapter" / "provenance.json").read_text())
+    kept = ("versions", "dtype", "base", "data", "finished", "result")
+    assert {key: record[key] for key in kept if key != "base"} == {key: run.info[key] for key in kept if key != "base"}
+    assert record["recipe"] == yaml.safe_load((run.folder / "recipe.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.4, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (3599.4, "59:59"), (3600, "1:00:00"), (90061.0, "25:01:01")],
+)
+def test_the_time_left_is_told_in_hours_and_minutes(seconds: float, told: str) -> None:
+    assert duration(seconds) == told
 
 
 def test_the_table_of_targets_and_the_share(train: Callable[..., Run], write_recipe: Any, lora: Any) -> None:
