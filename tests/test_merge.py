@@ -450,6 +450,41 @@ def test_adapters_that_cannot_be_added_are_refused(tiny_llama: Path, tmp_path: P
     assert not out.exists()
 
 
+def test_into_is_for_a_quantized_base_and_quantized_for_one_adapter(
+    train: Callable[..., Any], tiny_llama: Path, tmp_path: Path, lora: Any
+) -> None:
+    out = tmp_path / "merged"
+    plain = make_adapter("llama", tiny_llama, tmp_path / "plain")
+    for into in ("expanded", "original", "quantized"):
+        result = lora("merge", plain, "--into", into, "--out", out)
+        assert result.exit_code == 2 and f"{plain}: --into {into}: " in result.stderr, result.stderr
+        assert "leave --into out" in result.stderr
+    small = train({"training.max_steps": 1, "quantization": {"method": "nf4"}}).folder
+    shutil.copytree(small / "adapter", tmp_path / "second")
+    for more in ([tmp_path / "second"], ["--dtype", "float32"]):
+        result = lora("merge", small, *more, "--into", "quantized", "--out", out, "--no-verify")
+        assert result.exit_code == 2 and "--into quantized takes one adapter" in result.stderr, result.stderr
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("layers", "more"), [(5, 0), (6, 1), (14, 9)])
+def test_of_many_faults_of_one_kind_five_are_told(
+    layers: int, more: int, tiny_llama: Path, tmp_path: Path, lora: Any
+) -> None:
+    """Each layer has rank R, and the configuration says another; what to do is told once, with how many more."""
+    leaves = ALL_LINEAR["llama"]
+    named = rf".*0\..*({'|'.join(leaves[:layers])})|.*1\..*({'|'.join(leaves[: max(layers - 7, 0)] or ['none'])})"
+    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter", target_modules=named)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": R + 1}))
+    result = lora("merge", adapter, "--out", tmp_path / "merged")
+    assert result.exit_code == 2
+    assert result.stderr.count(f"has rank {R}, adapter_config.json says r: {R + 1}") == min(layers, 5)
+    *faults, hint = result.stderr.splitlines()
+    assert all(line.startswith("error: ") for line in faults) and len(faults) == 5
+    assert re.findall(r"(\d+) more like these: ", hint) == ([str(more)] if more else [])
+
+
 def test_adapters_that_saw_the_base_otherwise_are_not_added(
     train: Callable[..., Any], tmp_path: Path, tiny_gpt2: Path, lora: Any
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +28,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
+from lora_cli.cli.app import main
 from lora_cli.model.elementwise import GatedMLP
 from lora_cli.recipe.explain import dotted_keys
 from lora_cli.training import loop
@@ -237,6 +240,44 @@ def test_what_people_are_told_of_a_run_is_what_it_measured(
     kept = ("versions", "dtype", "base", "data", "finished", "result")
     assert {key: record[key] for key in kept if key != "base"} == {key: run.info[key] for key in kept if key != "base"}
     assert record["recipe"] == yaml.safe_load((run.folder / "recipe.yaml").read_text())
+
+
+class Terminal(io.StringIO):
+    """Takes all that is written to it, as a terminal does."""
+
+    def isatty(self) -> bool:
+        return True
+
+    @property
+    def shown(self) -> str:
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.getvalue())
+
+
+def test_a_bar_on_a_terminal_and_every_line_in_the_log(
+    tmp_path: Path, write_recipe: Any, no_curves: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bar has what a line of its own would have; with --quiet there is neither; the log has all of it."""
+    for name, value in {"TERM": "xterm-256color", "COLUMNS": "160"}.items():
+        monkeypatch.setenv(name, value)
+    recipe = str(write_recipe({"data.validation": 0.25, "training.eval_steps": 2}))
+    for options in ([], ["--quiet", "--overwrite"]):
+        terminal = Terminal()
+        with redirect_stderr(terminal), redirect_stdout(io.StringIO()):
+            assert main(["train", recipe, *options]) == 0
+        run = Run(tmp_path / "run")
+        log = (run.folder / "train.log").read_text()
+        for line in run.lines():
+            told = f"loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  {line['tokens_per_second']:,.0f} tokens/s"
+            assert re.search(rf" step {line['step']}  {re.escape(told)}  peak [\d,]+ MiB(  left [\d:]+)?\n", log), log
+            assert f"step {line['step']}  loss" not in terminal.shown, "on a terminal the bar shows it"
+        for line in run.lines("validation"):
+            told = f"step {line['step']}  validation loss {line['loss']:.4f}  perplexity {line['perplexity']:.2f}\n"
+            assert told in log and (told in terminal.shown) == (not options)
+        if options:
+            assert all(line.startswith("warning: ") for line in terminal.shown.splitlines())
+        else:
+            last = terminal.shown[terminal.shown.rindex("4/4") :]
+            assert last.startswith(f"4/4 loss {run.losses[-1]:.4f}  lr ")
 
 
 @pytest.mark.parametrize(
