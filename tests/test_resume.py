@@ -820,3 +820,11 @@ def test_a_damaged_checkpoint_takes_no_whole_ones_place(
     monkeypatch.setattr(loop, "take_step", fail)
     assert lora("train", run.folder / "recipe.yaml", "training.save_total_limit=2", "--resume").exit_code == 3
     assert run.checkpoints == [2, 3]
+
+
+def test_a_run_gone_on_with_began_when_it_began(train: Callable[..., Run], lora: Any) -> None:
+    run = train({"training.max_steps": 1, "training.lr_scheduler_type": "constant"})
+    began = "2020-02-02T20:20:20+00:00"
+    (run.folder / "run.json").write_text(json.dumps(run.info | {"started": began}))
+    done(lora("train", run.folder / "recipe.yaml", "--resume", "training.max_steps=2"))
+    assert run.info["started"] == began < run.info["finished"] and run.info["steps"] == 2

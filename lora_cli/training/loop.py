@@ -106,6 +106,8 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
     untrained = digests(whole_weights(trainer))
     with catch_signals() as interrupt:
         if trainer.writes:
+            if job.resume:
+                info["started"] = folder.read_info()["started"]
             told = go_on(trainer, info) if job.resume else folder.begin(job.recipe, info)
             prune(folder.cache, job.cache_keys)
             prune_kept(folder.cache, trainer.kept_base.name if trainer.kept_base else None)

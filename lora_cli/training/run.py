@@ -165,7 +165,7 @@ class RunFolder:
                 "learning rate is another than in a run of one piece"
             )
         self._clear_drafts()
-        self.write_info({**info, "started": before["started"]})
+        self.write_info(info)
         self.write_recipe(recipe)
         return changes
 
