@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,39 @@ def test_list_and_show_a_run(train: Callable[..., Run], tmp_path: Path, tiny_gpt
     line = done(lora("adapters", "list", tmp_path)).stdout.splitlines()[1]
     for words in (str(run.folder / "adapter"), "LORA", "c_attn", f"{entry['best_loss']:.4f}", entry["date"][:10]):
         assert words in line
+
+
+def test_what_is_shown_is_told_in_words(train: Callable[..., Run], tmp_path: Path, lora: Any) -> None:
+    """The same numbers as files and records hold, of a run and of what is made of it."""
+    run = train(
+        {
+            "data.validation": 0.25,
+            "training": {"eval_steps": 1, "learning_rate": 3.0, "max_steps": 3, "lr_scheduler_type": "constant"},
+        }
+    )
+    other = tmp_path / "other"
+    shutil.copytree(run.folder / "adapter", other)
+    result, losses = run.info["result"], run.column("loss", "validation")
+    best = min(losses[1:])
+    assert result["best"]["step"] == losses.index(best) != 3
+    text = done(lora("adapters", "show", run.folder)).stdout.splitlines()
+    told = dict(line.split(":", 1) for line in text if ":" in line)
+    told = {name: value.strip() for name, value in told.items()}
+    size = (run.folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    numbers = sum(tensor.numel() for tensor in run.tensors.values())
+    assert told["alpha"] == "8" and told["size"] == f"{numbers:,} parameters, {size / 1e6:,.1f} MB"
+    assert told["validation loss"] == f"validation {losses[-1]:.4f}, base {losses[0]:.4f}, best {best:.4f}"
+    assert told["best step"] == str(result["best"]["step"]) and told["made"] == run.info["finished"]
+    widths = {"c_attn": (WIDTH, 3 * WIDTH), "c_proj": (WIDTH, WIDTH)}
+    rows = [line.split() for line in text[text.index(next(line for line in text if line.startswith("layers "))) + 1 :]]
+    assert rows == [[name, "2", str(wide[0]), "->", str(wide[1]), "4"] for name, wide in widths.items()]
+
+    parts = (run.folder / "adapter", other)
+    made = done(lora("adapters", "compose", *(f"{part}=0.5" for part in parts), "--out", tmp_path / "sum")).stdout
+    megabytes = (tmp_path / "sum" / "adapter_model.safetensors").stat().st_size / 1e6
+    assert made == f"{tmp_path / 'sum'}: 4 layers of rank 8 by cat, {megabytes:,.1f} MB\n"
+    text = done(lora("adapters", "show", tmp_path / "sum")).stdout
+    assert re.search(rf"^made of: +compose of {re.escape(', '.join(map(str, parts)))}$", text, re.MULTILINE), text
 
 
 def test_kinds_ranks_and_what_cannot_be_read(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:

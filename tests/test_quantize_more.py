@@ -65,6 +65,19 @@ def test_an_adapter_is_merged_in_the_same_pass(
     assert report["layers"].keys() == alone["layers"].keys() and report["layers"] != alone["layers"]
 
 
+def test_an_adapter_is_told_with_its_base_and_nothing_is_written_into_it(
+    tiny_gpt2: Path, tmp_path: Path, lora: Any
+) -> None:
+    adapter = make_adapter(tiny_gpt2, tmp_path / "adapter", fan_in_fan_out=True)
+    files = sorted(adapter.iterdir())
+    for out in (adapter / "small", tiny_gpt2 / "small"):
+        refused = lora("quantize", adapter, "--out", out)
+        assert refused.exit_code == 2 and f"lies in {out.parent}, which it is made from" in refused.stderr
+    assert sorted(adapter.iterdir()) == files
+    text = done(lora("quantize", adapter, "--out", tmp_path / "out")).stdout.splitlines()
+    assert text[0] == f"{adapter} merged into {tiny_gpt2}, and" and text[1].startswith(f"{tmp_path / 'out'}: ")
+
+
 @pytest.mark.parametrize("trained_on", [None, {"method": "nf4", "compute_dtype": "float32"}])
 def test_a_runs_adapter_is_merged_as_lora_merge_does_and_quantized(
     trained_on: dict[str, str] | None, train: Any, qa_file: Path, tiny_llama: Path, tmp_path: Path, lora: Any
