@@ -175,7 +175,7 @@ def test_an_architecture_gives_what_its_rows_give_one_at_a_time(kind: str) -> No
     ("name", "more", "left_out"),
     [
         ("Qwen2Moe", GROUPED | {"num_experts": 2}, {"shared_expert_gate", "lm_head"}),
-        ("Mamba", {**SMALL, "state_size": 4}, {"out_proj", "lm_head"}),
+        ("Mamba", {**SMALL, "state_size": 4}, {"dt_proj", "out_proj", "lm_head"}),
     ],
 )
 def test_layers_that_are_not_adapted(name: str, more: dict[str, Any], left_out: set[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -73,8 +73,9 @@ def resize_words(base: PreTrainedModel, folder: Path) -> None:
     with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as stored:
         own = [f"{name}{part}.weight" for name in names for part in ("", ".base_layer")]
         found = [name for name in own if name in stored.keys()]  # noqa: SIM118 (safe_open is no mapping)
-        if found:
-            base.resize_token_embeddings(stored.get_slice(found[0]).get_shape()[0], mean_resizing=False)
+        sizes = {stored.get_slice(name).get_shape()[0] for name in found[:1]}
+    if sizes - {cast("torch.Tensor", ends[0].weight).shape[0]}:  # to its own size it would tie what is stored apart
+        base.resize_token_embeddings(sizes.pop(), mean_resizing=False)
 
 
 def load_adapters(base: PreTrainedModel, folders: Sequence[Path]) -> PeftModel:

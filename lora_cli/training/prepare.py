@@ -210,10 +210,15 @@ def _targets(recipe: Recipe, base: Path, config: PreTrainedConfig) -> list[Targe
     """The layers to adapt, by the base's model. Raises UserError when that and its weights, the recipe and the adapter
     to start from do not go together."""
     from lora_cli.model.base import best_device, check_attention, skeleton
-    from lora_cli.model.layers import linear_layers
+    from lora_cli.model.layers import READ_AS_NUMBERS, linear_layers
     from lora_cli.model.linear4bit import check_dora
 
     adapter, bare = recipe.adapter, skeleton(config)
+    if recipe.quantization is not None and (layer := READ_AS_NUMBERS.get(config.model_type)) is not None:
+        what = (
+            f"a model of type {config.model_type} multiplies by the numbers of {layer}, and cannot by 4- or 8-bit codes"
+        )
+        raise UserError(what, "quantization", "leave it out")
     targets = choose_targets(linear_layers(bare), adapter.target_modules, adapter.r, adapter.layers_to_transform)
     if adapter.use_dora and recipe.quantization is not None and recipe.quantization.method != "int8":
         check_dora(targets, best_device())

@@ -64,13 +64,16 @@ def _missing_experts(bare: PreTrainedModel, sources: Mapping[str, Mapping[str, s
 
 def _lora_faults(folder: Path, bare: PreTrainedModel) -> list[Fault]:
     """The tensors that a LoRA adapter's file lacks of those its configuration speaks of, has beside them, or of other
-    shapes than its base takes. ``bare`` is adapted."""
+    shapes than its base takes. ``bare`` is adapted. Raises UserError for one with factors of single experts."""
     resize_words(bare, folder)
     kept = _kept(bare)
     wanted = _wanted(folder, bare)
     stored = read_headers([folder / ADAPTER_WEIGHTS])
     found = {_plain(name): (name, info.shape) for name, info in stored.items()}
     place = str(folder)
+    if any(re.search(r"\.experts\.\d+\.", name) for name in found.keys() - wanted.keys()):
+        hint = "load it beside its base with PEFT and save it: PEFT joins them"
+        raise UserError("holds factors for each expert, as of Transformers 4, and the base's are joined", place, hint)
     faults = [Fault(f"tensor {name} is missing", place) for name in sorted(wanted.keys() - found.keys())]
     for plain, (name, shape) in found.items():
         right = wanted.get(plain) or kept.get(plain)

@@ -17,6 +17,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lora_cli.errors import UserError, did_you_mean
 from lora_cli.model.base import bitsandbytes_config, load_config, skeleton
+from lora_cli.model.layers import READ_AS_NUMBERS
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.codes import roundtrip
 from lora_cli.weights.shards import TensorInfo, read_headers, weight_files
@@ -68,6 +69,10 @@ def check_layers(folder: Path, quantization: Quantization, skip: Sequence[str]) 
     left = [layer for layer in layers if should_convert_module(layer, list(skip))]
     if not left:
         raise UserError("no layer is left to quantize", str(folder), "skip fewer" if skip else None)
+    own = READ_AS_NUMBERS.get(bare.config.model_type)
+    if own is not None and any(layer.endswith(f".{own}") for layer in left):
+        what = f"the model multiplies by the numbers of {own}, and cannot by codes"
+        raise UserError(what, str(folder), f"leave it as it is: --skip {','.join(sorted({*skip, own}))}")
     lost = unstorable(bare, read_headers(weight_files(folder)), left)
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""

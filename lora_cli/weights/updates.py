@@ -196,8 +196,8 @@ def _tied_ends(
     words: int | None,
     skeleton: Callable[[], PreTrainedModel],
 ) -> tuple[str, ...]:
-    """The names of the embedding's and the head's weight where these are the same numbers; none where they are not, or
-    none of ``names`` could be one of them."""
+    """The names of the embedding's and the head's weight where these are the same numbers; none where they are not,
+    whatever the configuration says, or none of ``names`` could be one of them."""
     stored = {name: stored_name(name, headers) for name in names}
     if not any(
         name.split(".")[-2] in EMBEDDINGS or place is None or words in headers[place].shape
@@ -208,7 +208,10 @@ def _tied_ends(
     ends = (bare.get_input_embeddings(), bare.get_output_embeddings())
     if not bare.config.get_text_config().tie_word_embeddings:
         return ()
-    return tuple(f"{name}.weight" for name, module in bare.named_modules() if module in ends)
+    weights = tuple(f"{name}.weight" for name, module in bare.named_modules() if module in ends)
+    places = {place for weight in weights if (place := stored_name(weight, headers)) is not None}
+    stored_ends = [read_tensor(headers[place], place) for place in places]
+    return weights if all(torch.equal(stored_ends[0], other) for other in stored_ends[1:]) else ()
 
 
 def _find_experts(
