@@ -336,7 +336,17 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def living_tensors() -> Iterator[Callable[[], list[torch.Tensor]]]:
+def quick_collections() -> Iterator[None]:
+    """Have the garbage collector go through what the test makes alone: through all there is takes it a second."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.collect()
+    gc.unfreeze()
+
+
+@pytest.fixture
+def living_tensors(quick_collections: None) -> Callable[[], list[torch.Tensor]]:
     """Lists the tensors made since the test began that hold memory; torch's compiler leaves some that do not."""
     import torch
     from torch._subclasses.fake_tensor import is_fake
@@ -346,10 +356,7 @@ def living_tensors() -> Iterator[Callable[[], list[torch.Tensor]]]:
         found = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and not is_fake(each)]
         return [each for each in found if each.device.type == "cpu"]
 
-    gc.collect()
-    gc.freeze()  # what there is before is not looked through each time, which takes seconds
-    yield living
-    gc.unfreeze()
+    return living
 
 
 @dataclass(frozen=True)

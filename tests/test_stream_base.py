@@ -27,7 +27,11 @@ from lora_cli.training.out_of_memory import out_of_memory
 from lora_cli.training.prepare import prepare
 from lora_cli.weights.shards import read_headers, weight_files
 
-pytestmark = pytest.mark.usefixtures("no_curves")
+pytestmark = [
+    pytest.mark.usefixtures("no_curves", "quick_collections"),
+    # The files of a streamed base are closed when its model is collected.
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+]
 
 METHODS: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -50,7 +54,6 @@ def largest_away(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def look(model: Any, *args: Any) -> Any:
         loss = original(model, *args)
-        gc.collect()
         frozen = [
             p for name, p in model.named_parameters() if not p.requires_grad and (".h." in name or ".layers." in name)
         ]
