@@ -209,3 +209,31 @@ def test_what_does_not_fit_is_refused(change: str, told: str, tiny_llama: Path, 
     result = lora("merge", adapter, "--out", tmp_path / "merged")
     assert result.exit_code == 2, result.stderr
     assert told in result.stderr and not (tmp_path / "merged").exists()
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
+def test_factors_of_single_experts_are_told(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    """As PEFT wrote them for Transformers 4; it reads them still, and writes them as they are today."""
+    base = make_base("mixtral", tiny_llama, tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["target_modules"] = ["q_proj", "w1", "w2", "w3"]
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    sizes, tensors = CONFIGS["mixtral"], load_file(adapter / "adapter_model.safetensors")
+    for layer in range(sizes.num_hidden_layers):
+        for expert in range(sizes.num_local_experts):
+            for name in ("w1", "w2", "w3"):
+                wide, narrow = sizes.hidden_size, sizes.intermediate_size
+                into, out = (narrow, wide) if name == "w2" else (wide, narrow)
+                stem = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+                tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = (
+                    torch.ones(R, into),
+                    torch.ones(out, R),
+                )
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    result = lora("merge", adapter, "--out", tmp_path / "merged")
+    assert result.exit_code == 2 and "holds factors for each expert" in result.stderr, result.stderr
+
+    anew = tmp_path / "anew"
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)).save_pretrained(str(anew))
+    assert done(lora("merge", anew, "--out", tmp_path / "merged", "--json")).json["verified"]

@@ -779,6 +779,35 @@ ENDS = {
 }
 
 
+def test_ends_that_are_stored_apart_are_not_tied(
+    tiny_llama: Path, tmp_path: Path, lora: Any, no_model: None, recwarn: Any
+) -> None:
+    """Whatever the configuration says: Transformers takes both as they are stored."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_llama, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    adapter = make_adapter("llama", folder, tmp_path / "adapter", "auto", target_modules=["lm_head", "q_proj"])
+    assert done(lora("merge", adapter, "--out", tmp_path / "merged", "--json")).json["verified"]
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert base.get_input_embeddings().weight is not base.get_output_embeddings().weight
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    wanted = logits(PeftModel.from_pretrained(base, str(adapter)), tokenizer)
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32), tokenizer)
+    assert distance(found, wanted) < 1e-5
+
+
+def test_tokens_trained_in_the_head_alone_are_not_merged_into_the_embedding(
+    tied: Base, tmp_path: Path, lora: Any
+) -> None:
+    name, folder = tied
+    tokens = {ENDS[name][0]: [3, 7], "lm_head": [1]}
+    adapter = make_adapter(name, folder, tmp_path / "adapter", trainable_token_indices=tokens)
+    result = lora("quantize", adapter, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "trains tokens of the head of a base that has one tensor" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("saved", [False, "auto"], ids=["bare", "as-peft-saves-it"])
 @pytest.mark.parametrize("ends", ["embedding", "head", "both"])
 def test_an_update_of_one_tied_tensor_is_none_of_the_other(

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    MambaConfig,
     NemotronHConfig,
     NemotronHForCausalLM,
 )
@@ -328,6 +329,24 @@ def test_layers_that_could_not_be_loaded_again(joined: Path, method: str, tmp_pa
             each(torch.arange(8)[None]).logits for each in (model, AutoModelForCausalLM.from_pretrained(joined))
         )
     assert (found - wanted).norm() < 0.2 * wanted.norm()
+
+
+def test_a_layer_whose_numbers_the_model_multiplies_by(
+    tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any
+) -> None:
+    """Mamba does so with dt_proj: of codes it could make nothing."""
+    base = tmp_path / "mamba"
+    shutil.copytree(tiny_llama, base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, state_size=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    result = lora("quantize", base, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "multiplies by the numbers of dt_proj" in result.stderr
+    done(lora("quantize", base, "--out", tmp_path / "out", "--skip", "dt_proj"))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.arange(8)[None])
+
+    changes = {"model.name_or_path": base, "quantization": {"method": "nf4"}, "adapter.target_modules": "all-linear"}
+    result = lora("train", write_recipe(changes))
+    assert result.exit_code == 2 and "multiplies by the numbers of dt_proj" in result.stderr
 
 
 def test_a_missing_tokenizer_is_told_before_anything_is_quantized(

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.model.targets import Target
+from lora_cli.model.targets import Target, is_read_past
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -16,22 +16,6 @@ if TYPE_CHECKING:
 
 CANNOT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What an architecture raises when its forward pass is asked for what it does not know."""
-
-READ_BY_KERNELS = {
-    "out_proj": {
-        "bamba",
-        "falcon_h1",
-        "falcon_mamba",
-        "granitemoehybrid",
-        "mamba",
-        "mamba2",
-        "nemotron_h",
-        "zamba2",
-    },
-    "dt_proj": {"doge", "falcon_mamba", "jamba", "mamba"},
-}
-"""Layers by name, and the model types where their weight is read past an adapter, by Mamba's kernels or without them,
-or where it is used for long rows alone (Doge): the adapter would learn nothing, and for some PEFT refuses it."""
 
 READ_AS_NUMBERS = {"mamba": "dt_proj"}
 """Model types whose forward pass multiplies by what a layer's weight holds, and that layer: in 4 or 8 bits it holds
@@ -47,7 +31,7 @@ def linear_layers(model: PreTrainedModel) -> dict[str, Target]:
         wide = widths(module)
         if wide is None or module is head or wide[1] == 1 or _is_router(name, wide[1], model):
             continue
-        if kind not in READ_BY_KERNELS.get(name.rpartition(".")[2], ()):
+        if not is_read_past(name, kind):
             layers[name] = Target(name, *wide)
     return _not_for_experts(layers, model) if has_experts(model) else layers
 

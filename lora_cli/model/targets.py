@@ -12,6 +12,21 @@ from lora_cli.errors import Fault, UserError, nearest
 FUSED = {"c_attn", "qkv_proj", "query_key_value", "Wqkv", "qkv"}
 QUERY_VALUE = {"q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "wq", "wv"} | FUSED
 OUTPUT = {"o_proj", "out_proj", "c_proj", "dense", "out_lin", "wo"}
+READ_PAST = {
+    "out_proj": {
+        "bamba",
+        "falcon_h1",
+        "falcon_mamba",
+        "granitemoehybrid",
+        "mamba",
+        "mamba2",
+        "nemotron_h",
+        "zamba2",
+    },
+    "dt_proj": {"doge", "falcon_mamba", "jamba", "mamba"},
+}
+"""Layers by name, and the model types where their weight is read past an adapter, by Mamba's kernels or without them,
+or where it is used for long rows alone (Doge): the adapter would learn nothing, and for some PEFT refuses it."""
 WORDS = ("minimal", "standard", "attention", "all-linear")
 
 
@@ -22,6 +37,11 @@ class Target:
     name: str
     in_features: int
     out_features: int
+
+
+def is_read_past(name: str, model_type: str) -> bool:
+    """Whether the layer's weight is read past an adapter in models of this type."""
+    return model_type in READ_PAST.get(_leaf(name), ())
 
 
 def choose_targets(

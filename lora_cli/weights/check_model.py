@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import read_config, stored_quantization
-from lora_cli.model.targets import Target
+from lora_cli.model.targets import Target, is_read_past
 from lora_cli.weights.shards import DEPTHS, read_headers, weight_files
 
 if TYPE_CHECKING:
@@ -50,17 +50,20 @@ def check_mergeable(base: Path) -> None:
 
 
 def stored_layers(folder: Path) -> dict[str, Target] | None:
-    """The linear layers that a checkpoint's tensors speak of, by the names they are stored under.
+    """The linear layers that a checkpoint's tensors speak of and an adapter can reach, by the names they are stored
+    under.
 
     None where the tensors' names or shapes are not the model's: quantized weights, and experts that Transformers joins
     while loading. Which of its two widths is which is not known of a layer of GPT-2's kind.
     """
-    if stored_quantization(folder) or any("experts" in key for key in read_config(folder)):
+    config = read_config(folder)
+    if stored_quantization(folder) or any("experts" in key for key in config):
         return None
     layers = {}
     for name, info in read_headers(weight_files(folder)).items():
         layer, _, kind = name.rpartition(".")
-        if kind == "weight" and len(info.shape) == 2 and layer.rpartition(".")[2] not in EMBEDDINGS:
+        is_linear = kind == "weight" and len(info.shape) == 2 and layer.rpartition(".")[2] not in EMBEDDINGS
+        if is_linear and not is_read_past(layer, config.get("model_type", "")):
             layers[layer] = Target(layer, info.shape[1], info.shape[0])
     return layers
 

@@ -10,6 +10,7 @@ import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.adapters import load_adapter
@@ -73,7 +74,8 @@ def _load(base: PreTrainedModel, folder: Path) -> PeftModel:
     if adds and is_tied:
         what = "the adapter adds to the embedding or the head of a base that has one tensor for both"
         raise UserError(what, str(folder), "plain LoRA of them is handled, without DoRA")
-    if is_tied and isinstance(ends[1], TrainableTokensLayer) and not ends[1].tied_adapter:
+    head = ends[1]
+    if is_tied and isinstance(head, TrainableTokensWrapper) and head.token_adapter.tied_adapter is None:
         what = "the adapter trains tokens of the head of a base that has one tensor for head and embedding"
         raise UserError(what, str(folder), "load it beside its base with PEFT")
     return adapted
