@@ -320,6 +320,12 @@ def a_folder_of_two_formats(w: World) -> Arguments:
     return w.train(data="data")
 
 
+@case("rows.jsonl:2", "column 'completion' holds a number, expected text")
+def a_row_that_is_wrong_in_any_format(w: World) -> Arguments:
+    turns = {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Hello"}]}
+    return w.train({"model.name_or_path": w.llama}, data=w.rows(turns, {"prompt": "Hi", "completion": 3}))
+
+
 @case("rows.fifo", "neither a file nor a folder", "write them into a file")
 def rows_from_a_pipe(w: World) -> Arguments:
     os.mkfifo(w.root / "rows.fifo")

@@ -301,6 +301,11 @@ GIVEN = (TURNS[0], Message("assistant", "Hello", learned=False))
             {},
             (("### Instruction:\nAdd\n\n### Response:\n", False), ("2", True)),
         ),
+        (
+            {"instruction": "Add", "system": "1 1", "output": "2"},
+            {"columns": {"input": "system"}},
+            (("### Instruction:\nAdd\n\n### Input:\n1 1\n\n### Response:\n", False), ("2", True)),
+        ),
         ({"messages": HI}, {}, Conversation(TURNS)),
         ({"system": None, "messages": HI}, {}, Conversation(TURNS)),
         (

@@ -195,18 +195,6 @@ def test_a_chat_adapter_is_measured_on_what_it_was_trained_to_see(
     assert trained["result"]["validation"]["perplexity"] == pytest.approx(found["perplexity"], rel=1e-6)
 
 
-def test_the_table_tells_the_numbers_of_the_json(
-    tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, lora: Any
-) -> None:
-    run = run_of(tiny_gpt2)
-    numbers = done(lora("eval", run, "--data", qa_file, "--json")).json
-    lines = done(lora("eval", run, "--perplexity", "--data", qa_file)).stdout.splitlines()
-    assert lines[0] == f"{numbers['tokens']:,} predicted tokens of {qa_file}"
-    told = {line.split()[0]: float(line.split()[-1]) for line in lines[2:]}
-    assert told == pytest.approx({"base": numbers["base"]["perplexity"], "with": numbers["perplexity"]}, abs=0.006)
-    assert "base" not in done(lora("eval", tiny_gpt2, "--data", qa_file)).stdout
-
-
 def test_a_merged_model_scores_as_its_adapter(
     base: Path, run_of: Callable[..., Path], qa_file: Path, tmp_path: Path, lora: Any
 ) -> None:

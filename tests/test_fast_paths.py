@@ -23,7 +23,7 @@ from lora_cli.model.attention import ROWS, ROWS_ALONE, attend_by_rows
 from lora_cli.model.base import longrope_bounds
 from lora_cli.model.elementwise import PROJECTIONS, fuse
 from lora_cli.model.fused_lora import side_by_side
-from lora_cli.model.layers import linear_layers
+from lora_cli.model.layers import adaptable_layers, linear_layers
 from lora_cli.model.linear4bit import compute_right, expand
 from lora_cli.model.lora_products import Kind, LoraProducts
 from lora_cli.model.row_products import SHORT, WHOLE, RowProducts, _layouts
@@ -145,7 +145,7 @@ def test_an_architecture_gives_what_its_rows_give_one_at_a_time(kind: str) -> No
     base = build(name, arguments)
     own = base.config._attn_implementation
     rows = rows_of(ROW_LENGTHS)
-    targets = [name for name in linear_layers(base) if name.split(".")[-1] not in ("lm_head", "router", "out_proj")]
+    targets = [name for name in adaptable_layers(base) if name.split(".")[-1] not in ("lm_head", "router", "out_proj")]
     model = adapt(base, Adapter(r=3, target_modules="all-linear"), targets, fused=False)
     for weight_name, weight in model.named_parameters():
         if "lora_B" in weight_name:
@@ -182,8 +182,10 @@ def test_layers_that_are_not_adapted(name: str, more: dict[str, Any], left_out: 
     """A gate of one number can have no rank, and PEFT refuses what Mamba's kernels read."""
     model = build(name, more)
     linear = {key for key, module in model.named_modules() if isinstance(module, nn.Linear)}
-    assert {key.rpartition(".")[2] for key in linear - linear_layers(model).keys()} == left_out
-    adapt(model, Adapter(r=2, target_modules="all-linear"), list(linear_layers(model)), fused=True)
+    assert {key.rpartition(".")[2] for key in linear - adaptable_layers(model).keys()} == left_out
+    unquantized = {key.rpartition(".")[2] for key in linear - linear_layers(model).keys()}
+    assert unquantized == left_out - {"dt_proj", "out_proj"}, "which say what a model takes in 4 bits"
+    adapt(model, Adapter(r=2, target_modules="all-linear"), list(adaptable_layers(model)), fused=True)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +198,7 @@ def test_layers_that_are_not_adapted(name: str, more: dict[str, Any], left_out: 
 )
 def test_a_model_may_write_over_what_fused_layers_give_it(name: str, more: dict[str, Any]) -> None:
     base, rows = build(name, GROUPED | more), rows_of((9, 5))
-    targets = [layer for layer in linear_layers(base) if "router" not in layer]
+    targets = [layer for layer in adaptable_layers(base) if "router" not in layer]
     results = []
     for fused in (False, True):
         if fused:
@@ -669,7 +671,7 @@ def test_sizes_are_rounded_up_by_an_eighth_at_most_to_eight_between_powers_of_tw
 def test_in_16_bits_a_processor_takes_lines_of_few_lengths(name: str, dtype: torch.dtype) -> None:
     """For 69 tokens 72, of which the last 3 add nothing to the loss and its slope."""
     model = build(name, GROUPED if name == "Llama" else {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 70})
-    targets = list(linear_layers(model))
+    targets = list(adaptable_layers(model))
     assert lay_end_to_end(model, torch.device("cpu"), "auto")
     base = model.to(dtype)
     adapted = adapt(base, Adapter(r=2), targets, fused=True).eval()

@@ -96,7 +96,8 @@ def prompt_completion(row: Columns) -> Content:
 
 def alpaca(row: Columns) -> Content:
     """Stanford Alpaca's columns under its three headings; an empty input leaves its heading out."""
-    if lost := next((name for name in ("system", "history") if row.row.columns.get(name)), None):
+    unread = {"system", "history"} - set(row.mapping.values())
+    if lost := next((name for name in sorted(unread) if row.row.columns.get(name)), None):
         hint = "lay rows out by data.template, which may name {system}, or give them as messages"
         raise UserError(f"column '{lost}' is not empty, and alpaca has no place for it", row.row.where, hint)
     extra = row.text("input", default="")
@@ -255,9 +256,10 @@ def unseen_faults(data: Data, seen: Collection[str]) -> list[Fault]:
 
 
 def _of_another_format(row: Row, format_name: str, data: Data) -> list[Fault]:
-    """That the row's columns speak for another format than its source's first row, if they do."""
+    """That the row is of another format than its source's first row, if it is."""
     try:
         own = detect(row, data)
+        read_content(row, own, data)
     except UserError:
         return []
     if own == format_name or not format_name:

@@ -28,6 +28,8 @@ BYTES_ON_GPU = 2**28
 """Bytes of logits that a GPU makes at a time, at most, but for the rounding of rows: few make slow products."""
 CACHED = 2**19
 """Logits that a processor makes a softmax of at a time, in float32: what stays in its cache."""
+AT_ONCE_ON_GPU = 2**25
+"""Logits that a GPU makes a softmax of at a time, in float32."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def _make_softmax(logits: torch.Tensor, exact: torch.dtype, scale: float, cap: f
 
     In their place comes softmax(z), times z's slope where there is a cap.
     """
-    few = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    few = max(1, (CACHED if logits.device.type == "cpu" else AT_ONCE_ON_GPU) // logits.shape[1])
     sums = []
     for each in torch.split(logits, few):
         z = _bounded(each.to(exact), scale, cap)

@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 CANNOT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What an architecture raises when its forward pass is asked for what it does not know."""
 
-READ_AS_NUMBERS = {"mamba": "dt_proj"}
-"""Model types whose forward pass multiplies by what a layer's weight holds, and that layer: in 4 or 8 bits it holds
-codes."""
-
 
 def linear_layers(model: PreTrainedModel) -> dict[str, Target]:
-    """Every linear layer but the output head, expert routers, gates of one number, those that Mamba's kernels read and
-    those that PEFT takes for experts, GPT-2's Conv1D included."""
-    head, kind = model.get_output_embeddings(), model.config.model_type
-    layers = {}
+    """Every linear layer but the output head, expert routers and gates of one number, GPT-2's Conv1D included."""
+    head, layers = model.get_output_embeddings(), {}
     for name, module in model.named_modules():
         wide = widths(module)
-        if wide is None or module is head or wide[1] == 1 or _is_router(name, wide[1], model):
-            continue
-        if not is_read_past(name, kind):
+        if wide is not None and module is not head and wide[1] > 1 and not _is_router(name, wide[1], model):
             layers[name] = Target(name, *wide)
+    return layers
+
+
+def adaptable_layers(model: PreTrainedModel) -> dict[str, Target]:
+    """Those of ``linear_layers`` that an adapter reaches: not those whose weight is read past it, or whose names PEFT
+    takes for experts'."""
+    kind = model.config.model_type
+    layers = {name: target for name, target in linear_layers(model).items() if not is_read_past(name, kind)}
     return _not_for_experts(layers, model) if has_experts(model) else layers
 
 

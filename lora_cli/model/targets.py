@@ -27,6 +27,9 @@ READ_PAST = {
 }
 """Layers by name, and the model types where their weight is read past an adapter, by Mamba's kernels or without them,
 or where it is used for long rows alone (Doge): the adapter would learn nothing, and for some PEFT refuses it."""
+READ_AS_NUMBERS = {"mamba": "dt_proj"}
+"""Model types whose forward pass multiplies by what a layer's weight holds, and that layer: in 4 or 8 bits it holds
+codes."""
 WORDS = ("minimal", "standard", "attention", "all-linear")
 
 

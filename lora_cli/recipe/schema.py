@@ -131,11 +131,12 @@ class Data(Section):
     format: Literal["auto", "text", "prompt_completion", "alpaca", "chat", "template"] = Field(
         "auto",
         description="How a row is read: text, prompt_completion (prompt and completion, or question and answer, joined "
-        "as they stand), alpaca (instruction, input, output), chat (messages, conversations, or a prompt and a "
-        "completion, each a text or turns, of which the completion's are learned; lists may be given as JSON text, and "
-        "a turn with weight or train: 0 is read and not learned; with tool_calls of the assistant and, beside them, "
-        "tools, a list of JSON schemas; through the tokenizer's chat template, which must write them), template. auto: "
-        "by the columns of each source's first row, of several formats that which uses most of data.columns.",
+        "as they stand), alpaca (instruction, input, output), chat (messages or conversations, a list or its JSON "
+        "text, or a prompt and a completion, each a text or a list of turns, of which the completion's are learned; a "
+        "turn with weight or train: 0 is read and not learned; with tool_calls of the assistant and, beside them, "
+        "tools, a list of JSON schemas or its text; through the tokenizer's chat template, which must write them), "
+        "template. auto: by the columns of each source's first row, of several formats that which uses most of "
+        "data.columns.",
     )
     columns: dict[str, str] = Field(
         {}, description="The row's column for each name the format uses, e.g. {prompt: question, completion: answer}."

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from lora_cli.data.formats import column_faults, pattern_faults, row_faults, unseen_faults
 from lora_cli.data.sources import source_faults, sources_of
 from lora_cli.errors import Fault, UserError
-from lora_cli.model.files import check_model_type, check_quantizable, check_tokenizer, locate
-from lora_cli.model.targets import Target, choose_targets, compile_pattern
+from lora_cli.model.files import check_model_type, check_quantizable, check_tokenizer, locate, read_config
+from lora_cli.model.targets import READ_AS_NUMBERS, Target, choose_targets, compile_pattern
 from lora_cli.recipe.schema import Data, Recipe
 from lora_cli.training.launched import is_first_here, process_index
 from lora_cli.training.run import RunFolder
@@ -172,6 +172,10 @@ def _check_model(recipe: Recipe) -> None:
     check_tokenizer(base, chat=recipe.data.format == "chat")
     if recipe.quantization is not None:
         check_quantizable(base)
+        kind = str(read_config(base).get("model_type"))
+        if (layer := READ_AS_NUMBERS.get(kind)) is not None:
+            what = f"a model of type {kind} multiplies by the numbers of {layer}, and cannot by codes"
+            raise UserError(what, "quantization", "leave it out")
     if Path(recipe.model.name_or_path).is_dir():
         _check_weights_without_torch(recipe, base)
 
@@ -210,16 +214,11 @@ def _targets(recipe: Recipe, base: Path, config: PreTrainedConfig) -> list[Targe
     """The layers to adapt, by the base's model. Raises UserError when that and its weights, the recipe and the adapter
     to start from do not go together."""
     from lora_cli.model.base import best_device, check_attention, skeleton
-    from lora_cli.model.layers import READ_AS_NUMBERS, linear_layers
+    from lora_cli.model.layers import adaptable_layers
     from lora_cli.model.linear4bit import check_dora
 
     adapter, bare = recipe.adapter, skeleton(config)
-    if recipe.quantization is not None and (layer := READ_AS_NUMBERS.get(config.model_type)) is not None:
-        what = (
-            f"a model of type {config.model_type} multiplies by the numbers of {layer}, and cannot by 4- or 8-bit codes"
-        )
-        raise UserError(what, "quantization", "leave it out")
-    targets = choose_targets(linear_layers(bare), adapter.target_modules, adapter.r, adapter.layers_to_transform)
+    targets = choose_targets(adaptable_layers(bare), adapter.target_modules, adapter.r, adapter.layers_to_transform)
     if adapter.use_dora and recipe.quantization is not None and recipe.quantization.method != "int8":
         check_dora(targets, best_device())
     check_weights(base, bare)

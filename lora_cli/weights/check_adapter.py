@@ -85,7 +85,7 @@ def check_in_model(folder: Path, base: Path, other_kinds: bool) -> None:
 
 def _faults_in_model(folder: Path, base: Path) -> list[Fault]:
     """What is wrong with an adapter's tensors, by the base's model, which is slow to make. Raises UserError when the
-    base itself lacks tensors."""
+    base itself lacks tensors, or the adapter has factors of single experts."""
     from lora_cli.weights.inventory import adapter_faults  # with torch and PEFT
 
     return adapter_faults(folder, base)

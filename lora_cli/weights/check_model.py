@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_cli.errors import Fault, UserError
+from lora_cli.errors import Fault, UserError, alike
 from lora_cli.model.files import read_config, stored_quantization
 from lora_cli.model.targets import Target, is_read_past
 from lora_cli.weights.shards import DEPTHS, read_headers, weight_files
@@ -33,9 +33,9 @@ def check_weights(folder: Path, bare: PreTrainedModel) -> None:
         wanted = expected.get(name) or expected.get(f"{bare.base_model_prefix}.{name}")
         if wanted is not None and wanted != info.shape:
             what = f"tensor {name} has shape {list(info.shape)}, the configuration says {list(wanted)}"
-            faults.append(Fault(what, str(info.file), "config.json and the weights are of different models"))
+            faults.append(Fault(what, str(info.file)))
     if faults:
-        raise UserError(faults[:5])
+        raise alike(faults, "config.json and the weights are of different models")
 
 
 def check_mergeable(base: Path) -> None:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.errors import Fault, UserError, alike
 from lora_cli.model.base import load_config, skeleton
 from lora_cli.model.files import copy_tokenizer
-from lora_cli.model.layers import linear_layers
+from lora_cli.model.layers import adaptable_layers
 from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS, PEFT_PREFIX
 from lora_cli.weights.check_model import check_weights
 from lora_cli.weights.fingerprint import fingerprint
@@ -113,7 +113,7 @@ def _pairs(
 ) -> dict[str, Pair]:
     """The linear layers' weights in both models. Raises UserError for each that one lacks or has otherwise."""
     pairs, faults = {}, []
-    for layer in linear_layers(model):
+    for layer in adaptable_layers(model):
         own = f"{layer}.weight"
         names = stored_name(own, base), stored_name(own, tuned)
         if names[0] is None or names[1] is None:

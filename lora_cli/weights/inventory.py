@@ -27,7 +27,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 def adapter_faults(folder: Path, base: Path) -> list[Fault]:
     """What is wrong with an adapter's tensors, as the base's model takes them; of other kinds than LoRA that is not
-    known. Raises UserError, by tensor, when the base itself lacks some."""
+    known. Raises UserError, by tensor, when the base itself lacks some, and for factors of single experts."""
     bare = skeleton(load_config(base))
     _check_base_tensors(base, bare)  # before it is adapted
     return _lora_faults(folder, bare) if read_adapter_config(folder)["peft_type"] == "LORA" else []

@@ -17,7 +17,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lora_cli.errors import UserError, did_you_mean
 from lora_cli.model.base import bitsandbytes_config, load_config, skeleton
-from lora_cli.model.layers import READ_AS_NUMBERS
+from lora_cli.model.targets import READ_AS_NUMBERS
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.codes import roundtrip
 from lora_cli.weights.shards import TensorInfo, read_headers, weight_files
