@@ -241,6 +241,28 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"lora_cli.evaluation.head.{name}", value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_words_that_cannot_be_had_take_no_part_in_the_loss(
+    scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole blocks of them, the first and the last, by a bias of -inf."""
+    small_blocks(monkeypatch)
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(37, 6, generator=draw).to(dtype).requires_grad_()
+    heads = [nn.Linear(6, words, dtype=dtype).requires_grad_(False) for words in (31, 5)]
+    heads[0].bias[:13], heads[0].bias[18:] = -torch.inf, -torch.inf
+    heads[1].weight.copy_(heads[0].weight[13:18])
+    heads[1].bias.copy_(heads[0].bias[13:18])
+    targets = torch.randint(5, (37,), generator=draw)
+    found, wanted = (
+        (loss := Head(head, scale, None).summed_loss(hidden, targets + first), *torch.autograd.grad(loss, hidden))
+        for head, first in zip(heads, (13, 0), strict=True)
+    )
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5 if dtype == torch.float32 else 0.02, atol=1e-5 * scale)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.3, None), (1e4, None), (1.0, 2.0), (1.7, 1.5)])
 def test_the_loss_in_chunks_is_the_plain_one(

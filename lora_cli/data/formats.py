@@ -133,6 +133,10 @@ def _side(row: Columns, name: str, role: str) -> tuple[Message, ...]:
     )
 
 
+def _holds_turns(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(turn, dict) for turn in value)
+
+
 def template(row: Columns, patterns: Template | None) -> Content:
     """The recipe's patterns filled with the row's columns."""
     assert patterns is not None, "the schema asks for data.template with this format"
@@ -225,7 +229,7 @@ def detect(row: Row, data: Data) -> str:
     if fitting:
         mapped = {name for name, column in data.columns.items() if column in row.columns}
         found = max(fitting, key=lambda name: len(mapped.intersection(FORMATS[name].names)))
-        if found == "prompt_completion" and isinstance(columns.optional("completion"), list):
+        if found == "prompt_completion" and any(_holds_turns(columns.optional(c)) for c in ("prompt", "completion")):
             found = "chat"
         unused = sorted(mapped.difference(FORMATS[found].names))
         if unused:

@@ -94,17 +94,24 @@ def read_turns(value: Any, where: str) -> tuple[Message, ...]:
 def _text(content: Any, place: str) -> str:
     """A turn's text, which may stand in parts of {type: text, text}. Raises UserError for anything else."""
     if isinstance(content, list):
-        for part in content:
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                what = f"of type {part['type']!r}" if isinstance(part, dict) and "type" in part else kind_of(part)
-                raise UserError(f"a part of the turn is {what}", place, "each is {type: text, text}: only text is read")
-        content = "".join(part["text"] for part in content)
+        content = "".join(_text_of_part(part, place) for part in content)
     if not isinstance(content, str):
         found = "null or missing" if content is None else kind_of(content)
         raise UserError(f"the turn's text is {found}", place, "content (or value) must be text")
     if is_broken(content):
         raise UserError(f"the turn's text {HALF}", place, HALF_HINT)
     return content
+
+
+def _text_of_part(part: Any, place: str) -> str:
+    hint = "each is {type: text, text}: only text is read"
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind != "text":
+        raise UserError(f"a part of the turn is {kind_of(part) if kind is None else f'of type {kind!r}'}", place, hint)
+    if not isinstance(text := part.get("text"), str):
+        found = "null or missing" if text is None else kind_of(text)
+        raise UserError(f"the text of a part of the turn is {found}", place, hint)
+    return text
 
 
 def _check_unread(turn: Mapping[str, Any], role: str, place: str) -> None:

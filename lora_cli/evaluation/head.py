@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 ROWS, COLUMNS, LOGITS = 2048, 4096, 2**22
 """Rows of logits that a processor makes at a time, at most, columns at least, and logits where rows are few."""
+LEAST = -1e30
+"""What stands for a bias of -inf: of -inf alone, in a block of words that are not to be had, there is no softmax."""
 BYTES_ON_GPU = 2**28
 """Bytes of logits that a GPU makes at a time, at most, but for the rounding of rows: few make slow products."""
 CACHED = 2**19
@@ -119,6 +121,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = torch.mm(lengthened, some.T, out=whole)[:rows]
             if bias is not None:
                 logits += bias[first : first + columns]
+                logits.clamp_(min=max(LEAST, torch.finfo(logits.dtype).min))
             place = targets[:, None] - first
             is_here = (place >= 0) & (place < len(some))
             picked = torch.where(is_here, logits.gather(1, place.clamp(0, len(some) - 1)).to(exact), picked)

@@ -143,7 +143,8 @@ class Data(Section):
     )
     template: Template | None = Field(None, description="Patterns for format: template.")
     train_on: Literal["completion", "all"] = Field(
-        "completion", description="Which tokens are supervised: completions and assistant turns, or all."
+        "completion",
+        description="Which tokens are supervised: completions and assistant turns, or all, whatever a turn's weight.",
     )
     max_length: Annotated[int, Field(ge=2)] = Field(
         1024, description="Tokens a row keeps, from its beginning; never more than the model has positions."
