@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -166,6 +167,72 @@ def test_a_checkpoint_that_cannot_be_read_at_the_moment_is_not_given_up(
     assert kept.items() <= before.items() and len(kept) > 4
     done(lora("train", run.folder / "recipe.yaml", "training.max_steps=5", "--resume"))
     assert run.column("step") == [1, 2, 3, 4, 5]
+
+
+def learned(run: Run) -> dict[Path, bytes]:
+    """What a run would be sorry to lose."""
+    kept = ("weights.safetensors", "state.json", "adapter_model.safetensors", "metrics.jsonl")
+    return {path: held for path, held in files_of(run).items() if path.name in kept}
+
+
+def test_a_record_that_cannot_be_read_at_the_moment_is_not_taken_for_no_run(
+    train: Callable[..., Run], lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train({"training.max_steps": 2})
+    before, read_text = learned(run), Path.read_text
+    for failing in range(1, 100):
+        left = iter(range(failing, 0, -1))
+
+        def stale(path: Path, *how: Any, **more: Any) -> str:
+            if path.name == "run.json" and next(left, None) == 1:  # noqa: B023
+                raise OSError(errno.ESTALE, "Stale file handle", str(path))
+            return read_text(path, *how, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", stale)
+            result = lora("train", run.folder / "recipe.yaml", "--resume")
+        assert learned(run) == before, failing
+        if result.exit_code == 0:
+            break
+        assert result.exit_code == 3
+        assert f"{run.folder / 'run.json'}: the system refused: Stale file handle" in result.stderr
+    assert failing > 5
+
+
+def test_checkpoints_that_cannot_be_listed_at_the_moment_are_not_begun_over(
+    train: Callable[..., Run], lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train({"training.max_steps": 2})
+    before = learned(run)
+    listing = {name: getattr(os, name) for name in ("listdir", "scandir")}
+
+    def failing(name: str) -> Callable[..., Any]:
+        def refused(path: Any = ".") -> Any:
+            if Path(str(path)).name == "checkpoints":
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return listing[name](path)
+
+        return refused
+
+    with monkeypatch.context() as patch:
+        for name in listing:
+            patch.setattr(os, name, failing(name))
+        result = lora("train", run.folder / "recipe.yaml", "--resume")
+    assert result.exit_code == 3 and "the system refused: Permission denied" in result.stderr
+    assert learned(run) == before
+
+
+def test_nothing_learned_is_begun_over_unasked(
+    train: Callable[..., Run], lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the run was taken for: this is the last that stands before its removal."""
+    run = train({"training.max_steps": 2})
+    before = learned(run)
+    monkeypatch.setattr(RunFolder, "is_begun", False)
+    result = lora("train", run.folder / "recipe.yaml", "--resume")
+    assert result.exit_code == 3
+    assert f"{run.folder}: the folder holds what a run has learned; nothing was removed" in result.stderr
+    assert learned(run) == before
 
 
 def test_a_draft_that_another_verb_is_writing_stays(train: Callable[..., Run], lora: Any) -> None:

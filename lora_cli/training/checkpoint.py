@@ -20,7 +20,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from lora_cli.errors import UserError
 from lora_cli.training.processes import fill, laid_out_as, shape_of, whole
-from lora_cli.weights.folders import clear_drafts, set_aside, whole_folder
+from lora_cli.weights.folders import clear_drafts, entries, set_aside, whole_folder
 from lora_cli.weights.shards import read_headers
 
 MANIFEST = "manifest.json"
@@ -138,8 +138,8 @@ def step_of(path: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir())
+    """The checkpoints in a folder, oldest first. Raises OSError when it cannot be listed."""
+    return sorted(path for path in entries(folder) if NAME.fullmatch(path.name) and path.is_dir())
 
 
 def kept(folder: Path, then: str = "") -> str:

@@ -108,7 +108,7 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
         if trainer.writes:
             if job.resume:
                 info["started"] = folder.read_info()["started"]
-            told = go_on(trainer, info) if job.resume else folder.begin(job.recipe, info)
+            told = go_on(trainer, info) if job.resume else folder.begin(job.recipe, info, job.overwrite)
             prune(folder.cache, job.cache_keys)
             prune_kept(folder.cache, trainer.kept_base.name if trainer.kept_base else None)
             display.log_to(folder.log)

@@ -40,10 +40,12 @@ FLASH_PACKAGES = ("flash_attn", "flash_attn_interface", "kernels")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has passed every check; ``tokenized`` are the rows as they are still to be published."""
+    """A run that has passed every check; ``resume`` says whether there is one to go on with, ``tokenized`` are the rows
+    as they are still to be published."""
 
     recipe: Recipe
     resume: bool
+    overwrite: bool
     folder: RunFolder
     base: Path
     base_digest: str
@@ -62,7 +64,8 @@ class Prepared:
 def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     """Check the recipe against folder, data and model. Raises UserError with every fault that a stage can find."""
     folder = RunFolder(recipe.training.output_dir)
-    if resume and folder.is_begun:
+    goes_on = resume and folder.is_begun
+    if goes_on:
         recipe = as_begun(recipe, folder.read_recipe())
     _check_without_torch(recipe, folder, resume, overwrite)
 
@@ -81,13 +84,13 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     for examples in (train.examples, validation):
         if examples is not None:
             check_ids(examples, config.get_text_config().vocab_size, str(base))
-    resume = resume and folder.is_begun
-    if resume:
+    if goes_on:
         held_out = validation.fingerprint if validation is not None else None
         folder.check_same_content(digest, train.examples.fingerprint, held_out)
     return Prepared(
         recipe=recipe,
-        resume=resume,
+        resume=goes_on,
+        overwrite=overwrite,
         folder=folder,
         base=base,
         base_digest=digest,

@@ -10,13 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import Fault, UserError, unwritable
+from lora_cli.errors import Fault, RunError, UserError, unwritable
 from lora_cli.recipe.load import changed, dump_recipe, load_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.launched import process_count
 from lora_cli.training.lock import check_unlocked
 from lora_cli.training.same_run import MAY_CHANGE_TOGETHER, changed_keys, check_same_keys, told
-from lora_cli.weights.folders import check_writable, clear_drafts, set_aside, sync
+from lora_cli.weights.folders import check_writable, clear_drafts, entries, set_aside, sync
 
 KINDS = {
     "started": str,
@@ -51,7 +51,7 @@ class RunFolder:
 
     @property
     def holds_run(self) -> bool:
-        """Whether run.json is a run's: any folder may hold a recipe.yaml."""
+        """Whether run.json is a run's: any folder may hold a recipe.yaml. Raises OSError when it cannot be read now."""
         try:
             return {"started", "versions", "steps"} <= set(self.read_info())
         except UserError:
@@ -65,8 +65,12 @@ class RunFolder:
     @property
     def _has_lost_its_recipe(self) -> bool:
         """Whether what a run has learned lies here without its recipe, and not because ``begin`` was killed."""
-        learned = self.adapter.exists() or any(self.checkpoints.glob("step-*"))
-        return self.holds_run and not self.recipe.exists() and learned and not _draft(self.recipe).exists()
+        return self.holds_run and not self.recipe.exists() and self._has_learned and not _draft(self.recipe).exists()
+
+    @property
+    def _has_learned(self) -> bool:
+        """Whether there is something that a run has learned. Raises OSError when that cannot be found out."""
+        return self.adapter.exists() or any(path.name.startswith("step-") for path in entries(self.checkpoints))
 
     def check(self, recipe: Recipe, resume: bool, overwrite: bool) -> None:
         """Raises UserError when this folder may not take the run that is asked for; writes nothing."""
@@ -134,12 +138,17 @@ class RunFolder:
         if faults:
             raise UserError(faults)
 
-    def begin(self, recipe: Recipe, info: Mapping[str, Any]) -> list[str]:
-        """Make the folder for a new run, in place of the one it holds.
+    def begin(self, recipe: Recipe, info: Mapping[str, Any], overwrite: bool) -> list[str]:
+        """Make the folder for a new run, in place of the one it holds when it is to ``overwrite`` that.
 
         Killed at any point, it leaves a folder that ``--resume`` begins with again: nothing of the former run is gone
-        on with. As long as there is no recipe, its draft says that this is why.
+        on with. As long as there is no recipe, its draft says that this is why. Raises RunError before it would remove
+        anything else that a run has learned.
         """
+        was_killed = _draft(self.recipe).exists() and not self.recipe.exists()
+        if not overwrite and not was_killed and self._has_learned:
+            hint = "--resume goes on with it, --overwrite replaces it"
+            raise RunError("the folder holds what a run has learned; nothing was removed", str(self.root), hint)
         self._clear_drafts()
         _draft(self.recipe).touch()
         self.recipe.unlink(missing_ok=True)
@@ -221,10 +230,11 @@ class RunFolder:
         write_whole(self.metrics, "".join(kept))
 
     def read_info(self) -> dict[str, Any]:
-        """run.json. Raises UserError when it is missing or damaged."""
+        """run.json. Raises UserError when it is missing or damaged, OSError when it cannot be read, which may pass: a
+        run taken for none would be begun anew."""
         try:
             info: Any = json.loads(self.info.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, RecursionError) as error:
             raise UserError(f"not readable: {error}", str(self.info), RESTORE) from error
         if (
             not isinstance(info, dict)
@@ -283,7 +293,7 @@ def newest_finished(root: Path = Path("runs")) -> Path:
     """
     finished = []
     for info in root.glob("*/run.json"):
-        with suppress(UserError):
+        with suppress(UserError, OSError):
             when = RunFolder(info.parent).read_info().get("finished")
             if isinstance(when, str):
                 finished.append((when, info.parent))

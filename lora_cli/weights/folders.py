@@ -52,6 +52,15 @@ def whole_folder(out: Path, replace: bool = False, needed: int | None = None) ->
             shutil.rmtree(former, ignore_errors=True)
 
 
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder; nothing when there is none. Raises OSError when it cannot be listed, which ``glob`` takes
+    for empty."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
 def set_aside(folder: Path) -> None:
     """Take a folder out of sight at once, to be removed with the drafts: it is never seen with a part of its files."""
     folder.replace(folder.with_name(f".{folder.name}.old.draft"))
