@@ -106,6 +106,12 @@ def unwritable(path: Path, error: Exception, needed: int | None = None) -> RunEr
     return RunError(what, str(path), "what was whole before still is; make room and go on")
 
 
+def unreadable(path: Path, error: Exception) -> RunError:
+    """What to raise when ``error`` came while ``path``, which is there, was read."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return RunError(f"could not be read: {reason}", str(path), "nothing was changed; try again, it may have passed")
+
+
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 

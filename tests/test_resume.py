@@ -12,11 +12,13 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from conftest import TRAIN_KEYS, VALIDATION_KEYS, Run, done
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lora_cli.errors import RunError, UserError
@@ -25,6 +27,7 @@ from lora_cli.recipe.load import load_recipe
 from lora_cli.training import checkpoint, hidden_states, loop
 from lora_cli.training.display import Display
 from lora_cli.training.run import RunFolder
+from lora_cli.weights import shards
 from lora_cli.weights.folders import draft_folder
 
 EVERYTHING_RANDOM = {
@@ -219,6 +222,29 @@ def test_checkpoints_that_cannot_be_listed_at_the_moment_are_not_begun_over(
             patch.setattr(os, name, failing(name))
         result = lora("train", run.folder / "recipe.yaml", "--resume")
     assert result.exit_code == 3 and "the system refused: Permission denied" in result.stderr
+    assert learned(run) == before
+
+
+@pytest.mark.parametrize("place", [shards, checkpoint])
+def test_a_checkpoint_whose_tensors_cannot_be_opened_at_the_moment_is_not_given_up(
+    place: ModuleType, train: Callable[..., Run], lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train({"training.max_steps": 2})
+    before, file = learned(run), run.folder / STEP_2 / "weights.safetensors"
+    name = "safe_open" if place is shards else "load_file"
+    original = getattr(place, name)
+    fault = FileNotFoundError("Too many open files") if place is shards else SafetensorError("Too many open files")
+
+    def failing(path: Path, *how: Any, **more: Any) -> Any:
+        if path == file:
+            raise fault
+        return original(path, *how, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, failing)
+        result = lora("train", run.folder / "recipe.yaml", "--resume")
+    assert result.exit_code == 3
+    assert f"{file}: could not be read: Too many open files" in result.stderr
     assert learned(run) == before
 
 

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from pydantic import FiniteFloat, TypeAdapter
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.amp.grad_scaler import GradScaler
 
-from lora_cli.errors import UserError
+from lora_cli.errors import UserError, unreadable
+from lora_cli.model.memory import is_out_of_memory
 from lora_cli.training.processes import fill, laid_out_as, shape_of, whole
 from lora_cli.weights.folders import clear_drafts, entries, set_aside, whole_folder
 from lora_cli.weights.shards import read_headers
@@ -116,9 +118,19 @@ def write(folder: Path, state: State) -> Path:
 
 
 def read(path: Path) -> State:
-    """A checkpoint that ``is_whole``, in host memory."""
-    weights, optimizer, random_states = (load_file(path / f"{name}.safetensors") for name in FILES)
+    """A checkpoint that ``is_whole``, in host memory. Raises RunError or OSError when it cannot be read, which may
+    pass."""
+    weights, optimizer, random_states = (_load(path / f"{name}.safetensors") for name in FILES)
     return State(weights, optimizer, random_states, _read_document(path))
+
+
+def _load(file: Path) -> Tensors:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, RuntimeError) as error:  # torch, which maps the file, raises RuntimeError
+        if is_out_of_memory(error):
+            raise
+        raise unreadable(file, error) from error
 
 
 def _read_document(path: Path) -> Document:
@@ -150,8 +162,8 @@ def kept(folder: Path, then: str = "") -> str:
 def is_whole(path: Path) -> bool:
     """Whether every file of a checkpoint has the size and the SHA-256 that its manifest says, and is what it is named.
 
-    Whatever is no safetensors file, such as a pickle, is not opened any further. Raises OSError when a file that is
-    there cannot be read, which may pass: a checkpoint taken for damaged would be written over.
+    Whatever is no safetensors file, such as a pickle, is not opened any further. Raises OSError or RunError when a file
+    that is there cannot be read, which may pass: a checkpoint taken for damaged would be written over.
     """
     try:
         listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
-from lora_cli.errors import UserError, mend
+from lora_cli.errors import UserError, mend, unreadable
 from lora_cli.model.files import MODEL_FOLDER, read_config
 
 if TYPE_CHECKING:
@@ -65,13 +65,19 @@ class TensorInfo:
 
 
 def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
-    """The tensors of these files by name, from their headers alone. Raises UserError for a damaged file."""
+    """The tensors of these files by name, from their headers alone.
+
+    Raises UserError for a damaged or missing file, RunError for one that cannot be read, which may pass.
+    """
     found: dict[str, TensorInfo] = {}
     for file in files:
         try:
+            file.open("rb").close()  # tells why it fails; to safetensors a file that cannot be opened is missing
             with safe_open(file, framework="np"):  # which finds what is damaged; torch need not be there
                 found.update(_entries(file))
         except (SafetensorError, OSError) as error:
+            if isinstance(error, OSError) and file.is_file():
+                raise unreadable(file, error) from error
             size = f"{file.stat().st_size:,} bytes" if file.exists() else "missing"
             raise UserError(f"not a whole safetensors file ({size}): {error}", str(file), mend(file)) from error
     return found
