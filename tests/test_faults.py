@@ -202,6 +202,32 @@ def test_two_processes_started_at_once(write_recipe: Any, tmp_path: Path, no_cur
         assert json.loads((run / "run.json").read_text())["finished"]
 
 
+def test_killed_between_two_adapters_a_run_has_the_former_one(
+    train: Callable[..., Run], lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train({"training.max_steps": 2})
+    before, replace = run.adapter_bytes, Path.replace
+
+    def kill(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def killed(path: Path, target: Path) -> Path:  # nor is anything put back any more
+        return kill() if target.name == "adapter" else replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        lora("train", run.folder / "recipe.yaml", "--resume")
+    assert not (run.folder / "adapter").exists()
+    for adapter in (run.folder, run.folder / "adapter"):
+        done(lora("adapters", "show", adapter))
+
+    shutil.rmtree(run.folder / "checkpoints")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "take_step", kill)
+        lora("train", run.folder / "recipe.yaml", "--resume")
+    assert run.adapter_bytes == before and not soak.drafts(run.folder)
+
+
 # --- failing writes --------------------------------------------------------------------------------------------------
 
 

@@ -146,10 +146,10 @@ class RunFolder:
         anything else that a run has learned.
         """
         was_killed = _draft(self.recipe).exists() and not self.recipe.exists()
+        self._clear_drafts()
         if not overwrite and not was_killed and self._has_learned:
             hint = "--resume goes on with it, --overwrite replaces it"
             raise RunError("the folder holds what a run has learned; nothing was removed", str(self.root), hint)
-        self._clear_drafts()
         _draft(self.recipe).touch()
         self.recipe.unlink(missing_ok=True)
         self.write_info(info)  # from here on the folder holds a run, which may be replaced

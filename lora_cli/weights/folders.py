@@ -20,6 +20,8 @@ from lora_cli.errors import UserError, unwritable
 
 DRAFT = re.compile(r"\..+\.([a-z0-9_]{8}|old)\.draft(\.former)?")
 """Names that are given to folders on their way in or out, and to no others."""
+FORMER = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.draft\.former")
+"""Names of folders whose place another is about to take."""
 
 
 @contextmanager
@@ -49,7 +51,8 @@ def whole_folder(out: Path, replace: bool = False, needed: int | None = None) ->
         finally:
             if former.exists() and not out.exists():
                 former.replace(out)
-            shutil.rmtree(former, ignore_errors=True)
+            elif former.exists() and not draft.exists():
+                former.replace(draft)  # to be removed under a name by which no part of it is ever put back
 
 
 def entries(folder: Path) -> list[Path]:
@@ -68,10 +71,25 @@ def set_aside(folder: Path) -> None:
 
 def clear_drafts(folder: Path) -> None:
     """Remove the folders in ``folder`` that a killed process was writing or removing; nothing of other names, and none
-    that is being written."""
+    that is being written. What the process had moved out of the way of what never came is put back."""
+    for path in entries(folder):
+        name = FORMER.fullmatch(path.name)
+        if name and not (folder / name[1]).exists():
+            path.replace(folder / name[1])
     for path in folder.glob(".*"):
         if DRAFT.fullmatch(path.name):
             _remove_unlocked(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def standing(out: Path) -> Path:
+    """Where the folder ``out`` lies: elsewhere when a process was killed as it put another in its place."""
+    if not out.exists():
+        with suppress(OSError):  # not a folder that can be listed
+            for path in entries(out.parent):
+                name = FORMER.fullmatch(path.name)
+                if name and name[1] == out.name:
+                    return path
+    return out
 
 
 def check_out(out: Path, *made_from: Path) -> None:

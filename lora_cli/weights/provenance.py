@@ -21,6 +21,7 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.weights.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from lora_cli.weights.check_adapter import check_in_model
 from lora_cli.weights.fingerprint import fingerprint
+from lora_cli.weights.folders import standing
 from lora_cli.weights.shards import check_whole
 
 PROVENANCE = "provenance.json"
@@ -43,8 +44,11 @@ class AdapterOrigin:
 
 
 def adapter_folder(target: Path) -> Path | None:
-    """The adapter that a path stands for: the folder itself, or a run's ``adapter``; None when it is neither."""
-    for folder in (target, target / "adapter"):
+    """The adapter that a path stands for: the folder itself, or a run's ``adapter``; None when it is neither.
+
+    Killed as it put another in its place, a run leaves it under another name.
+    """
+    for folder in map(standing, (target, target / "adapter")):
         if (folder / ADAPTER_CONFIG).is_file():
             return folder
     return None
