@@ -12,6 +12,7 @@ from pathlib import Path
 
 _LONGEST = 700  # characters of a fault's parts; three of them are half a screen
 _ALIKE = 5  # faults of one kind that are told
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Interrupted(LoraError):
 
 def is_lack_of_room(error: Exception) -> bool:
     """Whether the system has no room for what was to be written."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, OSError) and error.errno in (*_FULL, errno.EFBIG)
 
 
 def unwritable(path: Path, error: Exception, needed: int | None = None) -> RunError:
@@ -103,7 +104,9 @@ def unwritable(path: Path, error: Exception, needed: int | None = None) -> RunEr
     if is_lack_of_room(error) and os.statvfs(folder).f_favail == 0:
         room += ", but no more files can be made"
     what = f"could not be written: {reason} ({room})"
-    return RunError(what, str(path), "what was whole before still is; make room and go on")
+    is_full = getattr(error, "errno", None) in _FULL or any(f"(os error {number})" in reason for number in _FULL)
+    then = "make room and go on" if is_full else "go on when it can be written"
+    return RunError(what, str(path), f"what was whole before still is; {then}")
 
 
 def unreadable(path: Path, error: Exception) -> RunError:

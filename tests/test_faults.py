@@ -228,6 +228,48 @@ def test_killed_between_two_adapters_a_run_has_the_former_one(
     assert run.adapter_bytes == before and not soak.drafts(run.folder)
 
 
+@pytest.mark.parametrize("logging_steps", [1, 100])
+@pytest.mark.parametrize("how", ["moved", "removed", "replaced"])
+def test_a_run_whose_folder_is_taken_away_writes_nothing_into_what_is_there_now(
+    how: str,
+    logging_steps: int,
+    write_recipe: Any,
+    tmp_path: Path,
+    lora: Any,
+    no_curves: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = write_recipe({"training": ENDLESS | {"max_steps": 6, "logging_steps": logging_steps}})
+    run, moved, take_step = Run(tmp_path / "run"), tmp_path / "moved", loop.take_step
+
+    def taken_away(trainer: Any, step: Any, rate: float) -> torch.Tensor:
+        if step.number == 3:
+            run.folder.rename(moved)
+            shutil.rmtree(moved) if how == "removed" else None
+            (run.folder / "checkpoints").mkdir(parents=True) if how == "replaced" else None
+        return take_step(trainer, step, rate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "take_step", taken_away)
+        result = lora("train", recipe)
+    assert result.exit_code == 3
+    told = {"replaced": "another folder has taken the place of the run's"}.get(
+        how, "the run's folder is no longer there"
+    )
+    assert f"{run.folder}: {told}; nothing more was written" in result.stderr and "make room" not in result.stderr
+    if how == "removed":
+        assert "begin anew" in result.stderr and not run.folder.exists() and not moved.exists()
+        return
+    assert f"what the run had written lies in {moved}: move it back" in result.stderr
+    assert run.folder.exists() == (how == "replaced") and not [path for path in run.folder.rglob("*") if path.is_file()]
+    shutil.rmtree(run.folder, ignore_errors=True)
+    moved.rename(run.folder)
+    done(lora("train", recipe, "--resume"))
+    whole = Run(tmp_path / "whole")
+    done(lora("train", recipe, f"training.output_dir={whole.folder}"))
+    assert run.adapter_bytes == whole.adapter_bytes and run.losses == whole.losses
+
+
 # --- failing writes --------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +321,7 @@ def test_a_failing_write_is_told_with_the_bytes_it_needs_and_leaves_what_was_who
     assert result.exit_code == 3, result.stderr
     assert f"{run.folder / place}: could not be written: " in result.stderr and "File too large" in result.stderr
     assert re.search(r"[(][1-9][0-9,]* bytes are needed, [0-9,]+ are free", result.stderr)
+    assert "go on when it can be written" in result.stderr and "make room" not in result.stderr
     assert 2 in run.checkpoints and all(is_whole(path) for path in (run.folder / "checkpoints").iterdir())
 
     done(lora("train", recipe, steps, "--resume"))
@@ -327,7 +370,7 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_whole(
         result = lora("train", write_recipe({"training": steps}))
         assert result.exit_code == 3
         told = re.search(r"(\S+): could not be written: .*No space left .*[(][0-9,]+ bytes are needed", result.stderr)
-        assert told and Path(told[1]).is_relative_to(run.folder)
+        assert told and Path(told[1]).is_relative_to(run.folder) and "make room and go on" in result.stderr
         assert 1 < len(run.checkpoints) < 20
         assert all(is_whole(path) for path in (run.folder / "checkpoints").iterdir())
         assert not soak.drafts(run.folder)

@@ -2,38 +2,82 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from lora_cli.errors import UserError
+from lora_cli.errors import RunError, UserError
+from lora_cli.weights.folders import make_folder
+
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What a file system says that has no locks."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A folder that a run is at work in, open; ``locked`` says whether that keeps others out."""
+
+    folder: Path
+    handle: int
+    locked: bool
+
+    def check(self) -> None:
+        """Raises RunError when the folder is no longer found under its name: what is written there would be another
+        run's, or make a folder of parts."""
+        try:
+            if os.path.samestat(self.folder.stat(), os.fstat(self.handle)):
+                return
+            what = "another folder has taken the place of the run's"
+        except (FileNotFoundError, NotADirectoryError):
+            what = "the run's folder is no longer there"
+        raise RunError(f"{what}; nothing more was written", str(self.folder), self._way_back())
+
+    def _way_back(self) -> str:
+        place = ""
+        with suppress(OSError):  # only Linux tells
+            place = str(Path(f"/proc/self/fd/{self.handle}").readlink())
+        if place.endswith(" (deleted)"):
+            return "it was removed, and what the run had learned with it: begin anew"
+        lies = f"what the run had written lies in {place}: " if place else ""
+        return f"{lies}move it back, or name it as training.output_dir, and --resume goes on from its newest checkpoint"
 
 
 @contextmanager
-def locked(folder: Path, shared: bool = False) -> Iterator[None]:
+def locked(folder: Path, shared: bool = False) -> Iterator[Held]:
     """Hold the folder, made if need be, as long as the block lasts; ``shared`` with others who do so as well.
 
     One that was made, and in which nothing was left, is removed again. Raises UserError while another process holds it.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)  # the folder itself is locked: no file to leave behind
+    make_folder(folder)
     try:
+        handle = os.open(folder, os.O_RDONLY)  # the folder itself is locked: no file to leave behind
         try:
-            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            hint = "wait until it ends, or choose another training.output_dir"
-            raise UserError("another run is at work in this folder", str(folder), hint) from error
-        try:
-            yield
+            yield Held(folder, handle, _lock(folder, handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
         finally:
-            for path in made:
-                with suppress(OSError):
-                    path.rmdir()
+            os.close(handle)
     finally:
-        os.close(handle)
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def _lock(folder: Path, handle: int, how: int) -> bool:
+    """Take the lock; whether there are locks here."""
+    try:
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        hint = "wait until it ends, or choose another training.output_dir"
+        raise UserError("another run is at work in this folder", str(folder), hint) from error
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise OSError(error.errno, error.strerror, str(folder)) from error
+        return False
+    return True
 
 
 def check_unlocked(folder: Path) -> None:

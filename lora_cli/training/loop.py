@@ -58,9 +58,13 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
     root = job.folder.root
     may_be_new = process_count() > 1 or not root.exists()  # another process may have made it an instant ago
     try:
-        with locked(root) if process_index() == 0 else nullcontext():
-            if process_index() == 0:
+        with locked(root) if process_index() == 0 else nullcontext() as held:
+            if held is not None:
+                job.folder.held = held
                 job.folder.check_untouched()
+                if not held.locked:
+                    what = "cannot be locked here: a second run in this folder would not be refused"
+                    display.note(f"{root} {what}", warning=True)
             return train_alone(job, display, began)
     except UserError:
         if may_be_new:
@@ -106,6 +110,7 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
     untrained = digests(whole_weights(trainer))
     with catch_signals() as interrupt:
         if trainer.writes:
+            folder.check_held()
             if job.resume:
                 info["started"] = folder.read_info()["started"]
             told = go_on(trainer, info) if job.resume else folder.begin(job.recipe, info, job.overwrite)
@@ -146,10 +151,14 @@ def end(trainer: Trainer) -> None:
 
 
 def save_adapter(trainer: Trainer, info: dict[str, Any], untrained: dict[str, str]) -> None:
-    """Write the adapter's folder, in place once it is proven; ``untrained`` are the digests of the weights at first."""
+    """Write the adapter's folder, in place once it is proven; ``untrained`` are the digests of the weights at first.
+
+    Raises RunError when it cannot be written, or is not proven.
+    """
     job, weights = trainer.job, whole_weights(trainer)
     row = torch.tensor(job.train.examples.row(0)[0][:PROOF_TOKENS], dtype=torch.long)
     needed = sum(weight.nbytes for weight in weights.values())
+    job.folder.check_held()
     with whole_folder(job.folder.adapter, True, needed) if trainer.writes else reading_along() as draft:
         if draft is not None:
             write_adapter(draft, unwrap(trainer), weights, job.tokenizer, provenance(trainer, info), job.recipe)
@@ -158,6 +167,7 @@ def save_adapter(trainer: Trainer, info: dict[str, Any], untrained: dict[str, st
             assert written is not None
             prove(written, str(job.folder.root), unwrap(trainer), weights, untrained, row)
         trainer.accelerator.wait_for_everyone()
+        job.folder.check_held()  # proving takes a while
 
 
 @contextmanager

@@ -41,9 +41,10 @@ def go_on(trainer: Trainer, info: Mapping[str, Any]) -> list[str]:
 
 
 def save(trainer: Trainer, progress: Progress) -> None:
-    """Write a checkpoint; only then remove older ones."""
+    """Write a checkpoint; only then remove older ones. Raises RunError when it cannot be written."""
     state = checkpoint.capture(progress, trainer.trained, trainer.optimizer, trainer.accelerator.scaler)
     if trainer.writes:
+        trainer.job.folder.check_held()
         trainer.job.folder.sync_metrics()
         checkpoint.write(trainer.job.folder.checkpoints, state)
         rotate(trainer, progress)

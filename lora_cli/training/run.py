@@ -14,7 +14,7 @@ from lora_cli.errors import Fault, RunError, UserError, unwritable
 from lora_cli.recipe.load import changed, dump_recipe, load_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.launched import process_count
-from lora_cli.training.lock import check_unlocked
+from lora_cli.training.lock import Held, check_unlocked
 from lora_cli.training.same_run import MAY_CHANGE_TOGETHER, changed_keys, check_same_keys, told
 from lora_cli.weights.folders import check_writable, clear_drafts, entries, set_aside, sync
 
@@ -47,6 +47,7 @@ class RunFolder:
         self.adapter = self.root / "adapter"
         self.report = self.root / "report.html"
         self.cache = self.root / "cache"
+        self.held: Held | None = None
         self._checked: tuple[int, int] | None = None
 
     @property
@@ -121,6 +122,11 @@ class RunFolder:
     def _before_a_run(self) -> set[Path]:
         """All that a run may leave behind that was killed before its folder held one."""
         return {_draft(self.recipe), _draft(self.info)} | ({self.cache} if self.cache.is_dir() else set())
+
+    def check_held(self) -> None:
+        """Raises RunError when this is no longer the folder that the run's process holds, which alone writes."""
+        if self.held is not None:
+            self.held.check()
 
     def check_same_content(self, base: str, data: str, validation: str | None) -> None:
         """Raises UserError when the fingerprints of base or rows are not those that the run began with."""
@@ -199,6 +205,7 @@ class RunFolder:
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl. Raises RunError when it cannot be written."""
+        self.check_held()
         text = json.dumps(line, allow_nan=False) + "\n"
         try:
             with self.metrics.open("a", encoding="utf-8") as file:
@@ -245,7 +252,8 @@ class RunFolder:
         return info
 
     def write_info(self, info: Mapping[str, Any]) -> None:
-        """Replace run.json."""
+        """Replace run.json. Raises RunError when it cannot be written."""
+        self.check_held()
         write_whole(self.info, json.dumps(info, indent=2, allow_nan=False) + "\n")
 
 

@@ -34,7 +34,7 @@ def whole_folder(out: Path, replace: bool = False, needed: int | None = None) ->
     out = out.resolve()  # a link is followed, not replaced
     if not replace:
         check_out(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent, parents=not replace)  # what is replaced lies in a run's folder, which is not made again
     with draft_folder(out) as draft:
         former = draft.with_name(f"{draft.name}.former")
         try:
@@ -112,6 +112,20 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"{nearest} is a file, not a folder", str(folder), "choose another folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"no permission to write in {nearest}", str(folder), "choose another folder")
+
+
+def make_folder(folder: Path, parents: bool = True) -> None:
+    """Make a folder, unless it is there, with its ``parents``: each new name survives a crash of the machine.
+
+    Raises OSError when it cannot be made, or would be in a folder that is not there.
+    """
+    if folder.is_dir():
+        return
+    if parents:
+        make_folder(folder.absolute().parent)
+    folder.mkdir(exist_ok=True)
+    with suppress(PermissionError):  # a parent that may be written, but not read
+        sync(folder.absolute().parent)
 
 
 def sync(path: Path) -> None:
