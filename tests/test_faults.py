@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -268,6 +270,59 @@ def test_a_run_whose_folder_is_taken_away_writes_nothing_into_what_is_there_now(
     whole = Run(tmp_path / "whole")
     done(lora("train", recipe, f"training.output_dir={whole.folder}"))
     assert run.adapter_bytes == whole.adapter_bytes and run.losses == whole.losses
+
+
+def test_where_nothing_can_be_locked_or_synced_a_run_goes_on_and_says_so(
+    write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(number: int) -> Callable[..., None]:
+        def refuse(*_: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return refuse
+
+    run = Run(tmp_path / "runs" / "run")
+    recipe = write_recipe({"training": {"output_dir": run.folder, "max_steps": 3, "save_steps": 1}})
+    monkeypatch.setattr(os, "fsync", refused(errno.EINVAL))
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", refused(errno.EIO))
+        result = lora("train", recipe)
+    assert result.exit_code == 3 and f"{run.folder}: the system refused: Input/output error" in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+    monkeypatch.setattr(fcntl, "flock", refused(errno.ENOLCK))
+    for more in ([], ["--resume"]):
+        result = done(lora("train", recipe, *more))
+        assert result.stderr.count(f"warning: {run.folder} cannot be locked here") == 1
+    assert run.column("step") == [1, 2, 3] and run.checkpoints == [2, 3] and not soak.drafts(run.folder)
+
+
+def test_the_names_of_new_folders_and_of_the_metrics_are_on_the_disk(
+    write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+    synced: dict[Path, set[str]] = {}
+
+    def noted(handle: int) -> None:
+        path = Path(f"/proc/self/fd/{handle}").readlink()
+        if path.is_dir():
+            synced[path] = {entry.name for entry in path.iterdir()}
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    run = tmp_path.resolve() / "all" / "runs" / "run"
+    steps = {"output_dir": run, "max_steps": 1}
+    save, seen = loop.save, []
+
+    def saved(*arguments: Any) -> None:
+        save(*arguments)
+        seen.append("metrics.jsonl" in synced[run])
+
+    monkeypatch.setattr(loop, "save", saved)
+    done(lora("train", write_recipe({"training": steps})))
+    assert seen == [True]
+    for folder in (run, run.parent, run.parent.parent):
+        assert folder.name in synced[folder.parent]
 
 
 # --- failing writes --------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import os
 import re
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -28,6 +27,7 @@ from lora_cli import __version__
 from lora_cli.data.examples import CHUNK, Flat, Store, end_to_end
 from lora_cli.data.sources import Row, whole_rows
 from lora_cli.data.tokenize import Tokenized, check_usable, tokenize_rows
+from lora_cli.disk import make_folder, sync
 from lora_cli.errors import RunError, UserError, unwritable
 from lora_cli.recipe.schema import Data, Source
 
@@ -197,12 +197,12 @@ def _write(cache: Path, part: Cached) -> Path:
     draft = cache / f".{part.key}.{uuid.uuid4().hex}"
     target = cache / f"{part.key}.safetensors"
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        make_folder(cache)
         words = f"{_checksum(part.key, about, arrays, examples.store)} {about}"
         _save(draft, words, arrays, examples.store)
-        _sync(draft)
+        sync(draft)
         draft.replace(target)
-        _sync(cache)
+        sync(cache)
     except OSError as error:
         raise unwritable(target, error, sum(array.nbytes for array in arrays.values())) from error
     finally:
@@ -227,14 +227,6 @@ def _save(path: Path, words: str, arrays: dict[str, Any], store: Store) -> None:
             for start in range(0, len(arrays[name]), CHUNK):
                 file.write(np.ascontiguousarray(arrays[name][start : start + CHUNK]).data)
                 store.release()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _checksum(key: str, about: str, arrays: dict[str, Any], store: Store) -> str:

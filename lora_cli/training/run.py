@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lora_cli.disk import sync, sync_open
 from lora_cli.errors import Fault, RunError, UserError, unwritable
 from lora_cli.recipe.load import changed, dump_recipe, load_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.launched import process_count
 from lora_cli.training.lock import Held, check_unlocked
 from lora_cli.training.same_run import MAY_CHANGE_TOGETHER, changed_keys, check_same_keys, told
-from lora_cli.weights.folders import check_writable, clear_drafts, entries, set_aside, sync
+from lora_cli.weights.folders import check_writable, clear_drafts, entries, set_aside
 
 KINDS = {
     "started": str,
@@ -214,9 +214,10 @@ class RunFolder:
             raise unwritable(self.metrics, error, len(text)) from error
 
     def sync_metrics(self) -> None:
-        """Make the lines written so far survive a crash of the machine."""
+        """Make the lines written so far survive a crash of the machine, and with the first the file's name."""
         if self.metrics.exists():
             sync(self.metrics)
+            sync(self.root)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every whole line of metrics.jsonl; a process killed while writing leaves a part of one.
@@ -287,7 +288,7 @@ def write_whole(path: Path, text: str) -> None:
         with _draft(path).open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            sync_open(file.fileno())
         _draft(path).replace(path)
         sync(path.parent)
     except OSError as error:

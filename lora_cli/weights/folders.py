@@ -16,10 +16,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from lora_cli.disk import make_folder, sync
 from lora_cli.errors import UserError, unwritable
 
 DRAFT = re.compile(r"\..+\.([a-z0-9_]{8}|old)\.draft(\.former)?")
 """Names that are given to folders on their way in or out, and to no others."""
+ASIDE = ".old.draft"
 FORMER = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.draft\.former")
 """Names of folders whose place another is about to take."""
 
@@ -66,7 +68,7 @@ def entries(folder: Path) -> list[Path]:
 
 def set_aside(folder: Path) -> None:
     """Take a folder out of sight at once, to be removed with the drafts: it is never seen with a part of its files."""
-    folder.replace(folder.with_name(f".{folder.name}.old.draft"))
+    folder.replace(folder.with_name(f".{folder.name}{ASIDE}"))
 
 
 def clear_drafts(folder: Path) -> None:
@@ -112,29 +114,6 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"{nearest} is a file, not a folder", str(folder), "choose another folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"no permission to write in {nearest}", str(folder), "choose another folder")
-
-
-def make_folder(folder: Path, parents: bool = True) -> None:
-    """Make a folder, unless it is there, with its ``parents``: each new name survives a crash of the machine.
-
-    Raises OSError when it cannot be made, or would be in a folder that is not there.
-    """
-    if folder.is_dir():
-        return
-    if parents:
-        make_folder(folder.absolute().parent)
-    folder.mkdir(exist_ok=True)
-    with suppress(PermissionError):  # a parent that may be written, but not read
-        sync(folder.absolute().parent)
-
-
-def sync(path: Path) -> None:
-    """Make a file's or folder's content survive a crash of the machine."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _umask() -> int:
@@ -184,7 +163,8 @@ def _remove_unlocked(draft: Path) -> None:
     with suppress(OSError):
         lock = os.open(draft, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not draft.name.endswith(ASIDE):  # which nobody writes; there may be no locks here
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(draft, ignore_errors=True)
         finally:
             os.close(lock)
