@@ -248,6 +248,25 @@ def test_a_checkpoint_whose_tensors_cannot_be_opened_at_the_moment_is_not_given_
     assert learned(run) == before
 
 
+def test_a_copy_whose_metrics_reach_less_far_than_its_checkpoint_is_told_of(
+    train: Callable[..., Run], lora: Any
+) -> None:
+    """As ``cp -r`` makes one in mid-run, which takes the files one after the other."""
+    steps = {"max_steps": 5, "logging_steps": 2, "eval_steps": 2, "lr_scheduler_type": "constant"}
+    run = train({"training": steps, "data.validation": 0.2})
+    kept = [line for split in ("train", "validation") for line in run.lines(split) if line["step"] < 3]
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    for more, last, loss in ((), 5, None), (["training.max_steps=6"], 6, "some"):
+        result = done(lora("train", run.folder / "recipe.yaml", "--resume", *more))
+        for split in ("train", "validation"):
+            told = f"{split} lines of steps 3 to 5 are missing, and are not measured again"
+            assert f"warning: {run.folder / 'metrics.jsonl'}: the {told}" in result.stderr
+        assert run.info["result"]["steps"] == last
+        assert run.info["result"]["loss"] == (run.losses[-1] if loss else None)
+        assert ("last loss" in result.stdout) is (loss is not None)
+    assert run.column("step") == [2, 6]
+
+
 def test_nothing_learned_is_begun_over_unasked(
     train: Callable[..., Run], lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,10 +37,11 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: its step, the last evaluation's, what the base, that one and the best evaluation scored,
-    evaluations since, and steps that were left out, in all and since the last one taken."""
+    """How far a run has come: its step, the last that was logged, the last evaluation's, what the base, that one and
+    the best evaluation scored, evaluations since, and steps that were left out, in all and since the last one taken."""
 
     step: int = 0
+    logged_step: int | None = None
     evaluated_step: int | None = None
     base_loss: FiniteFloat | None = None
     validation_loss: FiniteFloat | None = None

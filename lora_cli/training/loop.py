@@ -208,6 +208,7 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Pro
             progress, read_at = read(trainer, unread, progress), clock.seconds
         if logs:
             log_step(trainer, step, outcome, rate(step.number), clock)
+            progress = replace(progress, logged_step=step.number)
         trainer.display.advance(step.number)
         if evaluates:
             progress = evaluate_step(trainer, step, progress, clock, interrupt)

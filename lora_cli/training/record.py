@@ -121,10 +121,12 @@ def run_record(trainer: Trainer) -> dict[str, Any]:
 
 
 def result_record(trainer: Trainer, progress: Progress, adapter_step: int, seconds: float) -> dict[str, Any]:
-    """What came of a run; ``loss`` is the last logged step's, ``validation`` the adapter's, whose weights are those of
-    ``adapter_step``, ``seconds`` are those of this process."""
+    """What came of a run; ``loss`` is the last logged step's (None when its line was lost), ``validation`` the
+    adapter's, whose weights are those of ``adapter_step``, ``seconds`` are those of this process."""
     trainable, total = parameter_counts(unwrap(trainer))
-    losses = [line["loss"] for line in trainer.job.folder.read_metrics() if line["split"] == "train"]
+    folder = trainer.job.folder
+    is_lost = progress.logged_step is not None and folder.last_step("train") < progress.logged_step
+    losses = [line["loss"] for line in folder.read_metrics() if line["split"] == "train" and not is_lost]
     measured = [loss for loss in losses if loss is not None]
     validation_loss = progress.best_loss if adapter_step == progress.best_step else progress.validation_loss
     return {

@@ -72,8 +72,19 @@ def restore(trainer: Trainer) -> Progress | None:
         evaluated = progress.evaluated_step if progress else None
         folder.cut_metrics(step, step if evaluated is None else evaluated)
         if progress:
+            _warn_of_missing_metrics(trainer, progress)
             rotate(trainer, progress)  # a killed process may not have come to it
     return progress
+
+
+def _warn_of_missing_metrics(trainer: Trainer, progress: Progress) -> None:
+    """A folder that was copied in mid-run may hold a checkpoint that is newer than its metrics."""
+    folder = trainer.job.folder
+    for split, reached in (("train", progress.logged_step), ("validation", progress.evaluated_step)):
+        last = folder.last_step(split)
+        if reached is not None and last < reached:
+            what = f"the {split} lines of steps {last + 1:,} to {reached:,} are missing, and are not measured again"
+            trainer.display.note(f"{folder.metrics}: {what}", warning=True)
 
 
 def newest_whole(trainer: Trainer) -> State | None:
