@@ -3,6 +3,7 @@
 The layers, lowest first; imports only point down (import-linter holds it, see pyproject.toml):
 
     errors       what went wrong, where, what to do; exit codes    cores   how many this process may use
+    disk         what is written survives a crash of the machine
     recipe       what a user writes: the schema and its loader
     data         rows -> examples -> batches          model   base, targets, adapters
     evaluation   loss and perplexity                  weights safetensors files: merge, quantize, fingerprints

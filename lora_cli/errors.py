@@ -112,7 +112,8 @@ def unwritable(path: Path, error: Exception, needed: int | None = None) -> RunEr
 def unreadable(path: Path, error: Exception) -> RunError:
     """What to raise when ``error`` came while ``path``, which is there, was read."""
     reason = getattr(error, "strerror", None) or str(error)
-    return RunError(f"could not be read: {reason}", str(path), "nothing was changed; try again, it may have passed")
+    hint = "what was whole before still is; it may have passed: try again"
+    return RunError(f"could not be read: {reason}", str(path), hint)
 
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
