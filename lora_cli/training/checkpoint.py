@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.amp.grad_scaler import GradScaler
 
+from lora_cli.disk import make_folder
 from lora_cli.errors import UserError, unreadable
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.training.processes import fill, laid_out_as, shape_of, whole
@@ -108,6 +109,7 @@ def host_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 def write(folder: Path, state: State) -> Path:
     """Write ``folder``/step-NNNNNNNN as safetensors and JSON, whole or not at all."""
+    make_folder(folder, parents=False)  # the run's own has to be there
     target = path_of(folder, state.document.progress.step)
     tensors = [tensor for name in FILES for tensor in getattr(state, name).values()]
     with whole_folder(target, replace=True, needed=sum(tensor.nbytes for tensor in tensors)) as draft:

@@ -31,12 +31,13 @@ def whole_folder(out: Path, replace: bool = False, needed: int | None = None) ->
     """A folder to write into that becomes ``out`` when the block ends well, and vanishes when it does not.
 
     ``needed`` are the bytes that will be written, as far as they are known. Raises UserError when ``out`` exists and is
-    not an empty folder (unless it is to be replaced), or its parent cannot be written; RunError when writing fails.
+    not an empty folder, or its parent cannot be written; RunError when writing fails. To ``replace`` one, its parent
+    has to be there: a run's folder that was taken away is not made again.
     """
     out = out.resolve()  # a link is followed, not replaced
     if not replace:
         check_out(out)
-    make_folder(out.parent, parents=not replace)  # what is replaced lies in a run's folder, which is not made again
+        make_folder(out.parent)
     with draft_folder(out) as draft:
         former = draft.with_name(f"{draft.name}.former")
         try:
