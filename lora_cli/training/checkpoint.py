@@ -239,7 +239,8 @@ def _restore_optimizer(state: State, parameters: NamedParameters, optimizer: tor
 def restore_weights(state: State, parameters: NamedParameters) -> None:
     """Put the trained weights alone back. Raises UserError when the state is of other parameters."""
     if {name for name, _ in parameters} != set(state.weights):
-        raise UserError("the checkpoint holds other parameters than the recipe trains")
+        hint = "the run was begun by another version of lora or PEFT, which adapted other layers: begin anew"
+        raise UserError("the checkpoint holds other parameters than the recipe trains", hint=hint)
     with torch.no_grad():
         for name, parameter in parameters:
             if shape_of(parameter) != state.weights[name].shape:
