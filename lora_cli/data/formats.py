@@ -127,10 +127,9 @@ def _side(row: Columns, name: str, role: str) -> tuple[Message, ...]:
     if not isinstance(value, list):
         return (Message(role, row.text(name)),)
     turns = read_turns(value, f"{row.row.where}: {row.column(name)}")
-    is_learned = name == "completion"
-    return tuple(
-        turn if turn.role != "assistant" else replace(turn, learned=turn.learned and is_learned) for turn in turns
-    )
+    if name == "completion":
+        return turns
+    return tuple(replace(turn, learned=turn.role != "assistant") for turn in turns)
 
 
 def _holds_turns(value: Any) -> bool:

@@ -72,10 +72,11 @@ def resize_words(base: PreTrainedModel, folder: Path) -> None:
     names = [f"base_model.model.{name}" for name, module in base.named_modules() if module in ends]
     with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as stored:
         own = [f"{name}{part}.weight" for name in names for part in ("", ".base_layer")]
-        found = [name for name in own if name in stored.keys()]  # noqa: SIM118 (safe_open is no mapping)
-        sizes = {stored.get_slice(name).get_shape()[0] for name in found[:1]}
-    if sizes - {cast("torch.Tensor", ends[0].weight).shape[0]}:  # to its own size it would tie what is stored apart
-        base.resize_token_embeddings(sizes.pop(), mean_resizing=False)
+        found = next((name for name in own if name in stored.keys()), None)  # noqa: SIM118 (safe_open is no mapping)
+        size = None if found is None else stored.get_slice(found).get_shape()[0]
+    words = cast("torch.Tensor", ends[0].weight).shape[0]
+    if size not in (None, words):  # to its own size it would tie what is stored apart
+        base.resize_token_embeddings(size, mean_resizing=False)
 
 
 def load_adapters(base: PreTrainedModel, folders: Sequence[Path]) -> PeftModel:

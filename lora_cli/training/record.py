@@ -124,16 +124,15 @@ def result_record(trainer: Trainer, progress: Progress, adapter_step: int, secon
     """What came of a run; ``loss`` is the last logged step's (None when its line was lost), ``validation`` the
     adapter's, whose weights are those of ``adapter_step``, ``seconds`` are those of this process."""
     trainable, total = parameter_counts(unwrap(trainer))
-    folder = trainer.job.folder
-    is_lost = progress.logged_step is not None and folder.last_step("train") < progress.logged_step
-    losses = [line["loss"] for line in folder.read_metrics() if line["split"] == "train" and not is_lost]
-    measured = [loss for loss in losses if loss is not None]
+    lines = [line for line in trainer.job.folder.read_metrics() if line["split"] == "train"]
+    is_lost = progress.logged_step is not None and (not lines or lines[-1]["step"] < progress.logged_step)
+    measured = [line["loss"] for line in lines if line["loss"] is not None]
     validation_loss = progress.best_loss if adapter_step == progress.best_step else progress.validation_loss
     return {
         "steps": progress.step,
         "adapter_step": adapter_step,
         "skipped_steps": progress.skipped_steps,
-        "loss": measured[-1] if measured else None,
+        "loss": measured[-1] if measured and not is_lost else None,
         "base": _score(progress.base_loss, progress.validation_tokens),
         "validation": _score(validation_loss, progress.validation_tokens),
         "best": {"step": progress.best_step, "loss": progress.best_loss},

@@ -80,8 +80,9 @@ def restore(trainer: Trainer) -> Progress | None:
 def _warn_of_missing_metrics(trainer: Trainer, progress: Progress) -> None:
     """A folder that was copied in mid-run may hold a checkpoint that is newer than its metrics."""
     folder = trainer.job.folder
+    lasts = folder.last_steps()
     for split, reached in (("train", progress.logged_step), ("validation", progress.evaluated_step)):
-        last = folder.last_step(split)
+        last = lasts.get(split, -1)
         if reached is not None and last < reached:
             what = f"the {split} lines of steps {last + 1:,} to {reached:,} are missing, and are not measured again"
             trainer.display.note(f"{folder.metrics}: {what}", warning=True)

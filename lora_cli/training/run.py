@@ -231,9 +231,9 @@ class RunFolder:
             lines.pop()
         return [_metrics_line(line, f"{self.metrics}:{number}") for number, line in enumerate(lines, 1)]
 
-    def last_step(self, split: str) -> int:
-        """The step of the last line of training or validation; -1 when there is none."""
-        return max((line["step"] for line in self.read_metrics() if line["split"] == split), default=-1)
+    def last_steps(self) -> dict[str, int]:
+        """The steps of the last lines of training and validation, as far as there are any."""
+        return {line["split"]: line["step"] for line in self.read_metrics()}
 
     def cut_metrics(self, step: int, evaluated_step: int) -> None:
         """Leave out what was measured after these steps, trained and evaluated: a resumed run will do so again."""
