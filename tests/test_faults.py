@@ -341,9 +341,9 @@ def files_up_to(size: int) -> Iterator[None]:
 
 @pytest.fixture
 def many_words(tiny_gpt2: Path, tmp_path: Path) -> Path:
-    """tiny_gpt2 with so many tokens more that its tokenizer is the largest file a run writes."""
+    """tiny_gpt2 with so many tokens more that its tokenizer is the largest file a verb writes."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
-    tokenizer.add_tokens([f"<word-{number}>" for number in range(400)])
+    tokenizer.add_tokens([f"<word-{number}>" for number in range(1600)])
     shutil.copytree(tiny_gpt2, tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     return tmp_path / "base"
@@ -383,6 +383,16 @@ def test_a_failing_write_is_told_with_the_bytes_it_needs_and_leaves_what_was_who
     assert soak.measured(run.folder) == soak.measured(whole.folder)
     assert run.adapter_bytes == whole.adapter_bytes
     assert not soak.drafts(run.folder)
+
+
+def test_a_tokenizer_that_quantize_cannot_write_is_no_bug(many_words: Path, tmp_path: Path, lora: Any) -> None:
+    command = ("quantize", many_words, "--out", tmp_path / "out")
+    with files_up_to(int(0.9 * (many_words / "tokenizer.json").stat().st_size)):
+        result = lora(*command)
+    assert result.exit_code == 3, result.stderr
+    assert f"{tmp_path / 'out'}: could not be written: File too large" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    done(lora(*command))
 
 
 @contextmanager

@@ -67,6 +67,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files. Raises OSError when they cannot be written."""
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:  # all that tokenizers raises when the disk is full
+        raise OSError(str(error)) from error
+
+
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """An id to pad with. Padded places are masked out and never supervised, so that any id will do."""
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)

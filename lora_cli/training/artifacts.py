@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_cli.model.base import save_tokenizer
 from lora_cli.recipe.schema import Recipe
 from lora_cli.weights.provenance import PROVENANCE
 
@@ -31,10 +32,7 @@ def write_adapter(
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path = provenance["base"]["name_or_path"]
     model.save_pretrained(str(folder), True, state_dict=dict(weights), save_embedding_layers=False)
-    try:
-        tokenizer.save_pretrained(str(folder))
-    except Exception as error:  # all that tokenizers raises when the disk is full
-        raise OSError(str(error)) from error
+    save_tokenizer(tokenizer, folder)
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(recipe, provenance), encoding="utf-8")
 

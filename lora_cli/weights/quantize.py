@@ -15,7 +15,15 @@ import torch
 from safetensors import safe_open
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from lora_cli.model.base import DTYPES, best_device, bitsandbytes_config, load_config, load_tokenizer, skeleton
+from lora_cli.model.base import (
+    DTYPES,
+    best_device,
+    bitsandbytes_config,
+    load_config,
+    load_tokenizer,
+    save_tokenizer,
+    skeleton,
+)
 from lora_cli.model.files import check_quantizable, tokenizer_folder
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.check_model import check_weights
@@ -76,7 +84,7 @@ def quantize(
     dtype, compute_dtype = _loaded_dtype(folder, bare), DTYPES[quantization.compute_dtype]
     with whole_folder(out) as draft:
         layers = write_quantized(source, draft, quantization, dtype, compute_dtype, skip, max_shard)
-        tokenizer.save_pretrained(str(draft))
+        save_tokenizer(tokenizer, draft)
         for place, name in ((folder, "generation_config.json"), (adapter or folder, PROVENANCE)):
             if (place / name).is_file():
                 shutil.copyfile(place / name, draft / name)
