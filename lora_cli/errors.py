@@ -6,7 +6,8 @@ import difflib
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -114,6 +115,15 @@ def unreadable(path: Path, error: Exception) -> RunError:
     reason = getattr(error, "strerror", None) or str(error)
     hint = "what was whole before still is; it may have passed: try again"
     return RunError(f"could not be read: {reason}", str(path), hint)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raises RunError when the system fails what the block reads of ``path``: its own error may not tell the file."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 _POINTER = b"version https://git-lfs.github.com/spec/"

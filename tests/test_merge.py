@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 import os
@@ -289,6 +291,29 @@ def test_a_failure_while_writing_leaves_nothing(
         result = lora("merge", adapter, "--out", tmp_path / "merged")
     assert result.exit_code != 0
     assert "No space left" in result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("verb", ["merge", "train"])
+def test_weights_that_the_disk_does_not_give_are_told_by_their_file(
+    verb: str, tiny_gpt2: Path, tmp_path: Path, write_recipe: Any, monkeypatch: pytest.MonkeyPatch, lora: Any
+) -> None:
+    """Of what fails in the middle of a file the system tells no name, and a merge is writing at that time."""
+    adapter, weights = make_adapter("gpt2", tiny_gpt2, tmp_path / "adapter"), tiny_gpt2 / "model.safetensors"
+    command = ("merge", adapter, "--out", tmp_path / "merged") if verb == "merge" else ("train", write_recipe())
+    before, unchanged = sorted(tmp_path.rglob("*")), Path.open
+
+    class Failing(io.FileIO):
+        def seek(self, *_: int) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def failing(path: Path, *how: Any, **more: Any) -> Any:
+        return Failing(path) if path == weights else unchanged(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", failing)
+    result = lora(*command)
+    assert result.exit_code == 3, result.stderr
+    assert f"error: {weights}: could not be read: Input/output error" in result.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from xxhash import xxh3_128
 
+from lora_cli.errors import reading
 from lora_cli.model.files import read_config
 from lora_cli.weights.shards import TensorInfo, read_headers, weight_files
 
@@ -24,7 +25,8 @@ def fingerprint(folder: Path) -> str:
     its bytes, in order of names: all bytes are read, gigabytes a second.
 
     The same however the tensors are spread over shards. It tells changes apart that come about, not those that somebody
-    has contrived. Raises UserError for a folder without a configuration or whole safetensors files.
+    has contrived. Raises UserError for a folder without a configuration or whole safetensors files, RunError for one
+    that cannot be read.
     """
     headers = read_headers(weight_files(folder))
     names = sorted(headers)
@@ -45,7 +47,7 @@ def file_sha256(file: Path) -> str:
 
 def _digest(info: TensorInfo) -> str:
     digest = xxh3_128()
-    with info.file.open("rb") as file:
+    with reading(info.file), info.file.open("rb") as file:
         file.seek(info.start)
         left = info.bytes
         while left and (piece := file.read(min(CHUNK, left))):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
-from lora_cli.errors import UserError, mend, unreadable
+from lora_cli.errors import UserError, mend, reading, unreadable
 from lora_cli.model.files import MODEL_FOLDER, read_config
 
 if TYPE_CHECKING:
@@ -156,14 +156,14 @@ def bytes_of(size: str) -> int:
 def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
     """One tensor, copied out of its file: safetensors itself would read all the names in it for each.
 
-    Raises UserError when its type is none of torch's.
+    Raises UserError when its type is none of torch's or the file ends too early, RunError when it cannot be read.
     """
     import torch
 
     if info.dtype not in TORCH_NAMES:
         raise UserError(f"tensor {name} is of the type {info.dtype}, which is not handled", str(info.file))
     tensor = torch.empty(info.shape, dtype=info.torch_dtype)
-    with info.file.open("rb") as file:
+    with reading(info.file), info.file.open("rb") as file:
         file.seek(info.start)
         if file.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
             raise UserError(f"ends inside tensor {name}", str(info.file), mend(info.file))
