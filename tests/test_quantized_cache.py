@@ -87,6 +87,23 @@ def test_what_another_user_keeps_is_not_taken(quantized: Any, monkeypatch: pytes
     assert first.losses == second.losses
 
 
+def test_one_that_is_removed_while_it_is_looked_for_is_made(quantized: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = quantized("first")
+    (folder,) = kept_in(first)
+    glob = Path.glob
+
+    def removed(path: Path, pattern: str) -> list[Path]:
+        found = list(glob(path, pattern))
+        if folder in found:
+            shutil.rmtree(folder)
+        return found
+
+    monkeypatch.setattr(Path, "glob", removed)
+    second, made = quantized("second")
+    assert made and len(kept_in(second)) == 1 and not folder.exists()
+    assert first.losses == second.losses
+
+
 @pytest.mark.parametrize("links", [True, False])
 def test_one_that_is_streamed_from_a_run_beside_outlives_it(
     links: bool, quantized: Any, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -115,8 +115,9 @@ def _link_or_copy(file: Path, target: Path) -> None:
 def _places(cache: Path, name: str) -> Iterator[Path]:
     yield cache / name
     for folder in sorted(cache.parent.parent.glob(f"*/{cache.name}/{name}")):
-        if folder.stat().st_uid == os.getuid():  # nobody else's: /tmp is everybody's
-            yield folder
+        with suppress(FileNotFoundError):  # the run beside has removed it meanwhile
+            if folder.stat().st_uid == os.getuid():  # nobody else's: /tmp is everybody's
+                yield folder
 
 
 def _is_whole(folder: Path) -> bool:
