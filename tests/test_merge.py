@@ -256,6 +256,19 @@ def test_a_used_folder_is_refused(tiny_gpt2: Path, tmp_path: Path, lora: Any) ->
     assert [file.name for file in out.iterdir()] == ["notes.txt"]
 
 
+def test_the_folder_that_a_command_is_run_in_is_not_replaced(
+    tiny_gpt2: Path, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, place = make_adapter("gpt2", tiny_gpt2, tmp_path / "adapter"), tmp_path / "place"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    for out in (Path(), place):
+        refused = lora("adapters", "resize", adapter, "--rank", "2", "--out", out)
+        assert refused.exit_code == 2 and "is the folder that the command is run in" in refused.stderr
+    done(lora("adapters", "resize", adapter, "--rank", "2", "--out", "out"))
+    assert [path.name for path in Path().iterdir()] == ["out"]
+
+
 def test_a_run_or_its_adapter_folder_give_the_same(
     tmp_path: Path, write_recipe: Any, lora: Any, no_curves: None
 ) -> None:

@@ -96,10 +96,12 @@ def standing(out: Path) -> Path:
 
 
 def check_out(out: Path, *made_from: Path) -> None:
-    """Raises UserError when a folder cannot be made at ``out``, holds something already, or lies in one of
-    ``made_from``."""
+    """Raises UserError when a folder cannot be made at ``out``, holds something already, is the working directory, or
+    lies in one of ``made_from``."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError("exists already", str(out), "choose another --out, or remove it first")
+    if out.is_dir() and out.samefile("."):  # a shell there, and this process, would be left in the folder replaced
+        raise UserError("is the folder that the command is run in, which would be replaced", str(out), "name another")
     check_writable(out)
     for folder in made_from:
         if out.resolve().is_relative_to(folder.resolve()):
