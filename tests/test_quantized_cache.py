@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -224,7 +225,7 @@ def test_of_two_that_make_it_the_first_wins(tiny_llama: Path, tmp_path: Path, mo
     assert [path.name for path in folder.parent.iterdir()] == ["base"]
 
 
-@pytest.mark.parametrize("when", ["before", "while writing"])
+@pytest.mark.parametrize("when", ["before", "at its folder", "while writing"])
 def test_without_room_it_is_quantized_at_load(
     when: str, quantized: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write_recipe: Any, lora: Any
 ) -> None:
@@ -235,6 +236,9 @@ def test_without_room_it_is_quantized_at_load(
 
     if when == "before":
         monkeypatch.setattr("lora_cli.weights.quantized_cache.weight_files", lambda _: [sparse(tmp_path / "huge")])
+    elif when == "at its folder":
+        mkdtemp = tempfile.mkdtemp
+        monkeypatch.setattr(tempfile, "mkdtemp", lambda *_, **how: full() if ".base-" in str(how) else mkdtemp(**how))
     else:
         monkeypatch.setattr("lora_cli.weights.quantized_cache.write_quantized", full)
     changes = {"quantization": {"method": "nf4", "compute_dtype": "float32"}}

@@ -37,25 +37,27 @@ def whole_folder(out: Path, replace: bool = False, needed: int | None = None) ->
     out = out.resolve()  # a link is followed, not replaced
     if not replace:
         check_out(out)
-        make_folder(out.parent)
-    with draft_folder(out) as draft:
-        former = draft.with_name(f"{draft.name}.former")
-        try:
-            draft.chmod(0o777 & ~_umask())
-            yield draft
-            for path in (*draft.rglob("*"), draft):
-                sync(path)
-            if replace and out.exists():
-                out.replace(former)
-            draft.replace(out)
-            sync(out.parent)
-        except (OSError, SafetensorError) as error:
-            raise unwritable(out, error, needed) from error
-        finally:
-            if former.exists() and not out.exists():
-                former.replace(out)
-            elif former.exists() and not draft.exists():
-                former.replace(draft)  # to be removed under a name by which no part of it is ever put back
+    try:
+        if not replace:
+            make_folder(out.parent)
+        with draft_folder(out) as draft:
+            former = draft.with_name(f"{draft.name}.former")
+            try:
+                draft.chmod(0o777 & ~_umask())
+                yield draft
+                for path in (*draft.rglob("*"), draft):
+                    sync(path)
+                if replace and out.exists():
+                    out.replace(former)
+                draft.replace(out)
+                sync(out.parent)
+            finally:
+                if former.exists() and not out.exists():
+                    former.replace(out)
+                elif former.exists() and not draft.exists():
+                    former.replace(draft)  # to be removed under a name by which no part of it is ever put back
+    except (OSError, SafetensorError) as error:
+        raise unwritable(out, error, needed) from error
 
 
 def entries(folder: Path) -> list[Path]:
