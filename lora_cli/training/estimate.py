@@ -50,17 +50,11 @@ def estimate(job: Prepared, recipe: Recipe) -> Need:
     trained = sum(recipe.adapter.r * (target.in_features + target.out_features) for target in job.targets)
     state = 2 if recipe.training.optim.endswith("8bit") else 8
     examples, training = job.train.examples, recipe.training
-    limit = min(job.max_length, recipe.data.max_length)
-    tokens, positions = largest_batch(
-        examples.lengths,
-        examples.supervised_per_row,
-        training.batch_size,
-        limit,
-        recipe.data.packing,
-    )
+    limit, packing = min(job.max_length, recipe.data.max_length), recipe.data.packing
+    batch = largest_batch(examples.lengths, examples.supervised_per_row, training.batch_size, limit, packing)
     checkpointing = training.gradient_checkpointing is True
     whole_logits = any(target.out_features == job.config.get_text_config().vocab_size for target in job.targets)
-    activations = activation_bytes(job.config, tokens, positions, dtype.itemsize, checkpointing, whole_logits)
+    activations = activation_bytes(job.config, *batch, dtype.itemsize, checkpointing, whole_logits)
     return Need(weights, trained * (8 + state), activations)
 
 

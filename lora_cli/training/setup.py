@@ -249,12 +249,10 @@ def choose_checkpointing(
         return "offload"
     if wanted != "auto":
         return "on" if wanted else None
-    tokens, positions = largest_batch(
-        schedule.lengths, schedule.supervised, schedule.batch_size, job.max_length, schedule.packing
-    )
+    batch = largest_batch(schedule.lengths, schedule.supervised, schedule.batch_size, job.max_length, schedule.packing)
     free = SHARE * free_bytes(device)
     plain, checkpointed = (
-        activation_bytes(job.config, tokens, positions, dtype.itemsize, checkpointing, whole_logits)
+        activation_bytes(job.config, *batch, dtype.itemsize, checkpointing, whole_logits)
         for checkpointing in (False, True)
     )
     if plain <= free:
