@@ -249,9 +249,8 @@ def read(trainer: Trainer, unread: list[tuple[Step, torch.Tensor]], progress: Pr
 
 def remaining(trainer: Trainer, progress: Progress) -> Iterator[Step]:
     """The steps still to take."""
-    if not is_unfinished(trainer, progress):
-        return iter(())
-    return islice(trainer.schedule.steps(progress.step), trainer.total_steps - progress.step)
+    if is_unfinished(trainer, progress):
+        yield from islice(trainer.schedule.steps(progress.step), trainer.total_steps - progress.step)
 
 
 def is_unfinished(trainer: Trainer, progress: Progress) -> bool:
