@@ -26,10 +26,8 @@ def go_on(trainer: Trainer, info: Mapping[str, Any]) -> list[str]:
     Raises UserError when the run has gone farther than it is to go now, or was computed in another type.
     """
     folder = trainer.job.folder
-    beyond = [
-        path for path in checkpoint.checkpoints(folder.checkpoints) if checkpoint.step_of(path) > trainer.total_steps
-    ]
-    if reached := [checkpoint.step_of(path) for path in beyond if checkpoint.is_whole(path)]:
+    steps = {checkpoint.step_of(path): path for path in checkpoint.checkpoints(folder.checkpoints)}
+    if reached := [step for step, path in steps.items() if step > trainer.total_steps and checkpoint.is_whole(path)]:
         what = f"--resume: the run has taken {reached[-1]:,} steps already, and {trainer.total_steps:,} are asked for"
         hint = "raise training.max_steps or training.num_train_epochs, or begin a new run"
         raise UserError(what, str(folder.root), hint)
@@ -80,7 +78,7 @@ def restore(trainer: Trainer) -> Progress | None:
 def _warn_of_missing_metrics(trainer: Trainer, progress: Progress) -> None:
     """A folder that was copied in mid-run may hold a checkpoint that is newer than its metrics."""
     folder = trainer.job.folder
-    lasts = folder.last_steps()
+    lasts = {line["split"]: line["step"] for line in folder.read_metrics()}
     for split, reached in (("train", progress.logged_step), ("validation", progress.evaluated_step)):
         last = lasts.get(split, -1)
         if reached is not None and last < reached:

@@ -195,10 +195,9 @@ class RunFolder:
     def read_recipe(self) -> Recipe:
         """What the run goes by: recipe.yaml, with the batches of run.json, which are written together with the number
         of processes that they are for. Killed between the two files, ``go_on`` leaves them of different runs."""
-        info, batches = self.read_info(), [key.removeprefix("training.") for key in MAY_CHANGE_TOGETHER]
-        return changed(
-            load_recipe(self.recipe), {f"training.{key}": info[key] for key in batches if info.get(key, 0) > 0}
-        )
+        info = self.read_info()
+        batches = {key: info.get(key.removeprefix("training."), 0) for key in MAY_CHANGE_TOGETHER}
+        return changed(load_recipe(self.recipe), {key: number for key, number in batches.items() if number > 0})
 
     def write_recipe(self, recipe: Recipe) -> None:
         write_whole(self.recipe, dump_recipe(recipe))
@@ -230,10 +229,6 @@ class RunFolder:
         while lines and b"\0" in lines[-1]:  # what a loss of power leaves of a line
             lines.pop()
         return [_metrics_line(line, f"{self.metrics}:{number}") for number, line in enumerate(lines, 1)]
-
-    def last_steps(self) -> dict[str, int]:
-        """The steps of the last lines of training and validation, as far as there are any."""
-        return {line["split"]: line["step"] for line in self.read_metrics()}
 
     def cut_metrics(self, step: int, evaluated_step: int) -> None:
         """Leave out what was measured after these steps, trained and evaluated: a resumed run will do so again."""
