@@ -62,14 +62,14 @@ def audit(
     )
 
 
-def check_supervised(fitted: Fitted, least: float, max_length: int, what: str) -> None:
-    """Raises UserError, naming ``what``, when under the share ``least`` of the rows has a supervised token left."""
+def check_supervised(fitted: Fitted, least: float, max_length: int) -> None:
+    """Raises UserError when under the share ``least`` of the rows has a supervised token left."""
     kept = len(fitted.examples)
     if kept < least * fitted.rows:
         raise UserError(
             f"only {kept:,} of {fitted.rows:,} rows ({kept / fitted.rows:.1%}) have a supervised token among their "
             f"first {max_length}; data.min_supervised_rows asks for {least:.1%}",
-            what,
+            "data.train",
             "raise data.max_length, set data.train_on: all, or lower data.min_supervised_rows",
         )
 

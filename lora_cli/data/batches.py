@@ -79,19 +79,18 @@ def _passes(weight: float, rows: int) -> tuple[int, int]:
     return times, round((weight - times) * rows)
 
 
-def check_drawn(source: npt.NDArray[np.int32], parts: Sequence[Source], what: str) -> None:
-    """Raises UserError, naming ``what``, when an epoch takes no row of a part: for a weight that is too small, or since
-    none is left."""
+def check_drawn(source: npt.NDArray[np.int32], parts: Sequence[Source]) -> None:
+    """Raises UserError when an epoch takes no row of a part: for a weight that is too small, or since none is left."""
     faults = []
     for part, count in zip(parts, np.bincount(source, minlength=len(parts)).tolist(), strict=True):
         if not count:
             told = f"{part.path}: none of its rows is left to train on"
             hint = "they were held out for validation, or max_length leaves them no supervised token"
-            faults.append(Fault(told, what, hint))
+            faults.append(Fault(told, "data.train", hint))
         elif not any(_passes(part.weight, count)):
             told = f"{part.path}: with weight {part.weight:g} an epoch takes none of its {count:,} rows"
             hint = f"raise the weight to {math.ceil(1000 / count) / 1000:g}, or leave it out"
-            faults.append(Fault(told, what, hint))
+            faults.append(Fault(told, "data.train", hint))
     if faults:
         raise UserError(faults)
 

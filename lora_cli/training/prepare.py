@@ -270,7 +270,7 @@ def _examples(
             raise UserError("a validation share needs at least two rows to share out", str(data.train), hint)
         rows, held_out = split_validation(rows, data.validation, recipe.training.seed)
     train = fit(rows, max_length, "data.train")
-    check_supervised(train, data.min_supervised_rows, max_length, "data.train")
-    check_drawn(train.examples.source, sources_of(data.train), "data.train")
+    check_supervised(train, data.min_supervised_rows, max_length)
+    check_drawn(train.examples.source, sources_of(data.train))
     validation = cut_for_evaluation(held_out, max_length, "data.validation") if held_out else None
     return train, validation, audit(rows, train, held_out, tokenizer, tokenized[0].tokenized.bos_removed)

@@ -294,19 +294,19 @@ def write_whole(path: Path, text: str) -> None:
         raise unwritable(path, error, len(text.encode())) from error
 
 
-def newest_finished(root: Path = Path("runs")) -> Path:
-    """The run under ``root`` that finished last; what is not readable is passed over.
+def newest_finished() -> Path:
+    """The run under runs/ that finished last; what is not readable is passed over.
 
     Raises UserError when there is none.
     """
     finished = []
-    for info in root.glob("*/run.json"):
+    for info in Path("runs").glob("*/run.json"):
         with suppress(UserError, OSError):
             when = RunFolder(info.parent).read_info().get("finished")
             if isinstance(when, str):
                 finished.append((when, info.parent))
     if not finished:
-        raise UserError(f"no finished run under {root}/", hint="name a run, an adapter or a model")
+        raise UserError("no finished run under runs/", hint="name a run, an adapter or a model")
     return max(finished)[1]
 
 
