@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from lora_cli.weights.merge import Merged
     from lora_cli.weights.provenance import AdapterOrigin
 
-Tell = Callable[[str], object]
 WORTH_TELLING, MANY_UNCHANGED = 0.01, 0.5
 
 
@@ -89,11 +88,14 @@ def command(
         if rows is not None:
             found.append(checking.verify(origins, draft, out, into, rows))
 
-    result = (
-        _quantize(origins, out, dtype, max_shard, tell, check)
-        if into == "quantized"
-        else _merge(origins, out, into, dtype, max_shard, tell, check)
-    )
+    if into == "quantized":
+        result = _quantize(origins, out, dtype, max_shard, tell, check)
+    else:
+        import torch
+
+        from lora_cli.weights.merge import merge
+
+        result = merge(origins, out, into, getattr(torch, dtype) if dtype else None, max_shard, tell, check)
     report, lines = dataclasses.asdict(result), _lines(result)
     for each in found:
         report["verified"] = dataclasses.asdict(each)
@@ -128,28 +130,12 @@ def tell_beforehand(note: str) -> None:
     typer.echo(f"note: {note}", err=True)
 
 
-def _merge(
-    origins: list[AdapterOrigin],
-    out: Path,
-    into: Literal["expanded", "original"] | None,
-    dtype: str | None,
-    max_shard: int,
-    tell: Tell | None,
-    check: Callable[[Path], None],
-) -> Merged:
-    import torch
-
-    from lora_cli.weights.merge import merge
-
-    return merge(origins, out, into, getattr(torch, dtype) if dtype else None, max_shard, tell, check)
-
-
 def _quantize(
     origins: list[AdapterOrigin],
     out: Path,
     dtype: str | None,
     max_shard: int,
-    tell: Tell | None,
+    tell: Callable[[str], object] | None,
     check: Callable[[Path], None],
 ) -> Merged:
     from lora_cli.weights.merge import Merged

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from lora_cli.cli.merge import find_adapter, tell_beforehand
 from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet
 from lora_cli.errors import UserError
 
@@ -53,7 +54,6 @@ def command(
 ) -> None:
     """Store a model's linear layers in 4 or 8 bits."""
     from lora_cli.cli import measure
-    from lora_cli.cli.merge import tell_beforehand
     from lora_cli.recipe.schema import Quantization
     from lora_cli.weights.folders import check_out
     from lora_cli.weights.provenance import recipe_of
@@ -114,8 +114,6 @@ def _find(target: str) -> tuple[Path, AdapterOrigin | None]:
     from lora_cli.weights.shards import check_whole
 
     if adapter_folder(Path(target)) is not None:
-        from lora_cli.cli.merge import find_adapter
-
         origin = find_adapter(Path(target))
         check_model_type(origin.base)
         check_mergeable(origin.base)
