@@ -149,8 +149,7 @@ def _alpha(rank: int, scaling: float, use_rslora: bool) -> float:
     """The alpha that gives a scaling: a short number where one does."""
     divisor = math.sqrt(rank) if use_rslora else rank
     exact = scaling * divisor
-    short = next((each for each in (round(exact), round(exact, 6)) if each / divisor == scaling), exact)
-    return short
+    return next((each for each in (round(exact), round(exact, 6)) if each / divisor == scaling), exact)
 
 
 def write_tensors(

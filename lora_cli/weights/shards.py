@@ -203,9 +203,8 @@ def stored_dtype(headers: Mapping[str, TensorInfo]) -> torch.dtype:
     """The type most of a checkpoint's floating-point numbers are stored in."""
     import torch
 
-    known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    sizes: Counter[str] = Counter()
+    sizes: Counter[torch.dtype] = Counter()
     for info in headers.values():
-        if info.dtype in known:
-            sizes[info.dtype] += math.prod(info.shape)
-    return known[sizes.most_common(1)[0][0]] if sizes else torch.float32
+        if info.dtype in ("F32", "BF16", "F16"):
+            sizes[info.torch_dtype] += math.prod(info.shape)
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
