@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ALL_LINEAR = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -38,6 +38,13 @@ def make_adapter(
                 weight.add_(0.1 * torch.randn(weight.shape, generator=draw))
     adapted.save_pretrained(str(out), save_embedding_layers=save_embedding_layers)
     return out
+
+
+def answers(folder: Path, adapter: Path | None = None) -> torch.Tensor:
+    """What the model in a folder says, with an adapter on it as PEFT loads it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    adapted = model if adapter is None else PeftModel.from_pretrained(model, str(adapter))
+    return logits(adapted, AutoTokenizer.from_pretrained(folder))
 
 
 def logits(model: Any, tokenizer: Any) -> torch.Tensor:

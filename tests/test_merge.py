@@ -19,7 +19,7 @@ import pytest
 import reference
 import torch
 from conftest import Base, done, weights_of
-from made_adapters import ALL_LINEAR, ALPHA, R, logits, make_adapter
+from made_adapters import ALL_LINEAR, ALPHA, R, answers, logits, make_adapter
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -127,12 +127,9 @@ def test_any_program_loads_the_merged_model(base: Base, kind: str, tmp_path: Pat
 
     plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    original = AutoModelForCausalLM.from_pretrained(folder)
-    bare = logits(original, tokenizer)
-    adapted = logits(PeftModel.from_pretrained(original, str(adapter)), tokenizer)
-    assert distance(logits(plain, tokenizer), adapted) < 1e-5
-    assert distance(bare, adapted) > 0.01
+    adapted = answers(folder, adapter)
+    assert distance(answers(tmp_path / "merged"), adapted) < 1e-5
+    assert distance(answers(folder), adapted) > 0.01
     assert plain.config.use_cache
 
 
@@ -213,14 +210,11 @@ def test_an_adapter_of_a_4_bit_base_merges_into_what_it_saw(
     report = done(lora("merge", run, "--out", tmp_path / "merged", "--json")).json
     assert "nf4" in report["into"]
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    seen = PeftModel.from_pretrained(in_4_bits(folder, True, getattr(torch, compute)), str(run / "adapter"))
-    plain = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), tokenizer)
-    original = AutoModelForCausalLM.from_pretrained(folder)
-    into_original = logits(PeftModel.from_pretrained(original, str(run / "adapter")), tokenizer)
-    error = distance(plain, logits(seen, tokenizer))
+    model = PeftModel.from_pretrained(in_4_bits(folder, True, getattr(torch, compute)), str(run / "adapter"))
+    seen = logits(model, AutoTokenizer.from_pretrained(folder))
+    error = distance(answers(tmp_path / "merged"), seen)
     assert error < (1e-5 if compute == "float32" else 0.02)
-    assert error < distance(into_original, logits(seen, tokenizer)) / 3
+    assert error < distance(answers(folder, run / "adapter"), seen) / 3
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
@@ -686,10 +680,9 @@ def test_other_kinds_peft_merges(kind: Any, tiny_llama: Path, tmp_path: Path, lo
     result = done(lora("merge", tmp_path / "adapter", "--out", tmp_path / "merged"))
     assert "PEFT merged it, with the whole model in memory" in result.stdout
     assert "note: this adapter is not of LoRA's products alone: PEFT merges it" in result.stderr
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    wanted = logits(adapted, tokenizer)
-    assert distance(logits(AutoModelForCausalLM.from_pretrained(tiny_llama), tokenizer), wanted) > 1e-3
-    assert distance(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), tokenizer), wanted) < 1e-5
+    wanted = logits(adapted, AutoTokenizer.from_pretrained(tiny_llama))
+    assert distance(answers(tiny_llama), wanted) > 1e-3
+    assert distance(answers(tmp_path / "merged"), wanted) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed", "ignore:Adapter 'default'")
@@ -829,10 +822,7 @@ def test_ends_that_are_stored_apart_are_not_tied(
     assert done(lora("merge", adapter, "--out", tmp_path / "merged", "--json")).json["verified"]
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert base.get_input_embeddings().weight is not base.get_output_embeddings().weight
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    wanted = logits(PeftModel.from_pretrained(base, str(adapter)), tokenizer)
-    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32), tokenizer)
-    assert distance(found, wanted) < 1e-5
+    assert distance(answers(tmp_path / "merged"), answers(folder, adapter)) < 1e-5
 
 
 def test_tokens_trained_in_the_head_alone_are_not_merged_into_the_embedding(
@@ -859,9 +849,7 @@ def test_an_update_of_one_tied_tensor_is_none_of_the_other(
 
     plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not plain.config.tie_word_embeddings
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(adapter))
-    assert distance(logits(plain, tokenizer), logits(adapted, tokenizer)) < 1e-5
+    assert distance(answers(tmp_path / "merged"), answers(folder, adapter)) < 1e-5
 
     before, after = weights_of(folder)[stored].double(), weights_of(tmp_path / "merged")
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -901,12 +889,9 @@ def test_a_tied_tensor_that_was_trained_whole(end: str, tied: Base, tmp_path: Pa
     saved = leaf if end == "embedding" else "lm_head"
     adapter = make_adapter(name, folder, tmp_path / "adapter", target_modules=[linear], modules_to_save=[saved])
     done(lora("merge", adapter, "--out", tmp_path / "merged"))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    base = AutoModelForCausalLM.from_pretrained(folder)
-    bare = logits(base, tokenizer)
-    wanted = logits(PeftModel.from_pretrained(base, str(adapter)), tokenizer)
-    assert distance(bare, wanted) > 0.1
-    assert distance(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), tokenizer), wanted) < 1e-5
+    wanted = answers(folder, adapter)
+    assert distance(answers(folder), wanted) > 0.1
+    assert distance(answers(tmp_path / "merged"), wanted) < 1e-5
 
 
 def test_words_that_were_added_to_a_tied_embedding_that_was_adapted(
@@ -939,10 +924,7 @@ def test_what_peft_ties_by_itself(tied: Base, tmp_path: Path, lora: Any, no_mode
     targets = [ENDS[name][0], ENDS[name][2]]
     adapter = make_adapter(name, folder, tmp_path / "adapter", target_modules=targets, ensure_weight_tying=True)
     done(lora("merge", adapter, "--out", tmp_path / "merged"))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(adapter))
-    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), tokenizer)
-    assert distance(found, logits(adapted, tokenizer)) < 1e-5
+    assert distance(answers(tmp_path / "merged"), answers(folder, adapter)) < 1e-5
 
 
 @pytest.mark.parametrize("verb", ["merge", "quantize"])
@@ -976,13 +958,8 @@ def test_an_embedding_that_peft_saves_by_itself(
     adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter", "auto", target_modules=[leaf, "q_proj"])
     assert any(f"{leaf}.base_layer.weight" in name for name in load_file(adapter / "adapter_model.safetensors"))
     done(lora("merge", adapter, "--out", tmp_path / "merged"))
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    wanted = logits(
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), str(adapter)), tokenizer
-    )
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert found.config.tie_word_embeddings is False
-    assert distance(logits(found, tokenizer), wanted) < 1e-5
+    assert AutoConfig.from_pretrained(tmp_path / "merged").tie_word_embeddings is False
+    assert distance(answers(tmp_path / "merged"), answers(tiny_llama, adapter)) < 1e-5
 
 
 def started_from(start: str, folder: Path, out: Path) -> Any:
@@ -1008,8 +985,7 @@ def test_an_adapter_of_another_start_merges_as_peft_has_it(
     wanted = logits(adapted, tokenizer)
     result = done(lora("merge", tmp_path / "adapter", "--out", tmp_path / "merged", "--no-verify"))
     assert "PEFT merges it" in result.stderr
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert distance(logits(found, tokenizer), wanted) < 1e-5
+    assert distance(answers(tmp_path / "merged"), wanted) < 1e-5
 
     adapted.merge_and_unload().save_pretrained(tmp_path / "whole")
     tokenizer.save_pretrained(tmp_path / "whole")
@@ -1140,12 +1116,7 @@ def test_dora_of_an_embedding_merges_as_peft_has_it(
     targets = ["embed_tokens", "q_proj"]
     adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter", saved, target_modules=targets, use_dora=True)
     done(lora("merge", adapter, "--out", tmp_path / "merged"))
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    wanted = logits(
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), str(adapter)), tokenizer
-    )
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert distance(logits(found, tokenizer), wanted) < 1e-5
+    assert distance(answers(tmp_path / "merged"), answers(tiny_llama, adapter)) < 1e-5
 
 
 def test_a_tied_embedding_that_was_saved_as_it_is(tied: Base, tmp_path: Path, lora: Any) -> None:
@@ -1153,10 +1124,7 @@ def test_a_tied_embedding_that_was_saved_as_it_is(tied: Base, tmp_path: Path, lo
     adapter = make_adapter(name, folder, tmp_path / "adapter", True, target_modules=[ENDS[name][2]])
     assert any("lm_head.weight" in key for key in load_file(adapter / "adapter_model.safetensors"))
     done(lora("merge", adapter, "--out", tmp_path / "merged"))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    wanted = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(adapter)), tokenizer)
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert distance(logits(found, tokenizer), wanted) < 1e-5
+    assert distance(answers(tmp_path / "merged"), answers(folder, adapter)) < 1e-5
 
 
 def test_an_embedding_that_peft_saves_by_itself_is_quantized(

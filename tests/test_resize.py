@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Base, Run, done, weights_of
-from made_adapters import R, logits, make_adapter
+from made_adapters import R, answers, make_adapter
 from peft import PeftModel
 from reference import distance
 from safetensors.torch import load_file, save_file
@@ -27,11 +27,6 @@ UNEVEN = {
         "rank_pattern": {"1.self_attn.q_proj": 3},
     },
 }
-
-
-def answers(folder: Path, adapter: Path) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return logits(PeftModel.from_pretrained(model, str(adapter)), AutoTokenizer.from_pretrained(folder))
 
 
 @pytest.mark.parametrize("kind", ["", "rslora", "dora", "uneven"])
