@@ -322,6 +322,17 @@ def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_cli.study.report._curves", lambda _: "")
 
 
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever would load a whole model to merge or to quantize it fails."""
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    for way in ("merge", "quantize"):
+        monkeypatch.setattr(f"lora_cli.weights.{way}_in_memory.load_base", load)
+
+
 def done(result: Any) -> Any:
     """The result of a command that has to succeed."""
     assert result.exit_code == 0, result.stderr

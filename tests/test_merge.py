@@ -430,16 +430,6 @@ def test_biases_that_were_trained_are_those_of_the_result(
         assert (name in taken) != torch.equal(after[name], before[name]), name
 
 
-@pytest.fixture
-def no_model(monkeypatch: Any) -> None:
-    """Whoever would load a model fails."""
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr("lora_cli.weights.merge_in_memory.load_base", refuse)
-
-
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"modules_to_save": ["norm", "lm_head"]}, {"bias": "all"}])
 def test_no_model_is_loaded(config: dict[str, Any], base: Base, tmp_path: Path, lora: Any, no_model: None) -> None:
     name, folder = base

@@ -34,16 +34,6 @@ SETTINGS = {
 CASES = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False), ("int8", True)]
 
 
-@pytest.fixture
-def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever loads a model object fails."""
-
-    def load(*_: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr("lora_cli.weights.quantize_in_memory.load_base", load)
-
-
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder, and nothing in it that its index does not name."""
     files = sorted(folder.glob("*.safetensors"))
