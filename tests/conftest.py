@@ -339,6 +339,12 @@ def done(result: Any) -> Any:
     return result
 
 
+def edit_json(file: Path, **changes: Any) -> None:
+    """Give a JSON object, an empty one where there is no file, these values."""
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file.write_text(json.dumps(content | changes), encoding="utf-8")
+
+
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a model in one file."""
     from safetensors.torch import load_file

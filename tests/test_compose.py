@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from conftest import Base, done
+from conftest import Base, done, edit_json
 from made_adapters import R, answers, logits, make_adapter
 from peft import PeftModel
 from reference import distance
@@ -197,8 +197,7 @@ def test_bases_are_told_apart_without_a_record(tiny_llama: Path, tiny_gpt2: Path
         result = lora("adapters", *command)
         assert result.exit_code == 2 and f"another base than that of {first}" in result.stderr
     for folder, name in zip((first, *others), bases, strict=True):
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+        edit_json(folder / "adapter_config.json", base_model_name_or_path=name)
     done(lora("adapters", *commands[0]))
     result = lora("adapters", *commands[1][:-1], tmp_path / "no")
     assert result.exit_code == 2 and "it is for some/gpt2, not some/llama" in result.stderr

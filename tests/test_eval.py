@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import done
+from conftest import done, edit_json
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -142,7 +142,7 @@ def test_an_adapter_of_a_base_that_is_not_there_is_refused(
 ) -> None:
     adapter = made(tiny_llama, tmp_path / "adapter")
     path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": start}))
+    edit_json(path, init_lora_weights=start)
     for result in (
         lora("eval", adapter, "--data", qa_file),
         lora("merge", adapter, "--out", tmp_path / "merged"),
@@ -289,8 +289,7 @@ def test_the_newest_finished_run_is_the_default(
     finished = {"runs/b": "2026-03-01T00:00:00+00:00", "runs/a": "2026-03-02T00:00:00+00:00", "runs/c": None}
     for name, when in finished.items():
         run = run_of(tiny_gpt2, name, **{"data.validation": 0.2, "training.max_steps": 1})
-        info = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        (run / "run.json").write_text(json.dumps(info | {"finished": when}), encoding="utf-8")
+        edit_json(run / "run.json", finished=when)
     result = done(lora("eval", "--json"))
     assert result.json["target"] == "runs/a"
     assert "runs/a" in result.stderr
@@ -401,8 +400,7 @@ def test_an_unfinished_run(
 ) -> None:
     run = run_of(tiny_gpt2)
     finished = done(lora("eval", run, "--data", qa_file, "--json")).json
-    info = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    (run / "run.json").write_text(json.dumps(info | {"finished": None}), encoding="utf-8")
+    edit_json(run / "run.json", finished=None)
     result = done(lora("eval", run, "--data", qa_file, "--json"))
     assert "has not finished" in result.stderr and "--resume" in result.stderr
     assert result.json.pop("loss") == finished["loss"]

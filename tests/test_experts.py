@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import done
+from conftest import done, edit_json
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -187,9 +186,7 @@ def damaged(adapter: Path, change: str) -> None:
         case "shape":
             tensors[name] = tensors[name][:-1].contiguous()
         case "more":
-            config = json.loads((adapter / "adapter_config.json").read_text())
-            config["target_parameters"] = [DOWN]
-            (adapter / "adapter_config.json").write_text(json.dumps(config))
+            edit_json(adapter / "adapter_config.json", target_parameters=[DOWN])
     save_file(tensors, file, {"format": "pt"})
 
 
@@ -216,9 +213,7 @@ def test_factors_of_single_experts_are_told(tiny_llama: Path, tmp_path: Path, lo
     """As PEFT wrote them for Transformers 4; it reads them still, and writes them as they are today."""
     base = make_base("mixtral", tiny_llama, tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    config["target_modules"] = ["q_proj", "w1", "w2", "w3"]
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    edit_json(adapter / "adapter_config.json", target_modules=["q_proj", "w1", "w2", "w3"])
     sizes, tensors = CONFIGS["mixtral"], load_file(adapter / "adapter_model.safetensors")
     for layer in range(sizes.num_hidden_layers):
         for expert in range(sizes.num_local_experts):

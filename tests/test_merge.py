@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import Base, done, weights_of
+from conftest import Base, done, edit_json, weights_of
 from made_adapters import ALL_LINEAR, ALPHA, R, answers, logits, make_adapter
 from peft import (
     AdaLoraConfig,
@@ -497,8 +497,7 @@ def test_of_many_faults_of_one_kind_five_are_told(
     leaves = ALL_LINEAR["llama"]
     named = rf".*0\..*({'|'.join(leaves[:layers])})|.*1\..*({'|'.join(leaves[: max(layers - 7, 0)] or ['none'])})"
     adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter", target_modules=named)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": R + 1}))
+    edit_json(adapter / "adapter_config.json", r=R + 1)
     result = lora("merge", adapter, "--out", tmp_path / "merged")
     assert result.exit_code == 2
     assert result.stderr.count(f"has rank {R}, adapter_config.json says r: {R + 1}") == min(layers, 5)
@@ -753,8 +752,7 @@ def test_embedding_and_head_are_not_held_at_once(
 def test_words_that_were_added_travel(tied: bool, tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
     folder = tmp_path / "base"
     shutil.copytree(tiny_llama, folder)
-    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": tied}
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_json(folder / "config.json", tie_word_embeddings=tied)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -786,8 +784,7 @@ def tied(request: pytest.FixtureRequest, tmp_path: Path) -> Base:
     if request.param == "gpt2":
         return "gpt2", folder
     shutil.copytree(folder, tmp_path / "tied")
-    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
-    (tmp_path / "tied" / "config.json").write_text(json.dumps(config))
+    edit_json(tmp_path / "tied" / "config.json", tie_word_embeddings=True)
     weights = weights_of(folder)
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "tied" / "model.safetensors", {"format": "pt"})
@@ -806,8 +803,7 @@ def test_ends_that_are_stored_apart_are_not_tied(
     """Whatever the configuration says: Transformers takes both as they are stored."""
     folder = tmp_path / "base"
     shutil.copytree(tiny_llama, folder)
-    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_json(folder / "config.json", tie_word_embeddings=True)
     adapter = make_adapter("llama", folder, tmp_path / "adapter", "auto", target_modules=["lm_head", "q_proj"])
     assert done(lora("merge", adapter, "--out", tmp_path / "merged", "--json")).json["verified"]
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -931,8 +927,7 @@ def test_both_of_two_that_could_have_been_tied(tiny_llama: Path, tmp_path: Path,
     """A checkpoint that holds two tensors whose configuration says one: Transformers ties them where they are equal."""
     folder = tmp_path / "base"
     shutil.copytree(tiny_llama, folder)
-    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_json(folder / "config.json", tie_word_embeddings=True)
     adapter = make_adapter("llama", folder, tmp_path / "adapter", target_modules=["embed_tokens"])
     done(lora("merge", adapter, "--out", tmp_path / "merged"))
     before, after = weights_of(folder), weights_of(tmp_path / "merged")
@@ -1062,10 +1057,8 @@ def test_the_base_is_of_the_revision_that_the_adapter_names(
     (model / "refs/main").write_text("a" * 40)
     (model / "refs/step1").write_text("b" * 40)
     adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter")
-    config = json.loads((adapter / "adapter_config.json").read_text())
     for revision, commit in ((None, "a" * 40), ("step1", "b" * 40)):
-        told = config | {"base_model_name_or_path": "somebody/model", "revision": revision}
-        (adapter / "adapter_config.json").write_text(json.dumps(told))
+        edit_json(adapter / "adapter_config.json", base_model_name_or_path="somebody/model", revision=revision)
         done(lora("merge", adapter, "--out", tmp_path / str(revision)))
         norm = weights_of(tmp_path / str(revision))["model.norm.weight"]
         assert torch.equal(norm, weights_of(model / "snapshots" / commit)["model.norm.weight"])

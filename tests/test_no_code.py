@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import done
+from conftest import done, edit_json
 
 
 @dataclass
@@ -44,11 +44,6 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trap:
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("sys.stdin", None)  # whoever asks to run code would ask here
     return Trap(tmp_path / "sprung")
-
-
-def edit(file: Path, **changes: Any) -> None:
-    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    file.write_text(json.dumps(content | changes), encoding="utf-8")
 
 
 def refused(result: Any, *says: str) -> None:
@@ -102,14 +97,16 @@ def test_pickled_weights_of_a_base(
     base = tmp_path / "base"
     shutil.copytree(tiny_gpt2, base)
     trap.write(*(base / name for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "model.pth")))
-    edit(base / "pytorch_model.bin.index.json", metadata={}, weight_map={"lm_head.weight": "pytorch_model.bin"})
+    edit_json(base / "pytorch_model.bin.index.json", metadata={}, weight_map={"lm_head.weight": "pytorch_model.bin"})
     says = []
     if weights == "named safetensors":
         trap.write(base / "model.safetensors")
         says = ["model.safetensors", "not a whole safetensors file"]
     elif weights == "in the index":
         (base / "model.safetensors").unlink()
-        edit(base / "model.safetensors.index.json", metadata={}, weight_map={"lm_head.weight": "pytorch_model.bin"})
+        edit_json(
+            base / "model.safetensors.index.json", metadata={}, weight_map={"lm_head.weight": "pytorch_model.bin"}
+        )
         says = ["pytorch_model.bin", "not a whole safetensors file"]
     elif weights == "pickled":
         (base / "model.safetensors").unlink()
@@ -204,8 +201,8 @@ def test_code_in_a_base(
     (base / "custom_generate").mkdir()
     for name in ("own_code.py", "tokenization.py", "custom_generate/generate.py", "__init__.py"):
         (base / name).write_text(trap.code, encoding="utf-8")
-    edit(base / "config.json", auto_map=MAPS, **({"model_type": "evil"} if kind == "unknown" else {}))
-    edit(base / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization.Evil", None]})
+    edit_json(base / "config.json", auto_map=MAPS, **({"model_type": "evil"} if kind == "unknown" else {}))
+    edit_json(base / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization.Evil", None]})
     for arguments in commands(tmp_path, write_recipe, qa_file).values():
         result = lora(*arguments)
         if kind == "unknown":
@@ -227,7 +224,7 @@ def test_code_of_a_tokenizer_alone(
     (base / "tokenizer.json").unlink()
     (base / "vocab.bpe").write_text("x", encoding="utf-8")
     (base / "tokenization.py").write_text(trap.code, encoding="utf-8")
-    edit(
+    edit_json(
         base / "tokenizer_config.json",
         tokenizer_class="EvilTokenizer",
         auto_map={"AutoTokenizer": ["tokenization.Evil", None]},
@@ -247,7 +244,7 @@ def test_kernels_of_the_hub(
     value: Any = "someone/attention"
     for key in reversed(place):
         value = {key: value}
-    edit(base / "config.json", **value)
+    edit_json(base / "config.json", **value)
     for arguments in commands(tmp_path, write_recipe, qa_file).values():
         refused(lora(*arguments), "someone/attention", "config.json")
 
@@ -258,7 +255,7 @@ def test_a_module_named_by_an_adapter(trap: Trap, run: Path, lora: Any, qa_file:
         {"megatron_config": {"a": 1}, "megatron_core": "evil_core"},
         {"auto_mapping": {"parent_library": "evil_core", "base_model_class": "Evil"}, "megatron_config": None},
     ):
-        edit(run / "adapter" / "adapter_config.json", **changes)
+        edit_json(run / "adapter" / "adapter_config.json", **changes)
         result = lora("eval", run, "--data", qa_file)
         assert not trap.sprung
         refused(result, "megatron_config") if changes["megatron_config"] else done(result)

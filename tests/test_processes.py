@@ -19,7 +19,7 @@ import pytest
 
 from lora_cli.training.checkpoint import is_whole
 from lora_cli.training.zero_config import config_faults
-from tests.conftest import Run, done
+from tests.conftest import Run, done, edit_json
 
 TWO = {"training.gradient_accumulation_steps": 2}
 """Half of the recipe's accumulation, for twice the processes: the same rows in each step."""
@@ -141,8 +141,7 @@ def test_machines_that_would_train_otherwise_are_refused(
     rows.write_text("".join(reversed(lines) if differ else lines))
     shutil.copytree(tiny_gpt2, base)
     if differ:
-        config = base / "config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"layer_norm_epsilon": 0.5}))
+        edit_json(base / "config.json", layer_norm_epsilon=0.5)
     there = [f"data.train={rows}", f"model.name_or_path={base}"]
     there += ["training.learning_rate=0.02", "quantization.method=int8"] if differ else []
     children = on_two_machines(["train", shared], ["train", shared, *there])

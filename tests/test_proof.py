@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import done
+from conftest import done, edit_json
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -44,11 +44,7 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
 
 
 def config(**changes: Any) -> Callable[[Path], None]:
-    def rewrite(folder: Path) -> None:
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return rewrite
+    return lambda folder: edit_json(folder / "adapter_config.json", **changes)
 
 
 def one_slice(found: dict[str, torch.Tensor]) -> None:

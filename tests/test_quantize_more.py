@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import done
+from conftest import done, edit_json
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_streaming import tensors_of
@@ -106,8 +106,7 @@ def test_a_grown_vocabulary(tiny_llama: Path, tmp_path: Path, lora: Any) -> None
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
     get_peft_model(model, config).save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=True)
     tokenizer.save_pretrained(tmp_path / "adapter")
-    path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tiny_llama)}))
+    edit_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(tiny_llama))
     wanted = merged_then_quantized(lora, tmp_path / "adapter", tmp_path)
     done(lora("quantize", tmp_path / "adapter", "--out", tmp_path / "out"))
     same_files(tmp_path / "out", wanted)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Base, Run, done, weights_of
+from conftest import Base, Run, done, edit_json, weights_of
 from made_adapters import R, answers, make_adapter
 from peft import PeftModel
 from reference import distance
@@ -334,8 +334,7 @@ def test_a_failure_while_writing_leaves_nothing(
 
 def test_an_adapter_that_names_no_base_stays_without_one(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
     adapter = varied("llama", tiny_llama, tmp_path / "a", 1)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=None)
     done(lora("adapters", "resize", adapter, "--rank", "2", "--out", tmp_path / "out"))
     shown = done(lora("adapters", "show", tmp_path / "out", "--json")).json
     assert (shown["base"], shown["base_state"]) == (None, "not found")

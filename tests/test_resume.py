@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TRAIN_KEYS, VALIDATION_KEYS, Run, done
+from conftest import TRAIN_KEYS, VALIDATION_KEYS, Run, done, edit_json
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -533,11 +533,6 @@ def test_resume_refuses_changed_rows_and_another_base_before_loading_it(
     assert files_of(run) == before
 
 
-def edit_config(base: Path, **changes: Any) -> None:
-    file = base / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
 def one_number(base: Path) -> None:
     """Another number in the middle of nowhere."""
     weights = load_file(base / "model.safetensors")
@@ -555,12 +550,14 @@ def in_other_files(base: Path) -> None:
 
 
 OTHER_BASES: dict[str, Callable[[Path], None]] = {
-    "another epsilon": lambda base: edit_config(base, layer_norm_epsilon=0.5),
-    "other heads": lambda base: edit_config(base, n_head=2),
+    "another epsilon": lambda base: edit_json(base / "config.json", layer_norm_epsilon=0.5),
+    "other heads": lambda base: edit_json(base / "config.json", n_head=2),
     "one number": one_number,
 }
 SAME_BASES: dict[str, Callable[[Path], None]] = {
-    "notes": lambda base: edit_config(base, use_cache=False, transformers_version="4.0", _name_or_path="x"),
+    "notes": lambda base: edit_json(
+        base / "config.json", use_cache=False, transformers_version="4.0", _name_or_path="x"
+    ),
     "files": in_other_files,
 }
 
@@ -609,8 +606,7 @@ def test_killed_between_record_and_recipe(
     """A run of four batches a step was to go on in two processes: its record says so, its recipe not yet."""
     run = train({"training": {"gradient_accumulation_steps": 4, "max_steps": 2}})
     whole = train({"training": {"gradient_accumulation_steps": 4, "max_steps": 3}})
-    record = run.info | {"processes": 2, "gradient_accumulation_steps": 2, "finished": None}
-    (run.folder / "run.json").write_text(json.dumps(record))
+    edit_json(run.folder / "run.json", processes=2, gradient_accumulation_steps=2, finished=None)
     recipe, more = run.folder / "recipe.yaml", ["--resume", "training.max_steps=3", "training.lr_scheduler_type=cosine"]
 
     def checked(accumulation: int, processes: int) -> None:
@@ -937,6 +933,6 @@ def test_a_damaged_checkpoint_takes_no_whole_ones_place(
 def test_a_run_gone_on_with_began_when_it_began(train: Callable[..., Run], lora: Any) -> None:
     run = train({"training.max_steps": 1, "training.lr_scheduler_type": "constant"})
     began = "2020-02-02T20:20:20+00:00"
-    (run.folder / "run.json").write_text(json.dumps(run.info | {"started": began}))
+    edit_json(run.folder / "run.json", started=began)
     done(lora("train", run.folder / "recipe.yaml", "--resume", "training.max_steps=2"))
     assert run.info["started"] == began < run.info["finished"] and run.info["steps"] == 2

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import edit_json
 from made_adapters import make_adapter
 
 from lora_cli.cores import usable_cores
@@ -131,8 +132,7 @@ def test_an_adapter_of_another_model_is_told_without_torch(
 def test_an_unknown_model_type_is_told_without_torch(tiny_gpt2: Path, write_recipe: Any, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_gpt2, model)
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt17"}), encoding="utf-8")
+    edit_json(model / "config.json", model_type="gpt17")
     recipe = str(write_recipe({"model.name_or_path": model}))
     for arguments in (
         ("train", recipe),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes import functional
-from conftest import done
+from conftest import done, edit_json
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -146,8 +146,7 @@ def test_the_type_is_the_one_that_transformers_loads(
     kept = torch.float32 if told is None else stored
     weights = {name: each.to(kept if each.dim() == 1 else stored) for name, each in weights.items()}
     save_file(weights, base / "model.safetensors", {"format": "pt"})
-    config = json.loads((base / "config.json").read_text()) | {"dtype": told}
-    (base / "config.json").write_text(json.dumps(config))
+    edit_json(base / "config.json", dtype=told)
     done(lora("quantize", base, "--out", tmp_path / "out"))
     same_as_transformers(base, tmp_path / "out", "nf4", True, tmp_path / "plain")
 
@@ -160,8 +159,7 @@ def test_no_numbers_in_what_is_not_quantized(name: str, tiny_llama: Path, tmp_pa
     for value, dtype, told in ((float("nan"), "float32", "as float32"), (1e5, "float16", "as float16")):
         weights[name].view(-1)[3] = value
         save_file(weights, base / "model.safetensors", {"format": "pt"})
-        config = json.loads((base / "config.json").read_text()) | {"dtype": dtype}
-        (base / "config.json").write_text(json.dumps(config))
+        edit_json(base / "config.json", dtype=dtype)
         result = lora("quantize", base, "--out", tmp_path / "out")
         assert result.exit_code == 2 and f"tensor {name} holds NaN or infinity ({told})" in result.stderr
         assert not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ import pytest
 import reference
 import torch
 import yaml
-from conftest import TRAIN_KEYS, VALIDATION_KEYS, WIDTH, Run, done
+from conftest import TRAIN_KEYS, VALIDATION_KEYS, WIDTH, Run, done, edit_json
 from made_adapters import ALPHA, R, make_adapter
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -652,9 +652,7 @@ def test_init_from_takes_what_training_can_write_and_nothing_more(
     config = LoraConfig(**{"task_type": "CAUSAL_LM", "r": R, "target_modules": ["q_proj"], **changes})
     get_peft_model(model, config).save_pretrained(str(start), save_embedding_layers="weight" in told)
     if told not in MORE:  # whose making needs data, or packages that are not here
-        path = start / "adapter_config.json"
-        kept = json.loads(path.read_text(encoding="utf-8")) | {"init_lora_weights": told.split()[-1]}
-        path.write_text(json.dumps(kept), encoding="utf-8")
+        edit_json(start / "adapter_config.json", init_lora_weights=told.split()[-1])
     with monkeypatch.context() as patch:
         patch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
         adapter = {"r": 2 * R, "target_modules": ["q_proj"], "init_from": start}
