@@ -67,8 +67,7 @@ def test_what_is_shown_is_told_in_words(train: Callable[..., Run], tmp_path: Pat
             "training": {"eval_steps": 1, "learning_rate": 3.0, "max_steps": 3, "lr_scheduler_type": "constant"},
         }
     )
-    other = tmp_path / "other"
-    shutil.copytree(run.folder / "adapter", other)
+    other = shutil.copytree(run.folder / "adapter", tmp_path / "other")
     result, losses = run.info["result"], run.column("loss", "validation")
     best = min(losses[1:])
     assert result["best"]["step"] == losses.index(best) != 3

@@ -231,8 +231,7 @@ def test_an_end_that_is_also_the_bos_is_no_bos(tokenizer: Any) -> None:
 def test_bos_is_told_before_training(
     with_bos: Any, tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
 ) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny_llama, base)
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
     with_bos.chat_template = "{{ bos_token }}" * 2 + CHATML
     with_bos.save_pretrained(base)
     config = json.loads((base / "config.json").read_text())

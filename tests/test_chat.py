@@ -469,8 +469,7 @@ def test_a_conversation_that_is_rendered_as_nothing_is_an_empty_row() -> None:
 def test_a_role_that_a_template_does_not_take_is_told_by_its_row(
     tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any
 ) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny_llama, base)
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
     (base / "chat_template.jinja").write_text(GEMMA.template)
     rows = [messages_of(ONCE), messages_of((SYSTEM, *ONCE))]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))

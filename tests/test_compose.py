@@ -185,8 +185,7 @@ def test_a_composition_of_quantized_runs_knows_what_they_saw(train: Any, tmp_pat
 
 def test_bases_are_told_apart_without_a_record(tiny_llama: Path, tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
     """By their weights while these are there, else by the names of layers and of the bases."""
-    other = tmp_path / "other"
-    shutil.copytree(tiny_llama, other)
+    other = shutil.copytree(tiny_llama, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     save_file({key: value + 1 for key, value in tensors.items()}, other / "model.safetensors", {"format": "pt"})
     bases = {"some/llama": ("llama", tiny_llama), "other/llama": ("llama", other), "some/gpt2": ("gpt2", tiny_gpt2)}

@@ -345,8 +345,7 @@ def test_a_copy_of_an_adapter_is_for_the_base_that_it_was_trained_on(
 def test_another_base_in_its_place_is_refused(
     tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, tmp_path: Path, lora: Any
 ) -> None:
-    folder = tmp_path / "base"
-    shutil.copytree(tiny_gpt2, folder)
+    folder = shutil.copytree(tiny_gpt2, tmp_path / "base")
     run = run_of(folder)
     tensors = load_file(folder / "model.safetensors")
     tensors[next(iter(tensors))] += 0.5

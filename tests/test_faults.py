@@ -508,8 +508,7 @@ SHORT, LONG = 30, 60  # tokens: a row up to SHORT is harmless, one of LONG reach
 @pytest.fixture(scope="module")
 def overflowing(tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny_gpt2 whose positions beyond SHORT are so large that their sum is no float32 any more."""
-    folder = tmp_path_factory.mktemp("models") / "overflowing"
-    shutil.copytree(tiny_gpt2, folder)
+    folder = shutil.copytree(tiny_gpt2, tmp_path_factory.mktemp("models") / "overflowing")
     weights = load_file(folder / "model.safetensors")
     weights["transformer.wpe.weight"][SHORT + 1 :] = 3e38
     save_file(weights, folder / "model.safetensors", {"format": "pt"})

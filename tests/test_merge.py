@@ -134,8 +134,7 @@ def test_any_program_loads_the_merged_model(base: Base, kind: str, tmp_path: Pat
 
 
 def test_the_folder_is_a_whole_model(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    folder = tmp_path / "base"
-    shutil.copytree(tiny_llama, folder)
+    folder = shutil.copytree(tiny_llama, tmp_path / "base")
     generation = {"eos_token_id": [0, 2], "max_new_tokens": 7, "transformers_version": "5.0.0"}
     (folder / "generation_config.json").write_text(json.dumps(generation))
     adapter = make_adapter("llama", folder, tmp_path / "adapter")
@@ -368,8 +367,7 @@ def test_a_base_stored_quantized_is_refused(tiny_llama: Path, write_recipe: Any,
 )
 def test_to_the_bit_what_peft_merges(config: dict[str, Any], tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
     """From a base of several shards; what is no plain product PEFT itself merges."""
-    folder = tmp_path / "base"
-    shutil.copytree(tiny_llama, folder)
+    folder = shutil.copytree(tiny_llama, tmp_path / "base")
     (folder / "model.safetensors").unlink()
     AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).save_pretrained(folder, max_shard_size="40KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
@@ -386,8 +384,7 @@ def test_to_the_bit_what_peft_merges(config: dict[str, Any], tiny_llama: Path, t
 
 def test_a_layers_number_is_not_the_end_of_another(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
     """Of twelve layers, what is said of the second does not hold for the last, which is 11."""
-    folder = tmp_path / "base"
-    shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    folder = shutil.copytree(tiny_llama, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
     sizes = {"num_hidden_layers": 12, "hidden_size": 16, "intermediate_size": 8}
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_llama, **sizes)).save_pretrained(folder)
     own = {"rank_pattern": {"1.self_attn.q_proj": 2}, "alpha_pattern": {"1.self_attn.q_proj": 12.0}}
@@ -574,8 +571,7 @@ def test_a_type_that_is_asked_for_is_not_advised(tiny_llama: Path, tmp_path: Pat
 
 
 def test_the_base_can_be_named(tiny_llama: Path, tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
-    folder = tmp_path / "base"
-    shutil.copytree(tiny_llama, folder)
+    folder = shutil.copytree(tiny_llama, tmp_path / "base")
     adapter = make_adapter("llama", folder, tmp_path / "adapter")
     moved = folder.rename(tmp_path / "moved")
     out = tmp_path / "merged"
@@ -696,8 +692,7 @@ def test_kinds_without_weights_of_their_own_are_refused(tiny_llama: Path, tmp_pa
 
 
 def test_a_base_of_no_numbers_is_refused(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    folder = tmp_path / "base"
-    shutil.copytree(tiny_llama, folder)
+    folder = shutil.copytree(tiny_llama, tmp_path / "base")
     weights = weights_of(folder)
     weights["model.norm.weight"][3] = math.inf
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -720,8 +715,7 @@ def test_a_base_of_no_numbers_is_refused(tiny_llama: Path, tmp_path: Path, lora:
 def test_numbers_too_large_for_the_type_are_refused(
     name: str, config: dict[str, Any], tiny_llama: Path, tmp_path: Path, lora: Any
 ) -> None:
-    folder = tmp_path / "base"
-    shutil.copytree(tiny_llama, folder)
+    folder = shutil.copytree(tiny_llama, tmp_path / "base")
     weights = weights_of(folder)
     weights[name].view(-1)[5] = 1e5
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -750,8 +744,7 @@ def test_embedding_and_head_are_not_held_at_once(
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_words_that_were_added_travel(tied: bool, tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    folder = tmp_path / "base"
-    shutil.copytree(tiny_llama, folder)
+    folder = shutil.copytree(tiny_llama, tmp_path / "base")
     edit_json(folder / "config.json", tie_word_embeddings=tied)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
@@ -801,8 +794,7 @@ def test_ends_that_are_stored_apart_are_not_tied(
     tiny_llama: Path, tmp_path: Path, lora: Any, no_model: None, recwarn: Any
 ) -> None:
     """Whatever the configuration says: Transformers takes both as they are stored."""
-    folder = tmp_path / "base"
-    shutil.copytree(tiny_llama, folder)
+    folder = shutil.copytree(tiny_llama, tmp_path / "base")
     edit_json(folder / "config.json", tie_word_embeddings=True)
     adapter = make_adapter("llama", folder, tmp_path / "adapter", "auto", target_modules=["lm_head", "q_proj"])
     assert done(lora("merge", adapter, "--out", tmp_path / "merged", "--json")).json["verified"]
@@ -925,8 +917,7 @@ def test_dora_of_a_tied_tensor_is_refused(verb: str, tied: Base, tmp_path: Path,
 
 def test_both_of_two_that_could_have_been_tied(tiny_llama: Path, tmp_path: Path, lora: Any, recwarn: Any) -> None:
     """A checkpoint that holds two tensors whose configuration says one: Transformers ties them where they are equal."""
-    folder = tmp_path / "base"
-    shutil.copytree(tiny_llama, folder)
+    folder = shutil.copytree(tiny_llama, tmp_path / "base")
     edit_json(folder / "config.json", tie_word_embeddings=True)
     adapter = make_adapter("llama", folder, tmp_path / "adapter", target_modules=["embed_tokens"])
     done(lora("merge", adapter, "--out", tmp_path / "merged"))

@@ -94,8 +94,7 @@ def test_pickled_weights_of_a_base(
     qa_file: Path,
     tmp_path: Path,
 ) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny_gpt2, base)
+    base = shutil.copytree(tiny_gpt2, tmp_path / "base")
     trap.write(*(base / name for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "model.pth")))
     edit_json(base / "pytorch_model.bin.index.json", metadata={}, weight_map={"lm_head.weight": "pytorch_model.bin"})
     says = []
@@ -219,8 +218,7 @@ def test_code_in_a_base(
 def test_code_of_a_tokenizer_alone(
     trap: Trap, tiny_gpt2: Path, write_recipe: Any, lora: Any, no_curves: None, qa_file: Path, tmp_path: Path
 ) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny_gpt2, base)
+    base = shutil.copytree(tiny_gpt2, tmp_path / "base")
     (base / "tokenizer.json").unlink()
     (base / "vocab.bpe").write_text("x", encoding="utf-8")
     (base / "tokenization.py").write_text(trap.code, encoding="utf-8")
@@ -239,8 +237,7 @@ def test_code_of_a_tokenizer_alone(
 def test_kernels_of_the_hub(
     place: tuple[str, ...], tiny_gpt2: Path, write_recipe: Any, lora: Any, qa_file: Path, tmp_path: Path
 ) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny_gpt2, base)
+    base = shutil.copytree(tiny_gpt2, tmp_path / "base")
     value: Any = "someone/attention"
     for key in reversed(place):
         value = {key: value}
@@ -273,8 +270,7 @@ TEMPLATES = {
 def test_a_chat_template_stays_in_its_box(
     name: str, trap: Trap, tiny_llama: Path, write_recipe: Any, lora: Any, tmp_path: Path
 ) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny_llama, base)
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
     (base / "chat_template.jinja").write_text(TEMPLATES[name].replace("MARK", str(trap.mark)), encoding="utf-8")
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")

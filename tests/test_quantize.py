@@ -298,8 +298,7 @@ def test_a_weight_too_large_for_8_bits(
     base_name: str, name: str, request: pytest.FixtureRequest, tmp_path: Path, lora: Any
 ) -> None:
     """bitsandbytes takes them from float16, in which it is infinite."""
-    folder = tmp_path / "large"
-    shutil.copytree(request.getfixturevalue(base_name), folder)
+    folder = shutil.copytree(request.getfixturevalue(base_name), tmp_path / "large")
     weights = weights_of(folder)
     weights[name][0, 0] = 1e5
     save_file(weights, folder / "model.safetensors", {"format": "pt"})

@@ -151,8 +151,7 @@ def test_the_adapter_is_for_the_base_itself(quantized: Any, tiny_gpt2: Path, qa_
 
 def test_every_other_base_or_recipe_has_its_own(quantized: Any, tiny_gpt2: Path, tmp_path: Path) -> None:
     """And what this run no longer uses is removed."""
-    base = tmp_path / "bases" / "base"
-    shutil.copytree(tiny_gpt2, base)
+    base = shutil.copytree(tiny_gpt2, tmp_path / "bases" / "base")
     own = {"model.name_or_path": base}
     names = set()
 
@@ -274,8 +273,7 @@ def test_nothing_stays_of_a_refused_run(tmp_path: Path, write_recipe: Any, lora:
 def test_weights_that_are_no_numbers_are_refused(
     tiny_llama: Path, tmp_path: Path, write_recipe: Any, lora: Any
 ) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny_llama, base)
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
     weights = load_file(base / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.nan
     save_file(weights, base / "model.safetensors", {"format": "pt"})

@@ -124,8 +124,7 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint(
     damage: str, train: Callable[..., Run], tmp_path: Path, lora: Any
 ) -> None:
     whole = train({"training": {"max_steps": 4, "save_steps": 1, "save_total_limit": None}})
-    cut = tmp_path / "cut"
-    shutil.copytree(whole.folder, cut)
+    cut = shutil.copytree(whole.folder, tmp_path / "cut")
     for step in (3, 4):
         torn = cut / "checkpoints" / f"step-{step:08d}"
         weights = bytearray((torn / "optimizer.safetensors").read_bytes())
@@ -514,8 +513,7 @@ def test_resume_computes_in_the_type_it_began_in(train: Callable[..., Run], lora
 def test_resume_refuses_changed_rows_and_another_base_before_loading_it(
     train: Callable[..., Run], tiny_gpt2: Path, qa_file: Path, tmp_path: Path, lora: Any
 ) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny_gpt2, base)
+    base = shutil.copytree(tiny_gpt2, tmp_path / "base")
     validation = tmp_path / "validation.jsonl"
     shutil.copy(qa_file, validation)
     run = train({"model.name_or_path": base, "data.validation": validation})
@@ -566,8 +564,7 @@ SAME_BASES: dict[str, Callable[[Path], None]] = {
 def test_the_base_is_known_by_all_its_numbers(
     change: str, train: Callable[..., Run], tiny_gpt2: Path, tmp_path: Path, lora: Any
 ) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny_gpt2, base)
+    base = shutil.copytree(tiny_gpt2, tmp_path / "base")
     run = train({"model.name_or_path": base, "training.max_steps": 2})
     (OTHER_BASES | SAME_BASES)[change](base)
     resumed = lora("train", run.folder / "recipe.yaml", "--resume", "training.max_steps=3")

@@ -130,8 +130,7 @@ def test_an_adapter_of_another_model_is_told_without_torch(
 
 
 def test_an_unknown_model_type_is_told_without_torch(tiny_gpt2: Path, write_recipe: Any, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(tiny_gpt2, model)
+    model = shutil.copytree(tiny_gpt2, tmp_path / "model")
     edit_json(model / "config.json", model_type="gpt17")
     recipe = str(write_recipe({"model.name_or_path": model}))
     for arguments in (

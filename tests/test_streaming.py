@@ -89,8 +89,7 @@ def test_several_shards_in_and_out(
 
 def test_names_without_the_bodys(tiny_gpt2: Path, tmp_path: Path, lora: Any, no_model: None) -> None:
     """Published GPT-2 checkpoints say h.0 for transformer.h.0, and hold masks that the model no longer has."""
-    base = tmp_path / "base"
-    shutil.copytree(tiny_gpt2, base)
+    base = shutil.copytree(tiny_gpt2, tmp_path / "base")
     weights = {name.removeprefix("transformer."): tensor for name, tensor in tensors_of(tiny_gpt2).items()}
     save_file(weights | {"h.0.attn.masked_bias": torch.tensor(-1e4)}, base / "model.safetensors", {"format": "pt"})
     done(lora("quantize", base, "--out", tmp_path / "out"))
@@ -140,8 +139,7 @@ def test_the_type_is_the_one_that_transformers_loads(
     stored: torch.dtype, told: str | None, tiny_llama: Path, tmp_path: Path, lora: Any
 ) -> None:
     """config.json's, whatever the weights are stored in; without one there, the first tensor's."""
-    base = tmp_path / "base"
-    shutil.copytree(tiny_llama, base)
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
     weights = tensors_of(base)
     kept = torch.float32 if told is None else stored
     weights = {name: each.to(kept if each.dim() == 1 else stored) for name, each in weights.items()}
@@ -153,8 +151,7 @@ def test_the_type_is_the_one_that_transformers_loads(
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
 def test_no_numbers_in_what_is_not_quantized(name: str, tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny_llama, base)
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
     weights = tensors_of(base)
     for value, dtype, told in ((float("nan"), "float32", "as float32"), (1e5, "float16", "as float16")):
         weights[name].view(-1)[3] = value
@@ -168,8 +165,7 @@ def test_no_numbers_in_what_is_not_quantized(name: str, tiny_llama: Path, tmp_pa
 @pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_experts_that_transformers_joins(tiny_llama: Path, method: str, tmp_path: Path, lora: Any) -> None:
     """Their stored tensors are not the model's; they are not quantized, the attention beside them is."""
-    base = tmp_path / "base"
-    shutil.copytree(tiny_llama, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    base = shutil.copytree(tiny_llama, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_local_experts": 2, "max_position_embeddings": 64}
     heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     torch.manual_seed(0)

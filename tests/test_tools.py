@@ -302,8 +302,7 @@ def test_rows_with_other_tools_are_tokenized_anew(tmp_path: Path) -> None:
 
 
 def test_a_run_learns_behind_its_tools(train: Any, tiny_llama: Path, tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny_llama, base)
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
     (base / "chat_template.jinja").write_text(QWEN.template)
     first = []
     for tools in (None, [CLOCK]):
