@@ -416,6 +416,20 @@ class Run:
         return sorted(int(path.name.removeprefix("step-")) for path in (self.folder / "checkpoints").glob("step-*"))
 
 
+def check_goes_on_alike(whole: Run, stopped: int, folder: Path) -> Run:
+    """Copies a finished run, as it was after a step, to ``folder`` and resumes it: it has to come to the same."""
+    shutil.copytree(whole.folder, folder)
+    for step in range(stopped + 1, whole.info["result"]["steps"] + 1):
+        shutil.rmtree(folder / "checkpoints" / f"step-{step:08d}")
+    shutil.rmtree(folder / "adapter")
+    done(run_lora("train", folder / "recipe.yaml", f"training.output_dir={folder}", "--resume"))
+    for split, columns in (("train", TRAIN_KEYS[:-2]), ("validation", VALIDATION_KEYS)):
+        for column in columns:
+            assert Run(folder).column(column, split) == whole.column(column, split), column
+    assert Run(folder).adapter_bytes == whole.adapter_bytes
+    return Run(folder)
+
+
 @pytest.fixture
 def train(tmp_path: Path, write_recipe: Any, lora: Any, no_curves: None) -> Callable[..., Run]:
     """Writes the recipe with these changes, trains from it and returns the run."""

@@ -25,7 +25,7 @@ from lora_cli.model.targets import choose_targets
 from lora_cli.recipe.schema import Adapter
 from lora_cli.training import loop
 from lora_cli.training.hidden_states import choose_places, make_room
-from tests.conftest import TRAIN_KEYS, VALIDATION_KEYS, Run, done
+from tests.conftest import Run, check_goes_on_alike, done
 
 SMALL = {
     "hidden_size": 32,
@@ -328,16 +328,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     whole = train(with_cache(upper(), place))
     last = whole.info["result"]["steps"]
     for stopped in (1, last // 2, last):
-        cut = Run(tmp_path / f"cut{stopped}")
-        shutil.copytree(whole.folder, cut.folder)
-        for step in range(stopped + 1, last + 1):
-            shutil.rmtree(cut.folder / "checkpoints" / f"step-{step:08d}")
-        shutil.rmtree(cut.folder / "adapter")
-        done(lora("train", cut.folder / "recipe.yaml", f"training.output_dir={cut.folder}", "--resume"))
-        for split, columns in (("train", TRAIN_KEYS[:-2]), ("validation", VALIDATION_KEYS)):
-            for column in columns:
-                assert cut.column(column, split) == whole.column(column, split), column
-        assert cut.adapter_bytes == whole.adapter_bytes
+        cut = check_goes_on_alike(whole, stopped, tmp_path / f"cut{stopped}")
         assert cut.info["cache_frozen"] == whole.info["cache_frozen"]
 
 

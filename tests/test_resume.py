@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TRAIN_KEYS, VALIDATION_KEYS, Run, done, edit_json
+from conftest import TRAIN_KEYS, Run, check_goes_on_alike, done, edit_json
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -87,16 +87,7 @@ def test_resume_is_exact_from_every_step(case: str, train: Callable[..., Run], t
     if case == "best at the end":
         assert whole.info["result"]["adapter_step"] < last
     for stopped in {1, last // 2, last - 1, last}:
-        cut = Run(tmp_path / f"cut{stopped}")
-        shutil.copytree(whole.folder, cut.folder)
-        for step in range(stopped + 1, last + 1):
-            shutil.rmtree(cut.folder / "checkpoints" / f"step-{step:08d}")
-        shutil.rmtree(cut.folder / "adapter")
-        done(lora("train", cut.folder / "recipe.yaml", f"training.output_dir={cut.folder}", "--resume"))
-        for split, columns in (("train", TRAIN_KEYS[:-2]), ("validation", VALIDATION_KEYS)):
-            for column in columns:
-                assert cut.column(column, split) == whole.column(column, split), column
-        assert cut.adapter_bytes == whole.adapter_bytes
+        cut = check_goes_on_alike(whole, stopped, tmp_path / f"cut{stopped}")
         for key in ("steps", "adapter_step", "validation", "best", "base"):
             assert cut.info["result"][key] == whole.info["result"][key]
 
