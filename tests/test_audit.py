@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import done
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -72,8 +73,7 @@ def test_copies_and_leaks_are_told_and_recorded(
     for name, content in (("train", train), ("held_out", held_out)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     changes = {"data.train": tmp_path / "train.jsonl", "data.validation": tmp_path / "held_out.jsonl"}
-    result = lora("train", write_recipe(changes | {"training.max_steps": 1}))
-    assert result.exit_code == 0, result.stderr
+    result = done(lora("train", write_recipe(changes | {"training.max_steps": 1})))
     assert "3 training rows repeat an earlier one" in result.stderr
     assert "warning: 3 validation rows stand in the training rows too" in result.stderr
     found = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
@@ -84,8 +84,7 @@ def test_a_share_of_rows_with_copies_leaks(write_recipe: Any, tmp_path: Path, lo
     row = {"question": "Why?", "answer": " Because."}
     (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
     changes = {"data.train": tmp_path / "rows.jsonl", "data.validation": 0.25, "training.max_steps": 1}
-    result = lora("train", write_recipe(changes))
-    assert result.exit_code == 0, result.stderr
+    result = done(lora("train", write_recipe(changes)))
     assert "5 training rows repeat" in result.stderr
     assert "2 validation rows stand in the training rows too" in result.stderr
 
@@ -240,8 +239,7 @@ def test_bos_is_told_before_training(
     (tmp_path / "texts.jsonl").write_text('{"text": "<s>Hello"}\n{"text": "Hi"}\n')
     (tmp_path / "chats.jsonl").write_text(json.dumps(chat("Hi", "Hello")) + "\n")
     changes = {"model.name_or_path": base, "data.train": [str(tmp_path / n) for n in ("texts.jsonl", "chats.jsonl")]}
-    result = lora("train", write_recipe(changes | {"training.max_steps": 1}))
-    assert result.exit_code == 0, result.stderr
+    result = done(lora("train", write_recipe(changes | {"training.max_steps": 1})))
     assert "read as text+chat" in result.stderr
     assert "of 3 training rows 3 have their end supervised; 1 to 2 BOS in a row" in result.stderr
     assert "warning: 1 rows begin with a BOS of their own" in result.stderr
@@ -316,8 +314,7 @@ def test_rows_too_long_for_the_model_are_told_by_its_positions(
     long = sum(length > 128 for length in lengths)
     assert long == 3 and max(lengths) < 1024
     changes = {"data.train": tmp_path / "rows.jsonl", "data.max_length": 1024, "training.max_steps": 1}
-    result = lora("train", write_recipe(changes))
-    assert result.exit_code == 0, result.stderr
+    result = done(lora("train", write_recipe(changes)))
     assert "data.max_length: 1024 -> 128" in result.stderr
     assert "3 of 5 rows are longer than 128 tokens and were cut" in result.stderr
     dropped = "warning: 2 rows had nothing left to learn and were dropped"

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import done
 
 from lora_cli.data import gather
 from lora_cli.data.audit import audit
@@ -368,8 +369,7 @@ def test_a_folder_that_holds_a_cache_alone_takes_a_run(
     for path in (tmp_path / "run").iterdir():
         if path.name != "cache":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    result = lora("train", recipe)
-    assert result.exit_code == 0, result.stderr
+    result = done(lora("train", recipe))
     assert READ in result.stderr
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "cache").write_text("a file")
