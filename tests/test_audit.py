@@ -304,7 +304,7 @@ def test_too_few_rows_to_learn_from(
 
 
 def test_rows_too_long_for_the_model_are_told_by_its_positions(
-    tokenizer: Any, tiny_gpt2: Path, write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
+    tokenizer: Any, write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
 ) -> None:
     """Of 1,024 tokens asked for the model has positions for 128; what is lost of the rows is told quietly as well."""
     wordy = {"question": "Why?", "answer": " Because they mend the nets in winter." * 20}

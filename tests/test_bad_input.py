@@ -101,9 +101,7 @@ def test_it_is_refused(case: Case, world: World, lora: Any, no_curves: None, mon
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_a_run_writes_in_its_folder_alone(
-    processes: str, write_recipe: Any, lora_process: Any, tmp_path: Path, qa_file: Path
-) -> None:
+def test_a_run_writes_in_its_folder_alone(processes: str, write_recipe: Any, lora_process: Any, tmp_path: Path) -> None:
     """Neither in the working directory, nor at home, nor where programs put what is temporary."""
     places = {"HOME": "home", "TMPDIR": "tmp", "HF_HOME": "home/hub", "XDG_CACHE_HOME": "home/cache"}
     for place in ("here", *places.values()):

@@ -343,9 +343,7 @@ GIVEN = (TURNS[0], Message("assistant", "Hello", learned=False))
         ),
     ],
 )
-def test_each_format_is_detected_and_read(
-    columns: dict[str, Any], data: dict[str, Any], content: Any, tmp_path: Path
-) -> None:
+def test_each_format_is_detected_and_read(columns: dict[str, Any], data: dict[str, Any], content: Any) -> None:
     from lora_cli.data.formats import detect
 
     settings = Data(train="rows.jsonl", **data)
@@ -372,7 +370,7 @@ def test_formats_are_the_schemas_choices() -> None:
     ],
 )
 def test_unknown_names_of_columns_are_told(
-    settings: dict[str, Any], name: str, says: str | None, write_recipe: Any, lora: Any, qa_file: Path
+    settings: dict[str, Any], name: str, says: str | None, write_recipe: Any, lora: Any
 ) -> None:
     assert [(fault.where, fault.hint) for fault in column_faults(Data.model_validate({"train": "x", **settings}))] == [
         (f"data.columns.{name}", says)

@@ -368,7 +368,7 @@ def test_rows_at_once_change_nothing(
 
 
 def test_changed_validation_rows_are_told(
-    tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, tmp_path: Path, lora: Any
+    tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, lora: Any
 ) -> None:
     run = run_of(tiny_gpt2, **{"data.validation": 0.25})
     before = done(lora("eval", run, "--json"))

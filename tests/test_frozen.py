@@ -323,7 +323,7 @@ def test_gradient_checkpointing_and_nf4_go_with_it(train: Callable[..., Run], up
 
 @pytest.mark.parametrize("place", ["auto", "disk"])
 def test_a_stopped_run_goes_on_to_the_same_bytes(
-    place: str, train: Callable[..., Run], upper: Callable[..., Any], tmp_path: Path, lora: Any
+    place: str, train: Callable[..., Run], upper: Callable[..., Any], tmp_path: Path
 ) -> None:
     whole = train(with_cache(upper(), place))
     last = whole.info["result"]["steps"]

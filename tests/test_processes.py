@@ -319,7 +319,7 @@ def children_of(process: int) -> list[int]:
     return [int(line) for line in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-def test_a_process_that_dies_ends_the_run(recipe: Callable[..., Path], lora: Any, lora_process: Any) -> None:
+def test_a_process_that_dies_ends_the_run(recipe: Callable[..., Path], lora: Any) -> None:
     """The other one does not wait for it; the checkpoints are whole, and one process goes on with what two began."""
     constant = {"training.lr_scheduler_type": "constant", "training.warmup_ratio": 0.0}
     long = constant | {"training.num_train_epochs": 100, "training.save_total_limit": None}

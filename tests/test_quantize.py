@@ -171,7 +171,7 @@ def test_quantized_already_is_refused(tiny_gpt2: Path, tmp_path: Path, lora: Any
     assert not (tmp_path / "twice").exists()
 
 
-def test_an_adapter_that_cannot_be_merged_is_refused(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
+def test_an_adapter_that_cannot_be_merged_is_refused(tmp_path: Path, lora: Any) -> None:
     adapter = tmp_path / "run" / "adapter"
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text("{}")
@@ -193,7 +193,7 @@ def test_a_used_folder_is_refused(tiny_gpt2: Path, tmp_path: Path, lora: Any) ->
 
 @pytest.mark.parametrize("case", ["no template", "other vocabulary", "nothing to learn"])
 def test_rows_that_cannot_be_measured_are_refused_before_anything_is_written(
-    case: str, tiny_gpt2: Path, tiny_llama: Path, tmp_path: Path, lora: Any
+    case: str, tiny_gpt2: Path, tmp_path: Path, lora: Any
 ) -> None:
     model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
     shutil.copytree(tiny_gpt2, model)

@@ -51,7 +51,6 @@ def test_trains_as_if_quantized_at_load(
     request: Any,
     quantized: Any,
     monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
 ) -> None:
     changes = {
         "model.name_or_path": request.getfixturevalue(f"tiny_{base_name}"),

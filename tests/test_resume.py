@@ -70,7 +70,7 @@ EXACT: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", EXACT)
-def test_resume_is_exact_from_every_step(case: str, train: Callable[..., Run], tmp_path: Path, lora: Any) -> None:
+def test_resume_is_exact_from_every_step(case: str, train: Callable[..., Run], tmp_path: Path) -> None:
     changes = dict(EXACT[case])
     training = {"max_steps": 7, "save_steps": 1, "eval_steps": 2, "warmup_steps": 0, "save_total_limit": None}
     data = {"packing": True, "shuffle": True, "validation": 0.2}
@@ -285,7 +285,7 @@ STRAY = ["checkpoints/.DS_Store", ".adapter.x", f"{STEP_2}/.ipynb_checkpoints/",
 
 @pytest.mark.parametrize("name", STRAY)
 def test_resume_does_not_mind_what_others_leave_beside_its_files(
-    name: str, train: Callable[..., Run], write_recipe: Any, lora: Any
+    name: str, train: Callable[..., Run], lora: Any
 ) -> None:
     run = train({"training": {"max_steps": 2, "save_steps": 1, "warmup_steps": 0}})
     (run.folder / name).mkdir() if name.endswith("/") else (run.folder / name).write_text("not lora's")

@@ -43,7 +43,7 @@ OTHER_NAMES += ("TOKENIZER", "XAUTHORITY", "DATA_PATH", "PASSENGER_DATA")
 
 
 @pytest.mark.parametrize("name", SECRET_NAMES + OTHER_NAMES)
-def test_a_secrets_name_is_known(name: str, write_recipe: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_secrets_name_is_known(name: str, write_recipe: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv(name, "runs/value")
     recipe = write_recipe({"training.output_dir": f"${{{name}}}"})
     if name in OTHER_NAMES:

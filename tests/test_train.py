@@ -204,7 +204,7 @@ def test_a_run_leaves_its_files_and_records(tiny_gpt2: Path, tmp_path: Path, wri
 
 
 def test_what_people_are_told_of_a_run_is_what_it_measured(
-    tiny_gpt2: Path, tmp_path: Path, write_recipe: Any, lora: Any, no_curves: None
+    tmp_path: Path, write_recipe: Any, lora: Any, no_curves: None
 ) -> None:
     """The summary, the model card, the report and the adapter's provenance, beside metrics and files."""
     changes = {"data.validation": 0.25, "quantization": {"method": "nf4"}, "adapter.target_modules": ["c_attn"]}
