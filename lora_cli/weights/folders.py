@@ -97,6 +97,12 @@ def standing(out: Path) -> Path:
     return out
 
 
+def copy_if_there(folder: Path, *files: Path) -> None:
+    """Copy those of the files that are there into a folder."""
+    for file in filter(Path.is_file, files):
+        shutil.copyfile(file, folder / file.name)
+
+
 def check_out(out: Path, *made_from: Path) -> None:
     """Raises UserError when a folder cannot be made at ``out``, holds something already, is the working directory, or
     lies in one of ``made_from``."""

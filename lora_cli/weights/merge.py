@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ import torch
 from lora_cli.errors import UserError
 from lora_cli.model.files import check_tokenizer, copy_tokenizer, read_config, tokenizer_folder
 from lora_cli.recipe.schema import Quantization
-from lora_cli.weights.folders import check_out, whole_folder
+from lora_cli.weights.folders import check_out, copy_if_there, whole_folder
 from lora_cli.weights.provenance import PROVENANCE, AdapterOrigin
 from lora_cli.weights.shards import (
+    GENERATION,
     MAX_SHARD,
     TensorInfo,
     check_finite,
@@ -136,8 +136,7 @@ def merge(
             modules, unchanged = sums.changes.layers, _write(sums, draft, max_shard)
             _write_config(origin.base, draft, dtype, sums.changes)
         copy_tokenizer(with_tokenizer, draft)
-        _copy_if_there(origin.base / "generation_config.json", draft)
-        _copy_if_there(origin.folder / PROVENANCE, draft)
+        copy_if_there(draft, origin.base / GENERATION, origin.folder / PROVENANCE)
         if check is not None:
             check(draft)
     size = sum(file.stat().st_size for file in weight_files(out))
@@ -191,11 +190,6 @@ def _check_addable(sums: Sums | None, first: Path) -> None:
     if sums is None or sums.changes.taken or sums.changes.rescaled:
         what = "several adapters can be added up where all are plain LoRA: no DoRA, and no tensors beside the products"
         raise UserError(what, str(first), "merge one, then train the others on the result")
-
-
-def _copy_if_there(file: Path, folder: Path) -> None:
-    if file.is_file():
-        shutil.copyfile(file, folder / file.name)
 
 
 def _write(sums: Sums, draft: Path, max_shard: int) -> float:

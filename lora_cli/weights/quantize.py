@@ -5,7 +5,6 @@ Tensor by tensor, from file to file; a model whose tensors are not the stored on
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +27,11 @@ from lora_cli.model.files import check_quantizable, tokenizer_folder
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.check_model import check_weights
 from lora_cli.weights.codes import PARTS, encode
-from lora_cli.weights.folders import check_out, whole_folder
+from lora_cli.weights.folders import check_out, copy_if_there, whole_folder
 from lora_cli.weights.provenance import PROVENANCE
 from lora_cli.weights.quantize_in_memory import quantize_in_memory
 from lora_cli.weights.quantized_layers import LayerError, check_layers, layer_error, replace_layers
-from lora_cli.weights.shards import MAX_SHARD, TORCH_NAMES, check_finite, read_headers, weight_files
+from lora_cli.weights.shards import GENERATION, MAX_SHARD, TORCH_NAMES, check_finite, read_headers, weight_files
 from lora_cli.weights.stored_model import StoredModel
 from lora_cli.weights.stored_names import model_names
 from lora_cli.weights.stream import shard_writer
@@ -85,9 +84,7 @@ def quantize(
     with whole_folder(out) as draft:
         layers = write_quantized(source, draft, quantization, dtype, compute_dtype, skip, max_shard)
         save_tokenizer(tokenizer, draft)
-        for place, name in ((folder, "generation_config.json"), (adapter or folder, PROVENANCE)):
-            if (place / name).is_file():
-                shutil.copyfile(place / name, draft / name)
+        copy_if_there(draft, folder / GENERATION, (adapter or folder) / PROVENANCE)
         if check is not None:
             check(draft)
     files = weight_files(folder)
