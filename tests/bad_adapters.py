@@ -220,6 +220,12 @@ def adapter_of_no_kind(w: World) -> Arguments:
     return ["merge", "run", "--out", "out"]
 
 
+@case(CONFIG, "no peft_type")
+def quantize_of_an_adapter_of_no_kind(w: World) -> Arguments:
+    w.edit_json(w.run() / "adapter" / "adapter_config.json", peft_type=...)
+    return ["quantize", "run", "--out", "out"]
+
+
 @case("run/adapter", "rank 4", "r: 8")
 def adapter_config_of_another_rank(w: World) -> Arguments:
     w.edit_json(w.run() / "adapter" / "adapter_config.json", r=8)

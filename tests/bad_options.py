@@ -151,6 +151,11 @@ def eval_of_rows_without_a_name(w: World) -> Arguments:
     return ["eval", w.gpt2, "--data", ""]
 
 
+@case("--data", "the name is empty")
+def quantize_with_rows_without_a_name(w: World) -> Arguments:
+    return ["quantize", w.gpt2, "--out", "out", "--data", ""]
+
+
 @case("--resume", "--overwrite", "exclude each other")
 def resume_and_overwrite_with_processes(w: World) -> Arguments:
     return w.train({}, "--resume", "--overwrite", "--num-processes", "2")

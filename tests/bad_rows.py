@@ -422,6 +422,11 @@ def eval_of_missing_rows(w: World) -> Arguments:
     return ["eval", w.gpt2, "--data", "missing.jsonl"]
 
 
+@case("missing.jsonl", "no such data file")
+def merge_verified_on_missing_rows(w: World) -> Arguments:
+    return ["merge", w.run(), "--out", "out", "--data", "missing.jsonl"]
+
+
 @case("runs/typo", "no such model folder")
 def eval_of_nothing(w: World) -> Arguments:
     return ["eval", "runs/typo"]
@@ -430,6 +435,11 @@ def eval_of_nothing(w: World) -> Arguments:
 @case("nothing to measure on", "--data")
 def eval_without_rows(w: World) -> Arguments:
     return ["eval", w.gpt2]
+
+
+@case("nothing to measure on", "--data")
+def eval_of_a_run_without_validation_rows(w: World) -> Arguments:
+    return ["eval", w.run()]
 
 
 @case("chat template takes over", "chat_template.jinja")

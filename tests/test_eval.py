@@ -273,13 +273,6 @@ def test_validation_rows_of_their_own(tiny_gpt2: Path, run_of: Callable[..., Pat
     assert found["perplexity"] == pytest.approx(wanted, rel=1e-6)
 
 
-def test_nothing_to_measure_on_is_refused(tiny_gpt2: Path, run_of: Callable[..., Path], lora: Any) -> None:
-    for target in (run_of(tiny_gpt2), tiny_gpt2):
-        result = lora("eval", target)
-        assert result.exit_code == 2
-        assert "--data" in result.stderr
-
-
 def test_the_newest_finished_run_is_the_default(
     tiny_gpt2: Path, run_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: Any
 ) -> None:
@@ -529,14 +522,6 @@ def test_rows_to_measure_on_need_not_have_every_column_of_training(
     columns = {"instruction": "q", "input": "context", "output": "a"}
     done(lora("train", write_recipe({"data": {"train": tmp_path / "rows.jsonl", "columns": columns}})))
     done(lora("eval", tmp_path / "run", "--data", tmp_path / "others.jsonl"))
-
-
-def test_an_empty_name_of_data_is_refused(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
-    for command in (["eval", tiny_gpt2], ["quantize", tiny_gpt2, "--out", tmp_path / "out"]):
-        result = lora(*command, "--data", "")
-        assert result.exit_code == 2
-        assert "--data" in result.stderr and "bug" not in result.stderr
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("failing", [False, True])

@@ -137,11 +137,6 @@ def test_perplexity_before_and_after(tiny_llama: Path, method: str, qa_file: Pat
     assert report["after"]["perplexity"] == pytest.approx(report["before"]["perplexity"], rel=0.1)
 
 
-def test_text_report(tiny_gpt2: Path, qa_file: Path, tmp_path: Path, lora: Any) -> None:
-    result = done(lora("quantize", tiny_gpt2, "--out", tmp_path / "out", "--data", qa_file))
-    assert "nf4" in result.stdout and "relative error of 8 layers" in result.stdout and "perplexity" in result.stdout
-
-
 def test_the_text_says_what_the_record_does(tiny_llama: Path, qa_file: Path, tmp_path: Path, lora: Any) -> None:
     given = ["quantize", tiny_llama, "--method", "nf4", "--data", qa_file, "--out"]
     report = done(lora(*given, tmp_path / "out", "--json")).json
@@ -169,26 +164,6 @@ def test_quantized_already_is_refused(tiny_gpt2: Path, tmp_path: Path, lora: Any
     assert result.exit_code == 2
     assert "quantized already" in result.stderr
     assert not (tmp_path / "twice").exists()
-
-
-def test_an_adapter_that_cannot_be_merged_is_refused(tmp_path: Path, lora: Any) -> None:
-    adapter = tmp_path / "run" / "adapter"
-    adapter.mkdir(parents=True)
-    (adapter / "adapter_config.json").write_text("{}")
-    for target in (adapter, adapter.parent):
-        result = lora("quantize", target, "--out", tmp_path / "out")
-        assert result.exit_code == 2
-        assert "not an adapter's configuration" in result.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_used_folder_is_refused(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    result = lora("quantize", tiny_gpt2, "--out", tmp_path / "out")
-    assert result.exit_code == 2
-    assert "exists already" in result.stderr
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("case", ["no template", "other vocabulary", "nothing to learn"])

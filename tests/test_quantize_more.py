@@ -191,7 +191,6 @@ def test_a_tied_head_stays_when_others_are_skipped(tiny_gpt2: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("skip", "told"),
     [
-        ("q_prj", "did you mean 'q_proj'?"),
         ("q_proj,", "a name is empty"),
         ("(", "neither a name nor a regular expression"),
         ("lm_head", "no layer that would be quantized"),
@@ -202,16 +201,3 @@ def test_what_cannot_be_skipped(skip: str, told: str, tiny_llama: Path, tmp_path
     result = lora("quantize", tiny_llama, "--out", tmp_path / "out", "--skip", skip)
     assert result.exit_code == 2
     assert told in result.stderr and not (tmp_path / "out").exists()
-
-
-def test_text_names_the_adapter(train: Any, tmp_path: Path, lora: Any) -> None:
-    run = train()
-    result = done(lora("quantize", run.folder, "--out", tmp_path / "out"))
-    assert str(run.folder / "adapter") in result.stdout and "relative error of 8 layers" in result.stdout
-
-
-def test_out_inside_what_it_is_made_from_is_refused(train: Any, lora: Any) -> None:
-    run = train()
-    result = lora("quantize", run.folder, "--out", run.folder / "adapter" / "out")
-    assert result.exit_code == 2
-    assert "which it is made from" in result.stderr

@@ -670,13 +670,6 @@ def test_only_names_of_the_tools_own_are_cleared_away(
     assert left == {".adapter.x", *(others if how == "--resume" else others[:2])}
 
 
-def test_resume_of_nothing_is_refused(write_recipe: Any, tmp_path: Path, lora: Any) -> None:
-    result = lora("train", write_recipe(), "--resume")
-    assert result.exit_code == 2
-    assert "no run to resume" in result.stderr
-    assert not (tmp_path / "run").exists()
-
-
 # --- the best step ---------------------------------------------------------------------------------------------------
 
 

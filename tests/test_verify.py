@@ -71,13 +71,6 @@ def test_wrong_merges_leave_nothing(
         assert sorted(tmp_path.iterdir()) == before
 
 
-def test_data_that_is_missing_is_told_before_anything_is_written(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter", 0.02)
-    result = lora("merge", adapter, "--out", tmp_path / "out", "--data", tmp_path / "none.jsonl")
-    assert result.exit_code == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-
-
 def test_the_base_is_quantized_from_what_training_saw(
     tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
 ) -> None:
