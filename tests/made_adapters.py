@@ -1,7 +1,8 @@
-"""Adapters that PEFT alone has made, and what a model with them says."""
+"""Models and adapters that Transformers and PEFT alone have made, and what they say."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,13 @@ ALL_LINEAR = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 R, ALPHA = 4, 6.0
+
+
+def in_dtype(folder: Path, dtype: torch.dtype, out: Path) -> Path:
+    """A copy of a model with its weights in another type."""
+    shutil.copytree(folder, out)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(out)
+    return out
 
 
 def make_adapter(

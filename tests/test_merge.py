@@ -19,7 +19,7 @@ import pytest
 import reference
 import torch
 from conftest import Base, done, edit_json, weights_of
-from made_adapters import ALL_LINEAR, ALPHA, R, answers, logits, make_adapter
+from made_adapters import ALL_LINEAR, ALPHA, R, answers, in_dtype, logits, make_adapter
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -53,13 +53,6 @@ SIGHT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "nu
 SIGHT |= {"image_size": 28, "patch_size": 14}
 PICTURES = {"mm_tokens_per_image": 4, "image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7}
 EXPLICIT_BITS = {torch.float32: 23, torch.bfloat16: 7}
-
-
-def in_dtype(folder: Path, dtype: torch.dtype, out: Path) -> Path:
-    """A copy of a model with its weights in another type."""
-    shutil.copytree(folder, out)
-    AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(out)
-    return out
 
 
 def stored_name(module: str, weights: dict[str, torch.Tensor]) -> str:

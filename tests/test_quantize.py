@@ -11,7 +11,7 @@ import pytest
 import reference
 import torch
 from conftest import Base, done, weights_of
-from made_adapters import ALL_LINEAR
+from made_adapters import ALL_LINEAR, in_dtype
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -65,9 +65,7 @@ def test_the_file_is_what_transformers_saves(
 ) -> None:
     _, folder = base
     if dtype != torch.float32:
-        shutil.copytree(folder, tmp_path / "base")
-        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(tmp_path / "base")
-        folder = tmp_path / "base"
+        folder = in_dtype(folder, dtype, tmp_path / "base")
     done(lora("quantize", folder, "--out", tmp_path / "out", "--method", method))
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=bitsandbytes(method, True), dtype=dtype)
     model.save_pretrained(tmp_path / "plain")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import done
+from made_adapters import in_dtype
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -32,20 +32,13 @@ def make_adapter(name: str, base: Path, out: Path, noise: float, **config: Any) 
     return out
 
 
-def base_in(dtype: torch.dtype, request: Any, name: str, out: Path) -> Path:
-    folder = request.getfixturevalue(f"tiny_{name}")
-    shutil.copytree(folder, out)
-    AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(out)
-    return out
-
-
 @pytest.mark.parametrize("noise", [1e-6, 1e-4, 0.02, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_right_merges_pass(
     name: str, dtype: torch.dtype, noise: float, request: Any, tmp_path: Path, lora: Any
 ) -> None:
-    base = base_in(dtype, request, name, tmp_path / "base")
+    base = in_dtype(request.getfixturevalue(f"tiny_{name}"), dtype, tmp_path / "base")
     adapter = make_adapter(name, base, tmp_path / "adapter", noise, use_dora=noise == 0.02)
     found = done(lora("merge", adapter, "--out", tmp_path / "out", "--json")).json["verified"]
     assert found["merged"]["relative"] <= found["rounding"] + 1e-5 + 0.05 * max(found["moved"], found["rounding"])
@@ -58,7 +51,7 @@ def test_right_merges_pass(
 def test_wrong_merges_leave_nothing(
     name: str, dtype: torch.dtype, request: Any, tmp_path: Path, lora: Any, monkeypatch: Any
 ) -> None:
-    base = base_in(dtype, request, name, tmp_path / "base")
+    base = in_dtype(request.getfixturevalue(f"tiny_{name}"), dtype, tmp_path / "base")
     adapter = make_adapter(name, base, tmp_path / "adapter", 0.004)
     moved = done(lora("merge", adapter, "--out", tmp_path / "right", "--json")).json["verified"]["moved"]
     assert 0.01 < moved < 0.1
