@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -350,6 +350,16 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors")
+
+
+@contextmanager
+def edited_weights(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of a model in one file, stored as the block leaves them."""
+    from safetensors.torch import save_file
+
+    weights = weights_of(folder)
+    yield weights
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import done
+from conftest import done, edited_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -253,12 +253,10 @@ def test_bos_is_told_before_training(
 def with_bos_in_vocabulary(base: Path, config: dict[str, Any]) -> None:
     """Give the model one more row of embeddings."""
     import torch
-    from safetensors.torch import load_file, save_file
 
-    weights = load_file(base / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        weights[name] = torch.cat([weights[name], weights[name][:1]])
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with edited_weights(base) as weights:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            weights[name] = torch.cat([weights[name], weights[name][:1]])
     (base / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
 
 

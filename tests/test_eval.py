@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import done, edit_json
+from conftest import done, edit_json, edited_weights
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.evaluation import compare
@@ -328,9 +327,8 @@ def test_a_copy_of_an_adapter_is_for_the_base_that_it_was_trained_on(
     shutil.copytree(tiny_gpt2, home / "base")
     before = done(lora("eval", run_of(home / "base", "home/runs/one"), "--data", qa_file, "--json")).json
     shutil.copytree(home, copy)
-    tensors = load_file(copy / "base" / "model.safetensors")
-    tensors[next(iter(tensors))] += 0.5
-    save_file(tensors, copy / "base" / "model.safetensors", {"format": "pt"})
+    with edited_weights(copy / "base") as tensors:
+        tensors[next(iter(tensors))] += 0.5
     after = done(lora("eval", copy / "runs" / "one", "--data", qa_file, "--json")).json
     assert (after["loss"], after["base"]) == (before["loss"], before["base"])
 
@@ -340,9 +338,8 @@ def test_another_base_in_its_place_is_refused(
 ) -> None:
     folder = shutil.copytree(tiny_gpt2, tmp_path / "base")
     run = run_of(folder)
-    tensors = load_file(folder / "model.safetensors")
-    tensors[next(iter(tensors))] += 0.5
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with edited_weights(folder) as tensors:
+        tensors[next(iter(tensors))] += 0.5
     for command in (["eval", run, "--data", qa_file], ["merge", run, "--out", tmp_path / "merged"]):
         result = lora(*command)
         assert result.exit_code == 2
@@ -471,9 +468,8 @@ def test_a_record_that_is_none(
 def damaged(folder: Path, out: Path, name: str, value: float) -> Path:
     """A copy of a model with one tensor filled with ``value``."""
     shutil.copytree(folder, out)
-    weights = load_file(out / "model.safetensors")
-    weights[name].fill_(value)
-    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    with edited_weights(out) as weights:
+        weights[name].fill_(value)
     return out
 
 
@@ -503,9 +499,8 @@ def test_a_perplexity_beyond_all_numbers_is_still_json(
     tiny_llama: Path, qa_file: Path, tmp_path: Path, lora: Any
 ) -> None:
     shutil.copytree(tiny_llama, tmp_path / "model")
-    weights = load_file(tmp_path / "model" / "model.safetensors")
-    weights["lm_head.weight"] *= 1e4
-    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with edited_weights(tmp_path / "model") as weights:
+        weights["lm_head.weight"] *= 1e4
     result = done(lora("eval", tmp_path / "model", "--data", qa_file, "--json"))
     found = json.loads(result.stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert found["loss"] > 710

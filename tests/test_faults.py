@@ -21,8 +21,7 @@ import pytest
 import soak
 import torch
 from accelerate.tracking import TensorBoardTracker
-from conftest import Run, done
-from safetensors.torch import load_file, save_file
+from conftest import Run, done, edited_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
@@ -509,9 +508,8 @@ SHORT, LONG = 30, 60  # tokens: a row up to SHORT is harmless, one of LONG reach
 def overflowing(tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny_gpt2 whose positions beyond SHORT are so large that their sum is no float32 any more."""
     folder = shutil.copytree(tiny_gpt2, tmp_path_factory.mktemp("models") / "overflowing")
-    weights = load_file(folder / "model.safetensors")
-    weights["transformer.wpe.weight"][SHORT + 1 :] = 3e38
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with edited_weights(folder) as weights:
+        weights["transformer.wpe.weight"][SHORT + 1 :] = 3e38
     return folder
 
 

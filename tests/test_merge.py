@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import Base, done, edit_json, weights_of
+from conftest import Base, done, edit_json, edited_weights, weights_of
 from made_adapters import ALL_LINEAR, ALPHA, R, answers, in_dtype, logits, make_adapter
 from peft import (
     AdaLoraConfig,
@@ -663,9 +663,8 @@ def test_kinds_without_weights_of_their_own_are_refused(tiny_llama: Path, tmp_pa
 
 def test_a_base_of_no_numbers_is_refused(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
     folder = shutil.copytree(tiny_llama, tmp_path / "base")
-    weights = weights_of(folder)
-    weights["model.norm.weight"][3] = math.inf
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with edited_weights(folder) as weights:
+        weights["model.norm.weight"][3] = math.inf
     adapter = make_adapter("llama", folder, tmp_path / "adapter")
     result = lora("merge", adapter, "--out", tmp_path / "merged")
     assert result.exit_code == 2 and "tensor model.norm.weight holds NaN or infinity" in result.stderr
@@ -686,9 +685,8 @@ def test_numbers_too_large_for_the_type_are_refused(
     name: str, config: dict[str, Any], tiny_llama: Path, tmp_path: Path, lora: Any
 ) -> None:
     folder = shutil.copytree(tiny_llama, tmp_path / "base")
-    weights = weights_of(folder)
-    weights[name].view(-1)[5] = 1e5
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with edited_weights(folder) as weights:
+        weights[name].view(-1)[5] = 1e5
     adapter = make_adapter("llama", folder, tmp_path / "adapter", **config)
     result = lora("merge", adapter, "--out", tmp_path / "merged", "--dtype", "float16", "--no-verify")
     assert result.exit_code == 2 and name.removesuffix(".weight") in result.stderr
@@ -954,10 +952,9 @@ def test_what_an_adapter_changes_is_told_against_its_base_as_it_is(tiny_llama: P
 
 def test_a_double_in_the_base_is_added_to(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
     folder = in_dtype(tiny_llama, torch.float32, tmp_path / "base")
-    before = weights_of(folder)
     layer = "model.layers.0.self_attn.q_proj"
-    before[f"{layer}.weight"] = before[f"{layer}.weight"].double()
-    save_file(before, folder / "model.safetensors", {"format": "pt"})
+    with edited_weights(folder) as before:
+        before[f"{layer}.weight"] = before[f"{layer}.weight"].double()
     adapter = make_adapter("llama", folder, tmp_path / "adapter", target_modules=["q_proj"])
     done(lora("merge", adapter, "--out", tmp_path / "merged", "--no-verify"))
     found = weights_of(tmp_path / "merged")[f"{layer}.weight"]
@@ -1032,9 +1029,8 @@ def test_the_base_is_of_the_revision_that_the_adapter_names(
 def test_a_base_without_a_tensor_is_refused(name: str, tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
     adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter")
     folder = in_dtype(tiny_llama, torch.float32, tmp_path / "base")
-    weights = weights_of(folder)
-    del weights[name]
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with edited_weights(folder) as weights:
+        del weights[name]
     result = lora("merge", adapter, "--base", folder, "--out", tmp_path / "merged", "--no-verify")
     assert result.exit_code == 2 and f"tensor {name} is missing" in result.stderr, result.stderr
     assert not (tmp_path / "merged").exists()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import Base, done, weights_of
+from conftest import Base, done, edited_weights, weights_of
 from made_adapters import ALL_LINEAR, in_dtype
 from safetensors.torch import save_file
 from transformers import (
@@ -241,9 +241,8 @@ def test_text_report_where_no_error_is_known(
 @pytest.mark.parametrize("name", ["backbone.layers.0.mixer.q_proj.weight", "backbone.norm_f.weight"])
 def test_what_is_no_number_by_another_name(name: str, renamed: Path, tmp_path: Path, lora: Any) -> None:
     """Told by the stored name."""
-    weights = weights_of(renamed)
-    weights[name].view(-1)[5] = float("nan")
-    save_file(weights, renamed / "model.safetensors", {"format": "pt"})
+    with edited_weights(renamed) as weights:
+        weights[name].view(-1)[5] = float("nan")
     result = lora("quantize", renamed, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert f"tensor {name} holds NaN" in result.stderr and not (tmp_path / "out").exists()
@@ -272,9 +271,8 @@ def test_a_weight_too_large_for_8_bits(
 ) -> None:
     """bitsandbytes takes them from float16, in which it is infinite."""
     folder = shutil.copytree(request.getfixturevalue(base_name), tmp_path / "large")
-    weights = weights_of(folder)
-    weights[name][0, 0] = 1e5
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with edited_weights(folder) as weights:
+        weights[name][0, 0] = 1e5
     result = lora("quantize", folder, "--out", tmp_path / "out", "--method", "int8")
     assert result.exit_code == 2
     assert f"tensor {name} has numbers beyond float16's" in result.stderr and "--method nf4" in result.stderr

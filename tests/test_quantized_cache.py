@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, done
-from safetensors.torch import load_file, save_file
+from conftest import Run, done, edited_weights
+from safetensors.torch import save_file
 
 from lora_cli.recipe.schema import Quantization
 from lora_cli.training.setup import set_up
@@ -167,9 +167,8 @@ def test_every_other_base_or_recipe_has_its_own(quantized: Any, tiny_gpt2: Path,
         if "compute_dtype" not in changes:  # a processor without units computes in float32 all the same
             trained({"quantization": section}, anew=True)
     trained({"model.dtype": "bfloat16"}, anew=True)
-    weights = load_file(base / "model.safetensors")
-    weights["transformer.h.0.ln_1.weight"] += 1
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with edited_weights(base) as weights:
+        weights["transformer.h.0.ln_1.weight"] += 1
     trained({"model.dtype": "bfloat16"}, anew=True)
     weights["transformer.wte.weight"][100] += 1
     save_file(weights, base / "model.safetensors", {"format": "pt"})
@@ -273,9 +272,8 @@ def test_weights_that_are_no_numbers_are_refused(
     tiny_llama: Path, tmp_path: Path, write_recipe: Any, lora: Any
 ) -> None:
     base = shutil.copytree(tiny_llama, tmp_path / "base")
-    weights = load_file(base / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.nan
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with edited_weights(base) as weights:
+        weights["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.nan
     result = lora("train", write_recipe({"model.name_or_path": base, "quantization.method": "int8"}))
     assert result.exit_code == 2
     assert "model.layers.1.mlp.up_proj.weight" in result.stderr and not (tmp_path / "run").exists()

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TRAIN_KEYS, Run, check_goes_on_alike, done, edit_json
+from conftest import TRAIN_KEYS, Run, check_goes_on_alike, done, edit_json, edited_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -509,9 +509,8 @@ def test_resume_refuses_changed_rows_and_another_base_before_loading_it(
     shutil.copy(qa_file, validation)
     run = train({"model.name_or_path": base, "data.validation": validation})
     before = files_of(run)
-    weights = load_file(base / "model.safetensors")
-    weights["transformer.h.1.attn.c_attn.weight"][0, 0] += 1
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with edited_weights(base) as weights:
+        weights["transformer.h.1.attn.c_attn.weight"][0, 0] += 1
     for file in (qa_file, validation):
         file.write_text(file.read_text().replace("lamp", "lamb", 1))
     result = lora("train", run.folder / "recipe.yaml", "--resume")
@@ -524,9 +523,8 @@ def test_resume_refuses_changed_rows_and_another_base_before_loading_it(
 
 def one_number(base: Path) -> None:
     """Another number in the middle of nowhere."""
-    weights = load_file(base / "model.safetensors")
-    weights["transformer.wte.weight"][100, 7] = 0
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with edited_weights(base) as weights:
+        weights["transformer.wte.weight"][100, 7] = 0
 
 
 def in_other_files(base: Path) -> None:
