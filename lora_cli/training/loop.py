@@ -111,14 +111,13 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
     with catch_signals() as interrupt:
         if trainer.writes:
             folder.check_held()
+            display.log_to(folder.log)
             if job.resume:
-                info["started"] = folder.read_info()["started"]
-            told = go_on(trainer, info) if job.resume else folder.begin(job.recipe, info, job.overwrite)
+                go_on(trainer, info)
+            else:
+                folder.begin(job.recipe, info, job.overwrite)
             prune(folder.cache, job.cache_keys)
             prune_kept(folder.cache, trainer.kept_base.name if trainer.kept_base else None)
-            display.log_to(folder.log)
-            for line in told:
-                display.note(line)
         tell(trainer)
         start_trackers(trainer)
         restored = restore(trainer) if job.resume else None

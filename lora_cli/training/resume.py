@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from lora_cli.errors import RunError, UserError
@@ -20,8 +19,8 @@ def keeps_best(training: Training) -> bool:
     return training.load_best_model_at_end or training.early_stopping_patience is not None
 
 
-def go_on(trainer: Trainer, info: Mapping[str, Any]) -> list[str]:
-    """Take the folder's run up again with this record; returns what is to be said of changes to its recipe.
+def go_on(trainer: Trainer, info: dict[str, Any]) -> None:
+    """Take the folder's run up again with this record, which is told when it began; says what changed in the recipe.
 
     Raises UserError when the run has gone farther than it is to go now, or was computed in another type.
     """
@@ -31,11 +30,13 @@ def go_on(trainer: Trainer, info: Mapping[str, Any]) -> list[str]:
         what = f"--resume: the run has taken {reached[-1]:,} steps already, and {trainer.total_steps:,} are asked for"
         hint = "raise training.max_steps or training.num_train_epochs, or begin a new run"
         raise UserError(what, str(folder.root), hint)
-    before = folder.read_info().get("dtype", info["dtype"])
-    if before != info["dtype"]:
-        what = f"--resume: the run computes in {before}, and would go on in {info['dtype']}"
-        raise UserError(what, str(folder.root), f"model.dtype={before} goes on as it began")
-    return folder.go_on(trainer.job.recipe, info)
+    before = folder.read_info()
+    if before.get("dtype", info["dtype"]) != info["dtype"]:
+        what = f"--resume: the run computes in {before['dtype']}, and would go on in {info['dtype']}"
+        raise UserError(what, str(folder.root), f"model.dtype={before['dtype']} goes on as it began")
+    info["started"] = before["started"]
+    for change in folder.go_on(trainer.job.recipe, info):
+        trainer.display.note(change)
 
 
 def save(trainer: Trainer, progress: Progress) -> None:

@@ -144,7 +144,7 @@ class RunFolder:
         if faults:
             raise UserError(faults)
 
-    def begin(self, recipe: Recipe, info: Mapping[str, Any], overwrite: bool) -> list[str]:
+    def begin(self, recipe: Recipe, info: Mapping[str, Any], overwrite: bool) -> None:
         """Make the folder for a new run, in place of the one it holds when it is to ``overwrite`` that.
 
         Killed at any point, it leaves a folder that ``--resume`` begins with again: nothing of the former run is gone
@@ -167,7 +167,6 @@ class RunFolder:
             path.unlink(missing_ok=True)
         self.checkpoints.mkdir()
         self.write_recipe(recipe)
-        return []
 
     def go_on(self, recipe: Recipe, info: Mapping[str, Any]) -> list[str]:
         """Take the folder's run up again; returns what is to be said of changes to its recipe."""
