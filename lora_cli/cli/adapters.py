@@ -25,8 +25,7 @@ app = typer.Typer(
 Adapter = Annotated[Path, typer.Argument(help="A run or an adapter folder.", show_default=False)]
 Rank = Annotated[int | None, typer.Option("--rank", min=1, help="Rank of each layer.")]
 Energy = Annotated[
-    float | None,
-    typer.Option("--energy", help="Instead: the share of each update's squared norm to keep, as 0.99."),
+    float | None, typer.Option("--energy", help="Instead: the share of each update's squared norm to keep, as 0.99.")
 ]
 Out = Annotated[Path, typer.Option("--out", help="The folder to write; must not exist.", show_default=False)]
 
@@ -109,8 +108,7 @@ def compose_command(
         int | None, typer.Option("--rank", min=1, help="svd: rank of the result; else the largest.")
     ] = None,
     density: Annotated[
-        float | None,
-        typer.Option("--density", help="ties, dare, magnitude_prune: share of numbers kept."),
+        float | None, typer.Option("--density", help="ties, dare, magnitude_prune: share of numbers kept.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="dare: seed of what is dropped; else 42.")] = None,
     json: Json = False,

@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings(), _unwound_by_sigterm(given), _signals_out_of_imports():
             if not debug:
                 _hush_libraries()
-            _leave_out_the_compiler()
+            # Else bitsandbytes imports torch's compiler, a second and a half, for functions that are not used here.
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
             app(given, prog_name="lora")  # tells of wrong options itself, and always ends in SystemExit
     except LoraError as error:
         if debug:
@@ -95,9 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             refused = UserError(what, where, "choose another name")
         _tell(refused)
         return refused.exit_code
-    except (
-        Exception
-    ) as error:  # the last resort of the program: what comes here is a lack of memory, or a bug to be told as one
+    except Exception as error:  # the last resort: a lack of memory, or a bug to be told as one
         if debug:
             traceback.print_exc()
         if isinstance(error, RuntimeError | MemoryError) and (lack := _lack_of_memory(error, given)) is not None:
@@ -161,11 +160,6 @@ def _hush_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in ("bitsandbytes", "peft", "accelerate", "torch", "huggingface_hub", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _leave_out_the_compiler() -> None:
-    """Keep bitsandbytes from importing torch's compiler, a second and a half, for functions that are not used here."""
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def _tell(error: LoraError) -> None:

@@ -56,10 +56,7 @@ def _four_bits(weight: torch.Tensor, quantization: Quantization, each: Each) -> 
         part = functional.QuantState(scale, piece.shape, state.code, BLOCK, quantization.method, weight.dtype)
         return _norms(piece, expand(code, part))
 
-    norms = each(
-        norms_of,
-        *(_pieces(weight), _split(codes, PIECE // 2), _split(scales, PIECE // BLOCK)),
-    )
+    norms = each(norms_of, _pieces(weight), _split(codes, PIECE // 2), _split(scales, PIECE // BLOCK))
     tensors = {"weight": codes} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
     return Encoded(tensors, *_joined(norms))
 
