@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import torch
 from conftest import done, edit_json
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_streaming import tensors_of
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM
+from test_streaming import mixtral, tensors_of
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
@@ -115,14 +114,7 @@ def test_a_grown_vocabulary(tiny_llama: Path, tmp_path: Path, lora: Any) -> None
 
 @pytest.mark.parametrize("case", ["another kind", "experts"])
 def test_what_needs_a_model_in_memory(case: str, tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    base, kind = tiny_llama, "loha"
-    if case == "experts":  # which Transformers joins while loading
-        base, kind = tmp_path / "base", "lora"
-        shutil.copytree(tiny_llama, base, ignore=shutil.ignore_patterns("*.safetensors"))
-        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_local_experts": 2, "max_position_embeddings": 64}
-        heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-        torch.manual_seed(0)
-        MixtralForCausalLM(MixtralConfig(vocab_size=400, **sizes, **heads)).save_pretrained(base)
+    base, kind = (mixtral(tiny_llama, tmp_path / "base"), "lora") if case == "experts" else (tiny_llama, "loha")
     adapter = make_adapter(base, tmp_path / "adapter", kind, target_modules=["q_proj", "v_proj"])
     wanted = merged_then_quantized(lora, adapter, tmp_path)
     (tmp_path / "made").mkdir()

@@ -162,14 +162,20 @@ def test_no_numbers_in_what_is_not_quantized(name: str, tiny_llama: Path, tmp_pa
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("method", ["nf4", "int8"])
-def test_experts_that_transformers_joins(tiny_llama: Path, method: str, tmp_path: Path, lora: Any) -> None:
-    """Their stored tensors are not the model's; they are not quantized, the attention beside them is."""
-    base = shutil.copytree(tiny_llama, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+def mixtral(like: Path, folder: Path) -> Path:
+    """A model whose experts Transformers joins while loading, with the tokenizer of another."""
+    shutil.copytree(like, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_local_experts": 2, "max_position_embeddings": 64}
     heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     torch.manual_seed(0)
-    MixtralForCausalLM(MixtralConfig(vocab_size=400, **sizes, **heads)).save_pretrained(base)
+    MixtralForCausalLM(MixtralConfig(vocab_size=400, **sizes, **heads)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_experts_that_transformers_joins(tiny_llama: Path, method: str, tmp_path: Path, lora: Any) -> None:
+    """Their stored tensors are not the model's; they are not quantized, the attention beside them is."""
+    base = mixtral(tiny_llama, tmp_path / "base")
     result = done(lora("quantize", base, "--out", tmp_path / "out", "--method", method, "--json"))
     assert "whole model in memory" in result.stderr
     report = result.json
