@@ -3,12 +3,9 @@ supervised, token for token, in expectations written by hand (what stands in ⟦
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -464,19 +461,6 @@ def test_a_conversation_that_is_rendered_as_nothing_is_an_empty_row() -> None:
     row = Row({"messages": messages_of((("user", ""), ("assistant", "")))}, "rows.jsonl:1")
     ids, mask = tokenize_rows(Data(train="rows.jsonl"), [row], tokenizer).examples.row(0)
     assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["</s>"] and not mask.any()
-
-
-def test_a_role_that_a_template_does_not_take_is_told_by_its_row(
-    tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any
-) -> None:
-    base = shutil.copytree(tiny_llama, tmp_path / "base")
-    (base / "chat_template.jinja").write_text(GEMMA.template)
-    rows = [messages_of(ONCE), messages_of((SYSTEM, *ONCE))]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    refused = lora("train", write_recipe({"model.name_or_path": base, "data.train": tmp_path / "rows.jsonl"}))
-    assert refused.exit_code == 2
-    assert f"{tmp_path / 'rows.jsonl'}:2: the chat template refuses the conversation: System role" in refused.stderr
-    assert not (tmp_path / "run").exists()
 
 
 def test_words_that_a_template_changes_are_not_guessed_at() -> None:

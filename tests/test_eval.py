@@ -333,20 +333,6 @@ def test_a_copy_of_an_adapter_is_for_the_base_that_it_was_trained_on(
     assert (after["loss"], after["base"]) == (before["loss"], before["base"])
 
 
-def test_another_base_in_its_place_is_refused(
-    tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, tmp_path: Path, lora: Any
-) -> None:
-    folder = shutil.copytree(tiny_gpt2, tmp_path / "base")
-    run = run_of(folder)
-    with edited_weights(folder) as tensors:
-        tensors[next(iter(tensors))] += 0.5
-    for command in (["eval", run, "--data", qa_file], ["merge", run, "--out", tmp_path / "merged"]):
-        result = lora(*command)
-        assert result.exit_code == 2
-        assert "another base" in result.stderr
-    assert not (tmp_path / "merged").exists()
-
-
 def test_rows_at_once_change_nothing(
     tiny_gpt2: Path, qa_file: Path, monkeypatch: pytest.MonkeyPatch, lora: Any
 ) -> None:
