@@ -44,15 +44,12 @@ def check_adapter(folder: Path, base: Path | None, other_kinds: bool = False) ->
     files tell is checked alone. Of ``other_kinds``, refused if they are not expected, only the numbers are looked at.
     """
     config = read_adapter_config(folder)
-    if config["peft_type"] != "LORA" and other_kinds:
+    if config["peft_type"] != "LORA":
+        if not other_kinds:
+            what = f"adapters of kind {config['peft_type']} are not handled"
+            raise UserError(what, str(folder), "LoRA adapters are (peft_type: LORA)")
         _check_finite(folder)
         return False
-    if config["peft_type"] != "LORA":
-        raise UserError(
-            f"adapters of kind {config['peft_type']} are not handled",
-            str(folder),
-            "LoRA adapters are (peft_type: LORA)",
-        )
     faults = list(config_faults(config, str(folder / ADAPTER_CONFIG)))
     if faults:
         raise UserError(faults)
@@ -191,9 +188,8 @@ def _misfits(folder: Path, halves: Halves, layers: dict[str, Target]) -> Iterato
         layer = layers.get(name) or layers.get(name.partition(".")[2])
         if layer is None:
             if name.rpartition(".")[2] not in EMBEDDINGS:
-                yield Fault(
-                    f"tensors {name}.lora_A and lora_B are for a layer that the base does not have", str(folder)
-                )
+                what = f"tensors {name}.lora_A and lora_B are for a layer that the base does not have"
+                yield Fault(what, str(folder))
             continue
         if len(shapes) < 2:
             continue

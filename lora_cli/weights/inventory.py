@@ -112,7 +112,6 @@ def _wanted(folder: Path, bare: PreTrainedModel) -> Shapes:
             state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     except (*WRONG_VALUES, NotImplementedError) as error:
         what = f"PEFT puts no such adapter on this base: {' '.join(str(error).split())}"
-        raise UserError(
-            what, str(folder / ADAPTER_CONFIG), "it belongs to another base, or its file is damaged"
-        ) from error
+        hint = "it belongs to another base, or its file is damaged"
+        raise UserError(what, str(folder / ADAPTER_CONFIG), hint) from error
     return {_plain(name): tuple(tensor.shape) for name, tensor in state.items()}

@@ -118,11 +118,8 @@ def check_base(folder: Path, base: Path) -> None:
     """Raises UserError when the adapter in ``folder`` says that it was trained on another model than ``base`` holds."""
     stored = read_record(folder).get("base", {}).get("fingerprint")
     if stored and fingerprint(base) != stored:
-        raise UserError(
-            f"the adapter belongs to another base: weights or config.json in {base} are not those it was trained on",
-            str(folder),
-            "restore that base, or train again on this one",
-        )
+        what = f"the adapter belongs to another base: weights or config.json in {base} are not those it was trained on"
+        raise UserError(what, str(folder), "restore that base, or train again on this one")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -161,15 +158,10 @@ def recipe_of(folder: Path) -> Recipe | None:
     try:
         return Recipe.model_validate(_tuples(_known(record["recipe"])))
     except ValidationError as error:
-        path, version = str(folder / PROVENANCE), record.get("versions", {}).get("lora", "unknown")
-        raise UserError(
-            Fault(
-                f"recipe.{'.'.join(map(str, each['loc']))}: {each['msg'].lower()} (written by lora {version})",
-                path,
-                WITHOUT,
-            )
-            for each in error.errors()
-        ) from error
+        where, by = str(folder / PROVENANCE), record.get("versions", {}).get("lora", "unknown")
+        wrong = ((".".join(map(str, each["loc"])), each["msg"].lower()) for each in error.errors())
+        faults = [Fault(f"recipe.{key}: {what} (written by lora {by})", where, WITHOUT) for key, what in wrong]
+        raise UserError(faults) from error
 
 
 def _known(recipe: Any) -> Any:

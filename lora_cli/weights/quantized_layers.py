@@ -60,10 +60,9 @@ def check_layers(folder: Path, quantization: Quantization, skip: Sequence[str]) 
     ends = sorted({layer.rpartition(".")[2] for layer in layers})
     for name in skip:
         try:
-            if not any(should_convert_module(layer, [name]) is False for layer in layers):
-                raise UserError(
-                    f"--skip {name}: no layer that would be quantized has this name", hint=did_you_mean(name, ends)
-                )
+            if all(should_convert_module(layer, [name]) for layer in layers):
+                what = f"--skip {name}: no layer that would be quantized has this name"
+                raise UserError(what, hint=did_you_mean(name, ends))
         except re.error as error:
             raise UserError(f"--skip {name}: neither a name nor a regular expression: {error}") from error
     left = [layer for layer in layers if should_convert_module(layer, list(skip))]
