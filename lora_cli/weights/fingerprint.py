@@ -28,13 +28,10 @@ def fingerprint(folder: Path) -> str:
     has contrived. Raises UserError for a folder without a configuration or whole safetensors files, RunError for one
     that cannot be read.
     """
-    headers = read_headers(weight_files(folder))
-    names = sorted(headers)
+    stored = sorted(read_headers(weight_files(folder)).items())
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(lambda name: _digest(headers[name]), names))
-    tensors = [
-        [name, headers[name].dtype, headers[name].shape, digest] for name, digest in zip(names, digests, strict=True)
-    ]
+        digests = pool.map(_digest, (info for _, info in stored))
+        tensors = [[name, info.dtype, info.shape, digest] for (name, info), digest in zip(stored, digests, strict=True)]
     stated = json.dumps([_deciding(read_config(folder)), tensors], sort_keys=True)
     return hashlib.sha256(stated.encode()).hexdigest()
 

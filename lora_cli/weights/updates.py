@@ -185,9 +185,7 @@ def _untied(
     stored = next((headers[place] for place in places.values() if place is not None), None)
     if stored is None:
         raise _NotByTensor
-    return {end: stored for end, place in places.items() if place is None} | {
-        place: headers[place] for place in places.values() if place is not None
-    }
+    return {place or end: headers[place] if place else stored for end, place in places.items()}
 
 
 def _tied_ends(
