@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -133,14 +130,3 @@ def test_show_tells_a_base_that_is_another(
     assert done(lora("adapters", "show", run.folder, "--json")).json["base_state"] == "not readable"
     shutil.rmtree(tmp_path / "base")
     assert done(lora("adapters", "show", run.folder, "--json")).json["base_state"] == "not found"
-
-
-def test_list_and_show_need_no_torch(tiny_gpt2: Path, tmp_path: Path) -> None:
-    make_adapter("gpt2", tiny_gpt2, tmp_path / "a")
-    script = "import json, sys; from lora_cli.cli.app import main; code = main(sys.argv[1:])\n"
-    script += "sys.stderr.write(json.dumps([code, 'torch' in sys.modules]))"
-    for arguments in (["list", tmp_path], ["show", tmp_path / "a"]):
-        command = [sys.executable, "-c", script, "adapters", *map(str, arguments)]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert json.loads(ended.stderr.splitlines()[-1]) == [0, False]
-        assert "c_attn" in ended.stdout

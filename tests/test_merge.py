@@ -9,8 +9,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -1034,19 +1032,6 @@ def test_a_base_without_a_tensor_is_refused(name: str, tiny_llama: Path, tmp_pat
     result = lora("merge", adapter, "--base", folder, "--out", tmp_path / "merged", "--no-verify")
     assert result.exit_code == 2 and f"tensor {name} is missing" in result.stderr, result.stderr
     assert not (tmp_path / "merged").exists()
-
-
-def test_a_whole_plain_adapter_is_checked_without_peft(tiny_llama: Path, tmp_path: Path) -> None:
-    """Its import takes longer than many a merge, and more memory than one of a few layers."""
-    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter")
-    code = (
-        "import sys; from lora_cli.cli.app import main; "
-        f"assert main(['merge', {str(adapter)!r}, '--out', {str(tmp_path / 'out')!r}, '--no-verify']) == 0; "
-        "assert not {'peft', 'transformers'} & sys.modules.keys()"
-    )
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("saved", [False, "auto"], ids=["bare", "as-peft-saves-it"])

@@ -129,6 +129,20 @@ def test_an_adapter_of_another_model_is_told_without_torch(
     assert not {"torch", "transformers", "peft"} & set(modules)
 
 
+def test_adapters_are_listed_and_shown_without_torch(tiny_gpt2: Path, tmp_path: Path) -> None:
+    make_adapter("gpt2", tiny_gpt2, tmp_path / "a")
+    for verb, folder in (("list", tmp_path), ("show", tmp_path / "a")):
+        code, modules, stdout, _ = run("adapters", verb, str(folder))
+        assert code == 0 and "torch" not in modules and "c_attn" in stdout
+
+
+def test_a_whole_plain_adapter_is_merged_without_peft(tiny_llama: Path, tmp_path: Path) -> None:
+    """Its import takes longer than many a merge, and more memory than one of a few layers."""
+    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter")
+    code, modules, _, stderr = run("merge", str(adapter), "--out", str(tmp_path / "out"), "--no-verify")
+    assert code == 0 and not {"peft", "transformers"} & set(modules), stderr
+
+
 def test_an_unknown_model_type_is_told_without_torch(tiny_gpt2: Path, write_recipe: Any, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_gpt2, tmp_path / "model")
     edit_json(model / "config.json", model_type="gpt17")
