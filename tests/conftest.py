@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,6 +193,12 @@ def joined(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
     return tmp_path / "joined"
 
 
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as JSON lines; returns the file's name."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
 @pytest.fixture
 def qa_file(tmp_path: Path) -> Path:
     """24 rows of question and answer, of very different lengths."""
@@ -203,7 +209,7 @@ def qa_file(tmp_path: Path) -> Path:
         words = answer.split()
         kept = " ".join(words[: 2 + (5 * number) % len(words)])
         rows.append({"question": f"{question}?", "answer": f" {kept}"})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(path, rows)
     return path
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import done, edited_weights
+from conftest import done, edited_weights, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,7 +71,7 @@ def test_copies_and_leaks_are_told_and_recorded(
     train = [*rows[:8], rows[2], rows[3], rows[2], *split_otherwise]
     held_out = [rows[2], {"question": "Why?", "answer": " Because."}, rows[5], rows[5]]
     for name, content in (("train", train), ("held_out", held_out)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+        write_rows(tmp_path / f"{name}.jsonl", content)
     changes = {"data.train": tmp_path / "train.jsonl", "data.validation": tmp_path / "held_out.jsonl"}
     result = done(lora("train", write_recipe(changes | {"training.max_steps": 1})))
     assert "3 training rows repeat an earlier one" in result.stderr
@@ -288,7 +288,7 @@ def test_too_few_rows_to_learn_from(
     no_curves: None,
 ) -> None:
     rows = [LONG] * long + [SHORT] * short
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "rows.jsonl", rows)
     changes = {"data.train": tmp_path / "rows.jsonl", "data.max_length": 24, "data.min_supervised_rows": least}
     result = lora("train", write_recipe(changes | {"training.max_steps": 1}))
     if says is None:
@@ -307,7 +307,7 @@ def test_rows_too_long_for_the_model_are_told_by_its_positions(
     """Of 1,024 tokens asked for the model has positions for 128; what is lost of the rows is told quietly as well."""
     wordy = {"question": "Why?", "answer": " Because they mend the nets in winter." * 20}
     rows = [LONG, wordy, SHORT, SHORT | {"question": "Who?"}, LONG | {"answer": " Nobody."}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "rows.jsonl", rows)
     lengths = [len(tokenizer(row["question"] + row["answer"]).input_ids) + 1 for row in rows]  # and the end
     long = sum(length > 128 for length in lengths)
     assert long == 3 and max(lengths) < 1024

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import done
+from conftest import done, write_rows
 
 from lora_cli.data import gather
 from lora_cli.data.audit import audit
@@ -44,11 +44,6 @@ ROWS = [
     {"prompt": "Who?", "completion": " I.", "text": "U"},
 ]
 READ = "tokenized rows read from"
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def cached(tokenizer: Any, folder: Path, train: Any, published: Any = None, **settings: Any) -> Cached:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import done, edit_json, edited_weights
+from conftest import done, edit_json, edited_weights, write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -230,8 +230,7 @@ def score_windows(model: Any, tokenizer: Any, length: int) -> tuple[float, int]:
 def test_plain_text_is_scored_in_windows_each_token_once(
     base: Path, length: int, run_of: Callable[..., Path], tmp_path: Path, lora: Any
 ) -> None:
-    file = tmp_path / "text.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    file = write_rows(tmp_path / "text.jsonl", [{"text": text} for text in TEXTS])
     run = run_of(base, **{"data.train": file, "data.max_length": length, "data.format": "text"})
     found = done(lora("eval", run, "--data", file, "--json")).json
     model, tokenizer = load(base), AutoTokenizer.from_pretrained(base)
@@ -263,7 +262,7 @@ def test_validation_rows_of_their_own(tiny_gpt2: Path, run_of: Callable[..., Pat
     file = tmp_path / "held_out.jsonl"
     # many tokens: of few, the rounding of 32 bits alone moves a perplexity by 1e-6
     rows = [{"question": f"Who mends the nets of boat {n}?", "answer": f" The family of house {n}."} for n in range(24)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(file, rows)
     run = run_of(tiny_gpt2, **{"data.validation": file})
     found = done(lora("eval", run, "--json")).json
     assert found["data"] == str(file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from conftest import write_rows
 
 from lora_cli.data import parallel
 from lora_cli.data.sources import sources_of
@@ -45,9 +45,7 @@ def mixture(folder: Path, refused: int | None = None) -> tuple[Source, ...]:
     ]
     written = {"chat": [{"messages": turns} for turns in chat]}
     written["qa"] = [{"question": "Who sails?", "answer": f" {number} men."} for number in range(COUNT + 1)]
-    for name, rows in written.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return tuple(Source(path=str(folder / f"{name}.jsonl")) for name in written)
+    return tuple(Source(path=write_rows(folder / f"{name}.jsonl", rows)) for name, rows in written.items())
 
 
 def test_tokens_are_those_of_one_process(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TRAIN_KEYS, Run, check_goes_on_alike, done, edit_json, edited_weights
+from conftest import TRAIN_KEYS, Run, check_goes_on_alike, done, edit_json, edited_weights, write_rows
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -76,9 +76,8 @@ def test_resume_is_exact_from_every_step(case: str, train: Callable[..., Run], t
     data = {"packing": True, "shuffle": True, "validation": 0.2}
     training |= changes.pop("training", {})
     if case == "best at the end":  # words that training makes less and less likely
-        data["validation"] = tmp_path / "digits.jsonl"
         rows = [{"question": "What does the lighthouse keeper do at night?", "answer": " 7 3 9 1 8 2 6 4"}] * 3
-        data["validation"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data["validation"] = write_rows(tmp_path / "digits.jsonl", rows)
     whole = train({"adapter.lora_dropout": 0.1, "data": data, "training": training} | changes)
     last = whole.info["result"]["steps"]
     assert whole.checkpoints == list(range(1, last + 1))
@@ -674,9 +673,8 @@ def test_only_names_of_the_tools_own_are_cleared_away(
 @pytest.fixture
 def worsening(tmp_path: Path) -> dict[str, Any]:
     """A run that is best at step 7 of 12 on any processor: what it learns ends up as the wrong answer elsewhere."""
-    file = tmp_path / "numbers.jsonl"
     rows = [{"question": "Who mends the nets?", "answer": f" {n}{n + 1}{n + 2}"} for n in range(6)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    file = write_rows(tmp_path / "numbers.jsonl", rows)
     steps = {"max_steps": 12, "eval_steps": 1, "learning_rate": 0.03, "save_steps": None, "warmup_steps": 0}
     return {"data.validation": file, "training": steps | CONSTANT}
 

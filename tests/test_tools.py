@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cache import cached, write_rows
+from conftest import write_rows
+from test_cache import cached
 from test_chat import CHATML, GEMMA, MISTRAL, ONCE, Family, messages_of, tokenizer_of, tokens_of
 
 from lora_cli.data.formats import row_faults

@@ -21,7 +21,7 @@ import pytest
 import reference
 import torch
 import yaml
-from conftest import TRAIN_KEYS, VALIDATION_KEYS, WIDTH, Run, done, edit_json
+from conftest import TRAIN_KEYS, VALIDATION_KEYS, WIDTH, Run, done, edit_json, write_rows
 from made_adapters import ALPHA, R, make_adapter
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -344,12 +344,7 @@ def layers_of(run: Run) -> set[str]:
 
 
 def file_of(name: str, *rows: dict[str, Any]) -> Callable[[Path], str]:
-    def write(folder: Path) -> str:
-        path = folder / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return str(path)
-
-    return write
+    return lambda folder: write_rows(folder / name, rows)
 
 
 ONE_STEP = {"training.max_steps": 1}
