@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,20 +16,11 @@ from lora_cli.training.prepare import Prepared
 from lora_cli.training.setup import Trainer, unwrap
 from lora_cli.weights.provenance import base_record, now, versions
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-
-def parameter_counts(model: PeftModel) -> tuple[int, int]:
-    """Trained and all parameters; a 4-bit weight counts once for each number it stands for."""
-    trainable, total = model.get_nb_trainable_parameters()
-    return int(trainable), int(total)
-
 
 def tell(trainer: Trainer) -> None:
     """Say what will be trained on what, before the first step."""
     job, display = trainer.job, trainer.display
-    trainable, total = parameter_counts(unwrap(trainer))
+    trainable, total = unwrap(trainer).get_nb_trainable_parameters()
     rows = [list(row) for row in describe(job.targets, job.recipe.adapter.r)]
     display.table("adapted layers", ["module", "layers", "in -> out", "parameters"], rows)
     display.note(f"trainable: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
@@ -123,7 +114,7 @@ def run_record(trainer: Trainer) -> dict[str, Any]:
 def result_record(trainer: Trainer, progress: Progress, adapter_step: int, seconds: float) -> dict[str, Any]:
     """What came of a run; ``loss`` is the last logged step's (None when its line was lost), ``validation`` the
     adapter's, whose weights are those of ``adapter_step``, ``seconds`` are those of this process."""
-    trainable, total = parameter_counts(unwrap(trainer))
+    trainable, total = unwrap(trainer).get_nb_trainable_parameters()
     lines = [line for line in trainer.job.folder.read_metrics() if line["split"] == "train"]
     is_lost = progress.logged_step is not None and (not lines or lines[-1]["step"] < progress.logged_step)
     measured = [line["loss"] for line in lines if line["loss"] is not None]
