@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lora_cli.weights.shards import INDEX, MAX_SHARD, SINGLE, TORCH_NAMES
+from lora_cli.weights.shards import INDEX, SINGLE, TORCH_NAMES
 
 ENTRY = 160  # bytes that a tensor takes in a file's header at most, beside its name
 RESERVE = 2**26  # bytes
@@ -20,9 +20,7 @@ NAMES = {getattr(torch, dtype): name for name, dtype in TORCH_NAMES.items()}
 
 
 @contextmanager
-def shard_writer(
-    folder: Path, names: Iterable[str], max_shard: int = MAX_SHARD
-) -> Iterator[Callable[[str, torch.Tensor], None]]:
+def shard_writer(folder: Path, names: Iterable[str], max_shard: int) -> Iterator[Callable[[str, torch.Tensor], None]]:
     """A function that writes a tensor of any device under a name, into files of at most ``max_shard`` bytes of tensors
     (one tensor at least). When the block ends well, they get their names and, if there are several, their index.
 
