@@ -96,6 +96,19 @@ def test_a_runs_adapter_is_merged_as_lora_merge_does_and_quantized(
         assert report[key]["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merged_model_is_measured_as_eval_does(
+    dtype: str, train: Any, qa_file: Path, tiny_llama: Path, tmp_path: Path, lora: Any
+) -> None:
+    """In the type that its adapter was trained in, whatever this machine would pick."""
+    run, merged = train({"model.name_or_path": tiny_llama, "model.dtype": dtype}), tmp_path / "merged"
+    done(lora("merge", run.folder, "--out", merged, "--no-verify"))
+    report = done(lora("quantize", merged, "--out", tmp_path / "out", "--data", qa_file, "--json")).json
+    for key, folder in (("before", merged), ("after", tmp_path / "out")):
+        alone = done(lora("eval", folder, "--data", qa_file, "--json")).json
+        assert report[key] == {name: alone[name] for name in ("loss", "perplexity", "tokens")}
+
+
 def test_a_grown_vocabulary(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
     """The words that an adapter adds come with their rows, the size in the configuration and the tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)

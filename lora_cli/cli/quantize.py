@@ -68,9 +68,11 @@ def command(
     for place in (folder, *([origin.folder] if origin else [])):
         check_out(out, place)
     adapter, recipe = (origin.folder, origin.recipe) if origin else (None, None)
+    if origin is None and data is not None:
+        recipe = recipe_of(folder)
     rows = None
     if data is not None:
-        section = measure.data_section(data, recipe if origin else recipe_of(folder))
+        section = measure.data_section(data, recipe)
         measure.check(section)
         rows = measure.rows_for(folder, adapter, section, recipe)
 
@@ -98,7 +100,7 @@ def command(
         "layers": {layer.name: layer.relative for layer in result.layers},
     }
     if rows is not None:
-        seen = recipe.quantization if recipe else None  # an adapter is measured on the base it was trained on
+        seen = recipe.quantization if recipe and adapter else None  # an adapter is measured on its training base
         before = measure.measure(folder, adapter, rows, recipe, seen).score
         after = measure.measure(out, None, rows, recipe).score
         for key, score in (("before", before), ("after", after)):
