@@ -46,6 +46,12 @@ def merge_of_no_adapter(w: World) -> Arguments:
     return ["merge", "folder", "--out", "out"]
 
 
+@case("rum", "no adapter here", "did you mean 'run'?")
+def merge_of_a_misspelt_run(w: World) -> Arguments:
+    w.run()
+    return ["merge", "rum", "--out", "out"]
+
+
 @case("run/adapter/adapter_config.json", "line 1")
 def broken_adapter_config(w: World) -> Arguments:
     w.file(f"{w.run()}/adapter/adapter_config.json", "{")

@@ -47,12 +47,12 @@ def locate(name_or_path: str, weights: bool = False, revision: str | None = None
         patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
         return _bare(Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns)))
     except HFValidationError as error:
-        raise UserError("no such model folder, and no hub id", name_or_path, _nearest_folder(folder)) from error
+        raise UserError("no such model folder, and no hub id", name_or_path, nearest_folder(folder)) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
         why = "HF_HUB_OFFLINE is set and it is not in the local cache" if offline else str(error).splitlines()[0]
         what = f"no such model folder, and the hub does not give it: {why}"
-        raise UserError(what, name_or_path, _nearest_folder(folder)) from error
+        raise UserError(what, name_or_path, nearest_folder(folder)) from error
 
 
 def _bare(folder: Path) -> Path:
@@ -63,7 +63,8 @@ def _bare(folder: Path) -> Path:
     return folder
 
 
-def _nearest_folder(folder: Path) -> str:
+def nearest_folder(folder: Path) -> str:
+    """What to say of a folder that is not there."""
     siblings = [f.name for f in folder.parent.iterdir() if f.is_dir()] if folder.parent.is_dir() else []
     return nearest(folder.name, siblings) or f"paths are relative to {Path.cwd()}"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import Fault, UserError, mend
+from lora_cli.model.files import nearest_folder
 from lora_cli.weights.shards import pickled
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -40,7 +41,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The adapter's ``adapter_config.json``. Raises UserError when the folder holds no readable adapter."""
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
-        raise UserError("no adapter here (no adapter_config.json)", str(folder), "give a run or an adapter folder")
+        hint = "give a run or an adapter folder" if folder.is_dir() else nearest_folder(folder)
+        raise UserError("no adapter here (no adapter_config.json)", str(folder), hint)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
