@@ -657,6 +657,9 @@ def test_a_variable_in_brackets_is_told_to_be_quoted(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("M", "q_proj")
     assert 'needs quotes: "${VAR}"' in (fault(with_key("adapter", "target_modules: [${M}]")).hint or "")
     assert load(with_key("adapter", 'target_modules: ["${M}"]')).adapter.target_modules == ("q_proj",)
+    monkeypatch.setenv("M", "7")  # which quotes would make a text
+    assert "for a number give the key its own line" in (fault("adapter: {r: ${M}}\n" + MINIMAL).hint or "")
+    assert load(with_key("adapter", "r: ${M}")).adapter.r == 7
 
 
 def test_keys_take_no_variables() -> None:

@@ -311,7 +311,7 @@ def _in_our_words(error: yaml.MarkedYAMLError, text: str) -> tuple[yaml.Mark | N
         if problem.startswith(theirs):
             mark = error.context_mark or error.problem_mark
             if "," in theirs and _VARIABLE_IN_BRACKETS.search(text, mark.index if mark else 0):
-                hint = 'inside [ ] and { } a variable needs quotes: "${VAR}"'
+                hint = 'inside [ ] and { } a variable needs quotes: "${VAR}"; for a number give the key its own line'
             return mark, what, hint
     for theirs, (what, hint) in _AT_PROBLEM.items():
         if problem.startswith(theirs):
