@@ -215,7 +215,8 @@ class Training(Section):
     load_best_model_at_end: bool = Field(
         False,
         description="Give the adapter the weights of the evaluation with the lowest validation loss, not the last "
-        "step's. Each best evaluation so far writes a checkpoint, which is kept until a better one is whole.",
+        "step's; that of the base, before the first step, does not count. Each best evaluation so far writes a "
+        "checkpoint, which is kept until a better one is whole.",
     )
     early_stopping_patience: Positive | None = Field(
         None,
