@@ -16,6 +16,7 @@ import torch
 from conftest import WIDTH, done
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from lora_cli.errors import RunError
 from lora_cli.model.memory import activation_bytes
@@ -281,6 +282,14 @@ def test_a_quantized_base_that_cannot_be_kept_is_not_streamed(
     assert result.exit_code == 3
     told = " ".join(result.stderr.split())
     assert "training.stream_base: quantized, it is streamed from the kept copy, which there is not" in told
+
+
+def test_a_quantized_base_comes_into_host_memory_first_where_there_is_a_gpu(
+    write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not told where to, Transformers loads it onto the GPU, whose place torch's meta device takes here."""
+    monkeypatch.setattr(Bnb4BitHfQuantizer, "update_device_map", lambda _, told: told or {"": "meta"})
+    done(lora("train", write_recipe({"quantization": {"method": "nf4"}, "training.stream_base": True})))
 
 
 def test_streaming_is_advised_once_layers_are_checkpointed(write_recipe: Any, monkeypatch: Any) -> None:

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from lora_cli.cores import usable_cores
 from lora_cli.errors import UserError
-from lora_cli.model.files import check_tokenizer, hub_kernels, own_code, read_config, unknown_type
+from lora_cli.model.files import check_tokenizer, hub_kernels, own_code, read_config, stored_quantization, unknown_type
 from lora_cli.model.linear4bit import compute_right
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.recipe.schema import Model, Quantization
@@ -204,8 +204,9 @@ def load_base(
         if sharded:  # torch shards no integers that stand for floating-point numbers
             quantized.bnb_4bit_quant_storage = dtype
         options["quantization_config"] = quantized
+    if device.type == "cuda" or (stored_quantization(folder) and not sharded):
+        options["device_map"] = {"": device}  # not told, Transformers puts what is stored quantized on a GPU
     if device.type == "cuda":
-        options["device_map"] = {"": device}
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each new shape of padded rows for a second
     try:
         loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
