@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from conftest import done, edit_json
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_streaming import mixtral, tensors_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from lora_cli.model.base import load_base
+from lora_cli.recipe.schema import Model, Quantization
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
@@ -206,3 +210,12 @@ def test_what_cannot_be_skipped(skip: str, told: str, tiny_llama: Path, tmp_path
     result = lora("quantize", tiny_llama, "--out", tmp_path / "out", "--skip", skip)
     assert result.exit_code == 2
     assert told in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_base_to_be_sharded_over_gpus_computes_as_they_can(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is quantized in the memory of a processor that may have no units for 16 bits."""
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict)
+    monkeypatch.setattr("lora_cli.model.base.best_device", lambda: torch.device("cuda"))
+    quantization, device = Quantization(method="nf4"), torch.device("cpu")
+    base = load_base(tiny_llama, Model(name_or_path=str(tiny_llama)), quantization, device, torch.float32, sharded=True)
+    assert {layer.compute_dtype for layer in base.modules() if isinstance(layer, Linear4bit)} == {torch.bfloat16}

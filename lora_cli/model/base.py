@@ -199,7 +199,7 @@ def load_base(
     if model.attn_implementation == "flex_attention":  # compiled by its first call, or it makes all scores
         os.environ.pop("TORCHDYNAMO_DISABLE", None)
     if quantization is not None:
-        quantized = bitsandbytes_config(quantization, device)
+        quantized = bitsandbytes_config(quantization, best_device() if sharded else device)  # where it will compute
         quantized.llm_int8_skip_modules = skip
         if sharded:  # torch shards no integers that stand for floating-point numbers
             quantized.bnb_4bit_quant_storage = dtype
