@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -21,6 +22,9 @@ from lora_cli.training.zero import ZeroOptimizer, configure, is_zero, zero_plugi
 if TYPE_CHECKING:
     from peft import PeftModel
 
+WAIT = timedelta(hours=3)
+"""How long processes wait for one another: while one of them quantizes a base, too. NCCL's own 10 minutes are short."""
+
 
 def make_accelerator(training: Training, dtype: torch.dtype) -> Accelerator:
     """Accelerate as the recipe, or else a launcher's own configuration, asks for it.
@@ -33,6 +37,7 @@ def make_accelerator(training: Training, dtype: torch.dtype) -> Accelerator:
         mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no"),
         log_with=list(training.report_to) or None,
         project_dir=training.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
         **plugins,
     )
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
