@@ -86,7 +86,8 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
     ``root`` is the folder that holds ``proc`` and ``sys``, where control groups tell their limits.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of what torch holds
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     own = psutil.Process().memory_info()
     free = int(psutil.virtual_memory().available)
     limits = list(memory_limits(root))
