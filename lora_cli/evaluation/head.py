@@ -52,7 +52,7 @@ class Head:
         if hidden.is_cuda and bias is None and HAS_LIGER:
             from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-            scaled = (hidden * self.scale).to(weight.dtype)
+            scaled = (hidden if self.scale == 1 else hidden * self.scale).to(weight.dtype)
             # Liger's own choice of chunks gives the logits the memory of the hidden states: few rows for few tokens.
             budget = max(1, BYTES_ON_GPU // scaled.nbytes)
             fused: torch.Tensor = liger_fused_linear_cross_entropy(
