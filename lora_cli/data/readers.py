@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import sys
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,53 +21,37 @@ def kind_of(value: Any) -> str:
     return "null" if value is None else words.get(type(value), type(value).__name__)
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", str(path)) from error
-
-
-def _decode(raw: bytes, path: Path) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"not UTF-8: byte 0x{raw[error.start]:02x}", f"{path}:{line}", "save it as UTF-8") from error
-
-
-def _lines(path: Path, newline: str | None) -> Iterator[str]:
-    """A file's lines, one at a time; ``newline`` as ``open`` takes it. Raises UserError at one that is not UTF-8."""
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    what = f"not UTF-8: byte 0x{raw[error.start]:02x}"
-                    raise UserError(what, f"{path}:{number}", "save it as UTF-8") from error
-                yield from io.StringIO(line, newline=newline)
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", str(path)) from error
-
-
 Record = tuple[str, dict[str, Any]]
 
 
-def _jsonl(path: Path) -> Iterator[Record | Fault]:
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """A file's lines, each with its place; a byte order mark is left out. Raises UserError when it cannot be read."""
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, 1):
-                where = f"{path}:{number}"
-                try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    yield Fault(f"not UTF-8: byte 0x{raw[error.start]:02x}", where, "save the file as UTF-8")
-                    continue
-                if line.strip():
-                    yield _json_object(line, where)
+                yield f"{path}:{number}", raw.removeprefix(BOM_UTF8) if number == 1 else raw
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", str(path)) from error
+
+
+def _decoded(path: Path, newline: str | None) -> Iterator[str]:
+    """A file's lines as text; ``newline`` as ``open`` takes it. Raises UserError at one that is not UTF-8."""
+    for where, raw in _lines(path):
+        try:
+            yield from io.StringIO(raw.decode(), newline=newline)
+        except UnicodeDecodeError as error:
+            raise UserError(f"not UTF-8: byte 0x{raw[error.start]:02x}", where, "save it as UTF-8") from error
+
+
+def _jsonl(path: Path) -> Iterator[Record | Fault]:
+    for where, raw in _lines(path):
+        try:
+            line = raw.decode()
+        except UnicodeDecodeError as error:
+            yield Fault(f"not UTF-8: byte 0x{raw[error.start]:02x}", where, "save the file as UTF-8")
+            continue
+        if line.strip():
+            yield _json_object(line, where)
 
 
 def _json_object(text: str, where: str) -> Record | Fault:
@@ -100,7 +85,7 @@ def _check_named_once(columns: Sequence[str], where: str) -> None:
 
 
 def _json(path: Path) -> Iterator[Record | Fault]:
-    text = _decode(_read_bytes(path), path)
+    text = "".join(_decoded(path, newline=""))
     try:
         value = json.loads(text, object_pairs_hook=keys_once) if text.strip() else []
     except json.JSONDecodeError as error:
@@ -120,7 +105,7 @@ def _json(path: Path) -> Iterator[Record | Fault]:
 
 def _csv(path: Path) -> Iterator[Record | Fault]:
     csv.field_size_limit(sys.maxsize)  # a cell may hold a whole text; the library stops at 128 KiB
-    reader = csv.reader(_lines(path, newline=""), strict=True)
+    reader = csv.reader(_decoded(path, newline=""), strict=True)
     header: list[str] | None = None
     line = 1  # where a record begins: a cell may hold line breaks
     try:
@@ -183,7 +168,7 @@ def _text(path: Path) -> Iterator[Record | Fault]:
     """A row for each paragraph: lines between blank ones, joined as they stand."""
     lines: list[str] = []
     number = 0
-    for number, line in enumerate(_lines(path, newline=None), 1):
+    for number, line in enumerate(_decoded(path, newline=None), 1):
         if line.strip():
             lines.append(line)
         elif lines:
