@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,7 @@ def count_faults(contestant: Contestant, did: Did, shapes: Shapes, work: Work, e
             ("rows", did.rows, work.rows),
             ("tokens", did.tokens, work.tokens),
             ("supervised tokens", did.supervised_tokens, work.supervised_tokens),
-            ("trainable parameters", did.trainable_parameters, sum(map(_size, expected.values()))),
+            ("trainable parameters", did.trainable_parameters, sum(map(math.prod, expected.values()))),
         )
         if got != wanted
     ]
@@ -66,10 +67,3 @@ def loss_faults(dids: Mapping[Contestant, Did], falls: Mapping[str, float], base
         if abs(fall - falls[model.name]) > LEARNED_IN_ORDER[work.precision] * abs(falls[model.name]):
             faults.append(f"{each.name}: held-out loss fell by {fall:.4f}, {model.name}'s by {falls[model.name]:.4f}")
     return faults
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for wide in shape:
-        size *= wide
-    return size
