@@ -60,9 +60,7 @@ def show(summaries: Mapping[str, dict[str, dict[str, float]]], ours: str) -> str
 def markdown(rows: Sequence[Sequence[Any]]) -> str:
     """Rows as a table, the first of them its head; columns but the first are aligned to the right."""
     widths = [max(len(str(row[column])) for row in rows) for column in range(len(rows[0]))]
-    rule = [
-        f"{'-' * max(width, 1)}" if not column else f"{'-' * max(width - 1, 1)}:" for column, width in enumerate(widths)
-    ]
+    rule = ["-" * max(widths[0], 1), *(f"{'-' * max(width - 1, 1)}:" for width in widths[1:])]
     lines = [
         " | ".join(
             f"{cell!s:<{width}}" if not at else f"{cell!s:>{width}}"
