@@ -11,7 +11,7 @@ from typing import Any
 
 from bench import machine, table
 from bench.contestants import Contestant, choose, for_context, read, start
-from bench.helpers import PLACE, helper
+from bench.helpers import MODELS, helper
 from bench.options import Options
 from bench.processes import environment, fresh_folder, tail
 from bench.shapes import SHAPES
@@ -30,7 +30,7 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     """The search for each contestant."""
     limit = QUICK_LIMIT if options.quick else SHAPES[options.shape].config["max_position_embeddings"]
     env = environment(options.threads, folder / "caches", options.gpu)
-    told = {"shape": options.shape, "models": str(PLACE / "models"), "folder": str(folder), "tokens": limit}
+    told = {"shape": options.shape, "models": str(MODELS), "folder": str(folder), "tokens": limit}
     rows = helper("prepare_long", told | {"rows": ROWS}, folder, env, "rows.json")
     work = long_work(options, rows)
     contestants, skipped = choose(for_context(options.gpu), options.only, work, has_bf16=options.gpu)

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from bench import machine, table
-from bench.helpers import PLACE, helper
+from bench.helpers import MODELS, prepared
 from bench.options import Options
 from bench.processes import environment
 from bench.shapes import DEEPER, SHAPES
@@ -28,7 +28,7 @@ Runs = Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]
 def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     """Makes both models, and measures on them."""
     env = environment(options.threads, folder / "caches", options.gpu)
-    return measure(options, PLACE / "models", folder, env)
+    return measure(options, MODELS, folder, env)
 
 
 def measure(options: Options, models: Path, folder: Path, env: dict[str, str]) -> dict[str, Any]:
@@ -39,8 +39,7 @@ def measure(options: Options, models: Path, folder: Path, env: dict[str, str]) -
     for shape in shapes:
         place = folder / shape
         place.mkdir()
-        told = {"shape": shape, "models": str(models), "folder": str(place), "max_length": MAX_LENGTH}
-        model = helper("prepare", told | {"rows": TOLD, "heldout_rows": TOLD}, place, env, "rows.json")["model"]
+        model = prepared(shape, place, env, MAX_LENGTH, TOLD, TOLD, models)["model"]
         sizes[shape] = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
         for verb in VERBS:
             commands[verb, shape] = contestants(verb, replace(options, shape=shape), model, place, env)[OURS]

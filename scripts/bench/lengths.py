@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from bench import data, machine, table
-from bench.helpers import PLACE, helper
+from bench.helpers import prepared
 from bench.options import Options
 from bench.processes import environment
 from bench.scale import SEED, TOKENS, one_run, write_recipe
@@ -26,8 +26,7 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     env = environment(options.threads, folder / "caches", options.gpu)
     before = machine.describe(options.threads)
     lengths = QUICK_LENGTHS if options.quick else LENGTHS
-    told = {"shape": options.shape, "models": str(PLACE / "models"), "folder": str(folder), "max_length": lengths[-1]}
-    made = helper("prepare", told | {"rows": ROWS, "heldout_rows": ROWS}, folder, env, "rows.json")
+    made = prepared(options.shape, folder, env, lengths[-1], ROWS, ROWS)
     source, texts, _ = data.texts(SEED)
     runs: dict[int, list[dict[str, float]]] = {length: [] for length in lengths}
     for length in lengths:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from bench import data, machine, ours, table
-from bench.helpers import PLACE, helper
+from bench.helpers import helper, prepared
 from bench.options import Options
 from bench.processes import environment, run, tail
 from bench.shapes import SHAPES
@@ -33,8 +33,7 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     """
     env = environment(options.threads, folder / "caches", options.gpu)
     before = machine.describe(options.threads)
-    told = {"shape": options.shape, "models": str(PLACE / "models"), "folder": str(folder), "max_length": MAX_LENGTH}
-    made = helper("prepare", told | {"rows": TOLD, "heldout_rows": TOLD}, folder, env, "rows.json")
+    made = prepared(options.shape, folder, env, MAX_LENGTH, TOLD, TOLD)
     source, texts, _ = data.texts(SEED)
     stages, runs = {}, {}
     trained = QUICK_ROWS if options.quick else ROWS

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from bench import machine, ours, table
-from bench.helpers import PLACE, helper
+from bench.helpers import prepared
 from bench.options import Options
 from bench.processes import environment, run, tail
 from bench.shapes import SHAPES
@@ -27,8 +27,7 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     """Both once a round, in fresh processes, with activations recomputed in both."""
     env = environment(options.threads, folder / "caches", options.gpu)
     before = machine.describe(options.threads)
-    told = {"shape": options.shape, "models": str(PLACE / "models"), "folder": str(folder), "max_length": MAX_LENGTH}
-    made = helper("prepare", told | {"rows": ROWS, "heldout_rows": 1}, folder, env, "rows.json")
+    made = prepared(options.shape, folder, env, MAX_LENGTH, ROWS, heldout_rows=1)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in KINDS}
     for _ in range(options.rounds):
         for name, found in runs.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench import machine, table
 from bench.contestants import CPU, OURS, Contestant, choose, on_gpu, read, start
-from bench.helpers import PLACE, helper, run_helper
+from bench.helpers import helper, prepared, run_helper
 from bench.options import Options
 from bench.processes import environment, tail
 from bench.same_work import count_faults, loss_faults, tensors
@@ -31,7 +31,8 @@ SIZES = {  # rows a step, max_length, r, lora_alpha, learning rate
 def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     """All rounds, the judge, the check, the table; the record that is kept as JSON."""
     env = environment(options.threads, folder / "caches", options.gpu)
-    rows = prepare(options, folder, env)
+    size, max_length, *_ = SIZES[options.shape]
+    rows = prepared(options.shape, folder, env, max_length, options.steps * size, HELDOUT_ROWS)
     ceiling = measure_ceiling(options, rows, folder, env)
     work = make_work(options, rows, ceiling["bf16_units"])
     contestants, skipped = choose(on_gpu() if options.gpu else CPU, options.only, work, ceiling["bf16_units"])
@@ -85,19 +86,6 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
         "failed": failed,
         "faults": faults,
     }
-
-
-def prepare(options: Options, folder: Path, env: dict[str, str]) -> dict[str, Any]:
-    """Model and rows, made on the spot; the model is kept for the next time."""
-    told = {
-        "shape": options.shape,
-        "models": str(PLACE / "models"),
-        "folder": str(folder),
-        "rows": options.steps * SIZES[options.shape][0],
-        "heldout_rows": HELDOUT_ROWS,
-        "max_length": SIZES[options.shape][1],
-    }
-    return helper("prepare", told, folder, env, "rows.json")
 
 
 def measure_ceiling(options: Options, rows: dict[str, Any], folder: Path, env: dict[str, str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from bench import machine, table
-from bench.helpers import PLACE, helper
+from bench.helpers import helper, prepared
 from bench.options import Options
 from bench.processes import environment, run, tail
 from bench.shapes import SHAPES
@@ -39,9 +39,8 @@ def quantize(options: Options, folder: Path) -> dict[str, Any]:
 
 def benchmark(verb: str, options: Options, folder: Path) -> dict[str, Any]:
     """Both once a round, in fresh processes; then whether they wrote the same."""
-    told = {"shape": options.shape, "models": str(PLACE / "models"), "folder": str(folder), "max_length": MAX_LENGTH}
     env = environment(options.threads, folder / "caches", options.gpu)
-    made = helper("prepare", told | {"rows": TOLD, "heldout_rows": TOLD}, folder, env, "rows.json")
+    made = prepared(options.shape, folder, env, MAX_LENGTH, TOLD, TOLD)
     return measure(verb, options, made["model"], folder, env)
 
 
