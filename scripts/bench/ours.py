@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from bench.options import Options
 from bench.processes import Ended
+from bench.shapes import SHAPES
 from bench.work import Did, Work
 
 
@@ -37,6 +40,29 @@ def write_recipe(work: Work, folder: Path, options: dict[str, Any]) -> Path:
     for dotted, value in options.items():
         section, key = dotted.split(".")
         recipe[section][key] = value
+    return _write(recipe, folder)
+
+
+def write_steps(
+    options: Options, model: str, rows: str, folder: Path, max_length: int, r: int, training: dict[str, Any]
+) -> Path:
+    """The recipe for some steps on ``rows``, as ``training`` says, with an adapter on the shape's layers."""
+    recipe = {
+        "model": {"name_or_path": model} | ({} if options.dtype == "auto" else {"dtype": options.dtype}),
+        "adapter": {"r": r, "target_modules": list(SHAPES[options.shape].targets)},
+        "data": {"train": rows, "max_length": max_length},
+        "training": {
+            "output_dir": str(folder / "run"),
+            "gradient_accumulation_steps": 1,
+            "logging_steps": 1,
+            "save_steps": None,
+            **training,
+        },
+    }
+    return _write(recipe, folder)
+
+
+def _write(recipe: dict[str, Any], folder: Path) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path
@@ -50,16 +76,18 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, whole) if line["split"] == "train"]
 
 
+def rate(lines: list[dict[str, Any]], warmup: int) -> float:
+    """Real tokens a second after so many steps: a line's tokens_per_second are those since the line before it."""
+    ends = [0.0, *(line["seconds"] for line in lines)]
+    spans = [end - start for start, end in pairwise(ends)]
+    tokens = [line["tokens_per_second"] * span for line, span in zip(lines, spans, strict=True)]
+    return float(sum(tokens[warmup:]) / (ends[-1] - ends[warmup]))
+
+
 def read_run(work: Work, folder: Path, ended: Ended) -> Did:
-    """What the run's files say. A line's tokens_per_second are those since the line before it."""
+    """What the run's files say."""
     lines = metrics(folder)
     info = json.loads((folder / "run" / "run.json").read_text(encoding="utf-8"))
-    seconds = [line["seconds"] for line in lines]
-    warm = work.warmup_steps
-    per_step = [
-        line["tokens_per_second"] * (now - before)
-        for line, before, now in zip(lines, [0.0, *seconds], seconds, strict=False)
-    ]
     assert ended.sign is not None
     return Did(
         steps=len(lines),
@@ -68,7 +96,7 @@ def read_run(work: Work, folder: Path, ended: Ended) -> Did:
         supervised_tokens=sum(line["tokens"] for line in lines),
         trainable_parameters=info["result"]["trainable_parameters"],
         losses=[line["loss"] for line in lines],
-        tokens_per_second=sum(per_step[warm:]) / (seconds[-1] - seconds[warm - 1]),
+        tokens_per_second=rate(lines, work.warmup_steps),
         first_step_at=ended.began + ended.sign,
         adapter=str(folder / "run" / "adapter"),
         settings={"weights": [info["dtype"]], "packed": info["data"]["packed"]},

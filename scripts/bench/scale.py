@@ -9,13 +9,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
 from bench import data, machine, ours, table
 from bench.helpers import helper, prepared
 from bench.options import Options
 from bench.processes import environment, run, tail
-from bench.shapes import SHAPES
 
 ROWS, QUICK_ROWS = (1_000, 10_000, 100_000), (40, 80)
 MOST_ROWS, QUICK_MOST_ROWS = 1_000_000, 160  # through the stages alone
@@ -77,22 +74,8 @@ def write_rows(texts: list[dict[str, str]], count: int, path: Path) -> None:
 
 def write_recipe(folder: Path, model: str, options: Options, max_length: int = MAX_LENGTH) -> Path:
     """Some steps on these rows, packed to a budget that is the same for all."""
-    recipe = {
-        "model": {"name_or_path": model} | ({} if options.dtype == "auto" else {"dtype": options.dtype}),
-        "adapter": {"r": 8, "target_modules": list(SHAPES[options.shape].targets)},
-        "data": {"train": str(folder / "rows.jsonl"), "max_length": max_length},
-        "training": {
-            "output_dir": str(folder / "run"),
-            "max_steps": options.steps + WARMUP,
-            "per_device_train_batch_size": TOKENS // max_length,
-            "gradient_accumulation_steps": 1,
-            "logging_steps": 1,
-            "save_steps": None,
-        },
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    return path
+    told = {"max_steps": options.steps + WARMUP, "per_device_train_batch_size": TOKENS // max_length}
+    return ours.write_steps(options, model, str(folder / "rows.jsonl"), folder, max_length, r=8, training=told)
 
 
 def one_run(recipe: Path, env: dict[str, str]) -> dict[str, float]:
@@ -102,13 +85,7 @@ def one_run(recipe: Path, env: dict[str, str]) -> dict[str, float]:
     ended = run(["-m", "lora_cli", "train", str(recipe), "--overwrite"], env, log, lambda: bool(ours.metrics(folder)))
     if ended.exit_code or ended.sign is None:
         raise SystemExit(f"lora ended with {ended.exit_code}:\n{tail(log)}")
-    lines = ours.metrics(folder)
-    seconds = [line["seconds"] for line in lines]
-    tokens = sum(
-        line["tokens_per_second"] * (now - then)
-        for line, then, now in list(zip(lines, [0.0, *seconds], seconds, strict=False))[WARMUP:]
-    )
-    rate = tokens / (seconds[-1] - seconds[WARMUP - 1])
+    rate = ours.rate(ours.metrics(folder), WARMUP)
     return {"first_step_seconds": ended.sign, "tokens_per_second": rate, "peak_bytes": ended.peak_bytes}
 
 

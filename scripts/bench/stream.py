@@ -8,8 +8,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
 from bench import machine, ours, table
 from bench.helpers import prepared
 from bench.options import Options
@@ -49,25 +47,14 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
 
 def write_recipe(folder: Path, made: dict[str, Any], options: Options, streams: bool) -> Path:
     """Some steps of one line of rows each, with an adapter of rank 16 on the shape's layers."""
-    recipe = {
-        "model": {"name_or_path": made["model"]} | ({} if options.dtype == "auto" else {"dtype": options.dtype}),
-        "adapter": {"r": 16, "target_modules": list(SHAPES[options.shape].targets)},
-        "data": {"train": made["train"], "max_length": MAX_LENGTH},
-        "training": {
-            "output_dir": str(folder / "run"),
-            "max_steps": options.steps,
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "gradient_checkpointing": True,
-            "stream_base": streams,
-            "warmup_steps": 0,
-            "logging_steps": 1,
-            "save_steps": None,
-        },
+    told = {
+        "max_steps": options.steps,
+        "per_device_train_batch_size": 1,
+        "gradient_checkpointing": True,
+        "stream_base": streams,
+        "warmup_steps": 0,
     }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    return path
+    return ours.write_steps(options, made["model"], made["train"], folder, MAX_LENGTH, r=16, training=told)
 
 
 def one_run(recipe: Path, env: dict[str, str]) -> dict[str, Any]:
