@@ -7,7 +7,7 @@ the tokenizer's template.
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,14 +34,14 @@ class Columns:
     """Reads a row's columns under the names a format uses."""
 
     row: Row
-    mapping: Mapping[str, str]
+    data: Data
 
     def column(self, name: str) -> str | None:
         """The row's column that stands for ``name``, or None."""
         return next((c for c in self._names(name) if c in self.row.columns), None)
 
     def _names(self, name: str) -> tuple[str, ...]:
-        return (self.mapping[name],) if name in self.mapping else ALIASES.get(name, (name,))
+        return (self.data.columns[name],) if name in self.data.columns else ALIASES.get(name, (name,))
 
     def value(self, name: str) -> Any:
         """Raises UserError, with the row's place and the columns it has, when the column is missing or null."""
@@ -61,7 +61,7 @@ class Columns:
         """
         column = self.column(name)
         if column is None and name in self.row.columns:
-            what = f"no column '{self.mapping[name]}', for which data.columns.{name} stands, but one '{name}'"
+            what = f"no column '{self.data.columns[name]}', for which data.columns.{name} stands, but one '{name}'"
             raise UserError(what, self.row.where, "give the column one name in all rows")
         return None if column is None else self.row.columns[column]
 
@@ -96,7 +96,7 @@ def prompt_completion(row: Columns) -> Content:
 
 def alpaca(row: Columns) -> Content:
     """Stanford Alpaca's columns under its three headings; an empty input leaves its heading out."""
-    unread = {"system", "history"} - set(row.mapping.values())
+    unread = {"system", "history"} - set(row.data.columns.values())
     if lost := next((name for name in sorted(unread) if row.row.columns.get(name)), None):
         hint = "lay rows out by data.template, which may name {system}, or give them as messages"
         raise UserError(f"column '{lost}' is not empty, and alpaca has no place for it", row.row.where, hint)
@@ -136,8 +136,9 @@ def _holds_turns(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(turn, dict) for turn in value)
 
 
-def template(row: Columns, patterns: Template | None) -> Content:
+def template(row: Columns) -> Content:
     """The recipe's patterns filled with the row's columns."""
+    patterns = row.data.template
     assert patterns is not None, "the schema asks for data.template with this format"
     return ((_fill(patterns.prompt, row), False), (_fill(patterns.completion, row), True))
 
@@ -175,22 +176,20 @@ def pattern_faults(patterns: Template) -> list[Fault]:
 class Format:
     """A format: how a row is read, the names it uses, and the sets of these by any one of which ``auto`` knows it."""
 
-    read: Callable[[Columns, Template | None], Content]
+    read: Callable[[Columns], Content]
     names: tuple[str, ...]
     known_by: tuple[tuple[str, ...], ...]
 
 
 FORMATS: dict[str, Format] = {
     "chat": Format(
-        lambda row, _: chat(row),
+        chat,
         ("messages", "conversations", "prompt", "completion", "system", "tools"),
         (("messages",), ("conversations",)),
     ),
-    "alpaca": Format(lambda row, _: alpaca(row), ("instruction", "input", "output"), (("instruction", "output"),)),
-    "prompt_completion": Format(
-        lambda row, _: prompt_completion(row), ("prompt", "completion"), (("prompt", "completion"),)
-    ),
-    "text": Format(lambda row, _: text(row), ("text",), (("text",),)),
+    "alpaca": Format(alpaca, ("instruction", "input", "output"), (("instruction", "output"),)),
+    "prompt_completion": Format(prompt_completion, ("prompt", "completion"), (("prompt", "completion"),)),
+    "text": Format(text, ("text",), (("text",),)),
     "template": Format(template, (), ()),  # the names are those in the patterns
 }
 
@@ -219,7 +218,7 @@ def detect(row: Row, data: Data) -> str:
         return data.format
     if data.template is not None:
         return "template"
-    columns = Columns(row, data.columns)
+    columns = Columns(row, data)
     fitting = [
         name
         for name, entry in FORMATS.items()
@@ -246,7 +245,7 @@ def detect(row: Row, data: Data) -> str:
 
 def read_content(row: Row, format_name: str, data: Data) -> Content:
     """What one row says. Raises UserError with the row's place."""
-    return FORMATS[format_name].read(Columns(row, data.columns), data.template)
+    return FORMATS[format_name].read(Columns(row, data))
 
 
 def unseen_faults(data: Data, seen: Collection[str]) -> list[Fault]:
