@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from lora_cli.data.batches import Schedule, collate, epoch_order, split_validation
 from lora_cli.data.examples import (
     Examples,
-    Flat,
+    Store,
     check_ids,
     cut_for_evaluation,
     end_to_end,
@@ -872,7 +872,7 @@ def test_evaluation_takes_each_row_once(lengths: list[int], packing: bool) -> No
     total = int(sizes.sum())
     ids, mask = np.zeros(total, np.int32), np.ones(total, np.bool_)
     source = np.zeros(len(sizes), np.int32)
-    examples = end_to_end(Flat(ids, mask, np.concatenate(([0], sizes.cumsum()))), source, ("text",))
+    examples = end_to_end(Store(ids, mask), np.concatenate(([0], sizes.cumsum())), source, ("text",))
     batches = evaluation_groups(examples, 3, 16, packing, ())
     assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
     if packing:
@@ -960,8 +960,8 @@ def test_rows_are_gone_through_a_chunk_at_a_time(lengths: list[int], data: st.Da
 
 def test_a_share_is_held_out() -> None:
     ids = np.arange(20, dtype=np.int32)
-    flat = Flat(ids, np.ones(20, np.bool_), np.arange(21, dtype=np.int64))
-    examples = end_to_end(flat, np.zeros(20, np.int32), ("text",))
+    store = Store(ids, np.ones(20, np.bool_))
+    examples = end_to_end(store, np.arange(21, dtype=np.int64), np.zeros(20, np.int32), ("text",))
     train, held = split_validation(examples, 0.25, 3)
     assert (len(train), len(held)) == (15, 5)
     assert sorted([*train.flat().ids, *held.flat().ids]) == list(range(20))

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.data.batches import Batch, Schedule, collate
-from lora_cli.data.examples import Flat, end_to_end
+from lora_cli.data.examples import Store, end_to_end
 from lora_cli.evaluation.head import Head, LinearCrossEntropy, frozen_head
 from lora_cli.evaluation.loss import evaluating, evaluation_groups, lay_end_to_end, summed_loss
 from lora_cli.model.adapters import adapt
@@ -749,8 +749,8 @@ def test_longrope_has_no_row_beside_one_that_turns_its_positions(packing: bool) 
     rows = rows_of((4, 30, 16, 17, 9, 18, 12, 3))
     ids, lengths = torch.cat(rows).numpy(), np.array([len(row) for row in rows])
     offsets = np.concatenate(([0], lengths.cumsum()))
-    flat = Flat(ids, ~np.isin(np.arange(len(ids)), offsets), offsets)
-    examples = end_to_end(flat, np.zeros(len(rows), np.int32), ("text",))
+    store = Store(ids, ~np.isin(np.arange(len(ids)), offsets))
+    examples = end_to_end(store, offsets, np.zeros(len(rows), np.int32), ("text",))
     in_order, drawn = (
         Schedule(lengths, lengths, examples.source, (1.0,), 0, shuffle, 3, 32, packing, 1, tuple(bounds))
         for shuffle in (False, True)

@@ -24,7 +24,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from lora_cli import __version__
-from lora_cli.data.examples import CHUNK, Flat, Store, end_to_end
+from lora_cli.data.examples import CHUNK, Store, end_to_end
 from lora_cli.data.sources import Row, whole_rows
 from lora_cli.data.tokenize import Tokenized, check_usable, tokenize_rows
 from lora_cli.disk import make_folder, sync
@@ -164,8 +164,7 @@ def _read(cache: Path, key: str) -> Tokenized | None:
     if checksum != _checksum(key, about, arrays, store):
         return None
     stated, offsets = json.loads(about), arrays["offsets"].copy()
-    flat = Flat(store.ids, store.supervised, offsets)
-    examples = end_to_end(flat, arrays["source"].copy(), tuple(stated["formats"]), store.mappings)
+    examples = end_to_end(store, offsets, arrays["source"].copy(), tuple(stated["formats"]))
     return Tokenized(examples, stated["bos_removed"])
 
 

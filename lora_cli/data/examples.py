@@ -130,11 +130,10 @@ class Examples:
             first = last
 
 
-def end_to_end(flat: Flat, source: Tokens, formats: tuple[str, ...], mappings: tuple[mmap.mmap, ...] = ()) -> Examples:
-    """Examples of all rows of the sources, one source after the other, that lie so in memory or mapped."""
-    store = Store(flat.ids, flat.supervised, mappings)
+def end_to_end(store: Store, offsets: Ints, source: Tokens, formats: tuple[str, ...]) -> Examples:
+    """Examples of all rows of the sources, one source after the other, that lie so in the store."""
     number = (np.arange(len(source)) - np.searchsorted(source, source)).astype(np.int32)
-    return Examples(store, flat.offsets[:-1], flat.offsets[1:], source, number, formats)
+    return Examples(store, offsets[:-1], offsets[1:], source, number, formats)
 
 
 def offsets_of(lengths: Ints) -> Ints:
@@ -154,12 +153,12 @@ Piece = tuple[Tokens, Mask, int]
 
 def join_pieces(pieces: Sequence[Piece], formats: tuple[str, ...]) -> Examples:
     """The rows, end to end."""
-    flat = Flat(
+    store = Store(
         ids=np.concatenate([np.zeros(0, np.int32), *(ids for ids, _, _ in pieces)]),
         supervised=np.concatenate([np.zeros(0, np.bool_), *(mask for _, mask, _ in pieces)]),
-        offsets=offsets_of(np.asarray([len(ids) for ids, _, _ in pieces], np.int64)),
     )
-    return end_to_end(flat, np.asarray([source for _, _, source in pieces], np.int32), formats)
+    offsets = offsets_of(np.asarray([len(ids) for ids, _, _ in pieces], np.int64))
+    return end_to_end(store, offsets, np.asarray([source for _, _, source in pieces], np.int32), formats)
 
 
 @dataclass(frozen=True)

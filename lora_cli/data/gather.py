@@ -10,7 +10,7 @@ from typing import IO
 
 import numpy as np
 
-from lora_cli.data.examples import Examples, Flat, Ints, Store, Tokens, end_to_end, offsets_of
+from lora_cli.data.examples import Examples, Ints, Store, Tokens, end_to_end, offsets_of
 from lora_cli.errors import unwritable
 
 HELD = 1 << 24
@@ -46,8 +46,8 @@ def gather(parts: Iterable[Examples], folder: Path | None) -> Examples:
     finally:
         for file in files:
             file.close()
-    flat = Flat(store.ids, store.supervised, offsets_of(np.concatenate(lengths)))
-    return end_to_end(flat, np.concatenate(sources), tuple(formats.values()), store.mappings)
+    offsets = offsets_of(np.concatenate(lengths))
+    return end_to_end(store, offsets, np.concatenate(sources), tuple(formats.values()))
 
 
 def _write(held: list[Examples], files: list[IO[bytes]], place: Path) -> None:
