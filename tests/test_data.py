@@ -205,13 +205,13 @@ def test_a_folder_has_what_its_links_lead_to_and_each_file_once(
 def test_hub_rows_take_the_split_and_name_the_row(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "set" / "train.jsonl", {"text": "a"}, {"text": "b"})
     write_jsonl(tmp_path / "set" / "test.jsonl", {"text": "c"})
-    rows = list(hub_rows(str(tmp_path / "set"), "train"))
+    rows = list(hub_rows(Source(path=str(tmp_path / "set"))))
     assert [(row.columns, row.where.removeprefix(str(tmp_path))) for row in rows] == [
         ({"text": "a"}, "/set[train] (row 1)"),
         ({"text": "b"}, "/set[train] (row 2)"),
     ]
     with pytest.raises(UserError, match="nosuch"):
-        list(hub_rows(str(tmp_path / "set"), "nosuch"))
+        list(hub_rows(Source(path=str(tmp_path / "set"), split="nosuch")))
 
 
 def test_hub_rows_that_stream_leave_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,15 +219,14 @@ def test_hub_rows_that_stream_leave_no_copy(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "copies")
 
     def rows(streaming: bool) -> list[Row]:
-        source = Source(path=str(tmp_path / "set"), streaming=streaming)
-        return list(hub_rows(source.path, source.split, source.streaming))
+        return list(hub_rows(Source(path=str(tmp_path / "set"), streaming=streaming)))
 
     streamed = rows(True)
     assert not any((tmp_path / "copies").rglob("*.arrow"))
     assert streamed == rows(False)
     assert len(streamed) == 30 and any((tmp_path / "copies").rglob("*.arrow"))
     with pytest.raises(UserError, match="nosuch"):
-        list(hub_rows(str(tmp_path / "set"), "nosuch", streaming=True))
+        list(hub_rows(Source(path=str(tmp_path / "set"), split="nosuch", streaming=True)))
 
 
 ANY_BYTES = st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "replace"))

@@ -65,7 +65,7 @@ def read_rows(sources: Iterable[Source]) -> Iterator[Row | Fault]:
         files = _files(source.path)
         read = 0
         if files is None:
-            for row in hub_rows(source.path, source.split, source.streaming):
+            for row in hub_rows(source):
                 yield Row(row.columns, row.where, index)
                 read += 1
         else:
@@ -97,9 +97,7 @@ def places(sources: Sequence[Source], rows: Collection[tuple[int, int]]) -> list
         wanted = {number for other, number in rows if other == at}
         with suppress(UserError):
             if _files(sources[at].path) is None:
-                found |= {
-                    (at, number): _hub_place(sources[at].path, sources[at].split, number + 1) for number in wanted
-                }
+                found |= {(at, number): _hub_place(sources[at], number + 1) for number in wanted}
                 continue
             read = islice(whole_rows([sources[at]]), max(wanted) + 1)
             found |= {(at, number): row.where for number, row in enumerate(read) if number in wanted}
@@ -147,13 +145,13 @@ def _kind_of_path(path: str) -> str:
     return "file" if Path(path).is_file() else "folder" if Path(path).is_dir() else "glob"
 
 
-def _hub_place(name: str, split: str, number: int) -> str:
-    return f"{name}[{split}] (row {number})"
+def _hub_place(source: Source, number: int) -> str:
+    return f"{source.path}[{source.split}] (row {number})"
 
 
-def hub_rows(name: str, split: str, streaming: bool = False) -> Iterator[Row]:
+def hub_rows(source: Source) -> Iterator[Row]:
     """The rows of a split of a data set on the hub (or in its local cache), through ``datasets``; from a memory-mapped
-    copy of it or, ``streaming``, as they come.
+    copy of it or, streaming, as they come.
 
     Raises UserError when it cannot be loaded: offline and not cached, no such data set, no such split.
     """
@@ -162,9 +160,10 @@ def hub_rows(name: str, split: str, streaming: bool = False) -> Iterator[Row]:
 
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(name, split=split, streaming=streaming)
+        rows = datasets.load_dataset(source.path, split=source.split, streaming=source.streaming)
         for number, columns in enumerate(rows, 1):
-            yield Row(without_filling(columns), _hub_place(name, split, number))
+            yield Row(without_filling(columns), _hub_place(source, number))
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         what = f"the data set could not be loaded from the hub: {str(error).splitlines()[0]}"
-        raise UserError(what, name, "give a path that exists, or a hub id that can be reached from here") from error
+        hint = "give a path that exists, or a hub id that can be reached from here"
+        raise UserError(what, source.path, hint) from error
