@@ -119,18 +119,9 @@ def collate(examples: Examples, rows: Sequence[int] | Ints, packing: bool, pad_t
     next_wanted = wanted[:, 1:]
     predict_from = np.flatnonzero(next_wanted.any(axis=0))
     next_wanted = next_wanted[:, predict_from]
-    numbers = [
-        each.astype(np.int64)
-        for each in (
-            ids,
-            positions,
-            predict_from,
-            np.flatnonzero(next_wanted),
-            ids[:, 1:][:, predict_from][next_wanted],
-        )
-    ]
+    numbers = (ids, positions, predict_from, np.flatnonzero(next_wanted), ids[:, 1:][:, predict_from][next_wanted])
+    input_ids, position_ids, *rest = (torch.from_numpy(each.astype(np.int64)) for each in numbers)
     examples.store.release()
-    input_ids, position_ids, *rest = map(torch.from_numpy, numbers)
     return Batch(input_ids, position_ids, mask, starts, longest, *rest)
 
 
