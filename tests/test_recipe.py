@@ -1055,7 +1055,6 @@ def test_lines_of_the_reference_fit_a_terminal() -> None:
 )
 def test_expected_words(path: Sequence[str | int], words: str | None) -> None:
     schema = schema_at(path)
-    assert schema is not None
     assert expected(schema) == words or (words is None and "lora" in expected(schema))
 
 

@@ -68,22 +68,19 @@ def json_schema() -> JsonSchema:
     }
 
 
-def schema_at(path: Sequence[str | int]) -> JsonSchema | None:
-    """What the schema says of the key or list item at ``path``; None when there is no such key."""
-    node: JsonSchema | None = _schema()
-    for step in path:
-        node = _step(node, step) if node is not None else None
-    return node
+def schema_at(path: Sequence[str | int]) -> JsonSchema:
+    """What the schema says of the key or list item at ``path``; nothing when there is no such key."""
+    return functools.reduce(_step, path, _schema())
 
 
 def names_at(path: Sequence[str | int]) -> tuple[str, ...]:
     """The keys that the mapping at ``path`` may hold."""
-    return tuple(_mapping_at(path).get("properties", ()))
+    return tuple(_mapping_in(schema_at(path)).get("properties", ()))
 
 
 def required_at(path: Sequence[str | int]) -> tuple[str, ...]:
     """The keys that the mapping at ``path`` must hold."""
-    return tuple(_mapping_at(path).get("required", ()))
+    return tuple(_mapping_in(schema_at(path)).get("required", ()))
 
 
 def dotted_keys() -> tuple[str, ...]:
@@ -149,18 +146,14 @@ def options(node: JsonSchema) -> list[JsonSchema]:
     return [_resolve(option) for option in node.get("anyOf", [node])]
 
 
-def _step(node: JsonSchema, step: str | int) -> JsonSchema | None:
+def _step(node: JsonSchema, step: str | int) -> JsonSchema:
     for option in options(node):
         inner = option.get("items") if isinstance(step, int) else option.get("properties", {}).get(step)
         if inner is None and isinstance(step, str) and isinstance(option.get("additionalProperties"), dict):
             inner = option["additionalProperties"]
         if inner is not None:
             return dict(inner)
-    return None
-
-
-def _mapping_at(path: Sequence[str | int]) -> JsonSchema:
-    return _mapping_in(schema_at(path) or {})
+    return {}
 
 
 def _mapping_in(node: JsonSchema) -> JsonSchema:

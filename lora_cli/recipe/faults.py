@@ -117,7 +117,7 @@ def _where_it_belongs(path: KeyPath) -> str | None:
 def _tell_missing(path: KeyPath, around: Node, faults: Faults) -> None:
     place, name = around.key or around.place, _dotted(path)
     needed = [f"{name}.{key}" for key in required_at(path)]
-    schema = schema_at(path) or {}
+    schema = schema_at(path)
     if needed:
         faults.add(place, f"{name}: missing", f"it needs {', '.join(needed)}")
     else:
@@ -133,7 +133,7 @@ def _tell_broken_rule(path: KeyPath, detail: ErrorDetails, root: Node, faults: F
 
 
 def _tell_wrong_value(path: KeyPath, node: Node, faults: Faults) -> None:
-    schema = schema_at(path) or {}
+    schema = schema_at(path)
     # A number out of range is told the range, not the text and lists that the key takes as well.
     same_kind = [option for option in options(schema) if option.get("type") in _KINDS.get(type(node.value), ())]
     wanted = expected({"anyOf": same_kind}) if same_kind else expected(schema)
