@@ -58,7 +58,7 @@ def audit(
         bos_per_row=(fewest, most),
         bos_doubled=doubled,
         bos_removed=bos_removed,
-        template_notes=_template_notes(tokenizer) if "chat" in whole.format.split("+") else (),
+        template_notes=_template_notes(tokenizer) if "chat" in whole.formats else (),
     )
 
 
@@ -110,7 +110,7 @@ def _ends_supervised(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> 
     With ``train_on: all`` what the chat template writes behind a turn's end is supervised too, and is passed over.
     """
     ends, behind = [tokenizer.eos_token_id], 0
-    if "chat" in examples.format.split("+") and (closing := end_of_turn(tokenizer)):
+    if "chat" in examples.formats and (closing := end_of_turn(tokenizer)):
         ends += [_ids(tokenizer, each)[-1] for each in endings(tokenizer, closing)]
         behind = len(_ids(tokenizer, written_after_words(tokenizer).partition(closing)[2]))
     count = 0
