@@ -15,10 +15,7 @@ from lora_cli.errors import UserError, is_pointer, mend, nearest
 
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 TOKENIZER_FILES = ["tokenizer.json", "*.model", "vocab.*", "tekken.json"]
-TOKENIZER_EXTRAS = [
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
-    "*.tiktoken",
-]
+TOKENIZER_EXTRAS = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "*.tiktoken"]
 TYPES = "models/auto"
 NO_TEMPLATE = "use an instruct model, or another data.format (template lays a row out as you say)"
 MODEL_FOLDER = "a model folder holds config.json, a tokenizer and weights in safetensors"

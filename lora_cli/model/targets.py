@@ -114,12 +114,8 @@ def _by_list(wanted: Iterable[str], layers: Iterable[str]) -> list[str]:
         if not found:
             near = nearest(item, [*leaves, *WORDS])
             hint = f"{near} {_what_exists(layers)}" if near else _what_exists(layers)
-            faults.append(
-                Fault(
-                    f"adapter.target_modules: '{item}' names no linear layer of this model that can be adapted",
-                    hint=hint,
-                )
-            )
+            what = f"adapter.target_modules: '{item}' names no linear layer of this model that can be adapted"
+            faults.append(Fault(what, hint=hint))
     if faults:
         raise UserError(faults)
     if not chosen:
