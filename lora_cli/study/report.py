@@ -64,9 +64,7 @@ def _scores(result: dict[str, Any]) -> str:
 
 def _table(rows: list[list[str]], head: str = "") -> str:
     body = "".join(
-        "<tr>"
-        + "".join(f"<td{' class=n' if i else ''}>{c}</td>" if head else f"<td>{c}</td>" for i, c in enumerate(row))
-        + "</tr>"
+        "<tr>" + "".join(f"<td{' class=n' if head and i else ''}>{c}</td>" for i, c in enumerate(row)) + "</tr>"
         for row in rows
     )
     return f"<table>{head}{body}</table>"
