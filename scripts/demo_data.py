@@ -11,10 +11,10 @@ import argparse
 import json
 import random
 import re
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from lora_cli.weights.folders import whole_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}
@@ -519,16 +519,11 @@ def general_text(seed: int, documents: int = 6000) -> list[str]:
 
 def write(folder: Path, seed: int) -> None:
     """All files of the data set, in a folder that appears whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    making = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
-    for name, rows in question_answers(seed).items():
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        (making / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    (making / "general.txt").write_text("\n\n".join(general_text(seed)) + "\n", encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    making.chmod(0o755)
-    making.rename(folder)
+    with whole_folder(folder) as making:
+        for name, rows in question_answers(seed).items():
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            (making / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        (making / "general.txt").write_text("\n\n".join(general_text(seed)) + "\n", encoding="utf-8")
 
 
 def main() -> None:

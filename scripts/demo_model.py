@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
-import tempfile
 import time
 from pathlib import Path
 
@@ -14,6 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging
+
+from lora_cli.weights.folders import whole_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -100,16 +100,10 @@ def write(data: Path, folder: Path, seed: int, steps: int) -> float:
     model = make_model(tokenizer)
     loss = pretrain(model, torch.tensor(stream), steps)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    making = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
-    model.save_pretrained(making)
-    tokenizer.save_pretrained(making)
-    if folder.exists():
-        shutil.rmtree(folder)
-    for file in making.iterdir():
-        file.chmod(0o644)
-    making.chmod(0o755)
-    making.rename(folder)
+    with whole_folder(folder) as making:
+        model.save_pretrained(making)
+        tokenizer.save_pretrained(making)
+        (making / "model.safetensors").chmod(0o644)
     return loss
 
 
