@@ -147,7 +147,7 @@ def measured(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in NOT_REPEATED} for line in lines]
 
 
-def soak(recipe: Path, folder: Path, rounds: int, seed: int, say: Any = print) -> Counter[str]:
+def soak(recipe: Path, folder: Path, rounds: int, seed: int) -> Counter[str]:
     """Kill runs of the recipe ``rounds`` times; returns how often each thing was seen.
 
     Raises AssertionError, with the log's end, when a run cannot be resumed or ends otherwise than one left alone.
@@ -184,7 +184,7 @@ def soak(recipe: Path, folder: Path, rounds: int, seed: int, say: Any = print) -
         seen.update(["runs"])
         seen["kills in a row"] = 0
         shutil.rmtree(run)
-        say(f"{seen['kills']} of {rounds} kills, {seen['runs']} runs ended as the one left alone")
+        print(f"{seen['kills']} of {rounds} kills, {seen['runs']} runs ended as the one left alone")
     del seen["kills in a row"]
     return seen
 
