@@ -43,7 +43,8 @@ def agreement(
     reference: Sequence[torch.Tensor], found: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]
 ) -> Agreement:
     """``found`` beside ``reference``, logits as ``logits_of`` gives them."""
-    wanted, got = (_about_mean(torch.cat(list(logits))) for logits in (reference, found))
+    both = (torch.cat(list(logits)) for logits in (reference, found))
+    wanted, got = (logits - logits.mean(dim=-1, keepdim=True) for logits in both)
     apart = got - wanted
     kl = kl_div(log_softmax(got, -1), log_softmax(wanted, -1), reduction="batchmean", log_target=True)
     size = float(wanted.norm())
@@ -56,7 +57,3 @@ def perplexity(logits: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> 
     told = [cross_entropy(each[:-1], row[1:], reduction="sum") for each, row in zip(logits, rows, strict=True)]
     mean = sum(map(float, told)) / max(sum(len(row) - 1 for row in rows), 1)
     return math.exp(min(mean, 709.0)) if math.isfinite(mean) else math.inf
-
-
-def _about_mean(logits: torch.Tensor) -> torch.Tensor:
-    return logits - logits.mean(dim=-1, keepdim=True)

@@ -209,7 +209,7 @@ def frozen_head(model: PreTrainedModel | PeftModel) -> Head | None:
         wanted = model(input_ids=ids, use_cache=False).logits[0].float()
         with head.set_aside(taken.append):
             model(input_ids=ids, use_cache=False)
-        found = head.logits(taken[0][0]).float() if taken else wanted[:0]
+        found = head.logits(taken[0][0]) if taken else wanted[:0]
     if found.shape != wanted.shape:
         return None
     error = float((found - wanted).norm() / wanted.norm())
