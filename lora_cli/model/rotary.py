@@ -119,11 +119,8 @@ def in_one_function(module: nn.Module, width: int) -> RotaryAttention | None:
     children = {name for name, _ in module.named_children()}
     attributes = _attributes(module)
     is_alike = set(PROJECTIONS) <= children <= {*PROJECTIONS, *NORMS} and "config" in attributes
-    if (
-        not is_alike
-        or [*module.parameters(recurse=False)]
-        or "position_ids" in signature(type(module).forward).parameters
-    ):
+    own = [*module.parameters(recurse=False)]
+    if not is_alike or own or "position_ids" in signature(type(module).forward).parameters:
         return None
     attributes["config"] = deepcopy(attributes["config"])
     attributes["config"]._attn_implementation = RECORDED
