@@ -63,6 +63,11 @@ def hundreds_of_faults(w: World) -> Arguments:
     return ["train", w.file("recipe.yaml", "adapter:\n" + "".join(f"  a{n}: 1\n" for n in range(297)))]
 
 
+@case("adapter.bias: unknown key\nerror: ", "adapter.task_type: unknown key\n    known: fused, ")
+def faults_of_one_hint(w: World) -> Arguments:
+    return w.train({"adapter.bias": "none", "adapter.task_type": "CAUSAL_LM"})
+
+
 @case("recipe.yaml:1:1", r"\x1b[31mred", "unknown key")
 def names_that_would_paint_the_terminal(w: World) -> Arguments:
     return ["train", w.file("recipe.yaml", '"\\e[31mred": 1\nmodel: {name_or_path: x}\ndata: {train: x}\n')]

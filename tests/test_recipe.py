@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from lora_cli.errors import Fault, UserError
 from lora_cli.recipe.explain import dotted_keys, expected, explain, json_schema, schema_at
 from lora_cli.recipe.load import dump_recipe, load_recipe
+from lora_cli.recipe.peers import WRITTEN_HERE
 from lora_cli.recipe.schema import Data, Recipe, Section
 from lora_cli.recipe.yaml12 import Place, plain_scalar
 
@@ -400,6 +401,15 @@ def test_an_unreadable_file() -> None:
         ),
         (
             "training",
+            "report_to: none",
+            "6:14",
+            "training.report_to: expected a list (each tensorboard, wandb, mlflow, trackio or swanlab), "
+            "found the text 'none'",
+            "in brackets it is a list: []",
+        ),
+        ("adapter", "lora_r: 8", "8:3", "adapter.lora_r: unknown key", "here it is adapter.r"),
+        (
+            "training",
             "report_to: [wand]",
             "6:15",
             "training.report_to[0]: expected tensorboard, wandb, mlflow, trackio or swanlab, found the text 'wand'",
@@ -511,11 +521,18 @@ def test_a_wrong_key_or_value(section: str, line: str, where: str, what: str, hi
         ("max_lenght: 3", "did you mean 'data.max_length'?"),
         ("zzz: 1", "known: adapter, data, model, quantization, training"),
         ("zzz:", "known: adapter, data, model, quantization, training"),
+        ("load_in_4bit: true", "here it is quantization.method: nf4"),
+        ("sequence_len: 512", "here it is data.max_length"),
     ],
 )
 def test_unknown_top_level_keys(line: str, hint: str) -> None:
     found = fault(MINIMAL + line + "\n")
     assert found == Fault(f"{line.partition(':')[0]}: unknown key", "r.yaml:7:1", hint)
+
+
+def test_what_is_told_for_a_peers_key_is_a_key_here() -> None:
+    homes = {here.partition(":")[0] for here in WRITTEN_HERE.values()}
+    assert homes <= set(dotted_keys())
 
 
 def test_missing_sections_and_keys() -> None:
@@ -530,7 +547,7 @@ def test_missing_sections_and_keys() -> None:
 
 def test_a_section_that_is_no_mapping() -> None:
     assert fault(MINIMAL + "adapter: lora\n") == Fault(
-        "adapter: expected a mapping, found the text 'lora'", "r.yaml:7:10", None
+        "adapter: expected a mapping, found the text 'lora'", "r.yaml:7:10", "lora explain adapter tells its keys"
     )
 
 
@@ -1028,7 +1045,13 @@ def test_explain_a_section_and_a_key() -> None:
 
 @pytest.mark.parametrize(
     ("key", "hint"),
-    [("adapter.rr", "adapter.r"), ("r", "'adapter.r'"), ("method", "'adapter.method'"), ("modell", "model")],
+    [
+        ("adapter.rr", "adapter.r"),
+        ("r", "'adapter.r'"),
+        ("method", "'adapter.method'"),
+        ("modell", "model"),
+        ("lora_r", "here it is adapter.r"),
+    ],
 )
 def test_explain_an_unknown_key(key: str, hint: str) -> None:
     with pytest.raises(UserError) as caught:

@@ -14,6 +14,8 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
@@ -168,8 +170,10 @@ def _tell(error: LoraError) -> None:
     if isinstance(error, Aftermath) or (process_index() > 0 and not isinstance(error, RunError)):
         # Another process tells the cause, or the same fault, and the launcher ends all of them once one has ended.
         time.sleep(_SECONDS_FOR_THE_FIRST)
-    for fault in error.faults[:_SHOWN]:
-        _say(f"{typer.style('error: ', fg='red', bold=True)}{fault}")
+    shown = error.faults[:_SHOWN]
+    for fault, following in zip_longest(shown, shown[1:]):
+        once = replace(fault, hint=None) if following and following.hint == fault.hint else fault
+        _say(f"{typer.style('error: ', fg='red', bold=True)}{once}")
     if (more := len(error.faults) - _SHOWN) > 0:
         _say(f"... and {more:,} more")
 

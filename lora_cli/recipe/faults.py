@@ -18,6 +18,7 @@ from lora_cli.recipe.explain import (
     required_at,
     schema_at,
 )
+from lora_cli.recipe.peers import WRITTEN_HERE
 from lora_cli.recipe.yaml12 import BROKEN, Broken, Faults, Node, Scalar, brief, plain_scalar
 
 KeyPath = tuple[str | int, ...]
@@ -105,6 +106,8 @@ def _where_it_belongs(path: KeyPath) -> str | None:
     homes = [home for home in dotted_keys() if home.partition(".")[2] == name]
     if homes:
         return f"{name} belongs in {' or '.join(home.partition('.')[0] for home in homes)}: write {' or '.join(homes)}"
+    if name in WRITTEN_HERE:
+        return f"here it is {WRITTEN_HERE[name]}"
     here = names_at(section)
     if not get_close_matches(name, here):
         elsewhere = {home.partition(".")[2]: home for home in dotted_keys()}
@@ -138,7 +141,8 @@ def _tell_wrong_value(path: KeyPath, node: Node, faults: Faults) -> None:
     same_kind = [option for option in options(schema) if option.get("type") in _KINDS.get(type(node.value), ())]
     wanted = expected({"anyOf": same_kind}) if same_kind else expected(schema)
     what = f"{_dotted(path)}: expected {wanted}, found {found(node.value)}"
-    faults.add(node.place, what, _remedy(node.value, schema))
+    keys = f"lora explain {path[0]} tells its keys" if len(path) == 1 else None
+    faults.add(node.place, what, _remedy(node.value, schema) or keys)
 
 
 def found(value: Scalar | Broken | dict[str, Node] | tuple[Node, ...]) -> str:
@@ -163,7 +167,7 @@ def _remedy(value: object, schema: JsonSchema) -> str | None:
         if numbers and type(plain_scalar(value)) in (int, float):
             return f"without quotes it is a number: {value}"
         if "array" in kinds and "string" not in kinds:
-            return f"in brackets it is a list: [{value}]" if value else None
+            return f"in brackets it is a list: [{'' if value == 'none' else value}]" if value else None
         near = get_close_matches(value, choices(schema), n=1, cutoff=0.5)
         return f"did you mean '{near[0]}'?" if near else None
     if isinstance(value, float) and value.is_integer() and "integer" in kinds:
