@@ -144,6 +144,20 @@ def test_ends_of_turns(train_on: str, template: str, chatty: Callable[[str], Any
     assert (len(fitted.examples), fitted.truncated, report.ends_supervised, report.ends_masked) == (4, 2, 2, 0)
 
 
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_rows_without_an_answer_and_with_an_empty_one(template: str, chatty: Callable[[str], Any]) -> None:
+    rows = [chat("Hi"), chat("Hi", ""), chat("Hi", "", "Bye", "Hello"), chat("Hi", "Hello")]
+    report, fitted = report_of(chatty(template), *rows)
+    assert (len(fitted.examples), report.ends_supervised, report.ends_masked, report.empty_answers) == (3, 3, 0, 1)
+
+
+def test_empty_answers_are_told(write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"question": "Why?", "answer": answer} for answer in ("", " Because.")])
+    result = done(lora("train", write_recipe({"data.train": tmp_path / "rows.jsonl", "training.max_steps": 1})))
+    assert "warning: 1 training rows have nothing but an end to learn" in result.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["empty_answers"] == 1
+
+
 def test_an_end_that_is_not_supervised_is_told(chatty: Callable[[str], Any]) -> None:
     rows = [chat("Hi", "Hello"), chat("Hi", "Hello", "Bye"), chat("Hi", "Hello", "Bye")]
     report, _ = report_of(chatty(ENDLESS), *rows)

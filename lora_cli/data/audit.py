@@ -25,15 +25,16 @@ class Report:
     ``duplicates`` repeat an earlier training row, in what is learned of it too; ``validation_in_train`` are validation
     rows whose tokens are a training row's; both are told of whole rows, before any is cut. Of the training rows that
     are kept, ``ends_supervised`` have the end of their last answer (or text) supervised; ``ends_masked`` have not,
-    though nothing was cut off. ``bos_per_row`` are the fewest and the most BOS in a training row; ``bos_doubled`` rows
-    begin with two, ``bos_removed`` would have, had the tokenizer's not been left out. ``template_notes`` say what the
-    chat template leaves to be found out.
+    though nothing was cut off; ``empty_answers`` have that end alone. ``bos_per_row`` are the fewest and the most BOS
+    in a training row; ``bos_doubled`` rows begin with two, ``bos_removed`` would have, had the tokenizer's not been
+    left out. ``template_notes`` say what the chat template leaves to be found out.
     """
 
     duplicates: int
     validation_in_train: int
     ends_supervised: int
     ends_masked: int
+    empty_answers: int
     bos_per_row: tuple[int, int]
     bos_doubled: int
     bos_removed: int
@@ -50,11 +51,14 @@ def audit(
     if held_out is not None:
         leaked = int(np.isin(_digests(held_out, supervision=False), _digests(whole, supervision=False)).sum())
     fewest, most, doubled = _bos_counts(kept, tokenizer)
+    answered = sum(int((per_row(flat.supervised, flat.offsets) > 0).sum()) for flat in whole.chunks())
+    ended, empty = _ends_supervised(whole, tokenizer)
     return Report(
         duplicates=len(learned) - len(np.unique(learned)),
         validation_in_train=leaked,
-        ends_supervised=_ends_supervised(kept, tokenizer),
-        ends_masked=len(whole) - _ends_supervised(whole, tokenizer),
+        ends_supervised=_ends_supervised(kept, tokenizer)[0],
+        ends_masked=answered - ended,
+        empty_answers=empty,
         bos_per_row=(fewest, most),
         bos_doubled=doubled,
         bos_removed=bos_removed,
@@ -104,8 +108,8 @@ def _bos_counts(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> tuple
     return min(int(each.min()) for each in counts), max(int(each.max()) for each in counts), doubled
 
 
-def _ends_supervised(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> int:
-    """In how many rows the last supervised token is the end of the text or of a turn.
+def _ends_supervised(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """In how many rows the last supervised token is the end of the text or of a turn, and in how many of them the only.
 
     With ``train_on: all`` what the chat template writes behind a turn's end is supervised too, and is passed over.
     """
@@ -113,7 +117,7 @@ def _ends_supervised(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> 
     if "chat" in examples.formats and (closing := end_of_turn(tokenizer)):
         ends += [_ids(tokenizer, each)[-1] for each in endings(tokenizer, closing)]
         behind = len(_ids(tokenizer, written_after_words(tokenizer).partition(closing)[2]))
-    count = 0
+    count = alone = 0
     for flat in examples.chunks():
         supervised = np.flatnonzero(flat.supervised)
         if not len(supervised):
@@ -125,7 +129,8 @@ def _ends_supervised(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> 
             inside = (before >= flat.offsets[:-1]) & (before < flat.offsets[1:])
             found |= inside & flat.supervised[before] & np.isin(flat.ids[before], ends)
         count += int(found.sum())
-    return count
+        alone += int((found & (per_row(flat.supervised, flat.offsets) == 1)).sum())
+    return count, alone
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -65,6 +65,9 @@ def tell_rows(job: Prepared, display: Display) -> None:
     if report.ends_masked:
         told = f"in {report.ends_masked:,} whole rows the end of the last answer is not supervised"
         display.note(f"{told}: the model is not taught to stop there", warning=True)
+    if report.empty_answers:
+        told = f"{report.empty_answers:,} training rows have nothing but an end to learn"
+        display.note(f"{told}: the model is taught to answer nothing", warning=True)
     if report.bos_removed:
         told = f"{report.bos_removed:,} rows begin with a BOS of their own"
         display.note(f"{told}: the one that the tokenizer adds was left out", warning=True)
