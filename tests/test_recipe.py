@@ -407,6 +407,13 @@ def test_an_unreadable_file() -> None:
             "found the text 'none'",
             "in brackets it is a list: []",
         ),
+        (
+            "adapter",
+            "layers_to_transform: 5",
+            "8:24",
+            "adapter.layers_to_transform: expected a list of a whole number of at least 0 or null, found the number 5",
+            "in brackets it is a list: [5]",
+        ),
         ("adapter", "lora_r: 8", "8:3", "adapter.lora_r: unknown key", "here it is adapter.r"),
         (
             "training",

@@ -170,6 +170,8 @@ def _remedy(value: object, schema: JsonSchema) -> str | None:
             return f"in brackets it is a list: [{'' if value == 'none' else value}]" if value else None
         near = get_close_matches(value, choices(schema), n=1, cutoff=0.5)
         return f"did you mean '{near[0]}'?" if near else None
+    if type(value) is int and any(option.get("items", {}).get("type") == "integer" for option in options(schema)):
+        return f"in brackets it is a list: [{value}]"
     if isinstance(value, float) and value.is_integer() and "integer" in kinds:
         return f"write {int(value)}"
     if type(value) in (int, float) and "string" in kinds and not numbers and not choices(schema):
