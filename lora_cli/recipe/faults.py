@@ -108,7 +108,7 @@ def _where_it_belongs(path: KeyPath) -> str | None:
         return f"{name} belongs in {' or '.join(home.partition('.')[0] for home in homes)}: write {' or '.join(homes)}"
     if name in WRITTEN_HERE:
         return f"here it is {WRITTEN_HERE[name]}"
-    here = names_at(section)
+    here = names_at(section) if section else ("base", *names_at(section))
     if not get_close_matches(name, here):
         elsewhere = {home.partition(".")[2]: home for home in dotted_keys()}
         near = get_close_matches(name, elsewhere, n=1, cutoff=0.75)
