@@ -543,6 +543,22 @@ def test_what_is_told_for_a_peers_key_is_a_key_here() -> None:
     assert homes <= set(dotted_keys())
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("num_train_epochs", "1e300", "a number above 0 and up to 100000"),
+        ("max_steps", "9" * 40, "a whole number of at least 1 and up to 99999999 or null"),
+        ("per_device_train_batch_size", "1" + "0" * 18, "a whole number of at least 1 and up to 1000000"),
+        ("gradient_accumulation_steps", "1" + "0" * 18, "a whole number of at least 1 and up to 1000000"),
+    ],
+)
+def test_more_than_any_run_takes_is_refused(key: str, value: str, wanted: str) -> None:
+    found = fault(with_key("training", f"{key}: {value}"))
+    assert found.where == f"r.yaml:6:{5 + len(key)}"
+    assert found.what.startswith(f"training.{key}: expected {wanted.removesuffix(' or null')}, found the number ")
+    assert expected(schema_at(("training", key))).startswith(wanted)
+
+
 def test_missing_sections_and_keys() -> None:
     found = faults("model: {}\ndata:\n")
     assert [(each.where, each.what, each.hint) for each in found][1:] == [
@@ -858,7 +874,7 @@ def full_recipe(text: str) -> Recipe:
     base["data"] |= {"train": (text, {"path": text, "weight": 1e-5}), "columns": {text: text}}
     base["data"] |= {"format": "template", "template": {"prompt": text, "completion": text}}
     base["adapter"]["target_modules"] = (text, text)
-    base["training"] |= {"warmup_steps": 3, "learning_rate": 1e-7, "num_train_epochs": 1e16}
+    base["training"] |= {"warmup_steps": 3, "learning_rate": 1e-7, "max_grad_norm": 1e16}
     base["quantization"] = {}
     return Recipe.model_validate(base)
 
@@ -1076,7 +1092,7 @@ def test_lines_of_the_reference_fit_a_terminal() -> None:
     [
         (("adapter", "r"), "a whole number of at least 1"),
         (("adapter", "lora_dropout"), "a number of at least 0 and below 1"),
-        (("training", "max_steps"), "a whole number of at least 1 or null"),
+        (("training", "max_steps"), "a whole number of at least 1 and up to 99999999 or null"),
         (("training", "gradient_checkpointing"), "true, false, auto or offload"),
         (("adapter", "method"), None),
         (("data", "columns"), "a mapping of names to text"),

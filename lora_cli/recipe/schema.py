@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
+Rows = Annotated[int, Field(ge=1, le=1_000_000)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -177,15 +178,17 @@ class Training(Section):
 
     output_dir: str = Field(min_length=1, description="The run's folder, made by the run.")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the adapter's start, the order of rows and dropout.")
-    num_train_epochs: float = Field(3.0, gt=0, description="Passes over the data; may be a fraction.")
-    max_steps: Positive | None = Field(None, description="Optimizer steps to take, instead of num_train_epochs.")
-    per_device_train_batch_size: Positive | Literal["auto"] = Field(
+    num_train_epochs: float = Field(3.0, gt=0, le=100_000, description="Passes over the data; may be a fraction.")
+    max_steps: Annotated[int, Field(ge=1, le=99_999_999)] | None = Field(  # checkpoints' names have eight digits
+        None, description="Optimizer steps to take, instead of num_train_epochs."
+    )
+    per_device_train_batch_size: Rows | Literal["auto"] = Field(
         4,
         description="Rows (or, packed, rows' worth of tokens) a batch. auto: as many as fit in memory, of those that "
         "divide a step; gradient_accumulation_steps are then a step's rows on each process. The run's recipe.yaml "
         "has the numbers found.",
     )
-    gradient_accumulation_steps: Positive = Field(
+    gradient_accumulation_steps: Rows = Field(
         4,
         description="Batches whose gradients make one step; with per_device_train_batch_size: auto, rows instead.",
     )
