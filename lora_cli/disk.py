@@ -24,6 +24,13 @@ def make_folder(folder: Path, parents: bool = True) -> None:
         sync(folder.absolute().parent)
 
 
+def reserve(handle: int, start: int, size: int) -> None:
+    """Have the disk keep room for these bytes of what is open, where the system can (macOS cannot). Raises OSError when
+    there is none."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, start, size)
+
+
 def sync(path: Path) -> None:
     """Make a file's or folder's content survive a crash."""
     handle = os.open(path, os.O_RDONLY)

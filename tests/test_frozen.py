@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -414,3 +415,10 @@ def test_the_file_on_disk_has_no_name_and_room_from_the_start(tmp_path: Path) ->
     assert states[4:7, 0].tolist() == [0.0, 3.0, 0.0]
     with pytest.raises(RunError, match="bytes are needed"):
         make_room("disk", (2**34, 2**10), torch.float32, tmp_path)
+
+
+def test_a_system_that_sets_no_room_aside_has_the_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fallocate")  # as on macOS
+    states = make_room("disk", (8, 64), torch.float32, tmp_path)
+    states[7] = 3.0
+    assert states[6:, 0].tolist() == [0.0, 3.0]

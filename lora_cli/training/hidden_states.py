@@ -7,7 +7,6 @@ stopped goes on with the same numbers.
 from __future__ import annotations
 
 import mmap
-import os
 import shutil
 import tempfile
 import time
@@ -22,6 +21,7 @@ from accelerate.utils import broadcast
 
 from lora_cli.data.batches import Batch, collate
 from lora_cli.data.examples import offsets_of
+from lora_cli.disk import reserve
 from lora_cli.errors import unwritable
 from lora_cli.evaluation.loss import evaluating, evaluation_groups, rows_apart
 from lora_cli.model.base import pad_token_id
@@ -184,7 +184,8 @@ def make_room(place: str, shape: tuple[int, int], dtype: torch.dtype, folder: Pa
     size = shape[0] * shape[1] * dtype.itemsize
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            os.posix_fallocate(file.fileno(), 0, size)  # a write beyond what the disk has would kill the process
+            reserve(file.fileno(), 0, size)  # a write beyond what the disk has would kill the process
+            file.truncate(size)
             return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype).view(shape)
     except OSError as error:
         raise unwritable(folder / "hidden states", error, size) from error

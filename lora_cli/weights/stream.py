@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lora_cli.disk import reserve
 from lora_cli.weights.shards import INDEX, SINGLE, TORCH_NAMES
 
 ENTRY = 160  # bytes that a tensor takes in a file's header at most, beside its name
@@ -85,10 +85,10 @@ class _Shard:
 
     def _reserve(self, size: int) -> None:
         """Have the disk set room aside in long runs: found block by block, it may take ten times as long to write."""
-        if size > self._reserved and hasattr(os, "posix_fallocate"):
+        if size > self._reserved:
             more = max(RESERVE, size - self._reserved)
             with suppress(OSError):  # a disk that has no room for a run may have it for what is written
-                os.posix_fallocate(self.file.fileno(), self._reserved, more)
+                reserve(self.file.fileno(), self._reserved, more)
             self._reserved += more
 
     def close(self) -> None:
