@@ -464,6 +464,15 @@ def layer_beside_experts_that_is_missing(w: World) -> Arguments:
     return merge(made(w, "mixtral", drop="layers.1.self_attn.q_proj"))
 
 
+@case("hada_w1_a is missing", "3 more like these: the adapter does not fit its base", loads=True)
+def loha_without_its_factors(w: World) -> Arguments:
+    from peft import LoHaConfig
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(w.llama)
+    return merge(_saved(w, base, LoHaConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]), "hada_w"))
+
+
 @case("transformer.h.1.mlp.c_fc.bias is missing")
 def bias_that_is_missing(w: World) -> Arguments:
     return merge(made(w, "gpt2", drop="h.1.mlp.c_fc.bias", bias="all"))

@@ -181,7 +181,7 @@ def resize_to_more_than_all(w: World) -> Arguments:
     return ["adapters", "resize", w.run(), "--energy", "2", "--out", "out"]
 
 
-@case("run/adapter", "--rank 65 is more than transformer.h.0.attn.c_attn is wide (64)")
+@case("run/adapter", "--rank 65 is more than transformer.h.0.attn.c_attn is wide (64)", "at most 64")
 def resize_beyond_the_layer(w: World) -> Arguments:
     return ["adapters", "resize", w.run(), "--rank", "65", "--out", "out"]
 

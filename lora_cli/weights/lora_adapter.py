@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lora_cli.errors import Fault, UserError
+from lora_cli.errors import Fault, UserError, alike
 from lora_cli.weights.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -130,7 +130,7 @@ def check_same_base(adapters: Sequence[LoraAdapter]) -> None:
                 what = f"tensors {layer}.lora_A and lora_B are for a weight of {list(here.shape)}"
                 faults.append(Fault(f"{what}, in {first.folder} of {list(there.shape)}", str(other.folder)))
         if faults:
-            raise UserError(faults[:5])
+            raise alike(faults, "one of them is for another base")
 
 
 def rank_keys(ranks: Mapping[str, int], scalings: Mapping[str, float], use_rslora: bool) -> dict[str, Any]:

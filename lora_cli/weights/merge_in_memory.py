@@ -12,12 +12,13 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 
-from lora_cli.errors import Fault, UserError
+from lora_cli.errors import Fault, UserError, alike
 from lora_cli.model.adapters import load_adapter
 from lora_cli.model.base import load_base
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS, read_adapter_config
+from lora_cli.weights.check_adapter import MISFIT
 from lora_cli.weights.provenance import AdapterOrigin
 from lora_cli.weights.quantized_layers import expand_quantized
 from lora_cli.weights.shards import TensorInfo, check_finite, read_headers, stored_dtype
@@ -68,7 +69,7 @@ def _load(base: PreTrainedModel, folder: Path) -> PeftModel:
         faults = [Fault(f"tensor {name} is missing", str(folder)) for name in sorted(wanted - found)]
         faults += [Fault(f"tensor {name} is none of this adapter's", str(folder)) for name in sorted(found - known)]
         if faults:
-            raise UserError(faults[:5])
+            raise alike(faults, MISFIT)
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     adds = [end for end in ends if isinstance(end, BaseTunerLayer) and not isinstance(end, TrainableTokensLayer)]
     if adds and is_tied:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lora_cli.errors import Fault, UserError
+from lora_cli.errors import Fault, alike
 from lora_cli.model.files import copy_tokenizer
 from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS
 from lora_cli.weights.folders import whole_folder
@@ -91,7 +91,7 @@ def _check_width(adapter: LoraAdapter, rank: int) -> None:
         if rank > min(product.shape)
     ]
     if faults:
-        raise UserError(faults[:5])
+        raise alike(faults, f"at most {min(min(product.shape) for product in adapter.products.values())}")
 
 
 def _resized(
