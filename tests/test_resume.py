@@ -473,6 +473,7 @@ def test_resume_takes_over_what_it_can_and_says_so(train: Callable[..., Run], wr
     ):
         assert told in result.stderr
         assert told in (run.folder / "train.log").read_text()
+    assert "warning: the cosine schedule now ends" in result.stderr  # which -q leaves
     assert run.column("step") == [*range(1, 7), 9, 12]
     assert run.checkpoints == [6, 8, 10, 12]
     assert run.column("learning_rate")[-2:] == pytest.approx(

@@ -37,6 +37,11 @@ def go_on(trainer: Trainer, info: dict[str, Any]) -> None:
     info["started"] = before["started"]
     for change in folder.go_on(trainer.job.recipe, info):
         trainer.display.note(change)
+    course = trainer.job.recipe.training.lr_scheduler_type
+    if before["steps"] != info["steps"] and course != "constant":
+        what = f"the {course} schedule now ends at step {info['steps']:,}, not {before['steps']:,}"
+        told = f"{what}: from here on the learning rate is another than in a run of one piece"
+        trainer.display.note(told, warning=True)
 
 
 def save(trainer: Trainer, progress: Progress) -> None:

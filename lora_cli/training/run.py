@@ -170,18 +170,11 @@ class RunFolder:
 
     def go_on(self, recipe: Recipe, info: Mapping[str, Any]) -> list[str]:
         """Take the folder's run up again; returns what is to be said of changes to its recipe."""
-        before, differing = self.read_info(), changed_keys(self.read_recipe(), recipe)
-        changes = [f"--resume: {key} was {told(old)} and is now {told(new)}" for key, (old, new) in differing.items()]
-        course = recipe.training.lr_scheduler_type
-        if before["steps"] != info["steps"] and course != "constant":
-            changes.append(
-                f"the {course} schedule now ends at step {info['steps']:,}, not {before['steps']:,}: from here on the "
-                "learning rate is another than in a run of one piece"
-            )
+        differing = changed_keys(self.read_recipe(), recipe)
         self._clear_drafts()
         self.write_info(info)
         self.write_recipe(recipe)
-        return changes
+        return [f"--resume: {key} was {told(old)} and is now {told(new)}" for key, (old, new) in differing.items()]
 
     def _clear_drafts(self) -> None:
         """Remove what a killed process was writing."""
