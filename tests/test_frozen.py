@@ -359,6 +359,11 @@ def test_a_signal_stops_the_computing(
     assert not (tmp_path / "cut" / "metrics.jsonl").exists()
     done(lora("train", recipe, "--resume"))
     assert Run(tmp_path / "cut").adapter_bytes == whole.adapter_bytes
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "set_up", watch)
+        more = whole.info["result"]["steps"] + 1
+        again = lora("train", recipe, "--resume", f"training.max_steps={more}")
+    assert again.exit_code == 130 and f"stopped after step {more - 1}, checkpoint written" in again.stderr
 
 
 def test_a_run_goes_on_as_it_began(train: Callable[..., Run], upper: Callable[..., Any], lora: Any) -> None:

@@ -153,8 +153,8 @@ def choose_places(sizes: Mapping[str, int], wanted: str, room: Mapping[str, int]
     return places
 
 
-def compute(trainer: Trainer, interrupt: Interrupt) -> None:
-    """Go through the frozen layers with every row of the planned parts.
+def compute(trainer: Trainer, interrupt: Interrupt, step: int) -> None:
+    """Go through the frozen layers with every row of the planned parts, of a run that stands at this ``step``.
 
     Raises Interrupted between two batches when a signal asks for it, RunError when the disk is full.
     """
@@ -167,7 +167,7 @@ def compute(trainer: Trainer, interrupt: Interrupt) -> None:
         offsets = offsets_of(examples.lengths)
         states = make_room(place, (examples.tokens, planned.width), planned.dtype, trainer.job.folder.cache)
         planned.kept[part] = Kept(states, offsets)
-        fill(trainer, part, interrupt)
+        fill(trainer, part, interrupt, step)
         trainer.display.note(
             f"{part} rows: hidden states below layer {planned.layers.count} computed once in "
             f"{time.perf_counter() - began:.1f} s ({states.nbytes:,} bytes, {place})"
@@ -191,7 +191,7 @@ def make_room(place: str, shape: tuple[int, int], dtype: torch.dtype, folder: Pa
         raise unwritable(folder / "hidden states", error, size) from error
 
 
-def fill(trainer: Trainer, part: str, interrupt: Interrupt) -> None:
+def fill(trainer: Trainer, part: str, interrupt: Interrupt, step: int) -> None:
     """Compute the part's hidden states, each process a share of the batches, which the others get from it."""
     accelerator, planned, examples = trainer.accelerator, trainer.hidden_states, parts(trainer)[part]
     assert planned is not None
@@ -212,7 +212,7 @@ def fill(trainer: Trainer, part: str, interrupt: Interrupt) -> None:
                 kept.states[places] = broadcast(given, process).to("cpu")
             asked_to_stop = highest(interrupt.number, accelerator)
             if asked_to_stop:
-                raise stopped_after(0, asked_to_stop)
+                raise stopped_after(step, asked_to_stop)
 
 
 def batch_of(trainer: Trainer, part: str, rows: Ints) -> Batch:

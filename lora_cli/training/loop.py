@@ -122,7 +122,7 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
         start_trackers(trainer)
         restored = restore(trainer) if job.resume else None
         if restored is None or is_unfinished(trainer, restored):
-            hidden_states.compute(trainer, interrupt)
+            hidden_states.compute(trainer, interrupt, restored.step if restored else 0)
         progress = restored or evaluate_base(trainer, interrupt)
         with display.steps(progress.step, trainer.total_steps):
             progress = evaluate_reached(trainer, run_steps(trainer, progress, interrupt), interrupt)
