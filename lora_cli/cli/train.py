@@ -65,8 +65,10 @@ def command(
 
 
 def _summarize(run: str, result: dict[str, Any]) -> None:
+    from lora_cli.training.display import pace
+
     loss = "" if result["loss"] is None else f", last loss {result['loss']:.4f}"
-    typer.echo(f"{result['steps']:,} steps in {result['seconds']:.1f} s{loss}")
+    typer.echo(f"{pace(result)}{loss}")
     if result["skipped_steps"]:
         typer.echo(f"{result['skipped_steps']:,} steps were skipped: their loss or gradient was no finite number")
     if result["adapter_step"] != result["steps"]:

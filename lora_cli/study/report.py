@@ -6,6 +6,7 @@ import html
 import io
 from typing import Any
 
+from lora_cli.training.display import pace
 from lora_cli.training.run import RunFolder, write_whole
 
 STYLE = (
@@ -27,7 +28,7 @@ def write_report(folder: RunFolder) -> None:
         ("base fingerprint", base["fingerprint"][:16]),
         ("data", f"{info['data']['rows']:,} rows, {info['data']['supervised_tokens']:,} supervised tokens"),
         ("trained", f"{result['trainable_parameters']:,} of {result['total_parameters']:,} parameters"),
-        ("steps", f"{result['steps']:,} in {result['seconds']:,.1f} s"),
+        ("steps", pace(result)),
         ("adapter", f"weights of step {result['adapter_step']:,}"),
         ("peak memory", f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB"),
         ("device", info["device"]),

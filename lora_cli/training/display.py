@@ -145,6 +145,14 @@ def describe(line: Mapping[str, Any]) -> str:
     )
 
 
+def pace(result: Mapping[str, Any]) -> str:
+    """How many steps a run has taken, and in which time those that were not taken before it was resumed."""
+    steps, taken = result["steps"], result["steps"] - result["resumed_step"]
+    if not taken:
+        return f"{steps:,} steps, all taken before"
+    return f"{steps:,} steps{'' if taken == steps else f', the last {taken:,}'} in {result['seconds']:,.1f} s"
+
+
 def duration(seconds: float) -> str:
     """Seconds as 1:02:03 or 2:03."""
     hours, rest = divmod(round(seconds), 3600)

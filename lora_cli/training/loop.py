@@ -121,14 +121,15 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
         tell(trainer)
         start_trackers(trainer)
         restored = restore(trainer) if job.resume else None
+        resumed_step = restored.step if restored else 0
         if restored is None or is_unfinished(trainer, restored):
-            hidden_states.compute(trainer, interrupt, restored.step if restored else 0)
+            hidden_states.compute(trainer, interrupt, resumed_step)
         progress = restored or evaluate_base(trainer, interrupt)
         with display.steps(progress.step, trainer.total_steps):
             progress = evaluate_reached(trainer, run_steps(trainer, progress, interrupt), interrupt)
 
     adapter_step = choose_weights(trainer, progress)
-    result = result_record(trainer, progress, adapter_step, time.perf_counter() - began)
+    result = result_record(trainer, progress, adapter_step, resumed_step, time.perf_counter() - began)
     info |= {"finished": now(), "result": result}
     save_adapter(trainer, info, untrained)
     if trainer.writes:

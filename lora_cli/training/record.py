@@ -114,9 +114,12 @@ def run_record(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def result_record(trainer: Trainer, progress: Progress, adapter_step: int, seconds: float) -> dict[str, Any]:
+def result_record(
+    trainer: Trainer, progress: Progress, adapter_step: int, resumed_step: int, seconds: float
+) -> dict[str, Any]:
     """What came of a run; ``loss`` is the last logged step's (None when its line was lost), ``validation`` the
-    adapter's, whose weights are those of ``adapter_step``, ``seconds`` are those of this process."""
+    adapter's, whose weights are those of ``adapter_step``, ``seconds`` are those of this process, which took the steps
+    after ``resumed_step``."""
     trainable, total = unwrap(trainer).get_nb_trainable_parameters()
     lines = [line for line in trainer.job.folder.read_metrics() if line["split"] == "train"]
     is_lost = progress.logged_step is not None and (not lines or lines[-1]["step"] < progress.logged_step)
@@ -124,6 +127,7 @@ def result_record(trainer: Trainer, progress: Progress, adapter_step: int, secon
     validation_loss = progress.best_loss if adapter_step == progress.best_step else progress.validation_loss
     return {
         "steps": progress.step,
+        "resumed_step": resumed_step,
         "adapter_step": adapter_step,
         "skipped_steps": progress.skipped_steps,
         "loss": measured[-1] if measured and not is_lost else None,
