@@ -145,6 +145,11 @@ def mend(path: Path) -> str:
     return "copy or download it again"
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number of things in words: what there is ``one`` of, or ``many`` (left out: its plural in s)."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """A hint naming the nearest known name, or None when none is near."""
     near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)

@@ -256,12 +256,12 @@ def test_bos_is_told_before_training(
     result = done(lora("train", write_recipe(changes | {"training.max_steps": 1})))
     assert "read as text+chat" in result.stderr
     assert "of 3 training rows 3 have their end supervised; 1 to 2 BOS in a row" in result.stderr
-    assert "warning: 1 rows begin with a BOS of their own" in result.stderr
-    assert "warning: 1 rows begin with two BOS" in result.stderr
+    assert "warning: 1 row begins with a BOS of its own" in result.stderr
+    assert "warning: 1 row begins with two BOS" in result.stderr
     found = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
     assert (found["bos_per_row"], found["bos_doubled"], found["bos_removed"]) == ([1, 2], 1, 1)
     again = lora("train", write_recipe(changes | {"training.max_steps": 1}), "--overwrite")
-    assert "1 rows begin with a BOS of their own" in again.stderr
+    assert "1 row begins with a BOS of its own" in again.stderr
 
 
 def with_bos_in_vocabulary(base: Path, config: dict[str, Any]) -> None:
@@ -307,12 +307,23 @@ def test_too_few_rows_to_learn_from(
     result = lora("train", write_recipe(changes | {"training.max_steps": 1}))
     if says is None:
         assert result.exit_code == 0, result.stderr
-        assert f"{long} rows had nothing left to learn" in result.stderr
+        assert f"{long} rows were dropped, with nothing left to learn" in result.stderr
     else:
         assert result.exit_code == 2
         assert result.stderr.startswith("error: data.train: ") and says in result.stderr
         assert "raise data.max_length, " in result.stderr
         assert not (tmp_path / "run").exists()
+
+
+def test_one_of_a_kind_is_told_in_the_singular(write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [LONG, SHORT])
+    changes = {"data.train": rows, "data.max_length": 24, "training.max_steps": 1}
+    changes |= {"adapter.target_modules": ["h.1.attn.c_attn"], "training.warmup_steps": 0}
+    result = done(lora("train", write_recipe(changes)))
+    assert "; 1 step\n" in result.stderr and "warning: 1 row was dropped, with nothing left" in result.stderr
+    assert result.stdout.startswith("1 step in ")
+    merged = done(lora("merge", tmp_path / "run", "--out", tmp_path / "merged", "--no-verify"))
+    assert "merged 1 layer into " in merged.stdout
 
 
 def test_rows_too_long_for_the_model_are_told_by_its_positions(
@@ -328,8 +339,8 @@ def test_rows_too_long_for_the_model_are_told_by_its_positions(
     changes = {"data.train": tmp_path / "rows.jsonl", "data.max_length": 1024, "training.max_steps": 1}
     result = done(lora("train", write_recipe(changes)))
     assert "data.max_length: 1024 -> 128" in result.stderr
-    assert "3 of 5 rows are longer than 128 tokens and were cut" in result.stderr
-    dropped = "warning: 2 rows had nothing left to learn and were dropped"
+    assert "of 5 rows 3 were cut, longer than 128 tokens" in result.stderr
+    dropped = "warning: 2 rows were dropped, with nothing left to learn"
     assert dropped in result.stderr
     found = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
     assert [found[key] for key in ("max_length", "rows", "truncated", "dropped")] == [128, 3, 3, 2]

@@ -12,7 +12,7 @@ import typer
 
 from lora_cli.cli.adapter_words import entry_row, facts, layer_rows, print_table, rank_range
 from lora_cli.cli.options import Debug, Json, Once, Quiet
-from lora_cli.errors import UserError
+from lora_cli.errors import UserError, counted
 
 if TYPE_CHECKING:
     from lora_cli.weights.lora_adapter import LoraAdapter
@@ -130,7 +130,7 @@ def compose_command(
     check_composition(how, adapters)
     result = compose(adapters, how, out)
     ranks = rank_range(result.ranks)
-    text = f"{out}: {result.layers} layers of rank {ranks} by {method}, {result.bytes / 1e6:,.1f} MB"
+    text = f"{out}: {counted(result.layers, 'layer')} of rank {ranks} by {method}, {result.bytes / 1e6:,.1f} MB"
     typer.echo(jsonlib.dumps(dataclasses.asdict(result), default=str) if json else text)
 
 
@@ -161,7 +161,8 @@ def resize_command(
         rows = [[each.name, f"{each.before} -> {each.after}", f"{each.energy:.2%}"] for each in result.layers]
         print_table(["layer", "r", "energy kept"], rows)
     ranks = [rank_range(tuple(getattr(each, key) for each in result.layers)) for key in ("before", "after")]
-    typer.echo(f"{out}: {len(result.layers)} layers, rank {ranks[0]} -> {ranks[1]}, {result.bytes / 1e6:,.1f} MB")
+    layers = counted(len(result.layers), "layer")
+    typer.echo(f"{out}: {layers}, rank {ranks[0]} -> {ranks[1]}, {result.bytes / 1e6:,.1f} MB")
 
 
 @app.command("diff", cls=Once)
@@ -183,7 +184,8 @@ def diff_command(
     )
     for folder, names in ((first, result.only_first), (second, result.only_second)):
         if names:
-            typer.echo(f"{len(names)} layers are in {folder} alone: {', '.join(names[:3])}{' ...' * (len(names) > 3)}")
+            told = counted(len(names), "layer is", "layers are")
+            typer.echo(f"{told} in {folder} alone: {', '.join(names[:3])}{' ...' * (len(names) > 3)}")
 
 
 @app.command("extract", cls=Once)
@@ -222,10 +224,11 @@ def extract_command(
     if not quiet:
         print_table(["layer", "r", "energy kept"], [[x.name, str(x.rank), f"{x.energy:.2%}"] for x in result.layers])
     if result.left_out:
-        told = f"{len(result.left_out)} other tensors differ, and an adapter does not bring them"
+        told = counted(len(result.left_out), "other tensor differs", "other tensors differ")
+        told += ", which an adapter does not bring"
         typer.echo(f"warning: {told}: {', '.join(result.left_out[:5])}{' ...' * (len(result.left_out) > 5)}", err=True)
     ranks = rank_range(tuple(each.rank for each in result.layers))
-    typer.echo(f"{out}: {len(result.layers)} layers of rank {ranks}, {result.bytes / 1e6:,.1f} MB")
+    typer.echo(f"{out}: {counted(len(result.layers), 'layer')} of rank {ranks}, {result.bytes / 1e6:,.1f} MB")
 
 
 def _check_size(rank: int | None, energy: float | None) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet
-from lora_cli.errors import UserError
+from lora_cli.errors import UserError, counted
 
 if TYPE_CHECKING:
     from lora_cli.weights.merge import Merged
@@ -169,7 +169,7 @@ def _check_together(origins: list[AdapterOrigin], into: str | None) -> None:
 
 def _lines(result: Merged) -> list[str]:
     lines = [
-        f"merged {result.modules} layers into {result.into} ({result.base})",
+        f"merged {counted(result.modules, 'layer')} into {result.into} ({result.base})",
         f"{result.out}: {result.bytes / 1e6:,.1f} MB in {result.dtype}",
     ]
     if result.in_memory:

@@ -10,7 +10,7 @@ import typer
 
 from lora_cli.cli.merge import find_adapter, tell_beforehand
 from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet
-from lora_cli.errors import UserError
+from lora_cli.errors import UserError, counted
 
 if TYPE_CHECKING:
     from lora_cli.weights.provenance import AdapterOrigin
@@ -143,7 +143,7 @@ def _text(report: dict[str, Any]) -> str:
     )
     if layers:
         mean = sum(layers.values()) / len(layers)
-        lines.append(f"relative error of {len(layers)} layers: mean {mean:.4f}; the largest:")
+        lines.append(f"relative error of {counted(len(layers), 'layer')}: mean {mean:.4f}; the largest:")
         lines += [f"  {error:.4f}  {name}" for name, error in list(layers.items())[:WORST]]
     if report["in_experts"]:
         lines.append(f"not quantized: {report['in_experts']:,} numbers of experts, which lie joined in parameters")

@@ -65,12 +65,14 @@ def command(
 
 
 def _summarize(run: str, result: dict[str, Any]) -> None:
+    from lora_cli.errors import counted
     from lora_cli.training.display import pace
 
     loss = "" if result["loss"] is None else f", last loss {result['loss']:.4f}"
     typer.echo(f"{pace(result)}{loss}")
     if result["skipped_steps"]:
-        typer.echo(f"{result['skipped_steps']:,} steps were skipped: their loss or gradient was no finite number")
+        told = counted(result["skipped_steps"], "step was", "steps were")
+        typer.echo(f"{told} skipped: loss or gradient was no finite number")
     if result["adapter_step"] != result["steps"]:
         typer.echo(f"the adapter has the weights of step {result['adapter_step']:,}, the best")
     base, tuned = result["base"], result["validation"]

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.errors import CheckError, UserError
+from lora_cli.errors import CheckError, UserError, counted
 from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.weights.provenance import AdapterOrigin
 
@@ -144,7 +144,7 @@ def text(found: Verified) -> Iterator[str]:
     """What a person is told."""
     merged = found.merged
     yield (
-        f"checked on {found.rows} rows ({found.tokens} tokens) of {found.of}: logits differ by at most "
+        f"checked on {counted(found.rows, 'row')} ({found.tokens} tokens) of {found.of}: logits differ by at most "
         f"{merged.largest:.2g} ({merged.relative:.2g} of all they are), perplexity {found.apart:.3f} apart, "
         f"{merged.perplexity:.3f} merged"
     )

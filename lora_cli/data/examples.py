@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from lora_cli.errors import UserError
+from lora_cli.errors import UserError, counted
 
 Ints = npt.NDArray[np.int64]
 Tokens = npt.NDArray[np.int32]
@@ -180,8 +180,8 @@ def fit(examples: Examples, max_length: int, what: str) -> Fitted:
     learned = cut.supervised_per_row > 0
     if not learned.any():
         raise UserError(
-            f"nothing to learn or measure: none of {len(examples)} rows has a supervised token among its first "
-            f"{max_length}",
+            f"nothing to learn or measure: none of {counted(len(examples), 'row')} has a supervised token among its "
+            f"first {max_length}",
             what,
             "raise data.max_length, or set data.train_on: all",
         )

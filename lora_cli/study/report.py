@@ -6,6 +6,7 @@ import html
 import io
 from typing import Any
 
+from lora_cli.errors import counted
 from lora_cli.training.display import pace
 from lora_cli.training.run import RunFolder, write_whole
 
@@ -26,7 +27,7 @@ def write_report(folder: RunFolder) -> None:
     facts = [
         ("base", base["name_or_path"]),
         ("base fingerprint", base["fingerprint"][:16]),
-        ("data", f"{info['data']['rows']:,} rows, {info['data']['supervised_tokens']:,} supervised tokens"),
+        ("data", f"{counted(info['data']['rows'], 'row')}, {info['data']['supervised_tokens']:,} supervised tokens"),
         ("trained", f"{result['trainable_parameters']:,} of {result['total_parameters']:,} parameters"),
         ("steps", pace(result)),
         ("adapter", f"weights of step {result['adapter_step']:,}"),

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lora_cli.errors import unwritable
+from lora_cli.errors import counted, unwritable
 
 
 class _Lasting:
@@ -147,10 +147,10 @@ def describe(line: Mapping[str, Any]) -> str:
 
 def pace(result: Mapping[str, Any]) -> str:
     """How many steps a run has taken, and in which time those that were not taken before it was resumed."""
-    steps, taken = result["steps"], result["steps"] - result["resumed_step"]
+    steps, taken = counted(result["steps"], "step"), result["steps"] - result["resumed_step"]
     if not taken:
-        return f"{steps:,} steps, all taken before"
-    return f"{steps:,} steps{'' if taken == steps else f', the last {taken:,}'} in {result['seconds']:,.1f} s"
+        return f"{steps}, taken before"
+    return f"{steps}{f', the last {taken:,}' if result['resumed_step'] else ''} in {result['seconds']:,.1f} s"
 
 
 def duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lora_cli.errors import counted
 from lora_cli.evaluation.loss import Score
 from lora_cli.model.base import resolve_compute_dtype
 from lora_cli.model.targets import describe
@@ -27,7 +28,7 @@ def tell(trainer: Trainer) -> None:
     examples = job.train.examples
     display.note(
         f"training rows: {len(examples):,} with {int(examples.supervised_per_row.sum()):,} supervised of "
-        f"{examples.tokens:,} tokens, read as {examples.format}; {trainer.total_steps:,} steps"
+        f"{examples.tokens:,} tokens, read as {examples.format}; {counted(trainer.total_steps, 'step')}"
     )
     if job.from_cache:
         display.note(f"tokenized rows read from {job.folder.cache}")
@@ -52,28 +53,31 @@ def tell_rows(job: Prepared, display: Display) -> None:
         f"{fewest if fewest == most else f'{fewest} to {most}'} BOS in a row"
     )
     if counts.truncated:
-        display.note(
-            f"{counts.truncated:,} of {counts.rows:,} rows are longer than {job.max_length} tokens and were cut"
-        )
+        told = counted(counts.truncated, "was", "were")
+        display.note(f"of {counted(counts.rows, 'row')} {told} cut, longer than {job.max_length} tokens")
     if counts.dropped:
-        display.note(f"{counts.dropped:,} rows had nothing left to learn and were dropped", warning=True)
+        told = counted(counts.dropped, "row was dropped", "rows were dropped")
+        display.note(f"{told}, with nothing left to learn", warning=True)
     if report.duplicates:
-        display.note(f"{report.duplicates:,} training rows repeat an earlier one")
+        told = counted(report.duplicates, "training row repeats", "training rows repeat")
+        display.note(f"{told} an earlier one")
     if report.validation_in_train:
-        told = f"{report.validation_in_train:,} validation rows stand in the training rows too"
-        display.note(f"{told}: what is measured on them is what was learned by heart", warning=True)
+        told = counted(report.validation_in_train, "validation row stands", "validation rows stand")
+        display.note(
+            f"{told} in the training rows too: what is measured on them is what was learned by heart", warning=True
+        )
     if report.ends_masked:
-        told = f"in {report.ends_masked:,} whole rows the end of the last answer is not supervised"
-        display.note(f"{told}: the model is not taught to stop there", warning=True)
+        told = f"in {counted(report.ends_masked, 'whole row')} the end of the last answer"
+        display.note(f"{told} is not supervised: the model is not taught to stop there", warning=True)
     if report.empty_answers:
-        told = f"{report.empty_answers:,} training rows have nothing but an end to learn"
-        display.note(f"{told}: the model is taught to answer nothing", warning=True)
+        told = counted(report.empty_answers, "training row has", "training rows have")
+        display.note(f"{told} nothing but an end to learn: the model is taught to answer nothing", warning=True)
     if report.bos_removed:
-        told = f"{report.bos_removed:,} rows begin with a BOS of their own"
+        told = counted(report.bos_removed, "row begins with a BOS of its own", "rows begin with a BOS of their own")
         display.note(f"{told}: the one that the tokenizer adds was left out", warning=True)
     if report.bos_doubled:
-        told = f"{report.bos_doubled:,} rows begin with two BOS: the text or the chat template writes one too many"
-        display.note(told, warning=True)
+        told = counted(report.bos_doubled, "row begins", "rows begin")
+        display.note(f"{told} with two BOS: the text or the chat template writes one too many", warning=True)
     for note in report.template_notes:
         display.note(note)
 

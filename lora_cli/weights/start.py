@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import Fault, UserError
+from lora_cli.errors import Fault, UserError, counted
 from lora_cli.recipe.schema import Adapter
 from lora_cli.weights.adapter_config import (
     ADAPTER_CONFIG,
@@ -43,7 +43,7 @@ def check_start(folder: Path, adapter: Adapter, targets: Iterable[str]) -> None:
     stored_names, asked_names = set(adapted_layers(folder)), set(targets)
     if stored_names != asked_names:
         what = (
-            f"adapter.target_modules: the recipe adapts {len(asked_names)} layers, "
+            f"adapter.target_modules: the recipe adapts {counted(len(asked_names), 'layer')}, "
             f"the adapter of init_from {len(stored_names)} (named {config.get('target_modules')})"
         )
         faults.append(Fault(what, str(folder), hint))
