@@ -187,6 +187,12 @@ def start_from_an_adapter_of_another_rank(w: World) -> Arguments:
     )
 
 
+@case("has layers that are not trained here: lm_head", "make a model of it with lora merge")
+def start_from_an_adapter_of_the_head(w: World) -> Arguments:
+    made(w, target_modules=["lm_head", "q_proj"])
+    return w.train({"adapter.init_from": "adapter", "model.name_or_path": w.llama, "adapter.r": 4})
+
+
 WEIGHTS = "run/adapter/adapter_model.safetensors"
 CONFIG = "run/adapter/adapter_config.json"
 

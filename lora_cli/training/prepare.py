@@ -221,14 +221,15 @@ def _targets(recipe: Recipe, base: Path, config: PreTrainedConfig) -> list[Targe
     from lora_cli.model.linear4bit import check_dora
 
     adapter, bare = recipe.adapter, skeleton(config)
-    targets = choose_targets(adaptable_layers(bare), adapter.target_modules, adapter.r, adapter.layers_to_transform)
+    layers = adaptable_layers(bare)
+    targets = choose_targets(layers, adapter.target_modules, adapter.r, adapter.layers_to_transform)
     if adapter.use_dora and recipe.quantization is not None and recipe.quantization.method != "int8":
         check_dora(targets, best_device())
     check_weights(base, bare)
     check_attention(config, recipe.model.attn_implementation, best_device())
     start = start_of(adapter)
     if start is not None:
-        check_start(start, adapter, [target.name for target in targets])
+        check_start(start, adapter, layers, [target.name for target in targets])
     return targets
 
 

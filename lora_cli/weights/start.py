@@ -23,15 +23,17 @@ from lora_cli.weights.shards import read_headers
 TRAINED = ("A", "B", "magnitude_vector")
 """What a recipe trains of a layer: LoRA's two factors, and DoRA's magnitudes."""
 
+MERGE = "make a model of it with lora merge, and train a new adapter on that"
+
 
 def start_of(adapter: Adapter) -> Path | None:
     """The folder of the adapter that training starts from: ``init_from``, or that of the run which it names."""
     return None if adapter.init_from is None else adapter_folder(Path(adapter.init_from)) or Path(adapter.init_from)
 
 
-def check_start(folder: Path, adapter: Adapter, targets: Iterable[str]) -> None:
+def check_start(folder: Path, adapter: Adapter, adaptable: Iterable[str], targets: Iterable[str]) -> None:
     """Raises UserError where the adapter that training is to start from is of another shape than the recipe says, or
-    more than training writes."""
+    more than training writes: layers that are not ``adaptable`` among it."""
     config = read_adapter_config(folder)
     hint = "give the recipe the adapter's own value"
     faults = list(_untrained(config, folder))
@@ -41,7 +43,11 @@ def check_start(folder: Path, adapter: Adapter, targets: Iterable[str]) -> None:
             what = f"adapter.{key}: {asked} in the recipe, but {stored} in the adapter of init_from"
             faults.append(Fault(what, str(folder), hint))
     stored_names, asked_names = set(adapted_layers(folder)), set(targets)
-    if stored_names != asked_names:
+    if strange := sorted(stored_names - set(adaptable)):
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        what = f"the adapter of init_from has layers that are not trained here: {strange[0]}{more}"
+        faults.append(Fault(what, str(folder), MERGE))
+    elif stored_names != asked_names:
         what = (
             f"adapter.target_modules: the recipe adapts {counted(len(asked_names), 'layer')}, "
             f"the adapter of init_from {len(stored_names)} (named {config.get('target_modules')})"
@@ -61,17 +67,16 @@ def _untrained(config: Mapping[str, Any], folder: Path) -> Iterator[Fault]:
     if not keeps_base(config):
         what = f"the adapter of init_from is for another base ({_told(config, 'init_lora_weights')})"
         yield Fault(what, where, CONVERT)
-    hint = "make a model of it with lora merge, and train a new adapter on that"
     others = [key for key in (*OTHER_TENSORS, "kasa_config", "lora_bias") if config.get(key) not in UNSET]
     for key in others:
         what = f"the adapter of init_from holds more than LoRA's A and B ({_told(config, key)}), which is not trained"
-        yield Fault(what, where, hint)
+        yield Fault(what, where, MERGE)
     stored = read_headers([folder / ADAPTER_WEIGHTS])
     names = [name for name in stored if name.partition(".lora_")[2].partition(".")[0] not in TRAINED]
     if names and not (unsummed or others):  # which say so already
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         what = f"the adapter of init_from holds more than LoRA's A and B: tensor {names[0]}{more}"
-        yield Fault(what, str(folder), hint)
+        yield Fault(what, str(folder), MERGE)
 
 
 def _told(config: Mapping[str, Any], key: str) -> str:
