@@ -15,6 +15,7 @@ from conftest import Run, done, edited_weights
 from safetensors.torch import save_file
 
 from lora_cli.recipe.schema import Quantization
+from lora_cli.training import setup
 from lora_cli.training.setup import set_up
 from lora_cli.weights import quantized_cache
 
@@ -73,7 +74,8 @@ def test_a_run_beside_takes_it(quantized: Any) -> None:
     first, made = quantized("first")
     second, made_again = quantized("second")
     assert (made, made_again) == (True, False)
-    assert len(kept_in(first)) == 1 and not kept_in(second)
+    (here,), (there,) = kept_in(second), kept_in(first)
+    assert (here / "model.safetensors").samefile(there / "model.safetensors")
     assert first.losses == second.losses
 
 
@@ -100,6 +102,26 @@ def test_one_that_is_removed_while_it_is_looked_for_is_made(quantized: Any, monk
 
     monkeypatch.setattr(Path, "glob", removed)
     second, made = quantized("second")
+    assert made and len(kept_in(second)) == 1 and not folder.exists()
+    assert first.losses == second.losses
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_one_that_is_removed_once_it_is_found_is_made(
+    stream: bool, quantized: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"training.stream_base": stream, "training.gradient_checkpointing": True}
+    first, _ = quantized("first", changes)
+    (folder,) = kept_in(first)
+    find = setup.find_kept
+
+    def removed(*args: Any) -> Any:
+        found = find(*args)
+        shutil.rmtree(folder, ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(setup, "find_kept", removed)
+    second, made = quantized("second", changes)
     assert made and len(kept_in(second)) == 1 and not folder.exists()
     assert first.losses == second.losses
 

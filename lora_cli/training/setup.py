@@ -169,7 +169,7 @@ def load_frozen(
     streams, why = needs_streaming(job, accelerator.num_processes, sharded, device)
     if why:
         display.note(f"training.stream_base: auto -> {str(streams).lower()}: {why}", warning=not streams)
-    kept = None if sharded else kept_base(job, accelerator, dtype, streams, display)
+    kept = None if sharded else kept_base(job, accelerator, dtype, display)
     quantization = recipe.quantization if kept is None else None
     if streams:
         if quantization is not None:
@@ -193,12 +193,11 @@ def load_streamed(
     return base, put_away(base, folder, device, dtype)
 
 
-def kept_base(
-    job: Prepared, accelerator: Accelerator, dtype: torch.dtype, streams: bool, display: Display
-) -> Path | None:
-    """The folder that holds the base quantized as the recipe says, made when there is none; None to quantize at load.
+def kept_base(job: Prepared, accelerator: Accelerator, dtype: torch.dtype, display: Display) -> Path | None:
+    """The run's own folder with the base quantized as the recipe says, made when there is none; None to quantize at
+    load.
 
-    It is the run's own when the base ``streams``. On each machine one process makes it, the others wait.
+    On each machine one process makes it, the others wait.
     """
     if job.recipe.quantization is None:
         return None
@@ -207,15 +206,14 @@ def kept_base(
     name = kept_name(job.base, job.base_digest, quantization, dtype, compute_dtype)
     with accelerator.local_main_process_first():
         found = find_kept(cache, name)
-        if accelerator.is_local_main_process and (found is None or (streams and found != cache / name)):
+        if accelerator.is_local_main_process and found != cache / name:
             try:
-                if found is None:
+                if found is None or not take_over(found, cache / name):
                     display.note(f"quantizing it to {quantization.method}, kept in {cache / name}")
                     keep(job.base, cache / name, quantization, dtype, compute_dtype)
-                else:
-                    take_over(found, cache / name)
                 found = cache / name
             except RunError as error:
+                found = None
                 told = f"the base in {quantization.method} is not kept for the next run: {error.faults[0].what}"
                 display.note(told, warning=True)
     return found

@@ -1,8 +1,8 @@
 """A base once quantized is kept so: loaded from there, a run never holds the unquantized weights, nor waits for them.
 
 It lies in a run's cache as ``base-<key>``, the key made of all that its tensors depend on, with the SHA-256 of its
-files: a folder that does not agree with these is made again. A run takes what a run beside it has kept; one that reads
-on from it takes it over into its own cache, since the other may remove it at any time.
+files: a folder that does not agree with these is made again. What a run beside it has kept a run takes over into its
+own cache, since the other may remove it at any time.
 """
 
 from __future__ import annotations
@@ -75,14 +75,16 @@ def keep(base: Path, folder: Path, quantization: Quantization, dtype: torch.dtyp
         (draft / SUMS).write_text(json.dumps(_sums(draft)), encoding="utf-8")
 
 
-def take_over(found: Path, folder: Path) -> None:
-    """Have a kept base in ``folder`` too, by links where there can be such.
-
-    Raises RunError when its files can be neither linked nor copied.
-    """
-    with _made_anew(folder) as draft:
-        for file in found.iterdir():
-            _link_or_copy(file, draft / file.name)
+def take_over(found: Path, folder: Path) -> bool:
+    """Have a kept base in ``folder`` too, by links where there can be such; False when its files can be neither linked
+    nor copied, as when they have been removed meanwhile."""
+    try:
+        with _made_anew(folder) as draft:
+            for name in (SUMS, *json.loads((found / SUMS).read_text(encoding="utf-8"))):
+                _link_or_copy(found / name, draft / name)
+    except RunError:
+        return False
+    return True
 
 
 def prune_kept(cache: Path, name: str | None) -> None:
