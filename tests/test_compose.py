@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from conftest import Base, done, edit_json
+from conftest import Base, done, edit_json, write_rows
 from made_adapters import R, answers, logits, make_adapter
 from peft import PeftModel
 from reference import distance
@@ -162,6 +162,10 @@ def test_what_was_composed_is_told(train: Any, tmp_path: Path, lora: Any) -> Non
     record = shown["provenance"]
     assert record["base"]["fingerprint"] == runs[0].info["base"]["fingerprint"]
     assert shown["base_state"] == "there"
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "Lighthouse keepers mend the lamp. " * 40}])
+    told = "rows are cut at 128 tokens: the adapter has no recipe"  # the positions of tiny_gpt2
+    assert told in done(lora("eval", tmp_path / "out", "--data", rows)).stderr
+    assert told not in done(lora("eval", tmp_path / "out", "--data", rows, "--quiet")).stderr
     assert record["made"]["by"] == "compose" and record["made"]["method"] == "cat"
     assert [part["weight"] for part in record["made"]["of"]] == [1, 0.5]
     assert [Path(part["name_or_path"]) for part in record["made"]["of"]] == [run.folder / "adapter" for run in runs]

@@ -52,6 +52,9 @@ def command(
         check_init(adapter)
         base = trace(adapter).base
     rows = measure.rows_for(base, adapter, section, recipe)
+    if adapter is not None and recipe is None and not quiet:
+        note = f"rows are cut at {rows.max_length:,} tokens: the adapter has no recipe that says otherwise"
+        typer.echo(note, err=True)
     if data is None:
         warnings.append(measure.changed(rows, read_record(adapter or base)))
     told = [warning for warning in warnings if warning]
