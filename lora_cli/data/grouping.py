@@ -17,11 +17,11 @@ POOL = 50
 
 
 def pack_in_order(order: Ints, lengths: Ints, budget: int) -> list[Ints]:
-    """Next-fit: a batch takes the next rows as long as they fit ``budget`` tokens; the order stays as it is."""
+    """Next-fit: a batch takes the next rows as long as they fit ``budget`` tokens, as each does; the order stays."""
     cuts = []
     used = 0
     for index, length in enumerate(lengths[order].tolist()):
-        if used and used + length > budget:
+        if used + length > budget:
             cuts.append(index)
             used = 0
         used += length
