@@ -109,8 +109,7 @@ def _unexpected(config: Mapping[str, Any], folder: Path, halves: Halves) -> Iter
     stored = read_headers([folder / ADAPTER_WEIGHTS])
     if config.get("use_dora"):
         kept = {name.removeprefix(PEFT_PREFIX).partition(".lora_magnitude_vector")[0] for name in stored}
-        plain = {name.removeprefix(PEFT_PREFIX) for name in stored}
-        for name in sorted(set(halves) - (kept - plain)):
+        for name in sorted(set(halves) - kept):
             yield Fault(f"tensor {name}.lora_magnitude_vector is missing (use_dora)", place)
     if not any(config.get(key) not in (None, [], "none") for key in OTHER_TENSORS):
         for name in stored:
