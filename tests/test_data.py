@@ -34,7 +34,7 @@ from lora_cli.data.examples import (
 from lora_cli.data.formats import FORMATS, column_faults, read_content, row_faults
 from lora_cli.data.grouping import OPEN, POOL, pack_first_fit, pack_in_order, pad_by_length
 from lora_cli.data.readers import READERS
-from lora_cli.data.sources import Row, hub_rows, read_rows, sources_of
+from lora_cli.data.sources import Row, hub_rows, places, read_rows, sources_of
 from lora_cli.data.tokenize import tokenize
 from lora_cli.data.turns import Conversation, Message
 from lora_cli.errors import Fault, LoraError, UserError
@@ -210,6 +210,7 @@ def test_hub_rows_take_the_split_and_name_the_row(tmp_path: Path) -> None:
         ({"text": "a"}, "/set[train] (row 1)"),
         ({"text": "b"}, "/set[train] (row 2)"),
     ]
+    assert places([Source(path="owner/set", split="test")], [(0, 1)]) == ["owner/set[test] (row 2)"]
     with pytest.raises(UserError, match="nosuch"):
         list(hub_rows(Source(path=str(tmp_path / "set"), split="nosuch")))
 
@@ -893,18 +894,28 @@ def test_without_shuffle_the_files_order_stays() -> None:
         assert np.concatenate(schedule(shuffle=False).epoch_batches(epoch)).tolist() == list(range(len(LENGTHS)))
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_beyond_a_bound_are_not_all_at_the_beginning(packing: bool) -> None:
+    """One of their batches is, which takes the most memory."""
+    bounded = schedule(packing=packing, bounds=(4,))
+    drawn = [[bool(LENGTHS[rows].max() > 4) for rows in bounded.epoch_batches(epoch)] for epoch in range(6)]
+    assert all(sides[0] for sides in drawn)
+    assert any(sides != sorted(sides, reverse=True) for sides in drawn)
+
+
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_weights_repeat_and_thin_out(shuffle: bool) -> None:
-    source = np.asarray([0] * 10 + [1] * 10 + [2] * 4, np.int32)
-    order = epoch_order(source, (1.0, 0.3, 2.5), 1, 0, shuffle)
+    source = np.asarray([0] * 10 + [1] * 10 + [2] * 10, np.int32)
+    weights = (1.0, 0.3, 2.9)  # 2.9 - 2 is less than nine tenths
+    order = epoch_order(source, weights, 1, 0, shuffle)
     counts = Counter(order.tolist())
     assert all(counts[row] == 1 for row in range(10))
     assert sorted(counts[row] for row in range(10, 20)) == [0] * 7 + [1] * 3
-    assert sorted(counts[row] for row in range(20, 24)) == [2, 2, 3, 3]
+    assert sorted(counts[row] for row in range(20, 30)) == [2] + [3] * 9
     if not shuffle:
-        assert order.tolist() == [*range(13), *range(20, 24), *range(20, 24), 20, 21]
+        assert order.tolist() == [*range(13), *range(20, 30), *range(20, 30), *range(20, 29)]
     else:
-        thinned = {tuple(sorted(set(epoch_order(source, (1.0, 0.3, 2.5), 1, epoch, True)))) for epoch in range(6)}
+        thinned = {tuple(sorted(set(epoch_order(source, weights, 1, epoch, True)))) for epoch in range(6)}
         assert len(thinned) > 1
 
 
