@@ -517,6 +517,13 @@ def layers_of_another_number(w: World) -> Arguments:
     return merge("adapter")
 
 
+@case("embed_tokens.lora_embedding_A is none that adapter_config.json speaks of")
+def embedding_that_the_configuration_does_not_name(w: World) -> Arguments:
+    made(w, target_modules=["embed_tokens", "q_proj"])
+    w.edit_json(MADE_CONFIG, target_modules=["q_proj"])
+    return merge("adapter")
+
+
 @case("embed_tokens.lora_embedding_A has shape [5, 400], expected [4, 400]")
 def embedding_of_another_rank(w: World) -> Arguments:
     return merge(made(w, grown="lora_embedding_A", target_modules=["embed_tokens", "q_proj"]))

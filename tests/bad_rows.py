@@ -101,9 +101,9 @@ def data_on_the_hub_while_offline(w: World) -> Arguments:
     return w.train(data="somebody/rows")
 
 
-@case("rows.csv:3", "3 cells under 2 columns", "question, answer")
+@case("rows.csv:3", "3 cells under 2 columns", "question, answer", "rows.csv:4", "1 cells")
 def ragged_csv(w: World) -> Arguments:
-    return w.train(data=w.file("rows.csv", "question,answer\na,b\na,b,c\n"))
+    return w.train(data=w.file("rows.csv", "question,answer\na,b\na,b,c\na\n"))
 
 
 @case("rows.csv:1", "column named twice: answer")
