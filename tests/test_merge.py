@@ -962,6 +962,16 @@ def test_a_double_in_the_base_is_added_to(tiny_llama: Path, tmp_path: Path, lora
     assert found.dtype == torch.float64 and (found - exact).abs().max() < 1e-5
 
 
+def test_the_type_is_that_of_most_numbers(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
+    """Vectors are more of its tensors, and of another."""
+    folder = in_dtype(tiny_gpt2, torch.bfloat16, tmp_path / "base")
+    with edited_weights(folder) as weights:
+        weights |= {name: each.float() for name, each in weights.items() if each.dim() == 1}
+    adapter = make_adapter("gpt2", folder, tmp_path / "adapter")
+    told = done(lora("merge", adapter, "--out", tmp_path / "merged", "--no-verify", "--json")).json
+    assert told["dtype"] == "bfloat16"
+
+
 def test_an_empty_tensor_in_the_base_is_copied(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
     folder = in_dtype(tiny_llama, torch.float32, tmp_path / "base")
     save_file(weights_of(folder) | {"extra": torch.empty(0, 4)}, folder / "model.safetensors", {"format": "pt"})

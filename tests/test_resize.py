@@ -243,7 +243,9 @@ def test_extract_of_full_training(base: Base, tmp_path: Path, lora: Any) -> None
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
     model.save_pretrained(tmp_path / "tuned", max_shard_size="40KB")
-    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "tuned")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path / "tuned")
     given = ["adapters", "extract", folder, tmp_path / "tuned"]
     report = done(lora(*given, "--energy", "0.8", "--out", tmp_path / "out", "--json")).json
     bare = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -257,6 +259,7 @@ def test_extract_of_full_training(base: Base, tmp_path: Path, lora: Any) -> None
         assert layer["energy"] == pytest.approx(float(shares[layer["rank"] - 1]), abs=1e-5)
         kept = slice(layer["rank"])
         assert distance(found[layer["name"]], u[:, kept] @ torch.diag(s[kept]) @ v[kept]) < 1e-4
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["rank_pattern"] and len(report["layers"]) == len(found)
     assert any("norm" in each or "ln_" in each for each in report["left_out"])
@@ -335,7 +338,8 @@ def test_a_failure_while_writing_leaves_nothing(
 def test_an_adapter_that_names_no_base_stays_without_one(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
     adapter = varied("llama", tiny_llama, tmp_path / "a", 1)
     edit_json(adapter / "adapter_config.json", base_model_name_or_path=None)
-    done(lora("adapters", "resize", adapter, "--rank", "2", "--out", tmp_path / "out"))
+    narrowest = min(min(product.shape) for product in products(adapter).values())
+    done(lora("adapters", "resize", adapter, "--rank", narrowest, "--out", tmp_path / "out"))
     shown = done(lora("adapters", "show", tmp_path / "out", "--json")).json
     assert (shown["base"], shown["base_state"]) == (None, "not found")
     assert shown["provenance"]["base"] == {"name_or_path": None, "relative_path": None, "fingerprint": None}

@@ -613,7 +613,7 @@ def test_init_from_takes_the_recipes_dropout_and_no_other_shape(
     runs = [train({"adapter": {**same, "lora_dropout": dropout}}) for dropout in (0.0, 0.5)]
     assert runs[0].losses[0] != runs[1].losses[0]
     assert [run.config["lora_dropout"] for run in runs] == [0.0, 0.5]
-    other = {"r": 2, "lora_alpha": 1.0, "target_modules": "attention", "use_dora": True}
+    other = {"r": 2, "lora_alpha": 1.0, "target_modules": "attention", "use_dora": True, "use_rslora": True}
     result = lora("train", write_recipe({"adapter": {**same, **other}, "training.output_dir": tmp_path / "other"}))
     assert result.exit_code == 2
     assert all(f"adapter.{key}" in result.stderr for key in other)
