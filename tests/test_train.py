@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -31,7 +33,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from lora_cli.cli.app import main
 from lora_cli.model.elementwise import GatedMLP
 from lora_cli.recipe.explain import dotted_keys
-from lora_cli.training import loop
+from lora_cli.training import loop, validation
 from lora_cli.training.display import duration
 
 # --- the equations ---------------------------------------------------------------------------------------------------
@@ -240,6 +242,20 @@ def test_what_people_are_told_of_a_run_is_what_it_measured(
     kept = ("versions", "dtype", "base", "data", "finished", "result")
     assert {key: record[key] for key in kept if key != "base"} == {key: run.info[key] for key in kept if key != "base"}
     assert record["recipe"] == yaml.safe_load((run.folder / "recipe.yaml").read_text())
+
+
+def test_the_rate_is_of_training_alone(train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations, of a fifth of a second at least, are no part of it."""
+    validate = validation.validate
+
+    def slow(*given: Any) -> Any:
+        time.sleep(0.2)
+        return validate(*given)
+
+    monkeypatch.setattr(validation, "validate", slow)
+    run = train({"data": {"validation": 0.2, "train_on": "all"}, "training.eval_steps": 1})
+    for before, line in itertools.pairwise(run.lines()):
+        assert line["tokens"] / line["tokens_per_second"] < line["seconds"] - before["seconds"] - 0.19
 
 
 class Terminal(io.StringIO):
