@@ -71,9 +71,11 @@ def test_a_resumed_run_keeps_the_numbers_it_began_with(train: Callable[..., Run]
     other = write_recipe(auto(7, output_dir=run.folder, max_steps=5, **constant))
     refused = lora("train", other, "--resume")
     assert refused.exit_code == 2 and "gradient_accumulation_steps was 2 and is now 7" in refused.stderr
-    result = done(lora("train", write_recipe(auto(6, output_dir=run.folder, max_steps=5, **constant)), "--resume"))
-    assert "auto" not in result.stderr
+    asked = {"output_dir": run.folder, "max_steps": 5, "gradient_checkpointing": True}
+    result = done(lora("train", write_recipe(auto(6, **asked, **constant)), "--resume"))
+    assert "auto ->" not in " ".join(result.stderr.split())
     assert numbers(run.info) == [3, 2]
+    assert yaml.safe_load((run.folder / "recipe.yaml").read_text())["training"]["gradient_checkpointing"] is True
     assert run.losses == whole.losses
     assert run.adapter_bytes == whole.adapter_bytes
 
@@ -94,6 +96,12 @@ def test_two_processes_take_the_same_numbers(write_recipe: Any, tmp_path: Path, 
     done(lora(*on_one, *hint))
     assert numbers(shared.info) == [3, 2]
     assert shared.column("step") == [1, 2, 3, 4, 5]
+
+
+def test_processes_share_a_processors_memory(write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_cli.training.batch_size.free_bytes", lambda *_: 8_000_000_000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert "80% of 4.0 GB free" in " ".join(done(lora("train", write_recipe(auto(3, max_steps=1)))).stderr.split())
 
 
 def test_the_fullest_batch() -> None:
