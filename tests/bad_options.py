@@ -73,17 +73,17 @@ def reference_of_an_unknown_key(w: World) -> Arguments:
     return ["explain", "adapter.rr"]
 
 
-@case("--num-processes", "greater than or equal to 1")
+@case("Invalid value for '--num-processes'")
 def no_processes(w: World) -> Arguments:
     return w.train({}, "--num-processes", "0")
 
 
-@case("--num-processes", "greater than or equal to 1")
+@case("Invalid value for '--num-processes'")
 def fewer_processes_than_none(w: World) -> Arguments:
     return w.train({}, "--num-processes", "-1")
 
 
-@case("--num-processes", "integer")
+@case("Invalid value for '--num-processes'")
 def processes_in_words(w: World) -> Arguments:
     return w.train({}, "--num-processes", "two")
 
