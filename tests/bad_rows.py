@@ -177,7 +177,7 @@ def mapped_column_misspelt_that_a_format_can_do_without(w: World) -> Arguments:
     return w.train({"data.columns": {"input": "contxt"}}, data=w.rows(row))
 
 
-@case("rows.jsonl: with weight 0.1", "none of its 1 rows", "raise the weight to 1")
+@case("rows.jsonl: with weight 0.1", "none of its 1 row", "raise the weight to 1")
 def weight_that_takes_no_row(w: World) -> Arguments:
     return w.train({"data.train": [{"path": w.rows(ROW), "weight": 0.1}, w.file("more.txt", "Some words.\n")]})
 
@@ -233,7 +233,7 @@ def parquet_with_two_columns_of_a_name(w: World) -> Arguments:
     return w.train(data="rows.parquet")
 
 
-@case("data.validation", "nothing to learn or measure", "none of 1 rows")
+@case("data.validation", "nothing to learn or measure", "none of 1 row has")
 def validation_of_empty_texts(w: World) -> Arguments:
     return w.train({"data.validation": w.file("empty.jsonl", '{"text": ""}\n')}, data=w.rows(ROW))
 

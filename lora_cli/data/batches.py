@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from lora_cli.data.examples import Examples, Ints, offsets_of
 from lora_cli.data.grouping import apart, apart_in_order, pack_first_fit, pack_in_order, pad_by_length, pad_in_order
-from lora_cli.errors import Fault, UserError
+from lora_cli.errors import Fault, UserError, counted
 from lora_cli.recipe.schema import Source
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def check_drawn(source: npt.NDArray[np.int32], parts: Sequence[Source]) -> None:
             hint = "they were held out for validation, or max_length leaves them no supervised token"
             faults.append(Fault(told, "data.train", hint))
         elif not any(_passes(part.weight, count)):
-            told = f"{part.path}: with weight {part.weight:g} an epoch takes none of its {count:,} rows"
+            told = f"{part.path}: with weight {part.weight:g} an epoch takes none of its {counted(count, 'row')}"
             hint = f"raise the weight to {math.ceil(1000 / count) / 1000:g}, or leave it out"
             faults.append(Fault(told, "data.train", hint))
     if faults:
