@@ -27,6 +27,7 @@ from lora_cli.recipe.load import load_recipe
 from lora_cli.training import checkpoint, hidden_states, loop
 from lora_cli.training.display import Display
 from lora_cli.training.run import RunFolder
+from lora_cli.training.same_run import check_same_keys
 from lora_cli.weights import shards
 from lora_cli.weights.folders import draft_folder
 
@@ -448,6 +449,17 @@ def test_resume_refuses_batches_that_would_take_other_rows(
     result = lora("train", run.folder / "recipe.yaml", *half, "training.max_steps=5", "--resume")
     assert result.exit_code == 2
     assert "per_device_train_batch_size was 2 and is now 1" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("processes", "told"),
+    [(2, "gradient_accumulation_steps=3 keeps it"), (4, "6 micro-batches; choose a number of processes that divides")],
+)
+def test_resume_in_other_processes_is_told_how(processes: int, told: str, write_recipe: Any) -> None:
+    recipe = load_recipe(write_recipe({"training.gradient_accumulation_steps": 2}))
+    with pytest.raises(UserError) as refused:
+        check_same_keys(recipe, 3, recipe, processes, "run")
+    assert told in str(refused.value.faults)
 
 
 def test_resume_takes_smaller_batches_in_the_files_order(train: Callable[..., Run], lora: Any) -> None:
