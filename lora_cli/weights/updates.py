@@ -160,8 +160,7 @@ def _skeleton(base: Path) -> PreTrainedModel:
 
 def _read_adapter(folder: Path) -> _Adapter:
     config, parts = read_adapter_config(folder), adapter_parts(folder)
-    is_plain = config["peft_type"] == "LORA" and not is_relative(config) and not config.get("kasa_config")
-    if parts is None or not is_plain:  # no update of LoRA's, of the base as it is stored
+    if config["peft_type"] != "LORA" or is_relative(config) or parts is None:  # no products of the base as it is stored
         raise _NotByTensor
     return _Adapter(folder, config, *parts)
 
