@@ -153,6 +153,15 @@ def test_the_other_methods_are_pefts(method: str, tiny_llama: Path, tmp_path: Pa
         assert 0.5 < sum(kept) / len(kept) < 0.8, "a number is left when either part keeps it: 1 - 0.6 * 0.6"
 
 
+def test_a_layer_that_the_second_alone_has(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    a = varied("llama", tiny_llama, tmp_path / "a", 1, target_modules=["q_proj"])
+    b = varied("llama", tiny_llama, tmp_path / "b", 2, target_modules=["q_proj", "v_proj"])
+    done(lora("adapters", "compose", f"{a}=0.6", f"{b}=0.4", "--method", "linear", "--out", tmp_path / "out"))
+    found, own = products(tmp_path / "out"), products(b)
+    alone = own.keys() - products(a).keys()
+    assert len(alone) == 2 and all(distance(found[layer], 0.4 * own[layer]) < 1e-5 for layer in alone)
+
+
 def test_what_was_composed_is_told(train: Any, tmp_path: Path, lora: Any) -> None:
     """Of two runs: the base is known by its fingerprint, the parts by theirs; merge takes the result."""
     runs = [train({"training.seed": seed, "training.max_steps": 1}) for seed in (1, 2)]

@@ -558,7 +558,7 @@ OTHER_BASES: dict[str, Callable[[Path], None]] = {
 }
 SAME_BASES: dict[str, Callable[[Path], None]] = {
     "notes": lambda base: edit_json(
-        base / "config.json", use_cache=False, transformers_version="4.0", _name_or_path="x"
+        base / "config.json", use_cache=False, transformers_version="4.0", _name_or_path="x", torch_dtype="float32"
     ),
     "files": in_other_files,
 }
