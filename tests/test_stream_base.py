@@ -194,6 +194,14 @@ def test_what_a_base_needs_is_told_before_it_is_loaded(
     assert estimate(job, half).weights < held
 
 
+@pytest.mark.parametrize(("optim", "moments"), [("adamw_torch", 8), ("adamw_8bit", 2)])
+def test_what_is_trained_is_counted_with_its_gradient_and_moments(optim: str, moments: int, write_recipe: Any) -> None:
+    """Of GPT-2's two layers, from WIDTH to three times as much."""
+    targets = {"adapter.r": 3, "adapter.target_modules": ["c_attn"]}
+    job = prepare(load_recipe(write_recipe(targets | {"training.optim": optim})), resume=False, overwrite=False)
+    assert estimate(job, job.recipe).optimizer == 2 * 3 * (WIDTH + 3 * WIDTH) * (4 + 4 + moments)
+
+
 @pytest.mark.parametrize("cache", ["memory", "disk"])
 def test_hidden_states_are_kept_of_layers_that_stream(
     cache: str, tiny_llama: Path, write_recipe: Any, lora: Any, tmp_path: Path, largest_away: list[int]
