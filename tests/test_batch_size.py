@@ -12,7 +12,10 @@ import yaml
 from conftest import Run, done
 from test_memory import LIMITED_ONCE_IMPORTED, run_limited, wide_llama
 
+from lora_cli.model.memory import activation_bytes
+from lora_cli.recipe.load import load_recipe
 from lora_cli.training.batch_size import divisors, longest_batch
+from lora_cli.training.prepare import prepare
 
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
@@ -96,6 +99,20 @@ def test_two_processes_take_the_same_numbers(write_recipe: Any, tmp_path: Path, 
     done(lora(*on_one, *hint))
     assert numbers(shared.info) == [3, 2]
     assert shared.column("step") == [1, 2, 3, 4, 5]
+
+
+def test_activations_are_recomputed_where_nothing_else_fits(
+    write_recipe: Any, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(auto(1, max_steps=1) | {"data.packing": False, "model.dtype": "float32"})
+    job = prepare(load_recipe(recipe), resume=False, overwrite=False)
+    longest = int(job.train.examples.lengths.max())
+    plain, recomputed = (activation_bytes(job.config, longest, longest, 4, way) for way in (False, True))
+    monkeypatch.setattr("lora_cli.training.batch_size.free_bytes", lambda *_: int((plain + recomputed) / 2 / 0.8))
+    told = done(lora("train", recipe)).stderr
+    assert "auto -> 1, gradient_accumulation_steps: 1, activations recomputed" in " ".join(told.split())
+    training = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["training"]
+    assert training["gradient_checkpointing"] is True
 
 
 def test_processes_share_a_processors_memory(write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
