@@ -154,7 +154,7 @@ def test_rows_without_an_answer_and_with_an_empty_one(template: str, chatty: Cal
 def test_empty_answers_are_told(write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None) -> None:
     write_rows(tmp_path / "rows.jsonl", [{"question": "Why?", "answer": answer} for answer in ("", " Because.")])
     result = done(lora("train", write_recipe({"data.train": tmp_path / "rows.jsonl", "training.max_steps": 1})))
-    assert "warning: 1 training rows have nothing but an end to learn" in result.stderr
+    assert "warning: 1 training row has nothing but an end to learn" in result.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["empty_answers"] == 1
 
 
