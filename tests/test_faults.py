@@ -424,6 +424,17 @@ def test_a_disk_without_room_for_a_librarys_files_is_told_with_what_is_free(
         assert "no more files can be made" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_a_folder_that_a_disk_has_no_room_for_is_told_with_what_was_free(
+    tiny_gpt2: Path, tmp_path: Path, lora: Any
+) -> None:
+    """And not with what is free again once the part that was written is gone."""
+    disk = tmp_path / "disk"
+    with small_disk(disk, "size=30m,nr_inodes=4"):
+        result = lora("quantize", tiny_gpt2, "--out", disk / "out")
+        assert result.exit_code == 3 and "no more files can be made" in result.stderr, result.stderr
+        assert not list(disk.iterdir())
+
+
 def test_a_full_disk_ends_the_run_and_leaves_what_was_whole(
     write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
 ) -> None:

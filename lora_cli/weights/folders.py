@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -37,10 +37,11 @@ def whole_folder(out: Path, replace: bool = False, needed: int | None = None) ->
     out = out.resolve()  # a link is followed, not replaced
     if not replace:
         check_out(out)
-    try:
-        if not replace:
-            make_folder(out.parent)
-        with draft_folder(out) as draft:
+    with ExitStack() as stack:  # removes the draft last: a full disk is told as it was with it
+        try:
+            if not replace:
+                make_folder(out.parent)
+            draft = stack.enter_context(draft_folder(out))
             former = draft.with_name(f"{draft.name}.former")
             try:
                 draft.chmod(0o777 & ~_umask())
@@ -56,8 +57,8 @@ def whole_folder(out: Path, replace: bool = False, needed: int | None = None) ->
                     former.replace(out)
                 elif former.exists() and not draft.exists():
                     former.replace(draft)  # to be removed under a name by which no part of it is ever put back
-    except (OSError, SafetensorError) as error:
-        raise unwritable(out, error, needed) from error
+        except (OSError, SafetensorError) as error:
+            raise unwritable(out, error, needed) from error
 
 
 def entries(folder: Path) -> list[Path]:
