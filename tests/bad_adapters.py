@@ -46,6 +46,12 @@ def merge_of_no_adapter(w: World) -> Arguments:
     return ["merge", "folder", "--out", "out"]
 
 
+@case("run/adapter/adapter_model.safetensors", "no adapter here", "give a run or an adapter folder")
+def merge_of_a_file(w: World) -> Arguments:
+    w.run()
+    return ["merge", "run/adapter/adapter_model.safetensors", "--out", "out"]
+
+
 @case("rum", "no adapter here", "did you mean 'run'?")
 def merge_of_a_misspelt_run(w: World) -> Arguments:
     w.run()

@@ -41,7 +41,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The adapter's ``adapter_config.json``. Raises UserError when the folder holds no readable adapter."""
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
-        hint = "give a run or an adapter folder" if folder.is_dir() else nearest_folder(folder)
+        hint = "give a run or an adapter folder" if folder.exists() else nearest_folder(folder)
         raise UserError("no adapter here (no adapter_config.json)", str(folder), hint)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
