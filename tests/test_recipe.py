@@ -1075,6 +1075,7 @@ def test_explain_a_section_and_a_key() -> None:
         ("method", "'adapter.method'"),
         ("modell", "model"),
         ("lora_r", "here it is adapter.r"),
+        ("quantization.type", "here it is quantization.method"),
     ],
 )
 def test_explain_an_unknown_key(key: str, hint: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lora_cli.errors import UserError, did_you_mean
-from lora_cli.recipe.peers import WRITTEN_HERE
+from lora_cli.recipe.peers import written_here
 from lora_cli.recipe.schema import Recipe
 
 JsonSchema = dict[str, Any]
@@ -44,10 +44,11 @@ def explain(key: str | None = None) -> str:
     if key not in entries:
         homes = [name for name in entries if name.rpartition(".")[2] == key]
         names = [*_schema()["properties"], "base", *entries]
-        here = WRITTEN_HERE.get(key.rpartition(".")[2])
-        hint = f"here it is {here}" if here else did_you_mean(key, names)
+        hint = did_you_mean(key, names)
         if homes:
             hint = f"did you mean {' or '.join(repr(home) for home in homes)}?"
+        elif here := written_here(key.partition(".")[0], key.rpartition(".")[2]):
+            hint = f"here it is {here}"
         raise UserError(f"a recipe has no key {key!r}", hint=hint)
     nested = [text for name, text in entries.items() if name.startswith((f"{key}.", f"{key}[]."))]
     return "\n\n".join([entries[key], *nested])

@@ -18,7 +18,7 @@ from lora_cli.recipe.explain import (
     required_at,
     schema_at,
 )
-from lora_cli.recipe.peers import WRITTEN_HERE
+from lora_cli.recipe.peers import written_here
 from lora_cli.recipe.yaml12 import BROKEN, Broken, Faults, Node, Scalar, brief, plain_scalar
 
 KeyPath = tuple[str | int, ...]
@@ -106,8 +106,8 @@ def _where_it_belongs(path: KeyPath) -> str | None:
     homes = [home for home in dotted_keys() if home.partition(".")[2] == name]
     if homes:
         return f"{name} belongs in {' or '.join(home.partition('.')[0] for home in homes)}: write {' or '.join(homes)}"
-    if name in WRITTEN_HERE:
-        return f"here it is {WRITTEN_HERE[name]}"
+    if own := written_here(str(path[0]), name):
+        return f"here it is {own}"
     here = names_at(section) if section else ("base", *names_at(section))
     if not get_close_matches(name, here):
         elsewhere = {home.partition(".")[2]: home for home in dotted_keys()}

@@ -1,5 +1,7 @@
 """What axolotl, LLaMA-Factory, TRL, Transformers and bitsandbytes call what a recipe says."""
 
+from __future__ import annotations
+
 WRITTEN_HERE = {
     "base_model": "model.name_or_path",
     "model_name_or_path": "model.name_or_path",
@@ -29,7 +31,8 @@ WRITTEN_HERE = {
     "eval_dataset": "data.validation",
     "val_set_size": "data.validation",
     "val_size": "data.validation",
-    "type": "data.format",
+    "data.type": "data.format",
+    "quantization.type": "quantization.method",
     "sequence_len": "data.max_length",
     "cutoff_len": "data.max_length",
     "max_seq_length": "data.max_length",
@@ -46,3 +49,8 @@ WRITTEN_HERE = {
     "eval_strategy": "training.eval_steps",
     "save_strategy": "training.save_steps",
 }
+
+
+def written_here(section: str, name: str) -> str | None:
+    """What to write here for a peer's key that stands in a section."""
+    return WRITTEN_HERE.get(f"{section}.{name}") or WRITTEN_HERE.get(name)
