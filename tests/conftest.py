@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,9 @@ atexit.register(shutil.rmtree, _home, ignore_errors=True)
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": _home, "TOKENIZERS_PARALLELISM": "false"}
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
+
+# Under nohup, too, a run stops when a test sends the signal of a closing terminal.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The same examples each time, so that a failure seen once is seen again; --hypothesis-profile=explore draws new ones.
 settings.register_profile("repeat", derandomize=True)
