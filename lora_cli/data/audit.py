@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_cli.data.chat import DAY, end_of_turn, endings, marked, written_after_words, written_otherwise
-from lora_cli.data.examples import Examples, Fitted, per_row
+from lora_cli.data.examples import Examples, Fitted, Mask, per_row
 from lora_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,14 +51,13 @@ def audit(
     if held_out is not None:
         leaked = int(np.isin(_digests(held_out, supervision=False), _digests(whole, supervision=False)).sum())
     fewest, most, doubled = _bos_counts(kept, tokenizer)
-    answered = sum(int((per_row(flat.supervised, flat.offsets) > 0).sum()) for flat in whole.chunks())
-    ended, empty = _ends_supervised(whole, tokenizer)
+    answers, ended = whole.supervised_per_row, _ends_supervised(whole, tokenizer)
     return Report(
         duplicates=len(learned) - len(np.unique(learned)),
         validation_in_train=leaked,
-        ends_supervised=_ends_supervised(kept, tokenizer)[0],
-        ends_masked=answered - ended,
-        empty_answers=empty,
+        ends_supervised=int(_ends_supervised(kept, tokenizer).sum()),
+        ends_masked=int(((answers > 0) & ~ended).sum()),
+        empty_answers=int(((answers == 1) & ended).sum()),
         bos_per_row=(fewest, most),
         bos_doubled=doubled,
         bos_removed=bos_removed,
@@ -108,8 +107,8 @@ def _bos_counts(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> tuple
     return min(int(each.min()) for each in counts), max(int(each.max()) for each in counts), doubled
 
 
-def _ends_supervised(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """In how many rows the last supervised token is the end of the text or of a turn, and in how many of them the only.
+def _ends_supervised(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> Mask:
+    """Of each row whether its last supervised token is the end of the text or of a turn.
 
     With ``train_on: all`` what the chat template writes behind a turn's end is supervised too, and is passed over.
     """
@@ -117,20 +116,19 @@ def _ends_supervised(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> 
     if "chat" in examples.formats and (closing := end_of_turn(tokenizer)):
         ends += [_ids(tokenizer, each)[-1] for each in endings(tokenizer, closing)]
         behind = len(_ids(tokenizer, written_after_words(tokenizer).partition(closing)[2]))
-    count = alone = 0
+    ended = []
     for flat in examples.chunks():
         supervised = np.flatnonzero(flat.supervised)
+        found = np.zeros(len(flat.offsets) - 1, np.bool_)
+        ended.append(found)
         if not len(supervised):
             continue
-        found = np.zeros(len(flat.offsets) - 1, np.bool_)
         last = supervised[np.maximum(np.searchsorted(supervised, flat.offsets[1:]) - 1, 0)]
         for at in {0, behind}:
             before = last - at
             inside = (before >= flat.offsets[:-1]) & (before < flat.offsets[1:])
             found |= inside & flat.supervised[before] & np.isin(flat.ids[before], ends)
-        count += int(found.sum())
-        alone += int((found & (per_row(flat.supervised, flat.offsets) == 1)).sum())
-    return count, alone
+    return np.concatenate(ended)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
