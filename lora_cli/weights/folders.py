@@ -42,23 +42,28 @@ def whole_folder(out: Path, replace: bool = False, needed: int | None = None) ->
             if not replace:
                 make_folder(out.parent)
             draft = stack.enter_context(draft_folder(out))
-            former = draft.with_name(f"{draft.name}.former")
-            try:
-                draft.chmod(0o777 & ~_umask())
-                yield draft
-                for path in (*draft.rglob("*"), draft):
-                    sync(path)
-                if replace and out.exists():
-                    out.replace(former)
-                draft.replace(out)
-                sync(out.parent)
-            finally:
-                if former.exists() and not out.exists():
-                    former.replace(out)
-                elif former.exists() and not draft.exists():
-                    former.replace(draft)  # to be removed under a name by which no part of it is ever put back
+            draft.chmod(0o777 & ~_umask())
+            yield draft
+            for path in (*draft.rglob("*"), draft):
+                sync(path)
+            _put_in_place(draft, out, replace)
         except (OSError, SafetensorError) as error:
             raise unwritable(out, error, needed) from error
+
+
+def _put_in_place(draft: Path, out: Path, replace: bool) -> None:
+    """Give a whole draft its name. What stood there goes with the draft, or is put back when that cannot be done."""
+    former = draft.with_name(f"{draft.name}.former")
+    try:
+        if replace and out.exists():
+            out.replace(former)
+        draft.replace(out)
+        sync(out.parent)
+    finally:
+        if former.exists() and not out.exists():
+            former.replace(out)
+        elif former.exists() and not draft.exists():
+            former.replace(draft)  # to be removed under a name by which no part of it is ever put back
 
 
 def entries(folder: Path) -> list[Path]:
