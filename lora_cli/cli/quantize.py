@@ -68,10 +68,9 @@ def command(
     for place in (folder, *([origin.folder] if origin else [])):
         check_out(out, place)
     adapter, recipe = (origin.folder, origin.recipe) if origin else (None, None)
-    if origin is None and data is not None:
-        recipe = recipe_of(folder)
     rows = None
     if data is not None:
+        recipe = recipe if origin else recipe_of(folder)
         section = measure.data_section(data, recipe)
         measure.check(section)
         rows = measure.rows_for(folder, adapter, section, recipe)

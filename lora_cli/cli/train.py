@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lora_cli.cli.options import Debug, Json, Quiet
+from lora_cli.errors import counted
 
 
 def command(
@@ -65,7 +66,6 @@ def command(
 
 
 def _summarize(run: str, result: dict[str, Any]) -> None:
-    from lora_cli.errors import counted
     from lora_cli.training.display import pace
 
     loss = "" if result["loss"] is None else f", last loss {result['loss']:.4f}"

@@ -185,7 +185,7 @@ def make_room(place: str, shape: tuple[int, int], dtype: torch.dtype, folder: Pa
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             reserve(file.fileno(), 0, size)  # a write beyond what the disk has would kill the process
-            file.truncate(size)
+            file.truncate(size)  # where nothing was reserved it is empty, and cannot be mapped
             return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype).view(shape)
     except OSError as error:
         raise unwritable(folder / "hidden states", error, size) from error
