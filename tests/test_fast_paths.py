@@ -26,6 +26,7 @@ from lora_cli.model.fused_lora import side_by_side
 from lora_cli.model.layers import adaptable_layers, linear_layers
 from lora_cli.model.linear4bit import compute_right, expand
 from lora_cli.model.lora_products import Kind, LoraProducts
+from lora_cli.model.normed import made_of, normed
 from lora_cli.model.row_products import SHORT, WHOLE, RowProducts, _layouts
 from lora_cli.model.shapes import rounded
 from lora_cli.recipe.schema import Adapter, Quantization
@@ -353,7 +354,7 @@ def test_fused_lora_is_the_formula(device: str, transposed: bool, bias: bool) ->
     offset = normal(4) if bias else None
 
     def fused(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return LoraProducts.apply(x, None, (Kind(0.7, transposed, None),), weight, offset, a, b)[0]
+        return LoraProducts.apply(x, None, None, (Kind(0.7, transposed, None),), weight, offset, a, b)[0]
 
     wanted = x @ (weight if transposed else weight.T) + 0.7 * x @ a.T @ b.T + (0 if offset is None else offset)
     torch.testing.assert_close(fused(x, a, b), wanted)
@@ -373,7 +374,7 @@ def test_fused_layers_of_one_input_are_the_formula_each(device: str) -> None:
     def fused(x: torch.Tensor, *adapters: torch.Tensor) -> tuple[torch.Tensor, ...]:
         layers = ((bias, *adapters[:2]), (None, *empty), (None, *adapters[2:]))
         tensors = [each for weight, layer in zip(weights, layers, strict=True) for each in (weight, *layer)]
-        return LoraProducts.apply(x, None, kinds, *tensors)
+        return LoraProducts.apply(x, None, None, kinds, *tensors)
 
     a, b, other_a, other_b = adapters
     first = x @ weights[0].T + bias + 0.7 * x @ a.T @ b.T
@@ -436,12 +437,63 @@ def test_a_gate_before_fused_lora_is_the_formula() -> None:
     weight = torch.randn(4, 5, generator=draw, dtype=torch.float64)
 
     def fused(gate: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return LoraProducts.apply(x, gate, (Kind(0.7, False, None),), weight, None, a, b)[0]
+        return LoraProducts.apply(x, gate, None, (Kind(0.7, False, None),), weight, None, a, b)[0]
 
     gated = gate / (1 + (-gate).exp()) * x
     torch.testing.assert_close(fused(gate, x, a, b), gated @ weight.T + 0.7 * gated @ a.T @ b.T)
     assert torch.autograd.gradcheck(fused, (gate, x, a, b))
     assert torch.autograd.gradcheck(lambda gate: fused(gate, x.detach(), a, b), (gate,))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_norm_before_fused_lora_is_the_formula_and_made_again(device: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    sizes = ((2, 3, 8), (2, 8), (4, 2), (8,), (4, 8))
+    drawn = [torch.randn(*size, generator=draw, dtype=torch.float64).to(device) for size in sizes]
+    (x, a, b), (scale, weight) = [each.requires_grad_() for each in drawn[:3]], drawn[3:]
+    kept = []
+
+    def fused(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        y = normed(x, scale, 0.1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda each: (kept.append(each), each)[1], lambda each: each):
+            return LoraProducts.apply(y.flatten(0, 1), None, made_of(y), (Kind(0.7, False, None),), weight, None, a, b)[
+                0
+            ]
+
+    y = (x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * scale).flatten(0, 1)
+    torch.testing.assert_close(fused(x, a, b), y @ weight.T + 0.7 * y @ a.T @ b.T)
+    assert [each.shape for each in kept if each.numel() == y.numel()] == [x.shape], "the norm's input alone"
+    assert kept[0].data_ptr() == x.data_ptr()
+    assert torch.autograd.gradcheck(fused, (x, a, b))
+
+
+def test_layers_need_not_keep_what_a_norm_has_made() -> None:
+    base = build("Llama", GROUPED | {"num_hidden_layers": 1})
+    targets = [f"model.layers.0.self_attn.{each}_proj" for each in "qkv"]
+    model = adapt(base, Adapter(r=2), targets, fused=True)
+    layers = [model.get_submodule(f"base_model.model.{each}") for each in targets]
+    for layer in layers:
+        nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(1, 7, 32, requires_grad=True)
+    y = normed(x, torch.rand(32), 0.1)
+    kept: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    gradients = []
+    for given in (y, y.clone()):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outputs = side_by_side(layers, given)
+        assert (given.data_ptr() in kept) == (given is not y)
+        trained = [x, *(weight for weight in model.parameters() if weight.requires_grad)]
+        gradients.append(torch.autograd.grad(sum(each.sum() for each in outputs), trained, retain_graph=True))
+    torch.testing.assert_close(*gradients)
+    assert made_of(y) is not None
+    y.mul_(2)
+    assert made_of(y) is None, "it is no longer what it was made to be"
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -485,7 +537,7 @@ def test_fused_lora_in_16_bits_is_the_formula_to_its_rounding(device: str) -> No
     x, a, b, weight, along = (torch.randn(*size, generator=draw).to(device) for size in sizes)
     leaves = [x.bfloat16().requires_grad_(), a.requires_grad_(), b.requires_grad_()]
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    y = LoraProducts.apply(leaves[0], None, (Kind(0.7, False, None),), weight.bfloat16(), None, *leaves[1:])[0]
+    y = LoraProducts.apply(leaves[0], None, None, (Kind(0.7, False, None),), weight.bfloat16(), None, *leaves[1:])[0]
     wanted = exact[0] @ weight.bfloat16().double().T + 0.7 * exact[0] @ exact[1].T @ exact[2].T
     assert float((y.detach() - wanted.detach()).norm() / wanted.detach().norm()) < 0.01
     y.backward(along.bfloat16())

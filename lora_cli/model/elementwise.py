@@ -85,13 +85,18 @@ class FrozenRMSNorm(nn.Module):
             if self.weight.requires_grad:
                 return self.weight * rms_norm(x, self.weight.shape, eps=self.eps)
             if x.is_cuda and x.dtype == self.weight.dtype:
-                return rms_norm(x, self.weight.shape, self.weight, self.eps)  # one kernel each way
+                return normed(x, self.weight, self.eps)  # one kernel each way
             y = Normalize.apply(x, self.weight, self.eps, self.formula)  # type: ignore[no-untyped-call]
             return cast("torch.Tensor", y).view(x.shape)
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) up(x)); the layers are those of the module that it stands for."""
+    """down(silu(gate(x)) up(x)); the layers are those of the module that it stands for.
+
+    Of more than ``at_once`` tokens, where that is set, part by part; the backward pass makes each part again.
+    """
+
+    at_once: int | None = None
 
     def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.model.gate import Gate, gated
 from lora_cli.model.layers import widths
 from lora_cli.model.lora_products import Kind, LoraProducts
+from lora_cli.model.normed import made_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -43,8 +44,9 @@ def together(
     tensors = (tensor for _, its in parts for tensor in its)
     places = x.shape[:-1]
     rows, gates = (None if each is None else each.to(dtype).reshape(-1, each.shape[-1]) for each in (x, gate))
+    source = made_of(x) if gate is None and x.dtype == dtype else None
     with torch.autocast(device, enabled=False):
-        results = LoraProducts.apply(rows, gates, kinds, *tensors)  # type: ignore[no-untyped-call]
+        results = LoraProducts.apply(rows, gates, source, kinds, *tensors)  # type: ignore[no-untyped-call]
     # Not within the function: its views of what it returns could not be written to, as some models do.
     return tuple(y.view(*places, y.shape[1]) for y in results)
 

@@ -17,6 +17,7 @@ import torch
 
 from lora_cli.model.gate import gated, gated_slopes
 from lora_cli.model.linear4bit import expand
+from lora_cli.model.normed import Normed
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,12 @@ class LoraProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, gate: torch.Tensor | None, kinds: tuple[Kind, ...], *tensors: torch.Tensor
+        ctx: Any,
+        x: torch.Tensor,
+        gate: torch.Tensor | None,
+        source: Normed | None,
+        kinds: tuple[Kind, ...],
+        *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         weights, biases, a, b = (tensors[number::4] for number in range(4))
         rows = x if gate is None else gated(gate, x)
@@ -53,14 +59,16 @@ class LoraProducts(torch.autograd.Function):
             for weight, kind, low, narrow, bias in zip(weights, kinds, lows, b_low, biases, strict=True)
         )
         scales = [None if kind.state is None else kind.state.absmax for kind in kinds]
-        kept = x if gate is not None else rows if down.numel() else None
-        ctx.save_for_backward(kept, gate, down, a_low, *b_low, *weights, *scales)
+        kept = x if gate is not None else rows if source is None and down.numel() else None
+        origin = (None, None) if source is None else (source.x, source.weight)
+        ctx.save_for_backward(kept, gate, *origin, down, a_low, *b_low, *weights, *scales)
+        ctx.eps = None if source is None else source.eps
         ctx.kinds, ctx.dtypes = [_with(kind, None) for kind in kinds], [each.dtype for each in (*a, *b)]
         return ys
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, gate, down, a_low, *others = ctx.saved_tensors
+        x, gate, source, norm, down, a_low, *others = ctx.saved_tensors
         count = len(grads)
         b_low, weights, scales = others[:count], others[count : 2 * count], others[2 * count :]
         ranks = [b.shape[1] for b in b_low]
@@ -68,6 +76,8 @@ class LoraProducts(torch.autograd.Function):
         up = _joined([_product(g, b, kind.scaling) for g, b, kind in zip(grads, b_low, kinds, strict=True)], dim=1)
         adapters: list[torch.Tensor | None] = [None] * (2 * count)
         if up.numel():
+            if ctx.eps is not None:
+                x = Normed(source, norm, ctx.eps).make().flatten(0, -2)
             rows = x if gate is None else gated(gate, x)
             grads_a = torch.split(up.T @ rows, ranks)
             del rows
@@ -84,7 +94,7 @@ class LoraProducts(torch.autograd.Function):
             if gate is not None:
                 grad_gate, grad_x = gated_slopes(gate, x, grad_x)
         of_layers = [(None, None, *both) for both in zip(adapters[:count], adapters[count:], strict=True)]
-        return grad_x, grad_gate, None, *chain.from_iterable(of_layers)
+        return grad_x, grad_gate, None, None, *chain.from_iterable(of_layers)
 
 
 def _joined(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
