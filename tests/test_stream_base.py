@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WIDTH, done
+from conftest import WIDTH, Run, done
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from lora_cli.errors import RunError
+from lora_cli.model.elementwise import Gate
 from lora_cli.model.memory import activation_bytes
 from lora_cli.recipe.load import load_recipe
 from lora_cli.training import setup, step
@@ -382,6 +383,34 @@ def test_offloaded_activations(write_recipe: Any, lora: Any, tmp_path: Path, mon
     widths = [shape[-1] for shape in kept if len(shape) == 3]
     assert widths.count(WIDTH) >= 4 * 2 * 2, "steps x batches x layers"
     assert max(widths) == WIDTH, "an MLP's inner activations are recomputed, not kept"
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_offloading_takes_mlps_in_parts(
+    streams: bool, write_recipe: Any, lora: Any, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a long row what an MLP computes is there for so many tokens at a time, and the run is the same."""
+    monkeypatch.setattr(setup, "MLP_TOKENS", 8)
+    tokens: list[int] = []
+    original = Gate.apply
+
+    def watched(gate: torch.Tensor, *others: Any) -> torch.Tensor:
+        tokens.append(gate.shape[:-1].numel())
+        product: torch.Tensor = original(gate, *others)
+        return product
+
+    monkeypatch.setattr(Gate, "apply", watched)
+    runs, most = [], []
+    for value in (True, "offload"):
+        tokens.clear()
+        changes = {"training.gradient_checkpointing": value, "training.output_dir": tmp_path / str(value)}
+        changes |= {"model.name_or_path": tiny_llama, "adapter.target_modules": "all-linear"}
+        done(lora("train", write_recipe(changes | {"training.stream_base": streams})))
+        runs.append(Run(tmp_path / str(value)))
+        most.append(max(tokens))
+    assert most[0] > 8 == most[1]
+    assert runs[1].losses == pytest.approx(runs[0].losses, rel=1e-5)
+    assert runs[1].column("grad_norm") == pytest.approx(runs[0].column("grad_norm"), rel=1e-4)
 
 
 @pytest.mark.parametrize(

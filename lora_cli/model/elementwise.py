@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 from torch.nn.functional import rms_norm
+from torch.utils.checkpoint import checkpoint
 
 from lora_cli.model.fused_lora import Fused, side_by_side
 from lora_cli.model.gate import GATED, Formula, Gate, vectors
 from lora_cli.model.layers import CANNOT
+from lora_cli.model.normed import normed
 from lora_cli.model.rotary import in_one_function, rotary_width
 
 if TYPE_CHECKING:
@@ -104,6 +106,11 @@ class GatedMLP(nn.Module):
         self.formula = GATED
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(0, -2)
+        if self.at_once is not None and len(rows) > self.at_once:
+            # As a module, hooks and all: weights that come and go do so for each part.
+            parts = (checkpoint(self, part, use_reentrant=False) for part in torch.split(rows, self.at_once))
+            return torch.cat(list(parts)).view(x.shape)
         gate, up = side_by_side((self.gate_proj, self.up_proj), x)
         if gate.is_cuda and isinstance(self.down_proj, Fused):  # a processor takes too long to make the product twice
             return cast("torch.Tensor", self.down_proj(up, gate=gate))
@@ -126,6 +133,14 @@ def fuse(model: PreTrainedModel) -> None:
             model.set_submodule(name, GatedMLP(*(module.get_submodule(each) for each in PROJECTIONS)))
         elif width is not None and (attention := in_one_function(module, width)) is not None:
             model.set_submodule(name, attention)
+
+
+def split_mlps(model: nn.Module, at_once: int) -> None:
+    """Have the gated MLPs which ``fuse`` has put in place take so many tokens at a time: for long rows, of which what
+    an MLP computes takes several times the memory of all else in a layer."""
+    for module in model.modules():
+        if isinstance(module, GatedMLP):
+            module.at_once = at_once
 
 
 def widths(model: nn.Module) -> list[int]:

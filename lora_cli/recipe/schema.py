@@ -233,9 +233,9 @@ class Training(Section):
     )
     gradient_checkpointing: bool | Literal["auto", "offload"] = Field(
         "auto",
-        description="Recompute activations in the backward pass: less memory, about a fifth slower. offload: and keep "
-        "the layers' inputs in host memory meanwhile (on a processor the same as true). auto: each when the "
-        "activations would not fit without.",
+        description="Recompute activations in the backward pass: less memory, about a fifth slower. offload: keep the "
+        "layers' inputs in host memory meanwhile as well, and take gated MLPs 16,384 tokens at a time, for the longest "
+        "rows. auto: each when the activations would not fit without.",
     )
     stream_base: bool | Literal["auto"] = Field(
         "auto",

@@ -18,7 +18,7 @@ from lora_cli.evaluation.head import Head, frozen_head
 from lora_cli.evaluation.loss import evaluating, lay_end_to_end
 from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameters
 from lora_cli.model.base import best_device, load_base, longrope_bounds, resolve_compute_dtype, resolve_dtype
-from lora_cli.model.elementwise import fuse
+from lora_cli.model.elementwise import fuse, split_mlps
 from lora_cli.model.memory import activation_bytes, free_bytes, keep_freed_memory
 from lora_cli.training.batch_size import SHARE, recompute_activations, resolve_batch_size
 from lora_cli.training.display import Display
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from lora_cli.training.hidden_states import HiddenStates
 
 
+MLP_TOKENS = 2**14
+"""Tokens that an MLP takes at a time where memory is short: so many that expanding its weights for each part of a row
+takes little of the time."""
 SMALL = 2**20
 """Bytes of the largest tensor whose memory is kept when freed while layers' weights come and go."""
 
@@ -110,6 +113,8 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     checkpointing = choose_checkpointing(job, schedule, dtype, accelerator.device, head is None)
     if checkpointing or sources:
         recompute_activations(model)
+    if checkpointing == "offload":
+        split_mlps(model, MLP_TOKENS)
     total = schedule.total_steps(recipe.training.num_train_epochs, recipe.training.max_steps)
     check_warmup(recipe.training, total)
     tokens = job.train.examples.tokens * total / schedule.steps_in(0) / accelerator.num_processes
