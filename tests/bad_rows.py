@@ -313,6 +313,11 @@ def alpaca_with_earlier_turns(w: World) -> Arguments:
     return w.train(data=w.rows(row, row | {"history": [["Hi", "Hello"]]}))
 
 
+@case("rows.jsonl:2", "column 'system' is not empty", "prompt_completion has no place for it", "say data.format: chat")
+def question_with_a_system_prompt(w: World) -> Arguments:
+    return w.train(data=w.rows(ROW | {"system": ""}, ROW | {"system": "Be kind."}))
+
+
 @case("data/b.jsonl:1", "looks like prompt_completion", "first row is read as alpaca", "a part of their own")
 def a_folder_of_two_formats(w: World) -> Arguments:
     w.file("data/a.jsonl", '{"instruction": "Add", "output": "2"}\n')

@@ -20,7 +20,8 @@ from lora_cli.data.audit import Report, audit
 from lora_cli.data.examples import Examples, Fitted, fit, join_pieces
 from lora_cli.data.sources import Row
 from lora_cli.data.tokenize import tokenize_rows
-from lora_cli.recipe.schema import Data
+from lora_cli.recipe.schema import Data, Template
+from lora_cli.training.prepare import data_faults
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -113,6 +114,43 @@ def test_copies_and_leaks_agree_with_counting_tuples(
     assert report.duplicates == sum(count - 1 for count in Counter(map(tuple, train)).values())
     seen = {tuple(token for token, _ in row) for row in train}
     assert report.validation_in_train == sum(tuple(token for token, _ in row) in seen for row in held_out)
+
+
+# Columns.
+
+
+def test_columns_that_are_not_read_are_told(write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None) -> None:
+    row = {"prompt": "Why?", "completion": "Because.", "\x1b[2J": "x", "a": "1", "b": [0], "url": ""}
+    write_rows(tmp_path / "rows.jsonl", [row])
+    write_rows(tmp_path / "held_out.jsonl", [{"text": "Why?", "c": 1}])
+    files = {"data.train": tmp_path / "rows.jsonl", "data.validation": tmp_path / "held_out.jsonl"}
+    result = done(lora("train", write_recipe(files | {"training.max_steps": 1})))
+    told = r"columns of the rows that are not read: \x1b[2J, a, b, c"
+    assert f"{told}\n" in result.stderr
+    assert told in (tmp_path / "run" / "train.log").read_text()
+    write_rows(tmp_path / "rows.jsonl", [row, row | {"d": "x", "e": "x", "topic": 1}])
+    result = done(lora("train", write_recipe(files | {"training.max_steps": 1}), "--overwrite"))
+    assert f"{told}, d and 2 more\n" in result.stderr
+
+
+def test_nothing_is_told_when_every_column_is_read(tmp_path: Path) -> None:
+    unread: set[str] = set()
+    rows = {
+        "chat": chat("Who?", "I.") | {"system": "Be kind.", "tools": [{"name": "clock"}], "url": ""},
+        "alpaca": {"instruction": "Add", "input": "1 1", "output": "2", "system": "", "history": None},
+        "qa": {"question": "Why?", "answer": "Because."},
+        "text": {"text": "Why?"},
+    }
+    for name, row in rows.items():
+        data = Data(train=write_rows(tmp_path / f"{name}.jsonl", [row]))
+        assert data_faults(data, unread) == []
+    patterns = {"prompt": "{system}{question}", "completion": "{answer}"}
+    write_rows(tmp_path / "qa.jsonl", [rows["qa"] | {"system": "Be kind."}])
+    assert data_faults(Data(train=str(tmp_path / "qa.jsonl"), template=Template(**patterns)), unread) == []
+    assert unread == set()
+    write_rows(tmp_path / "chat.jsonl", [rows["chat"] | rows["qa"]])
+    assert data_faults(Data(train=str(tmp_path / "chat.jsonl")), unread) == []
+    assert unread == {"question", "answer"}
 
 
 # Ends.

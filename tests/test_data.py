@@ -167,7 +167,7 @@ def test_a_byte_that_is_not_utf8_is_named_by_its_line(suffix: str, header: str, 
 def test_a_csv_of_another_kind_gets_a_hint(mark: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text(f"question{mark}answer\nWhy, then?{mark}Because.\n")
-    (fault,) = row_faults(Data(train=str(path)), sources_of(str(path)), set())
+    (fault,) = row_faults(Data(train=str(path)), sources_of(str(path)), set(), set())
     assert fault.where == f"{path}:1" and name in fault.what
     assert fault.hint == "save the file with commas between columns"
 
@@ -252,7 +252,7 @@ def test_any_bytes_are_rows_or_told(suffix: str, content: bytes, tmp_path: Path)
                 assert item.where
     except UserError as error:
         assert all(fault.where for fault in error.faults)
-    row_faults(Data(train=str(path)), sources_of(str(path)), set())
+    row_faults(Data(train=str(path)), sources_of(str(path)), set(), set())
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -419,7 +419,7 @@ def test_each_source_of_a_mixture_has_its_own_format(tokenizer: Any, tmp_path: P
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = CHATML
     data = Data(train=tuple(str(tmp_path / f"{name}.jsonl") for name in "abc"))
-    assert row_faults(data, sources_of(data.train), set()) == []
+    assert row_faults(data, sources_of(data.train), set(), set()) == []
     examples = tokenize(data, sources_of(data.train), chatty)
     assert examples.format == "prompt_completion+chat+text"
     assert examples.source.tolist() == [0, 0, 1, 2, 2]
@@ -434,7 +434,7 @@ def test_a_source_of_no_known_format_is_told_once_and_the_others_are_read(tmp_pa
     write_jsonl(tmp_path / "a.jsonl", {"x": 1}, {"x": 2})
     write_jsonl(tmp_path / "b.jsonl", QA, {"question": "Why?", "answer": 3})
     data = Data(train=(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")))
-    faults = row_faults(data, sources_of(data.train), set())
+    faults = row_faults(data, sources_of(data.train), set(), set())
     assert [fault.where for fault in faults] == [f"{tmp_path / 'a.jsonl'}:1", f"{tmp_path / 'b.jsonl'}:2"]
 
 

@@ -233,7 +233,7 @@ DATA = (
 
 def read_or_refuse(path: Path, content: bytes, data: Data) -> None:
     path.write_bytes(content)
-    if faults := row_faults(data, [Source(path=str(path))], set()):
+    if faults := row_faults(data, [Source(path=str(path))], set(), set()):
         assert len(faults) <= 11
         told_well(faults)
         assert all(str(path) in fault.where for fault in faults if fault.where)

@@ -122,7 +122,7 @@ def test_tools_that_are_none_are_told(tools: Any, says: str) -> None:
 def test_tools_are_told_by_their_rows_before_a_model_is_read(tmp_path: Path) -> None:
     rows = [{"messages": ASKED, "tools": tools} for tools in ([CLOCK], "clock", 3)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    faults = row_faults(Data(train=path), sources_of(path), set())
+    faults = row_faults(Data(train=path), sources_of(path), set(), set())
     assert [fault.where for fault in faults] == [f"{path}:2: tools", f"{path}:3: tools"]
 
 

@@ -35,7 +35,7 @@ def check(data: Data) -> None:
     """Raises UserError with every fault in the rows, before a model is looked at."""
     from lora_cli.training.prepare import data_faults
 
-    faults = data_faults(data)
+    faults = data_faults(data, set())
     if faults:
         raise UserError(faults)
 

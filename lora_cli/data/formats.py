@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_cli.data.readers import kind_of
@@ -31,14 +31,18 @@ MAX_FAULTS = 10
 
 @dataclass(frozen=True)
 class Columns:
-    """Reads a row's columns under the names a format uses."""
+    """Reads a row's columns under the names a format uses; ``read`` are those that were asked for and are there."""
 
     row: Row
     data: Data
+    read: set[str] = field(default_factory=set)
 
     def column(self, name: str) -> str | None:
         """The row's column that stands for ``name``, or None."""
-        return next((c for c in self._names(name) if c in self.row.columns), None)
+        column = next((c for c in self._names(name) if c in self.row.columns), None)
+        if column is not None:
+            self.read.add(column)
+        return column
 
     def _names(self, name: str) -> tuple[str, ...]:
         return (self.data.columns[name],) if name in self.data.columns else ALIASES.get(name, (name,))
@@ -91,19 +95,25 @@ def text(row: Columns) -> Content:
 
 def prompt_completion(row: Columns) -> Content:
     """A prompt and a completion, joined as they stand."""
+    _check_place(row, "prompt_completion", "say data.format: chat, which reads 'system', or ")
     return ((row.text("prompt"), False), (row.text("completion"), True))
 
 
 def alpaca(row: Columns) -> Content:
     """Stanford Alpaca's columns under its three headings; an empty input leaves its heading out."""
-    unread = {"system", "history"} - set(row.data.columns.values())
-    if lost := next((name for name in sorted(unread) if row.row.columns.get(name)), None):
-        hint = "lay rows out by data.template, which may name {system}, or give them as messages"
-        raise UserError(f"column '{lost}' is not empty, and alpaca has no place for it", row.row.where, hint)
+    _check_place(row, "alpaca")
     extra = row.text("input", default="")
     middle = f"### Input:\n{extra}\n\n" if extra else ""
     prompt = f"### Instruction:\n{row.text('instruction')}\n\n{middle}### Response:\n"
     return ((prompt, False), (row.text("output"), True))
+
+
+def _check_place(row: Columns, format_name: str, way: str = "") -> None:
+    """Raises UserError for what belongs before the prompt, where the format has no place for it."""
+    unread = {"system", "history"} - set(row.data.columns.values())
+    if lost := next((name for name in sorted(unread) if row.row.columns.get(name)), None):
+        hint = f"{way}lay rows out by data.template, which may name {{system}}, or give them as messages"
+        raise UserError(f"column '{lost}' is not empty, and {format_name} has no place for it", row.row.where, hint)
 
 
 def chat(row: Columns) -> Content:
@@ -270,9 +280,9 @@ def _of_another_format(row: Row, format_name: str, data: Data) -> list[Fault]:
     return [Fault(f"looks like {own}, but its source's first row is read as {format_name}", row.where, hint)]
 
 
-def row_faults(data: Data, sources: Iterable[Source], seen: set[str]) -> list[Fault]:
+def row_faults(data: Data, sources: Iterable[Source], seen: set[str], unread: set[str]) -> list[Fault]:
     """Read every row as training will, without tokenizing: up to ten rows that are wrong, by file and line. The names
-    of all columns are added to ``seen``."""
+    of all columns are added to ``seen``, of those that hold something which is not read to ``unread``."""
     faults: list[Fault] = []
     formats: dict[int, str] = {}
     try:
@@ -286,7 +296,9 @@ def row_faults(data: Data, sources: Iterable[Source], seen: set[str]) -> list[Fa
                         formats[item.source] = ""  # told once, if it is not known
                         formats[item.source] = detect(item, data)
                     if formats[item.source]:
-                        read_content(item, formats[item.source], data)
+                        columns = Columns(item, data)
+                        FORMATS[formats[item.source]].read(columns)
+                        unread.update(c for c in item.columns.keys() - columns.read - unread if item.columns[c])
                 except UserError as error:
                     faults.extend(_of_another_format(item, formats[item.source], data) or error.faults)
             if len(faults) >= MAX_FAULTS:

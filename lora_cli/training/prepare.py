@@ -40,8 +40,8 @@ FLASH_PACKAGES = ("flash_attn", "flash_attn_interface", "kernels")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has passed every check; ``resume`` says whether there is one to go on with, ``tokenized`` are the rows
-    as they are still to be published."""
+    """A run that has passed every check; ``resume`` says whether there is one to go on with, ``unread`` are the rows'
+    columns that no format reads, ``tokenized`` the rows as they are still to be published."""
 
     recipe: Recipe
     resume: bool
@@ -55,6 +55,7 @@ class Prepared:
     max_length: int
     train: Fitted
     validation: Examples | None
+    unread: list[str]
     report: Report
     tokenized: list[Cached]
     cache_keys: frozenset[str]
@@ -67,7 +68,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     goes_on = resume and folder.is_begun
     if goes_on:
         recipe = as_begun(recipe, folder.read_recipe())
-    _check_without_torch(recipe, folder, resume, overwrite)
+    unread = _check_without_torch(recipe, folder, resume, overwrite)
 
     from lora_cli.data.examples import check_ids
     from lora_cli.model.base import load_config, load_tokenizer, max_positions
@@ -100,6 +101,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
         max_length=max_length,
         train=train,
         validation=validation,
+        unread=unread,
         report=report,
         tokenized=tokenized,
         cache_keys=frozenset(part.key for part in tokenized),
@@ -107,8 +109,10 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     )
 
 
-def _check_without_torch(recipe: Recipe, folder: RunFolder, resume: bool, overwrite: bool) -> None:
+def _check_without_torch(recipe: Recipe, folder: RunFolder, resume: bool, overwrite: bool) -> list[str]:
+    """The columns of the rows that are not read. Raises UserError."""
     faults: list[Fault] = []
+    unread: set[str] = set()
 
     def collect(check: Callable[[], object]) -> None:
         try:
@@ -121,9 +125,10 @@ def _check_without_torch(recipe: Recipe, folder: RunFolder, resume: bool, overwr
     collect(lambda: _check_model(recipe))
     faults += _package_faults(recipe)
     faults += _deepspeed_faults(recipe)
-    faults += data_faults(recipe.data, every_column=True)
+    faults += data_faults(recipe.data, unread, every_column=True)
     if faults:
         raise UserError(faults)
+    return sorted(unread)
 
 
 def _package_faults(recipe: Recipe) -> Iterator[Fault]:
@@ -233,14 +238,15 @@ def _targets(recipe: Recipe, base: Path, config: PreTrainedConfig) -> list[Targe
     return targets
 
 
-def data_faults(data: Data, every_column: bool = False) -> list[Fault]:
-    """Every fault in the data section and its rows; with ``every_column`` a column that no row has is one."""
+def data_faults(data: Data, unread: set[str], every_column: bool = False) -> list[Fault]:
+    """Every fault in the data section and its rows; with ``every_column`` a column that no row has is one. Columns that
+    are not read are added to ``unread``."""
     faults = [*(pattern_faults(data.template) if data.template else []), *column_faults(data)]
     seen: set[str] = set()
     for spec in (data.train, data.validation):
         if spec is not None and not isinstance(spec, float):
             sources = sources_of(spec)
-            faults += source_faults(sources) or ([] if faults else row_faults(data, sources, seen))
+            faults += source_faults(sources) or ([] if faults else row_faults(data, sources, seen, unread))
     return faults or (unseen_faults(data, seen) if every_column else [])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_cli.errors import counted
+from lora_cli.errors import Fault, counted
 from lora_cli.evaluation.loss import Score
 from lora_cli.model.base import resolve_compute_dtype
 from lora_cli.model.targets import describe
@@ -78,6 +78,9 @@ def tell_rows(job: Prepared, display: Display) -> None:
     if report.bos_doubled:
         told = counted(report.bos_doubled, "row begins", "rows begin")
         display.note(f"{told} with two BOS: the text or the chat template writes one too many", warning=True)
+    if job.unread:
+        more = f" and {len(job.unread) - 5:,} more" if len(job.unread) > 5 else ""
+        display.note(str(Fault(f"columns of the rows that are not read: {', '.join(job.unread[:5])}{more}")))
     for note in report.template_notes:
         display.note(note)
 
