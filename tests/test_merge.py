@@ -292,6 +292,37 @@ def test_weights_that_the_disk_does_not_give_are_told_by_their_file(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+OF_ADAPTER = ("adapter_config.json", "provenance.json")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json", *OF_ADAPTER],
+)
+def test_a_file_that_the_system_cannot_read_is_not_told_as_damaged(
+    name: str, tiny_gpt2: Path, tmp_path: Path, lora: Any, write_recipe: Any
+) -> None:
+    base, adapter = shutil.copytree(tiny_gpt2, tmp_path / "base"), tmp_path / "found" / "adapter"
+    of_adapter = name in OF_ADAPTER
+    if of_adapter:
+        make_adapter("gpt2", base, adapter)
+    if name.endswith(".index.json"):
+        (base / "model.safetensors").unlink()
+    file = (adapter if of_adapter else base) / name
+    file.unlink(missing_ok=True)
+    file.symlink_to("/proc/self/mem")  # nothing is mapped where it begins: to read there is an error of the system
+    recipe = write_recipe({"model.name_or_path": base})
+    result = lora(*(("merge", adapter, "--out", tmp_path / "out") if of_adapter else ("train", recipe)))
+    assert result.exit_code == 3, result.stderr
+    told = file.parent if name == "tokenizer.json" else file
+    assert f"error: {told}: could not be read: Input/output error\n    what was whole" in result.stderr
+    if name == "adapter_config.json":
+        make_adapter("gpt2", base, tmp_path / "found" / "other")
+        listed = done(lora("adapters", "list", tmp_path / "found", "--json")).json
+        assert [entry["path"] for entry in listed["adapters"]] == [str(tmp_path / "found" / "other")]
+        assert [str(file) in told for told in listed["warnings"]] == [True]
+
+
 def test_what_is_written_is_on_the_disk_before_it_gets_its_name(
     tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: Any
 ) -> None:

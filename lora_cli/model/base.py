@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from lora_cli.cores import usable_cores
-from lora_cli.errors import UserError
+from lora_cli.errors import UserError, unreadable
 from lora_cli.model.files import check_tokenizer, hub_kernels, own_code, read_config, stored_quantization, unknown_type
 from lora_cli.model.linear4bit import compute_right
 from lora_cli.model.memory import is_out_of_memory
@@ -57,6 +57,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's own; Transformers gives its own no number
+            raise unreadable(Path(error.filename or folder), error) from error
         file = "tokenizer_config.json"
         own = ", ".join(own_code(read_config(folder, file))) if (folder / file).is_file() else ""
         if own:

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import UserError, is_pointer, mend, nearest
+from lora_cli.errors import UserError, is_pointer, mend, nearest, reading
 
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 TOKENIZER_FILES = ["tokenizer.json", "*.model", "vocab.*", "tekken.json"]
@@ -77,7 +77,8 @@ def check_tokenizer(folder: Path, chat: bool = False) -> None:
         if is_pointer(path):
             raise UserError("not the file itself", str(path), mend(path))
     config = folder / "tokenizer_config.json"
-    inside = config.is_file() and b'"chat_template"' in config.read_bytes()
+    with reading(config):
+        inside = config.is_file() and b'"chat_template"' in config.read_bytes()
     if chat and not inside and not any((folder / f"chat_template.{kind}").is_file() for kind in ("jinja", "json")):
         raise UserError("the tokenizer has no chat template, which format: chat needs", str(folder), NO_TEMPLATE)
 
@@ -97,11 +98,13 @@ def copy_tokenizer(folder: Path, to: Path) -> None:
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """A model's config.json, or another of its files. Raises UserError when it is not readable."""
+    """A model's config.json, or another of its files. Raises UserError when it is missing or damaged, RunError when it
+    cannot be read, which may pass."""
     path = folder / name
     try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        with reading(path):
+            config: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"not readable: {error}", str(path), mend(path)) from error
     if not isinstance(config, dict):
         raise UserError("not a model configuration", str(path), "it must be one JSON object")

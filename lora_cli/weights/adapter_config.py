@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import Fault, UserError, mend
+from lora_cli.errors import Fault, UserError, mend, reading
 from lora_cli.model.files import nearest_folder
 from lora_cli.weights.shards import pickled
 
@@ -38,13 +38,15 @@ CONVERT = (
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The adapter's ``adapter_config.json``. Raises UserError when the folder holds no readable adapter."""
+    """The adapter's ``adapter_config.json``. Raises UserError when the folder holds no readable adapter,
+    RunError when the file cannot be read, which may pass."""
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         hint = "give a run or an adapter folder" if folder.exists() else nearest_folder(folder)
         raise UserError("no adapter here (no adapter_config.json)", str(folder), hint)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        with reading(path):
+            config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"not readable: {error}", str(path), mend(path)) from error
     if not isinstance(config, dict) or "peft_type" not in config:

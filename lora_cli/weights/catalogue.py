@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import Fault, UserError
+from lora_cli.errors import Fault, LoraError, UserError
 from lora_cli.model.files import locate
 from lora_cli.weights.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, read_adapter_config
 from lora_cli.weights.fingerprint import fingerprint
@@ -58,7 +58,7 @@ def find_adapters(folder: Path) -> tuple[list[Entry], list[Fault]]:
         if ADAPTER_CONFIG in files:
             try:
                 entries.append(describe(Path(place)))
-            except UserError as error:
+            except LoraError as error:
                 faults.extend(error.faults)
     return entries, faults
 
@@ -108,7 +108,7 @@ def base_state(folder: Path) -> str:
     stored = read_record(folder).get("base", {}).get("fingerprint")
     try:
         found = fingerprint(locate(place))
-    except UserError:
+    except LoraError:
         return "not readable"
     return "changed" if stored and found != stored else "there"
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lora_cli.errors import Fault, UserError, alike
+from lora_cli.errors import Fault, LoraError, UserError, alike
 from lora_cli.weights.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -78,7 +78,7 @@ def base_of(folder: Path) -> Base:
         return Base(name, stored)
     try:
         return Base(place, stored or fingerprint(Path(place)))
-    except UserError:
+    except LoraError:
         return Base(place, None)
 
 

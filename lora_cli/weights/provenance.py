@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 from pydantic import ValidationError
 
 from lora_cli import __version__
-from lora_cli.errors import Fault, UserError
+from lora_cli.errors import Fault, UserError, reading
 from lora_cli.model.files import locate
 from lora_cli.recipe.explain import dotted_keys
 from lora_cli.recipe.schema import Recipe
@@ -126,7 +126,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     """provenance.json of an adapter or of a model made from one; empty when there is none. Raises UserError."""
     path = folder / PROVENANCE
     try:
-        record: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        with reading(path):
+            record: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise UserError(f"not readable: {error}", str(path), WITHOUT) from error
     if not _is_record(record):

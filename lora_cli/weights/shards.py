@@ -124,7 +124,8 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            with reading(index):
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             if not names or any(Path(name).name != name for name in names):
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
