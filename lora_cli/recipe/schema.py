@@ -65,7 +65,7 @@ class Adapter(Section):
 
     method: Literal["lora"] = Field("lora", description="Kind of adapter: lora (arXiv:2106.09685).")
     r: Positive = Field(16, description="Rank of the update BA.")
-    lora_alpha: float = Field(32, gt=0, description="The update is scaled by lora_alpha / r.")
+    lora_alpha: float = Field(32, gt=0, le=1_000_000, description="The update is scaled by lora_alpha / r.")
     lora_dropout: Fraction = Field(0.0, description="Dropout on the adapter's input while training.")
     target_modules: Text | Annotated[tuple[Text, ...], Field(min_length=1)] = Field(
         "attention",
@@ -98,6 +98,7 @@ class Source(Section):
     weight: float = Field(
         1.0,
         gt=0,
+        le=100_000,
         description="How often an epoch passes over this source: 2 takes each row twice, 0.5 half of them. In "
         "data.validation each row counts once whatever is said here.",
     )
