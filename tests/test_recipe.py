@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -422,6 +423,14 @@ def test_an_unreadable_file() -> None:
             "in brackets it is a list: [5]",
         ),
         ("adapter", "lora_r: 8", "8:3", "adapter.lora_r: unknown key", "here it is adapter.r"),
+        ("adapter", "type: lora", "8:3", "adapter.type: unknown key", "here it is adapter.method"),
+        (
+            "training",
+            "per_device_eval_batch_size: 4",
+            "6:3",
+            "training.per_device_eval_batch_size: unknown key",
+            "here it is training.per_device_train_batch_size, for validation as well",
+        ),
         (
             "training",
             "report_to: [wand]",
@@ -544,6 +553,9 @@ def test_a_wrong_key_or_value(section: str, line: str, where: str, what: str, hi
         ("zzz: 1", "known: adapter, base, data, model, quantization, training"),
         ("zzz:", "known: adapter, base, data, model, quantization, training"),
         ("load_in_4bit: true", "here it is quantization.method: nf4"),
+        ("load_in_4bit: false", "leave it out: true is quantization.method: nf4 here"),
+        ("bf16:", "leave it out: true is model.dtype: bfloat16 here"),
+        ("sample_packing: false", "here it is data.packing"),
         ("sequence_len: 512", "here it is data.max_length"),
     ],
 )
@@ -553,7 +565,7 @@ def test_unknown_top_level_keys(line: str, hint: str) -> None:
 
 
 def test_what_is_told_for_a_peers_key_is_a_key_here() -> None:
-    homes = {here.partition(":")[0] for here in WRITTEN_HERE.values()}
+    homes = {re.split("[:,]", here)[0] for here in WRITTEN_HERE.values()}
     assert homes <= set(dotted_keys())
 
 

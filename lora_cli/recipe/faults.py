@@ -45,7 +45,7 @@ def tell_errors(error: ValidationError, root: Node, faults: Faults, complete: bo
             continue
         match detail["type"]:
             case "extra_forbidden":
-                faults.add(node.key or node.place, f"{_dotted(path)}: unknown key", _where_it_belongs(path))
+                faults.add(node.key or node.place, f"{_dotted(path)}: unknown key", _where_it_belongs(path, node.value))
             case "missing":
                 if complete:
                     _tell_missing(path, node, faults)
@@ -98,7 +98,7 @@ def _shown(key: str) -> str:
     return key if key.isprintable() and key and len(key) <= 60 else brief(key)
 
 
-def _where_it_belongs(path: KeyPath) -> str | None:
+def _where_it_belongs(path: KeyPath, value: object) -> str | None:
     *section, key = path
     if section == [] and key == "base":
         return "base is written in the recipe's file"
@@ -107,7 +107,8 @@ def _where_it_belongs(path: KeyPath) -> str | None:
     if homes:
         return f"{name} belongs in {' or '.join(home.partition('.')[0] for home in homes)}: write {' or '.join(homes)}"
     if own := written_here(str(path[0]), name):
-        return f"here it is {own}"
+        left_out = value in (False, None) and ": " in own
+        return f"leave it out: true is {own} here" if left_out else f"here it is {own}"
     here = names_at(section) if section else ("base", *names_at(section))
     if not get_close_matches(name, here):
         elsewhere = {home.partition(".")[2]: home for home in dotted_keys()}
