@@ -299,6 +299,21 @@ def adapter_with_a_foreign_tensor(w: World) -> Arguments:
     return ["merge", "run", "--out", "out"]
 
 
+@case("run/adapter: tensor else is none of a LoRA adapter's")
+def adapter_with_a_tensor_of_no_module(w: World) -> Arguments:
+    w.run()
+    w.tensors(WEIGHTS, lambda tensors: tensors.update({"else": next(iter(tensors.values())).clone()}))
+    return ["merge", "run", "--out", "out"]
+
+
+@case("run/adapter: tensor else stands in place of the base's")
+def a_difference_from_an_adapter_with_a_tensor_of_no_module(w: World) -> Arguments:
+    adapter_with_a_tensor_of_no_module.arguments(w)
+    w.edit_json("run/adapter/adapter_config.json", modules_to_save=["else"])
+    shutil.copytree(w.root / "run/adapter", w.root / "other")
+    return ["adapters", "diff", "run", "other"]
+
+
 @case("run/adapter", "no LoRA tensors")
 def adapter_without_a_lora_tensor(w: World) -> Arguments:
     w.run()

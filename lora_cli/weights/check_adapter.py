@@ -113,7 +113,7 @@ def _unexpected(config: Mapping[str, Any], folder: Path, halves: Halves) -> Iter
             yield Fault(f"tensor {name}.lora_magnitude_vector is missing (use_dora)", place)
     if not any(config.get(key) not in (None, [], "none") for key in OTHER_TENSORS):
         for name in stored:
-            layer = name.replace(".base_layer.", ".").split(".")[-2]
+            layer = name.replace(".base_layer.", ".").rpartition(".")[0].rpartition(".")[2]
             if ".lora_" not in name and layer not in EMBEDDINGS:  # kept by PEFT when words were added
                 yield Fault(f"tensor {name} is none of a LoRA adapter's", place)
 

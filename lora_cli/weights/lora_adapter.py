@@ -101,7 +101,7 @@ def check_plain(adapter: LoraAdapter) -> None:
 def _is_bases(base: Base, place: Place) -> bool:
     """Whether a tensor is the base's own embedding or head, which PEFT keeps where it is adapted."""
     own, info = place
-    if own.split(".")[-2] not in (*EMBEDDINGS, "base_layer") or not Path(base.name).is_dir():
+    if own.rpartition(".")[0].rpartition(".")[2] not in (*EMBEDDINGS, "base_layer") or not Path(base.name).is_dir():
         return False
     kept = read_tensor(info, own).float()
     return any(
