@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,22 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import Run
 from peft import LoraConfig, get_peft_model
 from transformers import Gemma3nTextConfig, LlamaConfig, LlamaForCausalLM
 
+from lora_cli.model.adapters import adapt
+from lora_cli.model.elementwise import fuse
+from lora_cli.model.layers import linear_layers
 from lora_cli.model.memory import activation_bytes, asked_bytes, free_bytes, is_out_of_memory, total_bytes
-from lora_cli.training.batch_size import recompute_activations
+from lora_cli.recipe.schema import Adapter
+from lora_cli.training.activations import kept_bytes, recompute_activations
 from lora_cli.training.estimate import largest_batch
 
 LIMIT = """
 import resource, sys
+from collections.abc import Callable
 from pathlib import Path
 from lora_cli.cli.app import main
 def limit():
@@ -127,6 +134,18 @@ def test_the_largest_batch() -> None:
     assert largest_batch(lengths, supervised, 8, 16, True) == (20, 6)
 
 
+def highest(step: Callable[[], None], trace: Path) -> int:
+    """Bytes that ``step`` has allocated at its height, beyond what there was."""
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
+        step()
+    profile.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    memory = sorted((event["ts"], event["args"]) for event in events if event["name"] == "[memory]")
+    before = memory[0][1]["Total Allocated"] - memory[0][1]["Bytes"]
+    return int(max(args["Total Allocated"] for _, args in memory) - before)
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("inner", "hidden", "layers"), [(344, 128, 4), (344, 128, 12), (2400, 64, 4)])
@@ -150,16 +169,34 @@ def test_a_small_llamas_backward_pass_takes_what_is_estimated(
         model(input_ids=ids, use_cache=False, logits_to_keep=1).logits.sum().backward()
 
     step()  # the adapter's gradients are there afterwards
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
-        step()
-    profile.export_chrome_trace(str(tmp_path / "trace.json"))
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    memory = sorted((event["ts"], event["args"]) for event in events if event["name"] == "[memory]")
-    before = memory[0][1]["Total Allocated"] - memory[0][1]["Bytes"]
-    measured = max(args["Total Allocated"] for _, args in memory) - before
+    measured = highest(step, tmp_path / "trace.json")
     whole = activation_bytes(config, 4 * 128, 0, 4, checkpointing)
     assert whole - activation_bytes(config, 0, 0, 4, checkpointing) == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("dropout", "targets"), [(0.0, "all"), (0.1, "all"), (0.0, "upper")])
+def test_what_is_kept_of_a_token_is_found_out_whatever_the_adapter(
+    dropout: float, targets: str, fused: bool, tmp_path: Path
+) -> None:
+    config = LlamaConfig(
+        vocab_size=500, hidden_size=64, intermediate_size=172, num_hidden_layers=12, num_attention_heads=4
+    )
+    base = LlamaForCausalLM(config).requires_grad_(False)
+    if fused:
+        fuse(base)
+    names = [name for name in linear_layers(base) if targets == "all" or ".11." in name or ".10." in name]
+    model = adapt(base, Adapter(r=2, lora_dropout=dropout), names, fused)
+    ids = torch.zeros((1, 512), dtype=torch.long)
+
+    def step() -> None:
+        model(input_ids=ids, use_cache=False, logits_to_keep=1).logits.sum().backward()
+
+    accelerator = Accelerator(cpu=True)
+    kept = kept_bytes(model, None, accelerator, packing=False)
+    step()
+    whole = activation_bytes(config, 512, 0, 4, kept=kept)
+    assert whole - activation_bytes(config, 0, 0, 4) == pytest.approx(highest(step, tmp_path / "trace.json"), rel=0.15)
 
 
 def test_a_width_for_each_layer_counts_as_the_largest() -> None:

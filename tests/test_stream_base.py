@@ -22,7 +22,8 @@ from lora_cli.errors import RunError
 from lora_cli.model.elementwise import Gate
 from lora_cli.model.memory import activation_bytes
 from lora_cli.recipe.load import load_recipe
-from lora_cli.training import setup, step
+from lora_cli.training import activations, setup, step
+from lora_cli.training.activations import choose_checkpointing
 from lora_cli.training.display import Display
 from lora_cli.training.estimate import estimate, largest_batch
 from lora_cli.training.out_of_memory import out_of_memory
@@ -425,5 +426,8 @@ def test_auto_offloads_when_checkpointing_alone_would_not_do(
     batch = largest_batch(schedule.lengths, schedule.supervised, 2, job.max_length, False)
     needed = {"plain": activation_bytes(job.config, *batch, 4, whole_logits=True), "none": 0}
     needed["checkpointed"] = activation_bytes(job.config, *batch, 4, True, whole_logits=True)
-    monkeypatch.setattr(setup, "free_bytes", lambda device: int(1.26 * needed[room]))  # 4/5 of it are to be used
-    assert setup.choose_checkpointing(job, schedule, torch.float32, torch.device(device), True) == wanted
+    monkeypatch.setattr(activations, "free_bytes", lambda device: int(1.26 * needed[room]))  # 4/5 of it are to be used
+    known = job, schedule, torch.float32, torch.device(device), True
+    assert choose_checkpointing(*known) == wanted
+    assert choose_checkpointing(*known, kept=0.0) == (wanted if room == "none" else None)
+    assert choose_checkpointing(*known, kept=1e12) == ("on" if device == "cpu" else "offload")

@@ -42,13 +42,15 @@ def activation_bytes(
     element_size: int,
     checkpointing: bool = False,
     whole_logits: bool = False,
+    kept: float | None = None,
 ) -> int:
     """Bytes that one micro-batch takes beside weights and adapter, at the height of its backward pass.
 
-    Counted as in Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1), without the attention matrices that fused
-    attention never stores: of a frozen layer the norms' inputs, queries, keys, values, the attention's result and
-    adapters' inputs are kept, about 7 vectors of the hidden width a token, and 3 of the MLP's. With ``checkpointing``
-    a layer's input is, and one layer at a time the rest. The gradients of one layer come on top, about 2 and 3 such
+    What is kept of a token in all layers is ``kept`` bytes, where that is known. Else it is counted as in Korthikanti
+    et al. 2022 (arXiv:2205.05198, section 4.1), without the attention matrices that fused attention never stores: of a
+    frozen layer the norms' inputs, queries, keys, values, the attention's result and adapters' inputs are kept, about
+    7 vectors of the hidden width a token, and 3 of the MLP's. With ``checkpointing`` a layer's input is, and one layer
+    at a time the rest. The gradients of one layer come on top, about 2 and 3 such
     vectors at a time. Of the head its input's gradient is kept at ``positions``, or ``whole_logits`` and float32
     copies of them for the loss.
     """
@@ -57,9 +59,11 @@ def activation_bytes(
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
     inner = int(max(inner) if isinstance(inner, list | tuple) else inner)  # Gemma 3n's layers have each their own
     layers = int(text.num_hidden_layers)
-    layer, gradients = 7 * hidden + 3 * inner, 2 * hidden + 3 * inner
-    kept = layers * hidden + layer if checkpointing else layers * layer
-    body = tokens * (kept + gradients) * element_size
+    if kept is None:
+        kept = layers * (7 * hidden + 3 * inner) * element_size
+    if checkpointing:
+        kept = layers * hidden * element_size + kept / layers
+    body = int(tokens * (kept + (2 * hidden + 3 * inner) * element_size))
     head = positions * hidden * element_size + LOGITS_AT_ONCE
     if whole_logits:
         head = positions * int(text.vocab_size) * (element_size + 8)

@@ -21,6 +21,7 @@ from lora_cli.model.base import pad_token_id
 from lora_cli.model.memory import activation_bytes, free_bytes, is_out_of_memory, size
 from lora_cli.recipe.load import changed
 from lora_cli.recipe.schema import Recipe
+from lora_cli.training.activations import SHARE, recompute_activations
 from lora_cli.training.display import Display
 from lora_cli.training.estimate import largest_batch
 from lora_cli.training.prepare import Prepared
@@ -36,9 +37,6 @@ Fits = Callable[[int, bool], bool]
 
 OPTIMIZER_BYTES = 8
 """Of state for each trained number, at most: two moments in float32."""
-
-SHARE = 0.8
-"""Of the free memory that activations may take by the estimate; the rest is for what it does not count."""
 
 
 def resolve_batch_size(
@@ -81,13 +79,6 @@ def resolve_batch_size(
     display.note(f"{told}{recomputing}, a step of {rows} rows a process ({why})", warning=found is None)
     found_out = {"training.gradient_checkpointing": checkpointing} if wanted == "auto" and not streams else {}
     return changed(with_batch_size(recipe, count), found_out)
-
-
-def recompute_activations(model: PeftModel) -> None:
-    """Have the backward pass run each layer again instead of keeping what it computed."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    # Reentrant checkpoints would need it: it sends the gradient down to the bottom.
-    model.get_base_model().disable_input_require_grads()  # type: ignore[operator]
 
 
 def divisors(number: int) -> list[int]:

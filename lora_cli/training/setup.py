@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -19,10 +19,10 @@ from lora_cli.evaluation.loss import evaluating, lay_end_to_end
 from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameters
 from lora_cli.model.base import best_device, load_base, longrope_bounds, resolve_compute_dtype, resolve_dtype
 from lora_cli.model.elementwise import fuse, split_mlps
-from lora_cli.model.memory import activation_bytes, free_bytes, keep_freed_memory
-from lora_cli.training.batch_size import SHARE, recompute_activations, resolve_batch_size
+from lora_cli.model.memory import keep_freed_memory
+from lora_cli.training.activations import choose_checkpointing, kept_bytes, recompute_activations
+from lora_cli.training.batch_size import resolve_batch_size
 from lora_cli.training.display import Display
-from lora_cli.training.estimate import largest_batch
 from lora_cli.training.optimizer import check_warmup, make_optimizer
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.process_agreement import check_agreement
@@ -110,7 +110,10 @@ def set_up(job: Prepared, display: Display) -> Trainer:
         recipe=resolve_batch_size(job, accelerator, model, head, packing, dtype.itemsize, bool(sources), display),
     )
     schedule = make_schedule(job, packing, accelerator.num_processes)
-    checkpointing = choose_checkpointing(job, schedule, dtype, accelerator.device, head is None)
+    is_whole_on_gpu = accelerator.device.type == "cuda" and not (sources or is_sharded(accelerator))
+    finds_out = is_whole_on_gpu and job.recipe.training.gradient_checkpointing == "auto"
+    kept_of_token = kept_bytes(model, head, accelerator, packing) if finds_out else None
+    checkpointing = choose_checkpointing(job, schedule, dtype, accelerator.device, head is None, kept_of_token)
     if checkpointing or sources:
         recompute_activations(model)
     if checkpointing == "offload":
@@ -241,26 +244,6 @@ def make_schedule(job: Prepared, packing: bool, processes: int) -> Schedule:
         accumulation=recipe.training.gradient_accumulation_steps * processes,
         bounds=tuple(longrope_bounds(job.config)),
     )
-
-
-def choose_checkpointing(
-    job: Prepared, schedule: Schedule, dtype: torch.dtype, device: torch.device, whole_logits: bool
-) -> Literal["on", "offload"] | None:
-    """The recipe's word, or for auto: the first way in which the activations take at most SHARE of the free memory."""
-    wanted = job.recipe.training.gradient_checkpointing
-    if wanted == "offload":
-        return "offload"
-    if wanted != "auto":
-        return "on" if wanted else None
-    batch = largest_batch(schedule.lengths, schedule.supervised, schedule.batch_size, job.max_length, schedule.packing)
-    free = SHARE * free_bytes(device)
-    plain, checkpointed = (
-        activation_bytes(job.config, *batch, dtype.itemsize, checkpointing, whole_logits)
-        for checkpointing in (False, True)
-    )
-    if plain <= free:
-        return None
-    return "on" if checkpointed <= free or device.type == "cpu" else "offload"
 
 
 def unwrap(trainer: Trainer) -> PeftModel:

@@ -1,0 +1,96 @@
+"""Which activations a run keeps, recomputes or puts away: by what fits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from accelerate import Accelerator
+
+from lora_cli.data.batches import Batch, Schedule
+from lora_cli.evaluation.head import Head
+from lora_cli.evaluation.loss import summed_loss
+from lora_cli.model.memory import activation_bytes, free_bytes, is_out_of_memory
+from lora_cli.training.estimate import largest_batch
+from lora_cli.training.prepare import Prepared
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+SHARE = 0.8
+"""Of the free memory that activations may take by the estimate; the rest is for what it does not count."""
+TRIED = (64, 128)
+"""Tokens of the rows by which it is found out what is kept of each."""
+
+
+def choose_checkpointing(
+    job: Prepared,
+    schedule: Schedule,
+    dtype: torch.dtype,
+    device: torch.device,
+    whole_logits: bool,
+    kept: float | None = None,
+) -> Literal["on", "offload"] | None:
+    """The recipe's word, or for auto: the first way in which the activations take at most SHARE of the free memory.
+    ``kept`` are the bytes that are kept of a token, where they are known."""
+    wanted = job.recipe.training.gradient_checkpointing
+    if wanted == "offload":
+        return "offload"
+    if wanted != "auto":
+        return "on" if wanted else None
+    batch = largest_batch(schedule.lengths, schedule.supervised, schedule.batch_size, job.max_length, schedule.packing)
+    free = SHARE * free_bytes(device)
+    plain, checkpointed = (
+        activation_bytes(job.config, *batch, dtype.itemsize, checkpointing, whole_logits, kept)
+        for checkpointing in (False, True)
+    )
+    if plain <= free:
+        return None
+    return "on" if checkpointed <= free or device.type == "cpu" else "offload"
+
+
+def kept_bytes(model: PeftModel, head: Head | None, accelerator: Accelerator, packing: bool) -> float | None:
+    """Bytes that the model keeps of each token for its backward pass, beside its head: the difference between two rows,
+    for what does not grow with them, such as weights. None where there is no memory for these.
+
+    Leaves the random state as it was.
+    """
+    device = accelerator.device
+    model.train()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), accelerator.autocast():
+            short, long = (_kept(model, head, _row(tokens, packing).to(device)) for tokens in TRIED)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    return (long - short) / (TRIED[1] - TRIED[0])
+
+
+def recompute_activations(model: PeftModel) -> None:
+    """Have the backward pass run each layer again instead of keeping what it computed."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # Reentrant checkpoints would need it: it sends the gradient down to the bottom.
+    model.get_base_model().disable_input_require_grads()  # type: ignore[operator]
+
+
+def _kept(model: PeftModel, head: Head | None, batch: Batch) -> int:
+    """Bytes of the memory in which lies what a forward pass saves."""
+    memory: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used again
+
+    def count(tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        memory[storage.data_ptr()] = storage
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing):  # no backward pass asks for them
+        summed_loss(model, batch, head)
+    return sum(storage.nbytes() for storage in memory.values())
+
+
+def _row(tokens: int, packing: bool) -> Batch:
+    """One row of so many tokens, of which the last is supervised."""
+    places = torch.arange(tokens)[None]
+    one = torch.zeros(1, dtype=torch.long)
+    mask = None if packing else torch.ones_like(places)
+    starts = torch.tensor([0, tokens], dtype=torch.int32) if packing else None
+    return Batch(torch.zeros_like(places), places, mask, starts, tokens, one + tokens - 2, one, one)
