@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 from peft.tuners.lora import Linear
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -764,9 +766,9 @@ def test_in_16_bits_a_processor_takes_lines_of_few_lengths(name: str, dtype: tor
         assert (found[key] - wanted).norm() <= 10 * near * wanted.norm()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "method"), [("float32", None), ("bfloat16", None), ("bfloat16", "int8")])
 def test_a_model_that_mixes_rows_is_padded_and_says_so(
-    dtype: str, tokenizer: Any, write_recipe: Any, lora: Any, tmp_path: Any, no_curves: None
+    dtype: str, method: str | None, tokenizer: Any, write_recipe: Any, lora: Any, tmp_path: Any, no_curves: None
 ) -> None:
     """Bloom counts positions along the line; with weights of a usual size 16 bits round over most of the difference."""
     config = transformers.BloomConfig(vocab_size=len(tokenizer), hidden_size=64, n_layer=2, n_head=4)
@@ -774,9 +776,22 @@ def test_a_model_that_mixes_rows_is_padded_and_says_so(
     transformers.BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
     tokenizer.save_pretrained(tmp_path / "bloom")
     changes = {"model": {"name_or_path": tmp_path / "bloom", "dtype": dtype}, "data.packing": True}
-    result = done(lora("train", write_recipe(changes | {"training.max_steps": 1})))
+    changes |= {"quantization": method and {"method": method}, "training.max_steps": 1}
+    result = done(lora("train", write_recipe(changes)))
     assert "this architecture mixes packed rows; rows of like length are padded instead" in result.stderr
     assert Run(tmp_path / "run").info["data"]["packed"] is False
+
+
+def test_rows_are_packed_in_8_bits_which_mix_those_of_any_batch_for_their_outliers(
+    tiny_llama: Any, train: Any, tmp_path: Any
+) -> None:
+    """Of the first layer's inputs 4 or so in each row are beyond 6, from where LLM.int8() computes in 16 bits."""
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.0.input_layernorm.weight"] *= 4
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    changes = {"model.name_or_path": base, "data.packing": True, "training.max_steps": 1}
+    assert train(changes | {"quantization": {"method": "int8"}}).info["data"]["packed"] is True
 
 
 LONGROPE = {

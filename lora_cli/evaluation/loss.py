@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy, linear, pad
 
 from lora_cli.data.batches import Batch, collate
 from lora_cli.data.grouping import apart, pack_first_fit, pad_in_order
@@ -200,7 +200,7 @@ def lay_end_to_end(model: PreTrainedModel | PeftModel, device: torch.device, att
 def _logits(model: PreTrainedModel | PeftModel, row: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """The logits of ``row`` with ``after`` behind it, which changes nothing in it but the shape of the products: that
     of two rows end to end, since for another one a GPU may take another kernel, which rounds otherwise."""
-    with evaluating(model):
+    with evaluating(model), _expanded_from_8_bits(model):
         logits: torch.Tensor = model(input_ids=torch.cat((row, after))[None], use_cache=False).logits[0]
     return logits
 
@@ -213,7 +213,7 @@ def _laid(model: PreTrainedModel | PeftModel, rows: tuple[torch.Tensor, torch.Te
     starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
     nothing = torch.empty(0, dtype=torch.long, device=device)
     batch = Batch(ids[None], places[None], None, starts, max(lengths), nothing, nothing, nothing)
-    with evaluating(model):
+    with evaluating(model), _expanded_from_8_bits(model):
         try:
             logits: torch.Tensor = model(input_ids=batch.input_ids, use_cache=False, **rows_apart(batch)).logits[0]
         except CANNOT as error:  # it takes no position ids, or has more than attention by rows knows
@@ -221,6 +221,29 @@ def _laid(model: PreTrainedModel | PeftModel, rows: tuple[torch.Tensor, torch.Te
                 raise
             return None
     return logits
+
+
+@contextmanager
+def _expanded_from_8_bits(model: torch.nn.Module) -> Iterator[None]:
+    """Within, 8-bit layers multiply by their expanded weights. LLM.int8() (arXiv:2208.07339) itself mixes the rows of
+    any batch, packed or padded: what has an outlier in one of them is computed in 16 bits for all."""
+    hooks = [
+        module.register_forward_hook(_product_of_8_bits)
+        for module in model.modules()
+        if type(module).__name__ == "Linear8bitLt"
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _product_of_8_bits(layer: Any, inputs: tuple[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    weight = int8_vectorwise_dequant(layer.state.CB, layer.state.SCB)
+    return linear(inputs[0], weight.to(inputs[0].dtype), layer.bias)
 
 
 def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
