@@ -14,6 +14,7 @@ from peft import LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_streaming import mixtral, tensors_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from lora_cli.model.base import load_base
 from lora_cli.recipe.schema import Model, Quantization
@@ -213,9 +214,25 @@ def test_what_cannot_be_skipped(skip: str, told: str, tiny_llama: Path, tmp_path
 
 
 def test_a_base_to_be_sharded_over_gpus_computes_as_they_can(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is quantized in the memory of a processor that may have no units for 16 bits."""
+    """It is loaded into the memory of a processor that may have no units for 16 bits."""
     monkeypatch.setattr("torch.cpu.get_capabilities", dict)
     monkeypatch.setattr("lora_cli.model.base.best_device", lambda: torch.device("cuda"))
     quantization, device = Quantization(method="nf4"), torch.device("cpu")
     base = load_base(tiny_llama, Model(name_or_path=str(tiny_llama)), quantization, device, torch.float32, sharded=True)
     assert {layer.compute_dtype for layer in base.modules() if isinstance(layer, Linear4bit)} == {torch.bfloat16}
+
+
+def test_a_base_stored_in_4_bits_is_sharded_from_host_memory(
+    tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not told where to, Transformers loads it whole onto each GPU, whose place torch's meta device takes here."""
+    done(lora("quantize", tiny_llama, "--out", tmp_path / "nf4"))
+    monkeypatch.setattr(Bnb4BitHfQuantizer, "update_device_map", lambda _, told: told or {"": "meta"})
+    model, device = Model(name_or_path=str(tmp_path / "nf4")), torch.device("cpu")
+    base = load_base(tmp_path / "nf4", model, None, device, torch.float32, sharded=True)
+    stored = load_file(tmp_path / "nf4" / "model.safetensors")
+    layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, Linear4bit)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        assert layer.weight.dtype == torch.float32, "of which torch makes shards"
+        assert torch.equal(layer.weight.data.view(-1).view(torch.uint8), stored[f"{name}.weight"].view(-1))

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from lora_cli.cores import usable_cores
 from lora_cli.errors import UserError, unreadable
 from lora_cli.model.files import check_tokenizer, hub_kernels, own_code, read_config, stored_quantization, unknown_type
-from lora_cli.model.linear4bit import compute_right
+from lora_cli.model.linear4bit import compute_right, store_as
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.recipe.schema import Model, Quantization
 
@@ -185,7 +185,7 @@ def load_base(
     sharded: bool = False,
     skip: list[str] | None = None,
 ) -> PreTrainedModel:
-    """The base with its weights, frozen, on ``device``; to be ``sharded``, 4-bit weights are stored as ``dtype``.
+    """The base with its weights, frozen, on ``device``; to be ``sharded``, 4-bit weights are held as ``dtype``.
 
     Layers in ``skip`` are not quantized; None: the head.
 
@@ -203,11 +203,9 @@ def load_base(
     if quantization is not None:
         quantized = bitsandbytes_config(quantization, best_device() if sharded else device)  # where it will compute
         quantized.llm_int8_skip_modules = skip
-        if sharded:  # torch shards no integers that stand for floating-point numbers
-            quantized.bnb_4bit_quant_storage = dtype
         options["quantization_config"] = quantized
-    if device.type == "cuda" or (stored_quantization(folder) and not sharded):
-        options["device_map"] = {"": device}  # not told, Transformers puts what is stored quantized on a GPU
+    if device.type == "cuda" or stored_quantization(folder):
+        options["device_map"] = {"": device}  # not told, Transformers puts what is quantized on a GPU
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each new shape of padded rows for a second
     try:
@@ -222,6 +220,8 @@ def load_base(
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise UserError(f"the weights lack {', '.join(names[:3])}{more}", str(folder), "copy or download them again")
     compute_right(base)
+    if sharded:
+        store_as(base, dtype)
     for module in base.modules():  # Transformers (5.23) leaves some of a base stored quantized as they lay there
         own = dict(module.named_parameters(recurse=False))
         codes = any(each.itemsize == 1 or getattr(each, "quant_state", None) is not None for each in own.values())

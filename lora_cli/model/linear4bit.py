@@ -67,6 +67,15 @@ def expand_always(model: torch.nn.Module) -> None:
             module.forward = partial(_forward, module)
 
 
+def store_as(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Have the 4-bit layers' codes, which are bytes, pass for numbers of ``dtype``: torch shards no integers."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            weight = cast("Any", module).weight
+            weight.data = weight.data.view(-1).view(dtype).unsqueeze(1)
+            weight.quant_storage = cast("Any", module).quant_storage = dtype
+
+
 def _state(layer: Any) -> Any:
     return getattr(layer.weight, "quant_state", None) or layer.quant_state
 

@@ -177,7 +177,7 @@ def load_frozen(
     streams, why = needs_streaming(job, accelerator.num_processes, sharded, device)
     if why:
         display.note(f"training.stream_base: auto -> {str(streams).lower()}: {why}", warning=not streams)
-    kept = None if sharded else kept_base(job, accelerator, dtype, display)
+    kept = kept_base(job, accelerator, dtype, display)
     quantization = recipe.quantization if kept is None else None
     if streams:
         if quantization is not None:
