@@ -93,6 +93,7 @@ def test_two_processes_take_the_steps_of_one(
     assert result.stderr.count("step 8  loss") == 1
     assert found.info["data"] == wanted.info["data"]
     assert found.info["processes"] == 2
+    assert found.info["result"]["total_parameters"] == wanted.info["result"]["total_parameters"]
     kept = [sorted(path.name for path in (run.folder / "cache").glob("base-*")) for run in (found, wanted)]
     assert kept[0] == kept[1] and len(kept[0]) == ("NF4" in kind)
 

@@ -9,19 +9,20 @@ import torch
 
 from lora_cli.errors import Fault, counted
 from lora_cli.evaluation.loss import Score
-from lora_cli.model.base import resolve_compute_dtype
+from lora_cli.model.base import resolve_compute_dtype, skeleton
 from lora_cli.model.targets import describe
 from lora_cli.training.checkpoint import Progress
 from lora_cli.training.display import Display, peak_memory
 from lora_cli.training.prepare import Prepared
-from lora_cli.training.setup import Trainer, unwrap
+from lora_cli.training.processes import shape_of
+from lora_cli.training.setup import Trainer
 from lora_cli.weights.provenance import base_record, now, versions
 
 
 def tell(trainer: Trainer) -> None:
     """Say what will be trained on what, before the first step."""
     job, display = trainer.job, trainer.display
-    trainable, total = unwrap(trainer).get_nb_trainable_parameters()
+    trainable, total = count_parameters(trainer)
     rows = [list(row) for row in describe(job.targets, job.recipe.adapter.r)]
     display.table("adapted layers", ["module", "layers", "in -> out", "parameters"], rows)
     display.note(f"trainable: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
@@ -42,6 +43,12 @@ def tell(trainer: Trainer) -> None:
                 f"quantization.compute_dtype: {quantization.compute_dtype} -> {used}, faster on this processor"
             )
     tell_rows(job, display)
+
+
+def count_parameters(trainer: Trainer) -> tuple[int, int]:
+    """The numbers that are trained, and all; those of the base by its shapes, since sharded codes do not tell."""
+    trained = sum(shape_of(weight).numel() for _, weight in trainer.trained)
+    return trained, trained + sum(weight.numel() for weight in skeleton(trainer.job.config).parameters())
 
 
 def tell_rows(job: Prepared, display: Display) -> None:
@@ -127,7 +134,7 @@ def result_record(
     """What came of a run; ``loss`` is the last logged step's (None when its line was lost), ``validation`` the
     adapter's, whose weights are those of ``adapter_step``, ``seconds`` are those of this process, which took the steps
     after ``resumed_step``."""
-    trainable, total = unwrap(trainer).get_nb_trainable_parameters()
+    trainable, total = count_parameters(trainer)
     lines = [line for line in trainer.job.folder.read_metrics() if line["split"] == "train"]
     is_lost = progress.logged_step is not None and (not lines or lines[-1]["step"] < progress.logged_step)
     measured = [line["loss"] for line in lines if line["loss"] is not None]
