@@ -206,7 +206,7 @@ def load_base(
         options["quantization_config"] = quantized
     if device.type == "cuda" or stored_quantization(folder):
         options["device_map"] = {"": device}  # not told, Transformers puts what is quantized on a GPU
-    if device.type == "cuda":
+    if best_device().type == "cuda":  # where it will compute, wherever its weights are loaded to
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each new shape of padded rows for a second
     try:
         loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
