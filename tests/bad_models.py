@@ -163,6 +163,12 @@ def quantize_again_in_training(w: World) -> Arguments:
     return w.train({"model.name_or_path": "model", "quantization.method": "nf4"})
 
 
+@case("model", "training.fsdp", "4 bits alone are sharded", "quantization.method nf4")
+def shard_what_is_stored_in_8_bits(w: World) -> Arguments:
+    w.edit_json(w.model() / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    return w.train({"model.name_or_path": "model", "training.fsdp": True})
+
+
 @case("model", "quantized already (gptq)", "unquantized model")
 def quantize_again(w: World) -> Arguments:
     w.edit_json(w.model() / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})

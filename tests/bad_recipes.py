@@ -153,6 +153,11 @@ def sharded_8bit_optimizer(w: World) -> Arguments:
     return w.train({"training.fsdp": True, "training.optim": "adamw_8bit"})
 
 
+@case("training.fsdp", "int8", "only with nf4 and fp4")
+def sharded_8_bits(w: World) -> Arguments:
+    return w.train({"training.fsdp": True, "quantization": {"method": "int8"}})
+
+
 @case("zero.json", "training.deepspeed")
 def deepspeed_file_that_is_no_json(w: World) -> Arguments:
     return w.train({"training.deepspeed": w.file("zero.json", "zero: 2")})

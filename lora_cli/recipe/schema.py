@@ -332,6 +332,12 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _what_is_sharded_has_4_bits(self) -> Recipe:
+        if self.training.fsdp and self.quantization is not None and self.quantization.method == "int8":
+            raise ValueError("training.fsdp: does not go with quantization.method int8, only with nf4 and fp4")
+        return self
+
+    @model_validator(mode="after")
     def _what_is_compiled_is_fused(self) -> Recipe:
         if self.training.torch_compile is True and not self.adapter.fused:
             raise ValueError("training.torch_compile: compiles what adapter.fused computes, and that is false")

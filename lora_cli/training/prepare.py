@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 from lora_cli.data.formats import column_faults, pattern_faults, row_faults, unseen_faults
 from lora_cli.data.sources import source_faults, sources_of
 from lora_cli.errors import Fault, UserError
-from lora_cli.model.files import check_model_type, check_quantizable, check_tokenizer, locate, read_config
+from lora_cli.model.files import (
+    check_model_type,
+    check_quantizable,
+    check_tokenizer,
+    is_stored_in_4_bits,
+    locate,
+    read_config,
+    stored_quantization,
+)
 from lora_cli.model.targets import READ_AS_NUMBERS, Target, choose_targets, compile_pattern
 from lora_cli.recipe.schema import Data, Recipe
 from lora_cli.training.launched import is_first_here, process_index
@@ -184,6 +192,9 @@ def _check_model(recipe: Recipe) -> None:
         if (layer := READ_AS_NUMBERS.get(kind)) is not None:
             what = f"a model of type {kind} multiplies by the numbers of {layer}, and cannot by codes"
             raise UserError(what, "quantization", "leave it out")
+    if recipe.training.fsdp and stored_quantization(base) and not is_stored_in_4_bits(base):
+        what = "training.fsdp: of quantized bases those in bitsandbytes' 4 bits alone are sharded"
+        raise UserError(what, str(base), "start from the unquantized model, with quantization.method nf4")
     if Path(recipe.model.name_or_path).is_dir():
         _check_weights_without_torch(recipe, base)
 
