@@ -13,10 +13,11 @@ from conftest import done, edit_json
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_streaming import mixtral, tensors_of
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, BloomConfig, BloomForCausalLM
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from lora_cli.model.base import load_base
+from lora_cli.model.linear4bit import _takes_wrong_scales
 from lora_cli.recipe.schema import Model, Quantization
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -222,6 +223,21 @@ def test_a_base_to_be_sharded_over_gpus_computes_as_they_can(tiny_llama: Path, m
     base = load_base(tiny_llama, Model(name_or_path=str(tiny_llama)), quantization, device, torch.float32, sharded=True)
     assert {layer.compute_dtype for layer in base.modules() if isinstance(layer, Linear4bit)} == {torch.bfloat16}
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.skipif(not _takes_wrong_scales(), reason="bitsandbytes expands rightly on this processor")
+def test_norms_of_a_base_to_be_sharded_over_gpus_are_taken_in_host_memory(
+    tokenizer: Any, write_recipe: Any, lora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU bitsandbytes expands rows of 96 numbers rightly."""
+    config = BloomConfig(vocab_size=len(tokenizer), hidden_size=96, n_layer=1, n_head=4)
+    BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    monkeypatch.setattr("lora_cli.model.base.best_device", lambda: torch.device("cuda"))
+    changes = {"model": {"name_or_path": tmp_path / "bloom", "dtype": "float32"}, "quantization": {"method": "nf4"}}
+    result = lora("train", write_recipe(changes | {"adapter.use_dora": True, "training.fsdp": True}))
+    assert result.exit_code == 2
+    assert "expands 4-bit weights wrongly on this processor" in result.stderr
 
 
 def test_a_base_stored_in_4_bits_is_sharded_from_host_memory(

@@ -232,6 +232,8 @@ def _base_with_weights(recipe: Recipe) -> Path:
 def _targets(recipe: Recipe, base: Path, config: PreTrainedConfig) -> list[Target]:
     """The layers to adapt, by the base's model. Raises UserError when that and its weights, the recipe and the adapter
     to start from do not go together."""
+    import torch
+
     from lora_cli.model.base import best_device, check_attention, skeleton
     from lora_cli.model.layers import adaptable_layers
     from lora_cli.model.linear4bit import check_dora
@@ -240,7 +242,8 @@ def _targets(recipe: Recipe, base: Path, config: PreTrainedConfig) -> list[Targe
     layers = adaptable_layers(bare)
     targets = choose_targets(layers, adapter.target_modules, adapter.r, adapter.layers_to_transform)
     if adapter.use_dora and recipe.quantization is not None and recipe.quantization.method != "int8":
-        check_dora(targets, best_device())
+        # Sharded it comes onto a GPU when PEFT has taken the norms.
+        check_dora(targets, torch.device("cpu") if recipe.training.fsdp else best_device())
     check_weights(base, bare)
     check_attention(config, recipe.model.attn_implementation, best_device())
     start = start_of(adapter)
