@@ -214,14 +214,18 @@ def test_what_cannot_be_skipped(skip: str, told: str, tiny_llama: Path, tmp_path
     assert told in result.stderr and not (tmp_path / "out").exists()
 
 
-def test_a_base_to_be_sharded_over_gpus_computes_as_they_can(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("has_units", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_base_to_be_sharded_over_gpus_computes_as_they_can(
+    has_units: bool, expected: torch.dtype, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is loaded into the memory of a processor that may have no units for 16 bits."""
     monkeypatch.setattr("torch.cpu.get_capabilities", dict)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: has_units or including_emulation)
     torch.backends.cuda.enable_cudnn_sdp(True)
     monkeypatch.setattr("lora_cli.model.base.best_device", lambda: torch.device("cuda"))
     quantization, device = Quantization(method="nf4"), torch.device("cpu")
     base = load_base(tiny_llama, Model(name_or_path=str(tiny_llama)), quantization, device, torch.float32, sharded=True)
-    assert {layer.compute_dtype for layer in base.modules() if isinstance(layer, Linear4bit)} == {torch.bfloat16}
+    assert {layer.compute_dtype for layer in base.modules() if isinstance(layer, Linear4bit)} == {expected}
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 

@@ -148,7 +148,8 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def has_units_for(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the device multiplies matrices of this type in hardware.
 
-    A processor without AMX or AVX512 units emulates 16 bits: 7 to 250 times slower than float32, and less exact.
+    A processor without AMX or AVX512 units emulates 16 bits: 7 to 250 times slower than float32, and less exact. GPUs
+    before Ampere, such as a T4, have none for bfloat16.
     """
     if dtype == torch.float32:
         return True
@@ -159,9 +160,9 @@ def has_units_for(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def resolve_compute_dtype(quantization: Quantization, device: torch.device) -> torch.dtype:
-    """``quantization.compute_dtype`` in torch's terms; float32 for 16 bits on a processor without units for them."""
+    """``quantization.compute_dtype`` in torch's terms; float32 for 16 bits on a device without units for them."""
     dtype = DTYPES[quantization.compute_dtype]
-    return dtype if device.type == "cuda" or has_units_for(dtype, device) else torch.float32
+    return dtype if has_units_for(dtype, device) else torch.float32
 
 
 def bitsandbytes_config(quantization: Quantization, device: torch.device) -> BitsAndBytesConfig:
