@@ -206,7 +206,7 @@ def load_base(
         quantized.llm_int8_skip_modules = skip
         options["quantization_config"] = quantized
     if device.type == "cuda" or stored_quantization(folder):
-        options["device_map"] = {"": device}  # not told, Transformers puts what is quantized on a GPU
+        options["device_map"] = {"": device}  # not told, Transformers puts codes on a GPU, and makes them there
     if best_device().type == "cuda":  # where it will compute, wherever its weights are loaded to
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each new shape of padded rows for a second
     try:
