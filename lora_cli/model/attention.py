@@ -1,13 +1,14 @@
 """Attention for rows laid end to end: each row among its own tokens alone, without a mask over the whole line.
 
 Registered with Transformers under the names ``ROWS`` and ``ROWS_ALONE``; a forward pass says where rows begin and end
-by the arguments that FlashAttention has there. On a GPU, in 16 bits, the rows go through torch's variable-length
-FlashAttention together; on a processor in 16 bits by products of matrices, short ones together; elsewhere one after the
-other.
+by the arguments that FlashAttention has there. On a GPU that has it, in 16 bits, the rows go through torch's variable-
+length FlashAttention together; on a processor in 16 bits by products of matrices, short ones together; elsewhere one
+after the other.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any, cast
 
@@ -63,7 +64,7 @@ def attend_by_rows(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
         )
-    if query.is_cuda and query.dtype != torch.float32 and not dropout:
+    if query.is_cuda and query.dtype != torch.float32 and not dropout and _has_flash(query.device):
         assert max_length_q is not None
         return _together(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
     lengths = cu_seq_lens_q.diff().tolist()
@@ -73,6 +74,12 @@ def attend_by_rows(
         return cast("torch.Tensor", attended), None
     rows = zip(*(torch.split(part, lengths, dim=2) for part in (query, key, value)), strict=True)
     return torch.cat([_fused(q, k, v, scale, sliding_window, dropout) for q, k, v in rows], dim=1), None
+
+
+@lru_cache
+def _has_flash(device: torch.device) -> bool:
+    """Whether the GPU is of those for which FlashAttention is written: from Ampere on, unlike a T4 or a V100."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _fused(

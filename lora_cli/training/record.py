@@ -39,9 +39,7 @@ def tell(trainer: Trainer) -> None:
     if quantization is not None and quantization.method != "int8":
         used = str(resolve_compute_dtype(quantization, trainer.accelerator.device)).removeprefix("torch.")
         if used != quantization.compute_dtype:
-            display.note(
-                f"quantization.compute_dtype: {quantization.compute_dtype} -> {used}, faster on this processor"
-            )
+            display.note(f"quantization.compute_dtype: {quantization.compute_dtype} -> {used}, faster here")
     tell_rows(job, display)
 
 
