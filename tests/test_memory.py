@@ -193,7 +193,7 @@ def test_what_is_kept_of_a_token_is_found_out_whatever_the_adapter(
         model(input_ids=ids, use_cache=False, logits_to_keep=1).logits.sum().backward()
 
     accelerator = Accelerator(cpu=True)
-    kept = kept_bytes(model, None, accelerator, packing=False)
+    kept = kept_bytes(model, None, accelerator, False, 512)
     step()
     whole = activation_bytes(config, 512, 0, 4, kept=kept)
     assert whole - activation_bytes(config, 0, 0, 4) == pytest.approx(highest(step, tmp_path / "trace.json"), rel=0.15)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 SHARE = 0.8
 """Of the free memory that activations may take by the estimate; the rest is for what it does not count."""
-TRIED = (64, 128)
-"""Tokens of the rows by which it is found out what is kept of each."""
+TRIED = 128
+"""Tokens, at most, of the longer row by which it is found out what is kept of each."""
 
 
 def choose_checkpointing(
@@ -49,22 +49,25 @@ def choose_checkpointing(
     return "on" if checkpointed <= free or device.type == "cpu" else "offload"
 
 
-def kept_bytes(model: PeftModel, head: Head | None, accelerator: Accelerator, packing: bool) -> float | None:
+def kept_bytes(
+    model: PeftModel, head: Head | None, accelerator: Accelerator, packing: bool, max_length: int
+) -> float | None:
     """Bytes that the model keeps of each token for its backward pass, beside its head: the difference between two rows,
-    for what does not grow with them, such as weights. None where there is no memory for these.
+    of up to ``max_length`` tokens, for what does not grow with them, such as weights. None where there is no memory for
+    these.
 
     Leaves the random state as it was.
     """
-    device = accelerator.device
+    device, most = accelerator.device, min(TRIED, max_length)
     model.train()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), accelerator.autocast():
-            short, long = (_kept(model, head, _row(tokens, packing).to(device)) for tokens in TRIED)
+            short, long = (_kept(model, head, _row(tokens, packing).to(device)) for tokens in (most // 2, most))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         return None
-    return (long - short) / (TRIED[1] - TRIED[0])
+    return (long - short) / (most - most // 2)
 
 
 def recompute_activations(model: PeftModel) -> None:
@@ -88,9 +91,9 @@ def _kept(model: PeftModel, head: Head | None, batch: Batch) -> int:
 
 
 def _row(tokens: int, packing: bool) -> Batch:
-    """One row of so many tokens, of which the last is supervised."""
+    """One row of so many tokens, after the first of which one is predicted."""
     places = torch.arange(tokens)[None]
     one = torch.zeros(1, dtype=torch.long)
     mask = None if packing else torch.ones_like(places)
     starts = torch.tensor([0, tokens], dtype=torch.int32) if packing else None
-    return Batch(torch.zeros_like(places), places, mask, starts, tokens, one + tokens - 2, one, one)
+    return Batch(torch.zeros_like(places), places, mask, starts, tokens, one, one, one)

@@ -112,7 +112,7 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     schedule = make_schedule(job, packing, accelerator.num_processes)
     is_whole_on_gpu = accelerator.device.type == "cuda" and not (sources or is_sharded(accelerator))
     finds_out = is_whole_on_gpu and job.recipe.training.gradient_checkpointing == "auto"
-    kept_of_token = kept_bytes(model, head, accelerator, packing) if finds_out else None
+    kept_of_token = kept_bytes(model, head, accelerator, packing, job.max_length) if finds_out else None
     checkpointing = choose_checkpointing(job, schedule, dtype, accelerator.device, head is None, kept_of_token)
     if checkpointing or sources:
         recompute_activations(model)
