@@ -416,10 +416,10 @@ def test_offloading_takes_mlps_in_parts(
 
 @pytest.mark.parametrize(
     ("device", "room", "wanted"),
-    [("cuda", "plain", None), ("cuda", "checkpointed", "on"), ("cuda", "none", "offload"), ("cpu", "none", "on")],
+    [("cuda", "plain", False), ("cuda", "checkpointed", True), ("cuda", "none", "offload"), ("cpu", "none", True)],
 )
 def test_auto_offloads_when_checkpointing_alone_would_not_do(
-    device: str, room: str, wanted: str | None, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
+    device: str, room: str, wanted: bool | str, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = prepare(load_recipe(write_recipe()), resume=False, overwrite=False)
     schedule = setup.make_schedule(job, packing=False, processes=1)
@@ -428,6 +428,15 @@ def test_auto_offloads_when_checkpointing_alone_would_not_do(
     needed["checkpointed"] = activation_bytes(job.config, *batch, 4, True, whole_logits=True)
     monkeypatch.setattr(activations, "free_bytes", lambda device: int(1.26 * needed[room]))  # 4/5 of it are to be used
     known = job, schedule, torch.float32, torch.device(device), True
-    assert choose_checkpointing(*known) == wanted
-    assert choose_checkpointing(*known, kept=0.0) == (wanted if room == "none" else None)
-    assert choose_checkpointing(*known, kept=1e12) == ("on" if device == "cpu" else "offload")
+    assert choose_checkpointing(*known)[0] == wanted
+    assert choose_checkpointing(*known, kept=0.0)[0] == (wanted if room == "none" else False)
+    assert choose_checkpointing(*known, kept=1e12)[0] == (True if device == "cpu" else "offload")
+
+
+def test_a_run_says_that_it_recomputes_activations(write_recipe: Any, lora: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(activations, "free_bytes", lambda device: 0)
+    told = " ".join(done(lora("train", write_recipe({"training.max_steps": 1}))).stderr.split())
+    found = re.search(
+        r"gradient_checkpointing: auto -> true: a batch's activations would take about (\d+)\.\d MB", told
+    )
+    assert found and int(found[1]) > 80, told

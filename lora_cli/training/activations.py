@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from lora_cli.data.batches import Batch, Schedule
 from lora_cli.evaluation.head import Head
 from lora_cli.evaluation.loss import summed_loss
-from lora_cli.model.memory import activation_bytes, free_bytes, is_out_of_memory
+from lora_cli.model.memory import activation_bytes, free_bytes, is_out_of_memory, size
 from lora_cli.training.estimate import largest_batch
 from lora_cli.training.prepare import Prepared
 
@@ -30,14 +30,12 @@ def choose_checkpointing(
     device: torch.device,
     whole_logits: bool,
     kept: float | None = None,
-) -> Literal["on", "offload"] | None:
-    """The recipe's word, or for auto: the first way in which the activations take at most SHARE of the free memory.
-    ``kept`` are the bytes that are kept of a token, where they are known."""
+) -> tuple[bool | Literal["offload"], str]:
+    """The recipe's word, or for auto the first way in which the activations take at most SHARE of the free memory, and
+    why when that is not to keep them all. ``kept`` are the bytes that are kept of a token, where they are known."""
     wanted = job.recipe.training.gradient_checkpointing
-    if wanted == "offload":
-        return "offload"
     if wanted != "auto":
-        return "on" if wanted else None
+        return wanted, ""
     batch = largest_batch(schedule.lengths, schedule.supervised, schedule.batch_size, job.max_length, schedule.packing)
     free = SHARE * free_bytes(device)
     plain, checkpointed = (
@@ -45,8 +43,9 @@ def choose_checkpointing(
         for checkpointing in (False, True)
     )
     if plain <= free:
-        return None
-    return "on" if checkpointed <= free or device.type == "cpu" else "offload"
+        return False, ""
+    why = f"a batch's activations would take about {size(plain)}, more than {SHARE:.0%} of what is free"
+    return checkpointed <= free or device.type == "cpu" or "offload", why
 
 
 def kept_bytes(

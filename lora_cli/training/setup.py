@@ -113,7 +113,9 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     is_whole_on_gpu = accelerator.device.type == "cuda" and not (sources or is_sharded(accelerator))
     finds_out = is_whole_on_gpu and job.recipe.training.gradient_checkpointing == "auto"
     kept_of_token = kept_bytes(model, head, accelerator, packing, job.max_length) if finds_out else None
-    checkpointing = choose_checkpointing(job, schedule, dtype, accelerator.device, head is None, kept_of_token)
+    checkpointing, why = choose_checkpointing(job, schedule, dtype, accelerator.device, head is None, kept_of_token)
+    if why and not sources:
+        display.note(f"training.gradient_checkpointing: auto -> {str(checkpointing).lower()}: {why}")
     if checkpointing or sources:
         recompute_activations(model)
     if checkpointing == "offload":
