@@ -28,13 +28,10 @@ from lora_cli.training.display import Display
 from lora_cli.training.estimate import estimate, largest_batch
 from lora_cli.training.out_of_memory import out_of_memory
 from lora_cli.training.prepare import prepare
+from lora_cli.training.streaming import put_away
 from lora_cli.weights.shards import read_headers, weight_files
 
-pytestmark = [
-    pytest.mark.usefixtures("no_curves", "quick_collections"),
-    # The files of a streamed base are closed when its model is collected.
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
-]
+pytestmark = pytest.mark.usefixtures("no_curves", "quick_collections")
 
 METHODS: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -146,6 +143,26 @@ def test_weights_stored_in_another_type_are_converted_on_the_way(
         done(lora("train", write_recipe(changes)))
         adapters.append((tmp_path / str(value) / "adapter" / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1]
+
+
+def test_what_loading_has_changed_is_kept_and_all_else_is_read_from_the_file(tiny_gpt2: Path, tmp_path: Path) -> None:
+    """Transformers turns some weights, which keep name and shape; GPT-2's own files leave ``transformer.`` out."""
+    folder = shutil.copytree(tiny_gpt2, tmp_path / "base")
+    file, device = folder / "model.safetensors", torch.device("cpu")
+    save_file(
+        {name.removeprefix("transformer."): each for name, each in load_file(file).items()}, file, {"format": "pt"}
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    first, last = model.transformer.h
+    first.attn.c_proj.weight.data = first.attn.c_proj.weight.data.T.contiguous()
+    last.mlp.c_fc.weight.data = last.mlp.c_fc.weight.data[:, [0, 3, 2, 1, *range(4, 4 * WIDTH)]]
+    wanted = {weight: weight.data.to(torch.bfloat16) for weight in model.transformer.h.parameters()}
+    sources = put_away(model, folder, device, torch.bfloat16)  # a copy of what is kept
+    assert all(torch.equal(sources[weight](), before) for weight, before in wanted.items())
+    with file.open("r+b") as stored:
+        stored.seek(8 + int.from_bytes(stored.read(8), "little"))
+        stored.write(bytes(file.stat().st_size - stored.tell()))
+    assert {weight for weight in wanted if sources[weight]().any()} == {first.attn.c_proj.weight, last.mlp.c_fc.weight}
 
 
 @pytest.mark.parametrize(("free", "streams"), [(10**12, False), (1000, True)])
