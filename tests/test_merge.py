@@ -39,6 +39,8 @@ from transformers import (
     BitsAndBytesConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
 )
 
 from lora_cli.model.base import skeleton
@@ -926,6 +928,21 @@ def test_both_of_two_that_could_have_been_tied(tiny_llama: Path, tmp_path: Path,
     assert torch.equal(after["lm_head.weight"], before["lm_head.weight"])
     assert not torch.equal(before["lm_head.weight"], before["model.embed_tokens.weight"])
     assert not torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+
+
+def test_a_text_model_within_another_is_untied_in_both_configurations(
+    tokenizer: Any, tmp_path: Path, lora: Any, no_model: None, recwarn: Any
+) -> None:
+    sizes = GEMMA_3 | {"global_head_dim": 8, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+    text = sizes | {"layer_types": ["sliding_attention", "full_attention"], "vocab_size": len(tokenizer)}
+    model = Gemma4ForConditionalGeneration(Gemma4Config(text_config=text))
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapter = make_adapter("llama", tmp_path / "base", tmp_path / "adapter", target_modules=["lm_head"])
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
+    assert distance(answers(tmp_path / "merged"), answers(tmp_path / "base", adapter)) < 1e-5
 
 
 @pytest.mark.parametrize("leaf", ["embed_tokens", "lm_head"])
