@@ -391,4 +391,6 @@ def test_rows_too_long_for_the_model_are_told_by_its_positions(
 def test_the_share_has_bounds(value: float, write_recipe: Any, lora: Any) -> None:
     result = lora("train", write_recipe({"data.min_supervised_rows": value}))
     assert result.exit_code == 2
-    assert "data.min_supervised_rows" in result.stderr and "0" in result.stderr and "1" in result.stderr
+    assert f"data.min_supervised_rows: expected a number of at least 0 and up to 1, found the number {value}" in (
+        result.stderr
+    )

@@ -106,21 +106,21 @@ def test_one_that_is_removed_while_it_is_looked_for_is_made(quantized: Any, monk
     assert first.losses == second.losses
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_one_that_is_removed_once_it_is_found_is_made(
-    stream: bool, quantized: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("once", "stream"), [((setup, "find_kept"), True), ((Path, "hardlink_to"), False)])
+def test_one_that_is_removed_once_it_is_found_or_half_taken_over_is_made(
+    once: tuple[Any, str], stream: bool, quantized: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"training.stream_base": stream, "training.gradient_checkpointing": True}
     first, _ = quantized("first", changes)
     (folder,) = kept_in(first)
-    find = setup.find_kept
+    find_or_link = getattr(*once)
 
     def removed(*args: Any) -> Any:
-        found = find(*args)
+        found = find_or_link(*args)
         shutil.rmtree(folder, ignore_errors=True)
         return found
 
-    monkeypatch.setattr(setup, "find_kept", removed)
+    monkeypatch.setattr(*once, removed)
     second, made = quantized("second", changes)
     assert made and len(kept_in(second)) == 1 and not folder.exists()
     assert first.losses == second.losses
