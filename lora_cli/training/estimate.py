@@ -53,8 +53,7 @@ def estimate(job: Prepared, recipe: Recipe) -> Need:
     limit, packing = min(job.max_length, recipe.data.max_length), recipe.data.packing
     batch = largest_batch(examples.lengths, examples.supervised_per_row, training.batch_size, limit, packing)
     checkpointing = training.gradient_checkpointing is True
-    whole_logits = any(target.out_features == job.config.get_text_config().vocab_size for target in job.targets)
-    activations = activation_bytes(job.config, *batch, dtype.itemsize, checkpointing, whole_logits)
+    activations = activation_bytes(job.config, *batch, dtype.itemsize, checkpointing)
     return Need(weights, trained * (8 + state), activations)
 
 
