@@ -179,8 +179,6 @@ def _weighted(
         ranks = {layer: product.rank for layer, product in adapter.products.items()}
         scalings = {layer: product.scaling for layer, product in adapter.products.items()}
         config = LoraConfig(target_modules=list(ranks), init_lora_weights=False, **rank_keys(ranks, scalings, False))
-        config.r = max(ranks.values())
-        config.rank_pattern = ranks
         if model is None:
             model = get_peft_model(tree, config, adapter_name=name)
         else:
