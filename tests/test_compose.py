@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -49,6 +50,12 @@ def varied(name: str, folder: Path, out: Path, seed: int, **config: Any) -> Path
     return out
 
 
+def ranks(folder: Path) -> Counter[str]:
+    """Each layer's rank, from the file alone."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return Counter({name.partition(".lora_")[0]: a.shape[0] for name, a in tensors.items() if "_A" in name})
+
+
 def two(name: str, folder: Path, place: Path, **second: Any) -> tuple[Path, Path]:
     return varied(name, folder, place / "a", 1), varied(name, folder, place / "b", 2, **second)
 
@@ -84,6 +91,7 @@ def test_the_sum_of_products(base: Base, method: str, swapped: bool, tmp_path: P
     found = products(out)
     assert found.keys() == wanted.keys()
     assert report["layers"] == len(wanted)
+    assert method == "svd" or ranks(out) == sum((ranks(part) for part, _ in parts), Counter())
     for layer, product in found.items():
         assert distance(product, wanted[layer]) < (1e-6 if method == "cat" else 1e-5), layer
 

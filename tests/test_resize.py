@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def test_down_from_nothing_can_be_trained_on(tiny_llama: Path, tmp_path: Path, l
     tensors = load_file(adapter / "adapter_model.safetensors")
     begun = {name: tensor * ("lora_A" in name) for name, tensor in tensors.items()}
     save_file(begun, adapter / "adapter_model.safetensors")
-    done(lora("adapters", "resize", adapter, "--rank", R - 1, "--out", out))
+    report = done(lora("adapters", "resize", adapter, "--rank", R - 1, "--out", out, "--json")).json
+    assert {layer["energy"] for layer in report["layers"]} == {1}
     for name, tensor in load_file(out / "adapter_model.safetensors").items():
         assert bool(tensor.any(1).all()) is ("lora_A" in name) and R - 1 in tensor.shape
 
@@ -137,6 +139,9 @@ def test_energy_takes_the_smallest_rank(tiny_llama: Path, tmp_path: Path, lora: 
     adapted = PeftModel.from_pretrained(model, str(out)).base_model.model
     for layer, product in products(out).items():
         assert distance(adapted.get_submodule(layer).get_delta_weight("default").double(), product) < 1e-6
+    done(lora("adapters", "resize", adapter, "--energy", "1", "--out", tmp_path / "whole"))
+    before, after = (load_file(each / "adapter_model.safetensors") for each in (adapter, tmp_path / "whole"))
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items()), "there was nothing to cut"
 
 
 def test_a_resized_run_keeps_its_record(train: Callable[..., Run], tmp_path: Path, lora: Any) -> None:
@@ -236,8 +241,11 @@ def test_what_was_merged_is_extracted(base: Base, to: list[str], tmp_path: Path,
 
 
 def test_extract_of_full_training(base: Base, tmp_path: Path, lora: Any) -> None:
-    """Every number of the model another: each layer by its singular values, the rest told."""
-    name, folder = base
+    """Every number of the model another: each layer by its singular values, the rest told, once where GPT-2's own names
+    leave ``transformer.`` out."""
+    name, folder = base[0], shutil.copytree(base[1], tmp_path / "base")
+    stored = {key.removeprefix("transformer."): tensor for key, tensor in weights_of(folder).items()}
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
