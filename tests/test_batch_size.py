@@ -101,18 +101,33 @@ def test_two_processes_take_the_same_numbers(write_recipe: Any, tmp_path: Path, 
     assert shared.column("step") == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize(("whole_logits", "fits"), [(False, False), (True, True)])
 def test_activations_are_recomputed_where_nothing_else_fits(
-    write_recipe: Any, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
+    whole_logits: bool, fits: bool, write_recipe: Any, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = write_recipe(auto(1, max_steps=1) | {"data.packing": False, "model.dtype": "float32"})
+    """Where an architecture's head is of another kind, the logits are kept whole."""
+    if whole_logits:
+        monkeypatch.setattr("lora_cli.training.setup.frozen_head", lambda _: None)
+    recipe = write_recipe(auto(1, max_steps=1) | {"data": {"packing": False, "train_on": "all"}})
     job = prepare(load_recipe(recipe), resume=False, overwrite=False)
     longest = int(job.train.examples.lengths.max())
-    plain, recomputed = (activation_bytes(job.config, longest, longest, 4, way) for way in (False, True))
-    monkeypatch.setattr("lora_cli.training.batch_size.free_bytes", lambda *_: int((plain + recomputed) / 2 / 0.8))
-    told = done(lora("train", recipe)).stderr
-    assert "auto -> 1, gradient_accumulation_steps: 1, activations recomputed" in " ".join(told.split())
+    plain = activation_bytes(job.config, longest, longest - 1, 4, whole_logits=whole_logits)
+    monkeypatch.setattr("lora_cli.training.batch_size.free_bytes", lambda *_: int((plain + (1 if fits else -1)) / 0.8))
+    told = " ".join(done(lora("train", recipe)).stderr.split())
+    assert "auto -> 1, gradient_accumulation_steps: 1, " in told and ("activations recomputed" in told) is not fits
     training = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["training"]
-    assert training["gradient_checkpointing"] is True
+    assert training["gradient_checkpointing"] == (not fits)
+
+
+def test_the_process_with_the_least_room_decides(write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_cli.training.batch_size.highest", lambda own, _: max(own, -2))  # another one found 2
+    told = done(lora("train", write_recipe(auto(6, max_steps=1)))).stderr
+    assert "auto -> 2, gradient_accumulation_steps: 3, a step of 6 rows" in " ".join(told.split())
+
+
+def test_a_streamed_base_is_estimated_recomputed(write_recipe: Any, lora: Any) -> None:
+    told = done(lora("train", write_recipe(auto(3, max_steps=1, stream_base=True)))).stderr
+    assert "auto -> 3, gradient_accumulation_steps: 1, activations recomputed" in " ".join(told.split())
 
 
 def test_processes_share_a_processors_memory(write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -575,6 +575,17 @@ def test_a_step_that_overflows_ends_the_run_before_the_optimizer_sees_it(overflo
     assert not (run.folder / "adapter").exists()
 
 
+def test_a_gradient_that_overflows_by_itself_ends_the_run_too(
+    tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any
+) -> None:
+    """Of numbers of some 1e20, as the loss is, the squares are no float32."""
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    with edited_weights(base) as weights:
+        weights["lm_head.weight"] *= 1e20
+    result = lora("train", write_recipe({"model.name_or_path": base}))
+    assert result.exit_code == 3 and "step 1 was not taken: grad norm is inf;" in " ".join(result.stderr.split())
+
+
 def test_rows_are_named_by_file_and_line_whatever_was_held_out_and_mixed(
     write_recipe: Any, tmp_path: Path, lora: Any
 ) -> None:

@@ -34,6 +34,7 @@ from lora_cli.cli.app import main
 from lora_cli.model.elementwise import GatedMLP
 from lora_cli.recipe.explain import dotted_keys
 from lora_cli.training import loop, validation
+from lora_cli.training.clock import Clock
 from lora_cli.training.display import duration
 
 # --- the equations ---------------------------------------------------------------------------------------------------
@@ -206,11 +207,14 @@ def test_a_run_leaves_its_files_and_records(tiny_gpt2: Path, tmp_path: Path, wri
 
 
 def test_what_people_are_told_of_a_run_is_what_it_measured(
-    tmp_path: Path, write_recipe: Any, lora: Any, no_curves: None
+    tmp_path: Path, write_recipe: Any, lora: Any, no_curves: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The summary, the model card, the report and the adapter's provenance, beside metrics and files."""
+    monkeypatch.setattr(Clock, "seconds", 100.0)
     changes = {"data.validation": 0.25, "quantization": {"method": "nf4"}, "adapter.target_modules": ["c_attn"]}
-    told = done(lora("train", write_recipe(changes))).stdout
+    result = done(lora("train", write_recipe(changes)))
+    told = result.stdout
+    assert re.findall(r"left ([\d:]+)", result.stderr) == ["5:00", "1:40", "0:33", "0:00"]
     run = Run(tmp_path / "run")
     first, *_, last = run.column("loss", "validation")
     assert first != last
@@ -245,17 +249,17 @@ def test_what_people_are_told_of_a_run_is_what_it_measured(
 
 
 def test_the_rate_is_of_training_alone(train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluations, of a fifth of a second at least, are no part of it."""
-    validate = validation.validate
+    """Steps and evaluations take a fifth of a second at least; the latter are no part of it."""
 
-    def slow(*given: Any) -> Any:
-        time.sleep(0.2)
-        return validate(*given)
+    def slowed(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given: (time.sleep(0.2), function(*given))[1]
 
-    monkeypatch.setattr(validation, "validate", slow)
+    monkeypatch.setattr(validation, "validate", slowed(validation.validate))
+    monkeypatch.setattr(loop, "take_step", slowed(loop.take_step))
     run = train({"data": {"validation": 0.2, "train_on": "all"}, "training.eval_steps": 1})
     for before, line in itertools.pairwise(run.lines()):
-        assert line["tokens"] / line["tokens_per_second"] < line["seconds"] - before["seconds"] - 0.19
+        took = (line["tokens"] + 4) / line["tokens_per_second"]  # of each of its 4 rows the first is not supervised
+        assert 0.19 < took < line["seconds"] - before["seconds"] - 0.19
 
 
 class Terminal(io.StringIO):
