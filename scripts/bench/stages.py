@@ -39,7 +39,7 @@ def main(job: str) -> None:
         stages[name] = {"seconds": time.perf_counter() - start, "peak_bytes": _high_water()}
         return found
 
-    stage("check", lambda: row_faults(data, sources, set()))
+    stage("check", lambda: row_faults(data, sources, set(), set()))
     parts = [stage("tokenize", lambda: tokenize_cached(data, sources, tokenizer, cache))]
     stage("write", lambda: publish(cache, parts))
     cached = stage("read again", lambda: tokenize_cached(data, sources, tokenizer, cache))
