@@ -22,7 +22,7 @@ from lora_cli.evaluation.head import Head, LinearCrossEntropy, frozen_head
 from lora_cli.evaluation.loss import evaluating, evaluation_groups, lay_end_to_end, summed_loss
 from lora_cli.model.adapters import adapt
 from lora_cli.model.attention import ROWS, ROWS_ALONE, attend_by_rows
-from lora_cli.model.base import longrope_bounds
+from lora_cli.model.base import best_device, longrope_bounds
 from lora_cli.model.elementwise import PROJECTIONS, fuse
 from lora_cli.model.fused_lora import side_by_side
 from lora_cli.model.layers import adaptable_layers, linear_layers
@@ -874,7 +874,8 @@ def test_dora_of_rows_whose_norms_would_be_wrong(tmp_path: Any, tokenizer: Any, 
 
     weight = torch.randn(8, 80, generator=torch.Generator().manual_seed(0))
     right = reference.nf4_dequantize(*reference.nf4_codes(weight), (8, 80))
-    is_right = torch.allclose(dequantize_4bit(*quantize_4bit(weight, blocksize=64, quant_type="nf4")), right)
+    codes = quantize_4bit(weight.to(best_device()), blocksize=64, quant_type="nf4")
+    is_right = torch.allclose(dequantize_4bit(*codes).cpu(), right)
     config = transformers.LlamaConfig(
         **GROUPED | {"vocab_size": len(tokenizer), "hidden_size": 80, "max_position_embeddings": 128}
     )
