@@ -32,7 +32,9 @@ from bench.processes import environment, run
 from bench.work import Did, Work, write_job
 from safetensors.torch import save_file
 
-OPTIONS = Options("tiny", rounds=1, steps=2, threads=1, dtype="float32", gpu=False, quick=True, only=(), out=None)
+OPTIONS = Options(
+    "tiny", rounds=1, steps=2, threads=1, dtype="float32", gpu=False, quick=True, only=(), lengths=(), out=None
+)
 LORA = contestants.CPU[0]
 
 
@@ -143,6 +145,13 @@ def test_the_longest_that_fits_is_found(fit: int) -> None:
     assert longest <= fit
     assert fit - longest <= max(64, 0.01 * fit)
     assert len(tried) == len(set(tried)) < 20
+
+
+def test_given_lengths_are_tried_with_activations_offloaded() -> None:
+    asked, options = command.parse(["context", "--gpu", "--lengths", "4096", "8192"])
+    assert (asked, options.lengths) == (["context"], (4096, 8192))
+    told = [contestants.for_context(True, offloads)[0].options for offloads in (False, True)]
+    assert told == [{}, {"training.gradient_checkpointing": "offload"}]
 
 
 def test_stages_and_runs_of_few_rows(rows: dict[str, Any], tmp_path: Path) -> None:

@@ -60,6 +60,14 @@ def parse(arguments: list[str]) -> tuple[list[str], Options]:
     )
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="these contestants beside lora (all)")
     parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=(),
+        metavar="N",
+        help="context: try these lengths, in place of a search",
+    )
+    parser.add_argument(
         "--out", type=Path, help="folder that the JSON goes to (scripts/bench/results; with --quick none)"
     )
     told = vars(parser.parse_args(arguments))
@@ -70,7 +78,7 @@ def parse(arguments: list[str]) -> tuple[list[str], Options]:
     told["steps"] = told["steps"] or (4 if quick else 24)
     asked = told.pop("benchmark")
     names = [asked] if asked else ["train", "context"] if gpu else ["train"]
-    return names, Options(**told | {"only": tuple(told["only"])})
+    return names, Options(**told | {name: tuple(told[name]) for name in ("only", "lengths")})
 
 
 def main(arguments: list[str]) -> int:

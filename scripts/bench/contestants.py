@@ -58,11 +58,13 @@ def on_gpu() -> tuple[Contestant, ...]:
     )
 
 
-def for_context(gpu: bool) -> tuple[Contestant, ...]:
-    """For the longest row that fits: TRL checkpoints by default, and on a GPU can keep activations in host memory."""
+def for_context(gpu: bool, offloads: bool) -> tuple[Contestant, ...]:
+    """For the longest row that fits: TRL checkpoints by default, and on a GPU can keep activations in host memory, as
+    lora does where it has to, or at any length when it ``offloads``."""
     best = _best_on_gpu()
     offloading = Contestant("trl-best-offloading", "sft", best | {"activation_offloading": True}, in_order=True)
-    both = Contestant(OURS, OURS), Contestant("trl-best-checkpointing", "sft", best, in_order=True)
+    own = Contestant(OURS, OURS, {"training.gradient_checkpointing": "offload"} if offloads else {})
+    both = own, Contestant("trl-best-checkpointing", "sft", best, in_order=True)
     return (*both, offloading) if gpu else both
 
 

@@ -1,4 +1,8 @@
-"""The longest context that trains on this card: rows of one length, batch 1, lengths searched in fresh processes."""
+"""The longest context that trains on this card: rows of one length, batch 1, lengths searched in fresh processes.
+
+Or what memory given lengths take with activations offloaded: from a few short ones follows what a longer one will,
+which would take hours to find, attention being most of the work there.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,8 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     told = {"shape": options.shape, "models": str(MODELS), "folder": str(folder), "tokens": limit}
     rows = helper("prepare_long", told | {"rows": ROWS}, folder, env, "rows.json")
     work = long_work(options, rows)
-    contestants, skipped = choose(for_context(options.gpu), options.only, work, has_bf16=options.gpu)
+    everyone = for_context(options.gpu, offloads=bool(options.lengths))
+    contestants, skipped = choose(everyone, options.only, work, has_bf16=options.gpu)
     probes: dict[str, list[dict[str, Any]]] = {}
     longest: dict[str, int] = {}
     for contestant in contestants:
@@ -43,7 +48,10 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
             tried.append(probe(contestant, replace(work, max_length=length), folder, options))
             return bool(tried[-1]["fits"])
 
-        longest[contestant.name] = search(fits, min(FIRST, limit), limit)
+        if options.lengths:
+            longest[contestant.name] = max((each for each in options.lengths if fits(each)), default=0)
+        else:
+            longest[contestant.name] = search(fits, min(FIRST, limit), limit)
     lines = [["", "longest context", "tokens/s there"]]
     for name, length in longest.items():
         speed = next((f"{each['tokens_per_second']:,.0f}" for each in probes[name] if each["length"] == length), "")
@@ -106,7 +114,8 @@ def probe(contestant: Contestant, work: Work, folder: Path, options: Options) ->
         if not killed and not any(word in log for word in OUT_OF_MEMORY):
             raise SystemExit(f"{contestant.name} failed at {work.max_length:,} tokens:\n{tail(place / 'log')}")
     shutil.rmtree(place)
-    print(f"{contestant.name:<24} {work.max_length:>9,} {'fits' if found['fits'] else 'does not fit'}", flush=True)
+    told = f"fits, {found['device_bytes'] / 1e9:.1f} GB" if found["fits"] else "does not fit"
+    print(f"{contestant.name:<24} {work.max_length:>9,} {told}", flush=True)
     return found
 
 

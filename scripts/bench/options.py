@@ -18,4 +18,5 @@ class Options:
     gpu: bool
     quick: bool
     only: tuple[str, ...]
+    lengths: tuple[int, ...]
     out: Path | None
