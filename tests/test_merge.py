@@ -1082,6 +1082,20 @@ def test_the_base_is_of_the_revision_that_the_adapter_names(
         assert torch.equal(norm, weights_of(model / "snapshots" / commit)["model.norm.weight"])
 
 
+def test_a_hub_id_that_is_an_adapters_is_told(
+    tiny_gpt2: Path, tmp_path: Path, lora: Any, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = tmp_path / "models--somebody--adapter"
+    make_adapter("gpt2", tiny_gpt2, model / "snapshots" / ("a" * 40))
+    (model / "refs").mkdir()
+    (model / "refs/main").write_text("a" * 40)
+    result = lora("train", write_recipe({"model.name_or_path": "somebody/adapter"}))
+    assert result.exit_code == 2
+    told = "error: somebody/adapter: holds no model (no config.json)\n    this is an adapter; give its base here\n"
+    assert result.stderr == told
+
+
 @pytest.mark.parametrize(
     "name",
     ["model.norm.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight", "model.embed_tokens.weight"],

@@ -25,39 +25,39 @@ def locate(name_or_path: str, weights: bool = False, revision: str | None = None
     """The folder of a model: the path itself, or a hub id's snapshot (``weights``: with its safetensors files), of this
     ``revision`` or the newest.
 
-    Raises UserError when there is no such folder and the hub cannot give it.
+    Raises UserError when there is no such folder and the hub cannot give it, or it holds no model.
     """
     folder = Path(name_or_path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            hint = MODEL_FOLDER
-            if (folder / "adapter_config.json").is_file():
-                hint = "this is an adapter; give its base here"
-            elif folder.parent.name == "checkpoints":
-                hint = f"a checkpoint is for --resume alone; name the run ({folder.parent.parent}) or its adapter"
-            raise UserError("the folder holds no model (no config.json)", name_or_path, hint)
-        return _bare(folder)
+    if not folder.is_dir():
+        folder = _snapshot(name_or_path, weights, revision)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if not (folder / "config.json").is_file():
+        hint = MODEL_FOLDER
+        if is_adapter:
+            hint = "this is an adapter; give its base here"
+        elif folder.parent.name == "checkpoints":
+            hint = f"a checkpoint is for --resume alone; name the run ({folder.parent.parent}) or its adapter"
+        raise UserError("holds no model (no config.json)", name_or_path, hint)
+    if is_adapter:  # which Transformers would load along with the model
+        hint = "move the adapter's files to a folder of their own"
+        raise UserError("the folder holds an adapter beside the model (adapter_config.json)", str(folder), hint)
+    return folder
+
+
+def _snapshot(hub_id: str, weights: bool, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
-        return _bare(Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns)))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
-        raise UserError("no such model folder, and no hub id", name_or_path, nearest_folder(folder)) from error
+        raise UserError("no such model folder, and no hub id", hub_id, nearest_folder(Path(hub_id))) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
         why = "HF_HUB_OFFLINE is set and it is not in the local cache" if offline else str(error).splitlines()[0]
         what = f"no such model folder, and the hub does not give it: {why}"
-        raise UserError(what, name_or_path, nearest_folder(folder)) from error
-
-
-def _bare(folder: Path) -> Path:
-    """Raises UserError when a model's folder holds an adapter as well, which Transformers would load along with it."""
-    if (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
-        hint = "move the adapter's files to a folder of their own"
-        raise UserError("the folder holds an adapter beside the model (adapter_config.json)", str(folder), hint)
-    return folder
+        raise UserError(what, hub_id, nearest_folder(Path(hub_id))) from error
 
 
 def nearest_folder(folder: Path) -> str:
@@ -98,8 +98,8 @@ def copy_tokenizer(folder: Path, to: Path) -> None:
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """A model's config.json, or another of its files. Raises UserError when it is missing or damaged, RunError when it
-    cannot be read, which may pass."""
+    """A model's config.json, or another of its files, which is there. Raises UserError when it is damaged, RunError
+    when it cannot be read, which may pass."""
     path = folder / name
     try:
         with reading(path):
