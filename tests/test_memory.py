@@ -22,16 +22,16 @@ from peft import LoraConfig, get_peft_model
 from transformers import Gemma3nTextConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_cli.model.adapters import adapt
+from lora_cli.model.base import load_base
 from lora_cli.model.elementwise import fuse
 from lora_cli.model.layers import linear_layers
 from lora_cli.model.memory import activation_bytes, asked_bytes, free_bytes, is_out_of_memory, total_bytes
-from lora_cli.recipe.schema import Adapter
+from lora_cli.recipe.schema import Adapter, Model, Quantization
 from lora_cli.training.activations import kept_bytes, recompute_activations
 from lora_cli.training.estimate import largest_batch
 
 LIMIT = """
 import resource, sys
-from collections.abc import Callable
 from pathlib import Path
 from lora_cli.cli.app import main
 def limit():
@@ -175,17 +175,22 @@ def test_a_small_llamas_backward_pass_takes_what_is_estimated(
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize(("dropout", "targets"), [(0.0, "all"), (0.1, "all"), (0.0, "upper")])
+@pytest.mark.parametrize(
+    ("dropout", "targets", "method"),
+    [(0.0, ".", None), (0.1, ".", None), (0.0, r"\.[89]\.", None), (0.0, "self_attn", "int8")],
+)
 def test_what_is_kept_of_a_token_is_found_out_whatever_the_adapter(
-    dropout: float, targets: str, fused: bool, tmp_path: Path
+    dropout: float, targets: str, method: str | None, fused: bool, tmp_path: Path
 ) -> None:
     config = LlamaConfig(
-        vocab_size=500, hidden_size=64, intermediate_size=172, num_hidden_layers=12, num_attention_heads=4
+        vocab_size=500, hidden_size=64, intermediate_size=172, num_hidden_layers=10, num_attention_heads=4
     )
-    base = LlamaForCausalLM(config).requires_grad_(False)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    quantization = method and Quantization(method=method)
+    base = load_base(tmp_path, Model(name_or_path=str(tmp_path)), quantization, torch.device("cpu"), torch.float32)
     if fused:
         fuse(base)
-    names = [name for name in linear_layers(base) if targets == "all" or ".11." in name or ".10." in name]
+    names = [name for name in linear_layers(base) if re.search(targets, name)]
     model = adapt(base, Adapter(r=2, lora_dropout=dropout), names, fused)
     ids = torch.zeros((1, 512), dtype=torch.long)
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from accelerate import Accelerator
+from torch.nn import Module
+from torch.nn.modules.module import register_module_forward_hook
 
 from lora_cli.data.batches import Batch, Schedule
 from lora_cli.evaluation.head import Head
@@ -84,7 +86,12 @@ def _kept(model: PeftModel, head: Head | None, batch: Batch) -> int:
         storage = tensor.untyped_storage()
         memory[storage.data_ptr()] = storage
 
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing):  # no backward pass asks for them
+    def count_input(layer: Module, inputs: tuple[torch.Tensor], _: torch.Tensor) -> None:
+        if type(layer).__name__ == "Linear8bitLt" and inputs[0].requires_grad:  # kept out of autograd's sight
+            count(inputs[0])
+
+    saved = torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing)  # no backward pass asks for them
+    with saved, register_module_forward_hook(count_input):
         summed_loss(model, batch, head)
     return sum(storage.nbytes() for storage in memory.values())
 
