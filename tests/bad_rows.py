@@ -307,7 +307,7 @@ def chat_in_a_cell_that_is_no_json(w: World) -> Arguments:
     return w.train(data=w.file("rows.csv", 'messages\n"[{role: user}]"\n'))
 
 
-@case("rows.jsonl:2", "column 'history' is not empty", "alpaca has no place for it", "data.template")
+@case("rows.jsonl:2", "column 'history' is not empty", "alpaca has no place for it\n    give them as messages")
 def alpaca_with_earlier_turns(w: World) -> Arguments:
     row = {"instruction": "Add", "input": "1 1", "output": "2", "system": "", "history": []}
     return w.train(data=w.rows(row, row | {"history": [["Hi", "Hello"]]}))
@@ -316,6 +316,11 @@ def alpaca_with_earlier_turns(w: World) -> Arguments:
 @case("rows.jsonl:2", "column 'system' is not empty", "prompt_completion has no place for it", "say data.format: chat")
 def question_with_a_system_prompt(w: World) -> Arguments:
     return w.train(data=w.rows(ROW | {"system": ""}, ROW | {"system": "Be kind."}))
+
+
+@case("rows.jsonl:1", "column 'history' is not empty", "has no place for it\n    give them as messages")
+def question_with_earlier_turns(w: World) -> Arguments:
+    return w.train(data=w.rows(ROW | {"history": [["Hi", "Hello"]]}))
 
 
 @case("data/b.jsonl:1", "looks like prompt_completion", "first row is read as alpaca", "a part of their own")

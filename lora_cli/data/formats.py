@@ -112,7 +112,9 @@ def _check_place(row: Columns, format_name: str, way: str = "") -> None:
     """Raises UserError for what belongs before the prompt, where the format has no place for it."""
     unread = {"system", "history"} - set(row.data.columns.values())
     if lost := next((name for name in sorted(unread) if row.row.columns.get(name)), None):
-        hint = f"{way}lay rows out by data.template, which may name {{system}}, or give them as messages"
+        hint = "give them as messages"
+        if lost == "system":
+            hint = f"{way}lay rows out by data.template, which may name {{system}}, or {hint}"
         raise UserError(f"column '{lost}' is not empty, and {format_name} has no place for it", row.row.where, hint)
 
 
