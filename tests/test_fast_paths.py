@@ -456,11 +456,9 @@ def test_a_norm_before_fused_lora_is_the_formula_and_made_again(device: str) -> 
     kept = []
 
     def fused(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        y = normed(x, scale, 0.1)
+        y, kinds = normed(x, scale, 0.1), (Kind(0.7, False, None),)
         with torch.autograd.graph.saved_tensors_hooks(lambda each: (kept.append(each), each)[1], lambda each: each):
-            return LoraProducts.apply(y.flatten(0, 1), None, made_of(y), (Kind(0.7, False, None),), weight, None, a, b)[
-                0
-            ]
+            return LoraProducts.apply(y.flatten(0, 1), None, made_of(y), kinds, weight, None, a, b)[0]
 
     y = (x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * scale).flatten(0, 1)
     torch.testing.assert_close(fused(x, a, b), y @ weight.T + 0.7 * y @ a.T @ b.T)
