@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -204,6 +205,18 @@ def test_a_run_leaves_its_files_and_records(tiny_gpt2: Path, tmp_path: Path, wri
     assert "<svg" in report
     for score in (info["result"]["base"], info["result"]["validation"]):
         assert f"{score['perplexity']:.2f}" in report
+
+
+def test_a_runs_files_are_for_whom_new_files_are(write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None) -> None:
+    """The weights too, which safetensors keeps from everybody else."""
+    before = os.umask(0o027)
+    try:
+        done(lora("train", write_recipe({"training.max_steps": 1})))
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert "adapter_model.safetensors" in {path.name for path in files}
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o640"}
 
 
 def test_what_people_are_told_of_a_run_is_what_it_measured(

@@ -42,9 +42,12 @@ def whole_folder(out: Path, replace: bool = False, needed: int | None = None) ->
             if not replace:
                 make_folder(out.parent)
             draft = stack.enter_context(draft_folder(out))
-            draft.chmod(0o777 & ~_umask())
+            mask = _umask()
+            draft.chmod(0o777 & ~mask)
             yield draft
             for path in (*draft.rglob("*"), draft):
+                if path.stat().st_mode & 0o777 == 0o600:  # by safetensors, which lets nobody else read its files
+                    path.chmod(0o666 & ~mask)
                 sync(path)
             _put_in_place(draft, out, replace)
         except (OSError, SafetensorError) as error:
