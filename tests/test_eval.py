@@ -258,12 +258,16 @@ def test_a_share_held_out_is_found_again(
     assert found["data"].startswith("30% of")
 
 
-def test_validation_rows_of_their_own(tiny_gpt2: Path, run_of: Callable[..., Path], tmp_path: Path, lora: Any) -> None:
+def test_validation_rows_of_their_own(
+    tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, tmp_path: Path, lora: Any
+) -> None:
+    """Wherever the rows of training are meanwhile."""
     file = tmp_path / "held_out.jsonl"
     # many tokens: of few, the rounding of 32 bits alone moves a perplexity by 1e-6
     rows = [{"question": f"Who mends the nets of boat {n}?", "answer": f" The family of house {n}."} for n in range(24)]
     write_rows(file, rows)
     run = run_of(tiny_gpt2, **{"data.validation": file})
+    qa_file.unlink()
     found = done(lora("eval", run, "--json")).json
     assert found["data"] == str(file)
     read = reference.rows_of(file, AutoTokenizer.from_pretrained(tiny_gpt2), 96)

@@ -32,10 +32,10 @@ def data_section(data: str | None, recipe: Recipe | None) -> Data:
 
 
 def check(data: Data) -> None:
-    """Raises UserError with every fault in the rows, before a model is looked at."""
+    """Raises UserError with every fault in the rows, before a model is looked at; those trained on may be elsewhere."""
     from lora_cli.training.prepare import data_faults
 
-    faults = data_faults(data, set())
+    faults = data_faults(data.model_copy(update={"train": _measured(data), "validation": None}), set())
     if faults:
         raise UserError(faults)
 
