@@ -564,6 +564,21 @@ def test_unknown_top_level_keys(line: str, hint: str) -> None:
     assert found == Fault(f"{line.partition(':')[0]}: unknown key", "r.yaml:7:1", hint)
 
 
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("adapter.method=dora", "adapter.use_dora: true"),
+        ("adapter.method=rslora", "adapter.use_rslora: true"),
+        ("adapter.method=qlora", "quantization.method: nf4"),
+        ("quantization.method=4bit", "quantization.method: nf4"),
+        ("quantization.method=int4", "quantization.method: nf4"),
+        ("data.format=chat_template", "data.format: chat"),
+    ],
+)
+def test_a_peers_value_is_not_told_the_one_spelt_most_like_it(override: str, hint: str) -> None:
+    assert fault(MINIMAL, override).hint == f"here it is {hint}"
+
+
 def test_what_is_told_for_a_peers_key_is_a_key_here() -> None:
     homes = {re.split("[:,]", here)[0] for here in WRITTEN_HERE.values()}
     assert homes <= set(dotted_keys())

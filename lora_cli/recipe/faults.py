@@ -18,7 +18,7 @@ from lora_cli.recipe.explain import (
     required_at,
     schema_at,
 )
-from lora_cli.recipe.peers import written_here
+from lora_cli.recipe.peers import WRITTEN_HERE, written_here
 from lora_cli.recipe.yaml12 import BROKEN, Broken, Faults, Node, Scalar, brief, plain_scalar
 
 KeyPath = tuple[str | int, ...]
@@ -143,7 +143,8 @@ def _tell_wrong_value(path: KeyPath, node: Node, faults: Faults) -> None:
     wanted = expected({"anyOf": same_kind}) if same_kind else expected(schema)
     what = f"{_dotted(path)}: expected {wanted}, found {found(node.value)}"
     keys = f"lora explain {path[0]} tells its keys" if len(path) == 1 else None
-    faults.add(node.place, what, _remedy(node.value, schema) or keys)
+    own = WRITTEN_HERE.get(f"{_dotted(path)}: {node.value}")
+    faults.add(node.place, what, f"here it is {own}" if own else _remedy(node.value, schema) or keys)
 
 
 def found(value: Scalar | Broken | dict[str, Node] | tuple[Node, ...]) -> str:

@@ -53,7 +53,14 @@ WRITTEN_HERE = {
     "optimizer": "training.optim",
     "eval_strategy": "training.eval_steps",
     "save_strategy": "training.save_steps",
+    "adapter.method: dora": "adapter.use_dora: true",
+    "adapter.method: rslora": "adapter.use_rslora: true",
+    "adapter.method: qlora": "quantization.method: nf4",
+    "quantization.method: 4bit": "quantization.method: nf4",
+    "quantization.method: int4": "quantization.method: nf4",
+    "data.format: chat_template": "data.format: chat",
 }
+"""A peer's key, in a section or anywhere, or a key of ours with a peer's value: what it is here."""
 
 
 def written_here(section: str, name: str) -> str | None:
