@@ -573,6 +573,7 @@ def test_unknown_top_level_keys(line: str, hint: str) -> None:
         ("quantization.method=4bit", "quantization.method: nf4"),
         ("quantization.method=int4", "quantization.method: nf4"),
         ("data.format=chat_template", "data.format: chat"),
+        ("training.lr_scheduler_type=cosine_with_restarts", "training.lr_scheduler_type: cosine, without restarts"),
     ],
 )
 def test_a_peers_value_is_not_told_the_one_spelt_most_like_it(override: str, hint: str) -> None:

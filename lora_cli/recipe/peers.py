@@ -59,6 +59,8 @@ WRITTEN_HERE = {
     "quantization.method: 4bit": "quantization.method: nf4",
     "quantization.method: int4": "quantization.method: nf4",
     "data.format: chat_template": "data.format: chat",
+    "training.lr_scheduler_type: cosine_with_restarts": "training.lr_scheduler_type: cosine, without restarts",
+    "training.lr_scheduler_type: constant_with_warmup": "training.lr_scheduler_type: constant, with its warmup_ratio",
 }
 """A peer's key, in a section or anywhere, or a key of ours with a peer's value: what it is here."""
 
