@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from accelerate import Accelerator
@@ -110,16 +110,7 @@ def set_up(job: Prepared, display: Display) -> Trainer:
         recipe=resolve_batch_size(job, accelerator, model, head, packing, dtype.itemsize, bool(sources), display),
     )
     schedule = make_schedule(job, packing, accelerator.num_processes)
-    is_whole_on_gpu = accelerator.device.type == "cuda" and not (sources or is_sharded(accelerator))
-    finds_out = is_whole_on_gpu and job.recipe.training.gradient_checkpointing == "auto"
-    kept_of_token = kept_bytes(model, head, accelerator, packing, job.max_length) if finds_out else None
-    checkpointing, why = choose_checkpointing(job, schedule, dtype, accelerator.device, head is None, kept_of_token)
-    if why and not sources:
-        display.note(f"training.gradient_checkpointing: auto -> {str(checkpointing).lower()}: {why}")
-    if checkpointing or sources:
-        recompute_activations(model)
-    if checkpointing == "offload":
-        split_mlps(model, MLP_TOKENS)
+    checkpointing = set_checkpointing(job, schedule, accelerator, model, head, dtype, bool(sources), display)
     total = schedule.total_steps(recipe.training.num_train_epochs, recipe.training.max_steps)
     check_warmup(recipe.training, total)
     tokens = job.train.examples.tokens * total / schedule.steps_in(0) / accelerator.num_processes
@@ -246,6 +237,30 @@ def make_schedule(job: Prepared, packing: bool, processes: int) -> Schedule:
         accumulation=recipe.training.gradient_accumulation_steps * processes,
         bounds=tuple(longrope_bounds(job.config)),
     )
+
+
+def set_checkpointing(
+    job: Prepared,
+    schedule: Schedule,
+    accelerator: Accelerator,
+    model: PeftModel,
+    head: Head | None,
+    dtype: torch.dtype,
+    streams: bool,
+    display: Display,
+) -> bool | Literal["offload"]:
+    """Have the model keep its activations or recompute them; tells what ``auto`` comes to, and why, where not all fit."""
+    is_whole_on_gpu = accelerator.device.type == "cuda" and not (streams or is_sharded(accelerator))
+    finds_out = is_whole_on_gpu and job.recipe.training.gradient_checkpointing == "auto"
+    kept = kept_bytes(model, head, accelerator, schedule.packing, job.max_length) if finds_out else None
+    checkpointing, why = choose_checkpointing(job, schedule, dtype, accelerator.device, head is None, kept)
+    if why and not streams:
+        display.note(f"training.gradient_checkpointing: auto -> {str(checkpointing).lower()}: {why}")
+    if checkpointing or streams:
+        recompute_activations(model)
+    if checkpointing == "offload":
+        split_mlps(model, MLP_TOKENS)
+    return checkpointing
 
 
 def unwrap(trainer: Trainer) -> PeftModel:
