@@ -19,7 +19,7 @@ from lora_cli.weights.adapter_config import (
     own_value,
     read_adapter_config,
 )
-from lora_cli.weights.check_model import EMBEDDINGS, is_uniform, stored_layers
+from lora_cli.weights.check_model import EMBEDDINGS, is_uniform, owner, stored_layers
 from lora_cli.weights.shards import is_finite, read_headers, read_tensor
 
 OTHER_TENSORS = ("bias", "modules_to_save", "trainable_token_indices", "target_parameters")
@@ -113,8 +113,9 @@ def _unexpected(config: Mapping[str, Any], folder: Path, halves: Halves) -> Iter
             yield Fault(f"tensor {name}.lora_magnitude_vector is missing (use_dora)", place)
     if not any(config.get(key) not in (None, [], "none") for key in OTHER_TENSORS):
         for name in stored:
-            layer = name.replace(".base_layer.", ".").rpartition(".")[0].rpartition(".")[2]
-            if ".lora_" not in name and layer not in EMBEDDINGS:  # kept by PEFT when words were added
+            if (
+                ".lora_" not in name and owner(name.replace(".base_layer.", ".")) not in EMBEDDINGS
+            ):  # kept by PEFT when words were added
                 yield Fault(f"tensor {name} is none of a LoRA adapter's", place)
 
 

@@ -19,6 +19,11 @@ ENDS = {"model.embed_tokens.weight", "model.norm.weight"}
 """What most models store beside their layers, and a head where it is not tied."""
 
 
+def owner(tensor: str) -> str:
+    """The last part of the name of the module that has the tensor of this name; empty when the name tells of none."""
+    return tensor.rpartition(".")[0].rpartition(".")[2]
+
+
 def check_weights(folder: Path, bare: PreTrainedModel) -> None:
     """Raises UserError when the folder's files are damaged, or tensors are not of the shape the configuration says.
 

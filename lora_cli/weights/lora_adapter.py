@@ -24,7 +24,7 @@ from lora_cli.weights.adapter_config import (
     read_adapter_config,
 )
 from lora_cli.weights.check_adapter import check_adapter, check_given_once
-from lora_cli.weights.check_model import EMBEDDINGS
+from lora_cli.weights.check_model import EMBEDDINGS, owner
 from lora_cli.weights.fingerprint import file_sha256, fingerprint
 from lora_cli.weights.products import EMBEDDING, MAGNITUDE, Factors, Place, Product, adapter_parts, product_of
 from lora_cli.weights.provenance import PROVENANCE, base_record, named_base, now, read_record, versions
@@ -101,13 +101,13 @@ def check_plain(adapter: LoraAdapter) -> None:
 def _is_bases(base: Base, place: Place) -> bool:
     """Whether a tensor is the base's own embedding or head, which PEFT keeps where it is adapted."""
     own, info = place
-    if own.rpartition(".")[0].rpartition(".")[2] not in (*EMBEDDINGS, "base_layer") or not Path(base.name).is_dir():
+    if owner(own) not in (*EMBEDDINGS, "base_layer") or not Path(base.name).is_dir():
         return False
     kept = read_tensor(info, own).float()
     return any(
         torch.equal(read_tensor(each, name).float(), kept)
         for name, each in read_headers(weight_files(Path(base.name))).items()
-        if each.shape == info.shape and name.split(".")[-2] in EMBEDDINGS
+        if each.shape == info.shape and owner(name) in EMBEDDINGS
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from lora_cli.errors import UserError
 from lora_cli.model.files import read_config
 from lora_cli.weights.adapter_config import is_relative, read_adapter_config
-from lora_cli.weights.check_model import EMBEDDINGS
+from lora_cli.weights.check_model import EMBEDDINGS, owner
 from lora_cli.weights.pieces import workers
 from lora_cli.weights.products import MAGNITUDE, Place, Product, adapter_parts, product_of
 from lora_cli.weights.shards import TensorInfo, is_finite, read_tensor
@@ -53,7 +53,7 @@ class Changes:
     @property
     def words(self) -> int | None:
         """The size of the vocabulary where an adapter's embedding or head says it; None for the base's."""
-        rows = [info.shape[0] for name, (_, info) in self.taken.items() if name.split(".")[-2] in OF_WORDS]
+        rows = [info.shape[0] for name, (_, info) in self.taken.items() if owner(name) in OF_WORDS]
         return max(rows, default=None)
 
     @property
@@ -197,8 +197,7 @@ def _tied_ends(
     whatever the configuration says, or none of ``names`` could be one of them."""
     stored = {name: stored_name(name, headers) for name in names}
     if not any(
-        name.split(".")[-2] in EMBEDDINGS or place is None or words in headers[place].shape
-        for name, place in stored.items()
+        owner(name) in EMBEDDINGS or place is None or words in headers[place].shape for name, place in stored.items()
     ):
         return ()
     bare = skeleton()
@@ -263,7 +262,7 @@ def _find_products(adapters: Sequence[_Adapter], headers: Mapping[str, TensorInf
 
 
 def _has_more_words(name: str, info: TensorInfo, words: int | None) -> bool:
-    return name.split(".")[-2] in OF_WORDS and words is not None and info.shape[0] > words
+    return owner(name) in OF_WORDS and words is not None and info.shape[0] > words
 
 
 def _turned(
