@@ -16,7 +16,7 @@ from lora_cli.data.batches import Batch, collate
 from lora_cli.data.grouping import apart, pack_first_fit, pad_in_order
 from lora_cli.evaluation.head import Head
 from lora_cli.model.attention import ROWS, ROWS_ALONE, knows_rows
-from lora_cli.model.layers import CANNOT, has_experts
+from lora_cli.model.layers import CANNOT, has_experts, is_8_bit
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.model.shapes import rounded
 
@@ -227,11 +227,8 @@ def _laid(model: PreTrainedModel | PeftModel, rows: tuple[torch.Tensor, torch.Te
 def _expanded_from_8_bits(model: torch.nn.Module) -> Iterator[None]:
     """Within, 8-bit layers multiply by their expanded weights. LLM.int8() (arXiv:2208.07339) itself mixes the rows of
     any batch, packed or padded: what has an outlier in one of them is computed in 16 bits for all."""
-    hooks = [
-        module.register_forward_hook(_product_of_8_bits)
-        for module in model.modules()
-        if type(module).__name__ == "Linear8bitLt"
-    ]
+    layers = (module for module in model.modules() if is_8_bit(module))
+    hooks = [layer.register_forward_hook(_product_of_8_bits) for layer in layers]
     try:
         yield
     finally:

@@ -62,6 +62,11 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
     return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else None
 
 
+def is_8_bit(module: nn.Module) -> bool:
+    """Whether it is bitsandbytes' layer of 8 bits, or PEFT's around one: by its name, so as to import neither."""
+    return type(module).__name__ == "Linear8bitLt"
+
+
 def has_experts(model: PreTrainedModel | PeftModel) -> bool:
     """Whether the model's configuration names a mixture of experts."""
     return _experts(model) is not None

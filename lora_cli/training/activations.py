@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from lora_cli.data.batches import Batch, Schedule
 from lora_cli.evaluation.head import Head
 from lora_cli.evaluation.loss import summed_loss
+from lora_cli.model.layers import is_8_bit
 from lora_cli.model.memory import activation_bytes, free_bytes, is_out_of_memory, size
 from lora_cli.training.estimate import largest_batch
 from lora_cli.training.prepare import Prepared
@@ -87,7 +88,7 @@ def _kept(model: PeftModel, head: Head | None, batch: Batch) -> int:
         memory[storage.data_ptr()] = storage
 
     def count_input(layer: Module, inputs: tuple[torch.Tensor], _: torch.Tensor) -> None:
-        if type(layer).__name__ == "Linear8bitLt" and inputs[0].requires_grad:  # kept out of autograd's sight
+        if is_8_bit(layer) and inputs[0].requires_grad:  # kept out of autograd's sight
             count(inputs[0])
 
     saved = torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing)  # no backward pass asks for them
