@@ -249,7 +249,7 @@ def set_checkpointing(
     streams: bool,
     display: Display,
 ) -> bool | Literal["offload"]:
-    """Have the model keep its activations or recompute them; tells what ``auto`` comes to, and why, where not all fit."""
+    """Have the model keep its activations or recompute them; tells what ``auto`` comes to, and why, unless all fit."""
     is_whole_on_gpu = accelerator.device.type == "cuda" and not (streams or is_sharded(accelerator))
     finds_out = is_whole_on_gpu and job.recipe.training.gradient_checkpointing == "auto"
     kept = kept_bytes(model, head, accelerator, schedule.packing, job.max_length) if finds_out else None
