@@ -609,6 +609,22 @@ def csv_without_a_header(w: World) -> Arguments:
     return w.train(data=w.file("rows.csv", "Why?,Because.\nWhen?,Now.\n"))
 
 
+@case("rows.jsonl:1", "preferences", "data.columns: {completion: chosen}")
+def preferences_beside_a_prompt(w: World) -> Arguments:
+    return w.train(data=w.rows({"question": "Why?", "chosen": "Because.", "rejected": "No."}))
+
+
+@case("rows.jsonl:1", "preferences", "data.columns: {messages: chosen}")
+def preferences_of_whole_conversations(w: World) -> Arguments:
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+    return w.train(data=w.rows({"prompt": "Why?", "chosen": turns, "rejected": turns}))
+
+
+@case("rows.jsonl:1", "preferences", "data.columns: {text: chosen}")
+def preferences_of_whole_texts(w: World) -> Arguments:
+    return w.train(data=w.rows({"chosen": "H: Why? A: Because.", "rejected": "H: Why? A: No."}))
+
+
 @case("rows.parquet", "not a readable Parquet file")
 def parquet_that_ends_too_soon(w: World) -> Arguments:
     import pyarrow as pa

@@ -247,12 +247,24 @@ def detect(row: Row, data: Data) -> str:
             raise UserError(what, row.where, "leave it out, or say data.format")
         return found
     seen = ", ".join(map(str, row.columns)) or "none"
+    if {"chosen", "rejected"} <= row.columns.keys():
+        what = f"rows of preferences, which are not trained on as such: {seen}"
+        hint = f"to learn the chosen answers: data.columns: {{{_name_of_chosen(columns)}: chosen}}"
+        raise UserError(what, row.where, hint)
     known = "; ".join(
         f"{name}: {' or '.join(' + '.join('/'.join(ALIASES.get(c, (c,))) for c in names) for names in entry.known_by)}"
         for name, entry in FORMATS.items()
         if entry.known_by
     )
     raise UserError(f"no format is known by these columns: {seen}", row.where, f"{known}; or map them in data.columns")
+
+
+def _name_of_chosen(columns: Columns) -> str:
+    """What the chosen answer of a preference is to a format: beside a prompt of its kind a completion, else all."""
+    chosen = columns.row.columns["chosen"]
+    if isinstance(columns.optional("prompt"), type(chosen)):
+        return "completion"
+    return "messages" if isinstance(chosen, list) else "text"
 
 
 def read_content(row: Row, format_name: str, data: Data) -> Content:
