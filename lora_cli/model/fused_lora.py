@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.model.gate import Gate, gated
 from lora_cli.model.layers import widths
+from lora_cli.model.linear4bit import state_of
 from lora_cli.model.lora_products import Kind, LoraProducts
 from lora_cli.model.normed import made_of
 
@@ -64,8 +65,7 @@ def _part(layer: Any, dtype: torch.dtype) -> tuple[Kind, tuple[torch.Tensor | No
     if trained or getattr(base, "compute_dtype", None) not in (None, dtype):
         return None
     a, b, scaling = adapter
-    state = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
-    return Kind(scaling, isinstance(base, Conv1D), state), (base.weight, base.bias, a, b)
+    return Kind(scaling, isinstance(base, Conv1D), state_of(base)), (base.weight, base.bias, a, b)
 
 
 def _adapter(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -50,34 +50,37 @@ def expand(weight: torch.Tensor, state: Any) -> torch.Tensor:
 
 def compute_right(model: torch.nn.Module) -> None:
     """Keep both faults away from the model's 4-bit layers, before their first pass."""
-    for module in model.modules():
-        if not hasattr(module, "support_avx512bf16_for_cpu"):
-            continue
-        setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (no attribute of nn.Module)
-        if cast("int", module.in_features) % _state(module).blocksize:
-            module.forward = partial(_forward, module)
+    for layer in _layers(model):
+        layer.support_avx512bf16_for_cpu = False
+        if layer.in_features % state_of(layer).blocksize:
+            layer.forward = partial(_forward, layer)
 
 
 def expand_always(model: torch.nn.Module) -> None:
     """Have the 4-bit layers multiply by their expanded weights, which gradient checkpointing frees: bitsandbytes' own
     product holds the codes for the backward pass out of its sight."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            cast("Any", module).quant_state = None  # the weight has it
-            module.forward = partial(_forward, module)
+    for layer in _layers(model):
+        layer.quant_state = None  # the weight has it
+        layer.forward = partial(_forward, layer)
 
 
 def store_as(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Have the 4-bit layers' codes, which are bytes, pass for numbers of ``dtype``: torch shards no integers."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            weight = cast("Any", module).weight
-            weight.data = weight.data.view(-1).view(dtype).unsqueeze(1)
-            weight.quant_storage = cast("Any", module).quant_storage = dtype
+    for layer in _layers(model):
+        weight = layer.weight
+        weight.data = weight.data.view(-1).view(dtype).unsqueeze(1)
+        weight.quant_storage = layer.quant_storage = dtype
 
 
-def _state(layer: Any) -> Any:
-    return getattr(layer.weight, "quant_state", None) or layer.quant_state
+def state_of(layer: Any) -> Any:
+    """The QuantState by which a layer's codes are expanded, which its weight loses when it is sharded; None where the
+    layer has no codes."""
+    return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
+
+
+def _layers(model: torch.nn.Module) -> Iterator[Any]:
+    """The model's 4-bit layers, by an attribute of theirs, so as not to import bitsandbytes where there are none."""
+    return (module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu"))
 
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +88,7 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     dtype = layer.compute_dtype or x.dtype
     bias = None if layer.bias is None else layer.bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return linear(x.to(dtype), expand(layer.weight.data, _state(layer)).to(dtype), bias).to(x.dtype)
+        return linear(x.to(dtype), expand(layer.weight.data, state_of(layer)).to(dtype), bias).to(x.dtype)
 
 
 def check_dora(targets: Iterable[Target], device: torch.device) -> None:
