@@ -196,12 +196,13 @@ def _write(sums: Sums, draft: Path, max_shard: int) -> float:
     """Write all tensors; the share of the changed weights' numbers that are stored as they were."""
     same = numbers = before = 0
     sizes = {name: math.prod(info.shape) for name, info in sums.headers.items()}
+    most = BOTH * max(sizes.values())
     found: Summed | None = None
     # A tensor is made while the one before it is written, unless both are large: files take as long as sums.
     with shard_writer(draft, sums.headers, max_shard) as write, ThreadPoolExecutor(1) as writer:
         written = writer.submit(lambda: None)
         for name, size in sizes.items():
-            if before + size > BOTH * max(sizes.values()):
+            if before + size > most:
                 written.result()
                 found = None
             found = sums.read(name)
