@@ -143,9 +143,12 @@ def split_mlps(model: nn.Module, at_once: int) -> None:
             module.at_once = at_once
 
 
-def widths(model: nn.Module) -> list[int]:
-    """The widths of the norms and gates which ``fuse`` has put in place; of a norm over each head that of one head."""
-    return [_width(module) for module in model.modules() if isinstance(module, FrozenRMSNorm | GatedMLP)]
+def numbers_per_token(model: nn.Module) -> int:
+    """How many numbers of a token go through the norms and gates which ``fuse`` has put in place; through a norm over
+    each head, those of one head."""
+    norms = (each.weight.numel() for each in model.modules() if isinstance(each, FrozenRMSNorm))
+    gates = (cast("int", each.gate_proj.out_features) for each in model.modules() if isinstance(each, GatedMLP))
+    return sum(norms) + sum(gates)
 
 
 def compile_formulas(model: nn.Module, dtype: torch.dtype) -> None:
@@ -183,10 +186,6 @@ def compile_formulas(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, FrozenRMSNorm | GatedMLP):
             module.formula = compiled[module.formula]
-
-
-def _width(module: FrozenRMSNorm | GatedMLP) -> int:
-    return module.weight.numel() if isinstance(module, FrozenRMSNorm) else cast("int", module.gate_proj.out_features)
 
 
 def _eps(norm: nn.Module) -> float:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lora_cli.model.elementwise import compile_formulas, widths
+from lora_cli.model.elementwise import compile_formulas, numbers_per_token
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.compiler import has_compiler
 from lora_cli.training.display import Display
@@ -30,7 +30,7 @@ def compile_elementwise(
     For processors: a GPU has kernels of its own for them. A compiler that fails changes nothing but the time.
     """
     wanted = recipe.training.torch_compile
-    numbers = tokens * sum(widths(model)) if device.type == "cpu" else 0
+    numbers = tokens * numbers_per_token(model) if device.type == "cpu" else 0
     saved = SAVED * numbers / torch.get_num_threads()
     if wanted is False or (wanted == "auto" and saved < 2 * COST):
         return
