@@ -191,9 +191,9 @@ def rotate(folder: Path, newest: int, keep: int | None, best: int | None) -> Non
     """
     steps = [step_of(path) for path in checkpoints(folder)]
     earlier = [step for step in steps if step <= newest]
-    kept = {*earlier[-keep if keep else 0 :], best}
+    spared = {*earlier[-keep if keep else 0 :], best}
     for step in steps:
-        if step not in kept:
+        if step not in spared:
             set_aside(path_of(folder, step))
     clear_drafts(folder)
 
@@ -226,14 +226,14 @@ def restore(
 
 
 def _restore_optimizer(state: State, parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> None:
-    entries: dict[int, dict[str, Any]] = {}
+    by_parameter: dict[int, dict[str, Any]] = {}
     for key, value in (*state.document.optimizer.items(), *state.optimizer.items()):
         index, _, name = key.partition(".")
         parameter = parameters[int(index)][1]
         if isinstance(value, torch.Tensor) and value.shape == shape_of(parameter):
             value = laid_out_as(value, parameter)
-        entries.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+        by_parameter.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": by_parameter, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def restore_weights(state: State, parameters: NamedParameters) -> None:

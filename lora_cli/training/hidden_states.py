@@ -140,11 +140,11 @@ def room(trainer: Trainer) -> dict[str, int]:
     return {place: int(share / trainer.accelerator.num_processes) for place, share in free.items()}
 
 
-def choose_places(sizes: Mapping[str, int], wanted: str, room: Mapping[str, int]) -> dict[str, str]:
+def choose_places(sizes: Mapping[str, int], wanted: str, free: Mapping[str, int]) -> dict[str, str]:
     """Where each part of so many bytes goes; for auto in memory while there is room, then on disk while there is."""
     if wanted != "auto":
         return dict.fromkeys(sizes, wanted)
-    left, places = dict(room), {}
+    left, places = dict(free), {}
     for part, size in sizes.items():
         fitting = [place for place in ("memory", "disk") if size <= left[place]]
         if fitting:

@@ -57,14 +57,14 @@ def _overrides(changes: Mapping[str, Any]) -> str:
 
 def _changes(recipe: Recipe, job: Prepared) -> Iterator[dict[str, Any]]:
     training = recipe.training
-    size, batches = training.batch_size, training.gradient_accumulation_steps
+    rows, batches = training.batch_size, training.gradient_accumulation_steps
     if not training.gradient_checkpointing:
         yield {"training.gradient_checkpointing": True}
     elif not (training.stream_base or obstacle(job, recipe, process_count())):
         yield {"training.stream_base": True}
-    if size > 1:
-        kept = {"training.gradient_accumulation_steps": batches * 2} if size % 2 == 0 else {}
-        yield {"training.per_device_train_batch_size": size // 2} | kept
+    if rows > 1:
+        same_step = {"training.gradient_accumulation_steps": batches * 2} if rows % 2 == 0 else {}
+        yield {"training.per_device_train_batch_size": rows // 2} | same_step
     if job.max_length >= 4:  # a row has at least 2 tokens
         yield {"data.max_length": job.max_length // 2}
     if recipe.quantization is None and not stored_quantization(job.base):

@@ -41,7 +41,7 @@ MAY_CHANGE_TOGETHER = {"training.per_device_train_batch_size", "training.gradien
 def check_same_keys(before: Recipe, began_on: int, recipe: Recipe, count: int, where: str) -> None:
     """Raises UserError, by key, when the run that ``before`` began would be another one by ``recipe``; ``began_on`` and
     ``count`` are the processes it began in and has now."""
-    same_steps = step_of(before, began_on) == step_of(recipe, count)
+    same_steps = _batches(before, began_on) == _batches(recipe, count)
     differing = changed_keys(before, recipe)
     hint = "set it back, or begin a new run in another folder"
     faults = [
@@ -60,7 +60,7 @@ def check_same_keys(before: Recipe, began_on: int, recipe: Recipe, count: int, w
         raise UserError(faults)
 
 
-def step_of(recipe: Recipe, processes: int) -> tuple[int, ...]:
+def _batches(recipe: Recipe, processes: int) -> tuple[int, ...]:
     """What decides which rows a step takes: the batches' size and number; padded in the file's order, their rows."""
     size, batches = recipe.training.batch_size, recipe.training.gradient_accumulation_steps * processes
     return (size, batches) if recipe.data.packing or recipe.data.shuffle else (size * batches,)
