@@ -24,7 +24,6 @@ from lora_cli.weights.lora_adapter import (
     LoraAdapter,
     check_plain,
     check_same_base,
-    is_embedding,
     rank_keys,
     source_record,
     write_plain_config,
@@ -147,7 +146,7 @@ def compose(adapters: Sequence[LoraAdapter], how: Composition, out: Path) -> Com
     ``check_composition`` has passed them.
     """
     embeddings = frozenset(
-        layer for adapter in adapters for layer, product in adapter.products.items() if is_embedding(product)
+        layer for adapter in adapters for layer, product in adapter.products.items() if product.is_embedding
     )
     seed = SEED if how.seed is None else how.seed
     factors = _weighted(adapters, how, seed, embeddings)
@@ -242,7 +241,7 @@ def _tree(adapters: Sequence[LoraAdapter]) -> nn.Module:
             node = node.get_submodule(name)
         rows, columns = product.shape
         module: nn.Embedding | nn.Linear
-        if is_embedding(product):
+        if product.is_embedding:
             module = nn.Embedding(rows, columns, device="meta")
         else:
             module = nn.Linear(columns, rows, bias=False, device="meta")

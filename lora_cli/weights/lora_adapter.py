@@ -26,7 +26,7 @@ from lora_cli.weights.adapter_config import (
 from lora_cli.weights.check_adapter import check_adapter, check_given_once
 from lora_cli.weights.check_model import EMBEDDINGS, owner
 from lora_cli.weights.fingerprint import file_sha256, fingerprint
-from lora_cli.weights.products import EMBEDDING, MAGNITUDE, Factors, Place, Product, adapter_parts, product_of
+from lora_cli.weights.products import MAGNITUDE, Factors, Place, Product, adapter_parts, product_of
 from lora_cli.weights.provenance import PROVENANCE, base_record, named_base, now, read_record, versions
 from lora_cli.weights.shards import read_headers, read_tensor, weight_files
 
@@ -82,11 +82,6 @@ def base_of(folder: Path) -> Base:
         return Base(place, None)
 
 
-def is_embedding(product: Product) -> bool:
-    """Whether an update is an embedding's, whose factors are stored the other way round."""
-    return product.parts.keys() >= EMBEDDING
-
-
 def check_plain(adapter: LoraAdapter) -> None:
     """Raises UserError when an adapter is more than a sum of products: DoRA's, or one with tensors of other kinds."""
     if adapter.config.get("use_dora"):
@@ -126,7 +121,7 @@ def check_same_base(adapters: Sequence[LoraAdapter]) -> None:
         faults = []
         for layer in shared:
             here, there = other.products[layer], first.products[layer]
-            if here.shape != there.shape or is_embedding(here) != is_embedding(there):
+            if here.shape != there.shape or here.is_embedding != there.is_embedding:
                 what = f"tensors {layer}.lora_A and lora_B are for a weight of {list(here.shape)}"
                 faults.append(Fault(f"{what}, in {first.folder} of {list(there.shape)}", str(other.folder)))
         if faults:

@@ -19,7 +19,7 @@ MAGNITUDE = "magnitude_vector"
 
 
 Place = tuple[str, TensorInfo]
-"""A tensor's name in its file, and the file."""
+"""A tensor's name in its file, and where it lies there."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +49,27 @@ class Product:
     scaling: float
 
     @property
+    def is_embedding(self) -> bool:
+        """Whether the update is an embedding's."""
+        return self.parts.keys() == EMBEDDING
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Of the update: (out, in), an embedding's (tokens, width)."""
         shapes = {part: info.shape for part, (_, info) in self.parts.items()}
-        if shapes.keys() >= EMBEDDING:
+        if self.is_embedding:
             return shapes["embedding_A"][1], shapes["embedding_B"][0]
         return shapes["B.weight"][0], shapes["A.weight"][1]
 
     @property
     def rank(self) -> int:
         """Of the update."""
-        shapes = {part: info.shape for part, (_, info) in self.parts.items()}
-        return shapes["embedding_A" if shapes.keys() >= EMBEDDING else "A.weight"][0]
+        return _rank(self.parts)
 
     def read(self) -> Factors:
         """The update as it is to be added to the weight of its shape."""
         read = {part: read_tensor(info, name).float() for part, (name, info) in self.parts.items()}
-        if read.keys() >= EMBEDDING:
+        if self.is_embedding:
             return Factors(read["embedding_A"].T, read["embedding_B"].T, self.scaling, None)
         return Factors(read["B.weight"], read["A.weight"], self.scaling, read.get(MAGNITUDE))
 
@@ -92,5 +96,8 @@ def scaling_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
 
 def product_of(config: Mapping[str, Any], layer: str, parts: Mapping[str, Place]) -> Product:
     """The product whose parts an adapter with this configuration holds for a layer."""
-    rank = parts["embedding_A" if parts.keys() >= EMBEDDING else "A.weight"][1].shape[0]
-    return Product(layer, parts, scaling_of(config, layer, rank))
+    return Product(layer, parts, scaling_of(config, layer, _rank(parts)))
+
+
+def _rank(parts: Mapping[str, Place]) -> int:
+    return parts["embedding_A" if parts.keys() == EMBEDDING else "A.weight"][1].shape[0]

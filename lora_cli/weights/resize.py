@@ -14,7 +14,6 @@ from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS
 from lora_cli.weights.folders import whole_folder
 from lora_cli.weights.lora_adapter import (
     LoraAdapter,
-    is_embedding,
     rank_keys,
     source_record,
     write_config,
@@ -62,9 +61,9 @@ def resize(adapter: LoraAdapter, rank: int | None, energy: float | None, out: Pa
     layers = []
     for layer, product in adapter.products.items():
         read = product.read()
-        factors[layer], kept = _resized(read, rank, energy, is_embedding(product), draw)
+        factors[layer], kept = _resized(read, rank, energy, product.is_embedding, draw)
         layers.append(ResizedLayer(layer, product.rank, factors[layer].down.shape[0], kept))
-    embeddings = frozenset(layer for layer, product in adapter.products.items() if is_embedding(product))
+    embeddings = frozenset(layer for layer, product in adapter.products.items() if product.is_embedding)
     others = {own: read_tensor(info, own) for own, info in adapter.others.values()}
     ranks = {layer.name: layer.after for layer in layers}
     scalings = {layer: product.scaling for layer, product in adapter.products.items()}
