@@ -223,12 +223,18 @@ def load_base(
     compute_right(base)
     if sharded:
         store_as(base, dtype)
-    for module in base.modules():  # Transformers (5.23) leaves some of a base stored quantized as they lay there
-        own = dict(module.named_parameters(recurse=False))
-        codes = any(each.itemsize == 1 or getattr(each, "quant_state", None) is not None for each in own.values())
-        for name, parameter in own.items():
-            if parameter.is_floating_point() and (name == "bias" or not codes):  # else codes, or scales of codes
-                parameter.data = parameter.data.to(dtype)
+    _hold_as(base, dtype)
     base.requires_grad_(False)
     base.config.use_cache = False
     return base
+
+
+def _hold_as(base: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Hold all but codes, and what scales them, as ``dtype``: Transformers (5.23) leaves some of a base stored
+    quantized as they lay there."""
+    for module in base.modules():
+        own = dict(module.named_parameters(recurse=False))
+        codes = any(each.itemsize == 1 or getattr(each, "quant_state", None) is not None for each in own.values())
+        for name, parameter in own.items():
+            if parameter.is_floating_point() and (name == "bias" or not codes):
+                parameter.data = parameter.data.to(dtype)
