@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,9 @@ def test_where_records_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert command.main([name, "--out", str(tmp_path)]) == 0
     kept = {path.name for path in tmp_path.iterdir()}
     assert kept == {"merge-llama-500m.json", "quantize-llama-500m.json", "flat-llama-40m.json"}
+    record = json.loads((tmp_path / "flat-llama-40m.json").read_text(encoding="utf-8"))
+    assert record["benchmark"] == "flat" and {"load", "load_after"} <= record["machine"].keys()
+    assert record["versions"]["torch"] == version("torch") and record["faults"] == []
     assert command.RESULTS.parts[-3:] == ("scripts", "bench", "results")
 
 

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench import context, flat, lengths, scale, startup, stream, train, weights
+from bench import context, flat, lengths, machine, scale, startup, stream, train, weights
 from bench.helpers import PLACE
 from bench.options import Options
 from bench.shapes import SHAPES
@@ -96,10 +96,14 @@ def main(arguments: list[str]) -> int:
 
 
 def measured(name: str, options: Options) -> dict[str, Any]:
-    """A benchmark's record; what it writes meanwhile goes when it ends."""
+    """A benchmark's record, with the machine and the versions; what it writes meanwhile goes when it ends."""
     PLACE.mkdir(exist_ok=True)
+    before = machine.describe(options.threads)
     with tempfile.TemporaryDirectory(dir=PLACE) as folder:
-        return BENCHMARKS[name](options, Path(folder))
+        found = BENCHMARKS[name](options, Path(folder))
+    told = before | {"load_after": machine.describe(options.threads)["load"]}
+    told["gpu"] = machine.gpu_name() if options.gpu else None
+    return {"benchmark": name, "machine": told, "versions": machine.versions(), **found}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import machine, table
+from bench import table
 from bench.contestants import Contestant, choose, for_context, read, start
 from bench.helpers import MODELS, helper
 from bench.options import Options
@@ -59,10 +59,7 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     print(table.markdown(lines))
     print("published, on 80 GB: " + ", ".join(f"{name} {length:,}" for name, length in PUBLISHED.items()))
     return {
-        "benchmark": "context",
         "shape": options.shape,
-        "machine": machine.describe(options.threads) | {"gpu": machine.gpu_name() if options.gpu else None},
-        "versions": machine.versions(),
         "r": work.r,
         "limit": limit,
         "longest": longest,

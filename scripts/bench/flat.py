@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import machine, table
+from bench import table
 from bench.helpers import MODELS, prepared
 from bench.options import Options
 from bench.processes import environment
@@ -33,7 +33,6 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
 
 def measure(options: Options, models: Path, folder: Path, env: dict[str, str]) -> dict[str, Any]:
     """Both verbs on both models once a round, in fresh processes."""
-    before = machine.describe(options.threads)
     shapes = (options.shape, options.shape + DEEPER)
     commands, sizes = {}, {}
     for shape in shapes:
@@ -52,11 +51,8 @@ def measure(options: Options, models: Path, folder: Path, env: dict[str, str]) -
     ratio = ratios(runs)
     print(show(runs, ratio, sizes))
     return {
-        "benchmark": "flat",
-        "shapes": {shape: asdict(SHAPES[shape]) for shape in shapes},
-        "machine": before | {"load_after": machine.describe(options.threads)["load"]},
-        "versions": machine.versions(),
         "rounds": options.rounds,
+        "shapes": {shape: asdict(SHAPES[shape]) for shape in shapes},
         "model_bytes": sizes,
         "runs": runs,
         "ratios": ratio,

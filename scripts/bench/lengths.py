@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import data, machine, table
+from bench import data, table
 from bench.helpers import prepared
 from bench.options import Options
 from bench.processes import environment
@@ -24,7 +24,6 @@ ROWS = 64  # that ``prepare`` learns a vocabulary from
 def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     """Runs on the same texts, all cut to one length and then to another; rounds are interleaved."""
     env = environment(options.threads, folder / "caches", options.gpu)
-    before = machine.describe(options.threads)
     lengths = QUICK_LENGTHS if options.quick else LENGTHS
     made = prepared(options.shape, folder, env, lengths[-1], ROWS, ROWS)
     source, texts, _ = data.texts(SEED)
@@ -38,9 +37,6 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
             shutil.rmtree(folder / str(length) / "run", ignore_errors=True)
             found.append(one_run(write_recipe(folder / str(length), made["model"], options, length), env))
     record = {
-        "benchmark": "lengths",
-        "machine": before | {"load_after": machine.describe(options.threads)["load"]},
-        "versions": machine.versions(),
         "rounds": options.rounds,
         "shape": options.shape,
         "rows_from": source,

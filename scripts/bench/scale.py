@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import data, machine, ours, table
+from bench import data, ours, table
 from bench.helpers import helper, prepared
 from bench.options import Options
 from bench.processes import environment, run, tail
@@ -29,7 +29,6 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     Rounds are interleaved over the numbers of rows.
     """
     env = environment(options.threads, folder / "caches", options.gpu)
-    before = machine.describe(options.threads)
     made = prepared(options.shape, folder, env, MAX_LENGTH, TOLD, TOLD)
     source, texts, _ = data.texts(SEED)
     stages, runs = {}, {}
@@ -49,9 +48,6 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
             for name in found:
                 found[name].append(one_run(recipe, env))
     record = {
-        "benchmark": "scale",
-        "machine": before | {"load_after": machine.describe(options.threads)["load"]},
-        "versions": machine.versions(),
         "rounds": options.rounds,
         "shape": options.shape,
         "rows_from": source,

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import data, machine, ours, table
+from bench import data, ours, table
 from bench.options import Options
 from bench.processes import Ended, environment, run, tail
 from bench.work import Work, read_did, write_job
@@ -25,7 +25,6 @@ SHOWN = 20
 def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     """Each command once a round, in fresh processes; then one traced run."""
     env = environment(options.threads, folder / "caches")
-    before = machine.describe(options.threads)
     recipe = demo_recipe(folder, env)
     bad = folder / "bad.yaml"
     bad.write_text(
@@ -55,9 +54,6 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     rows = [["import", "by", "ms"], *([each["module"], each["by"], each["ms"]] for each in imports)]
     print(f"\nWhat pulls in what, with all that it imports in turn:\n\n{table.markdown(rows)}")
     return {
-        "benchmark": "startup",
-        "machine": before | {"load_after": machine.describe(options.threads)["load"]},
-        "versions": machine.versions(),
         "rounds": options.rounds,
         "seconds": seconds,
         "limits": LIMITS,

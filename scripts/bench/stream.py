@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import machine, ours, table
+from bench import ours, table
 from bench.helpers import prepared
 from bench.options import Options
 from bench.processes import environment, run, tail
@@ -24,18 +24,14 @@ KINDS = {"resident": False, "streamed": True}
 def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     """Both once a round, in fresh processes, with activations recomputed in both."""
     env = environment(options.threads, folder / "caches", options.gpu)
-    before = machine.describe(options.threads)
     made = prepared(options.shape, folder, env, MAX_LENGTH, ROWS, heldout_rows=1)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in KINDS}
     for _ in range(options.rounds):
         for name, found in runs.items():
             found.append(one_run(write_recipe(folder, made, options, KINDS[name]), env))
     record = {
-        "benchmark": "stream",
-        "shape": asdict(SHAPES[options.shape]),
-        "machine": before | {"load_after": machine.describe(options.threads)["load"]},
-        "versions": machine.versions(),
         "rounds": options.rounds,
+        "shape": asdict(SHAPES[options.shape]),
         "max_length": MAX_LENGTH,
         "model_bytes": sum(file.stat().st_size for file in Path(made["model"]).glob("*.safetensors")),
         "runs": runs,

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench import machine, table
+from bench import table
 from bench.contestants import CPU, OURS, Contestant, choose, on_gpu, read, start
 from bench.helpers import helper, prepared, run_helper
 from bench.options import Options
@@ -38,7 +38,6 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     contestants, skipped = choose(on_gpu() if options.gpu else CPU, options.only, work, ceiling["bf16_units"])
     for name, reason in skipped.items():
         print(f"left out: {name}: {reason}")
-    before = machine.describe(options.threads)
     rounds: list[Round] = []
     failed: dict[str, str] = {}
     for number in range(options.rounds):
@@ -68,11 +67,7 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
         print(f"\n{OURS} reaches {share:.0%} of what {name} matmuls allow at {flop}")
     print("\nthe same work was done by all" if not faults else "\nNOT the same work:\n  " + "\n  ".join(faults))
     return {
-        "benchmark": "train",
         "shape": {"name": options.shape, **asdict(SHAPES[options.shape])},
-        "machine": before
-        | {"load_after": machine.describe(options.threads)["load"], "gpu": machine.gpu_name() if options.gpu else None},
-        "versions": machine.versions(),
         "data": rows["source"],
         "work": {key: value for key, value in asdict(work).items() if key not in ("model", "train", "heldout")},
         "ceiling": ceiling | {"reached": reached},

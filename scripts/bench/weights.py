@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import machine, table
+from bench import table
 from bench.helpers import helper, prepared
 from bench.options import Options
 from bench.processes import environment, run, tail
@@ -46,7 +46,6 @@ def benchmark(verb: str, options: Options, folder: Path) -> dict[str, Any]:
 
 def measure(verb: str, options: Options, model: str, folder: Path, env: dict[str, str]) -> dict[str, Any]:
     """All rounds; who goes first changes from one to the next."""
-    before = machine.describe(options.threads)
     commands = contestants(verb, options, model, folder, env)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for number in range(options.rounds):
@@ -65,11 +64,8 @@ def measure(verb: str, options: Options, model: str, folder: Path, env: dict[str
     for fault in faults:
         print(f"NOT the same: {fault}")
     return {
-        "benchmark": verb,
-        "shape": {"name": options.shape, **asdict(SHAPES[options.shape])},
-        "machine": before | {"load_after": machine.describe(options.threads)["load"]},
-        "versions": machine.versions(),
         "rounds": options.rounds,
+        "shape": {"name": options.shape, **asdict(SHAPES[options.shape])},
         "runs": runs,
         "ratios": ratio,
         "asked": ASKED[verb],
