@@ -183,3 +183,16 @@ def test_training_imports_no_compiler(write_recipe: Any) -> None:
     arguments = ["train", str(write_recipe({})), "training.max_steps=1", "--quiet"]
     child = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
     assert child.stdout.splitlines()[-1] == "0 ['bitsandbytes']"
+
+
+def test_setup_does_not_empty_what_a_link_leads_to(tmp_path: Path) -> None:
+    project, other = tmp_path / "project", tmp_path / "other"
+    (project / "scripts").mkdir(parents=True)
+    other.mkdir()
+    (other / "pyvenv.cfg").touch()
+    for name in ("pyproject.toml", "scripts/constraints.txt", "scripts/setup"):
+        shutil.copy(Path(__file__).parents[1] / name, project / name)
+    (project / ".venv").symlink_to(other)
+    done = subprocess.run([project / "scripts" / "setup"], capture_output=True, text=True, check=False)
+    assert (done.returncode, list(other.iterdir())) == (2, [other / "pyvenv.cfg"])
+    assert f".venv is a link, to {other}" in done.stderr

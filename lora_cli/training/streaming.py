@@ -188,7 +188,7 @@ def _codes_from_disk(
 def _from_host(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> Callable[[], Parameter]:
     kept = tensor.to(dtype)
     kept = kept.pin_memory() if device.type == "cuda" else kept
-    return lambda: Parameter(kept.to(device), requires_grad=False)
+    return lambda: Parameter(kept.to(device, non_blocking=True), requires_grad=False)
 
 
 def _nothing(weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
