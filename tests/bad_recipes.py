@@ -118,6 +118,11 @@ def misspelt_target(w: World) -> Arguments:
     return w.train({"adapter.target_modules": ["c_fc", "c_atn"]})
 
 
+@case("adapter.target_modules: 'all-linear'", "without brackets it is a word", "c_attn")
+def word_in_a_list(w: World) -> Arguments:
+    return w.train({"adapter.target_modules": ["all-linear"]})
+
+
 @case("adapter.target_modules", r".*\.query", "c_attn")
 def pattern_without_match(w: World) -> Arguments:
     return w.train({"adapter.target_modules": r".*\.query"})

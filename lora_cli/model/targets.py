@@ -112,7 +112,7 @@ def _by_list(wanted: Iterable[str], layers: Iterable[str]) -> list[str]:
         found = {name for name in layers if name == item or name.endswith(f".{item}")}
         chosen |= found
         if not found:
-            near = nearest(item, [*leaves, *WORDS])
+            near = "without brackets it is a word;" if item in WORDS else nearest(item, [*leaves, *WORDS])
             hint = f"{near} {_what_exists(layers)}" if near else _what_exists(layers)
             what = f"adapter.target_modules: '{item}' names no linear layer of this model that can be adapted"
             faults.append(Fault(what, hint=hint))
