@@ -316,7 +316,13 @@ def test_an_unreadable_file() -> None:
             "adapter.r: expected a whole number of at least 1, found the text '16'",
             "without quotes it is a number: 16",
         ),
-        ("adapter", "r:", "8:5", "adapter.r: expected a whole number of at least 1, found nothing (null)", None),
+        (
+            "adapter",
+            "r:",
+            "8:5",
+            "adapter.r: expected a whole number of at least 1, found nothing (null)",
+            "leave it out for its default, 16",
+        ),
         ("adapter", "r: [1]", "8:6", "adapter.r: expected a whole number of at least 1, found a list", None),
         ("adapter", "r: {a: 1}", "8:6", "adapter.r: expected a whole number of at least 1, found a mapping", None),
         (
@@ -444,6 +450,20 @@ def test_an_unreadable_file() -> None:
             "6:9",
             "training.seed: expected a whole number of at least 0 and below 4294967296, found the number 4294967296",
             None,
+        ),
+        (
+            "data",
+            "validation: 0.0",
+            "4:15",
+            "data.validation: expected a number above 0 and below 1, found the number 0.0",
+            "to go without, write null",
+        ),
+        (
+            "training",
+            "max_steps: -1",
+            "6:14",
+            "training.max_steps: expected a whole number of at least 1 and up to 99999999, found the number -1",
+            "to go without, write null",
         ),
         (
             "data",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from difflib import get_close_matches
 
 from pydantic import ValidationError
@@ -165,6 +166,8 @@ def found(value: Scalar | Broken | dict[str, Node] | tuple[Node, ...]) -> str:
 def _remedy(value: object, schema: JsonSchema) -> str | None:
     kinds = {option.get("type") for option in options(schema)}
     numbers = kinds & {"integer", "number"}
+    if value is None and "default" in schema:
+        return f"leave it out for its default, {json.dumps(schema['default'])}"
     if isinstance(value, str):
         if numbers and type(plain_scalar(value)) in (int, float):
             return f"without quotes it is a number: {value}"
@@ -174,6 +177,8 @@ def _remedy(value: object, schema: JsonSchema) -> str | None:
         return f"did you mean '{near[0]}'?" if near else None
     if type(value) is int and any(option.get("items", {}).get("type") == "integer" for option in options(schema)):
         return f"in brackets it is a list: [{value}]"
+    if isinstance(value, int | float) and value <= 0 and "null" in kinds:
+        return "to go without, write null"
     if isinstance(value, float) and value.is_integer() and "integer" in kinds:
         return f"write {int(value)}"
     if type(value) in (int, float) and "string" in kinds and not numbers and not choices(schema):
