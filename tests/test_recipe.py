@@ -571,12 +571,21 @@ def test_a_wrong_key_or_value(section: str, line: str, where: str, what: str, hi
         ("max_lenght: 3", "did you mean 'data.max_length'?"),
         ("bse: x.yaml", "did you mean 'base'?"),
         ("zzz: 1", "known: adapter, base, data, model, quantization, training"),
-        ("zzz:", "known: adapter, base, data, model, quantization, training"),
+        ("zzz:", "leave it out: it says nothing"),
+        ("trianing:", "did you mean 'training'?"),
         ("load_in_4bit: true", "here it is quantization.method: nf4"),
         ("load_in_4bit: false", "leave it out: true is quantization.method: nf4 here"),
         ("bf16:", "leave it out: true is model.dtype: bfloat16 here"),
         ("sample_packing: false", "here it is data.packing"),
         ("sequence_len: 512", "here it is data.max_length"),
+        ("train_on_inputs: false", "leave it out: true is data.train_on: all here"),
+        ("evals_per_epoch: 4", "here it is training.eval_steps, in steps"),
+        ("double_quantization: false", "here it is quantization.double_quant"),
+        ("chat_template: llama3", "leave it out: a chat goes through the tokenizer's own template"),
+        ("template: llama3", "leave it out: a chat goes through the tokenizer's own template"),
+        ("template: {completion: x}", "template belongs in data: write data.template"),
+        ("model_type: LlamaForCausalLM", "leave it out: the files say it"),
+        ("do_train: true", "leave it out: nothing here needs it"),
     ],
 )
 def test_unknown_top_level_keys(line: str, hint: str) -> None:
@@ -594,6 +603,8 @@ def test_unknown_top_level_keys(line: str, hint: str) -> None:
         ("quantization.method=int4", "quantization.method: nf4"),
         ("data.format=chat_template", "data.format: chat"),
         ("training.lr_scheduler_type=cosine_with_restarts", "training.lr_scheduler_type: cosine, without restarts"),
+        ("training.optim=paged_adamw_32bit", "training.optim: adamw_torch, which is not paged"),
+        ("adapter=qlora", "quantization.method: nf4"),
     ],
 )
 def test_a_peers_value_is_not_told_the_one_spelt_most_like_it(override: str, hint: str) -> None:
@@ -1138,6 +1149,7 @@ def test_explain_a_section_and_a_key() -> None:
         ("modell", "model"),
         ("lora_r", "here it is adapter.r"),
         ("quantization.type", "here it is quantization.method"),
+        ("chat_template", "leave it out: a chat goes through the tokenizer's own template"),
     ],
 )
 def test_explain_an_unknown_key(key: str, hint: str) -> None:

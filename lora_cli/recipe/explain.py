@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lora_cli.errors import UserError, did_you_mean
-from lora_cli.recipe.peers import written_here
+from lora_cli.recipe.peers import peers_hint
 from lora_cli.recipe.schema import Recipe
 
 JsonSchema = dict[str, Any]
@@ -47,8 +47,8 @@ def explain(key: str | None = None) -> str:
         hint = did_you_mean(key, names)
         if homes:
             hint = f"did you mean {' or '.join(repr(home) for home in homes)}?"
-        elif here := written_here(key.partition(".")[0], key.rpartition(".")[2]):
-            hint = f"here it is {here}"
+        elif peers := peers_hint(key.partition(".")[0], key.rpartition(".")[2]):
+            hint = peers
         raise UserError(f"a recipe has no key {key!r}", hint=hint)
     nested = [text for name, text in entries.items() if name.startswith((f"{key}.", f"{key}[]."))]
     return "\n\n".join([entries[key], *nested])

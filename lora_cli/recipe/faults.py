@@ -19,7 +19,7 @@ from lora_cli.recipe.explain import (
     required_at,
     schema_at,
 )
-from lora_cli.recipe.peers import WRITTEN_HERE, written_here
+from lora_cli.recipe.peers import NOT_HERE, WRITTEN_HERE, peers_hint
 from lora_cli.recipe.yaml12 import BROKEN, Broken, Faults, Node, Scalar, brief, plain_scalar
 
 KeyPath = tuple[str | int, ...]
@@ -105,17 +105,18 @@ def _where_it_belongs(path: KeyPath, value: object) -> str | None:
         return "base is written in the recipe's file"
     name = str(key)
     homes = [home for home in dotted_keys() if home.partition(".")[2] == name]
-    if homes:
+    if homes and not (name in NOT_HERE and isinstance(value, str)):  # template: llama3 is no data.template
         return f"{name} belongs in {' or '.join(home.partition('.')[0] for home in homes)}: write {' or '.join(homes)}"
-    if own := written_here(str(path[0]), name):
-        left_out = value in (False, None) and ": " in own
-        return f"leave it out: true is {own} here" if left_out else f"here it is {own}"
+    if hint := peers_hint(str(path[0]), name, value):
+        return hint
     here = names_at(section) if section else ("base", *names_at(section))
     if not get_close_matches(name, here):
         elsewhere = {home.partition(".")[2]: home for home in dotted_keys()}
         near = get_close_matches(name, elsewhere, n=1, cutoff=0.75)
         if near:
             return f"did you mean '{elsewhere[near[0]]}'?"
+        if value is None:
+            return "leave it out: it says nothing"
     return did_you_mean(name, here)
 
 
