@@ -510,6 +510,36 @@ def test_trackers_are_closed_when_a_run_fails(write_recipe: Any, lora: Any, monk
     assert closed == ["lora", "lora"]
 
 
+def test_a_tracker_that_does_not_start_is_told_and_the_run_goes_on_without(
+    write_recipe: Any, tmp_path: Path, lora: Any
+) -> None:
+    recipe = write_recipe({"training.max_steps": 2})
+    done(lora("train", recipe))
+    (tmp_path / "run" / "lora").touch()  # where its folder is to be
+    further = (recipe, "--resume", "training.max_steps=3")
+    result = lora("train", *further, "training.report_to=[tensorboard]")
+    assert result.exit_code == 2 and "go on with --resume" in result.stderr
+    assert "training.report_to: a tracker does not start: NotADirectoryError" in result.stderr
+    done(lora("train", *further))
+    assert Run(tmp_path / "run").column("step") == [1, 2, 3]
+
+
+def test_a_tracker_that_fails_ends_its_reports_and_not_the_run(
+    write_recipe: Any, lora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged = []
+
+    def fail(tracker: TensorBoardTracker, values: dict[str, Any], step: int, **_: Any) -> None:
+        logged.append(step)
+        raise ConnectionError("its server is gone")
+
+    monkeypatch.setattr(TensorBoardTracker, "log", fail)
+    done(result := lora("train", write_recipe({"training.report_to": ["tensorboard"]})))
+    told = "warning: training.report_to: nothing more is reported: ConnectionError: its server is gone"
+    assert result.stderr.count(told) == 1 and len(logged) == 1
+    assert Run(tmp_path / "run").column("step") == [1, 2, 3, 4]
+
+
 # --- numbers that are none -------------------------------------------------------------------------------------------
 
 SHORT, LONG = 30, 60  # tokens: a row up to SHORT is harmless, one of LONG reaches the position that overflows

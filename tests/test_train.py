@@ -746,12 +746,13 @@ def test_mixture_weights(train: Callable[..., Run], tmp_path: Path) -> None:
         assert (tokens(run).count(3), tokens(run).count(5)) == rows
 
 
-def test_tensorboard(train: Callable[..., Run]) -> None:
-    """Its files hold what metrics.jsonl does, step by step."""
+def test_tensorboard(train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files hold what metrics.jsonl does, step by step, under the project's name."""
     events = pytest.importorskip("tensorboardX.proto.event_pb2")
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
     run = train({"training.report_to": ["tensorboard"], "data.validation": 0.2})
     told = {}
-    for path in run.folder.rglob("events.out.tfevents.*"):
+    for path in (run.folder / "mine").rglob("events.out.tfevents.*"):
         data = path.read_bytes()
         while data:  # each record: its length, a checksum, itself, a checksum
             size = int.from_bytes(data[:8], "little")

@@ -269,7 +269,9 @@ class Training(Section):
         "out (monitors, profilers, offloading to a disk, ...) is refused.",
     )
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"], ...] = Field(
-        (), description="Trackers that get the metrics too, through Accelerate."
+        (),
+        description="Trackers that get the metrics too, through Accelerate: under the name of the run's folder, in the "
+        "project lora, or that of the environment's WANDB_PROJECT.",
     )
 
     @property

@@ -27,7 +27,7 @@ from lora_cli.training.display import Display
 from lora_cli.training.interrupt import Interrupt, catch_signals, stopped_after
 from lora_cli.training.launched import is_first_here, process_count, process_index
 from lora_cli.training.lock import locked
-from lora_cli.training.metrics import log_step, start_trackers, trackers_closed
+from lora_cli.training.metrics import finish_trackers, log_step, start_trackers, trackers_closed
 from lora_cli.training.nonfinite import check_finite, count_skipped, weight_norm
 from lora_cli.training.optimizer import learning_rate_at
 from lora_cli.training.out_of_memory import out_of_memory
@@ -147,6 +147,7 @@ def end(trainer: Trainer) -> None:
     if isinstance(trainer.model, DistributedDataParallel):
         trainer.model = unwrap(trainer)
         trainer.accelerator.free_memory()
+    finish_trackers(trainer)
     trainer.accelerator.end_training()
 
 

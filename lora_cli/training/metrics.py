@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -10,19 +11,42 @@ from typing import Any
 import torch
 
 from lora_cli.data.batches import Step
+from lora_cli.errors import UserError, is_lack_of_room
 from lora_cli.evaluation.loss import Score
 from lora_cli.training.clock import Clock
 from lora_cli.training.same_run import flat_keys
 from lora_cli.training.setup import Trainer
 
+RUN_NAME = {"wandb": "name", "mlflow": "run_name", "trackio": "name", "swanlab": "experiment_name"}
+"""What each tracker calls the name of a run in its project."""
+
 
 def start_trackers(trainer: Trainer) -> None:
-    """Tell the trackers of ``report_to`` the recipe, each key under its dotted name."""
+    """Tell the trackers of ``report_to`` the run's name and the recipe, each key under its dotted name.
+
+    Raises UserError when one cannot start: it wants to be logged in, or has no server.
+    """
     recipe = trainer.job.recipe
-    if recipe.training.report_to:
-        sections = recipe.model_dump(mode="json", exclude_none=True)
-        config = {key: str(value) for key, value in flat_keys(sections).items()}
-        trainer.accelerator.init_trackers("lora", config=config)
+    if not recipe.training.report_to:
+        return
+    sections = recipe.model_dump(mode="json", exclude_none=True)
+    config = {key: str(value) for key, value in flat_keys(sections).items()}
+    names = {tracker: {key: trainer.job.folder.root.name} for tracker, key in RUN_NAME.items()}
+    try:
+        trainer.accelerator.init_trackers(os.environ.get("WANDB_PROJECT") or "lora", config, names)
+    except Exception as error:
+        if is_lack_of_room(error):
+            raise
+        hint = "do as it says, or leave it out, and go on with --resume"
+        raise UserError(f"training.report_to: a tracker does not start: {_told(error)}", hint=hint) from error
+
+
+def finish_trackers(trainer: Trainer) -> None:
+    """Have the trackers end what they report; what keeps one from it is no reason for a run to fail."""
+    for tracker in trainer.accelerator.trackers:
+        with suppress(Exception):
+            tracker.finish()
+    trainer.accelerator.trackers.clear()
 
 
 @contextmanager
@@ -31,9 +55,7 @@ def trackers_closed(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for tracker in trainer.accelerator.trackers:
-            with suppress(Exception):  # the run's own failure is what is told
-                tracker.finish()
+        finish_trackers(trainer)
         raise
 
 
@@ -65,7 +87,18 @@ def log(trainer: Trainer, line: dict[str, Any], seconds_left: float | None = Non
     if trainer.writes:
         trainer.job.folder.append_metrics(line)
     trainer.display.metrics(line, seconds_left)
-    if trainer.job.recipe.training.report_to:
+    if trainer.accelerator.trackers:
         told = {key: value for key, value in line.items() if key not in ("step", "split") and value is not None}
         values = {f"{line['split']}/{key}": value for key, value in told.items()}
-        trainer.accelerator.log(values, step=line["step"])
+        try:
+            trainer.accelerator.log(values, step=line["step"])
+        except Exception as error:
+            if is_lack_of_room(error):
+                raise
+            what = f"nothing more is reported: {_told(error)}; metrics.jsonl goes on"
+            trainer.display.note(f"training.report_to: {what}", warning=True)
+            finish_trackers(trainer)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
