@@ -17,11 +17,7 @@ from lora_cli.errors import UserError, counted
 if TYPE_CHECKING:
     from lora_cli.weights.lora_adapter import LoraAdapter
 
-app = typer.Typer(
-    help="List, show and make adapters.",
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"], "default_map": {"help": False}},
-)
+app = typer.Typer(help="List, show and make adapters.", no_args_is_help=True)
 Adapter = Annotated[Path, typer.Argument(help="A run or an adapter folder.", show_default=False)]
 Rank = Annotated[int | None, typer.Option("--rank", min=1, help="Rank of each layer.")]
 Energy = Annotated[

@@ -28,6 +28,8 @@ from lora_cli.cli.options import Once
 from lora_cli.errors import Aftermath, Interrupted, LoraError, RunError, UserError, is_lack_of_room, unwritable
 from lora_cli.training.launched import process_count, process_index
 
+# The default spares typer (0.29) importing pydantic to coerce the --help that was not given.
+_NO_HELP = {"help": False}
 app = typer.Typer(
     name="lora",
     help="Fine-tune language models from YAML recipes.",
@@ -35,8 +37,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    # The default spares typer (0.29) importing pydantic to coerce the --help that was not given.
-    context_settings={"help_option_names": ["-h", "--help"], "default_map": {"help": False}},
+    context_settings={"help_option_names": ["-h", "--help"], "default_map": _NO_HELP | {"adapters": _NO_HELP}},
 )
 app.command("train", cls=Once)(train.command)
 app.command("eval", cls=Once)(evaluate.command)
