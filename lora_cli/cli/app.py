@@ -78,36 +78,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Else bitsandbytes imports torch's compiler, a second and a half, for functions that are not used here.
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
             app(given, prog_name="lora")  # tells of wrong options itself, and always ends in SystemExit
-    except LoraError as error:
-        if debug:
-            traceback.print_exc()
-        _tell(error)
-        return error.exit_code
     except SystemExit as ended:
         if ended.code in _STOPPED:
             _say("stopped")
         return ended.code if isinstance(ended.code, int) else 0
-    except OSError as error:
+    except Exception as error:
         if debug:
             traceback.print_exc()
-        what = f"the system refused: {error.strerror or error}"
-        where = None if error.filename is None else str(error.filename)
-        refused: LoraError = RunError(what, where, "what was whole before still is")
-        if where is not None and is_lack_of_room(error):
-            refused = unwritable(Path(where), error)
-        if error.errno == errno.ENAMETOOLONG:
-            refused = UserError(what, where, "choose another name")
-        _tell(refused)
-        return refused.exit_code
-    except Exception as error:  # the last resort: a lack of memory, or a bug to be told as one
-        if debug:
-            traceback.print_exc()
-        if isinstance(error, RuntimeError | MemoryError) and (lack := _lack_of_memory(error, given)) is not None:
-            _tell(lack)
-            return lack.exit_code
-        _say(f"bug in lora: {type(error).__name__}: {error}\n  --debug shows where; please report it")
-        return 1
+        failure = _in_our_words(error, given)
+        if failure is None:
+            _say(f"bug in lora: {type(error).__name__}: {error}\n  --debug shows where; please report it")
+            return 1
+        _tell(failure)
+        return failure.exit_code
     return 0
+
+
+def _in_our_words(error: Exception, given: Sequence[str]) -> LoraError | None:
+    """What to tell of ``error``; None when it is a bug in lora."""
+    if isinstance(error, LoraError):
+        return error
+    if isinstance(error, OSError):
+        return _refused_by_the_system(error)
+    return _lack_of_memory(error, given) if isinstance(error, RuntimeError | MemoryError) else None
+
+
+def _refused_by_the_system(error: OSError) -> LoraError:
+    what = f"the system refused: {error.strerror or error}"
+    where = None if error.filename is None else str(error.filename)
+    if error.errno == errno.ENAMETOOLONG:
+        return UserError(what, where, "choose another name")
+    if where is not None and is_lack_of_room(error):
+        return unwritable(Path(where), error)
+    return RunError(what, where, "what was whole before still is")
 
 
 @contextmanager
