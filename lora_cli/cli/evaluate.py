@@ -60,7 +60,7 @@ def command(
     told = [warning for warning in warnings if warning]
     for warning in told:
         typer.echo(f"warning: {warning}", err=True)
-    found = measure.measure(base, adapter, rows, recipe, recipe.quantization if recipe and adapter else None)
+    found = measure.measure(base, adapter, rows, recipe)
     result: dict[str, Any] = {
         "target": target,
         "data": measure.describe(section),

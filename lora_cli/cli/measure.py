@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.errors import UserError
-from lora_cli.recipe.schema import Data, Quantization, Recipe, Source
+from lora_cli.recipe.schema import Data, Recipe, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,17 +106,17 @@ def describe(data: Data) -> str:
     return share + ", ".join(names)
 
 
-def measure(
-    base: Path, adapter: Path | None, rows: Rows, recipe: Recipe | None, quantization: Quantization | None = None
-) -> Comparison:
+def measure(base: Path, adapter: Path | None, rows: Rows, recipe: Recipe | None) -> Comparison:
     """Perplexity of a model, or of an adapter beside its base, on these rows.
 
-    Raises RunError when a loss is no finite number.
+    An adapter is measured on the base it was trained on, quantized as its recipe says. Raises RunError when a loss is
+    no finite number.
     """
     from lora_cli.evaluation.compare import compare
     from lora_cli.model.base import best_device, load_base, resolve_dtype
     from lora_cli.recipe.schema import Model
 
+    quantization = recipe.quantization if recipe and adapter else None
     device = best_device()
     settings = recipe.model if recipe else Model(name_or_path=str(base))
     model = load_base(base, settings, quantization, device, resolve_dtype(settings.dtype, device))

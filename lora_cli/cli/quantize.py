@@ -67,10 +67,10 @@ def command(
     folder, origin = _find(target)
     for place in (folder, *([origin.folder] if origin else [])):
         check_out(out, place)
-    adapter, recipe = (origin.folder, origin.recipe) if origin else (None, None)
-    rows = None
+    adapter = origin.folder if origin else None
+    rows = recipe = None
     if data is not None:
-        recipe = recipe if origin else recipe_of(folder)
+        recipe = origin.recipe if origin else recipe_of(folder)
         section = measure.data_section(data, recipe)
         measure.check(section)
         rows = measure.rows_for(folder, adapter, section, recipe)
@@ -99,8 +99,7 @@ def command(
         "layers": {layer.name: layer.relative for layer in result.layers},
     }
     if rows is not None:
-        seen = recipe.quantization if recipe and adapter else None  # an adapter is measured on its training base
-        before = measure.measure(folder, adapter, rows, recipe, seen).score
+        before = measure.measure(folder, adapter, rows, recipe).score
         after = measure.measure(out, None, rows, recipe).score
         for key, score in (("before", before), ("after", after)):
             report[key] = {"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens}
