@@ -35,7 +35,7 @@ def check(data: Data) -> None:
     """Raises UserError with every fault in the rows, before a model is looked at; those trained on may be elsewhere."""
     from lora_cli.training.prepare import data_faults
 
-    faults = data_faults(data.model_copy(update={"train": _measured(data), "validation": None}), set())
+    faults = data_faults(data.model_copy(update={"train": sources(data), "validation": None}), set())
     if faults:
         raise UserError(faults)
 
@@ -72,17 +72,19 @@ def _examples(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, s
     """Those of ``validation`` when the section has it (a share is split off as training did)."""
     from lora_cli.data.batches import split_validation
     from lora_cli.data.examples import cut_for_evaluation
-    from lora_cli.data.sources import sources_of
     from lora_cli.data.tokenize import tokenize
 
-    rows = tokenize(data, sources_of(_measured(data)), tokenizer)
+    rows = tokenize(data, sources(data), tokenizer)
     if isinstance(data.validation, float):
         _, rows = split_validation(rows, data.validation, seed)
     return cut_for_evaluation(rows, max_length, "the rows to measure on")
 
 
-def _measured(data: Data) -> str | tuple[str | Source, ...]:
-    return data.train if data.validation is None or isinstance(data.validation, float) else data.validation
+def sources(data: Data) -> tuple[Source, ...]:
+    """Where the rows to measure on are: those of ``validation``, or those of which it is a share."""
+    from lora_cli.data.sources import sources_of
+
+    return sources_of(data.own_validation or data.train)
 
 
 def changed(rows: Rows, record: dict[str, Any]) -> str | None:
@@ -98,11 +100,8 @@ def changed(rows: Rows, record: dict[str, Any]) -> str | None:
 
 def describe(data: Data) -> str:
     """The rows to measure, in words."""
-    from lora_cli.data.sources import sources_of
-
     share = f"{100 * data.validation:g}% of " if isinstance(data.validation, float) else ""
-    sources = sources_of(_measured(data))
-    names = (source.path if source.split == "train" else f"{source.path}[{source.split}]" for source in sources)
+    names = (each.path if each.split == "train" else f"{each.path}[{each.split}]" for each in sources(data))
     return share + ", ".join(names)
 
 

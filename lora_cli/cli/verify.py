@@ -162,7 +162,7 @@ def rows_for(origin: AdapterOrigin, data: str | None) -> Rows:
     import torch
 
     from lora_cli.cli import measure
-    from lora_cli.data.sources import sources_of, whole_rows
+    from lora_cli.data.sources import whole_rows
     from lora_cli.data.tokenize import tokenize_rows
     from lora_cli.model.base import load_tokenizer
     from lora_cli.model.files import tokenizer_folder
@@ -173,9 +173,9 @@ def rows_for(origin: AdapterOrigin, data: str | None) -> Rows:
         section = measure.data_section(data, origin.recipe)
     ids, of = [tokenizer(sentence).input_ids for sentence in SAMPLE], "plain text"
     if section is not None:
-        sources = sources_of(section.train if isinstance(section.validation, float | None) else section.validation)
         try:
-            examples = tokenize_rows(section, islice(whole_rows(sources), ROWS), tokenizer).examples
+            rows = islice(whole_rows(measure.sources(section)), ROWS)
+            examples = tokenize_rows(section, rows, tokenizer).examples
             ids, of = [examples.row(row)[0] for row in range(len(examples))], measure.describe(section)
         except UserError:  # the training's data need not be where its adapter is
             if data is not None:

@@ -165,6 +165,11 @@ class Data(Section):
         True, description="Draw a new order every epoch from the seed; false: the file's order, batch after batch."
     )
 
+    @property
+    def own_validation(self) -> str | tuple[str | Source, ...] | None:
+        """validation where it names rows of its own; None for a share of the training rows."""
+        return None if isinstance(self.validation, float) else self.validation
+
     @model_validator(mode="after")
     def _template_goes_with_its_format(self) -> Data:
         if self.format == "template" and self.template is None:

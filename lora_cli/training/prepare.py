@@ -257,8 +257,8 @@ def data_faults(data: Data, unread: set[str], every_column: bool = False) -> lis
     are not read are added to ``unread``."""
     faults = [*(pattern_faults(data.template) if data.template else []), *column_faults(data)]
     seen: set[str] = set()
-    for spec in (data.train, data.validation):
-        if spec is not None and not isinstance(spec, float):
+    for spec in (data.train, data.own_validation):
+        if spec is not None:
             sources = sources_of(spec)
             faults += source_faults(sources) or ([] if faults else row_faults(data, sources, seen, unread))
     return faults or (unseen_faults(data, seen) if every_column else [])
@@ -270,9 +270,9 @@ def _tokenized(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache: Path) 
     from lora_cli.training.announced import announced
 
     data = recipe.data
-    specs = [data.train, *([] if data.validation is None or isinstance(data.validation, float) else [data.validation])]
+    specs = (data.train, data.own_validation)
     published = None if is_first_here() else announced
-    return [tokenize_cached(data, sources_of(spec), tokenizer, cache, published) for spec in specs]
+    return [tokenize_cached(data, sources_of(spec), tokenizer, cache, published) for spec in specs if spec is not None]
 
 
 def _examples(
