@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from lora_cli.errors import UserError, did_you_mean
@@ -32,26 +32,24 @@ def explain(key: str | None = None) -> str:
 
     Raises UserError, with the nearest key, when there is no such key.
     """
+    texts = {"base": _entry("base", _BASE, required=False)}
+    for section, node in _schema()["properties"].items():
+        texts[section] = f"{section}: {_mapping_in(node)['description']}"
+        texts |= {name: _entry(name, inner, required) for name, inner, required in _keys_in(section, node)}
     if key is None:
-        base = _entry("base", _BASE, required=False)
-        sections = [_section(name) for name in _schema()["properties"]]
-        return "\n\n".join([base, *sections, _NOTES])
-    if key == "base":
-        return _entry("base", _BASE, required=False)
-    if key in _schema()["properties"]:
-        return _section(key)
-    entries = {name: _entry(name, node, required) for name, node, required in _keys()}
-    if key not in entries:
-        homes = [name for name in entries if name.rpartition(".")[2] == key]
-        names = [*_schema()["properties"], "base", *entries]
-        hint = did_you_mean(key, names)
-        if homes:
-            hint = f"did you mean {' or '.join(repr(home) for home in homes)}?"
-        elif peers := peers_hint(key.partition(".")[0], key.rpartition(".")[2]):
-            hint = peers
-        raise UserError(f"a recipe has no key {key!r}", hint=hint)
-    nested = [text for name, text in entries.items() if name.startswith((f"{key}.", f"{key}[]."))]
-    return "\n\n".join([entries[key], *nested])
+        return "\n\n".join([*texts.values(), _NOTES])
+    if key not in texts:
+        raise UserError(f"a recipe has no key {key!r}", hint=_where_it_is(key, texts))
+    below = (f"{key}.", f"{key}[].")
+    return "\n\n".join(text for name, text in texts.items() if name == key or name.startswith(below))
+
+
+def _where_it_is(key: str, names: Collection[str]) -> str | None:
+    """A hint to what is meant by a key that is not among the ``names``."""
+    homes = [name for name in names if name.rpartition(".")[2] == key]
+    if homes:
+        return f"did you mean {' or '.join(map(repr, homes))}?"
+    return peers_hint(key.partition(".")[0], key.rpartition(".")[2]) or did_you_mean(key, names)
 
 
 def json_schema() -> JsonSchema:
@@ -90,7 +88,7 @@ def required_at(path: Sequence[str | int]) -> tuple[str, ...]:
 
 def dotted_keys() -> tuple[str, ...]:
     """Every key of every section, as ``section.key``."""
-    return tuple(name for name, _, _ in _keys() if name.count(".") == 1)
+    return tuple(f"{section}.{key}" for section in names_at(()) for key in names_at((section,)))
 
 
 def choices(node: JsonSchema) -> tuple[str, ...]:
@@ -166,26 +164,14 @@ def _mapping_in(node: JsonSchema) -> JsonSchema:
     return next((option for option in options(node) if "properties" in option), {})
 
 
-def _keys() -> Iterator[tuple[str, JsonSchema, bool]]:
-    """Every key below a section, with its schema and whether it is required."""
-    for section, node in _schema()["properties"].items():
-        yield from _keys_in(section, node)
-
-
 def _keys_in(prefix: str, node: JsonSchema) -> Iterator[tuple[str, JsonSchema, bool]]:
+    """Every key below ``prefix``, with its schema and whether it is required."""
     for option in options(node):
         if "items" in option:
             yield from _keys_in(f"{prefix}[]", option["items"])
         for name, inner in option.get("properties", {}).items():
             yield f"{prefix}.{name}", inner, name in option.get("required", ())
             yield from _keys_in(f"{prefix}.{name}", inner)
-
-
-def _section(name: str) -> str:
-    node = _schema()["properties"][name]
-    head = f"{name}: {_mapping_in(node)['description']}"
-    entries = [_entry(key, inner, required) for key, inner, required in _keys_in(name, node)]
-    return "\n\n".join([head, *entries])
 
 
 def _entry(name: str, node: JsonSchema, required: bool) -> str:
