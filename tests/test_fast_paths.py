@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.data.batches import Batch, Schedule, collate
 from lora_cli.data.examples import Store, end_to_end
 from lora_cli.evaluation.head import Head, LinearCrossEntropy, frozen_head
-from lora_cli.evaluation.loss import evaluating, evaluation_groups, lay_end_to_end, summed_loss
+from lora_cli.evaluation.loss import evaluating, evaluation_groups, summed_loss
+from lora_cli.evaluation.packing import lay_end_to_end
 from lora_cli.model.adapters import adapt
 from lora_cli.model.attention import ROWS, ROWS_ALONE, attend_by_rows
 from lora_cli.model.base import best_device, longrope_bounds

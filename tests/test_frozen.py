@@ -18,7 +18,8 @@ from torch import nn
 
 from lora_cli.data.batches import Batch
 from lora_cli.errors import RunError
-from lora_cli.evaluation.loss import evaluating, lay_end_to_end, rows_apart, summed_loss
+from lora_cli.evaluation.loss import evaluating, rows_apart, summed_loss
+from lora_cli.evaluation.packing import lay_end_to_end
 from lora_cli.model.adapters import adapt
 from lora_cli.model.frozen_layers import draws_random_numbers, frozen_layers, gives_the_same
 from lora_cli.model.layers import linear_layers

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from lora_cli.errors import RunError
 from lora_cli.evaluation.head import frozen_head
-from lora_cli.evaluation.loss import Score, evaluate, evaluating, evaluation_batches, lay_end_to_end
+from lora_cli.evaluation.loss import Score, evaluate, evaluating, evaluation_batches
+from lora_cli.evaluation.packing import lay_end_to_end
 from lora_cli.model.adapters import load_adapter
 from lora_cli.model.base import longrope_bounds, pad_token_id
 from lora_cli.model.memory import keep_freed_memory

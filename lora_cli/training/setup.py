@@ -15,7 +15,8 @@ from lora_cli.data.batches import Schedule
 from lora_cli.data.sources import sources_of
 from lora_cli.errors import RunError
 from lora_cli.evaluation.head import Head, frozen_head
-from lora_cli.evaluation.loss import evaluating, lay_end_to_end
+from lora_cli.evaluation.loss import evaluating
+from lora_cli.evaluation.packing import lay_end_to_end
 from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameters
 from lora_cli.model.base import best_device, load_base, longrope_bounds, resolve_compute_dtype, resolve_dtype
 from lora_cli.model.elementwise import fuse, split_mlps

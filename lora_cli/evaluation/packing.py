@@ -1,0 +1,98 @@
+"""Whether a model computes rows that are laid end to end as it does each alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn.functional import linear
+
+from lora_cli.data.batches import Batch
+from lora_cli.evaluation.loss import evaluating, rows_apart
+from lora_cli.model.attention import ROWS, ROWS_ALONE, knows_rows
+from lora_cli.model.layers import CANNOT, has_experts, is_8_bit
+from lora_cli.model.memory import is_out_of_memory
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def lay_end_to_end(model: PreTrainedModel | PeftModel, device: torch.device, attn_implementation: str) -> bool:
+    """Prepare the model for packed rows, with attention by rows where it can be chosen; whether it gives them exactly.
+    That attention takes no mask from then on.
+
+    Of two rows laid end to end the second has to give what it gives behind any other row, and both what they give
+    alone. Models with a state, a convolution over time or positions of another kind do not, and are left as they were.
+    """
+    given = model.config._attn_implementation
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = (torch.arange(19, device=device) * 7919 + 3) % vocabulary
+    first, second, other = ids[:7], ids[7:12], ids[12:]  # the other is as long as the first
+    alone = torch.cat([_logits(model, first, second)[: len(first)], _logits(model, second, first)[: len(second)]])
+    for implementation in (ROWS, given) if attn_implementation == "auto" and knows_rows(model) else (given,):
+        model.set_attn_implementation(implementation)
+        packed, behind = _laid(model, (first, second)), _laid(model, (other, second))
+        if packed is None or behind is None:
+            continue
+        exact, rounding = (1e-6, 1e-3) if model.dtype == torch.float32 else (0.02, 0.05)
+        if not has_experts(model):  # whose products are of other shapes when another row stands in front
+            exact = 0.0
+        if _distance(behind[len(first) :], packed[len(first) :]) <= exact and _distance(packed, alone) < rounding:
+            if implementation == ROWS:
+                model.set_attn_implementation(ROWS_ALONE)
+            return True
+    return False
+
+
+def _logits(model: PreTrainedModel | PeftModel, row: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """The logits of ``row`` with ``after`` behind it, which changes nothing in it but the shape of the products: that
+    of two rows end to end, since for another one a GPU may take another kernel, which rounds otherwise."""
+    with evaluating(model), _expanded_from_8_bits(model):
+        logits: torch.Tensor = model(input_ids=torch.cat((row, after))[None], use_cache=False).logits[0]
+    return logits
+
+
+def _laid(model: PreTrainedModel | PeftModel, rows: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor | None:
+    """The logits (tokens, vocabulary) of two rows end to end; None when the architecture cannot compute them."""
+    ids, device = torch.cat(rows), rows[0].device
+    lengths = [len(row) for row in rows]
+    places = torch.cat([torch.arange(length) for length in lengths]).to(device)
+    starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
+    nothing = torch.empty(0, dtype=torch.long, device=device)
+    batch = Batch(ids[None], places[None], None, starts, max(lengths), nothing, nothing, nothing)
+    with evaluating(model), _expanded_from_8_bits(model):
+        try:
+            logits: torch.Tensor = model(input_ids=batch.input_ids, use_cache=False, **rows_apart(batch)).logits[0]
+        except CANNOT as error:  # it takes no position ids, or has more than attention by rows knows
+            if is_out_of_memory(error):
+                raise
+            return None
+    return logits
+
+
+@contextmanager
+def _expanded_from_8_bits(model: torch.nn.Module) -> Iterator[None]:
+    """Within, 8-bit layers multiply by their expanded weights. LLM.int8() (arXiv:2208.07339) itself mixes the rows of
+    any batch, packed or padded: what has an outlier in one of them is computed in 16 bits for all."""
+    layers = (module for module in model.modules() if is_8_bit(module))
+    hooks = [layer.register_forward_hook(_product_of_8_bits) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _product_of_8_bits(layer: Any, inputs: tuple[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    weight = int8_vectorwise_dequant(layer.state.CB, layer.state.SCB)
+    return linear(inputs[0], weight.to(inputs[0].dtype), layer.bias)
+
+
+def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).float().norm() / wanted.float().norm())
