@@ -81,12 +81,12 @@ def command(
     keep_freed_memory()
     found: list[checking.Verified] = []
     verified = verify or (verify is None and checking.fits(origins[0].base))
-    rows = checking.rows_for(origins[0], data) if verified else None
+    sample = checking.sample_for(origins[0], data) if verified else None
     tell = None if quiet else tell_beforehand
 
     def check(draft: Path) -> None:
-        if rows is not None:
-            found.append(checking.verify(origins, draft, out, into, rows))
+        if sample is not None:
+            found.append(checking.verify(origins, draft, out, into, sample))
 
     if into == "quantized":
         result = _quantize(origins, out, dtype, max_shard, tell, check)

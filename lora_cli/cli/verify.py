@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from lora_cli.errors import CheckError, UserError, counted
 from lora_cli.recipe.schema import Model, Quantization
-from lora_cli.weights.provenance import AdapterOrigin
 
 if TYPE_CHECKING:
     import torch
 
     from lora_cli.evaluation.agreement import Agreement
+    from lora_cli.weights.provenance import AdapterOrigin
     from lora_cli.weights.shards import TensorInfo
 
 ROWS = 4
 TOKENS = 64
-SAMPLE = (
+SENTENCES = (
     "The river had risen in the night, and by morning the lower road could not be seen at all.",
     "A patient who takes this medicine should tell the doctor about any other medicine before the first dose.",
     "To get the total, multiply the price of one ticket by the number of people and add the fee.",
@@ -53,7 +53,7 @@ class Verified:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Sample:
     """Token ids of a few rows, and where they are from."""
 
     ids: Sequence[torch.Tensor]
@@ -81,7 +81,7 @@ def fits(base: Path) -> bool:
     return numbers * 4 * 1.25 < free_bytes(best_device())
 
 
-def verify(origins: Sequence[AdapterOrigin], draft: Path, out: Path, into: str | None, rows: Rows) -> Verified:
+def verify(origins: Sequence[AdapterOrigin], draft: Path, out: Path, into: str | None, sample: Sample) -> Verified:
     """Run the merged model in ``draft``, which is to stand at ``out``, and what it was made of. Raises CheckError when
     they differ by more than rounding."""
     from lora_cli.evaluation.agreement import agreement, logits_of, perplexity
@@ -90,37 +90,37 @@ def verify(origins: Sequence[AdapterOrigin], draft: Path, out: Path, into: str |
     recipe = origins[0].recipe
     quantization = recipe.quantization if recipe else None
     stored = read_headers(weight_files(draft))
-    merged = logits_of(_load(draft, None), rows.ids)
+    merged = logits_of(_load(draft, None), sample.ids)
     candidates, expected = {}, None
     if quantization is None:
-        expected = _expected(origins, None, stored, rows)
+        expected = _expected(origins, None, stored, sample)
         in_training = unmerged = expected.unmerged
     else:
-        in_training = unmerged = logits_of(_unmerged(origins, quantization), rows.ids)
+        in_training = unmerged = logits_of(_unmerged(origins, quantization), sample.ids)
         for name, expanded in (("expanded", quantization), ("original", None)):
             if name == (into or "expanded"):
-                expected = _expected(origins, expanded, stored, rows)
+                expected = _expected(origins, expanded, stored, sample)
                 candidates[name] = unmerged = expected.unmerged
             else:
-                candidates[name] = logits_of(_unmerged(origins, None, expanded), rows.ids)
+                candidates[name] = logits_of(_unmerged(origins, None, expanded), sample.ids)
     if into == "quantized":
         candidates["quantized"] = merged
-    difference = agreement(unmerged, merged, rows.ids)
+    difference = agreement(unmerged, merged, sample.ids)
     moved = rounding = None
     if expected is not None:
-        moved = agreement(unmerged, expected.base, rows.ids).relative
-        rounding = agreement(unmerged, expected.rounded, rows.ids).relative
+        moved = agreement(unmerged, expected.base, sample.ids).relative
+        rounding = agreement(unmerged, expected.rounded, sample.ids).relative
         allowed = NOISE + SHARE * max(moved, rounding)
         pairs = ((unmerged, expected.summed), (expected.rounded, merged))
-        if not all(agreement(wanted, found, rows.ids).relative <= allowed for wanted, found in pairs):
+        if not all(agreement(wanted, found, sample.ids).relative <= allowed for wanted, found in pairs):
             raise _unexplained(difference.relative, moved, rounding, stored, out)
     return Verified(
-        rows=len(rows.ids),
-        tokens=sum(len(row) for row in rows.ids),
-        of=rows.of,
-        apart=perplexity(in_training, rows.ids),
+        rows=len(sample.ids),
+        tokens=sum(len(row) for row in sample.ids),
+        of=sample.of,
+        apart=perplexity(in_training, sample.ids),
         merged=difference,
-        candidates={name: agreement(in_training, logits, rows.ids) for name, logits in candidates.items()},
+        candidates={name: agreement(in_training, logits, sample.ids) for name, logits in candidates.items()},
         moved=moved,
         rounding=rounding,
     )
@@ -156,7 +156,7 @@ def text(found: Verified) -> Iterator[str]:
             yield f"{name:14}{candidate.perplexity:>12.3f}{candidate.kl:>18.2g}"
 
 
-def rows_for(origin: AdapterOrigin, data: str | None) -> Rows:
+def sample_for(origin: AdapterOrigin, data: str | None) -> Sample:
     """The first rows of ``data``, or of those the adapter was trained with, or a few sentences. Raises UserError for
     what is wrong with ``data``."""
     import torch
@@ -171,7 +171,7 @@ def rows_for(origin: AdapterOrigin, data: str | None) -> Rows:
     section = origin.recipe.data if data is None and origin.recipe else None
     if data is not None:
         section = measure.data_section(data, origin.recipe)
-    ids, of = [tokenizer(sentence).input_ids for sentence in SAMPLE], "plain text"
+    ids, of = [tokenizer(sentence).input_ids for sentence in SENTENCES], "plain text"
     if section is not None:
         try:
             rows = islice(whole_rows(measure.sources(section)), ROWS)
@@ -180,7 +180,7 @@ def rows_for(origin: AdapterOrigin, data: str | None) -> Rows:
         except UserError:  # the training's data need not be where its adapter is
             if data is not None:
                 raise
-    return Rows([torch.as_tensor(row[:TOKENS], dtype=torch.long) for row in ids if len(row) > 1], of)
+    return Sample([torch.as_tensor(row[:TOKENS], dtype=torch.long) for row in ids if len(row) > 1], of)
 
 
 def _load(folder: Path, quantization: Quantization | None, quantized_from: torch.dtype | None = None) -> Any:
@@ -226,7 +226,7 @@ def _base(origins: Sequence[AdapterOrigin], quantization: Quantization | None, e
 
 
 def _expected(
-    origins: Sequence[AdapterOrigin], expanded: Quantization | None, stored: Mapping[str, TensorInfo], rows: Rows
+    origins: Sequence[AdapterOrigin], expanded: Quantization | None, stored: Mapping[str, TensorInfo], sample: Sample
 ) -> Expected:
     """What a merge into this base has to say; ``stored`` are the tensors that the two were merged into."""
     from lora_cli.evaluation.agreement import logits_of
@@ -234,14 +234,14 @@ def _expected(
 
     alone = _base(origins, None, expanded)
     resize_words(alone, origins[0].folder)  # for logits of one size
-    base = logits_of(alone, rows.ids)  # before PEFT puts an adapter's biases or PiSSA's remainder into it
+    base = logits_of(alone, sample.ids)  # before PEFT puts an adapter's biases or PiSSA's remainder into it
     model = _adapted(alone, origins)
-    unmerged = logits_of(model, rows.ids)
+    unmerged = logits_of(model, sample.ids)
     _untie(model)
     merged = model.merge_and_unload()
-    summed = logits_of(merged, rows.ids)
+    summed = logits_of(merged, sample.ids)
     _round(merged, stored)
-    return Expected(unmerged, base, summed, logits_of(merged, rows.ids))
+    return Expected(unmerged, base, summed, logits_of(merged, sample.ids))
 
 
 def _untie(model: Any) -> None:
