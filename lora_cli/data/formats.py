@@ -281,19 +281,6 @@ def unseen_faults(data: Data, seen: Collection[str]) -> list[Fault]:
     ]
 
 
-def _of_another_format(row: Row, format_name: str, data: Data) -> list[Fault]:
-    """That the row is of another format than its source's first row, if it is."""
-    try:
-        own = detect(row, data)
-        read_content(row, own, data)
-    except UserError:
-        return []
-    if own == format_name or not format_name:
-        return []
-    hint = "give files of each format as a part of their own: data.train takes a list, each read by its own first row"
-    return [Fault(f"looks like {own}, but its source's first row is read as {format_name}", row.where, hint)]
-
-
 def row_faults(data: Data, sources: Iterable[Source], seen: set[str], unread: set[str]) -> list[Fault]:
     """Read every row as training will, without tokenizing: up to ten rows that are wrong, by file and line. The names
     of all columns are added to ``seen``, of those that hold something which is not read to ``unread``."""
@@ -305,18 +292,37 @@ def row_faults(data: Data, sources: Iterable[Source], seen: set[str], unread: se
                 faults.append(item)
             else:
                 seen.update(map(str, item.columns))
-                try:
-                    if item.source not in formats:
-                        formats[item.source] = ""  # told once, if it is not known
-                        formats[item.source] = detect(item, data)
-                    if formats[item.source]:
-                        columns = Columns(item, data)
-                        FORMATS[formats[item.source]].read(columns)
-                        unread.update(c for c in item.columns.keys() - columns.read - unread if item.columns[c])
-                except UserError as error:
-                    faults.extend(_of_another_format(item, formats[item.source], data) or error.faults)
+                faults.extend(_faults_in(item, data, formats, unread))
             if len(faults) >= MAX_FAULTS:
                 return [*faults[:MAX_FAULTS], Fault("there may be more; the first ones are shown")]
     except UserError as error:
         faults.extend(error.faults)
     return faults
+
+
+def _faults_in(row: Row, data: Data, formats: dict[int, str], unread: set[str]) -> Iterable[Fault]:
+    """What is wrong with a row in the format of its source, which is that of the source's first row."""
+    try:
+        if row.source not in formats:
+            formats[row.source] = ""  # told once, if it is not known
+            formats[row.source] = detect(row, data)
+        if format_name := formats[row.source]:
+            columns = Columns(row, data)
+            FORMATS[format_name].read(columns)
+            unread.update(c for c in row.columns.keys() - columns.read - unread if row.columns[c])
+    except UserError as error:
+        return _of_another_format(row, formats[row.source], data) or error.faults
+    return ()
+
+
+def _of_another_format(row: Row, format_name: str, data: Data) -> list[Fault]:
+    """That the row is of another format than its source's first row, if it is."""
+    try:
+        own = detect(row, data)
+        read_content(row, own, data)
+    except UserError:
+        return []
+    if own == format_name or not format_name:
+        return []
+    hint = "give files of each format as a part of their own: data.train takes a list, each read by its own first row"
+    return [Fault(f"looks like {own}, but its source's first row is read as {format_name}", row.where, hint)]
