@@ -113,7 +113,7 @@ def unwritable(path: Path, error: Exception, needed: int | None = None) -> RunEr
 def unreadable(path: Path, error: Exception) -> RunError:
     """What to raise when ``error`` came while ``path``, which is there, was read."""
     reason = getattr(error, "strerror", None) or str(error)
-    hint = "what was whole before still is; it may have passed: try again"
+    hint = "what was whole before still is; try again: the cause may have passed"
     return RunError(f"could not be read: {reason}", str(path), hint)
 
 

@@ -210,7 +210,7 @@ def test_an_end_that_is_not_supervised_is_told(chatty: Callable[[str], Any]) -> 
         (MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"), "leave out <|im_end|>"),
         (
             MARKED + "{% if add_generation_prompt %}<think>\n\n</think>\n\n{% endif %}",
-            r"behind '<think>\n\n</think>\n\n'",
+            r"ends a prompt in '<think>\n\n</think>\n\n'",
         ),
         ("{{ strftime_now('%Y') }}" + MARKED, "today's date: the same rows give other tokens on another day"),
         ("{{ date_string or strftime_now('%Y') }}" + MARKED, "today's date: 26 Jul 2024 here"),

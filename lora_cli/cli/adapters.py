@@ -97,7 +97,7 @@ def compose_command(
         ],
         typer.Option(
             "--method",
-            help="cat: the exact sum, at the sum of the ranks. svd: the nearest to it of a rank. Others: PEFT's.",
+            help="cat: the exact sum, at the sum of the ranks. svd: the nearest to it of --rank. Others: PEFT's.",
         ),
     ] = "cat",
     rank: Annotated[
@@ -140,7 +140,7 @@ def resize_command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Give an adapter another rank: less, or more to train on with."""
+    """Change an adapter's rank: lower it, or raise it to train further."""
     from lora_cli.weights.folders import check_out
 
     _check_size(rank, energy)
@@ -221,7 +221,7 @@ def extract_command(
         print_table(["layer", "r", "energy kept"], [[x.name, str(x.rank), f"{x.energy:.2%}"] for x in result.layers])
     if result.left_out:
         told = counted(len(result.left_out), "other tensor differs", "other tensors differ")
-        told += ", which an adapter does not bring"
+        told += ", which the adapter does not hold"
         typer.echo(f"warning: {told}: {', '.join(result.left_out[:5])}{' ...' * (len(result.left_out) > 5)}", err=True)
     ranks = rank_range(tuple(each.rank for each in result.layers))
     typer.echo(f"{out}: {counted(len(result.layers), 'layer')} of rank {ranks}, {result.bytes / 1e6:,.1f} MB")

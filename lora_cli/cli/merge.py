@@ -33,8 +33,9 @@ def command(
         Literal["expanded", "original", "quantized"] | None,
         typer.Option(
             "--into",
-            help="Of a base that training held quantized: what its quantized weights stand for, which the adapter was "
-            "fitted to (when left out), the original weights, or the former and the sum quantized again.",
+            help="Of a base that training held quantized. expanded (when left out): what its quantized weights stand "
+            "for, to which the adapter was fitted; original: its original weights; quantized: the sum with the "
+            "expanded ones, quantized again.",
         ),
     ] = None,
     dtype: Annotated[
@@ -46,7 +47,7 @@ def command(
         bool | None,
         typer.Option(
             "--verify/--no-verify",
-            help="Run the merged model and what it was made of on a few rows: on, where they fit into memory.",
+            help="Run the merged model beside its parts on a few rows; left out: where both fit into memory.",
             show_default=False,
         ),
     ] = None,
@@ -173,9 +174,9 @@ def _lines(result: Merged) -> list[str]:
         f"{result.out}: {result.bytes / 1e6:,.1f} MB in {result.dtype}",
     ]
     if result.in_memory:
-        lines.insert(0, "this adapter is not of LoRA's products alone: PEFT merged it, with the whole model in memory")
+        lines.insert(0, "PEFT merged this kind of adapter, with the whole model in memory")
     if result.unchanged and result.unchanged >= WORTH_TELLING:
-        told = f"{result.unchanged:.1%} of the numbers in these layers are what they were, rounded to {result.dtype}"
+        told = f"rounded to {result.dtype}, {result.unchanged:.1%} of the weights in these layers are what they were"
         could_keep = result.unchanged > MANY_UNCHANGED and result.dtype != "float32"
         advice = "; --dtype float32 would keep what the adapter adds" if could_keep else ""
         lines.append(f"{told}{advice}")

@@ -11,9 +11,9 @@ from typer.core import TyperCommand
 from lora_cli.errors import UserError
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and results alone.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only warnings and results.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-MaxShardSize = Annotated[str, typer.Option("--max-shard-size", help="Tensors in a file at most, as 500MB or 5GB.")]
+MaxShardSize = Annotated[str, typer.Option("--max-shard-size", help="The most that one file holds, as 500MB or 5GB.")]
 
 
 class Once(TyperCommand):

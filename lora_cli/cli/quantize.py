@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 WORST = 5
 WHOLE = (
-    "the model's tensors are not the stored ones (Transformers renames, joins or splits them in loading): "
+    "the model's tensors are not the stored ones (Transformers renames, joins or splits them while loading): "
     "it is quantized with the whole model in memory"
 )
 
@@ -144,7 +144,7 @@ def _text(report: dict[str, Any]) -> str:
         lines.append(f"relative error of {counted(len(layers), 'layer')}: mean {mean:.4f}; the largest:")
         lines += [f"  {error:.4f}  {name}" for name, error in list(layers.items())[:WORST]]
     if report["in_experts"]:
-        lines.append(f"not quantized: {report['in_experts']:,} numbers of experts, which lie joined in parameters")
+        lines.append(f"not quantized: {report['in_experts']:,} weights of experts, joined in larger parameters")
     if "before" in report:
         old, new = report["before"]["perplexity"], report["after"]["perplexity"]
         lines.append(f"perplexity {old:.3f} -> {new:.3f} on {report['before']['tokens']:,} tokens")

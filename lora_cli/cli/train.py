@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lora_cli.cli.options import Debug, Json, Quiet
-from lora_cli.errors import counted
+from lora_cli.errors import UserError, counted
 
 
 def command(
@@ -26,7 +26,6 @@ def command(
     debug: Debug = False,
 ) -> None:
     """Fine-tune a model by a recipe."""
-    from lora_cli.errors import UserError
     from lora_cli.recipe.load import load_recipe
     from lora_cli.training.launched import end_with_launcher, process_count, process_index
 
@@ -72,7 +71,7 @@ def _summarize(run: str, result: dict[str, Any]) -> None:
     typer.echo(f"{pace(result)}{loss}")
     if result["skipped_steps"]:
         told = counted(result["skipped_steps"], "step was", "steps were")
-        typer.echo(f"{told} skipped: loss or gradient was no finite number")
+        typer.echo(f"{told} skipped: loss or gradient was not finite")
     if result["adapter_step"] != result["steps"]:
         typer.echo(f"the adapter has the weights of step {result['adapter_step']:,}, the best")
     base, tuned = result["base"], result["validation"]

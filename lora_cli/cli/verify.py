@@ -133,10 +133,10 @@ def _unexplained(
 
     dtype = str(stored_dtype(stored)).removeprefix("torch.")
     return CheckError(
-        f"the merged model's logits are {difference:.2%} from those of base and adapter, which rounding to {dtype} "
-        f"does not explain: that makes {rounding:.2%}, the adapter itself {moved:.2%}",
+        f"the merged model's logits differ by {difference:.2%} from those of base and adapter, which "
+        f"rounding to {dtype} does not explain: it makes {rounding:.2%}, the adapter itself {moved:.2%}",
         str(out),
-        "nothing was written; --no-verify would write it, but it is not to be used",
+        "nothing was written; --no-verify would write it, but it should not be used",
     )
 
 
@@ -145,11 +145,11 @@ def text(found: Verified) -> Iterator[str]:
     merged = found.merged
     yield (
         f"checked on {counted(found.rows, 'row')} ({found.tokens} tokens) of {found.of}: logits differ by at most "
-        f"{merged.largest:.2g} ({merged.relative:.2g} of all they are), perplexity {found.apart:.3f} apart, "
+        f"{merged.largest:.2g} (relative difference {merged.relative:.2g}), perplexity {found.apart:.3f} apart, "
         f"{merged.perplexity:.3f} merged"
     )
     if found.moved is not None:
-        yield f"the adapter changes {found.moved:.2g} of all they are, rounding {found.rounding:.2g}"
+        yield f"the adapter changes the logits by {found.moved:.2g} (relative), rounding by {found.rounding:.2g}"
     if found.candidates:
         yield f"{'merged into':14}{'perplexity':>12}{'KL to training':>18}"
         for name, candidate in found.candidates.items():

@@ -146,7 +146,7 @@ def _template_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     elif closing not in answer:
         notes.append(f"the chat template's generation marks leave out {closing}: it is supervised all the same")
     if extra:
-        notes.append(f"the chat template asks for answers behind {extra!r}, which it does not write before them")
+        notes.append(f"the chat template ends a prompt in {extra!r}, which it does not write before given answers")
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:
         told = f"{DAY} here" if "date_string" in template else "the same rows give other tokens on another day"

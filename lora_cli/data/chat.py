@@ -66,7 +66,7 @@ def written_after_words(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     text = render(tokenizer, PROBES, None)
     if PROBE not in text:
-        raise UserError("the tokenizer's chat template leaves out what the assistant says", hint="mend it")
+        raise UserError("the tokenizer's chat template leaves out what the assistant says", hint=MEND)
     return text[text.rindex(PROBE) + len(PROBE) :]
 
 

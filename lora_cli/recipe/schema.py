@@ -77,7 +77,7 @@ class Adapter(Section):
         None, description="Numbers of the layers that are adapted, from 0, e.g. [6, 7]; null: all."
     )
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead (arXiv:2312.03732).")
-    use_dora: bool = Field(False, description="Split each weight in magnitude and direction (DoRA, arXiv:2402.09353).")
+    use_dora: bool = Field(False, description="Split weights into magnitude and direction (DoRA, arXiv:2402.09353).")
     fused: bool = Field(
         True,
         description="Compute RMS norms, SiLU-gated MLPs, rotary positions and, without dropout and DoRA, LoRA layers "
@@ -254,7 +254,7 @@ class Training(Section):
         "auto",
         description="Compute what the layers below the lowest adapted one give once for each row, before the first "
         "step, and keep it in memory or on disk; never where dropout stands below or weights are sharded. auto (or "
-        "true): for rows that are gone through more than once, in a fifth of the free memory or half of the free disk.",
+        "true): for rows that training reads more than once, in a fifth of the free memory or half of the free disk.",
     )
     torch_compile: bool | Literal["auto"] = Field(
         "auto",
@@ -298,7 +298,7 @@ class Training(Section):
     @model_validator(mode="after")
     def _the_rate_can_fall(self) -> Training:
         if self.lr_scheduler_type == "polynomial" and self.learning_rate <= 1e-7:
-            raise ValueError("training.lr_scheduler_type: polynomial falls to 1e-7, and learning_rate is no more")
+            raise ValueError("training.lr_scheduler_type: polynomial falls to 1e-7, so learning_rate must be above it")
         return self
 
     @model_validator(mode="after")

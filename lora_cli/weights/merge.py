@@ -36,7 +36,7 @@ from lora_cli.weights.updates import Changes, Summed, find_changes, stored_name,
 Into = Literal["expanded", "original"]
 BOTH = 1.5
 """Two tensors are held at once that have no more numbers than this, in those of the largest."""
-IN_MEMORY = "this adapter is not of LoRA's products alone: PEFT merges it, with the whole model in memory in float32"
+IN_MEMORY = "PEFT merges this kind of adapter, with the whole model in memory in float32"
 
 
 @dataclass(frozen=True)
