@@ -322,13 +322,13 @@ class Training(Section):
 
 
 class Recipe(Section):
-    """A whole run."""
+    """A whole run; each section says itself what it is."""
 
-    model: Model = Field(description="The base model.")
-    quantization: Quantization | None = Field(None, description="How the frozen base is quantized; absent: not.")
-    adapter: Adapter = Field(Adapter(), description="What is trained.")
-    data: Data = Field(description="What is learned from.")
-    training: Training = Field(description="How it is learned, and what is kept.")
+    model: Model
+    quantization: Quantization | None = None
+    adapter: Adapter = Adapter()
+    data: Data
+    training: Training
 
     @model_validator(mode="after")
     def _a_layer_that_streams_is_plain(self) -> Recipe:
