@@ -33,8 +33,8 @@ from lora_cli.data.examples import (
 )
 from lora_cli.data.formats import FORMATS, column_faults, read_content, row_faults
 from lora_cli.data.grouping import OPEN, POOL, pack_first_fit, pack_in_order, pad_by_length
-from lora_cli.data.readers import READERS
-from lora_cli.data.sources import Row, hub_rows, places, read_rows, sources_of
+from lora_cli.data.readers import READERS, Record
+from lora_cli.data.sources import Row, hub_records, places, read_rows, sources_of
 from lora_cli.data.tokenize import tokenize
 from lora_cli.data.turns import Conversation, Message
 from lora_cli.errors import Fault, LoraError, UserError
@@ -205,29 +205,29 @@ def test_a_folder_has_what_its_links_lead_to_and_each_file_once(
 def test_hub_rows_take_the_split_and_name_the_row(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "set" / "train.jsonl", {"text": "a"}, {"text": "b"})
     write_jsonl(tmp_path / "set" / "test.jsonl", {"text": "c"})
-    rows = list(hub_rows(Source(path=str(tmp_path / "set"))))
-    assert [(row.columns, row.where.removeprefix(str(tmp_path))) for row in rows] == [
-        ({"text": "a"}, "/set[train] (row 1)"),
-        ({"text": "b"}, "/set[train] (row 2)"),
+    rows = list(hub_records(Source(path=str(tmp_path / "set"))))
+    assert [(where.removeprefix(str(tmp_path)), columns) for where, columns in rows] == [
+        ("/set[train] (row 1)", {"text": "a"}),
+        ("/set[train] (row 2)", {"text": "b"}),
     ]
     assert places([Source(path="owner/set", split="test")], [(0, 1)]) == ["owner/set[test] (row 2)"]
     with pytest.raises(UserError, match="nosuch"):
-        list(hub_rows(Source(path=str(tmp_path / "set"), split="nosuch")))
+        list(hub_records(Source(path=str(tmp_path / "set"), split="nosuch")))
 
 
 def test_hub_rows_that_stream_leave_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_jsonl(tmp_path / "set" / "train.jsonl", *({"text": f"row {number}"} for number in range(30)))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "copies")
 
-    def rows(streaming: bool) -> list[Row]:
-        return list(hub_rows(Source(path=str(tmp_path / "set"), streaming=streaming)))
+    def rows(streaming: bool) -> list[Record]:
+        return list(hub_records(Source(path=str(tmp_path / "set"), streaming=streaming)))
 
     streamed = rows(True)
     assert not any((tmp_path / "copies").rglob("*.arrow"))
     assert streamed == rows(False)
     assert len(streamed) == 30 and any((tmp_path / "copies").rglob("*.arrow"))
     with pytest.raises(UserError, match="nosuch"):
-        list(hub_rows(Source(path=str(tmp_path / "set"), split="nosuch", streaming=True)))
+        list(hub_records(Source(path=str(tmp_path / "set"), split="nosuch", streaming=True)))
 
 
 ANY_BYTES = st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "replace"))

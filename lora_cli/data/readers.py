@@ -22,6 +22,7 @@ def kind_of(value: Any) -> str:
 
 
 Record = tuple[str, dict[str, Any]]
+"""A record's place and its columns."""
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lora_cli.data.readers import READERS, without_filling
+from lora_cli.data.readers import READERS, Record, without_filling
 from lora_cli.errors import Fault, UserError, is_pointer, mend, nearest
 from lora_cli.recipe.schema import Source
 
@@ -62,19 +62,10 @@ def read_rows(sources: Iterable[Source]) -> Iterator[Row | Fault]:
     Raises UserError when a path names nothing, or a file cannot be opened at all.
     """
     for index, source in enumerate(sources):
-        files = _files(source.path)
         read = 0
-        if files is None:
-            for row in hub_rows(source):
-                yield Row(row.columns, row.where, index)
-                read += 1
-        else:
-            for file in files:
-                if is_pointer(file):
-                    raise UserError("not the file itself", str(file), mend(file))
-                for item in READERS[file.suffix.lower()](file):
-                    yield item if isinstance(item, Fault) else Row(item[1], item[0], index)
-                    read += 1
+        for item in _records(source):
+            yield item if isinstance(item, Fault) else Row(item[1], item[0], index)
+            read += 1
         if not read:
             yield Fault("holds no rows", where=source.path, hint="every source must have at least one row")
 
@@ -102,6 +93,17 @@ def places(sources: Sequence[Source], rows: Collection[tuple[int, int]]) -> list
             read = islice(whole_rows([sources[at]]), max(wanted) + 1)
             found |= {(at, number): row.where for number, row in enumerate(read) if number in wanted}
     return [found[row] for row in rows]
+
+
+def _records(source: Source) -> Iterator[Record | Fault]:
+    files = _files(source.path)
+    if files is None:
+        yield from hub_records(source)
+        return
+    for file in files:
+        if is_pointer(file):
+            raise UserError("not the file itself", str(file), mend(file))
+        yield from READERS[file.suffix.lower()](file)
 
 
 def _files(path: str) -> list[Path] | None:
@@ -149,9 +151,9 @@ def _hub_place(source: Source, number: int) -> str:
     return f"{source.path}[{source.split}] (row {number})"
 
 
-def hub_rows(source: Source) -> Iterator[Row]:
-    """The rows of a split of a data set on the hub (or in its local cache), through ``datasets``; from a memory-mapped
-    copy of it or, streaming, as they come.
+def hub_records(source: Source) -> Iterator[Record]:
+    """The records of a data set's split on the hub (or in its local cache), through ``datasets``, from a memory-mapped
+    copy or, streaming, as they come.
 
     Raises UserError when it cannot be loaded: offline and not cached, no such data set, no such split.
     """
@@ -162,7 +164,7 @@ def hub_rows(source: Source) -> Iterator[Row]:
     try:
         rows = datasets.load_dataset(source.path, split=source.split, streaming=source.streaming)
         for number, columns in enumerate(rows, 1):
-            yield Row(without_filling(columns), _hub_place(source, number))
+            yield _hub_place(source, number), without_filling(columns)
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         what = f"the data set could not be loaded from the hub: {str(error).splitlines()[0]}"
         hint = "give a path that exists, or a hub id that can be reached from here"
