@@ -192,10 +192,10 @@ def _end(
     elif turn.called:
         return None  # the first ending after it may be another turn's
     else:
-        found = [(at, -len(each)) for each in closings if (at := full.find(each, start)) >= 0]
-        if not found:
+        end = full.find(closings[-1], start) if closings else -1  # the shortest, with which the other begins
+        if end < 0:
             return None
-        end, closed = min(found)[0], -min(found)[1]
+        closed = _closed(full[end:], closings)
     spoken = _before_calls(tokenizer, full, talk, index, start, end)
     if spoken is None:
         return None
