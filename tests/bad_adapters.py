@@ -58,6 +58,11 @@ def merge_of_a_misspelt_run(w: World) -> Arguments:
     return ["merge", "rum", "--out", "out"]
 
 
+@case("rows.jsonl", "no token to predict")
+def merge_verified_on_rows_without_words(w: World) -> Arguments:
+    return ["merge", w.run(), "--out", "out", "--data", w.rows({"text": ""})]
+
+
 @case("run/adapter/adapter_config.json", "line 1")
 def broken_adapter_config(w: World) -> Arguments:
     w.file(f"{w.run()}/adapter/adapter_config.json", "{")

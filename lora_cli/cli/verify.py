@@ -176,6 +176,8 @@ def sample_for(origin: AdapterOrigin, data: str | None) -> Sample:
         try:
             rows = islice(whole_rows(measure.sources(section)), ROWS)
             examples = tokenize_rows(section, rows, tokenizer).examples
+            if examples.lengths.max() < 2:
+                raise UserError("no token to predict in the first rows", measure.describe(section), "give others")
             ids, of = [examples.row(row)[0] for row in range(len(examples))], measure.describe(section)
         except UserError:  # the training's data need not be where its adapter is
             if data is not None:
