@@ -1150,6 +1150,7 @@ def test_explain_a_section_and_a_key() -> None:
         ("lora_r", "here it is adapter.r"),
         ("quantization.type", "here it is quantization.method"),
         ("chat_template", "leave it out: a chat goes through the tokenizer's own template"),
+        ("color", "'lora explain' lists them all"),
     ],
 )
 def test_explain_an_unknown_key(key: str, hint: str) -> None:

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from lora_cli.errors import UserError, did_you_mean
+from lora_cli.errors import UserError, nearest
 from lora_cli.recipe.peers import peers_hint
 from lora_cli.recipe.schema import Recipe
 
@@ -44,12 +44,13 @@ def explain(key: str | None = None) -> str:
     return "\n\n".join(text for name, text in texts.items() if name == key or name.startswith(below))
 
 
-def _where_it_is(key: str, names: Collection[str]) -> str | None:
+def _where_it_is(key: str, names: Collection[str]) -> str:
     """A hint to what is meant by a key that is not among the ``names``."""
     homes = [name for name in names if name.rpartition(".")[2] == key]
     if homes:
         return f"did you mean {' or '.join(map(repr, homes))}?"
-    return peers_hint(key.partition(".")[0], key.rpartition(".")[2]) or did_you_mean(key, names)
+    peers = peers_hint(key.partition(".")[0], key.rpartition(".")[2])
+    return peers or nearest(key, names) or "'lora explain' lists them all"
 
 
 def json_schema() -> JsonSchema:
