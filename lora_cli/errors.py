@@ -21,8 +21,8 @@ class Fault:
     """One thing that is wrong.
 
     ``where`` is a place the user can open (``medical.yaml:14:3``, ``train.jsonl:381``), ``hint`` what to do, in a
-    line or several. Each may quote what stands in somebody's file: as text, what a terminal would not show is escaped,
-    what is endless cut.
+    line or several. Each may quote what stands in somebody's file: what a terminal would not show is told escaped, and
+    what is endless is cut.
     """
 
     what: str
@@ -59,8 +59,7 @@ class UserError(LoraError):
 
 
 def alike(faults: Sequence[Fault], hint: str) -> UserError:
-    """What to raise of faults of one kind, for all of which the ``hint`` is: the first few, and how many more there
-    are."""
+    """What to raise for faults of one kind that share a ``hint``: the first few, and how many more there are."""
     *first, last = faults[:_ALIKE]
     more = f"{len(faults) - _ALIKE} more like these: " if len(faults) > _ALIKE else ""
     return UserError([*first, replace(last, hint=more + hint)])

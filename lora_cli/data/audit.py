@@ -108,7 +108,7 @@ def _bos_counts(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def _ends_supervised(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> Mask:
-    """Of each row whether its last supervised token is the end of the text or of a turn.
+    """Whether each row's last supervised token is the end of the text or of a turn.
 
     With ``train_on: all`` what the chat template writes behind a turn's end is supervised too, and is passed over.
     """

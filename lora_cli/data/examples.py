@@ -51,7 +51,7 @@ class Flat:
 class Examples:
     """Tokenized rows: from ``starts`` to ``ends`` (rows, int64) in a store that others may share.
 
-    Never a row's first token is supervised, which nothing predicts. ``source`` (rows, int32) is the part of the mixture
+    A row's first token is never supervised: nothing predicts it. ``source`` (rows, int32) is the part of the mixture
     a row is from, ``number`` (rows, int32) the row's place in it, counted from 0. ``formats`` names each part's format.
     """
 

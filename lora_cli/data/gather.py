@@ -18,8 +18,8 @@ HELD = 1 << 24
 
 
 def gather(parts: Iterable[Examples], folder: Path | None) -> Examples:
-    """The rows of all parts, end to end; more than HELD tokens lie in files in ``folder`` (None: the system's own for
-    such). These have no name: however the process ends, nothing is left of them.
+    """The rows of all parts, end to end; more than HELD tokens lie in files in ``folder`` (None: where the
+    system keeps temporary files). These have no name: however the process ends, nothing is left of them.
 
     Raises RunError when the disk is full.
     """

@@ -36,7 +36,7 @@ def sources_of(spec: str | tuple[str | Source, ...]) -> tuple[Source, ...]:
 
 
 def source_faults(sources: Iterable[Source]) -> list[Fault]:
-    """The paths that name nothing, and keys that say nothing of theirs, without reading a row."""
+    """The paths that name nothing, and the keys that do not apply to theirs; no row is read."""
     faults: list[Fault] = []
     for source in sources:
         try:

@@ -18,7 +18,7 @@ HALF = "holds half a character (a lone surrogate, written \\ud800 to \\udfff)"
 HALF_HINT = "write the character itself, or both its halves"
 ROLES = ("system", "user", "assistant", "tool")
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
-"""Keys of a turn that say what is in no text of it; of these, an assistant's ``tool_calls`` are read."""
+"""Keys of a turn that say what its text does not; of these, an assistant's ``tool_calls`` are read."""
 WEIGHTS = ("weight", "train", "training")
 """Keys that say whether a turn is to be learned."""
 ANSWERED = ("name", "tool_call_id")
@@ -124,7 +124,7 @@ def _check_unread(turn: Mapping[str, Any], role: str, place: str) -> None:
 
 
 def _is_learned(turn: Mapping[str, Any], place: str) -> bool:
-    """Raises UserError for a turn that is to be learned more or less than others."""
+    """Whether the turn is to be learned. Raises UserError for a weight between, or weights that disagree."""
     given = {key: turn[key] for key in WEIGHTS if turn.get(key) is not None}
     if odd := next((key for key, weight in given.items() if weight not in (0, 1)), None):
         raise UserError(f"the turn has {odd} {given[odd]!r}", place, "it is learned (1, true) or not (0, false)")

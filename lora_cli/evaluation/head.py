@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROWS, COLUMNS, LOGITS = 2048, 4096, 2**22
-"""Rows of logits that a processor makes at a time, at most, columns at least, and logits where rows are few."""
+"""On a processor: the most rows of logits made at a time, the fewest columns, and the logits where rows are few."""
 LEAST = -1e30
-"""What stands for a bias of -inf: of -inf alone, in a block of words that are not to be had, there is no softmax."""
+"""What stands for a bias of -inf: a block of words that cannot be chosen, -inf alone, would have no softmax."""
 BYTES_ON_GPU = 2**28
 """Bytes of logits that a GPU makes at a time, at most, but for the rounding of rows: few make slow products."""
 CACHED = 2**19
@@ -75,7 +75,7 @@ class Head:
     def set_aside(self, use: Callable[[torch.Tensor], None]) -> Iterator[None]:
         """Within, a forward pass hands this layer's input to ``use`` and gives no logits.
 
-        It does so inside the pass: of weights that are sharded the whole is there no longer.
+        It does so inside the pass: after it, sharded weights are no longer whole.
         """
 
         def take(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -87,7 +87,7 @@ class Adapter(Section):
     init_from: str | None = Field(
         None,
         min_length=1,
-        description="Run, or folder of a LoRA or DoRA adapter, of the same base whose weights training starts from.",
+        description="Run or adapter folder (LoRA or DoRA, of the same base) whose weights training starts from.",
     )
 
 
@@ -137,8 +137,8 @@ class Data(Section):
         "text, or a prompt and a completion, each a text or a list of turns, of which the completion's are learned; a "
         "turn with weight or train: 0 is read and not learned; with tool_calls of the assistant and, beside them, "
         "tools, a list of JSON schemas or its text; through the tokenizer's chat template, which must write them), "
-        "template. auto: by the columns of each source's first row, of several formats that which uses most of "
-        "data.columns.",
+        "template. auto: by the columns of each source's first row; of several formats that fit, the one "
+        "that uses most of data.columns.",
     )
     columns: dict[str, str] = Field(
         {}, description="The row's column for each name the format uses, e.g. {prompt: question, completion: answer}."
@@ -208,7 +208,7 @@ class Training(Section):
     warmup_steps: int | None = Field(None, ge=0, description="The warm-up in steps, instead of warmup_ratio.")
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = Field(
         "adamw_torch_fused",
-        description="Optimizer; fused takes all steps of an update at once, the 8-bit ones keep their state in 8 bits "
+        description="Optimizer; fused makes the whole update at once, the 8-bit ones keep their state in 8 bits "
         "(bitsandbytes).",
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
@@ -264,14 +264,14 @@ class Training(Section):
     )
     fsdp: bool = Field(
         False,
-        description="Of several processes each holds a part of base, adapter and optimizer state (FSDP2), not a copy "
-        "(DDP).",
+        description="Have each of several processes hold a part of base, adapter and optimizer state (FSDP2), not a "
+        "copy (DDP).",
     )
     deepspeed: Text | None = Field(
         None,
         description="DeepSpeed's configuration, a JSON file whose zero_optimization says what is sharded (ZeRO). Batch "
-        "sizes, optimizer, schedule, clipping and precision stay the recipe's; what does anything but share the work "
-        "out (monitors, profilers, offloading to a disk, ...) is refused.",
+        "sizes, optimizer, schedule, clipping and precision stay the recipe's; what does more than share out the "
+        "work (monitors, profilers, offloading to a disk, ...) is refused.",
     )
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"], ...] = Field(
         (),
