@@ -236,27 +236,33 @@ def detect(row: Row, data: Data) -> str:
         for name, entry in FORMATS.items()
         if any(all(columns.column(c) is not None for c in names) for names in entry.known_by)
     ]
-    if fitting:
-        mapped = {name for name, column in data.columns.items() if column in row.columns}
-        found = max(fitting, key=lambda name: len(mapped.intersection(FORMATS[name].names)))
-        if found == "prompt_completion" and any(_holds_turns(columns.optional(c)) for c in ("prompt", "completion")):
-            found = "chat"
-        unused = sorted(mapped.difference(FORMATS[found].names))
-        if unused:
-            what = f"read as {found}, which has no use for data.columns.{unused[0]}"
-            raise UserError(what, row.where, "leave it out, or say data.format")
-        return found
+    if not fitting:
+        raise _unknown(columns)
+    mapped = {name for name, column in data.columns.items() if column in row.columns}
+    found = max(fitting, key=lambda name: len(mapped.intersection(FORMATS[name].names)))
+    if found == "prompt_completion" and any(_holds_turns(columns.optional(c)) for c in ("prompt", "completion")):
+        found = "chat"
+    unused = sorted(mapped.difference(FORMATS[found].names))
+    if unused:
+        what = f"read as {found}, which has no use for data.columns.{unused[0]}"
+        raise UserError(what, row.where, "leave it out, or say data.format")
+    return found
+
+
+def _unknown(columns: Columns) -> UserError:
+    """What to raise for a row whose columns speak for no format."""
+    row = columns.row
     seen = ", ".join(map(str, row.columns)) or "none"
     if {"chosen", "rejected"} <= row.columns.keys():
         what = f"rows of preferences, which are not trained on as such: {seen}"
         hint = f"to learn the chosen answers: data.columns: {{{_name_of_chosen(columns)}: chosen}}"
-        raise UserError(what, row.where, hint)
+        return UserError(what, row.where, hint)
     known = "; ".join(
         f"{name}: {' or '.join(' + '.join('/'.join(ALIASES.get(c, (c,))) for c in names) for names in entry.known_by)}"
         for name, entry in FORMATS.items()
         if entry.known_by
     )
-    raise UserError(f"no format is known by these columns: {seen}", row.where, f"{known}; or map them in data.columns")
+    return UserError(f"no format is known by these columns: {seen}", row.where, f"{known}; or map them in data.columns")
 
 
 def _name_of_chosen(columns: Columns) -> str:
