@@ -105,36 +105,38 @@ def verify(origins: Sequence[AdapterOrigin], draft: Path, out: Path, into: str |
                 candidates[name] = logits_of(_unmerged(origins, None, expanded), sample.ids)
     if into == "quantized":
         candidates["quantized"] = merged
-    difference = agreement(unmerged, merged, sample.ids)
-    moved = rounding = None
-    if expected is not None:
-        moved = agreement(unmerged, expected.base, sample.ids).relative
-        rounding = agreement(unmerged, expected.rounded, sample.ids).relative
-        allowed = NOISE + SHARE * max(moved, rounding)
-        pairs = ((unmerged, expected.summed), (expected.rounded, merged))
-        if not all(agreement(wanted, found, sample.ids).relative <= allowed for wanted, found in pairs):
-            raise _unexplained(difference.relative, moved, rounding, stored, out)
+    moved, rounding = (None, None) if expected is None else _check_explained(merged, expected, sample, stored, out)
     return Verified(
         rows=len(sample.ids),
         tokens=sum(len(row) for row in sample.ids),
         of=sample.of,
         apart=perplexity(in_training, sample.ids),
-        merged=difference,
+        merged=agreement(unmerged, merged, sample.ids),
         candidates={name: agreement(in_training, logits, sample.ids) for name, logits in candidates.items()},
         moved=moved,
         rounding=rounding,
     )
 
 
-def _unexplained(
-    difference: float, moved: float, rounding: float, stored: Mapping[str, TensorInfo], out: Path
-) -> CheckError:
+def _check_explained(
+    merged: list[torch.Tensor], expected: Expected, sample: Sample, stored: Mapping[str, TensorInfo], out: Path
+) -> tuple[float, float]:
+    """By how much the adapters move the logits, and rounding, relatively. Raises CheckError when the merged model's
+    differ by more than rounding from those of base and adapters apart."""
+    from lora_cli.evaluation.agreement import agreement
     from lora_cli.weights.shards import stored_dtype
 
+    def differ(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
+        return agreement(wanted, found, sample.ids).relative
+
+    moved, rounding = differ(expected.unmerged, expected.base), differ(expected.unmerged, expected.rounded)
+    allowed = NOISE + SHARE * max(moved, rounding)
+    if differ(expected.unmerged, expected.summed) <= allowed and differ(expected.rounded, merged) <= allowed:
+        return moved, rounding
     dtype = str(stored_dtype(stored)).removeprefix("torch.")
-    return CheckError(
-        f"the merged model's logits differ by {difference:.2%} from those of base and adapter, which "
-        f"rounding to {dtype} does not explain: it makes {rounding:.2%}, the adapter itself {moved:.2%}",
+    raise CheckError(
+        f"the merged model's logits differ by {differ(expected.unmerged, merged):.2%} from those of base and adapter, "
+        f"which rounding to {dtype} does not explain: it makes {rounding:.2%}, the adapter itself {moved:.2%}",
         str(out),
         "nothing was written; --no-verify would write it, but it should not be used",
     )
