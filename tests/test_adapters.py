@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import WIDTH, Run, done
 from made_adapters import ALPHA, R, make_adapter
@@ -17,7 +18,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 
-def test_list_and_show_a_run(train: Callable[..., Run], tmp_path: Path, tiny_gpt2: Path, lora: Any) -> None:
+def test_list_and_show_a_run(
+    train: Callable[..., Run], tmp_path: Path, tiny_gpt2: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = train({"data.validation": 0.25, "adapter.target_modules": ["c_attn"], "training.eval_steps": 1})
     listed = done(lora("adapters", "list", tmp_path, "--json")).json
     (entry,) = listed["adapters"]
@@ -51,6 +54,8 @@ def test_list_and_show_a_run(train: Callable[..., Run], tmp_path: Path, tiny_gpt
     there = f"{WIDTH} -> {3 * WIDTH}"
     for words in (run.info["base"]["fingerprint"], run.info["data"]["fingerprint"], "(there)", there, "torch"):
         assert words in text
+    for name, value in {"FORCE_COLOR": "1", "COLUMNS": "80"}.items():  # as in a narrow terminal
+        monkeypatch.setenv(name, value)
     line = done(lora("adapters", "list", tmp_path)).stdout.splitlines()[1]
     for words in (str(run.folder / "adapter"), "LORA", "c_attn", f"{entry['best_loss']:.4f}", entry["date"][:10]):
         assert words in line

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 if TYPE_CHECKING:
     from lora_cli.weights.catalogue import AdaptedLayer, Entry
 
@@ -17,12 +19,12 @@ def entry_row(entry: Entry) -> list[str]:
         entry.path,
         entry.kind,
         rank_range(entry.ranks),
-        " ".join(entry.targets),
         f"{entry.bytes / 1e6:,.1f}",
         Path(entry.base).name if entry.base else "",
         entry.data or "",
         "" if entry.best_loss is None else f"{entry.best_loss:.4f}",
         entry.date[:10],
+        " ".join(entry.targets),
     ]
 
 
@@ -75,16 +77,9 @@ def rank_range(ranks: Sequence[int]) -> str:
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table: on a terminal as wide as it is, elsewhere a line for each row whatever its length."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, markup=False)
-    table = Table(box=None, pad_edge=False)
-    for name in header:
-        table.add_column(name, overflow="fold", no_wrap=not console.is_terminal)
-    for row in rows:
-        table.add_row(*row)
-    if not console.is_terminal:
-        console.width = 10_000
-    console.print(table, soft_wrap=not console.is_terminal)
+    """A table, a line for each row whatever its length: folded to a terminal's width, names and numbers could not be
+    read."""
+    table = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

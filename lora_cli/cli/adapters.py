@@ -44,7 +44,7 @@ def list_command(
         typer.echo(jsonlib.dumps({"adapters": [dataclasses.asdict(entry) for entry in entries], "warnings": told}))
     elif entries:
         print_table(
-            ["adapter", "kind", "r", "layers", "MB", "base", "data", "best loss", "date"], map(entry_row, entries)
+            ["adapter", "kind", "r", "MB", "base", "data", "best loss", "date", "layers"], map(entry_row, entries)
         )
     else:
         typer.echo(f"no adapters in {folder}")
