@@ -425,7 +425,8 @@ def test_an_unreadable_file() -> None:
             "adapter",
             "layers_to_transform: 5",
             "8:24",
-            "adapter.layers_to_transform: expected a list of a whole number of at least 0 or null, found the number 5",
+            "adapter.layers_to_transform: expected a list (each a whole number of at least 0) or null, "
+            "found the number 5",
             "in brackets it is a list: [5]",
         ),
         ("adapter", "lora_r: 8", "8:3", "adapter.lora_r: unknown key", "here it is adapter.r"),
@@ -1160,7 +1161,7 @@ def test_explain_an_unknown_key(key: str, hint: str) -> None:
 
 
 def test_lines_of_the_reference_fit_a_terminal() -> None:
-    assert max(len(line) for line in explain(None).splitlines()) <= 120
+    assert max(len(line) for line in explain(None).splitlines()) <= 80
 
 
 @pytest.mark.parametrize(

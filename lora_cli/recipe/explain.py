@@ -21,10 +21,13 @@ _BASE = {
     "type": "string",
     "description": "Another recipe, whose keys come first; relative to the recipe that names it.",
 }
+WIDTH = 80
 _NOTES = """\
-Values are YAML 1.2: 1e-4 is a number, yes, no and on are text. ${NAME} and ${NAME:-default} take environment variables,
-but no secrets (a name with TOKEN, KEY, SECRET, PASS …): what a recipe says is written into the run's files.
-$${ stands for ${. On the command line a key is set by its dotted name: adapter.r=32"""
+Values are YAML 1.2: 1e-4 is a number, yes, no and on are text. ${NAME} and
+${NAME:-default} take environment variables, but no secrets (a name with TOKEN,
+KEY, SECRET, PASS …): what a recipe says is written into the run's files.
+$${ stands for ${. On the command line a key is set by its dotted name:
+adapter.r=32"""
 
 
 def explain(key: str | None = None) -> str:
@@ -34,7 +37,7 @@ def explain(key: str | None = None) -> str:
     """
     texts = {"base": _entry("base", _BASE, required=False)}
     for section, node in _schema()["properties"].items():
-        texts[section] = f"{section}: {_mapping_in(node)['description']}"
+        texts[section] = textwrap.fill(f"{section}: {_mapping_in(node)['description']}", WIDTH)
         texts |= {name: _entry(name, inner, required) for name, inner, required in _keys_in(section, node)}
     if key is None:
         return "\n\n".join([*texts.values(), _NOTES])
@@ -120,7 +123,7 @@ def _alternatives(node: JsonSchema) -> list[str]:
             return ["text"]
         case "array":
             items = expected(node["items"])
-            return [f"a list (each {items})" if " or " in items else f"a list of {items}"]
+            return [f"a list (each {items})" if " " in items else f"a list of {items}"]
         case "null":
             return ["null"]
     if "properties" in node:
@@ -179,5 +182,5 @@ def _entry(name: str, node: JsonSchema, required: bool) -> str:
     default = "required" if required else f"default {json.dumps(node['default'])}" if "default" in node else "optional"
     lines = [f"  {name}"]
     for text in (f"{expected(node)}; {default}", node.get("description", "")):
-        lines += textwrap.wrap(text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
+        lines += textwrap.wrap(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
     return "\n".join(lines)
