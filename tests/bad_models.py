@@ -408,7 +408,7 @@ def config_with_more_layers_than_weights(w: World) -> Arguments:
     return w.train({"model.name_or_path": "model"})
 
 
-@case("taken", "no such model folder")
+@case("taken", "a file, not a model's folder")
 def model_that_is_a_file(w: World) -> Arguments:
     return w.train({"model.name_or_path": w.file("taken", "x")})
 

@@ -136,12 +136,12 @@ def merge_of_a_file(w: World) -> Arguments:
     return ["merge", w.file("recipe.yaml", ""), "--out", "out"]
 
 
-@case("recipe.yaml", "no such model folder")
+@case("recipe.yaml", "a file, not a model's folder", "a model folder holds")
 def quantize_of_a_file(w: World) -> Arguments:
     return ["quantize", w.file("recipe.yaml", ""), "--out", "out"]
 
 
-@case("recipe.yaml", "no such model folder")
+@case("recipe.yaml", "a file, not a model's folder", "a model folder holds")
 def eval_of_a_file(w: World) -> Arguments:
     return ["eval", w.file("recipe.yaml", ""), "--data", w.rows(ROW)]
 

@@ -28,6 +28,8 @@ def locate(name_or_path: str, weights: bool = False, revision: str | None = None
     Raises UserError when there is no such folder and the hub cannot give it, or it holds no model.
     """
     folder = Path(name_or_path)
+    if folder.is_file():
+        raise UserError("a file, not a model's folder", name_or_path, MODEL_FOLDER)
     if not folder.is_dir():
         folder = _snapshot(name_or_path, weights, revision)
     is_adapter = (folder / "adapter_config.json").is_file()
