@@ -207,6 +207,12 @@ def test_a_run_leaves_its_files_and_records(tiny_gpt2: Path, tmp_path: Path, wri
         assert f"{score['perplexity']:.2f}" in report
 
 
+def test_a_single_logged_step_is_a_point_in_the_report(tmp_path: Path, write_recipe: Any, lora: Any) -> None:
+    done(lora("train", write_recipe({"training.max_steps": 1})))
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert report.count("fill: #2a6f97") == 3, "loss, learning rate and the legend"
+
+
 def test_a_runs_files_are_for_whom_new_files_are(write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None) -> None:
     """The weights too, which safetensors keeps from everybody else."""
     before = os.umask(0o027)

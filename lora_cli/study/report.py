@@ -80,13 +80,14 @@ def _curves(lines: list[dict[str, Any]]) -> str:
     loss, rate = figure.subplots(1, 2)
     train = [line for line in lines if line["split"] == "train" and line["loss"] is not None]
     validation = [line for line in lines if line["split"] == "validation"]
-    loss.plot([line["step"] for line in train], [line["loss"] for line in train], label="train", color="#2a6f97")
+    style = {"color": "#2a6f97", "marker": "o" if len(train) == 1 else ""}  # a single point is no line
+    loss.plot([line["step"] for line in train], [line["loss"] for line in train], label="train", **style)
     if validation:
         steps = [line["step"] for line in validation]
         loss.plot(steps, [line["loss"] for line in validation], "o-", label="validation", color="#d1495b", markersize=4)
     loss.set(xlabel="step", ylabel="loss", title="Loss")
     loss.legend(frameon=False)
-    rate.plot([line["step"] for line in train], [line["learning_rate"] for line in train], color="#2a6f97")
+    rate.plot([line["step"] for line in train], [line["learning_rate"] for line in train], **style)
     rate.set(xlabel="step", title="Learning rate")
     for axes in (loss, rate):
         axes.spines[["top", "right"]].set_visible(False)
