@@ -21,7 +21,7 @@ _BASE = {
     "type": "string",
     "description": "Another recipe, whose keys come first; relative to the recipe that names it.",
 }
-WIDTH = 80
+WIDTH = 80  # of the reference, which terminals show
 _NOTES = """\
 Values are YAML 1.2: 1e-4 is a number, yes, no and on are text. ${NAME} and
 ${NAME:-default} take environment variables, but no secrets (a name with TOKEN,

@@ -22,7 +22,7 @@ from lora_cli.weights.folders import whole_folder
 from lora_cli.weights.lora_adapter import Base, write_plain_config, write_record
 from lora_cli.weights.products import Place
 from lora_cli.weights.shards import SINGLE, TensorInfo, is_finite, read_headers, read_tensor, weight_files
-from lora_cli.weights.spectrum import Spectrum
+from lora_cli.weights.spectrum import spectrum_of_matrix
 from lora_cli.weights.stream import shard_writer
 from lora_cli.weights.updates import stored_name
 
@@ -90,7 +90,7 @@ def extract(base: Path, name: str, tuned: Path, rank: int | None, energy: float 
             for layer, pair in pairs.items():
                 delta = pair.difference()
                 if delta.any():
-                    spectrum = Spectrum(*torch.linalg.svd(delta, full_matrices=False))
+                    spectrum = spectrum_of_matrix(delta)
                     own = spectrum.rank_for(energy or 1.0) if rank is None else min(rank, *delta.shape)
                     up, down = spectrum.halves(own)
                     write(f"{PEFT_PREFIX}{layer}.lora_A.weight", down)

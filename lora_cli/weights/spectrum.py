@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import normalize
 
 from lora_cli.weights.products import Factors
 
+COLUMNS = 4096
+"""Of a matrix that are held in float64 at a time."""
 NOISE = 1e-6
 """Of the largest singular value: what is below is rounding of factors in float32."""
 
@@ -49,3 +52,17 @@ def spectrum_of(factors: Factors) -> Spectrum:
     right, lower = torch.linalg.qr(factors.down.double().T)
     u, s, v = torch.linalg.svd(factors.scaling * upper @ lower.T, full_matrices=False)
     return Spectrum(left @ u, s, v @ right.T)
+
+
+def spectrum_of_matrix(matrix: torch.Tensor) -> Spectrum:
+    """That of a float32 matrix, by the eigenvalues of its smaller Gram matrix in float64, whose rounding is below that
+    of float32: where it is not square, in a third of the SVD's time or less."""
+    if matrix.shape[0] > matrix.shape[1]:
+        turned = spectrum_of_matrix(matrix.T)
+        return Spectrum(turned.v.T, turned.s, turned.u.T)
+    gram = matrix.new_zeros(len(matrix), len(matrix), dtype=torch.float64)
+    for part in torch.split(matrix, COLUMNS, dim=1):
+        gram += part.double() @ part.double().T
+    squares, vectors = torch.linalg.eigh(gram)
+    u = vectors.flip(1).to(matrix.dtype)
+    return Spectrum(u, squares.flip(0).clamp(min=0).sqrt(), normalize(u.T @ matrix, dim=1))
