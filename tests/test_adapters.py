@@ -96,6 +96,7 @@ def test_what_is_shown_is_told_in_words(train: Callable[..., Run], tmp_path: Pat
 def test_kinds_ranks_and_what_cannot_be_read(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
     make_adapter("llama", tiny_llama, tmp_path / "a" / "plain", rank_pattern={"q_proj": 7}, use_rslora=True)
     make_adapter("llama", tiny_llama, tmp_path / "b", target_modules=["embed_tokens", "v_proj"])
+    make_adapter("llama", tiny_llama, tmp_path / "b2", modules_to_save=["lm_head"], trainable_token_indices=[3])
     scaled = get_peft_model(
         AutoModelForCausalLM.from_pretrained(tiny_llama),
         IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]),
@@ -106,8 +107,12 @@ def test_kinds_ranks_and_what_cannot_be_read(tiny_llama: Path, tmp_path: Path, l
     make_adapter("llama", tiny_llama, tmp_path / ".draft")
 
     result = done(lora("adapters", "list", tmp_path, "--json")).json
-    plain, embedding, other = result["adapters"]
-    assert [Path(entry["path"]).name for entry in (plain, embedding, other)] == ["plain", "b", "c"]
+    plain, embedding, headed, other = result["adapters"]
+    assert [Path(entry["path"]).name for entry in (plain, embedding, headed, other)] == ["plain", "b", "b2", "c"]
+    beside = ["embed_tokens.trainable_tokens_delta", "lm_head"]
+    assert [entry["whole"] for entry in result["adapters"]] == [[], [], beside, []]
+    text = re.sub(" +", " ", done(lora("adapters", "show", tmp_path / "b2")).stdout)
+    assert f"beside LoRA: {', '.join(beside)}" in text
     assert (plain["kind"], plain["ranks"]) == ("LORA rsLoRA", [R, 7])
     assert embedding["targets"] == ["embed_tokens", "v_proj"]
     assert (other["kind"], other["ranks"], other["targets"]) == ("IA3", [], ["k_proj"])

@@ -24,7 +24,7 @@ def entry_row(entry: Entry) -> list[str]:
         entry.data or "",
         "" if entry.best_loss is None else f"{entry.best_loss:.4f}",
         entry.date[:10],
-        " ".join(entry.targets),
+        " ".join((*entry.targets, *entry.whole)),
     ]
 
 
@@ -41,6 +41,7 @@ def facts(result: dict[str, Any]) -> dict[str, str]:
         "adapter": result["path"],
         "kind": result["kind"],
         "alpha": f"{config['lora_alpha']:g}{pattern}" if isinstance(config.get("lora_alpha"), int | float) else None,
+        "beside LoRA": ", ".join(result["whole"]),
         "size": f"{result['parameters']:,} parameters, {result['bytes'] / 1e6:,.1f} MB",
         "base": f"{result['base']} ({result['base_state']})" if result["base"] else None,
         "base fingerprint": inside(record, "base", "fingerprint"),

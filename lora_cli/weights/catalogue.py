@@ -31,13 +31,15 @@ class AdaptedLayer:
 
 @dataclass(frozen=True)
 class Entry:
-    """An adapter in a line. ``ranks`` are the different ones it has, empty for other kinds than LoRA; ``bytes`` are
-    those of its weights, ``best_loss`` its run's lowest validation loss, ``date`` when it was made, in UTC."""
+    """An adapter in a line. ``ranks`` are the different ones it has, empty for other kinds than LoRA; ``whole`` names
+    what it holds beside LoRA's factors, such as a head that was trained with them; ``bytes`` are those of its weights,
+    ``best_loss`` its run's lowest validation loss, ``date`` when it was made, in UTC."""
 
     path: str
     kind: str
     ranks: tuple[int, ...]
     targets: tuple[str, ...]
+    whole: tuple[str, ...]
     parameters: int
     bytes: int
     base: str | None
@@ -67,7 +69,7 @@ def describe(folder: Path) -> Entry:
     """What an adapter is. Raises UserError when its files cannot be read."""
     config, record = read_adapter_config(folder), read_record(folder)
     weights = folder / ADAPTER_WEIGHTS
-    layers = lora_layers(folder)
+    layers, headers = lora_layers(folder), read_headers([weights])
     made = datetime.fromtimestamp(weights.stat().st_mtime, UTC).isoformat(timespec="seconds")
     best = inside(record, "result", "best", "loss")
     return Entry(
@@ -75,7 +77,8 @@ def describe(folder: Path) -> Entry:
         kind=" ".join([str(config["peft_type"]), *(word for key, word in VARIANTS.items() if config.get(key))]),
         ranks=tuple(sorted({layer.rank for layer in layers})),
         targets=tuple(sorted({layer.name.rpartition(".")[2] for layer in layers})) or _named(config),
-        parameters=sum(math.prod(info.shape) for info in read_headers([weights]).values()),
+        whole=tuple(sorted({_short(name) for name in headers if layers and ".lora_" not in name})),
+        parameters=sum(math.prod(info.shape) for info in headers.values()),
         bytes=weights.stat().st_size,
         base=named_base(folder)[0] or None,
         data=_data(inside(record, "recipe", "data", "train")),
@@ -118,6 +121,12 @@ def inside(record: Any, *keys: str) -> Any:
     for key in keys:
         record = record.get(key) if isinstance(record, dict) else None
     return record
+
+
+def _short(tensor: str) -> str:
+    """The module that a weight is of; of another tensor its own name as well."""
+    module, _, own = tensor.replace(".token_adapter.", ".").rpartition(".")
+    return module.rpartition(".")[2] + ("" if own == "weight" else f".{own}")
 
 
 def _named(config: dict[str, Any]) -> tuple[str, ...]:
