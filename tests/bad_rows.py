@@ -222,7 +222,7 @@ def streaming_of_a_folder(w: World) -> Arguments:
 def folder_with_rows_of_an_unread_type(w: World) -> Arguments:
     w.file("data/rows.jsonl", json.dumps(ROW))
     w.file("data/a.jsonl.gz", gzip.compress(json.dumps(ROW).encode()))
-    w.file("data/b.tsv", "question\tanswer\n")
+    w.file("data/b.xlsx", "")
     return w.train(data="data")
 
 
@@ -602,6 +602,11 @@ def text_that_is_a_list(w: World) -> Arguments:
 @case("rows.csv:1", "semicolons", "commas")
 def csv_with_semicolons(w: World) -> Arguments:
     return w.train(data=w.file("rows.csv", "question;answer\na;b\n"))
+
+
+@case("rows.tsv:1", "set apart by commas", "tabs between columns")
+def commas_in_a_file_of_tabs(w: World) -> Arguments:
+    return w.train(data=w.file("rows.tsv", "question,answer\na,b\n"))
 
 
 @case("rows.csv:2", "no format is known", "Why?, Because.")

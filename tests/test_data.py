@@ -172,6 +172,16 @@ def test_a_csv_of_another_kind_gets_a_hint(mark: str, name: str, tmp_path: Path)
     assert fault.hint == "save the file with commas between columns"
 
 
+def test_lines_of_json_and_columns_apart_by_tabs_under_their_own_names(tmp_path: Path) -> None:
+    (tmp_path / "a.ndjson").write_text('{"text": "a, b"}\n')
+    (tmp_path / "b.tsv").write_text('text\tlabel\na, b\t1\n"c\td"\t2\n')
+    assert columns_of(str(tmp_path)) == [
+        {"text": "a, b"},
+        {"text": "a, b", "label": "1"},
+        {"text": "c\td", "label": "2"},
+    ]
+
+
 def test_folder_glob_and_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "data" / "b.jsonl", {"text": "b"})

@@ -1,4 +1,4 @@
-"""Files of rows -> their records: JSON Lines, JSON, CSV, Parquet, text."""
+"""Files of rows -> their records: JSON Lines, JSON, CSV, tab-separated, Parquet, text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,9 @@ def _json(path: Path) -> Iterator[Record | Fault]:
             yield Fault(f"expected an object, found {kind_of(item)}", where, "a .json file is one list of objects")
 
 
-def _csv(path: Path) -> Iterator[Record | Fault]:
+def _csv(path: Path, delimiter: str = ",") -> Iterator[Record | Fault]:
     csv.field_size_limit(sys.maxsize)  # a cell may hold a whole text; the library stops at 128 KiB
-    reader = csv.reader(_decoded(path, newline=""), strict=True)
+    reader = csv.reader(_decoded(path, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     line = 1  # where a record begins: a cell may hold line breaks
     try:
@@ -116,7 +117,7 @@ def _csv(path: Path) -> Iterator[Record | Fault]:
                 continue
             if header is None:
                 header = cells
-                _check_separator(header, where)
+                _check_delimiter(header, where, delimiter)
                 _check_named_once(header, where)
             elif len(cells) != len(header):
                 yield Fault(f"{len(cells)} cells under {len(header)} columns", where, f"columns: {', '.join(header)}")
@@ -127,12 +128,13 @@ def _csv(path: Path) -> Iterator[Record | Fault]:
         raise UserError(f"not valid CSV: {error}", f"{path}:{line}", hint) from error
 
 
-def _check_separator(header: list[str], where: str) -> None:
+def _check_delimiter(header: list[str], where: str, delimiter: str) -> None:
     """Raises UserError for a header of one column that holds what other programs put between columns."""
-    for mark, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+    names = {";": "semicolons", "|": "bars", "\t": "tabs", ",": "commas"}
+    for mark, name in names.items():
         if len(header) == 1 and mark in header[0]:
             what = f"one column, named {header[0]!r}: these look to be columns set apart by {name}"
-            raise UserError(what, where, "save the file with commas between columns")
+            raise UserError(what, where, f"save the file with {names[delimiter]} between columns")
 
 
 def _parquet(path: Path) -> Iterator[Record | Fault]:
@@ -185,8 +187,10 @@ def _paragraph(path: Path, after: int, lines: list[str]) -> Record:
 
 READERS: dict[str, Callable[[Path], Iterator[Record | Fault]]] = {
     ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
     ".json": _json,
     ".csv": _csv,
+    ".tsv": partial(_csv, delimiter="\t"),
     ".parquet": _parquet,
     ".txt": _text,
 }

@@ -16,7 +16,7 @@ from lora_cli.errors import Fault, UserError, is_pointer, mend, nearest
 from lora_cli.recipe.schema import Source
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-UNREAD_DATA = {".ndjson", ".tsv", ".arrow", ".feather", ".orc", ".avro", ".xlsx", ".gz", ".bz2", ".xz", ".zst", ".zip"}
+UNREAD_DATA = {".arrow", ".feather", ".orc", ".avro", ".xlsx", ".gz", ".bz2", ".xz", ".zst", ".zip"}
 """Types of files that hold rows, and are not left out of a folder without a word."""
 
 

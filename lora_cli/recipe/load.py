@@ -16,7 +16,7 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.yaml12 import BROKEN, Faults, Node, Place, parse, plain_scalar
 
 MAX_BYTES = 1 << 20  # whoever gives a data file by mistake hears so at once
-DATA_FILES = (".jsonl", ".csv", ".parquet", ".arrow", ".tsv")
+DATA_FILES = (".jsonl", ".ndjson", ".csv", ".parquet", ".arrow", ".tsv")
 ROWS_GO_IN = "name the rows in the recipe, under data.train"
 
 

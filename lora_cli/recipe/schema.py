@@ -123,9 +123,9 @@ class Data(Section):
     """What is learned from."""
 
     train: Text | Sources = Field(
-        description="Rows to train on: a .jsonl, .json, .csv, .parquet or .txt file (a row for each paragraph, set "
-        "apart by blank lines), a folder or glob of these, a hub id, or a list of these, each alone or as a mapping "
-        "with path, weight and split."
+        description="Rows to train on: a .jsonl (.ndjson), .json, .csv, .tsv, .parquet or .txt file (a row for each "
+        "paragraph, set apart by blank lines), a folder or glob of these, a hub id, or a list of these, each alone or "
+        "as a mapping with path, weight and split."
     )
     validation: Share | Text | Sources | None = Field(
         None, description="A share of the training rows to hold out (0.05), or rows given as in train; null: none."
