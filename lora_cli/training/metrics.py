@@ -31,7 +31,7 @@ def start_trackers(trainer: Trainer) -> None:
         return
     sections = recipe.model_dump(mode="json", exclude_none=True)
     config = {key: str(value) for key, value in flat_keys(sections).items()}
-    names = {tracker: {key: trainer.job.folder.root.name} for tracker, key in RUN_NAME.items()}
+    names = {tracker: {key: trainer.job.folder.root.resolve().name} for tracker, key in RUN_NAME.items()}
     try:
         trainer.accelerator.init_trackers(os.environ.get("WANDB_PROJECT") or "lora", config, names)
     except Exception as error:
