@@ -211,8 +211,6 @@ def sliding_windows(examples: Examples, max_length: int) -> Examples:
             if wanted.any():
                 pieces.append((ids[start:end], wanted, int(examples.source[index])))
             scored = end
-            if end == len(ids):
-                break
     return join_pieces(pieces, examples.formats)
 
 
