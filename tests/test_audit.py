@@ -296,6 +296,7 @@ def test_bos_is_told_before_training(
     assert "of 3 training rows 3 have their end supervised; 1 to 2 BOS in a row" in result.stderr
     assert "warning: 1 row begins with a BOS of its own" in result.stderr
     assert "warning: 1 row begins with two BOS" in result.stderr
+    assert "the chat template has no generation marks" in result.stderr
     found = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
     assert (found["bos_per_row"], found["bos_doubled"], found["bos_removed"]) == ([1, 2], 1, 1)
     again = lora("train", write_recipe(changes | {"training.max_steps": 1}), "--overwrite")
