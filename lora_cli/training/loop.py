@@ -268,7 +268,7 @@ def has_converged(trainer: Trainer, progress: Progress) -> bool:
 def was_stopped_in_evaluation(trainer: Trainer, progress: Progress) -> bool:
     """Whether the step that the run goes on from was to be evaluated before the next, and has not been."""
     eval_steps = trainer.job.recipe.training.eval_steps
-    return progress.step > 0 and due(progress.step, eval_steps) and not is_evaluated(trainer, progress)
+    return due(progress.step, eval_steps) and not is_evaluated(trainer, progress)
 
 
 def due(step: int, interval: int | None) -> bool:
