@@ -74,8 +74,7 @@ def tokenizer_that_is_none(w: World) -> Arguments:
     return w.train({"model.name_or_path": "model"})
 
 
-@case("model", "tokenizer", "vocabulary", "300")
-def tokenizer_of_a_larger_vocabulary(w: World) -> Arguments:
+def _with_fewer_words(w: World) -> None:
     w.edit_json(w.model() / "config.json", vocab_size=300)
 
     def shorten(tensors: dict[str, Any]) -> None:
@@ -84,7 +83,19 @@ def tokenizer_of_a_larger_vocabulary(w: World) -> Arguments:
                 tensors[name] = tensor[:300]
 
     w.tensors("model/model.safetensors", shorten)
+
+
+@case("model", "tokenizer", "vocabulary", "300")
+def tokenizer_of_a_larger_vocabulary(w: World) -> Arguments:
+    _with_fewer_words(w)
     return w.train({"model.name_or_path": "model"})
+
+
+@case("model", "tokenizer", "vocabulary", "300")
+def words_beyond_the_vocabulary_in_validation_rows(w: World) -> Arguments:
+    _with_fewer_words(w)
+    rows = {"data.train": w.rows({"question": "Q", "answer": "Z"}), "data.validation": w.rows(ROW, name="held.jsonl")}
+    return w.train({"model.name_or_path": "model"} | rows)
 
 
 @case("model", "no safetensors weights")

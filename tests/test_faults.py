@@ -89,9 +89,20 @@ def test_a_run_stopped_by_a_signal_or_a_kill_goes_on_exactly_and_its_folder_is_i
         assert run.adapter_bytes == undisturbed.adapter_bytes
 
 
-@pytest.mark.parametrize("validation", [None, 0.2])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"data.validation": 0.2},
+        {
+            "data.validation": 0.2,
+            "training": {"max_steps": 40, "eval_steps": 1, "early_stopping_patience": 1, "learning_rate": 1.0},
+        },
+    ],
+    ids=["plain", "validation", "early"],
+)
 def test_a_signal_in_the_last_step_lets_the_run_end(
-    validation: float | None,
+    changes: dict[str, Any],
     write_recipe: Any,
     tmp_path: Path,
     lora: Any,
@@ -101,15 +112,15 @@ def test_a_signal_in_the_last_step_lets_the_run_end(
     """Once there is nothing left to compute, the adapter is a matter of a moment."""
     end_step = loop.end_step
 
-    def signalled(trainer: Any, step: Any, *others: Any) -> Any:
-        if step.number == 4:
+    def signalled(trainer: Any, step: Any, progress: Any, *others: Any) -> Any:
+        if step.number == trainer.total_steps or loop.has_converged(trainer, progress):
             signal.raise_signal(signal.SIGTERM)
-        return end_step(trainer, step, *others)
+        return end_step(trainer, step, progress, *others)
 
     monkeypatch.setattr(loop, "end_step", signalled)
-    done(lora("train", write_recipe({"data.validation": validation})))
+    done(lora("train", write_recipe(changes)))
     run = Run(tmp_path / "run")
-    assert run.info["finished"] and run.info["result"]["steps"] == 4 and run.adapter_bytes
+    assert run.info["finished"] and run.info["result"]["steps"] == len(run.losses) < 40 and run.adapter_bytes
 
 
 def test_a_second_signal_stops_at_once_with_nothing_torn(
@@ -269,6 +280,26 @@ def test_a_run_whose_folder_is_taken_away_writes_nothing_into_what_is_there_now(
     whole = Run(tmp_path / "whole")
     done(lora("train", recipe, f"training.output_dir={whole.folder}"))
     assert run.adapter_bytes == whole.adapter_bytes and run.losses == whole.losses
+
+
+@pytest.mark.parametrize("during", ["set_up", "prove"])
+def test_a_folder_that_is_replaced_between_two_writes_is_left_alone(
+    during: str, write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the base is loaded, and while the adapter is proven."""
+    run, slow = tmp_path / "run", getattr(loop, during)
+
+    def replaced(*given: Any) -> Any:
+        found = slow(*given)
+        run.rename(tmp_path / "moved")
+        (run / "checkpoints").mkdir(parents=True)
+        return found
+
+    monkeypatch.setattr(loop, during, replaced)
+    result = lora("train", write_recipe())
+    assert result.exit_code == 3
+    assert f"{run}: another folder has taken the place of the run's; nothing more was written" in result.stderr
+    assert list(run.rglob("*")) == [run / "checkpoints"]
 
 
 def test_where_nothing_can_be_locked_or_synced_a_run_goes_on_and_says_so(

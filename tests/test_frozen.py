@@ -374,6 +374,8 @@ def test_a_run_goes_on_as_it_began(train: Callable[..., Run], upper: Callable[..
     recipe = run.folder / "recipe.yaml"
     done(lora("train", recipe, f"training.output_dir={run.folder}", "training.num_train_epochs=2.0", "--resume"))
     assert run.info["cache_frozen"] == {"validation": "memory"}
+    finished = done(lora("train", run.folder / "recipe.yaml", "--resume"))
+    assert "computed once" not in finished.stderr
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import done, edit_json
+from conftest import Run, done, edit_json
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lora_cli.training import loop
+from lora_cli.training import loop, proof
 from lora_cli.training.proof import digests, prove
 
 FILE = "adapter_model.safetensors"
@@ -212,6 +212,21 @@ def test_one_step_of_warmup_alone_is_refused(
     assert result.exit_code == 2
     assert "training.warmup_steps" in result.stderr and where in result.stderr and "set it to 0" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_an_update_that_16_bits_do_not_show_is_held_against_its_file_enlarged(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scales: list[float] = []
+    rescale = proof.rescale_adapter_scale
+    monkeypatch.setattr(proof, "rescale_adapter_scale", lambda model, by: scales.append(by) or rescale(model, by))
+    train({"model.dtype": "bfloat16", "training.learning_rate": 1e-7, "training.max_steps": 1})
+    assert scales == [1, 1024, 1024]
+
+
+def test_a_second_step_learns_behind_a_warmup_of_one(train: Callable[..., Run]) -> None:
+    run = train({"training.warmup_steps": 1, "training.max_steps": 2})
+    assert run.column("learning_rate") == [0.0, 0.005]
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -290,6 +290,15 @@ def test_nothing_stays_of_a_refused_run(tmp_path: Path, write_recipe: Any, lora:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_refused_run_leaves_what_the_folders_own_has_kept(train: Callable[..., Run], lora: Any) -> None:
+    one_step = {"max_steps": ..., "num_train_epochs": 1, "gradient_accumulation_steps": 24}
+    run = train({"quantization.method": "nf4"} | {f"training.{key}": value for key, value in one_step.items()})
+    before = sorted(run.folder.rglob("*"))
+    refused = lora("train", run.folder / "recipe.yaml", "training.warmup_steps=1", "--overwrite")
+    assert refused.exit_code == 2 and "warmup_steps" in refused.stderr
+    assert sorted(run.folder.rglob("*")) == before
+
+
 def test_weights_that_are_no_numbers_are_refused(
     tiny_llama: Path, tmp_path: Path, write_recipe: Any, lora: Any
 ) -> None:

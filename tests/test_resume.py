@@ -245,6 +245,7 @@ def test_a_copy_whose_metrics_reach_less_far_than_its_checkpoint_is_told_of(
     steps = {"max_steps": 5, "logging_steps": 2, "eval_steps": 2, "lr_scheduler_type": "constant"}
     run = train({"training": steps, "data.validation": 0.2})
     kept = [line for split in ("train", "validation") for line in run.lines(split) if line["step"] < 3]
+    assert "are missing" not in done(lora("train", run.folder / "recipe.yaml", "--resume")).stderr
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     for more, last, loss in ((), 5, None), (["training.max_steps=6"], 6, "some"):
         result = done(lora("train", run.folder / "recipe.yaml", "--resume", *more))
@@ -325,7 +326,9 @@ def with_its_sum(path: Path, content: str) -> None:
     manifest.write_text(json.dumps(listed))
 
 
-@pytest.mark.parametrize("case", ["no state", "nested manifest", "state of another step", "other optimizer", "random"])
+@pytest.mark.parametrize(
+    "case", ["no state", "nested manifest", "state of another step", "other optimizer", "random", "another run's"]
+)
 def test_resume_tells_a_checkpoint_that_is_none(case: str, train: Callable[..., Run], lora: Any) -> None:
     run = train()
     folder = run.folder / "checkpoints" / "step-00000004"
@@ -336,6 +339,9 @@ def test_resume_tells_a_checkpoint_that_is_none(case: str, train: Callable[..., 
         (folder / "manifest.json").write_text("[" * 100_000)
     elif case == "state of another step":
         with_its_sum(folder / "state.json", json.dumps(state | {"progress": state["progress"] | {"step": 3}}))
+    elif case == "another run's":
+        shutil.rmtree(folder)
+        shutil.copytree(train({"adapter.r": 2}).folder / "checkpoints" / folder.name, folder)
     elif case == "other optimizer":
         with_its_sum(folder / "state.json", json.dumps(state | {"optimizer": {"999.step": 1}}))
     else:
@@ -346,6 +352,8 @@ def test_resume_tells_a_checkpoint_that_is_none(case: str, train: Callable[..., 
     if case in ("other optimizer", "random"):
         assert result.exit_code == 2
         assert "the checkpoint of step 4 cannot be gone on from" in result.stderr
+    elif case == "another run's":
+        assert result.exit_code == 2 and "has another shape in the checkpoint" in result.stderr
     else:
         done(result)
         assert f"{folder} is damaged and left aside" in result.stderr
@@ -416,6 +424,13 @@ def test_resume_refuses_whatever_makes_other_steps_of_the_same_rows(train: Calla
     told = {f"training.{key}": value for key, value in OTHER_STEPS.items()} | {"adapter.lora_alpha": 9.0}
     for key, value in told.items():
         assert re.search(rf"--resume: {re.escape(key)} was \S+ and is now {value}", result.stderr), key
+
+
+def test_resume_refuses_a_base_that_is_quantized_no_more(write_recipe: Any) -> None:
+    quantized, plain = (load_recipe(write_recipe({"quantization": part})) for part in ({"method": "nf4"}, ...))
+    with pytest.raises(UserError) as refused:
+        check_same_keys(quantized, 1, plain, 1, "recipe.yaml")
+    assert "quantization.method was 'nf4' and is now null" in refused.value.faults[0].what
 
 
 def test_resume_refuses_a_row_that_is_now_of_another_source(
@@ -642,6 +657,7 @@ def test_a_run_killed_as_it_replaces_another_begins_again(
     with monkeypatch.context() as killing:
         killing.setattr(f"lora_cli.training.run.{killed_in}", kill)
         lora("train", recipe, "--overwrite")
+    assert not ((run.folder / "report.html").exists() and killed_in == "RunFolder.write_recipe")
     again = lora("train", recipe, "--resume")
     if killed_in == "clear_drafts":  # the first thing it does: the former run is as it was
         assert again.exit_code == 2 and "training.seed was 42 and is now 7" in again.stderr
