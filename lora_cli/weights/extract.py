@@ -146,7 +146,6 @@ def _other_differences(
         if (
             here is None
             or there is None
-            or here[1].shape != there[1].shape
             or not torch.equal(read_tensor(here[1], here[0]).float(), read_tensor(there[1], there[0]).float())
         ):
             yield name

@@ -121,7 +121,7 @@ def check_same_base(adapters: Sequence[LoraAdapter]) -> None:
         faults = []
         for layer in shared:
             here, there = other.products[layer], first.products[layer]
-            if here.shape != there.shape or here.is_embedding != there.is_embedding:
+            if here.shape != there.shape:
                 what = f"tensors {layer}.lora_A and lora_B are for a weight of {list(here.shape)}"
                 faults.append(Fault(f"{what}, in {first.folder} of {list(there.shape)}", str(other.folder)))
         if faults:
