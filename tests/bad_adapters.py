@@ -525,14 +525,14 @@ def quantize_without_a_module_to_save(w: World) -> Arguments:
 )
 def layers_that_the_configuration_does_not_name(w: World) -> Arguments:
     made(w, target_modules=["q_proj", "k_proj", "v_proj"])
-    w.edit_json(MADE_CONFIG, target_modules=["q_proj"])
+    w.edit_json(MADE_CONFIG, target_modules=["q_proj", "proj"])
     return merge("adapter")
 
 
 @case("layers.1.self_attn.v_proj.lora_A and lora_B are for no layer")
 def resize_of_layers_that_the_configuration_does_not_name(w: World) -> Arguments:
     made(w)
-    w.edit_json(MADE_CONFIG, target_modules=r".*\.q_proj")
+    w.edit_json(MADE_CONFIG, target_modules=r".*\.(q_proj|v)")
     return resize("adapter")
 
 

@@ -149,6 +149,12 @@ def compose_with_a_density_that_is_no_number(w: World) -> Arguments:
     return compose("--method", "ties", "--density", "nan")
 
 
+@case("--density 0 is no share")
+def compose_with_a_density_of_nothing(w: World) -> Arguments:
+    pair(w)
+    return compose("--method", "ties", "--density", "0")
+
+
 @case("other/adapter", "DoRA", "lora merge")
 def compose_of_dora(w: World) -> Arguments:
     pair(w)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -22,9 +23,10 @@ def test_list_and_show_a_run(
     train: Callable[..., Run], tmp_path: Path, tiny_gpt2: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train({"data.validation": 0.25, "adapter.target_modules": ["c_attn"], "training.eval_steps": 1})
+    weights = run.folder / "adapter" / "adapter_model.safetensors"
+    os.utime(weights, (0, 0))  # as a copy may have it: when it was made its record says
     listed = done(lora("adapters", "list", tmp_path, "--json")).json
     (entry,) = listed["adapters"]
-    weights = run.folder / "adapter" / "adapter_model.safetensors"
     assert listed["warnings"] == []
     assert entry["path"] == str(run.folder / "adapter")
     assert (entry["kind"], entry["targets"], entry["ranks"]) == ("LORA", ["c_attn"], [run.config["r"]])
@@ -119,7 +121,7 @@ def test_kinds_ranks_and_what_cannot_be_read(tiny_llama: Path, tmp_path: Path, l
     assert all(entry["best_loss"] is None and entry["data"] is None for entry in result["adapters"])
     assert len(result["warnings"]) == 1 and str(tmp_path / "d") in result["warnings"][0]
     shown = done(lora("adapters", "show", tmp_path / "a" / "plain")).stdout
-    assert f"{ALPHA:g}" in shown and "LORA rsLoRA" in shown
+    assert f"{ALPHA:g}" in shown and "LORA rsLoRA" in shown and f"{tiny_llama} (there)" in shown
     assert done(lora("adapters", "list", tmp_path / "c" / "..", "--quiet")).stdout
     empty = tmp_path / "empty"
     empty.mkdir()

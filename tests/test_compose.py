@@ -137,13 +137,13 @@ def test_the_other_methods_are_pefts(method: str, tiny_llama: Path, tmp_path: Pa
     a, b = two("llama", tiny_llama, tmp_path)
     density = [] if method == "linear" else ["--density", "0.4"]
     given = ["adapters", "compose", f"{a}=0.6", f"{b}=0.4", "--method", method, *density]
-    seed = ["--seed", "7"] if method.startswith("dare") else []
+    seed = ["--seed", "0"] if method.startswith("dare") else []
     done(lora(*given, "--out", tmp_path / "out", *seed))
 
     base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(a), adapter_name="part_a")
     model.load_adapter(str(b), adapter_name="part_b")
-    torch.manual_seed(7)
+    torch.manual_seed(0)
     names, weights = ["part_a", "part_b"], [0.6, 0.4]
     model.add_weighted_adapter(names, weights, "both", method, density=0.4 if density else None)
     found = load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -152,11 +152,11 @@ def test_the_other_methods_are_pefts(method: str, tiny_llama: Path, tmp_path: Pa
         assert distance(product, module.get_delta_weight("both").double()) < 1e-5 or "dare" in method, layer
     if "dare" in method:
         again = {}
-        for seed in ("7", "8"):
+        for seed in ("0", "42"):  # 42 is taken where none is given
             done(lora(*given, "--out", tmp_path / seed, "--seed", seed))
             again[seed] = load_file(tmp_path / seed / "adapter_model.safetensors")
-        assert all(torch.equal(again["7"][key], found[key]) for key in found)
-        assert not all(torch.equal(again["8"][key], found[key]) for key in found)
+        assert all(torch.equal(again["0"][key], found[key]) for key in found)
+        assert not all(torch.equal(again["42"][key], found[key]) for key in found)
         kept = [float((tensor != 0).double().mean()) for tensor in found.values()]
         assert 0.5 < sum(kept) / len(kept) < 0.8, "a number is left when either part keeps it: 1 - 0.6 * 0.6"
 
@@ -168,6 +168,9 @@ def test_a_layer_that_the_second_alone_has(tiny_llama: Path, tmp_path: Path, lor
     found, own = products(tmp_path / "out"), products(b)
     alone = own.keys() - products(a).keys()
     assert len(alone) == 2 and all(distance(found[layer], 0.4 * own[layer]) < 1e-5 for layer in alone)
+    c = varied("llama", tiny_llama, tmp_path / "c", 3, target_modules=["o_proj"], r=R + 1)
+    result = lora("adapters", "compose", f"{a}=1", f"{c}=1", "--method", "linear", "--out", tmp_path / "no")
+    assert result.exit_code == 2 and "takes equal ranks" in result.stderr, "though they share no layer"
 
 
 def test_what_was_composed_is_told(train: Any, tmp_path: Path, lora: Any) -> None:
@@ -187,18 +190,22 @@ def test_what_was_composed_is_told(train: Any, tmp_path: Path, lora: Any) -> Non
     assert [part["weight"] for part in record["made"]["of"]] == [1, 0.5]
     assert [Path(part["name_or_path"]) for part in record["made"]["of"]] == [run.folder / "adapter" for run in runs]
     assert "recipe" not in record
+    tokenizers = [folder / "tokenizer.json" for folder in (tmp_path / "out", runs[0].folder / "adapter")]
+    assert tokenizers[0].read_bytes() == tokenizers[1].read_bytes()
     done(lora("merge", tmp_path / "out", "--out", tmp_path / "merged"))
     text = done(lora("adapters", "show", tmp_path / "out")).stdout
     assert "compose of" in text
 
 
 def test_a_composition_of_quantized_runs_knows_what_they_saw(train: Any, tmp_path: Path, lora: Any) -> None:
-    seen = {"quantization.method": "nf4", "training.max_steps": 1}
+    seen = {"quantization.method": "nf4", "model.dtype": "bfloat16", "training.max_steps": 1}
     runs = [train(seen | {"training.seed": seed}) for seed in (1, 2)]
     plain = train({"training.max_steps": 1})
     done(lora("adapters", "compose", *(f"{run.folder}=0.5" for run in runs), "--out", tmp_path / "out"))
     report = done(lora("merge", tmp_path / "out", "--out", tmp_path / "merged", "--json")).json
     assert "nf4" in report["into"]
+    record = done(lora("adapters", "show", tmp_path / "out", "--json")).json["provenance"]
+    assert record["dtype"] == "bfloat16", "from which the base is quantized again"
     result = lora("adapters", "compose", f"{runs[0].folder}=1", f"{plain.folder}=1", "--out", tmp_path / "other")
     assert result.exit_code == 2 and "quantized otherwise" in result.stderr
     assert not (tmp_path / "other").exists()
@@ -218,6 +225,7 @@ def test_bases_are_told_apart_without_a_record(tiny_llama: Path, tiny_gpt2: Path
         assert result.exit_code == 2 and f"another base than that of {first}" in result.stderr
     for folder, name in zip((first, *others), bases, strict=True):
         edit_json(folder / "adapter_config.json", base_model_name_or_path=name)
+    edit_json(first / "provenance.json", base={"name_or_path": "some/llama", "fingerprint": "0" * 64})
     done(lora("adapters", *commands[0]))
     result = lora("adapters", *commands[1][:-1], tmp_path / "no")
     assert result.exit_code == 2 and "it is for some/gpt2, not some/llama" in result.stderr

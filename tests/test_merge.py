@@ -359,13 +359,14 @@ def test_a_base_stored_quantized_is_refused(tiny_llama: Path, write_recipe: Any,
     [
         {},
         {"use_rslora": True, "rank_pattern": {"0.mlp.down_proj": 5}, "alpha_pattern": {"layers.1.*": 3.0}},
+        {"init_lora_weights": "Gaussian"},
         {"use_dora": True, "alpha_pattern": {"q_proj": 1.5}},
         {"modules_to_save": ["norm"]},
         {"modules_to_save": ["lm_head"]},
         {"target_modules": ["embed_tokens", "q_proj"]},
         {"trainable_token_indices": [3, 5]},
     ],
-    ids=["plain", "patterns", "dora", "norms", "head", "embedding", "tokens"],
+    ids=["plain", "patterns", "start", "dora", "norms", "head", "embedding", "tokens"],
 )
 def test_to_the_bit_what_peft_merges(config: dict[str, Any], tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
     """From a base of several shards; what is no plain product PEFT itself merges."""

@@ -35,8 +35,8 @@ def test_up_changes_nothing(base: Base, kind: str, tmp_path: Path, lora: Any) ->
     name, folder = base
     config: dict[str, Any] = UNEVEN[name] if kind == "uneven" else {f"use_{kind}": True} if kind else {}
     adapter, out = varied(name, folder, tmp_path / "a", 1, **config), tmp_path / "out"
-    report = done(lora("adapters", "resize", adapter, "--rank", "9", "--out", out, "--json")).json
-    assert {layer["after"] for layer in report["layers"]} == {9}
+    report = done(lora("adapters", "resize", adapter, "--rank", "10", "--out", out, "--json")).json
+    assert {layer["after"] for layer in report["layers"]} == {10}
     assert {layer["energy"] for layer in report["layers"]} == {1.0}
 
     before, after = (load_file(part / "adapter_model.safetensors") for part in (adapter, out))
@@ -47,10 +47,10 @@ def test_up_changes_nothing(base: Base, kind: str, tmp_path: Path, lora: Any) ->
             assert torch.equal(found, tensor)
             continue
         ranked = 0 if key.endswith(("lora_A.weight", "embedding_A")) else 1
-        assert found.shape[ranked] == 9
+        assert found.shape[ranked] == 10
         rank = tensor.shape[ranked]
         assert torch.equal(found.narrow(ranked, 0, rank), tensor), "what was there is there to the bit"
-        new = found.narrow(ranked, rank, 9 - rank)
+        new = found.narrow(ranked, rank, 10 - rank)
         if key.endswith(("lora_B.weight", "embedding_A")):
             assert not new.any()
         else:

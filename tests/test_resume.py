@@ -573,7 +573,12 @@ OTHER_BASES: dict[str, Callable[[Path], None]] = {
 }
 SAME_BASES: dict[str, Callable[[Path], None]] = {
     "notes": lambda base: edit_json(
-        base / "config.json", use_cache=False, transformers_version="4.0", _name_or_path="x", torch_dtype="float32"
+        base / "config.json",
+        use_cache=False,
+        transformers_version="4.0",
+        _name_or_path="x",
+        torch_dtype="float32",
+        task_specific_params={"dtype": "float32"},
     ),
     "files": in_other_files,
 }
@@ -584,6 +589,7 @@ def test_the_base_is_known_by_all_its_numbers(
     change: str, train: Callable[..., Run], tiny_gpt2: Path, tmp_path: Path, lora: Any
 ) -> None:
     base = shutil.copytree(tiny_gpt2, tmp_path / "base")
+    edit_json(base / "config.json", task_specific_params={})
     run = train({"model.name_or_path": base, "training.max_steps": 2})
     (OTHER_BASES | SAME_BASES)[change](base)
     resumed = lora("train", run.folder / "recipe.yaml", "--resume", "training.max_steps=3")
