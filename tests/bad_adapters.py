@@ -684,6 +684,21 @@ def adapter_that_goes_by_the_row(w: World) -> Arguments:
     return merge(_saved(w, base, PolyConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], n_tasks=2)))
 
 
+@case("tensor base_model.model.one.hada_w1_a is none of this adapter's", loads=True)
+def adapter_of_another_kind_with_a_tensor_too_many(w: World) -> Arguments:
+    from peft import LoHaConfig
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(w.llama)
+    _saved(w, base, LoHaConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
+
+    def add(tensors: dict[str, Any]) -> None:
+        tensors["base_model.model.one.hada_w1_a"] = next(iter(tensors.values())).clone()
+
+    w.tensors("adapter/adapter_model.safetensors", add)
+    return merge("adapter")
+
+
 @case("PEFT cannot load the adapter", "hada_w1_a", loads=True)
 def adapter_of_another_kind_and_width(w: World) -> Arguments:
     from peft import LoHaConfig

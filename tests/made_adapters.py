@@ -42,7 +42,7 @@ def make_adapter(
                 weight.mul_(1 + 0.2 * torch.rand(weight.shape, generator=draw))
             elif "lora_" in key:
                 weight.copy_(0.1 * torch.randn(weight.shape, generator=draw))
-            elif "modules_to_save" in key:
+            elif "modules_to_save" in key or "trainable_tokens_delta" in key:
                 weight.add_(0.1 * torch.randn(weight.shape, generator=draw))
     adapted.save_pretrained(str(out), save_embedding_layers=save_embedding_layers)
     return out

@@ -443,15 +443,17 @@ def test_a_recipe_of_another_version_is_read_as_far_as_it_is_known(
     done(lora("eval", run, "--data", qa_file))
 
 
-@pytest.mark.parametrize("content", [b"[]", b'{"base": 3}', b'{"data": []}', b'{"recipe": 3}', b"{", b"[" * 10000])
-def test_a_record_that_is_none(
-    content: bytes, tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, lora: Any
-) -> None:
+def test_a_record_that_is_none(tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, lora: Any) -> None:
     run = run_of(tiny_gpt2, **{"training.max_steps": 1})
-    (run / "adapter" / "provenance.json").write_bytes(content)
-    result = lora("eval", run, "--data", qa_file)
-    assert result.exit_code == 2
-    assert "provenance.json" in result.stderr and "remove it" in result.stderr
+    objects = (
+        *({"base": 3}, {"base": {"fingerprint": 3}}, {"data": []}, {"data": {"validation": {"rows": "3"}}}),
+        *({"recipe": 3}, {"dtype": "int7"}, {"made": {"of": 3}}),
+    )
+    for content in ("[]", "{", "[" * 10000, *map(json.dumps, objects)):
+        (run / "adapter" / "provenance.json").write_text(content)
+        result = lora("eval", run, "--data", qa_file)
+        assert result.exit_code == 2, content
+        assert "provenance.json" in result.stderr and "remove it" in result.stderr, content
 
 
 def damaged(folder: Path, out: Path, name: str, value: float) -> Path:

@@ -634,6 +634,9 @@ def test_the_choice_of_a_base_is_seen(
         merged = run(unpacked(AutoModelForCausalLM.from_pretrained(out)))
         requantized = (seen.softmax(-1) * (seen.log_softmax(-1) - merged.log_softmax(-1))).sum(-1).mean()
         assert told["candidates"]["quantized"]["kl"] == pytest.approx(float(requantized), rel=1e-3)
+        apart = shown(merged) - shown(seen)
+        assert told["merged"]["largest"] == pytest.approx(float(apart.abs().max()), rel=1e-3)
+        assert told["merged"]["relative"] == pytest.approx(float(apart.norm() / shown(seen).norm()), rel=1e-3)
         assert told["candidates"]["expanded"]["kl"] < float(requantized) / 10
         return
     merged = run(AutoModelForCausalLM.from_pretrained(out))
@@ -816,6 +819,9 @@ def test_tokens_trained_in_the_head_alone_are_not_merged_into_the_embedding(
     result = lora("quantize", adapter, "--out", tmp_path / "out")
     assert result.exit_code == 2 and "trains tokens of the head of a base that has one tensor" in result.stderr
     assert not (tmp_path / "out").exists()
+    both = make_adapter(name, folder, tmp_path / "both", trainable_token_indices=[3, 7])
+    done(lora("merge", both, "--out", tmp_path / "merged"))
+    assert distance(answers(tmp_path / "merged"), answers(folder, both)) < 1e-5
 
 
 @pytest.mark.parametrize("saved", [False, "auto"], ids=["bare", "as-peft-saves-it"])

@@ -55,6 +55,8 @@ def test_up_changes_nothing(base: Base, kind: str, tmp_path: Path, lora: Any) ->
             assert not new.any()
         else:
             assert new.any(dim=1 - ranked).all(), "what is trained at zero on both sides never moves"
+            if ranked == 0:
+                assert 0.8 < new.abs().max() * new.shape[1] ** 0.5 <= 1, "as PEFT draws it"
     models = [
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), str(part))
         for part in (adapter, out)
@@ -139,6 +141,8 @@ def test_energy_takes_the_smallest_rank(tiny_llama: Path, tmp_path: Path, lora: 
     adapted = PeftModel.from_pretrained(model, str(out)).base_model.model
     for layer, product in products(out).items():
         assert distance(adapted.get_submodule(layer).get_delta_weight("default").double(), product) < 1e-6
+    least = done(lora("adapters", "resize", adapter, "--energy", "0.01", "--out", tmp_path / "least", "--json")).json
+    assert {layer["after"] for layer in least["layers"]} == {1}
     done(lora("adapters", "resize", adapter, "--energy", "1", "--out", tmp_path / "whole"))
     before, after = (load_file(each / "adapter_model.safetensors") for each in (adapter, tmp_path / "whole"))
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items()), "there was nothing to cut"

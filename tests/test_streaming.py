@@ -226,9 +226,10 @@ def test_numbers_on_the_edge(method: str, dtype: torch.dtype) -> None:
     numbers[64:79], numbers[79] = -middles, 1
     numbers[128:192:3] = 1e-42
     numbers[-7:] = middles[4:11] * 3
-    codes, scales = nearest_levels(numbers.to(dtype), method)
-    wanted, state = functional.quantize_4bit(numbers.to(dtype), blocksize=64, quant_type=method)
-    assert torch.equal(codes, wanted) and torch.equal(scales, state.absmax)
+    for each in (numbers.to(dtype), torch.zeros(64 + 7, dtype=dtype)):
+        codes, scales = nearest_levels(each, method)
+        wanted, state = functional.quantize_4bit(each, blocksize=64, quant_type=method)
+        assert torch.equal(codes, wanted) and torch.equal(scales, state.absmax)
 
 
 def test_tensors_lie_where_their_types_may(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
