@@ -22,7 +22,7 @@ from lora_cli.evaluation.loss import evaluating, rows_apart, summed_loss
 from lora_cli.evaluation.packing import lay_end_to_end
 from lora_cli.model.adapters import adapt
 from lora_cli.model.frozen_layers import draws_random_numbers, frozen_layers, gives_the_same
-from lora_cli.model.layers import linear_layers
+from lora_cli.model.layers import adaptable_layers
 from lora_cli.model.targets import choose_targets
 from lora_cli.recipe.schema import Adapter
 from lora_cli.training import loop
@@ -55,6 +55,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-neox": ("GPTNeoX", SMALL),
     "bloom, whose layers return tuples": ("Bloom", SMALL | {"n_layer": 4, "n_head": 4}),
     "falcon": ("Falcon", SMALL),
+    "bamba, of whose layers two things are taken": (
+        "Bamba",
+        GROUPED
+        | {"attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4}
+        | {"mamba_chunk_size": 4},
+    ),
 }
 UPPER = (2, 3)
 
@@ -74,7 +80,7 @@ def build(kind: str, vocabulary: int = 97, dtype: torch.dtype = torch.float32, *
 
 def adapted(base: Any, layers: tuple[int, ...] = UPPER) -> Any:
     """The base with an adapter away from its start, on these layers."""
-    targets = [target.name for target in choose_targets(linear_layers(base), "all-linear", 2, layers)]
+    targets = [target.name for target in choose_targets(adaptable_layers(base), "all-linear", 2, layers)]
     model = adapt(base, Adapter(r=2), targets, fused=False)
     for name, weight in model.named_parameters():
         if "lora_B" in name:

@@ -21,19 +21,20 @@ if TYPE_CHECKING:
 
 
 class StandIn(nn.Module):
-    """In a layer's place: gives ``hidden``, or what comes in when that is None; ``taken`` is what came in."""
+    """In a layer's place: gives ``hidden``, or what comes in when that is None, as the first of ``returned``, or alone
+    when that is 0; ``taken`` is what came in."""
 
-    def __init__(self, layer: nn.Module, hidden: torch.Tensor | None, in_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, hidden: torch.Tensor | None, returned: int) -> None:
         super().__init__()
         self.layer = layer
         self.hidden = hidden
-        self.in_tuple = in_tuple
+        self.returned = returned
         self.taken: torch.Tensor | None = None
 
-    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor | tuple[torch.Tensor]:
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor | tuple[Any, ...]:
         self.taken = hidden_states
         given = hidden_states if self.hidden is None else self.hidden
-        return (given,) if self.in_tuple else given
+        return (given, *[None] * (self.returned - 1)) if self.returned else given
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -44,12 +45,12 @@ class StandIn(nn.Module):
 
 @dataclass(frozen=True)
 class FrozenLayers:
-    """The first ``count`` of a decoder's ``layers``; ``in_tuple``: a layer returns a tuple."""
+    """The first ``count`` of a decoder's ``layers``; ``returned``: of how many a layer returns a tuple, 0 of none."""
 
     decoder: nn.Module
     layers: nn.ModuleList
     count: int
-    in_tuple: bool
+    returned: int
 
     def states(self, inputs: dict[str, Any]) -> torch.Tensor:
         """What comes out of them, (rows, tokens, width), for the arguments of a forward pass; the rest is not run."""
@@ -67,7 +68,7 @@ class FrozenLayers:
     @contextmanager
     def _replaced(self, span: range, hidden: torch.Tensor | None) -> Iterator[list[StandIn]]:
         own = list(self.layers)
-        stand_ins = [StandIn(own[index], hidden, self.in_tuple) for index in span]
+        stand_ins = [StandIn(own[index], hidden, self.returned) for index in span]
         try:
             for index, stand_in in zip(span, stand_ins, strict=True):
                 self.layers[index] = stand_in
@@ -101,7 +102,9 @@ def frozen_layers(model: PeftModel) -> FrozenLayers | None:
             decoder(input_ids=some_ids(model), use_cache=False)
     finally:
         hook.remove()
-    return FrozenLayers(decoder, layers, count, isinstance(returned[0], tuple)) if returned else None
+    if not returned:
+        return None
+    return FrozenLayers(decoder, layers, count, len(returned[0]) if isinstance(returned[0], tuple) else 0)
 
 
 def draws_random_numbers(model: PeftModel, below: FrozenLayers) -> bool:
