@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from lora_cli.model.base import skeleton
 from lora_cli.model.layers import adaptable_layers
 from lora_cli.model.targets import choose_targets
 from lora_cli.recipe.schema import Adapter
+from lora_cli.weights.check_model import stored_layers
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
 SPLIT = {"minimal": {"q_proj", "v_proj"}, "standard": {"q_proj", "k_proj", "v_proj"}}
@@ -73,3 +75,10 @@ def test_all_linear_names_what_an_adapter_reaches(name: str) -> None:
     model(input_ids=ids, labels=ids).loss.backward()
     learning = {name: bool(weight.grad.any()) for name, weight in trainable_parameters(model) if "lora_B" in name}
     assert learning == {f"base_model.model.{layer}.lora_B.default.weight": True for layer in found}
+
+
+def test_a_norm_whose_weight_has_a_row_for_each_head_is_no_layer(tmp_path: Path) -> None:
+    """Command R+ has such: its rank would be bound by their number."""
+    config = transformers.CohereConfig(vocab_size=50, use_qk_norm=True, **SIZES)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert stored_layers(tmp_path).keys() == adaptable_layers(skeleton(config)).keys()

@@ -67,7 +67,8 @@ def stored_layers(folder: Path) -> dict[str, Target] | None:
     layers = {}
     for name, info in read_headers(weight_files(folder)).items():
         layer, _, kind = name.rpartition(".")
-        is_linear = kind == "weight" and len(info.shape) == 2 and layer.rpartition(".")[2] not in EMBEDDINGS
+        is_other = layer.rpartition(".")[2] in EMBEDDINGS or layer.endswith("norm")  # Cohere's are (heads, width)
+        is_linear = kind == "weight" and len(info.shape) == 2 and not is_other
         if is_linear and not is_read_past(layer, config.get("model_type", "")):
             layers[layer] = Target(layer, info.shape[1], info.shape[0])
     return layers
