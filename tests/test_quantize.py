@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    FalconConfig,
     MambaConfig,
     NemotronHConfig,
     NemotronHForCausalLM,
@@ -317,6 +318,16 @@ def test_a_layer_whose_numbers_the_model_multiplies_by(
     changes = {"model.name_or_path": base, "quantization": {"method": "nf4"}, "adapter.target_modules": "all-linear"}
     result = lora("train", write_recipe(changes))
     assert result.exit_code == 2 and "multiplies by the numbers of dt_proj" in result.stderr
+
+
+def test_a_model_without_a_layer_to_quantize(tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any) -> None:
+    """Falcon's are of a kind of their own, which Transformers leaves as they are without a word."""
+    base = tmp_path / "falcon"
+    shutil.copytree(tiny_llama, base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = FalconConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    result = lora("train", write_recipe({"model.name_or_path": base, "quantization": {"method": "nf4"}}))
+    assert result.exit_code == 2 and "no layer that can be quantized" in result.stderr
 
 
 def test_a_missing_tokenizer_is_told_before_anything_is_quantized(

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from lora_cli import __version__
-from lora_cli.errors import RunError
+from lora_cli.errors import RunError, UserError
 from lora_cli.model.base import load_config, skeleton
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.fingerprint import file_sha256
@@ -60,15 +60,18 @@ def find_kept(cache: Path, name: str) -> Path | None:
 def keep(base: Path, folder: Path, quantization: Quantization, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
     """Write the base, quantized, to ``folder``, in place of a damaged one.
 
-    Raises UserError for weights that are missing or no numbers; RunError when there is no room, and when what would be
-    written could not be loaded again.
+    Raises UserError for weights that are missing or no numbers, and where no layer is quantized; RunError when there is
+    no room, and when what would be written could not be loaded again.
     """
     needed = sum(file.stat().st_size for file in weight_files(base))  # unquantized: the run needs room of its own
     free = shutil.disk_usage(next(place for place in folder.absolute().parents if place.is_dir())).free
     if free < needed:
         raise RunError(f"{needed:,} bytes are wanted, {free:,} are free", str(folder))
     bare = skeleton(load_config(base))
-    if unstorable(bare, read_headers(weight_files(base)), quantized_layers(bare, quantization)):
+    layers = quantized_layers(bare, quantization)
+    if not layers:  # Falcon's are of a kind of their own
+        raise UserError("quantization: this model has no layer that can be quantized", str(base), "leave it out")
+    if unstorable(bare, read_headers(weight_files(base)), layers):
         raise RunError("its layers are stored joined or split, and quantized so could not be loaded again", str(base))
     with _made_anew(folder, needed) as draft:
         write_quantized(stored_model(base), draft, quantization, dtype, compute_dtype, max_shard=SHARD)
