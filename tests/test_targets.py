@@ -58,6 +58,12 @@ ALL_LINEAR: dict[str, tuple[dict[str, Any], set[str]]] = {
     # Mamba's forward pass reads the weights of dt_proj and out_proj past an adapter.
     "Mamba": ({"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}, {"in_proj", "x_proj"}),
     "FalconMamba": ({"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}, {"in_proj", "x_proj"}),
+    # No text goes through what sees pictures, whose layers have names of these and others (out_proj, fc1).
+    "Gemma3": (
+        {"text_config": SIZES | {"num_key_value_heads": 2, "vocab_size": 50}}
+        | {"vision_config": SIZES | {"image_size": 28, "patch_size": 14}},
+        {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    ),
 }
 
 

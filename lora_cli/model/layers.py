@@ -30,9 +30,15 @@ def linear_layers(model: PreTrainedModel) -> dict[str, Target]:
 
 def adaptable_layers(model: PreTrainedModel) -> dict[str, Target]:
     """Those of ``linear_layers`` that an adapter reaches: not those whose weight is read past it, or whose names PEFT
-    takes for experts'."""
-    kind = model.config.model_type
-    layers = {name: target for name, target in linear_layers(model).items() if not is_read_past(name, kind)}
+    takes for experts', and not those of what sees or hears beside the text (Gemma 3), which no text goes through."""
+    config, kind = model.config, model.config.model_type
+    text = model if config.get_text_config() is config else model.get_decoder()
+    within = set(text.modules())
+    layers = {
+        name: target
+        for name, target in linear_layers(model).items()
+        if model.get_submodule(name) in within and not is_read_past(name, kind)
+    }
     return _not_for_experts(layers, model) if has_experts(model) else layers
 
 
