@@ -180,15 +180,25 @@ def test_an_architecture_gives_what_its_rows_give_one_at_a_time(kind: str) -> No
     [
         ("Qwen2Moe", GROUPED | {"num_experts": 2}, {"shared_expert_gate", "lm_head"}),
         ("Mamba", {**SMALL, "state_size": 4}, {"dt_proj", "out_proj", "lm_head"}),
+        (
+            "Gemma3nText",
+            GROUPED
+            | {"intermediate_size": [48] * 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
+            | {"num_kv_shared_layers": 0, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 2}
+            | {"layer_types": ["full_attention"] * 2},
+            {"correction_coefs", "lm_head"},
+        ),
     ],
 )
 def test_layers_that_are_not_adapted(name: str, more: dict[str, Any], left_out: set[str]) -> None:
-    """A gate of one number can have no rank, and PEFT refuses what Mamba's kernels read."""
+    """A gate of one number can have no rank, PEFT refuses what Mamba's kernels read, and Gemma 3n clips a weight itself
+    while it trains."""
     model = build(name, more)
     linear = {key for key, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert {key.rpartition(".")[2] for key in linear - adaptable_layers(model).keys()} == left_out
     unquantized = {key.rpartition(".")[2] for key in linear - linear_layers(model).keys()}
-    assert unquantized == left_out - {"dt_proj", "out_proj"}, "which say what a model takes in 4 bits"
+    read_past = {"dt_proj", "out_proj", "correction_coefs"}
+    assert unquantized == left_out - read_past, "which say what a model takes in 4 bits"
     adapt(model, Adapter(r=2, target_modules="all-linear"), list(adaptable_layers(model)), fused=True)
 
 

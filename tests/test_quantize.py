@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     FalconConfig,
+    Gemma3nTextConfig,
     MambaConfig,
     NemotronHConfig,
     NemotronHForCausalLM,
@@ -302,22 +303,45 @@ def test_layers_that_could_not_be_loaded_again(joined: Path, method: str, tmp_pa
     assert (found - wanted).norm() < 0.2 * wanted.norm()
 
 
-def test_a_layer_whose_numbers_the_model_multiplies_by(
-    tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        (MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, state_size=4), "dt_proj"),
+        (
+            Gemma3nTextConfig(
+                vocab_size=300,
+                hidden_size=32,
+                intermediate_size=[64],
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                head_dim=16,
+                layer_types=["full_attention"],
+                num_kv_shared_layers=0,
+                activation_sparsity_pattern=[0.0],
+                vocab_size_per_layer_input=300,
+                hidden_size_per_layer_input=8,
+                laurel_rank=4,
+            ),
+            "correction_coefs, prediction_coefs",
+        ),
+    ],
+)
+def test_a_layer_whose_numbers_the_model_reads(
+    config: Any, layers: str, tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any
 ) -> None:
-    """Mamba does so with dt_proj: of codes it could make nothing."""
-    base = tmp_path / "mamba"
+    """Mamba multiplies by dt_proj's, Gemma 3n clips two layers' while it trains: of codes they could make nothing."""
+    base = tmp_path / "base"
     shutil.copytree(tiny_llama, base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    config = MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, state_size=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
     result = lora("quantize", base, "--out", tmp_path / "out")
-    assert result.exit_code == 2 and "multiplies by the numbers of dt_proj" in result.stderr
-    done(lora("quantize", base, "--out", tmp_path / "out", "--skip", "dt_proj"))
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.arange(8)[None])
+    assert result.exit_code == 2 and f"multiplies by the numbers of {layers}," in result.stderr
+    done(lora("quantize", base, "--out", tmp_path / "out", "--skip", layers.replace(" ", "")))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out").train()(torch.arange(8)[None])
 
     changes = {"model.name_or_path": base, "quantization": {"method": "nf4"}, "adapter.target_modules": "all-linear"}
     result = lora("train", write_recipe(changes))
-    assert result.exit_code == 2 and "multiplies by the numbers of dt_proj" in result.stderr
+    assert result.exit_code == 2 and f"multiplies by the numbers of {layers}," in result.stderr
 
 
 def test_a_model_without_a_layer_to_quantize(tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any) -> None:

@@ -24,12 +24,15 @@ READ_PAST = {
         "zamba2",
     },
     "dt_proj": {"doge", "falcon_mamba", "jamba", "mamba"},
+    "correction_coefs": {"gemma3n", "gemma3n_text"},
 }
 """Layers by name, and the model types where their weight is read past an adapter, by Mamba's kernels or without them,
-or where it is used for long rows alone (Doge): the adapter would learn nothing, and for some PEFT refuses it."""
-READ_AS_NUMBERS = {"mamba": "dt_proj"}
-"""Model types whose forward pass multiplies by what a layer's weight holds, and that layer: in 4 or 8 bits it holds
-codes."""
+or clipped while training (Gemma 3n), or where it is used for long rows alone (Doge): the adapter would learn nothing,
+and for some PEFT refuses it."""
+COEFFICIENTS = ("correction_coefs", "prediction_coefs")
+READ_AS_NUMBERS = {"mamba": ("dt_proj",), "gemma3n": COEFFICIENTS, "gemma3n_text": COEFFICIENTS}
+"""Model types whose forward pass multiplies by what a layer's weight holds, or clips it, and such layers: in 4 or 8
+bits they hold codes."""
 WORDS = ("minimal", "standard", "attention", "all-linear")
 
 

@@ -189,8 +189,8 @@ def _check_model(recipe: Recipe) -> None:
     if recipe.quantization is not None:
         check_quantizable(base)
         kind = str(read_config(base).get("model_type"))
-        if (layer := READ_AS_NUMBERS.get(kind)) is not None:
-            what = f"a model of type {kind} multiplies by the numbers of {layer}, and cannot by codes"
+        if layers := READ_AS_NUMBERS.get(kind):
+            what = f"a model of type {kind} multiplies by the numbers of {', '.join(layers)}, and cannot by codes"
             raise UserError(what, "quantization", "leave it out")
     if recipe.training.fsdp and stored_quantization(base) and not is_stored_in_4_bits(base):
         what = "training.fsdp: of quantized bases those in bitsandbytes' 4 bits alone are sharded"

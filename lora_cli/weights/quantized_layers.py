@@ -68,10 +68,10 @@ def check_layers(folder: Path, quantization: Quantization, skip: Sequence[str]) 
     left = [layer for layer in layers if should_convert_module(layer, list(skip))]
     if not left:
         raise UserError("no layer is left to quantize", str(folder), "skip fewer" if skip else None)
-    own = READ_AS_NUMBERS.get(bare.config.model_type)
-    if own is not None and any(layer.endswith(f".{own}") for layer in left):
-        what = f"the model multiplies by the numbers of {own}, and cannot by codes"
-        raise UserError(what, str(folder), f"leave it as it is: --skip {','.join(sorted({*skip, own}))}")
+    own = {layer.rpartition(".")[2] for layer in left} & {*READ_AS_NUMBERS.get(bare.config.model_type, ())}
+    if own:
+        what = f"the model multiplies by the numbers of {', '.join(sorted(own))}, and cannot by codes"
+        raise UserError(what, str(folder), f"leave them as they are: --skip {','.join(sorted({*skip, *own}))}")
     lost = unstorable(bare, read_headers(weight_files(folder)), left)
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
