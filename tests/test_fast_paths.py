@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.data.batches import Batch, Schedule, collate
 from lora_cli.data.examples import Store, end_to_end
+from lora_cli.evaluation.compare import compare
 from lora_cli.evaluation.head import Head, LinearCrossEntropy, frozen_head
 from lora_cli.evaluation.loss import evaluating, evaluation_groups, summed_loss
 from lora_cli.evaluation.packing import lay_end_to_end
@@ -255,7 +257,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"lora_cli.evaluation.head.{name}", value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_words_that_cannot_be_had_take_no_part_in_the_loss(
     scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -816,7 +818,7 @@ LONGROPE = {
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_longrope_has_no_row_beside_one_that_turns_its_positions(packing: bool) -> None:
+def test_longrope_has_no_row_beside_one_that_turns_its_positions(packing: bool, tokenizer: Any) -> None:
     """One row longer than the model was first made for does so for all of its batch."""
     model = build("Phi3", GROUPED | LONGROPE).eval()
     assert lay_end_to_end(model, torch.device("cpu"), "auto")
@@ -841,6 +843,8 @@ def test_longrope_has_no_row_beside_one_that_turns_its_positions(packing: bool) 
         assert sorted(np.concatenate(groups)) == list(range(len(rows))) and len(groups) < len(rows)
         found = sum(float(summed_loss(model, collate(examples, group, packing, 0))) for group in groups)
         assert found == pytest.approx(wanted, rel=1e-5)
+    score = compare(model, Path(), None, tokenizer, examples, 32).score
+    assert score.loss * score.tokens == pytest.approx(wanted, rel=1e-5)
     mixed = float(summed_loss(model, collate(examples, range(len(rows)), packing, 0)))
     assert mixed != pytest.approx(wanted, rel=1e-4)
 

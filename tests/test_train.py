@@ -223,6 +223,7 @@ def test_a_runs_files_are_for_whom_new_files_are(write_recipe: Any, tmp_path: Pa
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert "adapter_model.safetensors" in {path.name for path in files}
     assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o640"}
+    assert (tmp_path / "run" / "adapter").stat().st_mode & 0o777 == 0o750
 
 
 def test_what_people_are_told_of_a_run_is_what_it_measured(
