@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from conftest import Run, done, edit_json
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Zamba2Config
 
 from lora_cli.training import loop, proof
 from lora_cli.training.proof import digests, prove
@@ -260,3 +261,21 @@ def test_the_proof_leaves_no_trace(dora: bool, tiny_llama: Path, tmp_path: Path)
     before = state()
     prove(tmp_path, "run", model, weights, start, torch.arange(5, 25))
     assert state() == before
+
+
+def test_layers_that_no_gradient_comes_to_are_told_after_the_first_step(
+    tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any
+) -> None:
+    """Zamba2 holds, for each place of a shared block, the layers of all places."""
+    base = shutil.copytree(tiny_llama, tmp_path / "zamba", ignore=shutil.ignore_patterns("*.safetensors"))
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "attention_head_dim": 16}
+    mamba = {"n_mamba_heads": 4, "mamba_headdim": 16, "mamba_d_state": 8, "mamba_ngroups": 1, "chunk_size": 8}
+    layers = {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3]}
+    config = Zamba2Config(vocab_size=400, num_mem_blocks=1, adapter_rank=4, **shape, **mamba, **layers)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    changes = {"model.name_or_path": base, "adapter.target_modules": "all-linear", "training.logging_steps": 1}
+    result = lora("train", write_recipe(changes))
+    assert result.exit_code == 3
+    told = "warning: 4 of 26 adapted layers got no gradient in the first step: model.layers.1.shared_transformer"
+    assert result.stderr.index(told) < result.stderr.index("step 1  loss")
+    assert "4 of 26 adapted layers are as they were before training" in result.stderr

@@ -33,7 +33,7 @@ from lora_cli.training.optimizer import learning_rate_at
 from lora_cli.training.out_of_memory import out_of_memory
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.processes import firsts, highest, is_broken_connection
-from lora_cli.training.proof import digests, prove
+from lora_cli.training.proof import digests, prove, unreached
 from lora_cli.training.record import provenance, result_record, run_record, tell
 from lora_cli.training.resume import choose_weights, go_on, keeps_best, restore, save
 from lora_cli.training.setup import Trainer, set_up, unwrap
@@ -199,6 +199,8 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Pro
         progress = end_step(trainer, step, progress, unread, interrupt)
     for step in remaining(trainer, progress):
         outcome = take_step(trainer, step, rate(step.number))
+        if step.number == 1 and (told := unreached(trainer.trained, trainer.optimizer)):
+            trainer.display.note(told, warning=True)
         unread.append((step, outcome))
         clock.count(step)
         progress = replace(progress, step=step.number)

@@ -17,7 +17,7 @@ from lora_cli.errors import RunError
 from lora_cli.evaluation.loss import evaluating
 from lora_cli.model.adapters import trainable_parameters
 from lora_cli.training.processes import fill
-from lora_cli.training.zero import is_partitioned
+from lora_cli.training.zero import ZeroOptimizer, is_partitioned
 from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS, PEFT_PREFIX
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ Tensors = Mapping[str, torch.Tensor]
 RELOADED = "reloaded"
 NAMED_AT_MOST = 3
 MAGNIFIED = (1, 1024)  # a few steps may move an adapter by less than 16-bit logits show
+UNUSED = "leave layers that the model does not use out of adapter.target_modules"
 KEPT = "the checkpoints are kept and no adapter was put in place"
 
 
@@ -56,12 +57,11 @@ def prove(
     if still:
         names = _some([layer.removeprefix(PEFT_PREFIX) for layer in still])
         what = f"{len(still)} of {layers} adapted layers are as they were before training: {names}"
-        unused = "leave layers that the model does not use out of adapter.target_modules"
         early = (
             "the step they are of had learned nothing yet: lower training.learning_rate when later evaluations were "
             "worse, else raise it, or train for more steps"
         )
-        hint = f"{KEPT}; {unused if len(still) < layers else early}"
+        hint = f"{KEPT}; {UNUSED if len(still) < layers else early}"
         raise RunError(what, where, hint)
     _check_logits(folder, where, model, stored, ids)
 
@@ -89,6 +89,21 @@ def unmoved(stored: Tensors, start: Mapping[str, str]) -> tuple[list[str], int]:
         )
 
     return [layer for layer, names in layers.items() if not is_new(names)], len(layers)
+
+
+def unreached(trained: Sequence[tuple[str, torch.nn.Parameter]], optimizer: torch.optim.Optimizer) -> str | None:
+    """What to say, after the first step, of adapted layers to which no gradient came while one came to others."""
+    if isinstance(optimizer, ZeroOptimizer):  # DeepSpeed fills in zeros
+        return None
+    layers: dict[str, bool] = {}
+    for name, weight in trained:
+        layer = name.removeprefix(PEFT_PREFIX).partition(".lora_")[0]
+        layers[layer] = layers.get(layer, False) or weight in optimizer.state
+    still = [layer for layer, is_reached in layers.items() if not is_reached]
+    if not still or len(still) == len(layers):
+        return None
+    what = f"{len(still)} of {len(layers)} adapted layers got no gradient in the first step: {_some(still)}"
+    return f"{what}; if no other step reaches them, the run ends without an adapter; {UNUSED}"
 
 
 def _differences(weights: Tensors, stored: Tensors) -> Iterator[str]:
