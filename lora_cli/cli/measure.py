@@ -24,7 +24,7 @@ def data_section(data: str | None, recipe: Recipe | None) -> Data:
     if data == "":
         raise UserError("--data: the name is empty", hint="give a file, a folder, a glob or a hub id")
     if data is not None:
-        known = recipe.data.model_dump(exclude={"train", "validation"}) if recipe else {}
+        known = recipe.data.model_dump() if recipe else {}
         return Data.model_validate({**known, "train": data, "validation": None})
     if recipe is None or recipe.data.validation is None:
         raise UserError("nothing to measure on", hint="give --data FILE")
