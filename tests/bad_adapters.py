@@ -649,7 +649,7 @@ def adapter_that_repeats_layers(w: World) -> Arguments:
 
 @case("init_lora_weights: pissa_niter_4", "path_initial_model_for_weight_conversion")
 def adapter_of_a_start_drawn_at_random(w: World) -> Arguments:
-    return merge(made(w, init_lora_weights="pissa_niter_4"))
+    return ["eval", made(w, init_lora_weights="pissa_niter_4"), "--data", w.rows(ROW)]
 
 
 @case("init_lora_weights: corda", "path_initial_model_for_weight_conversion")
@@ -707,6 +707,14 @@ def adapter_of_another_kind_and_width(w: World) -> Arguments:
     base = AutoModelForCausalLM.from_pretrained(w.llama)
     config = LoHaConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
     return merge(_saved(w, base, config, grown="layers.0.self_attn.q_proj.hada_w1_a"))
+
+
+@case("model", "no tokenizer")
+def merge_into_a_base_without_a_tokenizer(w: World) -> Arguments:
+    adapter = made(w)
+    for file in (w.root / w.model("llama")).glob("tokenizer*"):
+        file.unlink()
+    return [*merge(adapter), "--base", "model"]
 
 
 @case("tensor transformer.h.1.ln_2.bias is missing", "download the model again")

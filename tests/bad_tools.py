@@ -187,6 +187,11 @@ def resize_to_more_than_all(w: World) -> Arguments:
     return ["adapters", "resize", w.run(), "--energy", "2", "--out", "out"]
 
 
+@case("--energy 0 is no share")
+def resize_to_nothing_at_all(w: World) -> Arguments:
+    return ["adapters", "resize", w.run(), "--energy", "0", "--out", "out"]
+
+
 @case("run/adapter", "--rank 65 is more than transformer.h.0.attn.c_attn is wide (64)", "at most 64")
 def resize_beyond_the_layer(w: World) -> Arguments:
     return ["adapters", "resize", w.run(), "--rank", "65", "--out", "out"]
@@ -255,8 +260,9 @@ def extract_of_another_shape(w: World) -> Arguments:
     w.model(name="tuned")
 
     def cut(tensors: dict[str, Any]) -> None:
-        name = next(name for name in tensors if name.endswith("h.1.mlp.c_fc.weight"))
-        tensors[name] = tensors[name][:, :128]
+        for name in list(tensors):  # without the body's name, as GPT-2's own files are
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.1.mlp.c_fc.weight"] = tensors["h.1.mlp.c_fc.weight"][:, :128]
 
     w.tensors("tuned/model.safetensors", cut)
     return extract()
@@ -272,6 +278,13 @@ def extract_of_a_nan(w: World) -> Arguments:
 
     w.tensors("tuned/model.safetensors", spoil)
     return extract()
+
+
+@case("tuned/out", "lies in tuned")
+def extract_into_a_part(w: World) -> Arguments:
+    w.model(name="base")
+    w.model(name="tuned")
+    return [*extract()[:-1], "tuned/out"]
 
 
 @case("run", "no model")

@@ -96,7 +96,14 @@ def test_what_is_shown_is_told_in_words(train: Callable[..., Run], tmp_path: Pat
 
 
 def test_kinds_ranks_and_what_cannot_be_read(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    make_adapter("llama", tiny_llama, tmp_path / "a" / "plain", rank_pattern={"q_proj": 7}, use_rslora=True)
+    make_adapter(
+        "llama",
+        tiny_llama,
+        tmp_path / "a" / "plain",
+        rank_pattern={"q_proj": 7},
+        alpha_pattern={"q_proj": 3},
+        use_rslora=True,
+    )
     make_adapter("llama", tiny_llama, tmp_path / "b", target_modules=["embed_tokens", "v_proj"])
     make_adapter("llama", tiny_llama, tmp_path / "b2", modules_to_save=["lm_head"], trainable_token_indices=[3])
     scaled = get_peft_model(
@@ -121,11 +128,11 @@ def test_kinds_ranks_and_what_cannot_be_read(tiny_llama: Path, tmp_path: Path, l
     assert all(entry["best_loss"] is None and entry["data"] is None for entry in result["adapters"])
     assert len(result["warnings"]) == 1 and str(tmp_path / "d") in result["warnings"][0]
     shown = done(lora("adapters", "show", tmp_path / "a" / "plain")).stdout
-    assert f"{ALPHA:g}" in shown and "LORA rsLoRA" in shown and f"{tiny_llama} (there)" in shown
+    assert f"{ALPHA:g} in part\n" in shown and "LORA rsLoRA" in shown and f"{tiny_llama} (there)" in shown
     assert done(lora("adapters", "list", tmp_path / "c" / "..", "--quiet")).stdout
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert done(lora("adapters", "list", empty, "--json")).json == {"adapters": [], "warnings": []}
+    assert done(lora("adapters", "list", empty, "--json", "--json")).json == {"adapters": [], "warnings": []}
 
 
 def test_show_tells_a_base_that_is_another(

@@ -194,10 +194,11 @@ def test_a_chat_adapter_is_measured_on_what_it_was_trained_to_see(
     assert trained["result"]["validation"]["perplexity"] == pytest.approx(found["perplexity"], rel=1e-6)
 
 
+@pytest.mark.parametrize("quantization", [None, {"method": "nf4", "compute_dtype": "float32"}], ids=["", "nf4"])
 def test_a_merged_model_scores_as_its_adapter(
-    base: Path, run_of: Callable[..., Path], qa_file: Path, tmp_path: Path, lora: Any
+    base: Path, quantization: Any, run_of: Callable[..., Path], qa_file: Path, tmp_path: Path, lora: Any
 ) -> None:
-    run = run_of(base, **{"data": {"max_length": 24}})
+    run = run_of(base, **{"data": {"max_length": 24}, "quantization": quantization})
     done(lora("merge", run, "--out", tmp_path / "merged"))
     merged, adapted = (
         done(lora("eval", target, "--data", qa_file, "--json")).json for target in (tmp_path / "merged", run)

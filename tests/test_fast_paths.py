@@ -803,6 +803,10 @@ def test_rows_are_packed_in_8_bits_which_mix_those_of_any_batch_for_their_outlie
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     changes = {"model.name_or_path": base, "data.packing": True, "training.max_steps": 1}
     assert train(changes | {"quantization": {"method": "int8"}}).info["data"]["packed"] is True
+    quantized = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, quantization_config=quantized)
+    assert lay_end_to_end(model, torch.device("cpu"), "auto")
+    assert not any(module._forward_hooks for module in model.modules()), "but to look, nothing is computed otherwise"
 
 
 LONGROPE = {

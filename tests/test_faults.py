@@ -223,6 +223,16 @@ def test_killed_between_two_adapters_a_run_has_the_former_one(
     def kill(*_: Any) -> Any:
         raise KeyboardInterrupt
 
+    def full(path: Path, target: Path) -> Path:  # what was moved out of its way is put back
+        if target.name == "adapter" and path.suffix == ".draft":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        assert lora("train", run.folder / "recipe.yaml", "--resume").exit_code == 3
+    assert run.adapter_bytes == before
+
     def killed(path: Path, target: Path) -> Path:  # nor is anything put back any more
         return kill() if target.name == "adapter" else replace(path, target)
 

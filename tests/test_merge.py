@@ -242,6 +242,10 @@ def test_the_folder_that_a_command_is_run_in_is_not_replaced(
         assert refused.exit_code == 2 and "is the folder that the command is run in" in refused.stderr
     done(lora("adapters", "resize", adapter, "--rank", "2", "--out", "out"))
     assert [path.name for path in Path().iterdir()] == ["out"]
+    (tmp_path / "elsewhere").mkdir()
+    Path("link").symlink_to("../elsewhere")
+    done(lora("adapters", "resize", adapter, "--rank", "2", "--out", "link"))
+    assert Path("link").is_symlink() and (tmp_path / "elsewhere" / "adapter_config.json").is_file()
 
 
 def test_a_run_or_its_adapter_folder_give_the_same(
@@ -470,6 +474,8 @@ def test_adapters_that_cannot_be_added_are_refused(tiny_llama: Path, tmp_path: P
     result = lora("merge", first, third, "--out", out)
     assert result.exit_code == 2 and "another base" in result.stderr
     assert not out.exists()
+    twin = make_adapter("llama", shutil.copytree(tiny_llama, tmp_path / "twin"), tmp_path / "fourth")
+    done(lora("merge", first, twin, "--out", out, "--no-verify"))
 
 
 def test_into_is_for_a_quantized_base_and_quantized_for_one_adapter(
@@ -654,7 +660,8 @@ def test_a_wrong_sum_is_found(tiny_llama: Path, tmp_path: Path, lora: Any, monke
     monkeypatch.setattr("lora_cli.weights.products.scaling_of", lambda *_: 1.1 * ALPHA / R)
     result = lora("merge", adapter, "--out", tmp_path / "merged")
     assert result.exit_code == 4 and "rounding to float32 does not explain" in result.stderr
-    done(lora("merge", adapter, "--out", tmp_path / "unseen", "--no-verify"))
+    unseen = done(lora("merge", adapter, "--out", tmp_path / "unseen", "--no-verify"))
+    assert "not verified" not in unseen.stdout, "it was not asked for"
     monkeypatch.setattr("lora_cli.model.memory.free_bytes", lambda *_: 1000)
     assert "not verified" in done(lora("merge", adapter, "--out", tmp_path / "too-large")).stdout
 
@@ -674,6 +681,8 @@ def test_other_kinds_peft_merges(kind: Any, tiny_llama: Path, tmp_path: Path, lo
     result = done(lora("merge", tmp_path / "adapter", "--out", tmp_path / "merged"))
     assert "PEFT merged this kind of adapter, with the whole model in memory" in result.stdout
     assert "note: PEFT merges this kind of adapter" in result.stderr
+    quiet = ("merge", tmp_path / "adapter", "--out", tmp_path / "quiet", "--no-verify", "--quiet")
+    assert kind is not IA3Config or done(lora(*quiet)).stderr == ""
     wanted = logits(adapted, AutoTokenizer.from_pretrained(tiny_llama))
     assert distance(answers(tiny_llama), wanted) > 1e-3
     assert distance(answers(tmp_path / "merged"), wanted) < 1e-5

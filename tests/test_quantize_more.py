@@ -145,7 +145,7 @@ def test_what_needs_a_model_in_memory(case: str, tiny_llama: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("skip", "names"),
     [
-        (["--skip", "o_proj,down_proj"], ["o_proj", "down_proj"]),
+        (["--skip", "o_proj, down_proj"], ["o_proj", "down_proj"]),
         (["--skip", "o_proj", "--skip", r"model\.layers\.1"], ["o_proj", r"model\.layers\.1"]),
     ],
 )

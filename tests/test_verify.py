@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import done
+from conftest import done, edited_weights
 from made_adapters import in_dtype
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -42,6 +42,11 @@ def test_right_merges_pass(
     adapter = make_adapter(name, base, tmp_path / "adapter", noise, use_dora=noise == 0.02)
     found = done(lora("merge", adapter, "--out", tmp_path / "out", "--json")).json["verified"]
     assert found["merged"]["relative"] <= found["rounding"] + 1e-5 + 0.05 * max(found["moved"], found["rounding"])
+    if dtype == torch.bfloat16 and noise < 1e-5:  # a norm in float32, of which nothing is rounded
+        with edited_weights(base) as weights:
+            norm = next(name for name in weights if name.endswith(("ln_f.weight", "model.norm.weight")))
+            weights[norm] = 1.003 * weights[norm].float()
+        done(lora("merge", adapter, "--out", tmp_path / "mixed"))
     if noise > 1e-5:
         assert (found["rounding"] < 1e-5) == (dtype == torch.float32)
 
