@@ -83,9 +83,11 @@ GOOD_FILES: dict[str, tuple[bytes, ...]] = {
     ),
     ".json": (json.dumps(ROWS, indent=1).encode(), json.dumps([CONVERSATION]).encode()),
     ".csv": (b'question,answer\nWhy?, Because.\n"a ""b"", c","two\nlines"\n', b"text\r\none\r\ntwo\r\n"),
+    ".tsv": (b'question\tanswer\nWhy?\t Because.\n"a ""b"""\t"two\nlines"\n', b"text\tlabel\r\none, two\t1\r\n"),
     ".parquet": (parquet(*ROWS), parquet(CONVERSATION), parquet({"text": "a"}, {"text": None})),
     ".txt": ("First.\nStill first.\n\n\r\nSecond, in café.\n".encode(),),
 }
+GOOD_FILES[".ndjson"] = GOOD_FILES[".jsonl"]
 ODD = (
     *(b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\x1b[2J", b"\r", b"\n", b'"', b"\\ud800", b"\\u0000"),
     *(b"1" * 5000, b"1e999", b"-1E-999", b"NaN", b"Infinity", b"null", b"[" * 10_000, b'{"a":' * 10_000, b"]}"),
