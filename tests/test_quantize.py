@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -345,14 +346,22 @@ def test_a_layer_whose_numbers_the_model_reads(
     assert result.exit_code == 2 and f"multiplies by the numbers of {layers}," in result.stderr
 
 
-def test_a_model_without_a_layer_to_quantize(tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any) -> None:
+def test_a_model_without_a_layer_to_quantize(
+    tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Falcon's are of a kind of their own, which Transformers leaves as they are without a word."""
     base = tmp_path / "falcon"
     shutil.copytree(tiny_llama, base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     config = FalconConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
-    result = lora("train", write_recipe({"model.name_or_path": base, "quantization": {"method": "nf4"}}))
-    assert result.exit_code == 2 and "no layer that can be quantized" in result.stderr
+    recipe = write_recipe({"model.name_or_path": base, "quantization": {"method": "nf4"}})
+    for free in (shutil.disk_usage(tmp_path).free, 1):  # without room it would be quantized at load, that is: not
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                "lora_cli.weights.quantized_cache.shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free)
+            )
+            result = lora("train", recipe)
+        assert result.exit_code == 2 and "no layer that can be quantized" in result.stderr
 
 
 def test_a_missing_tokenizer_is_told_before_anything_is_quantized(

@@ -63,14 +63,14 @@ def keep(base: Path, folder: Path, quantization: Quantization, dtype: torch.dtyp
     Raises UserError for weights that are missing or no numbers, and where no layer is quantized; RunError when there is
     no room, and when what would be written could not be loaded again.
     """
-    needed = sum(file.stat().st_size for file in weight_files(base))  # unquantized: the run needs room of its own
-    free = shutil.disk_usage(next(place for place in folder.absolute().parents if place.is_dir())).free
-    if free < needed:
-        raise RunError(f"{needed:,} bytes are wanted, {free:,} are free", str(folder))
     bare = skeleton(load_config(base))
     layers = quantized_layers(bare, quantization)
     if not layers:  # Falcon's are of a kind of their own
         raise UserError("quantization: this model has no layer that can be quantized", str(base), "leave it out")
+    needed = sum(file.stat().st_size for file in weight_files(base))  # unquantized: the run needs room of its own
+    free = shutil.disk_usage(next(place for place in folder.absolute().parents if place.is_dir())).free
+    if free < needed:
+        raise RunError(f"{needed:,} bytes are wanted, {free:,} are free", str(folder))
     if unstorable(bare, read_headers(weight_files(base)), layers):
         raise RunError("its layers are stored joined or split, and quantized so could not be loaded again", str(base))
     with _made_anew(folder, needed) as draft:
