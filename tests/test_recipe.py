@@ -284,6 +284,21 @@ def test_an_unreadable_file() -> None:
     [
         ("adapter", "rr: 3", "8:3", "adapter.rr: unknown key", "did you mean 'r'?"),
         ("adapter", "lora_alfa: 3", "8:3", "adapter.lora_alfa: unknown key", "did you mean 'lora_alpha'?"),
+        ("adapter", "target: x", "8:3", "adapter.target: unknown key", "did you mean 'target_modules'?"),
+        (
+            "adapter",
+            "lora_rnak: 3",
+            "8:3",
+            "adapter.lora_rnak: unknown key",
+            "did you mean 'lora_rank'? here it is adapter.r",
+        ),
+        (
+            "training",
+            "tf_32: true",
+            "6:3",
+            "training.tf_32: unknown key",
+            "did you mean 'tf32'? leave it out: nothing here needs it",
+        ),
         (
             "training",
             "r: 3",

@@ -8,7 +8,6 @@ from difflib import get_close_matches
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from lora_cli.errors import did_you_mean
 from lora_cli.recipe.explain import (
     JsonSchema,
     choices,
@@ -19,7 +18,7 @@ from lora_cli.recipe.explain import (
     required_at,
     schema_at,
 )
-from lora_cli.recipe.peers import NOT_HERE, WRITTEN_HERE, peers_hint
+from lora_cli.recipe.peers import NOT_HERE, PEERS_KEYS, WRITTEN_HERE, peers_hint
 from lora_cli.recipe.yaml12 import BROKEN, Broken, Faults, Node, Scalar, brief, plain_scalar
 
 KeyPath = tuple[str | int, ...]
@@ -99,7 +98,7 @@ def _shown(key: str) -> str:
     return key if key.isprintable() and key and len(key) <= 60 else brief(key)
 
 
-def _where_it_belongs(path: KeyPath, value: object) -> str | None:
+def _where_it_belongs(path: KeyPath, value: object) -> str:
     *section, key = path
     if section == [] and key == "base":
         return "base is written in the recipe's file"
@@ -110,14 +109,15 @@ def _where_it_belongs(path: KeyPath, value: object) -> str | None:
     if hint := peers_hint(str(path[0]), name, value):
         return hint
     here = names_at(section) if section else ("base", *names_at(section))
-    if not get_close_matches(name, here):
-        elsewhere = {home.partition(".")[2]: home for home in dotted_keys()}
-        near = get_close_matches(name, elsewhere, n=1, cutoff=0.75)
-        if near:
-            return f"did you mean '{elsewhere[near[0]]}'?"
-        if value is None:
-            return "leave it out: it says nothing"
-    return did_you_mean(name, here)
+    known = {home.partition(".")[2]: home for home in dotted_keys()} | {key: key for key in here}
+    longer = [key for key in here if len(name) > 2 and name in key]
+    near = longer if len(longer) == 1 else get_close_matches(name, sorted({*known, *PEERS_KEYS}), n=1)
+    if near:
+        peers = "" if near[0] in known else f" {peers_hint(str(path[0]), near[0], value)}"
+        return f"did you mean '{known.get(near[0], near[0])}'?{peers}"
+    if value is None:
+        return "leave it out: it says nothing"
+    return f"known: {', '.join(sorted(here))}"
 
 
 def _tell_missing(path: KeyPath, around: Node, faults: Faults) -> None:

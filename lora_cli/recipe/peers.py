@@ -7,6 +7,8 @@ WRITTEN_HERE = {
     "model_name_or_path": "model.name_or_path",
     "model_name": "model.name_or_path",
     "torch_dtype": "model.dtype",
+    "mixed_precision": "model.dtype",
+    "precision": "model.dtype",
     "bf16": "model.dtype: bfloat16",
     "fp16": "model.dtype: float16",
     "flash_attention": "model.attn_implementation: flash_attention_2",
@@ -14,6 +16,7 @@ WRITTEN_HERE = {
     "load_in_4bit": "quantization.method: nf4",
     "load_in_8bit": "quantization.method: int8",
     "quantization_bit": "quantization.method",
+    "bits": "quantization.method",
     "quantization_method": "quantization.method",
     "bnb_4bit_quant_type": "quantization.method",
     "bnb_4bit_compute_dtype": "quantization.compute_dtype",
@@ -32,6 +35,8 @@ WRITTEN_HERE = {
     "lora_model_dir": "adapter.init_from",
     "adapter_name_or_path": "adapter.init_from",
     "dataset": "data.train",
+    "data.path": "data.train",
+    "data.files": "data.train",
     "datasets": "data.train",
     "dataset_name": "data.train",
     "dataset_mixer": "data.train",
@@ -95,12 +100,17 @@ NOT_HERE = {
         ("preprocessing_num_workers dataset_num_proc dataloader_num_workers", "the cores there are are used"),
         ("overwrite_output_dir", "it is lora train --overwrite"),
         ("resume_from_checkpoint", "it is lora train --resume"),
+        ("bias", "an adapter trains no biases"),
+        ("device device_map", "a GPU is taken where there is one"),
         ("do_train do_eval use_peft strict tf32 ddp_timeout gradient_checkpointing_kwargs", "nothing here needs it"),
         ("trust_remote_code logging_strategy plot_loss", "nothing here needs it"),
     )
     for name in names.split()
 }
 """A peer's key that a recipe has no key for, and why it goes without."""
+
+PEERS_KEYS = {name for name in (*WRITTEN_HERE, *NOT_HERE) if name.isidentifier()}
+"""Those that are keys alone, whatever their section and value."""
 
 
 def peers_hint(section: str, name: str, value: object = True) -> str | None:
