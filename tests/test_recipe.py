@@ -619,6 +619,8 @@ def test_unknown_top_level_keys(line: str, hint: str) -> None:
         ("quantization.method=int4", "quantization.method: nf4"),
         ("data.format=chat_template", "data.format: chat"),
         ("training.lr_scheduler_type=cosine_with_restarts", "training.lr_scheduler_type: cosine, without restarts"),
+        ("training.optim=adamw", "training.optim: adamw_torch"),
+        ("training.gradient_checkpointing=unsloth", "training.gradient_checkpointing: offload"),
         ("training.optim=paged_adamw_32bit", "training.optim: adamw_torch, which is not paged"),
         ("adapter=qlora", "quantization.method: nf4"),
     ],

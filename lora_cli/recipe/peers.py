@@ -84,6 +84,10 @@ WRITTEN_HERE = {
     "training.lr_scheduler_type: cosine_with_restarts": "training.lr_scheduler_type: cosine, without restarts",
     "training.lr_scheduler_type: constant_with_warmup": "training.lr_scheduler_type: constant, with its warmup_ratio",
     "training.lr_scheduler_type: cosine_with_min_lr": "training.lr_scheduler_type: cosine, down to 0",
+    "model.dtype: half": "model.dtype: float16",
+    "training.gradient_checkpointing: unsloth": "training.gradient_checkpointing: offload",
+    "training.optim: adamw": "training.optim: adamw_torch",
+    "training.optim: adamw_hf": "training.optim: adamw_torch",
     "training.optim: adamw_torch_8bit": "training.optim: adamw_8bit",
     "training.optim: paged_adamw_32bit": "training.optim: adamw_torch, which is not paged",
 }
