@@ -250,6 +250,14 @@ def test_products_that_round_otherwise_for_another_number_of_tokens_do_not_count
     assert lay_end_to_end(model, torch.device("cpu"), "auto")
 
 
+def test_places_that_are_counted_through_count_as_mixing() -> None:
+    """The second row gives the same behind any row of that length, and something else alone."""
+    model = build("Llama", GROUPED)
+    mlp = model.get_submodule("model.layers.1.mlp")
+    mlp.register_forward_hook(lambda _, __, output: output + 0.1 * torch.arange(output.shape[1])[:, None])
+    assert not lay_end_to_end(model, torch.device("cpu"), "auto")
+
+
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """37 rows by 31 words go in chunks of 20 and of 17, which is no rounded number, by 12 or 13 words, a last 7 or 5,
     and a few rows of these at a time."""

@@ -746,7 +746,9 @@ def checkpoint_weights(run: Run, step: int) -> dict[str, torch.Tensor]:
     return {name.replace(".default.", "."): tensor for name, tensor in stored.items()}
 
 
-def test_the_best_steps_weights_are_taken_when_asked(worsening: dict[str, Any], train: Callable[..., Run]) -> None:
+def test_the_best_steps_weights_are_taken_when_asked(
+    worsening: dict[str, Any], train: Callable[..., Run], lora: Any
+) -> None:
     last = train(worsening)
     best = train(changed(worsening, load_best_model_at_end=True, save_total_limit=1))
     scores = best.column("loss", "validation")
@@ -756,6 +758,8 @@ def test_the_best_steps_weights_are_taken_when_asked(worsening: dict[str, Any], 
     assert best.checkpoints == [at, 12], "the newest and the best"
     assert best.tensors.keys() == checkpoint_weights(best, at).keys()
     assert all(torch.equal(best.tensors[name], weight) for name, weight in checkpoint_weights(best, at).items())
+    told = done(lora("train", best.folder / "recipe.yaml", "--resume")).stdout
+    assert f"the adapter has the weights of step {at}, the best\n" in told
     assert all(torch.equal(last.tensors[name], weight) for name, weight in checkpoint_weights(best, 12).items())
     result, other = best.info["result"], last.info["result"]
     assert (result["adapter_step"], result["validation"]["loss"]) == (at, scores[at])

@@ -82,6 +82,10 @@ def test_several_shards_in_and_out(
     for file in (tmp_path / "out").glob("*.safetensors"):
         sizes = [tensor.nbytes for tensor in load_file(file).values()]
         assert 0 < sum(sizes) <= 20_000 or len(sizes) == 1
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    stored = [load_file(file) for file in (tmp_path / "out").glob("*.safetensors")]
+    total = sum(tensor.nbytes for shard in stored for tensor in shard.values())
+    assert index["metadata"]["total_size"] == total
     same_as_transformers(base, tmp_path / "out", method, double_quant, tmp_path / "plain")
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
