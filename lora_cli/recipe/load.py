@@ -33,7 +33,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         root = _merge(root, _override(override, faults))
     try:
-        recipe = Recipe.model_validate(_plain_recipe(root))
+        recipe = Recipe.model_validate(_plain(_without_headers(root)))
     except ValidationError as error:
         tell_errors(error, root, faults, complete)
         raise faults.error() from None
@@ -169,8 +169,8 @@ def _override(text: str, faults: Faults) -> Node:
 
 
 def _without_headers(layer: Node) -> Node:
-    """The recipe without sections that have nothing under them, so that they are their base's; where null says
-    something, that there is no such section, it stays."""
+    """The recipe without sections that have nothing under them, which count as left out: they are its base's, if there
+    is one. Where null says something, that there is no such section, it stays."""
     assert isinstance(layer.value, dict)
     fields = Recipe.model_fields
     kept = {
@@ -194,15 +194,6 @@ def _merge(under: Node, over: Node) -> Node:
         merged[name] = node if clears or name not in merged else _merge(merged[name], node)
     # What a section lacks is missing in the file, not in an override of another of its keys.
     return replace(over if over.place.line else under, value=merged)
-
-
-def _plain_recipe(root: Node) -> object:
-    """The tree as plain values; a section that is null counts as left out."""
-    assert isinstance(root.value, dict)
-    kept = {
-        name: node for name, node in root.value.items() if node.value is not None or name not in Recipe.model_fields
-    }
-    return _plain(replace(root, value=kept))
 
 
 def _plain(node: Node) -> object:
