@@ -286,35 +286,24 @@ class Training(Section):
         return self.per_device_train_batch_size
 
     @model_validator(mode="after")
-    def _one_way_to_say_warmup(self) -> Training:
+    def _keys_agree(self) -> Training:
         # A resolved recipe names every key, so a ratio at its default says nothing.
         default = type(self).model_fields["warmup_ratio"].default
         if self.warmup_steps is not None and self.warmup_ratio not in (0, default):
             raise ValueError(f"training.warmup_steps: warmup_ratio is given too ({self.warmup_ratio}); keep one")
         if self.warmup_steps and self.max_steps == 1:
             raise ValueError("training.warmup_steps: with max_steps: 1 the learning rate would be 0; set it to 0")
-        return self
-
-    @model_validator(mode="after")
-    def _the_rate_can_fall(self) -> Training:
         if self.lr_scheduler_type == "polynomial" and self.learning_rate <= 1e-7:
             raise ValueError("training.lr_scheduler_type: polynomial falls to 1e-7, so learning_rate must be above it")
-        return self
-
-    @model_validator(mode="after")
-    def _streaming_agrees(self) -> Training:
-        if self.stream_base is True and (self.fsdp or self.deepspeed is not None):
+        is_sharded = self.fsdp or self.deepspeed is not None
+        if self.stream_base is True and is_sharded:
             raise ValueError("training.stream_base: goes with one process, not with fsdp or deepspeed")
         if self.stream_base is True and self.gradient_checkpointing is False:
             raise ValueError("training.stream_base: needs gradient_checkpointing, which is false; leave it at auto")
-        return self
-
-    @model_validator(mode="after")
-    def _sharding_and_optimizer_agree(self) -> Training:
-        way = "fsdp" if self.fsdp else "deepspeed"
         if self.fsdp and self.deepspeed is not None:
             raise ValueError("training.deepspeed: shards what training.fsdp shards; keep one")
-        if (self.fsdp or self.deepspeed is not None) and self.optim.endswith("8bit"):
+        if is_sharded and self.optim.endswith("8bit"):
+            way = "fsdp" if self.fsdp else "deepspeed"
             raise ValueError(f"training.optim: {self.optim} cannot be sharded; with training.{way} use adamw_torch")
         if self.deepspeed is not None and self.on_nonfinite == "skip":
             raise ValueError("training.on_nonfinite: skip does not go with training.deepspeed, which takes every step")
@@ -331,27 +320,16 @@ class Recipe(Section):
     training: Training
 
     @model_validator(mode="after")
-    def _a_layer_that_streams_is_plain(self) -> Recipe:
+    def _sections_agree(self) -> Recipe:
+        is_int8 = self.quantization is not None and self.quantization.method == "int8"
         if self.training.stream_base is True and self.adapter.use_dora:
             raise ValueError("training.stream_base: does not go with adapter.use_dora, which reads every weight's norm")
-        if self.training.stream_base is True and self.quantization is not None and self.quantization.method == "int8":
+        if self.training.stream_base is True and is_int8:
             raise ValueError("training.stream_base: does not go with quantization.method int8, only with nf4 and fp4")
-        return self
-
-    @model_validator(mode="after")
-    def _what_is_sharded_has_4_bits(self) -> Recipe:
-        if self.training.fsdp and self.quantization is not None and self.quantization.method == "int8":
+        if self.training.fsdp and is_int8:
             raise ValueError("training.fsdp: does not go with quantization.method int8, only with nf4 and fp4")
-        return self
-
-    @model_validator(mode="after")
-    def _what_is_compiled_is_fused(self) -> Recipe:
         if self.training.torch_compile is True and not self.adapter.fused:
             raise ValueError("training.torch_compile: compiles what adapter.fused computes, and that is false")
-        return self
-
-    @model_validator(mode="after")
-    def _a_best_needs_validation(self) -> Recipe:
         for key in ("early_stopping_patience", "load_best_model_at_end"):
             if getattr(self.training, key) and self.data.validation is None:
                 raise ValueError(f"training.{key}: needs data.validation, which is null")
