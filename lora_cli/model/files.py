@@ -103,14 +103,20 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """A model's config.json, or another of its files, which is there. Raises UserError when it is damaged, RunError
     when it cannot be read, which may pass."""
     path = folder / name
-    try:
-        with reading(path):
-            config: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not readable: {error}", str(path), mend(path)) from error
+    config = read_json(path)
     if not isinstance(config, dict):
         raise UserError("not a model configuration", str(path), "it must be one JSON object")
     return config
+
+
+def read_json(path: Path, hint: str | None = None) -> Any:
+    """What a JSON file holds. Raises UserError, with the ``hint`` if there is one, when it is damaged, RunError when it
+    cannot be read, which may pass."""
+    try:
+        with reading(path):
+            return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not readable: {error}", str(path), hint or mend(path)) from error
 
 
 def check_model_type(folder: Path) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import Fault, UserError, mend, reading
-from lora_cli.model.files import nearest_folder
+from lora_cli.errors import Fault, UserError
+from lora_cli.model.files import nearest_folder, read_json
 from lora_cli.weights.shards import pickled
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -44,11 +43,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         hint = "give a run or an adapter folder" if folder.exists() else nearest_folder(folder)
         raise UserError("no adapter here (no adapter_config.json)", str(folder), hint)
-    try:
-        with reading(path):
-            config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not readable: {error}", str(path), mend(path)) from error
+    config = read_json(path)
     if not isinstance(config, dict) or "peft_type" not in config:
         raise UserError("not an adapter's configuration (no peft_type)", str(path))
     if not (folder / ADAPTER_WEIGHTS).is_file():

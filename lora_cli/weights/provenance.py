@@ -14,8 +14,8 @@ from typing import Any, TypeGuard
 from pydantic import ValidationError
 
 from lora_cli import __version__
-from lora_cli.errors import Fault, UserError, reading
-from lora_cli.model.files import locate
+from lora_cli.errors import Fault, UserError
+from lora_cli.model.files import locate, read_json
 from lora_cli.recipe.explain import dotted_keys
 from lora_cli.recipe.schema import Recipe
 from lora_cli.weights.adapter_config import ADAPTER_CONFIG, read_adapter_config
@@ -125,11 +125,7 @@ def check_base(folder: Path, base: Path) -> None:
 def read_record(folder: Path) -> dict[str, Any]:
     """provenance.json of an adapter or of a model made from one; empty when there is none. Raises UserError."""
     path = folder / PROVENANCE
-    try:
-        with reading(path):
-            record: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not readable: {error}", str(path), WITHOUT) from error
+    record = read_json(path, WITHOUT) if path.is_file() else {}
     if not _is_record(record):
         raise UserError("not an adapter's record", str(path), WITHOUT)
     return record
@@ -157,7 +153,7 @@ def recipe_of(folder: Path) -> Recipe | None:
     if "recipe" not in record:
         return None
     try:
-        return Recipe.model_validate(_tuples(_known(record["recipe"])))
+        return Recipe.model_validate_json(json.dumps(_known(record["recipe"])))  # whose lists are the schema's tuples
     except ValidationError as error:
         where, by = str(folder / PROVENANCE), record.get("versions", {}).get("lora", "unknown")
         wrong = ((".".join(map(str, each["loc"])), each["msg"].lower()) for each in error.errors())
@@ -177,10 +173,3 @@ def _known(recipe: Any) -> Any:
         for section, values in recipe.items()
         if section in Recipe.model_fields
     }
-
-
-def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that the strict schema takes."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
