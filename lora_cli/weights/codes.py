@@ -107,8 +107,11 @@ def _joined(norms: Iterable[tuple[float, float]]) -> tuple[float, float]:
     return math.hypot(*errors), math.hypot(*sizes)
 
 
-def roundtrip(weight: torch.Tensor, quantization: Quantization) -> torch.Tensor:
-    """Quantized and expanded again, as bitsandbytes does it in a layer."""
+def roundtrip(weight: torch.Tensor, quantization: Quantization, turned: bool = False) -> torch.Tensor:
+    """Quantized and expanded again, as bitsandbytes does it in a layer; ``turned``: the weight lies as (in, out)."""
+    if turned:
+        return roundtrip(weight.T, quantization).T
+    weight = weight.contiguous()
     if quantization.method == "int8":
         codes, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
         return cast("torch.Tensor", functional.int8_vectorwise_dequant(codes, scales))

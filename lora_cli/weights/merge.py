@@ -81,9 +81,7 @@ class Sums:
         if name in self.expanded and self.quantization is not None:
             from lora_cli.weights.codes import roundtrip
 
-            turned = self.expanded[name]
-            weight = roundtrip((weight.T if turned else weight).to(self.seen).contiguous(), self.quantization)
-            weight = weight.T if turned else weight
+            weight = roundtrip(weight.to(self.seen), self.quantization, self.expanded[name])
         try:
             result = summed(self.changes, name, weight, dtype)
         except UserError:

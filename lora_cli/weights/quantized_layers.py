@@ -97,6 +97,4 @@ def expand_quantized(model: PreTrainedModel, quantization: Quantization, dtype: 
     """
     for name, turned in quantized_layers(skeleton(model.config), quantization).items():
         parameter = model.get_parameter(f"{name}.weight")
-        weight = (parameter.data.T if turned else parameter.data).to(dtype).contiguous()
-        expanded = roundtrip(weight, quantization)
-        parameter.data = (expanded.T if turned else expanded).to(parameter.dtype).contiguous()
+        parameter.data = roundtrip(parameter.data.to(dtype), quantization, turned).to(parameter.dtype).contiguous()
