@@ -65,9 +65,8 @@ def command(
     max_shard = bytes_of(max_shard_size)
     check_out(out)
     folder, origin = _find(target)
-    for place in (folder, *([origin.folder] if origin else [])):
-        check_out(out, place)
     adapter = origin.folder if origin else None
+    check_out(out, folder, *([adapter] if adapter else []))
     rows = recipe = None
     if data is not None:
         recipe = origin.recipe if origin else recipe_of(folder)

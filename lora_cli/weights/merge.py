@@ -18,7 +18,7 @@ import torch
 from lora_cli.errors import UserError
 from lora_cli.model.files import check_tokenizer, copy_tokenizer, read_config, tokenizer_folder
 from lora_cli.recipe.schema import Quantization
-from lora_cli.weights.folders import check_out, copy_if_there, whole_folder
+from lora_cli.weights.folders import copy_if_there, whole_folder
 from lora_cli.weights.provenance import PROVENANCE, AdapterOrigin
 from lora_cli.weights.shards import (
     GENERATION,
@@ -111,7 +111,6 @@ def merge(
     Raises UserError when ``out`` will not do, the adapters are of different bases, or a sum is no number; ``trace`` has
     checked each adapter against its base.
     """
-    check_out(out)
     origin = origins[0]
     headers = read_headers(weight_files(origin.base))
     stored = dtype or stored_dtype(headers)

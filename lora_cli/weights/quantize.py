@@ -23,11 +23,11 @@ from lora_cli.model.base import (
     save_tokenizer,
     skeleton,
 )
-from lora_cli.model.files import check_quantizable, tokenizer_folder
+from lora_cli.model.files import tokenizer_folder
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.check_model import check_weights
 from lora_cli.weights.codes import PARTS, encode
-from lora_cli.weights.folders import check_out, copy_if_there, whole_folder
+from lora_cli.weights.folders import copy_if_there, whole_folder
 from lora_cli.weights.provenance import PROVENANCE
 from lora_cli.weights.quantize_in_memory import quantize_in_memory
 from lora_cli.weights.quantized_layers import LayerError, check_layers, layer_error, replace_layers
@@ -70,12 +70,10 @@ def quantize(
 
     ``check`` is given the whole folder before it stands at ``out``, which it does not when that raises.
 
-    Raises UserError when it is quantized already, its weights are damaged or no numbers, its layers could not be loaded
-    again, it has no tokenizer, a name in ``skip`` is no layer's, or ``out`` will not do.
+    Raises UserError when its weights are damaged or no numbers, its layers could not be loaded again, it has no
+    tokenizer, a name in ``skip`` is no layer's, or ``out`` will not do; that it is not quantized has been checked.
     """
     folder, adapter = source.folder, source.adapter
-    check_out(out)
-    check_quantizable(folder)
     bare = skeleton(load_config(folder))
     check_weights(folder, bare)
     check_layers(folder, quantization, skip)

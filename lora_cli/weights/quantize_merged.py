@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lora_cli.recipe.schema import Quantization
-from lora_cli.weights.folders import check_out, draft_folder
+from lora_cli.weights.folders import draft_folder
 from lora_cli.weights.merge import common_quantization, find_sums, merge, seen_dtype
 from lora_cli.weights.provenance import AdapterOrigin
 from lora_cli.weights.quantize import Quantized, is_streamed, quantize
@@ -29,7 +29,6 @@ def quantize_merged(
     Only where one of the two needs a model in memory, a merged model lies beside ``out`` meanwhile; ``tell`` is told
     beforehand when it is the merge. Raises UserError as both do.
     """
-    check_out(out)
     headers = read_headers(weight_files(origin.base))
     sums = find_sums([origin], headers, common_quantization([origin]), seen_dtype(origin, headers), None)
     if sums is None or not is_streamed(origin.base):
