@@ -68,19 +68,16 @@ def resize(adapter: LoraAdapter, rank: int | None, energy: float | None, out: Pa
     ranks = {layer.name: layer.after for layer in layers}
     scalings = {layer: product.scaling for layer, product in adapter.products.items()}
     keys = rank_keys(ranks, scalings, bool(adapter.config.get("use_rslora")))
-    kept_record = {key: value for key, value in read_record(adapter.folder).items() if _is_kept(key, layers)}
+    record = read_record(adapter.folder)
+    if any(layer.after < layer.before for layer in layers):
+        record.pop("result", None)  # scores hold where nothing was cut
     with whole_folder(out) as draft:
         write_tensors(draft, factors, embeddings, others)
         write_config(draft, {**adapter.config, **keys})
         by = {"by": "resize", "rank": rank, "energy": energy}
-        write_record(draft, out, adapter.base, by, [source_record(adapter)], kept_record)
+        write_record(draft, out, adapter.base, by, [source_record(adapter)], record)
         copy_tokenizer(adapter.folder, draft)
     return Resized(out, tuple(layers), (out / ADAPTER_WEIGHTS).stat().st_size)
-
-
-def _is_kept(key: str, layers: list[ResizedLayer]) -> bool:
-    """Whether a key of an adapter's record holds for what was made of it: scores do where nothing was cut."""
-    return key != "result" or all(layer.after >= layer.before for layer in layers)
 
 
 def _check_width(adapter: LoraAdapter, rank: int) -> None:
