@@ -106,7 +106,10 @@ def _closing(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
 def encode_chunk(tokenizer: PreTrainedTokenizerBase, supervise_all: bool, chunk: Chunk) -> Tokenized:
     """The chunk's rows as ids and masks. Raises UserError for a conversation that the template refuses."""
     is_chat = chunk.format == "chat"
-    batch = [_segments(tokenizer, content, chunk, where) for content, where, _ in chunk.rows]
+    batch = [
+        conversation_segments(tokenizer, said, chunk.closing, where) if isinstance(said, Conversation) else said
+        for said, where, _ in chunk.rows
+    ]
     if supervise_all:
         batch = [tuple((text, True) for text, _ in segments) for segments in batch]
     # A chat template writes its own special tokens; asked again, the tokenizer would add a second BOS.
@@ -132,12 +135,6 @@ def encode_chunk(tokenizer: PreTrainedTokenizerBase, supervise_all: bool, chunk:
         pieces.append((ids, mask, source))
     parts = 1 + max(source for _, _, source in pieces)
     return Tokenized(join_pieces(pieces, (chunk.format,) * parts), removed)
-
-
-def _segments(tokenizer: PreTrainedTokenizerBase, content: Content, chunk: Chunk, where: str) -> tuple[Segment, ...]:
-    if isinstance(content, Conversation):
-        return conversation_segments(tokenizer, content, chunk.closing, where)
-    return content
 
 
 def _doubles_bos(bos: int | None, ids: Tokens, offsets: Ints) -> bool:
