@@ -96,13 +96,13 @@ def verify(origins: Sequence[AdapterOrigin], draft: Path, out: Path, into: str |
         expected = _expected(origins, None, stored, sample)
         in_training = unmerged = expected.unmerged
     else:
-        in_training = unmerged = logits_of(_unmerged(origins, quantization), sample.ids)
+        in_training = unmerged = logits_of(_adapted(_base(origins, quantization, None), origins), sample.ids)
         for name, expanded in (("expanded", quantization), ("original", None)):
             if name == (into or "expanded"):
                 expected = _expected(origins, expanded, stored, sample)
                 candidates[name] = unmerged = expected.unmerged
             else:
-                candidates[name] = logits_of(_unmerged(origins, None, expanded), sample.ids)
+                candidates[name] = logits_of(_adapted(_base(origins, None, expanded), origins), sample.ids)
     if into == "quantized":
         candidates["quantized"] = merged
     moved, rounding = (None, None) if expected is None else _check_explained(merged, expected, sample, stored, out)
@@ -204,13 +204,6 @@ def _load(folder: Path, quantization: Quantization | None, quantized_from: torch
     return model
 
 
-def _unmerged(
-    origins: Sequence[AdapterOrigin], quantization: Quantization | None, expanded: Quantization | None = None
-) -> Any:
-    """The base, quantized or what its quantized weights stand for, with the adapters on it."""
-    return _adapted(_base(origins, quantization, expanded), origins)
-
-
 def _adapted(base: Any, origins: Sequence[AdapterOrigin]) -> Any:
     from lora_cli.model.adapters import load_adapters
 
@@ -218,6 +211,7 @@ def _adapted(base: Any, origins: Sequence[AdapterOrigin]) -> Any:
 
 
 def _base(origins: Sequence[AdapterOrigin], quantization: Quantization | None, expanded: Quantization | None) -> Any:
+    """The base, quantized, or what its weights quantized so stand for, or as it is."""
     from lora_cli.weights.merge import seen_dtype
     from lora_cli.weights.quantized_layers import expand_quantized
     from lora_cli.weights.shards import read_headers, weight_files
