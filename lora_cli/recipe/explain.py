@@ -143,14 +143,10 @@ def _schema() -> JsonSchema:
     return Recipe.model_json_schema()
 
 
-def _resolve(node: JsonSchema) -> JsonSchema:
-    reference = node.get("$ref")
-    return _schema()["$defs"][reference.rpartition("/")[2]] if reference else node
-
-
 def options(node: JsonSchema) -> list[JsonSchema]:
     """The kinds of value that ``node`` takes, one or several."""
-    return [_resolve(option) for option in node.get("anyOf", [node])]
+    kinds = node.get("anyOf", [node])
+    return [_schema()["$defs"][kind["$ref"].rpartition("/")[2]] if "$ref" in kind else kind for kind in kinds]
 
 
 def _step(node: JsonSchema, step: str | int) -> JsonSchema:
