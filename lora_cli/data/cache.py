@@ -16,12 +16,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import tokenizers
 import transformers
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedTokenizerBase
 
 from lora_cli import __version__
 from lora_cli.data.examples import CHUNK, Store, end_to_end
@@ -30,9 +31,6 @@ from lora_cli.data.tokenize import Tokenized, check_usable, tokenize_rows
 from lora_cli.disk import make_folder, sync
 from lora_cli.errors import RunError, UserError, unwritable
 from lora_cli.recipe.schema import Data, Source
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 ARRAYS: dict[str, type[np.generic]] = {
     "offsets": np.int64,

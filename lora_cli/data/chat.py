@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
+from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.bounds import BYTES, SECONDS, bounded
 from lora_cli.data.formats import Segment
 from lora_cli.data.turns import Conversation, Message
 from lora_cli.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 PROBE = "lora-probe-7f3a"
 PROBES = Conversation((Message("user", PROBE), Message("assistant", PROBE)))

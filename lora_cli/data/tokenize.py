@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.chat import conversation_segments, end_of_turn
 from lora_cli.data.examples import Examples, Ints, Mask, Piece, Tokens, join_pieces
@@ -20,9 +20,6 @@ from lora_cli.data.sources import Row, whole_rows
 from lora_cli.data.turns import Conversation
 from lora_cli.errors import UserError
 from lora_cli.recipe.schema import Data, Source
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 ROWS_AT_ONCE = 250
 

@@ -10,19 +10,17 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import ParamWrapper
+from transformers import PreTrainedModel
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from lora_cli.weights.products import Factors, Place, scaling_of
 from lora_cli.weights.shards import TensorInfo, read_tensor
 from lora_cli.weights.stored_names import converters_of, sources_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 KEPT = 4
 """Parts of an adapter that are held: those of a layer, which a hundred stored tensors need one after another."""

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.errors import Fault, UserError, alike
@@ -25,9 +25,6 @@ from lora_cli.weights.shards import SINGLE, TensorInfo, is_finite, read_headers,
 from lora_cli.weights.spectrum import spectrum_of_matrix
 from lora_cli.weights.stream import shard_writer
 from lora_cli.weights.updates import stored_name
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
+from transformers import PreTrainedModel
 
 from lora_cli.errors import Fault, UserError, alike
 from lora_cli.model.adapters import resize_words
@@ -18,9 +18,6 @@ from lora_cli.weights.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEF
 from lora_cli.weights.experts import joins_experts
 from lora_cli.weights.shards import read_headers, weight_files
 from lora_cli.weights.stored_names import converters_of, sources_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
+from transformers import PreTrainedModel
 
 from lora_cli.errors import Fault, UserError, alike
 from lora_cli.model.adapters import load_adapter
@@ -22,10 +22,6 @@ from lora_cli.weights.check_adapter import MISFIT
 from lora_cli.weights.provenance import AdapterOrigin
 from lora_cli.weights.quantized_layers import expand_quantized
 from lora_cli.weights.shards import TensorInfo, check_finite, read_headers, stored_dtype
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 UNMERGED = {"POLY", "XLORA"}
 """Kinds that PEFT lets no one merge: what they add depends on the row."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from lora_cli.model.base import (
@@ -35,9 +35,6 @@ from lora_cli.weights.shards import GENERATION, MAX_SHARD, TORCH_NAMES, check_fi
 from lora_cli.weights.stored_model import StoredModel
 from lora_cli.weights.stored_names import model_names
 from lora_cli.weights.stream import shard_writer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 FLOATS = ("F64", "F32", "BF16", "F16")
 

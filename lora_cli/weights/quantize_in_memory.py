@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.model.base import best_device, load_base
@@ -18,9 +19,6 @@ from lora_cli.weights.quantized_layers import LayerError, layer_error
 from lora_cli.weights.shards import check_finite, is_finite
 from lora_cli.weights.stored_model import StoredModel
 from lora_cli.weights.stored_names import sources_of
-
-if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 Sources = Mapping[str, Mapping[str, str | None]]
 """The stored tensors that each of a model's is made of, as ``sources_of`` finds them."""

@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -22,9 +22,6 @@ from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.codes import roundtrip
 from lora_cli.weights.shards import TensorInfo, read_headers, weight_files
 from lora_cli.weights.stored_names import unstorable
-
-if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
