@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -108,57 +108,23 @@ def conversation_segments(
     if talk.tools and full == _attempt(tokenizer, replace(talk, tools=())):
         hint = "leave the column out of the rows, or take a model whose template writes tools"
         raise UserError("the chat template leaves out the row's tools", where, hint)
+    written = _Written(tokenizer, talk, full, endings(tokenizer, closing))
     segments: list[Segment] = []
     at = 0
     for index, turn in enumerate(talk.turns):
-        if turn.role == "tool" and not _answers(tokenizer, full, talk, index, at):
+        if turn.role == "tool" and not written.answers(index, at):
             what = f"the chat template leaves out turn {index} (tool), or puts it elsewhere"
             raise UserError(what, where, "give its text the role that this model's template gives to what tools answer")
         if turn.role != "assistant":
             continue
-        start = _start(tokenizer, full, talk, index, at)
-        end = _end(tokenizer, full, talk, index, start, closing)
+        start = written.start(index, at)
+        end = written.end(index, start)
         if end is None:
             what = f"the chat template leaves out or rewrites turn {index} (assistant)"
             raise UserError(what, where, CALLS_AS_TEXT if turn.called else None)
         segments += [(full[at:start], False), (full[start:end], turn.learned)]
         at = end
     return (*segments, (full[at:], False))
-
-
-def _answers(tokenizer: PreTrainedTokenizerBase, full: str, talk: Conversation, index: int, at: int) -> bool:
-    """Whether a tool's turn stands in the rendered conversation, and not before ``at``: some templates put it into the
-    turn that calls the tool."""
-    around = _around(tokenizer, talk, index, replace(talk.turns[index], content=PROBE))
-    return around is not None and len(around[0]) >= at and full.startswith(around[0])
-
-
-def _start(tokenizer: PreTrainedTokenizerBase, full: str, talk: Conversation, index: int, at: int) -> int:
-    """Where an assistant's turn begins in the rendered conversation, not before ``at``; -1 when it is not found.
-
-    That is where the conversation before it ends, rendered with the generation prompt: exactly what the model is given
-    when it is to answer. Where the conversation is written otherwise (a prompt may end in reasoning that it closes at
-    once, system words may move on to a later turn), the turn begins with its words.
-    """
-    given = _attempt(tokenizer, talk.before(index), add_generation_prompt=True)
-    if given and len(given) >= at and full.startswith(given):
-        return len(given)
-    around = _around(tokenizer, talk, index)
-    if around is None:
-        return -1
-    head, tail = around
-    if len(head) >= at and full.startswith(head):
-        return len(head)
-    words, said = talk.turns[index].content.strip(), full.removesuffix(tail).rstrip()
-    return len(said) - len(words) if words and full.endswith(tail) and said[at:].endswith(words) else -1
-
-
-def _around(
-    tokenizer: PreTrainedTokenizerBase, talk: Conversation, index: int, probe: Message = PROBES.turns[1]
-) -> tuple[str, str] | None:
-    """What stands before and after a turn's words when ``probe`` is in its place; None when that cannot be told."""
-    head, found, tail = _attempt(tokenizer, talk.with_turn(index, probe)).partition(PROBE)
-    return (head, tail) if found else None
 
 
 def _attempt(tokenizer: PreTrainedTokenizerBase, talk: Conversation, add_generation_prompt: bool = False) -> str:
@@ -169,65 +135,97 @@ def _attempt(tokenizer: PreTrainedTokenizerBase, talk: Conversation, add_generat
         return ""
 
 
-def _end(
-    tokenizer: PreTrainedTokenizerBase, full: str, talk: Conversation, index: int, start: int, closing: str
-) -> int | None:
-    """Where the turn that begins at ``start`` ends, its ``closing`` included; None when its words are not there."""
-    if start < 0:
-        return None
-    closings = endings(tokenizer, closing)
-    turn = talk.turns[index]
-    words, said = turn.content.strip(), full[start:]
-    if words and not turn.called and said.lstrip().startswith(words):
-        end = start + len(said) - len(said.lstrip()) + len(words)
-        if closed := _closed(full[end:], closings):
-            return end + closed
-    # Reasoning may stand before the words, or the template closes this turn otherwise than the last.
-    around = _around(tokenizer, talk, index)
-    if around and full.endswith(around[1]) and len(full) - len(around[1]) >= start:
-        end = len(full) - len(around[1])
-        closed = _closed(around[1], closings)
-    elif turn.called:
-        return None  # the first ending after it may be another turn's
-    else:
-        end = full.find(closings[-1], start) if closings else -1  # the shortest, with which the other begins
-        if end < 0:
+@dataclass(frozen=True)
+class _Written:
+    """A conversation and its text in ``full``, where turns are looked for; ``closings`` are how a turn may end."""
+
+    tokenizer: PreTrainedTokenizerBase
+    talk: Conversation
+    full: str
+    closings: tuple[str, ...]
+
+    def answers(self, index: int, at: int) -> bool:
+        """Whether a tool's turn stands in the text, and not before ``at``: some templates put it into the turn that
+        calls the tool."""
+        around = self._around(index, replace(self.talk.turns[index], content=PROBE))
+        return around is not None and len(around[0]) >= at and self.full.startswith(around[0])
+
+    def start(self, index: int, at: int) -> int:
+        """Where an assistant's turn begins in the text, not before ``at``; -1 when it is not found.
+
+        That is where the conversation before it ends, rendered with the generation prompt: exactly what the model is
+        given when it is to answer. Where the conversation is written otherwise (a prompt may end in reasoning that it
+        closes at once, system words may move on to a later turn), the turn begins with its words.
+        """
+        given = _attempt(self.tokenizer, self.talk.before(index), add_generation_prompt=True)
+        if given and len(given) >= at and self.full.startswith(given):
+            return len(given)
+        around = self._around(index)
+        if around is None:
+            return -1
+        head, tail = around
+        if len(head) >= at and self.full.startswith(head):
+            return len(head)
+        words, said = self.talk.turns[index].content.strip(), self.full.removesuffix(tail).rstrip()
+        return len(said) - len(words) if words and self.full.endswith(tail) and said[at:].endswith(words) else -1
+
+    def end(self, index: int, start: int) -> int | None:
+        """Where the turn that begins at ``start`` ends, its closing included; None when its words are not there."""
+        if start < 0:
             return None
-        closed = _closed(full[end:], closings)
-    spoken = _before_calls(tokenizer, full, talk, index, start, end)
-    if spoken is None:
-        return None
-    # Words may be spaced anew, reasoning put in or left out: the one must still end as the other does.
-    written, meant = ("".join(text.split()) for text in (spoken, words))
-    return end + closed if written.endswith(meant) or (bool(written) and meant.endswith(written)) else None
-
-
-def _before_calls(
-    tokenizer: PreTrainedTokenizerBase, full: str, talk: Conversation, index: int, start: int, end: int
-) -> str | None:
-    """What a turn says from ``start`` to its calls, or to ``end`` when it has none; None when the names of the tools it
-    calls do not stand behind it."""
-    turn = talk.turns[index]
-    if not turn.called:
-        return full[start:end]
-    begin = start
-    if turn.content.strip():
-        around = _around(tokenizer, talk, index, replace(turn, content=PROBE))
-        if around is None or not full.endswith(around[1]):
+        full, turn = self.full, self.talk.turns[index]
+        words, said = turn.content.strip(), full[start:]
+        if words and not turn.called and said.lstrip().startswith(words):
+            end = start + len(said) - len(said.lstrip()) + len(words)
+            if closed := self._closed(full[end:]):
+                return end + closed
+        # Reasoning may stand before the words, or the template closes this turn otherwise than the last.
+        around = self._around(index)
+        if around and full.endswith(around[1]) and len(full) - len(around[1]) >= start:
+            end = len(full) - len(around[1])
+            closed = self._closed(around[1])
+        elif turn.called:
+            return None  # the first ending after it may be another turn's
+        else:
+            end = full.find(self.closings[-1], start) if self.closings else -1  # the shortest: the other begins with it
+            if end < 0:
+                return None
+            closed = self._closed(full[end:])
+        spoken = self._before_calls(index, start, end)
+        if spoken is None:
             return None
-        begin = len(full) - len(around[1])
-    behind = full[begin:end]
-    for name in turn.called:
-        _, found, behind = behind.partition(name)
-        if not found:
-            return None
-    return full[start:begin]
+        # Words may be spaced anew, reasoning put in or left out: the one must still end as the other does.
+        written, meant = ("".join(text.split()) for text in (spoken, words))
+        return end + closed if written.endswith(meant) or (bool(written) and meant.endswith(written)) else None
 
+    def _around(self, index: int, probe: Message = PROBES.turns[1]) -> tuple[str, str] | None:
+        """What stands before and after a turn's words when ``probe`` is in its place; None when that cannot be told."""
+        head, found, tail = _attempt(self.tokenizer, self.talk.with_turn(index, probe)).partition(PROBE)
+        return (head, tail) if found else None
 
-def _closed(tail: str, closings: tuple[str, ...]) -> int:
-    """How many characters of ``tail``, which follows a turn's words, end the turn; 0 when it is closed otherwise."""
-    for closing in closings:
-        before, found, _ = tail.partition(closing)
-        if found and not before.strip():
-            return len(before) + len(closing)
-    return 0
+    def _before_calls(self, index: int, start: int, end: int) -> str | None:
+        """What a turn says from ``start`` to its calls, or to ``end`` when it has none; None when the names of the
+        tools it calls do not stand behind it."""
+        turn = self.talk.turns[index]
+        if not turn.called:
+            return self.full[start:end]
+        begin = start
+        if turn.content.strip():
+            around = self._around(index, replace(turn, content=PROBE))
+            if around is None or not self.full.endswith(around[1]):
+                return None
+            begin = len(self.full) - len(around[1])
+        behind = self.full[begin:end]
+        for name in turn.called:
+            _, found, behind = behind.partition(name)
+            if not found:
+                return None
+        return self.full[start:begin]
+
+    def _closed(self, tail: str) -> int:
+        """How many characters of ``tail``, which follows a turn's words, end it; 0 when it is closed otherwise."""
+        for closing in self.closings:
+            before, found, _ = tail.partition(closing)
+            if found and not before.strip():
+                return len(before) + len(closing)
+        return 0
