@@ -112,10 +112,8 @@ def _unexpected(config: Mapping[str, Any], folder: Path, halves: Halves) -> Iter
         for name in sorted(set(halves) - kept):
             yield Fault(f"tensor {name}.lora_magnitude_vector is missing (use_dora)", place)
     if not any(config.get(key) not in (None, [], "none") for key in OTHER_TENSORS):
-        for name in stored:
-            if (
-                ".lora_" not in name and owner(name.replace(".base_layer.", ".")) not in EMBEDDINGS
-            ):  # kept by PEFT when words were added
+        for name in stored:  # PEFT keeps an embedding and a head when words were added
+            if ".lora_" not in name and owner(name.replace(".base_layer.", ".")) not in EMBEDDINGS:
                 yield Fault(f"tensor {name} is none of a LoRA adapter's", place)
 
 

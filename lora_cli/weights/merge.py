@@ -154,16 +154,16 @@ def find_sums(
     changes = find_changes([origin.folder for origin in origins], base, headers)
     if changes is None:
         return None
-    if quantization is None:
-        return Sums({**headers, **changes.untied}, changes, None, {}, seen, dtype)
-    from lora_cli.model.base import load_config, skeleton
-    from lora_cli.weights.quantized_layers import quantized_layers
+    expanded: dict[str, bool] = {}
+    if quantization is not None:
+        from lora_cli.model.base import load_config, skeleton
+        from lora_cli.weights.quantized_layers import quantized_layers
 
-    layers = quantized_layers(skeleton(load_config(base)), quantization)
-    found = {stored_name(f"{layer}.weight", headers): turned for layer, turned in layers.items()}
-    expanded = {name: turned for name, turned in found.items() if name is not None}
-    if len(expanded) < len(layers):
-        return None
+        for layer, turned in quantized_layers(skeleton(load_config(base)), quantization).items():
+            name = stored_name(f"{layer}.weight", headers)
+            if name is None:
+                return None
+            expanded[name] = turned
     return Sums({**headers, **changes.untied}, changes, quantization, expanded, seen, dtype)
 
 

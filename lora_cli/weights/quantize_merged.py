@@ -38,13 +38,6 @@ def quantize_merged(
             merged = place / "merged"
             merge([origin], merged, tell=tell)
             return quantize(stored_model(merged), out, quantization, skip, max_shard, check)
-    read, changes = sums.read, sums.changes
-    source = StoredModel(
-        origin.base,
-        sums.headers,
-        lambda name: read(name).tensor,
-        origin.folder,
-        changes.words,
-        untied=bool(changes.untied),
-    )
+    read, words, untied = sums.read, sums.changes.words, bool(sums.changes.untied)
+    source = StoredModel(origin.base, sums.headers, lambda name: read(name).tensor, origin.folder, words, untied)
     return quantize(source, out, quantization, skip, max_shard, check)
