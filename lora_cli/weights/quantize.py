@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -31,7 +30,7 @@ from lora_cli.weights.folders import copy_if_there, whole_folder
 from lora_cli.weights.provenance import PROVENANCE
 from lora_cli.weights.quantize_in_memory import quantize_in_memory
 from lora_cli.weights.quantized_layers import LayerError, check_layers, layer_error, replace_layers
-from lora_cli.weights.shards import GENERATION, MAX_SHARD, TORCH_NAMES, check_finite, read_headers, weight_files
+from lora_cli.weights.shards import GENERATION, MAX_SHARD, check_finite, read_headers, weight_files
 from lora_cli.weights.stored_model import StoredModel
 from lora_cli.weights.stored_names import model_names
 from lora_cli.weights.stream import shard_writer
@@ -94,9 +93,8 @@ def _loaded_dtype(folder: Path, bare: PreTrainedModel) -> torch.dtype:
     told = bare.config.dtype
     if isinstance(told, torch.dtype):
         return told
-    with safe_open(weight_files(folder)[0], framework="pt") as file:
-        kinds = (file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 (safe_open is no mapping)
-        return next((getattr(torch, TORCH_NAMES[kind]) for kind in kinds if kind in FLOATS), torch.float32)
+    stored = sorted(read_headers(weight_files(folder)[:1]).items())  # the order in which safetensors tells them
+    return next((info.torch_dtype for _, info in stored if info.dtype in FLOATS), torch.float32)
 
 
 def _in_experts(bare: PreTrainedModel) -> int:
