@@ -15,8 +15,6 @@ from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.four_bits import nearest_levels
 from lora_cli.weights.pieces import workers
 
-Each = Callable[..., Iterable[Any]]
-"""``map``, or one by several threads."""
 PIECE = 2**18
 """Weights that a processor takes at a time, whole blocks: their temporaries stay in its cache."""
 STATE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
@@ -38,16 +36,16 @@ def encode(weight: torch.Tensor, quantization: Quantization) -> Encoded:
 
     ``size`` is NaN or infinite when the weight holds values that are no numbers.
     """
-    each = _each_on(weight)
-    return _eight_bits(weight, each) if quantization.method == "int8" else _four_bits(weight, quantization, each)
+    return _eight_bits(weight) if quantization.method == "int8" else _four_bits(weight, quantization)
 
 
-def _each_on(weight: torch.Tensor) -> Each:
+def _each_on(weight: torch.Tensor) -> Callable[..., Iterable[Any]]:
+    """``map``, or one by several threads."""
     return workers().map if weight.device.type == "cpu" else map
 
 
-def _four_bits(weight: torch.Tensor, quantization: Quantization, each: Each) -> Encoded:
-    codes, state = _coded(weight, quantization, each)
+def _four_bits(weight: torch.Tensor, quantization: Quantization) -> Encoded:
+    codes, state = _coded(weight, quantization)
     scales = state.absmax
     if state.nested:
         scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
@@ -56,14 +54,14 @@ def _four_bits(weight: torch.Tensor, quantization: Quantization, each: Each) -> 
         part = functional.QuantState(scale, piece.shape, state.code, BLOCK, quantization.method, weight.dtype)
         return _norms(piece, expand(code, part))
 
-    norms = each(norms_of, _pieces(weight), _split(codes, PIECE // 2), _split(scales, PIECE // BLOCK))
+    norms = _each_on(weight)(norms_of, _pieces(weight), _split(codes, PIECE // 2), _split(scales, PIECE // BLOCK))
     tensors = {"weight": codes} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
     return Encoded(tensors, *_joined(norms))
 
 
-def _coded(weight: torch.Tensor, quantization: Quantization, each: Each) -> tuple[torch.Tensor, functional.QuantState]:
+def _coded(weight: torch.Tensor, quantization: Quantization) -> tuple[torch.Tensor, functional.QuantState]:
     method = quantization.method
-    parts = each(lambda piece: nearest_levels(piece, method), _pieces(weight))
+    parts = _each_on(weight)(lambda piece: nearest_levels(piece, method), _pieces(weight))
     codes, scales = (torch.cat(found) for found in zip(*parts, strict=True))
     levels = functional.get_4bit_type(method, device=weight.device)
     state = functional.QuantState(scales, weight.shape, levels, BLOCK, method, weight.dtype)
@@ -83,7 +81,8 @@ def _split(tensor: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
     return torch.split(tensor, size) if tensor.device.type == "cpu" else (tensor,)
 
 
-def _eight_bits(weight: torch.Tensor, each: Each) -> Encoded:
+def _eight_bits(weight: torch.Tensor) -> Encoded:
+    each = _each_on(weight)
     pieces = _split(weight, max(1, PIECE // weight.shape[1]))
     parts = list(each(lambda piece: functional.int8_vectorwise_quant(piece.to(torch.float16))[:2], pieces))
     codes, scales = (torch.cat(found) for found in zip(*parts, strict=True))
@@ -115,5 +114,4 @@ def roundtrip(weight: torch.Tensor, quantization: Quantization, turned: bool = F
     if quantization.method == "int8":
         codes, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
         return cast("torch.Tensor", functional.int8_vectorwise_dequant(codes, scales))
-    codes, state = _coded(weight, quantization, _each_on(weight))
-    return expand(codes, state)
+    return expand(*_coded(weight, quantization))
