@@ -64,13 +64,12 @@ def inner(a: Factors, b: Factors) -> float:
 
 def _layer(name: str, product: float, a: Spectrum, b: Spectrum) -> LayerDiff:
     squares = [float(each.s.square().sum()) for each in (a, b)]
-    ranks = (a.rank, b.rank)
     return LayerDiff(
         name,
         (math.sqrt(squares[0]), math.sqrt(squares[1])),
         _cosine(product, *squares),
-        _overlap(a.u[:, : ranks[0]], b.u[:, : ranks[1]]),
-        _overlap(a.v[: ranks[0]].T, b.v[: ranks[1]].T),
+        _overlap(a.u[:, : a.rank], b.u[:, : b.rank]),
+        _overlap(a.v[: a.rank].T, b.v[: b.rank].T),
     )
 
 
