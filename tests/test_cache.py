@@ -394,9 +394,8 @@ def test_a_cache_that_cannot_be_written_fails_the_run(write_recipe: Any, tmp_pat
     assert not any(path.is_file() for path in (tmp_path / "run").rglob("*"))
 
 
-def test_processes_of_a_run_that_check_its_folder_at_once_do_not_refuse_each_other(tmp_path: Path) -> None:
-    with locked(tmp_path, shared=True):
-        check_unlocked(tmp_path)
+def test_a_folder_that_a_run_is_at_work_in_is_refused_by_the_check(tmp_path: Path) -> None:
+    check_unlocked(tmp_path)
     with locked(tmp_path), pytest.raises(UserError, match="another run is at work"):
         check_unlocked(tmp_path)
 

@@ -47,8 +47,8 @@ class Held:
 
 
 @contextmanager
-def locked(folder: Path, shared: bool = False) -> Iterator[Held]:
-    """Hold the folder, made if need be, as long as the block lasts; ``shared`` with others who do so as well.
+def locked(folder: Path) -> Iterator[Held]:
+    """Hold the folder, made if need be, as long as the block lasts.
 
     One that was made, and in which nothing was left, is removed again. Raises UserError while another process holds it.
     """
@@ -57,7 +57,7 @@ def locked(folder: Path, shared: bool = False) -> Iterator[Held]:
     try:
         handle = os.open(folder, os.O_RDONLY)  # the folder itself is locked: no file to leave behind
         try:
-            yield Held(folder, handle, _lock(folder, handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
+            yield Held(folder, handle, _lock(folder, handle))
         finally:
             os.close(handle)
     finally:
@@ -66,10 +66,10 @@ def locked(folder: Path, shared: bool = False) -> Iterator[Held]:
                 path.rmdir()
 
 
-def _lock(folder: Path, handle: int, how: int) -> bool:
+def _lock(folder: Path, handle: int) -> bool:
     """Take the lock; whether there are locks here."""
     try:
-        fcntl.flock(handle, how | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         hint = "wait until it ends, or choose another training.output_dir"
         raise UserError("another run is at work in this folder", str(folder), hint) from error
@@ -83,5 +83,5 @@ def _lock(folder: Path, handle: int, how: int) -> bool:
 def check_unlocked(folder: Path) -> None:
     """Raises UserError while another process holds the folder; writes nothing."""
     if folder.is_dir():
-        with locked(folder, shared=True):  # the processes of one run may ask at the same instant
+        with locked(folder):
             pass
