@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from lora_cli.data.batches import Batch
 from lora_cli.evaluation.loss import evaluating, rows_apart
-from lora_cli.model.attention import ROWS, ROWS_ALONE, knows_rows
+from lora_cli.model.attention import ROWS, ROWS_ALONE
 from lora_cli.model.layers import CANNOT, has_experts, is_8_bit
 from lora_cli.model.memory import is_out_of_memory
 
@@ -33,7 +33,8 @@ def lay_end_to_end(model: PreTrainedModel | PeftModel, device: torch.device, att
     ids = (torch.arange(19, device=device) * 7919 + 3) % vocabulary
     first, second, other = ids[:7], ids[7:12], ids[12:]  # the other is as long as the first
     alone = torch.cat([_logits(model, first, second)[: len(first)], _logits(model, second, first)[: len(second)]])
-    for implementation in (ROWS, given) if attn_implementation == "auto" and knows_rows(model) else (given,):
+    takes_rows = attn_implementation == "auto" and model._supports_flash_attn  # by FlashAttention's arguments
+    for implementation in (ROWS, given) if takes_rows else (given,):
         model.set_attn_implementation(implementation)
         packed, behind = _laid(model, (first, second)), _laid(model, (other, second))
         if packed is None or behind is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from inspect import signature
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -19,10 +19,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lora_cli.model.row_products import RowProducts
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 ROWS = "rows"
 """For a trial: its masks tell of windows that a layer may not tell its attention of."""
@@ -154,8 +150,3 @@ def _mask(
 AttentionInterface.register(ROWS, attend_by_rows)
 AttentionInterface.register(ROWS_ALONE, attend_by_rows)
 AttentionMaskInterface.register(ROWS, _mask)
-
-
-def knows_rows(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether the architecture's attention takes rows by FlashAttention's arguments."""
-    return bool(model._supports_flash_attn)

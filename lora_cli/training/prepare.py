@@ -219,7 +219,7 @@ def _base_with_weights(recipe: Recipe) -> Path:
     """Where the base is; if it is a hub's, its weights are here only now. Raises UserError, before they are fetched,
     for what this machine cannot do."""
     from lora_cli.model.base import best_device, resolve_dtype
-    from lora_cli.training.compiler import check_compiler
+    from lora_cli.training.torch_compile import check_compiler
 
     resolve_dtype(recipe.model.dtype, best_device())
     check_compiler(recipe)

@@ -1,18 +1,21 @@
-"""``training.torch_compile``: whether torch's compiler is worth its time in a run."""
+"""``training.torch_compile``: whether torch's compiler can run here, and is worth its time in a run."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import TYPE_CHECKING
 
 import torch
 
-from lora_cli.model.elementwise import compile_formulas, numbers_per_token
+from lora_cli.errors import UserError
+from lora_cli.model.base import best_device
 from lora_cli.recipe.schema import Recipe
-from lora_cli.training.compiler import has_compiler
-from lora_cli.training.display import Display
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from lora_cli.training.display import Display
 
 SAVED = 1.2e-9
 """Seconds of a thread's time that a number takes less, forward and backward, in a formula that is compiled: measured on
@@ -29,6 +32,8 @@ def compile_elementwise(
 
     For processors: a GPU has kernels of its own for them. A compiler that fails changes nothing but the time.
     """
+    from lora_cli.model.elementwise import compile_formulas, numbers_per_token  # with PEFT
+
     wanted = recipe.training.torch_compile
     numbers = tokens * numbers_per_token(model) if device.type == "cpu" else 0
     saved = SAVED * numbers / torch.get_num_threads()
@@ -49,3 +54,15 @@ def compile_elementwise(
     except Exception as error:  # of whatever kind: the run goes on without
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         display.note(f"{told} -> false: it failed: {first}", warning=True)
+
+
+def check_compiler(recipe: Recipe) -> None:
+    """Raises UserError when the recipe wants something compiled, for a processor, and there is no compiler."""
+    if recipe.training.torch_compile is True and best_device().type == "cpu" and not has_compiler():
+        what = "training.torch_compile: needs a C++ compiler, and there is none"
+        raise UserError(what, hint="install g++, or name another one in the environment's CXX; or leave it at auto")
+
+
+def has_compiler() -> bool:
+    """Whether there is the C++ compiler that torch's own calls."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
