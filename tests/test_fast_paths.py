@@ -341,7 +341,8 @@ def test_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_cli.evaluation.head.ROWS", 16)
     model = build("Llama", GROUPED)
     assert lay_end_to_end(model, torch.device("cpu"), "auto")
-    head = frozen_head(model.eval())
+    with evaluating(model.eval()):
+        head = frozen_head(model)
     batch = packed(rows_of((30, 32)))
     batch = replace(batch, **{name: getattr(batch, name)[:40] for name in ("predict_from", "supervised", "targets")})
     shapes: list[torch.Size] = []

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_cli.data.batches import collate
 from lora_cli.errors import RunError
 from lora_cli.evaluation.head import frozen_head
-from lora_cli.evaluation.loss import Score, evaluate, evaluating, evaluation_batches
+from lora_cli.evaluation.loss import Score, evaluating, evaluation_groups, mean_score, tally_loss
 from lora_cli.evaluation.packing import lay_end_to_end
 from lora_cli.model.adapters import load_adapter
 from lora_cli.model.base import longrope_bounds, pad_token_id
@@ -52,9 +53,9 @@ def compare(
     def score(model: PreTrainedModel | PeftModel, what: str) -> Score:
         with evaluating(model):
             head = frozen_head(model)
-        bounds = longrope_bounds(model.config)
-        batches = evaluation_batches(examples, ROWS_AT_ONCE, max_length, packing, bounds, pad_token_id(tokenizer))
-        found = evaluate(model, batches, device, head)
+        groups = evaluation_groups(examples, ROWS_AT_ONCE, max_length, packing, longrope_bounds(model.config))
+        batches = ((collate(examples, rows, packing, pad_token_id(tokenizer)), 1.0) for rows in groups)
+        found = mean_score(tally_loss(model, batches, device, head))
         if not math.isfinite(found.loss):
             dtype = str(model.dtype).removeprefix("torch.")
             hint = f"the weights are damaged, or their products are beyond what {dtype} holds"

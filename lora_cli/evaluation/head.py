@@ -195,7 +195,7 @@ def frozen_head(model: PreTrainedModel | PeftModel) -> Head | None:
     """The model's output layer, when it is a frozen linear one whose logits are as the configuration says.
 
     Gemma caps its logits, Granite divides and Cohere multiplies them. The result is held to the model's own logits,
-    so that an architecture that does anything else there keeps its own way: None.
+    so that an architecture that does anything else there keeps its own way: None. To be called while ``evaluating``.
     """
     config, module = model.config.get_text_config(), model.get_output_embeddings()
     if type(module) is not nn.Linear or module.weight.requires_grad:
@@ -203,14 +203,12 @@ def frozen_head(model: PreTrainedModel | PeftModel) -> Head | None:
     scale = float(getattr(config, "logit_scale", None) or 1) / float(getattr(config, "logits_scaling", None) or 1)
     head = Head(module, scale, getattr(config, "final_logit_softcapping", None))
     ids = (torch.arange(8, device=module.weight.device) * 7919 + 3)[None] % config.vocab_size
-    device, dtype = module.weight.device.type, module.weight.dtype
     taken: list[torch.Tensor] = []
-    with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
-        wanted = model(input_ids=ids, use_cache=False).logits[0].float()
-        with head.set_aside(taken.append):
-            model(input_ids=ids, use_cache=False)
-        found = head.logits(taken[0][0]) if taken else wanted[:0]
+    wanted = model(input_ids=ids, use_cache=False).logits[0].float()
+    with head.set_aside(taken.append):
+        model(input_ids=ids, use_cache=False)
+    found = head.logits(taken[0][0]) if taken else wanted[:0]
     if found.shape != wanted.shape:
         return None
     error = float((found - wanted).norm() / wanted.norm())
-    return head if error < (1e-4 if dtype == torch.float32 else 0.02) else None
+    return head if error < (1e-4 if module.weight.dtype == torch.float32 else 0.02) else None

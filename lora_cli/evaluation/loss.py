@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, pad
 
-from lora_cli.data.batches import Batch, collate
+from lora_cli.data.batches import Batch
 from lora_cli.data.grouping import apart, pack_first_fit, pad_in_order
 from lora_cli.evaluation.head import Head
 from lora_cli.model.shapes import rounded
@@ -114,11 +114,6 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def evaluate(model: torch.nn.Module, batches: Iterable[Batch], device: torch.device, head: Head | None = None) -> Score:
-    """Loss over all supervised tokens of all batches, each counted once; draws no random number."""
-    return score(tally_loss(model, ((batch, 1.0) for batch in batches), device, head))
-
-
 def tally_loss(
     model: torch.nn.Module,
     batches: Iterable[tuple[Batch, float]],
@@ -138,7 +133,7 @@ def tally_loss(
     return tally
 
 
-def score(tally: torch.Tensor) -> Score:
+def mean_score(tally: torch.Tensor) -> Score:
     """The mean loss of what ``tally_loss`` counted."""
     total, tokens = tally.tolist()
     return Score(total / max(tokens, 1), int(tokens))
@@ -154,11 +149,3 @@ def evaluation_groups(
         order = np.arange(len(examples))
         return apart(order, lengths, bounds, lambda rows: pack_first_fit(rows, lengths, batch_size * max_length))
     return apart(np.argsort(-lengths, kind="stable"), lengths, bounds, lambda rows: pad_in_order(rows, batch_size))
-
-
-def evaluation_batches(
-    examples: Examples, batch_size: int, max_length: int, packing: bool, bounds: Sequence[int], pad_token_id: int
-) -> Iterable[Batch]:
-    """The examples as packed or padded batches."""
-    for rows in evaluation_groups(examples, batch_size, max_length, packing, bounds):
-        yield collate(examples, rows, packing, pad_token_id)

@@ -196,12 +196,11 @@ def fill(trainer: Trainer, part: str, interrupt: Interrupt, step: int) -> None:
     accelerator, planned, examples = trainer.accelerator, trainer.hidden_states, parts(trainer)[part]
     assert planned is not None
     kept = planned.kept[part]
-    size = trainer.job.recipe.training.batch_size
-    groups = evaluation_groups(examples, size, trainer.job.max_length, trainer.packing, trainer.schedule.bounds)
+    groups = groups_of(trainer, part)
     count = accelerator.num_processes
     with evaluating(trainer.model):
         for at, (rows, _) in enumerate(own_share(groups, accelerator)):
-            batch = collate(examples, rows, trainer.packing, pad_token_id(trainer.job.tokenizer))
+            batch = collate(examples, rows, trainer.schedule.packing, pad_token_id(trainer.job.tokenizer))
             batch = batch.to(accelerator.device)
             found = planned.layers.states({"input_ids": batch.input_ids, **rows_apart(batch)})
             found = found[0] if batch.attention_mask is None else found[batch.attention_mask.bool()]
@@ -215,8 +214,15 @@ def fill(trainer: Trainer, part: str, interrupt: Interrupt, step: int) -> None:
                 raise stopped_after(step, asked_to_stop)
 
 
+def groups_of(trainer: Trainer, part: str) -> list[Ints]:
+    """The rows of a part in the batches in which they are gone through without learning from them."""
+    order = trainer.schedule
+    return evaluation_groups(parts(trainer)[part], order.batch_size, order.max_length, order.packing, order.bounds)
+
+
 def batch_of(trainer: Trainer, part: str, rows: Ints) -> Batch:
     """The rows of a part as a batch, with their hidden states where these are kept."""
-    batch = collate(parts(trainer)[part], rows, trainer.packing, pad_token_id(trainer.job.tokenizer))
+    packing = trainer.schedule.packing
+    batch = collate(parts(trainer)[part], rows, packing, pad_token_id(trainer.job.tokenizer))
     kept = trainer.hidden_states.kept.get(part) if trainer.hidden_states else None
-    return replace(batch, hidden=kept.of(rows, trainer.packing)) if kept else batch
+    return replace(batch, hidden=kept.of(rows, packing)) if kept else batch

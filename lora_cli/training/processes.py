@@ -28,13 +28,6 @@ def own_share(items: Sequence[Item], accelerator: Accelerator) -> list[tuple[Ite
     return own + [(items[0], 0.0)] * (rounds - len(own))
 
 
-def summed(tensor: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
-    """The sum over all processes, on each."""
-    if accelerator.num_processes > 1:
-        distributed.all_reduce(tensor)
-    return tensor
-
-
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or all processes' shards of it together; every process must call this."""
     if is_partitioned(tensor):

@@ -104,7 +104,7 @@ def run_record(trainer: Trainer) -> dict[str, Any]:
         "dropped": job.train.dropped,
         "fingerprint": examples.fingerprint,
         "max_length": job.max_length,
-        "packed": trainer.packing,
+        "packed": trainer.schedule.packing,
         **asdict(job.report),
     }
     if job.validation is not None:

@@ -61,7 +61,6 @@ class Trainer:
     head: Head | None
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    packing: bool
     total_steps: int
     dtype: torch.dtype
     display: Display
@@ -129,7 +128,6 @@ def set_up(job: Prepared, display: Display) -> Trainer:
         head=head,
         optimizer=optimizer,
         schedule=schedule,
-        packing=packing,
         total_steps=total,
         dtype=dtype,
         display=display,

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lora_cli.data.batches import Step
 from lora_cli.evaluation.loss import summed_loss
 from lora_cli.training import hidden_states
-from lora_cli.training.processes import own_share, summed
+from lora_cli.training.processes import own_share
 from lora_cli.training.setup import Trainer
 from lora_cli.training.sharding import backward, clip_gradient, is_sharded
 from lora_cli.training.zero import is_zero
@@ -44,7 +44,7 @@ def take_step(trainer: Trainer, step: Step, learning_rate: float) -> torch.Tenso
         total += nll.detach()
     weights = [parameter for _, parameter in trainer.trained]
     norm = clip_gradient(accelerator, optimizer, weights, training.max_grad_norm or float("inf"))
-    outcome = torch.stack([summed(total, accelerator).double() / step.supervised, norm.double()])
+    outcome = torch.stack([accelerator.reduce(total).double() / step.supervised, norm.double()])
     step_if_finite(accelerator, optimizer, outcome)
     optimizer.zero_grad()
     return outcome

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lora_cli.data.batches import Batch, Step
-from lora_cli.evaluation.loss import Score, evaluation_groups, score, tally_loss
+from lora_cli.evaluation.loss import Score, mean_score, tally_loss
 from lora_cli.training import hidden_states
 from lora_cli.training.checkpoint import Progress
 from lora_cli.training.clock import Clock
 from lora_cli.training.interrupt import Interrupt, stopped_after
 from lora_cli.training.metrics import log_score
 from lora_cli.training.nonfinite import check_finite
-from lora_cli.training.processes import highest, own_share, summed
+from lora_cli.training.processes import highest, own_share
 from lora_cli.training.setup import Trainer, unwrap
 
 
@@ -60,11 +60,7 @@ def evaluate_reached(trainer: Trainer, progress: Progress, interrupt: Interrupt)
 def validate(trainer: Trainer, interrupt: Interrupt) -> Score | None:
     """Loss on the validation rows with the model as it is, each row counted once over all processes; None when a signal
     asks to stop meanwhile."""
-    job, training = trainer.job, trainer.job.recipe.training
-    assert job.validation is not None
-    groups = evaluation_groups(
-        job.validation, training.batch_size, job.max_length, trainer.packing, trainer.schedule.bounds
-    )
+    groups = hidden_states.groups_of(trainer, "validation")
     asked_to_stop = 0
 
     def batches() -> Iterator[tuple[Batch, float]]:
@@ -76,7 +72,7 @@ def validate(trainer: Trainer, interrupt: Interrupt) -> Score | None:
                 return
 
     tally = tally_loss(trainer.model, batches(), trainer.accelerator.device, trainer.head, trainer.below)
-    return None if asked_to_stop else score(summed(tally, trainer.accelerator))
+    return None if asked_to_stop else mean_score(trainer.accelerator.reduce(tally))
 
 
 def reached(trainer: Trainer, progress: Progress) -> Step:
