@@ -168,10 +168,14 @@ def stored_quantization(folder: Path) -> str | None:
     return str(section.get("quant_method", "unknown")) if isinstance(section, dict) else None
 
 
-def is_stored_in_4_bits(folder: Path) -> bool:
-    """Whether a model folder holds 4-bit weights of bitsandbytes. Raises UserError when config.json is not readable."""
-    section = read_config(folder).get("quantization_config")
-    return stored_quantization(folder) == "bitsandbytes" and bool(section and section.get("load_in_4bit"))
+def is_stored_in_other_codes(folder: Path) -> bool:
+    """Whether the weights are stored quantized, and not in bitsandbytes' 4 bits, which alone are sharded and streamed.
+
+    Raises UserError when config.json is not readable.
+    """
+    stored = stored_quantization(folder)
+    in_4_bits = stored == "bitsandbytes" and read_config(folder)["quantization_config"].get("load_in_4bit")
+    return stored is not None and not in_4_bits
 
 
 def check_quantizable(folder: Path) -> None:

@@ -70,20 +70,6 @@ def activation_bytes(
     return body + head
 
 
-def weight_bytes(parameters: int, linear_parameters: int, bits: float | None, element_size: int) -> int:
-    """Bytes of a frozen base, of whose parameters those of its linear layers take ``bits`` each where that is told."""
-    bits = 8 * element_size if bits is None else bits
-    return int((parameters - linear_parameters) * element_size + linear_parameters * bits / 8)
-
-
-def quantized_bits(method: str, double_quant: bool) -> float:
-    """Bits of a number that is quantized, scales included.
-
-    A 4-bit block of 64 has a scale of 32 bits, double-quantized one of about 8 (QLoRA, arXiv:2305.14314, section 3).
-    """
-    return 8.0 if method == "int8" else 4 + (0.127 if double_quant else 0.5)
-
-
 def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
     """Memory that can still be had on the device; of a processor's, no more than this process is allowed.
 

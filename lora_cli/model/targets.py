@@ -13,16 +13,7 @@ FUSED = {"c_attn", "qkv_proj", "query_key_value", "Wqkv", "qkv"}
 QUERY_VALUE = {"q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "wq", "wv"} | FUSED
 OUTPUT = {"o_proj", "out_proj", "c_proj", "dense", "out_lin", "wo"}
 READ_PAST = {
-    "out_proj": {
-        "bamba",
-        "falcon_h1",
-        "falcon_mamba",
-        "granitemoehybrid",
-        "mamba",
-        "mamba2",
-        "nemotron_h",
-        "zamba2",
-    },
+    "out_proj": {"bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h", "zamba2"},
     "dt_proj": {"doge", "falcon_mamba", "jamba", "mamba"},
     "correction_coefs": {"gemma3n", "gemma3n_text"},
 }

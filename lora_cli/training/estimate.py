@@ -12,7 +12,7 @@ from lora_cli.data.examples import Ints
 from lora_cli.model.base import best_device, resolve_dtype, skeleton
 from lora_cli.model.files import stored_quantization
 from lora_cli.model.layers import checkpointed_layers, linear_layers
-from lora_cli.model.memory import activation_bytes, quantized_bits, weight_bytes
+from lora_cli.model.memory import activation_bytes
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.prepare import Prepared
 from lora_cli.weights.shards import read_headers, weight_files
@@ -20,6 +20,7 @@ from lora_cli.weights.shards import read_headers, weight_files
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -46,7 +47,7 @@ def estimate(job: Prepared, recipe: Recipe) -> Need:
         largest = max(layers, key=lambda numbers: numbers[1])
         linear += largest[0] - sum(numbers[0] for numbers in layers)
         parameters += largest[1] - sum(numbers[1] for numbers in layers)
-    weights = weight_bytes(parameters, linear, _bits(job.base, bare, recipe), dtype.itemsize)
+    weights = (parameters - linear) * dtype.itemsize + linear * _bits(job.base, bare, recipe, dtype) / 8
     trained = sum(recipe.adapter.r * (target.in_features + target.out_features) for target in job.targets)
     state = 2 if recipe.training.optim.endswith("8bit") else 8
     examples, training = job.train.examples, recipe.training
@@ -54,15 +55,19 @@ def estimate(job: Prepared, recipe: Recipe) -> Need:
     batch = largest_batch(examples.lengths, examples.supervised_per_row, training.batch_size, limit, packing)
     checkpointing = training.gradient_checkpointing is True
     activations = activation_bytes(job.config, *batch, dtype.itemsize, checkpointing)
-    return Need(weights, trained * (8 + state), activations)
+    return Need(int(weights), trained * (8 + state), activations)
 
 
-def _bits(folder: Path, bare: PreTrainedModel, recipe: Recipe) -> float | None:
-    """Bits of a number in the linear layers of a base, scales included; None for those of the run's own type."""
+def _bits(folder: Path, bare: PreTrainedModel, recipe: Recipe, dtype: torch.dtype) -> float:
+    """Bits of a number in the linear layers of a base, scales included; ``dtype``'s where they are not quantized.
+
+    A 4-bit block of 64 has a scale of 32 bits, double-quantized one of about 8 (QLoRA, arXiv:2305.14314, section 3).
+    """
     if recipe.quantization is not None:
-        return quantized_bits(recipe.quantization.method, recipe.quantization.double_quant)
+        in_4_bits = 4.127 if recipe.quantization.double_quant else 4.5
+        return 8 if recipe.quantization.method == "int8" else in_4_bits
     if not stored_quantization(folder):
-        return None
+        return 8 * dtype.itemsize
     layers, prefix = linear_layers(bare), f"{bare.base_model_prefix}."
     names = layers.keys() | {name.removeprefix(prefix) for name in layers}
     stored = sum(

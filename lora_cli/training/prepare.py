@@ -17,10 +17,9 @@ from lora_cli.model.files import (
     check_model_type,
     check_quantizable,
     check_tokenizer,
-    is_stored_in_4_bits,
+    is_stored_in_other_codes,
     locate,
     read_config,
-    stored_quantization,
 )
 from lora_cli.model.targets import READ_AS_NUMBERS, Target, choose_targets, compile_pattern
 from lora_cli.recipe.schema import Data, Recipe
@@ -192,7 +191,7 @@ def _check_model(recipe: Recipe) -> None:
         if layers := READ_AS_NUMBERS.get(kind):
             what = f"a model of type {kind} multiplies by the numbers of {', '.join(layers)}, and cannot by codes"
             raise UserError(what, "quantization", "leave it out")
-    if recipe.training.fsdp and stored_quantization(base) and not is_stored_in_4_bits(base):
+    if recipe.training.fsdp and is_stored_in_other_codes(base):
         what = "training.fsdp: of quantized bases those in bitsandbytes' 4 bits alone are sharded"
         raise UserError(what, str(base), "start from the unquantized model, with quantization.method nf4")
     if Path(recipe.model.name_or_path).is_dir():

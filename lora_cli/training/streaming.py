@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lora_cli.errors import UserError
 from lora_cli.model.base import skeleton
 from lora_cli.model.elementwise import GatedMLP
-from lora_cli.model.files import is_stored_in_4_bits, stored_quantization
+from lora_cli.model.files import is_stored_in_other_codes
 from lora_cli.model.layers import checkpointed_layers
 from lora_cli.model.linear4bit import expand_always
 from lora_cli.model.memory import free_bytes, size
@@ -68,7 +68,7 @@ def obstacle(job: Prepared, recipe: Recipe, processes: int) -> str:
     if processes > 1 or recipe.training.fsdp or recipe.training.deepspeed is not None:
         return "it goes with one process; training.fsdp shards the base over several"
     in_8_bits = recipe.quantization is not None and recipe.quantization.method == "int8"
-    if in_8_bits or (stored_quantization(job.base) and not is_stored_in_4_bits(job.base)):
+    if in_8_bits or is_stored_in_other_codes(job.base):
         return "of quantized bases those in bitsandbytes' 4 bits alone are streamed"
     if recipe.adapter.use_dora:
         return "adapter.use_dora reads every weight's norm"
