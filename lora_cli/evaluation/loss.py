@@ -55,10 +55,7 @@ def summed_loss(
         aside = head.set_aside(
             lambda hidden: losses.append(head.summed_loss(_predicting(batch, hidden), batch.targets))
         )
-    known: AbstractContextManager[None] = nullcontext()
-    if below is not None and batch.hidden is not None:
-        known = below.giving(batch.hidden)
-    with aside, known:
+    with aside, below.giving(batch.hidden) if below is not None and batch.hidden is not None else nullcontext():
         output = model(
             input_ids=batch.input_ids, logits_to_keep=batch.predict_from, use_cache=False, **rows_apart(batch)
         )

@@ -7,7 +7,7 @@ made by the architecture's own forward pass, and the layers above are called as 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,11 +59,9 @@ class FrozenLayers:
         assert above[0].taken is not None
         return above[0].taken
 
-    @contextmanager
-    def giving(self, hidden: torch.Tensor) -> Iterator[None]:
+    def giving(self, hidden: torch.Tensor) -> AbstractContextManager[object]:
         """Within, a forward pass does not run them but takes ``hidden`` (rows, tokens, width) for what they give."""
-        with self._replaced(range(self.count), hidden):
-            yield
+        return self._replaced(range(self.count), hidden)
 
     @contextmanager
     def _replaced(self, span: range, hidden: torch.Tensor | None) -> Iterator[list[StandIn]]:

@@ -27,7 +27,7 @@ from lora_cli.training.display import Display
 from lora_cli.training.interrupt import Interrupt, catch_signals, stopped_after
 from lora_cli.training.launched import is_first_here, process_count, process_index
 from lora_cli.training.lock import locked
-from lora_cli.training.metrics import finish_trackers, log_step, start_trackers, trackers_closed
+from lora_cli.training.metrics import finish_trackers, log_step, start_trackers
 from lora_cli.training.nonfinite import check_finite, count_skipped, weight_norm
 from lora_cli.training.optimizer import learning_rate_at
 from lora_cli.training.out_of_memory import out_of_memory
@@ -56,7 +56,6 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
     """
     began = time.perf_counter()
     root = job.folder.root
-    may_be_new = process_count() > 1 or not root.exists()  # another process may have made it an instant ago
     try:
         with locked(root) if process_index() == 0 else nullcontext() as held:
             if held is not None:
@@ -67,7 +66,7 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
                     display.note(f"{root} {what}", warning=True)
             return train_alone(job, display, began)
     except UserError:
-        if may_be_new:
+        if process_count() > 1:  # another process may have made them
             for empty in (job.folder.cache, root):
                 with suppress(OSError):  # it is not: what others have put there stays
                     empty.rmdir()
@@ -83,8 +82,12 @@ def train_alone(job: Prepared, display: Display, began: float) -> dict[str, Any]
         trainer = set_up(job, display)
         del store
         trainer.hidden_states = hidden_states.plan(trainer)
-        with trackers_closed(trainer):
-            return run(trainer, began)
+        try:
+            info = run(trainer, began)
+        finally:
+            finish_trackers(trainer)
+        end(trainer)
+        return info
     except UserError:
         if is_first_here() and not job.folder.holds_run:
             prune_kept(job.folder.cache, None)
@@ -134,12 +137,11 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
     save_adapter(trainer, info, untrained)
     if trainer.writes:
         folder.write_info(info)
-    end(trainer)
     return info
 
 
 def end(trainer: Trainer) -> None:
-    """Close trackers and process group.
+    """Close the process group.
 
     DistributedDataParallel goes first: were it the last to hold the group, it would wait with the interpreter's lock
     for a thread of the group's that may be waiting for that lock.
@@ -147,7 +149,6 @@ def end(trainer: Trainer) -> None:
     if isinstance(trainer.model, DistributedDataParallel):
         trainer.model = unwrap(trainer)
         trainer.accelerator.free_memory()
-    finish_trackers(trainer)
     trainer.accelerator.end_training()
 
 

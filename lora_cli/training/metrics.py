@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -47,16 +46,6 @@ def finish_trackers(trainer: Trainer) -> None:
         with suppress(Exception):
             tracker.finish()
     trainer.accelerator.trackers.clear()
-
-
-@contextmanager
-def trackers_closed(trainer: Trainer) -> Iterator[None]:
-    """Close the trackers when the run fails or is stopped within; one that comes to its end has closed them itself."""
-    try:
-        yield
-    except BaseException:
-        finish_trackers(trainer)
-        raise
 
 
 def log_step(trainer: Trainer, step: Step, outcome: torch.Tensor, learning_rate: float, clock: Clock) -> None:
