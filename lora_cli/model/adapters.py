@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def lora_config(adapter: Adapter, targets: Sequence[str]) -> PeftConfig:
+def lora_config(adapter: Adapter, targets: Sequence[str]) -> LoraConfig:
     """LoRA (arXiv:2106.09685), with rsLoRA's scaling or DoRA's magnitudes when asked for."""
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -33,7 +33,7 @@ def lora_config(adapter: Adapter, targets: Sequence[str]) -> PeftConfig:
     )
 
 
-METHODS: dict[str, Callable[[Adapter, Sequence[str]], PeftConfig]] = {"lora": lora_config}
+METHODS: dict[str, Callable[[Adapter, Sequence[str]], LoraConfig]] = {"lora": lora_config}
 
 
 def adapt(base: PreTrainedModel, adapter: Adapter, targets: Sequence[str], fused: bool) -> PeftModel:
@@ -42,8 +42,8 @@ def adapt(base: PreTrainedModel, adapter: Adapter, targets: Sequence[str], fused
     layers = [base.get_submodule(name) for name in targets]
     # For those who load the adapter: PEFT sees GPT-2's transposed layers by itself, but not once they are quantized.
     if any(getattr(layer, "source_cls", type(layer)) is Conv1D for layer in layers):
-        config.fan_in_fan_out = True  # type: ignore[attr-defined]
-    if fused and isinstance(config, LoraConfig):
+        config.fan_in_fan_out = True
+    if fused:
         register(config, layers)
     model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
@@ -93,9 +93,9 @@ def continue_adapter(
     base: PreTrainedModel, folder: Path, adapter: Adapter, targets: Sequence[str], fused: bool
 ) -> PeftModel:
     """The base with the adapter stored in ``folder``, as ``load_adapter``; trained on with the recipe's dropout."""
-    config = PeftConfig.from_pretrained(str(folder))
+    config = LoraConfig.from_pretrained(str(folder))
     config.lora_dropout = adapter.lora_dropout
-    if fused and isinstance(config, LoraConfig):
+    if fused:
         register(config, [base.get_submodule(name) for name in targets])
     return PeftModel.from_pretrained(base, str(folder), config=config, is_trainable=True)
 

@@ -92,10 +92,9 @@ class Display:
             return
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for index, name in enumerate(header):
-            number = bool(rows) and isinstance(rows[0][index], int | float)
-            table.add_column(name, justify="right" if number else "left", no_wrap=True)
+            table.add_column(name, justify="right" if isinstance(rows[0][index], int) else "left", no_wrap=True)
         for row in rows:
-            table.add_row(*(f"{cell:,}" if isinstance(cell, int | float) else str(cell) for cell in row))
+            table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
         self.console.print(table)
 
     @contextmanager

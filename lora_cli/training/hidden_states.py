@@ -10,7 +10,7 @@ import mmap
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,12 +47,11 @@ class Kept:
     states: torch.Tensor
     offsets: Ints
 
-    def of(self, rows: Sequence[int] | Ints, packing: bool) -> torch.Tensor:
+    def of(self, rows: Ints, packing: bool) -> torch.Tensor:
         """Those of a batch's rows, laid out as ``collate`` does (rows, tokens, width); padded with a row's last."""
-        chosen = np.asarray(rows)
         if packing:
-            return self.states[token_places(self.offsets, chosen)][None]
-        starts, lengths = self.offsets[chosen], np.diff(self.offsets)[chosen]
+            return self.states[token_places(self.offsets, rows)][None]
+        starts, lengths = self.offsets[rows], np.diff(self.offsets)[rows]
         places = starts[:, None] + np.minimum(np.arange(lengths.max()), lengths[:, None] - 1)
         return self.states[torch.from_numpy(places)]
 

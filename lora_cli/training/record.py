@@ -23,7 +23,7 @@ def tell(trainer: Trainer) -> None:
     """Say what will be trained on what, before the first step."""
     job, display = trainer.job, trainer.display
     trainable, total = count_parameters(trainer)
-    rows = [list(row) for row in describe(job.targets, job.recipe.adapter.r)]
+    rows = describe(job.targets, job.recipe.adapter.r)
     display.table("adapted layers", ["module", "layers", "in -> out", "parameters"], rows)
     display.note(f"trainable: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     examples = job.train.examples
