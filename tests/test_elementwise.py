@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run, done
-from peft import LoraConfig, get_peft_model
 from test_fast_paths import GROUPED, build
-from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
 
 from lora_cli.model.elementwise import FrozenRMSNorm, Gate, GatedMLP, Normalize, fuse
@@ -178,27 +176,6 @@ def test_eager_attention_stays() -> None:
     model.set_attn_implementation("eager")
     fuse(model)
     assert not any(isinstance(module, RotaryAttention) for module in model.modules())
-
-
-def test_a_norm_that_is_trained_gets_its_gradient() -> None:
-    """As PEFT's ``modules_to_save`` has it: a copy of the module, whose weight is trained."""
-
-    def gradients(is_fused: bool) -> dict[str, torch.Tensor]:
-        base = build("Llama", GROUPED)
-        if is_fused:
-            fuse(base)
-        model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"]))
-        nn.init.constant_(
-            model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.lora_B.default").weight, 0.1
-        )
-        model(input_ids=torch.arange(3, 20)[None]).logits.square().mean().backward()
-        return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-
-    wanted, found = gradients(False), gradients(True)
-    assert wanted.keys() == found.keys()
-    assert any("modules_to_save" in name for name in wanted)
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_adapter_fused_takes_our_formulas_or_leaves_the_models(

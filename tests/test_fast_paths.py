@@ -447,13 +447,6 @@ def test_frozen_layers_of_one_input_do_not_keep_it() -> None:
     torch.testing.assert_close(x.grad, sum(layer.weight.sum(0) for layer in layers).expand(2, 5))
 
 
-def test_a_bias_that_is_trained_gets_its_gradient() -> None:
-    layers = [nn.Linear(5, width).requires_grad_(False) for width in (3, 4)]
-    layers[1].bias.requires_grad_()
-    sum(each.sum() for each in side_by_side(layers, torch.randn(2, 5))).backward()
-    torch.testing.assert_close(layers[1].bias.grad, torch.full((4,), 2.0))
-
-
 def test_a_gate_before_fused_lora_is_the_formula() -> None:
     draw = torch.Generator().manual_seed(0)
     sizes = ((6, 5), (6, 5), (2, 5), (4, 2))

@@ -192,13 +192,14 @@ def _bounded(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Ten
 
 
 def frozen_head(model: PreTrainedModel | PeftModel) -> Head | None:
-    """The model's output layer, when it is a frozen linear one whose logits are as the configuration says.
+    """The model's output layer, which is never adapted, when it is a linear one whose logits are as the configuration
+    says.
 
     Gemma caps its logits, Granite divides and Cohere multiplies them. The result is held to the model's own logits,
     so that an architecture that does anything else there keeps its own way: None. To be called while ``evaluating``.
     """
     config, module = model.config.get_text_config(), model.get_output_embeddings()
-    if type(module) is not nn.Linear or module.weight.requires_grad:
+    if type(module) is not nn.Linear:
         return None
     scale = float(getattr(config, "logit_scale", None) or 1) / float(getattr(config, "logits_scaling", None) or 1)
     head = Head(module, scale, getattr(config, "final_logit_softcapping", None))

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from torch.nn.functional import rms_norm
 from torch.utils.checkpoint import checkpoint
 
 from lora_cli.model.fused_lora import Fused, side_by_side
@@ -74,7 +73,7 @@ class Normalize(torch.autograd.Function):
 
 
 class FrozenRMSNorm(nn.Module):
-    """A root-mean-square norm whose weight is not trained, unless PEFT copies it for that (``modules_to_save``)."""
+    """A root-mean-square norm whose weight is not trained."""
 
     def __init__(self, weight: nn.Parameter, eps: float) -> None:
         super().__init__()
@@ -84,8 +83,6 @@ class FrozenRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            if self.weight.requires_grad:
-                return self.weight * rms_norm(x, self.weight.shape, eps=self.eps)
             if x.is_cuda and x.dtype == self.weight.dtype:
                 return normed(x, self.weight, self.eps)  # one kernel each way
             y = Normalize.apply(x, self.weight, self.eps, self.formula)  # type: ignore[no-untyped-call]
@@ -121,12 +118,10 @@ class GatedMLP(nn.Module):
 
 
 def fuse(model: PreTrainedModel) -> None:
-    """Replace the norms, MLPs and attention whose own forward pass gives these numbers, in place; all others stay as
-    they are."""
+    """Replace the norms, MLPs and attention of a frozen base whose own forward pass gives these numbers, in place; all
+    others stay as they are."""
     width = None if model.config._attn_implementation == "eager" else rotary_width(model)
     for name, module in list(model.named_modules()):
-        if any(each.requires_grad for each in module.parameters(recurse=False)):
-            continue
         if type(module).__name__.endswith("RMSNorm") and _is_norm(module):
             model.set_submodule(name, FrozenRMSNorm(cast("nn.Parameter", module.weight), _eps(module)))
         elif {each for each, _ in module.named_children()} >= set(PROJECTIONS) and _is_gated(module):

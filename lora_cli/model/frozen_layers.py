@@ -87,8 +87,7 @@ def frozen_layers(model: PeftModel) -> FrozenLayers | None:
         return None
     trained = {id(weight) for weight in model.parameters() if weight.requires_grad}
     by_layer = [{id(weight) for weight in layer.parameters()} & trained for layer in layers]
-    head = {id(weight) for weight in getattr(model.get_output_embeddings(), "parameters", list)()}
-    if trained - head != set().union(*by_layer):  # something outside of the layers, which may stand before them
+    if trained != set().union(*by_layer):  # something outside of the layers, which may stand before them
         return None
     count = next((index for index, weights in enumerate(by_layer) if weights), 0)
     if count == 0:

@@ -61,8 +61,7 @@ def _part(layer: Any, dtype: torch.dtype) -> tuple[Kind, tuple[torch.Tensor | No
         base, adapter = layer, (layer.weight.new_empty(0, wide[0]), layer.weight.new_empty(wide[1], 0), 1.0)
     if adapter is None:
         return None
-    trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
-    if trained or getattr(base, "compute_dtype", None) not in (None, dtype):
+    if getattr(base, "compute_dtype", None) not in (None, dtype):
         return None
     a, b, scaling = adapter
     return Kind(scaling, isinstance(base, Conv1D), state_of(base)), (base.weight, base.bias, a, b)
