@@ -27,8 +27,8 @@ from lora_cli.evaluation.loss import evaluating, evaluation_groups, rows_apart
 from lora_cli.model.base import pad_token_id
 from lora_cli.model.frozen_layers import FrozenLayers, draws_random_numbers, frozen_layers, gives_the_same, some_ids
 from lora_cli.model.memory import free_bytes
-from lora_cli.training.interrupt import Interrupt, stopped_after
-from lora_cli.training.processes import firsts, highest, own_share
+from lora_cli.training.interrupt import stopped_after
+from lora_cli.training.processes import firsts, own_share
 from lora_cli.training.setup import Trainer, unwrap
 from lora_cli.training.sharding import is_sharded
 from lora_cli.training.zero import is_zero
@@ -152,7 +152,7 @@ def choose_places(sizes: Mapping[str, int], wanted: str, free: Mapping[str, int]
     return places
 
 
-def compute(trainer: Trainer, interrupt: Interrupt, step: int) -> None:
+def compute(trainer: Trainer, step: int) -> None:
     """Go through the frozen layers with every row of the planned parts, of a run that stands at this ``step``.
 
     Raises Interrupted between two batches when a signal asks for it, RunError when the disk is full.
@@ -166,7 +166,7 @@ def compute(trainer: Trainer, interrupt: Interrupt, step: int) -> None:
         offsets = offsets_of(examples.lengths)
         states = make_room(place, (examples.tokens, planned.width), planned.dtype, trainer.job.folder.cache)
         planned.kept[part] = Kept(states, offsets)
-        fill(trainer, part, interrupt, step)
+        fill(trainer, part, step)
         trainer.display.note(
             f"{part} rows: hidden states below layer {planned.layers.count} computed once in "
             f"{time.perf_counter() - began:.1f} s ({states.nbytes:,} bytes, {place})"
@@ -190,7 +190,7 @@ def make_room(place: str, shape: tuple[int, int], dtype: torch.dtype, folder: Pa
         raise unwritable(folder / "hidden states", error, size) from error
 
 
-def fill(trainer: Trainer, part: str, interrupt: Interrupt, step: int) -> None:
+def fill(trainer: Trainer, part: str, step: int) -> None:
     """Compute the part's hidden states, each process a share of the batches, which the others get from it."""
     accelerator, planned, examples = trainer.accelerator, trainer.hidden_states, parts(trainer)[part]
     assert planned is not None
@@ -208,8 +208,7 @@ def fill(trainer: Trainer, part: str, interrupt: Interrupt, step: int) -> None:
                 own = process == accelerator.process_index
                 given = found if own else found.new_empty(len(places), planned.width)
                 kept.states[places] = broadcast(given, process).to("cpu")
-            asked_to_stop = highest(interrupt.number, accelerator)
-            if asked_to_stop:
+            if asked_to_stop := trainer.asked_to_stop():
                 raise stopped_after(step, asked_to_stop)
 
 

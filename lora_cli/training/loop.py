@@ -24,7 +24,7 @@ from lora_cli.training.artifacts import write_adapter
 from lora_cli.training.checkpoint import GO_ON, Progress, host_copy, kept
 from lora_cli.training.clock import Clock
 from lora_cli.training.display import Display
-from lora_cli.training.interrupt import Interrupt, catch_signals, stopped_after
+from lora_cli.training.interrupt import catch_signals, stopped_after
 from lora_cli.training.launched import is_first_here, process_count, process_index
 from lora_cli.training.lock import locked
 from lora_cli.training.metrics import finish_trackers, log_step, start_trackers
@@ -32,7 +32,7 @@ from lora_cli.training.nonfinite import check_finite, count_skipped, weight_norm
 from lora_cli.training.optimizer import learning_rate_at
 from lora_cli.training.out_of_memory import out_of_memory
 from lora_cli.training.prepare import Prepared
-from lora_cli.training.processes import firsts, highest, is_broken_connection
+from lora_cli.training.processes import firsts, is_broken_connection
 from lora_cli.training.proof import digests, prove, unreached
 from lora_cli.training.record import provenance, result_record, run_record, tell
 from lora_cli.training.resume import choose_weights, go_on, keeps_best, restore, save
@@ -46,6 +46,8 @@ from lora_cli.weights.quantized_cache import prune_kept
 
 PROOF_TOKENS = 64
 READ_EVERY = 1.0  # seconds for which a run goes on, at most, without a look at its losses
+Unread = list[tuple[Step, torch.Tensor]]
+"""Steps, and what ``take_step`` gave, which lies on the device yet."""
 
 
 def train(job: Prepared, display: Display) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
     job, folder, display = trainer.job, trainer.job.folder, trainer.display
     info = run_record(trainer)
     untrained = digests(whole_weights(trainer))
-    with catch_signals() as interrupt:
+    with catch_signals() as trainer.interrupt:
         if trainer.writes:
             folder.check_held()
             display.log_to(folder.log)
@@ -126,10 +128,10 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
         restored = restore(trainer) if job.resume else None
         resumed_step = restored.step if restored else 0
         if restored is None or is_unfinished(trainer, restored):
-            hidden_states.compute(trainer, interrupt, resumed_step)
-        progress = restored or evaluate_base(trainer, interrupt)
+            hidden_states.compute(trainer, resumed_step)
+        progress = restored or evaluate_base(trainer)
         with display.steps(progress.step, trainer.total_steps):
-            progress = evaluate_reached(trainer, run_steps(trainer, progress, interrupt), interrupt)
+            progress = evaluate_reached(trainer, run_steps(trainer, progress))
 
     adapter_step = choose_weights(trainer, progress)
     result = result_record(trainer, progress, adapter_step, resumed_step, time.perf_counter() - began)
@@ -186,18 +188,18 @@ def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: host_copy(weight) for name, weight in trainer.trained}
 
 
-def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Progress:
+def run_steps(trainer: Trainer, progress: Progress) -> Progress:
     """Every step that is left: learn, log, evaluate, save."""
     training = trainer.job.recipe.training
     rate = learning_rate_at(training, trainer.optimizer, trainer.total_steps)
     clock = Clock()
     read_at = 0.0
-    unread: list[tuple[Step, torch.Tensor]] = []
+    unread: Unread = []
     waits = waits_each_step(trainer)
     if was_stopped_in_evaluation(trainer, progress):
         step = reached(trainer, progress)
-        progress = evaluate_step(trainer, step, progress, clock, interrupt)
-        progress = end_step(trainer, step, progress, unread, interrupt)
+        progress = evaluate_step(trainer, step, progress, clock)
+        progress = end_step(trainer, step, progress, unread)
     for step in remaining(trainer, progress):
         outcome = take_step(trainer, step, rate(step.number))
         if step.number == 1 and (told := unreached(trainer.trained, trainer.optimizer)):
@@ -215,21 +217,19 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Pro
             progress = replace(progress, logged_step=step.number)
         trainer.display.advance(step.number)
         if evaluates:
-            progress = evaluate_step(trainer, step, progress, clock, interrupt)
-        progress = end_step(trainer, step, progress, unread, interrupt)
+            progress = evaluate_step(trainer, step, progress, clock)
+        progress = end_step(trainer, step, progress, unread)
         if has_converged(trainer, progress):
             break
     return progress
 
 
-def end_step(
-    trainer: Trainer, step: Step, progress: Progress, unread: list[tuple[Step, torch.Tensor]], interrupt: Interrupt
-) -> Progress:
+def end_step(trainer: Trainer, step: Step, progress: Progress, unread: Unread) -> Progress:
     """Save when it is due. Raises Interrupted when a signal asks to stop and the run has not come to its end."""
     training = trainer.job.recipe.training
     last = step.number == trainer.total_steps
     stop_early = has_converged(trainer, progress)
-    asked_to_stop = highest(interrupt.number, trainer.accelerator)
+    asked_to_stop = trainer.asked_to_stop()
     is_best = progress.best_step == step.number and keeps_best(training)
     if last or stop_early or asked_to_stop or is_best or due(step.number, training.save_steps):
         progress = read(trainer, unread, progress)
@@ -242,7 +242,7 @@ def end_step(
     return progress
 
 
-def read(trainer: Trainer, unread: list[tuple[Step, torch.Tensor]], progress: Progress) -> Progress:
+def read(trainer: Trainer, unread: Unread, progress: Progress) -> Progress:
     """Read, for which a GPU has to come to its end, and forget what came of the steps since the last reading."""
     for step, outcome in unread:
         loss, grad_norm = outcome.tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -24,9 +24,11 @@ from lora_cli.model.memory import keep_freed_memory
 from lora_cli.training.activations import choose_checkpointing, kept_bytes, recompute_activations
 from lora_cli.training.batch_size import resolve_batch_size
 from lora_cli.training.display import Display
+from lora_cli.training.interrupt import Interrupt
 from lora_cli.training.optimizer import check_warmup, make_optimizer
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.process_agreement import check_agreement
+from lora_cli.training.processes import highest
 from lora_cli.training.sharding import is_sharded, make_accelerator, prepare_model
 from lora_cli.training.streaming import Sources, needs_streaming, put_away, stream
 from lora_cli.training.torch_compile import compile_elementwise
@@ -68,11 +70,16 @@ class Trainer:
     offload: bool
     streams: bool
     hidden_states: HiddenStates | None = None
+    interrupt: Interrupt = field(default_factory=Interrupt)
 
     @property
     def writes(self) -> bool:
         """Whether this process writes the run's files: one does."""
         return bool(self.accelerator.is_main_process)
+
+    def asked_to_stop(self) -> int:
+        """The number of the signal that asks to stop, in whichever process, 0 when none does; each must call this."""
+        return highest(self.interrupt.number, self.accelerator)
 
     @property
     def below(self) -> FrozenLayers | None:

@@ -11,31 +11,31 @@ from lora_cli.evaluation.loss import Score, mean_score, tally_loss
 from lora_cli.training import hidden_states
 from lora_cli.training.checkpoint import Progress
 from lora_cli.training.clock import Clock
-from lora_cli.training.interrupt import Interrupt, stopped_after
+from lora_cli.training.interrupt import stopped_after
 from lora_cli.training.metrics import log_score
 from lora_cli.training.nonfinite import check_finite
-from lora_cli.training.processes import highest, own_share
+from lora_cli.training.processes import own_share
 from lora_cli.training.setup import Trainer, unwrap
 
 
-def evaluate_base(trainer: Trainer, interrupt: Interrupt) -> Progress:
+def evaluate_base(trainer: Trainer) -> Progress:
     """Step 0: the base measured on the validation rows, when there are any."""
     if trainer.job.validation is None:
         return Progress()
     with unwrap(trainer).disable_adapter():
-        score = validate(trainer, interrupt)
+        score = validate(trainer)
     if score is None:
-        raise stopped_after(0, highest(interrupt.number, trainer.accelerator))
+        raise stopped_after(0, trainer.asked_to_stop())
     check_finite(trainer, 0, loss_of_the_base=score.loss)
     log_score(trainer, 0, 0.0, score)
     return Progress(evaluated_step=0, base_loss=score.loss, validation_loss=score.loss, validation_tokens=score.tokens)
 
 
-def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock, interrupt: Interrupt) -> Progress:
+def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock) -> Progress:
     """Measure the validation rows, log the score and note whether it is the best so far; nothing of it when a signal
     asks to stop meanwhile."""
     began = time.perf_counter()
-    score = validate(trainer, interrupt)
+    score = validate(trainer)
     clock.leave_out(time.perf_counter() - began)
     if score is None:
         return progress
@@ -47,17 +47,17 @@ def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock
     return replace(progress, evaluations_since_best=progress.evaluations_since_best + 1)
 
 
-def evaluate_reached(trainer: Trainer, progress: Progress, interrupt: Interrupt) -> Progress:
+def evaluate_reached(trainer: Trainer, progress: Progress) -> Progress:
     """Evaluate the step reached, unless it has been: a run resumed may have no step left that would do it."""
     if is_evaluated(trainer, progress):
         return progress
-    progress = evaluate_step(trainer, reached(trainer, progress), progress, Clock(), interrupt)
+    progress = evaluate_step(trainer, reached(trainer, progress), progress, Clock())
     if not is_evaluated(trainer, progress):
-        raise stopped_after(progress.step, highest(interrupt.number, trainer.accelerator))
+        raise stopped_after(progress.step, trainer.asked_to_stop())
     return progress
 
 
-def validate(trainer: Trainer, interrupt: Interrupt) -> Score | None:
+def validate(trainer: Trainer) -> Score | None:
     """Loss on the validation rows with the model as it is, each row counted once over all processes; None when a signal
     asks to stop meanwhile."""
     groups = hidden_states.groups_of(trainer, "validation")
@@ -67,7 +67,7 @@ def validate(trainer: Trainer, interrupt: Interrupt) -> Score | None:
         nonlocal asked_to_stop
         for rows, weight in own_share(groups, trainer.accelerator):
             yield hidden_states.batch_of(trainer, "validation", rows), weight
-            asked_to_stop = highest(interrupt.number, trainer.accelerator)
+            asked_to_stop = trainer.asked_to_stop()
             if asked_to_stop:
                 return
 
