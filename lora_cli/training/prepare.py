@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from lora_cli.recipe.schema import Data, Recipe
 from lora_cli.training.launched import is_first_here, process_index
 from lora_cli.training.run import RunFolder
 from lora_cli.training.same_run import as_begun
-from lora_cli.training.zero_config import config_faults
+from lora_cli.training.zero_config import deepspeed_faults
 from lora_cli.weights.check_adapter import check_adapter
 from lora_cli.weights.check_model import check_weights, stored_layers
 from lora_cli.weights.fingerprint import fingerprint
@@ -131,7 +130,7 @@ def _check_without_torch(recipe: Recipe, folder: RunFolder, resume: bool, overwr
         collect(lambda: folder.check(recipe, resume, overwrite))
     collect(lambda: _check_model(recipe))
     faults += _package_faults(recipe)
-    faults += _deepspeed_faults(recipe)
+    faults += deepspeed_faults(recipe)
     faults += data_faults(recipe.data, unread, every_column=True)
     if faults:
         raise UserError(faults)
@@ -153,32 +152,6 @@ def _package_faults(recipe: Recipe) -> Iterator[Fault]:
 def _is_installed(*packages: str) -> bool:
     """Whether one of these packages is."""
     return any(importlib.util.find_spec(name) for name in packages)
-
-
-def _deepspeed_faults(recipe: Recipe) -> list[Fault]:
-    path = recipe.training.deepspeed
-    if path is None:
-        return []
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-        stage = config["zero_optimization"]["stage"]
-    except OSError as error:
-        return [Fault(f"training.deepspeed: cannot be read: {error.strerror}", path, "name DeepSpeed's JSON file")]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        hint = 'it is a JSON file such as {"zero_optimization": {"stage": 2}}'
-        return [Fault(f"training.deepspeed: names no stage of ZeRO: {error!r}", path, hint)]
-    if stage not in (0, 1, 2, 3):
-        what = f"training.deepspeed: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3"
-        return [Fault(what, path)]
-    if faults := config_faults(config, path):
-        return faults
-    if stage == 3 and recipe.quantization is not None:
-        return [Fault("training.deepspeed: stage 3 does not shard a quantized base", path, "use training.fsdp: true")]
-    if not _is_installed("deepspeed"):
-        return [
-            Fault("training.deepspeed: deepspeed is not installed", hint="pip install --no-build-isolation deepspeed")
-        ]
-    return []
 
 
 def _check_model(recipe: Recipe) -> None:

@@ -177,27 +177,21 @@ def load_frozen(
     if why:
         display.note(f"training.stream_base: auto -> {str(streams).lower()}: {why}", warning=not streams)
     kept = kept_base(job, accelerator, dtype, display)
-    quantization = recipe.quantization if kept is None else None
+    folder, quantization = kept or job.base, recipe.quantization if kept is None else None
     if streams:
         if quantization is not None:
             raise RunError("training.stream_base: quantized, it is streamed from the kept copy, which there is not")
         display.note("training.stream_base: a layer's frozen weights are read whenever it runs")
         keep_freed_memory(largest=SMALL)
-        return *load_streamed(job, kept or job.base, device, dtype), kept
-    base = load_base(kept or job.base, recipe.model, quantization, device, dtype, sharded)
+        # In the stored type, for which Transformers maps the file and reads nothing of it yet.
+        stored = stored_dtype(read_headers(weight_files(folder)))
+        base = load_base(folder, recipe.model, None, torch.device("cpu"), stored)
+        sources = put_away(base, folder, device, dtype)
+    else:
+        base = load_base(folder, recipe.model, quantization, device, dtype, sharded)
+        sources = {}
     base.name_or_path = base.config.name_or_path = str(job.base)
-    return base, {}, kept
-
-
-def load_streamed(
-    job: Prepared, folder: Path, device: torch.device, dtype: torch.dtype
-) -> tuple[PreTrainedModel, Sources]:
-    """The base that ``folder`` holds, with its layers' weights put away."""
-    # In the stored type, for which Transformers maps the file and reads nothing of it yet.
-    stored = stored_dtype(read_headers(weight_files(folder)))
-    base = load_base(folder, job.recipe.model, None, torch.device("cpu"), stored)
-    base.name_or_path = base.config.name_or_path = str(job.base)
-    return base, put_away(base, folder, device, dtype)
+    return base, sources, kept
 
 
 def kept_base(job: Prepared, accelerator: Accelerator, dtype: torch.dtype, display: Display) -> Path | None:

@@ -3,10 +3,14 @@ checkpoints and caches would write wherever the file says, and its numerics woul
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import Fault, nearest
+from lora_cli.recipe.schema import Recipe
 
 THE_RECIPES = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
@@ -28,6 +32,32 @@ ZERO = OFFLOADS | {
 }
 OFFLOAD = {"device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu", "ratio"}
 DEVICES = ("none", "cpu")
+
+
+def deepspeed_faults(recipe: Recipe) -> list[Fault]:
+    """What is wrong with the configuration that ``training.deepspeed`` names, and keeps it from being followed here."""
+    path = recipe.training.deepspeed
+    if path is None:
+        return []
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        stage = config["zero_optimization"]["stage"]
+    except OSError as error:
+        return [Fault(f"training.deepspeed: cannot be read: {error.strerror}", path, "name DeepSpeed's JSON file")]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        hint = 'it is a JSON file such as {"zero_optimization": {"stage": 2}}'
+        return [Fault(f"training.deepspeed: names no stage of ZeRO: {error!r}", path, hint)]
+    if stage not in (0, 1, 2, 3):
+        what = f"training.deepspeed: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3"
+        return [Fault(what, path)]
+    if faults := config_faults(config, path):
+        return faults
+    if stage == 3 and recipe.quantization is not None:
+        return [Fault("training.deepspeed: stage 3 does not shard a quantized base", path, "use training.fsdp: true")]
+    if find_spec("deepspeed") is None:
+        hint = "pip install --no-build-isolation deepspeed"
+        return [Fault("training.deepspeed: deepspeed is not installed", hint=hint)]
+    return []
 
 
 def config_faults(config: Mapping[str, Any], where: str) -> list[Fault]:
