@@ -55,6 +55,19 @@ ALL_LINEAR: dict[str, tuple[dict[str, Any], set[str]]] = {
         MIXTURE | {"num_experts": 4, "shared_expert_intermediate_size": 8},
         {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
     ),
+    # What chooses the tokens that sparse attention sees learns from no loss; DeepSeek-V4's o_a_proj multiplies parts of
+    # its input apart.
+    "DeepseekV32": (
+        MIXTURE | LATENT | {"first_k_dense_replace": 2, "index_n_heads": 4, "index_head_dim": 16, "index_topk": 4},
+        {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"},
+    ),
+    "DeepseekV4": (
+        MIXTURE
+        | {"q_lora_rank": 8, "head_dim": 8, "qk_rope_head_dim": 4, "o_groups": 2, "o_lora_rank": 8, "hc_mult": 2}
+        | {"n_routed_experts": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 2, "num_hidden_layers": 4}
+        | {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
+        {"q_a_proj", "q_b_proj", "kv_proj", "gate_proj", "o_b_proj", "up_proj", "down_proj"},
+    ),
     # Mamba's forward pass reads the weights of dt_proj and out_proj past an adapter.
     "Mamba": ({"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}, {"in_proj", "x_proj"}),
     "FalconMamba": ({"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}, {"in_proj", "x_proj"}),

@@ -16,10 +16,11 @@ READ_PAST = {
     "out_proj": {"bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h", "zamba2"},
     "dt_proj": {"doge", "falcon_mamba", "jamba", "mamba"},
     "correction_coefs": {"gemma3n", "gemma3n_text"},
+    "o_a_proj": {"deepseek_v4"},
 }
 """Layers by name, and the model types where their weight is read past an adapter, by Mamba's kernels or without them,
 or clipped while training (Gemma 3n), or where it is used for long rows alone (Doge): the adapter would learn nothing,
-and for some PEFT refuses it."""
+and for some PEFT refuses it. DeepSeek-V4's multiplies parts of its input apart, and PEFT the whole."""
 COEFFICIENTS = ("correction_coefs", "prediction_coefs")
 READ_AS_NUMBERS = {"mamba": ("dt_proj",), "gemma3n": COEFFICIENTS, "gemma3n_text": COEFFICIENTS}
 """Model types whose forward pass multiplies by what a layer's weight holds, or clips it, and such layers: in 4 or 8
@@ -37,8 +38,9 @@ class Target:
 
 
 def is_read_past(name: str, model_type: str) -> bool:
-    """Whether the layer's weight is read past an adapter in models of this type."""
-    return model_type in READ_PAST.get(_leaf(name), ())
+    """Whether the layer's weight is read past an adapter in models of this type, or is of what chooses the tokens that
+    sparse attention sees (DeepSeek-V3.2), through which no gradient comes."""
+    return ".indexer." in name or model_type in READ_PAST.get(_leaf(name), ())
 
 
 def choose_targets(
