@@ -37,6 +37,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    DeepseekV4Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma4Config,
@@ -1190,3 +1191,15 @@ def test_a_base_may_store_other_names_and_more_than_the_model_has(
         assert torch.allclose(found[name], weight, atol=1e-6), name
     refused = lora("merge", adapter, "--base", tiny_llama, "--out", tmp_path / "other")
     assert (refused.exit_code == 0) is more or "are for a layer" in refused.stderr
+
+
+def test_a_stored_name_may_be_the_models_own_and_look_like_another(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    """DeepSeek-V4's norm of all layers, whose name as Transformers saves it speaks of one in attention."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8, "q_lora_rank": 8}
+    sizes |= {"o_groups": 2, "o_lora_rank": 8, "n_routed_experts": 4, "moe_intermediate_size": 8}
+    config = DeepseekV4Config(vocab_size=AutoConfig.from_pretrained(tiny_llama).vocab_size, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
+    adapter = make_adapter("llama", tmp_path / "base", tmp_path / "adapter", target_modules=["o_b_proj"])
+    done(lora("merge", adapter, "--out", tmp_path / "merged"))
+    assert distance(answers(tmp_path / "merged"), answers(tmp_path / "base", adapter)) < 1e-5

@@ -67,6 +67,8 @@ def sources_of(bare: PreTrainedModel, headers: Mapping[str, TensorInfo]) -> dict
     sources: dict[str, dict[str, str | None]] = {}
     for stored in sorted(headers, key=dot_natural_key):
         name, pattern = rename_source_key(stored, renamings, converters, prefix, known)
+        if name not in known and stored in known:  # it has the model's name, which a renaming took for another's
+            name, pattern = stored, None
         sources.setdefault(name, {})[stored] = pattern
     return sources
 
