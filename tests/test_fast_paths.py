@@ -791,7 +791,26 @@ def test_a_model_that_mixes_rows_is_padded_and_says_so(
     changes = {"model": {"name_or_path": tmp_path / "bloom", "dtype": dtype}, "data.packing": True}
     changes |= {"quantization": method and {"method": method}, "training.max_steps": 1}
     result = done(lora("train", write_recipe(changes)))
-    assert "this architecture mixes packed rows; rows of like length are padded instead" in result.stderr
+    assert "this architecture takes no packed rows; rows of like length are padded instead" in result.stderr
+    assert Run(tmp_path / "run").info["data"]["packed"] is False
+
+
+def test_rows_whose_line_would_be_longer_than_a_models_masks_are_padded(
+    tokenizer: Any, write_recipe: Any, lora: Any, tmp_path: Any
+) -> None:
+    """GPT-Neo's masks are of its longest row, and four rows of that length are a line by default."""
+    config = transformers.GPTNeoConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_heads=4,
+        num_layers=2,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=24,
+    )
+    transformers.GPTNeoForCausalLM(config).save_pretrained(tmp_path / "neo")
+    tokenizer.save_pretrained(tmp_path / "neo")
+    changes = {"model": {"name_or_path": tmp_path / "neo"}, "data.packing": True, "training.max_steps": 1}
+    done(lora("train", write_recipe(changes)))
     assert Run(tmp_path / "run").info["data"]["packed"] is False
 
 

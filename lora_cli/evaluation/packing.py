@@ -27,7 +27,10 @@ def lay_end_to_end(model: PreTrainedModel | PeftModel, device: torch.device, att
 
     Of two rows laid end to end the second has to give what it gives behind any other row, and both what they give
     alone. Models with a state, a convolution over time or positions of another kind do not, and are left as they were.
+    So is GPT-Neo: its masks are as long as its longest row, which many rows together may exceed.
     """
+    if model.config.model_type == "gpt_neo":
+        return False
     given = model.config._attn_implementation
     vocabulary = model.config.get_text_config().vocab_size
     ids = (torch.arange(19, device=device) * 7919 + 3) % vocabulary

@@ -151,7 +151,7 @@ def choose_packing(job: Prepared, base: PreTrainedModel, display: Display) -> bo
     packing = lay_end_to_end(base, base.device, job.recipe.model.attn_implementation)
     if not packing:
         told = "rows of like length are padded instead"
-        display.note(f"data.packing: this architecture mixes packed rows; {told}", warning=True)
+        display.note(f"data.packing: this architecture takes no packed rows; {told}", warning=True)
     return packing
 
 
