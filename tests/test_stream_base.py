@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import WIDTH, Run, done
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OpenAIGPTConfig
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from lora_cli.errors import RunError
@@ -457,3 +457,18 @@ def test_a_run_says_that_it_recomputes_activations(write_recipe: Any, lora: Any,
         r"gradient_checkpointing: auto -> true: a batch's activations would take about (\d+)\.\d MB", told
     )
     assert found and int(found[1]) > 80, told
+
+
+@pytest.mark.parametrize("wanted", [True, "offload", "auto"])
+def test_an_architecture_that_cannot_recompute_activations_says_so(
+    wanted: bool | str, tokenizer: Any, write_recipe: Any, lora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-1, for one; before its weights are loaded, but for a lack of memory that is found afterwards."""
+    config = OpenAIGPTConfig(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(activations, "free_bytes", lambda device: 0)
+    changes = {"model.name_or_path": tmp_path / "base", "training.gradient_checkpointing": wanted}
+    result = lora("train", write_recipe(changes))
+    assert result.exit_code == 2 and "this architecture cannot recompute its activations" in result.stderr
+    assert ("loading" in result.stderr) is (wanted == "auto")

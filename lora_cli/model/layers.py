@@ -8,6 +8,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.errors import UserError
 from lora_cli.model.targets import Target, is_read_past
 
 if TYPE_CHECKING:
@@ -59,6 +60,13 @@ def checkpointed_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     if not model.supports_gradient_checkpointing:
         return {}
     return {name: part for name, part in model.named_modules() if isinstance(part, GradientCheckpointingLayer)}
+
+
+def check_recomputes(model: PreTrainedModel | PeftModel) -> None:
+    """Raises UserError where the architecture has no gradient checkpointing."""
+    if not model.supports_gradient_checkpointing:
+        what = "training.gradient_checkpointing: this architecture cannot recompute its activations"
+        raise UserError(what, hint="set it to false; a smaller batch or a lower data.max_length keeps fewer of them")
 
 
 def widths(module: nn.Module) -> tuple[int, int] | None:

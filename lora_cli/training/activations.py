@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from lora_cli.data.batches import Batch, Schedule
 from lora_cli.evaluation.head import Head
 from lora_cli.evaluation.loss import summed_loss
-from lora_cli.model.layers import is_8_bit
+from lora_cli.model.layers import check_recomputes, is_8_bit
 from lora_cli.model.memory import activation_bytes, free_bytes, is_out_of_memory, size
 from lora_cli.training.estimate import largest_batch
 from lora_cli.training.prepare import Prepared
@@ -73,7 +73,9 @@ def kept_bytes(
 
 
 def recompute_activations(model: PeftModel) -> None:
-    """Have the backward pass run each layer again instead of keeping what it computed."""
+    """Have the backward pass run each layer again instead of keeping what it computed. Raises UserError where the
+    architecture cannot."""
+    check_recomputes(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     # Reentrant checkpoints would need it: it sends the gradient down to the bottom.
     model.get_base_model().disable_input_require_grads()  # type: ignore[operator]

@@ -207,7 +207,7 @@ def _targets(recipe: Recipe, base: Path, config: PreTrainedConfig) -> list[Targe
     import torch
 
     from lora_cli.model.base import best_device, check_attention, skeleton
-    from lora_cli.model.layers import adaptable_layers
+    from lora_cli.model.layers import adaptable_layers, check_recomputes
     from lora_cli.model.linear4bit import check_dora
 
     adapter, bare = recipe.adapter, skeleton(config)
@@ -217,6 +217,8 @@ def _targets(recipe: Recipe, base: Path, config: PreTrainedConfig) -> list[Targe
         # Sharded it comes onto a GPU when PEFT has taken the norms.
         check_dora(targets, torch.device("cpu") if recipe.training.fsdp else best_device())
     check_weights(base, bare)
+    if recipe.training.gradient_checkpointing in (True, "offload"):
+        check_recomputes(bare)
     check_attention(config, recipe.model.attn_implementation, best_device())
     start = start_of(adapter)
     if start is not None:
