@@ -27,6 +27,12 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], dict[str, set[str]], set[str]]] =
     "GPT2": ({"n_embd": 16, "n_head": 2, "n_layer": 2}, {"minimal": {"c_attn"}, "standard": {"c_attn"}}, {"c_proj"}),
     "GPTNeoX": (SIZES, {"minimal": {"query_key_value"}, "standard": {"query_key_value"}}, {"dense"}),
     "Falcon": (SIZES, {"minimal": {"query_key_value"}, "standard": {"query_key_value"}}, {"dense"}),
+    "NemotronH": (
+        SIZES
+        | {"num_key_value_heads": 2, "head_dim": 8, "layers_block_type": ["attention", "mlp", "attention", "mlp"]},
+        SPLIT,
+        {"o_proj"},
+    ),
     "Mpt": ({"d_model": 16, "n_heads": 2, "n_layers": 2}, {"minimal": {"Wqkv"}, "standard": {"Wqkv"}}, {"out_proj"}),
 }
 

@@ -64,18 +64,25 @@ def choose_targets(
     return targets
 
 
-def _by_word(word: str, layers: Iterable[str]) -> list[str]:
+def _by_word(word: str, layers: Mapping[str, Target]) -> list[str]:
     if word == "all-linear":
         return list(layers)
-    attention = [name for name in layers if any("attn" in p or "attention" in p for p in name.split(".")[:-1])]
+    attention = [name for name in layers if _is_of_attention(name, layers)]
     wanted = {
         "attention": attention,
         "standard": [name for name in attention if _leaf(name) not in OUTPUT],
         "minimal": [name for name in attention if _leaf(name) in QUERY_VALUE],
     }[word]
     if not wanted:
-        raise UserError(f"adapter.target_modules: {word} matches no layer of this model", hint=_what_exists(layers))
+        hint = f"all-linear takes all, a list some; {_what_exists(layers)}"
+        raise UserError(f"adapter.target_modules: {word} matches no layer of this model", hint=hint)
     return wanted
+
+
+def _is_of_attention(name: str, layers: Mapping[str, Target]) -> bool:
+    """By the names of what the layer is in, or of a layer beside it: Nemotron-H calls whatever mixes tokens a mixer."""
+    within = name.rpartition(".")[0]
+    return "attn" in within or "attention" in within or f"{within}.q_proj" in layers
 
 
 def _by_pattern(pattern: str, layers: Iterable[str]) -> list[str]:
