@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+import transformers
 from conftest import Base, done, edit_json, edited_weights, weights_of
 from made_adapters import ALL_LINEAR, ALPHA, R, answers, in_dtype, logits, make_adapter
 from peft import (
@@ -37,7 +38,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    DeepseekV4Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma4Config,
@@ -1193,13 +1193,27 @@ def test_a_base_may_store_other_names_and_more_than_the_model_has(
     assert (refused.exit_code == 0) is more or "are for a layer" in refused.stderr
 
 
-def test_a_stored_name_may_be_the_models_own_and_look_like_another(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    """DeepSeek-V4's norm of all layers, whose name as Transformers saves it speaks of one in attention."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8, "q_lora_rank": 8}
-    sizes |= {"o_groups": 2, "o_lora_rank": 8, "n_routed_experts": 4, "moe_intermediate_size": 8}
-    config = DeepseekV4Config(vocab_size=AutoConfig.from_pretrained(tiny_llama).vocab_size, **sizes)
+MIXED = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+MIXED |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "layer"),
+    [
+        ("DeepseekV4", {"q_lora_rank": 8, "o_groups": 2, "o_lora_rank": 8}, "o_b_proj"),
+        ("InklingText", {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8}, "o_proj"),
+    ],
+)
+def test_architectures_of_their_own_ways(
+    name: str, more: dict[str, Any], layer: str, tiny_llama: Path, tmp_path: Path, lora: Any
+) -> None:
+    """DeepSeek-V4's norm of all layers is stored by a name that Transformers takes for another's, and leaves; Inkling's
+    configuration does not say whether embedding and head are tied."""
+    words = AutoConfig.from_pretrained(tiny_llama).vocab_size
+    config = getattr(transformers, f"{name}Config")(vocab_size=words, **MIXED, **more)
+    torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
-    adapter = make_adapter("llama", tmp_path / "base", tmp_path / "adapter", target_modules=["o_b_proj"])
+    adapter = make_adapter("llama", tmp_path / "base", tmp_path / "adapter", target_modules=[layer])
     done(lora("merge", adapter, "--out", tmp_path / "merged"))
     assert distance(answers(tmp_path / "merged"), answers(tmp_path / "base", adapter)) < 1e-5

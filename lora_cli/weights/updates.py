@@ -202,7 +202,7 @@ def _tied_ends(
         return ()
     bare = skeleton()
     ends = (bare.get_input_embeddings(), bare.get_output_embeddings())
-    if not bare.config.get_text_config().tie_word_embeddings:
+    if not getattr(bare.config.get_text_config(), "tie_word_embeddings", False):
         return ()
     weights = tuple(f"{name}.weight" for name, module in bare.named_modules() if module in ends)
     places = {place for weight in weights if (place := stored_name(weight, headers)) is not None}
