@@ -11,11 +11,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast
 
@@ -28,6 +27,7 @@ from lora_cli.model.base import pad_token_id
 from lora_cli.model.frozen_layers import FrozenLayers, draws_random_numbers, frozen_layers, gives_the_same, some_ids
 from lora_cli.model.memory import free_bytes
 from lora_cli.training.interrupt import stopped_after
+from lora_cli.training.kept_states import HiddenStates, Kept, token_places
 from lora_cli.training.processes import firsts, own_share
 from lora_cli.training.setup import Trainer, unwrap
 from lora_cli.training.sharding import is_sharded
@@ -38,41 +38,6 @@ if TYPE_CHECKING:
 
 MEMORY_SHARE, DISK_SHARE = 0.2, 0.5
 """How much of what is free ``training.cache_frozen: auto`` takes; activations may have four fifths of the memory."""
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Hidden states of every token of some rows, ``states`` (tokens, width), each row's from its ``offsets`` on."""
-
-    states: torch.Tensor
-    offsets: Ints
-
-    def of(self, rows: Ints, packing: bool) -> torch.Tensor:
-        """Those of a batch's rows, laid out as ``collate`` does (rows, tokens, width); padded with a row's last."""
-        if packing:
-            return self.states[token_places(self.offsets, rows)][None]
-        starts, lengths = self.offsets[rows], np.diff(self.offsets)[rows]
-        places = starts[:, None] + np.minimum(np.arange(lengths.max()), lengths[:, None] - 1)
-        return self.states[torch.from_numpy(places)]
-
-
-def token_places(offsets: Ints, rows: Ints) -> torch.Tensor:
-    """Where the rows' tokens lie among those of all rows, row after row: (tokens,) int64."""
-    return torch.from_numpy(np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows]))
-
-
-@dataclass(frozen=True)
-class HiddenStates:
-    """Where each part of the rows ("train", "validation") has its hidden states, and these once they are computed.
-
-    A token's are ``width`` numbers of type ``dtype``.
-    """
-
-    layers: FrozenLayers
-    width: int
-    dtype: torch.dtype
-    places: Mapping[str, str]
-    kept: dict[str, Kept] = field(default_factory=dict)
 
 
 def plan(trainer: Trainer) -> HiddenStates | None:

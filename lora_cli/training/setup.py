@@ -25,6 +25,7 @@ from lora_cli.training.activations import choose_checkpointing, kept_bytes, reco
 from lora_cli.training.batch_size import resolve_batch_size
 from lora_cli.training.display import Display
 from lora_cli.training.interrupt import Interrupt
+from lora_cli.training.kept_states import HiddenStates
 from lora_cli.training.optimizer import check_warmup, make_optimizer
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.process_agreement import check_agreement
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lora_cli.model.frozen_layers import FrozenLayers
-    from lora_cli.training.hidden_states import HiddenStates
 
 
 MLP_TOKENS = 2**14
