@@ -79,6 +79,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str | None, bool]] = {
         True,
     ),
     "mixtral": ("Mixtral", GROUPED | {"num_local_experts": 2}, ROWS, True),
+    "gpt-oss, which has sinks": (
+        "GptOss",
+        GROUPED
+        | {"num_local_experts": 2, "num_experts_per_tok": 2}
+        | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+        ROWS,
+        True,
+    ),
     "bloom, which counts positions itself": ("Bloom", {**SMALL, "n_layer": 2, "n_head": 4}, None, True),
     "mamba, which has a state": ("Mamba", {**SMALL, "state_size": 4}, None, True),
     "falcon h1, which multiplies logits by a number of its own name": (
@@ -665,6 +673,31 @@ def test_pefts_own_layers_stand_where_fused_ones_are_off() -> None:
     base = build("Llama", GROUPED)
     model = adapt(base, Adapter(r=2), ["model.layers.0.self_attn.q_proj"], fused=False)
     assert type(model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")) is Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 4, 9])
+def test_a_sink_takes_its_share_of_each_rows_attention(window: int | None, dtype: torch.dtype) -> None:
+    """Its score stands beside those of the tokens that are seen, however far away, and no value with it."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 16, 8, generator=draw).to(dtype) for heads in (4, 2, 2))
+    sinks = torch.randn(4, generator=draw).to(dtype)
+    lengths = (9, 1, 6)
+    starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    found, _ = attend_by_rows(nn.Module(), q, k, v, None, 0.3, 0.0, window, starts, s_aux=sinks)
+    wanted = []
+    for one, two, three in zip(*(torch.split(part.double(), lengths, dim=2) for part in (q, k, v)), strict=True):
+        distance = torch.arange(one.shape[2])[:, None] - torch.arange(one.shape[2])
+        scores = 0.3 * one @ two.repeat_interleave(2, dim=1).transpose(2, 3)
+        weights = scores.masked_fill((distance < 0) | (distance >= (window or 16)), -torch.inf).exp()
+        shares = weights / (weights.sum(-1, keepdim=True) + sinks.double().exp().view(1, 4, 1, 1))
+        wanted.append((shares @ three.repeat_interleave(2, dim=1)).transpose(1, 2))
+    rounding = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.01}
+    torch.testing.assert_close(found.double(), torch.cat(wanted, dim=1), **rounding)
+    alone, _ = attend_by_rows(nn.Module(), *(part[:, :, :9] for part in (q, k, v)), None, 0.3, 0.0, window, s_aux=sinks)
+    assert torch.equal(alone, found[:, :9])
+    with pytest.raises(ValueError, match="sinks beside a mask"):
+        attend_by_rows(nn.Module(), q, k, v, torch.ones(1, 1, 16, 16, dtype=torch.bool), s_aux=sinks)
 
 
 @pytest.mark.parametrize("window", [None, 100, 700])

@@ -13,7 +13,7 @@ from inspect import signature
 from typing import Any, cast
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -38,38 +38,43 @@ def attend_by_rows(
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each row.
 
-    query (1, heads, tokens, width); key and value (1, key heads, tokens, width); ``cu_seq_lens_q`` (rows + 1) int32.
-    Returns (1, tokens, heads, width), as Transformers wants it. Without ``cu_seq_lens_q``, or where a mask says more,
-    this is Transformers' own sdpa. Raises ValueError for what needs the scores themselves (soft caps, sinks, biases),
-    and for layers whose window is told by their mask alone.
+    query (1, heads, tokens, width); key and value (1, key heads, tokens, width); ``cu_seq_lens_q`` (rows + 1) int32;
+    ``s_aux`` (heads), the sinks: a score beside a token's own in each head, for which no value stands. Returns (1,
+    tokens, heads, width), as Transformers wants it. Without ``cu_seq_lens_q``, or where a mask says more, this is
+    Transformers' own sdpa. Raises ValueError for what needs the scores themselves (soft caps, biases), for sinks beside
+    a mask, and for layers whose window is told by their mask alone.
     """
     if attention_mask is not None and attention_mask.ndim == 0:
         if sliding_window != int(attention_mask):
             raise ValueError("attention by rows does not know a window that only the mask tells of")
         attention_mask = None
-    needs = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+    needs = [name for name in ("softcap", "position_bias") if others.get(name) is not None]
     if needs:
         raise ValueError(f"attention by rows does not know {', '.join(needs)}")
-    if cu_seq_lens_q is None or attention_mask is not None:
+    if s_aux is not None and attention_mask is not None:
+        raise ValueError("attention by rows does not know sinks beside a mask")
+    if (cu_seq_lens_q is None and s_aux is None) or attention_mask is not None:
         if attention_mask is None and query.shape[2] == key.shape[2]:  # a row alone, for which there is no mask
             attention_mask = _window(query.shape[2], sliding_window, query.device)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
         )
-    if query.is_cuda and query.dtype != torch.float32 and not dropout and _has_flash(query.device):
+    plain_16_bits = query.dtype != torch.float32 and not dropout and s_aux is None
+    if cu_seq_lens_q is not None and plain_16_bits and query.is_cuda and _has_flash(query.device):
         assert max_length_q is not None
         return _together(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
-    lengths = cu_seq_lens_q.diff().tolist()
+    lengths = [query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not dropout:
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and plain_16_bits:
         attended = RowProducts.apply(query, key, value, tuple(lengths), scale, sliding_window)  # type: ignore[no-untyped-call]
         return cast("torch.Tensor", attended), None
     rows = zip(*(torch.split(part, lengths, dim=2) for part in (query, key, value)), strict=True)
-    return torch.cat([_fused(q, k, v, scale, sliding_window, dropout) for q, k, v in rows], dim=1), None
+    return torch.cat([_fused(q, k, v, scale, sliding_window, dropout, s_aux) for q, k, v in rows], dim=1), None
 
 
 @lru_cache
@@ -79,19 +84,39 @@ def _has_flash(device: torch.device) -> bool:
 
 
 def _fused(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None, dropout: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int | None,
+    dropout: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """One row by torch's own kernel."""
-    return scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=_window(query.shape[2], window, query.device),
-        dropout_p=dropout,
-        is_causal=window is None or query.shape[2] <= window,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    ).transpose(1, 2)
+    width, grouped = value.shape[-1], query.shape[1] != key.shape[1]
+    if sinks is not None:
+        query, key, value = _after_sink(query, key, value, sinks / scale)
+    mask = _window(query.shape[2], window, query.device)
+    if sinks is not None and mask is not None:
+        mask[:, 0] = True
+    attended = scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
+    return (attended if sinks is None else attended[:, :, 1:, :width]).transpose(1, 2)
+
+
+def _after_sink(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three with a token before theirs, whose value is nothing and whose product with a query is its head's sink.
+
+    It is made by one number more of each head; kernels want their number to be a multiple of 8.
+    """
+    width = query.shape[-1]
+    query, key, value = (pad(part, (0, 8, 1, 0)) for part in (query, key, value))
+    query[:, :, 1:, width] = sinks[:, None].to(query.dtype)
+    key[:, :, 0, width] = 1
+    return query, key, value
 
 
 def _together(
