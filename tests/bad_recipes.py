@@ -63,9 +63,9 @@ def hundreds_of_faults(w: World) -> Arguments:
     return ["train", w.file("recipe.yaml", "adapter:\n" + "".join(f"  a{n}: 1\n" for n in range(297)))]
 
 
-@case("adapter.bias: unknown key\nerror: ", "adapter.task_type: unknown key\n    known: fused, ")
+@case("adapter.magic: unknown key\nerror: ", "adapter.wqx: unknown key\n    known: fused, ")
 def faults_of_one_hint(w: World) -> Arguments:
-    return w.train({"adapter.bias": "none", "adapter.task_type": "CAUSAL_LM"})
+    return w.train({"adapter.magic": "none", "adapter.wqx": 3})
 
 
 @case("recipe.yaml:1:1", r"\x1b[31mred", "unknown key")

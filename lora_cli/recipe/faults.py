@@ -111,7 +111,8 @@ def _where_it_belongs(path: KeyPath, value: object) -> str:
     here = names_at(section) if section else ("base", *names_at(section))
     known = {home.partition(".")[2]: home for home in dotted_keys()} | {key: key for key in here}
     longer = [key for key in here if len(name) > 2 and name in key]
-    near = longer if len(longer) == 1 else get_close_matches(name, sorted({*known, *PEERS_KEYS}), n=1)
+    alike = [*get_close_matches(name, known, n=1), *get_close_matches(name, PEERS_KEYS, n=1, cutoff=0.75)]
+    near = longer if len(longer) == 1 else get_close_matches(name, alike, n=1)
     if near:
         peers = "" if near[0] in known else f" {peers_hint(str(path[0]), near[0], value)}"
         return f"did you mean '{known.get(near[0], near[0])}'?{peers}"

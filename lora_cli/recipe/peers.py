@@ -105,15 +105,17 @@ NOT_HERE = {
         ("overwrite_output_dir", "it is lora train --overwrite"),
         ("resume_from_checkpoint", "it is lora train --resume"),
         ("bias", "an adapter trains no biases"),
+        ("modules_to_save", "an adapter trains LoRA's own weights alone"),
+        ("fan_in_fan_out", "the model says it"),
         ("device device_map", "a GPU is taken where there is one"),
         ("do_train do_eval use_peft strict tf32 ddp_timeout gradient_checkpointing_kwargs", "nothing here needs it"),
-        ("trust_remote_code logging_strategy plot_loss", "nothing here needs it"),
+        ("trust_remote_code logging_strategy plot_loss task_type inference_mode", "nothing here needs it"),
     )
     for name in names.split()
 }
 """A peer's key that a recipe has no key for, and why it goes without."""
 
-PEERS_KEYS = {name for name in (*WRITTEN_HERE, *NOT_HERE) if name.isidentifier()}
+PEERS_KEYS = [name for name in (*WRITTEN_HERE, *NOT_HERE) if name.isidentifier()]
 """Those that are keys alone, whatever their section and value."""
 
 
