@@ -292,6 +292,7 @@ def test_an_unreadable_file() -> None:
             "adapter.lora_rnak: unknown key",
             "did you mean 'lora_rank'? here it is adapter.r",
         ),
+        ("training", "data_seed: 3", "6:3", "training.data_seed: unknown key", "here it is training.seed"),
         (
             "training",
             "tf_32: true",

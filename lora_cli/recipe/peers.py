@@ -53,6 +53,7 @@ WRITTEN_HERE = {
     "cutoff_len": "data.max_length",
     "max_seq_length": "data.max_length",
     "max_seq_len": "data.max_length",
+    "data_seed": "training.seed",
     "sample_packing": "data.packing",
     "neat_packing": "data.packing",
     "train_on_inputs": "data.train_on: all",
