@@ -192,8 +192,7 @@ def _bounded(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Ten
 
 
 def frozen_head(model: PreTrainedModel | PeftModel) -> Head | None:
-    """The model's output layer, which is never adapted, when it is a linear one whose logits are as the configuration
-    says.
+    """The model's output layer, when it is a plain linear one, not adapted, whose logits are as the configuration says.
 
     Gemma caps its logits, Granite divides and Cohere multiplies them. The result is held to the model's own logits,
     so that an architecture that does anything else there keeps its own way: None. To be called while ``evaluating``.

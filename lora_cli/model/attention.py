@@ -2,8 +2,8 @@
 
 Registered with Transformers under the names ``ROWS`` and ``ROWS_ALONE``; a forward pass says where rows begin and end
 by the arguments that FlashAttention has there. On a GPU that has it, in 16 bits, the rows go through torch's variable-
-length FlashAttention together; on a processor in 16 bits by products of matrices, short ones together; elsewhere one
-after the other.
+length FlashAttention together; on a processor in 16 bits by products of matrices, short ones together; elsewhere, and
+where a model has sinks, one after the other.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def attend_by_rows(
 
     query (1, heads, tokens, width); key and value (1, key heads, tokens, width); ``cu_seq_lens_q`` (rows + 1) int32;
     ``s_aux`` (heads), the sinks: a score beside a token's own in each head, for which no value stands. Returns (1,
-    tokens, heads, width), as Transformers wants it. Without ``cu_seq_lens_q``, or where a mask says more, this is
-    Transformers' own sdpa. Raises ValueError for what needs the scores themselves (soft caps, biases), for sinks beside
-    a mask, and for layers whose window is told by their mask alone.
+    tokens, heads, width), as Transformers wants it. Without ``cu_seq_lens_q`` there is one row; without it and sinks,
+    or where a mask says more, this is Transformers' own sdpa. Raises ValueError for what needs the scores themselves
+    (soft caps, biases), for sinks beside a mask, and for layers whose window is told by their mask alone.
     """
     if attention_mask is not None and attention_mask.ndim == 0:
         if sliding_window != int(attention_mask):
