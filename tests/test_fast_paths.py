@@ -681,7 +681,8 @@ def test_a_sink_takes_its_share_of_each_rows_attention(window: int | None, dtype
     """Its score stands beside those of the tokens that are seen, however far away, and no value with it."""
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 16, 8, generator=draw).to(dtype) for heads in (4, 2, 2))
-    sinks = torch.randn(4, generator=draw).to(dtype)
+    q[..., 0], k[..., 0] = 10, 13
+    sinks = (39 + torch.randn(4, generator=draw)).to(dtype)  # 0.3 * 130 as the scores: rounding it would show
     lengths = (9, 1, 6)
     starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     found, _ = attend_by_rows(nn.Module(), q, k, v, None, 0.3, 0.0, window, starts, s_aux=sinks)
@@ -692,7 +693,7 @@ def test_a_sink_takes_its_share_of_each_rows_attention(window: int | None, dtype
         weights = scores.masked_fill((distance < 0) | (distance >= (window or 16)), -torch.inf).exp()
         shares = weights / (weights.sum(-1, keepdim=True) + sinks.double().exp().view(1, 4, 1, 1))
         wanted.append((shares @ three.repeat_interleave(2, dim=1)).transpose(1, 2))
-    rounding = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.01}
+    rounding = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.01, "atol": 0.01}
     torch.testing.assert_close(found.double(), torch.cat(wanted, dim=1), **rounding)
     alone, _ = attend_by_rows(nn.Module(), *(part[:, :, :9] for part in (q, k, v)), None, 0.3, 0.0, window, s_aux=sinks)
     assert torch.equal(alone, found[:, :9])

@@ -93,14 +93,23 @@ def _fused(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """One row by torch's own kernel."""
-    width, grouped = value.shape[-1], query.shape[1] != key.shape[1]
+    width, groups = value.shape[-1], query.shape[1] // key.shape[1]
     if sinks is not None:
-        query, key, value = _after_sink(query, key, value, sinks / scale)
+        query, key, value = _after_sink(query, key, value, sinks.float() / scale)
     mask = _window(query.shape[2], window, query.device)
     if sinks is not None and mask is not None:
         mask[:, 0] = True
+    if mask is not None:  # a GPU's kernel for masks knows no groups, and that for both holds every score
+        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     attended = scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=mask is None and groups > 1,
     )
     return (attended if sinks is None else attended[:, :, 1:, :width]).transpose(1, 2)
 
@@ -110,12 +119,14 @@ def _after_sink(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The three with a token before theirs, whose value is nothing and whose product with a query is its head's sink.
 
-    It is made by one number more of each head; kernels want their number to be a multiple of 8.
+    It is made by two numbers more of each head, the second what rounding takes of the first; kernels want their number
+    to be a multiple of 8.
     """
-    width = query.shape[-1]
+    width, rounded = query.shape[-1], sinks.to(query.dtype)
     query, key, value = (pad(part, (0, 8, 1, 0)) for part in (query, key, value))
-    query[:, :, 1:, width] = sinks[:, None].to(query.dtype)
-    key[:, :, 0, width] = 1
+    query[:, :, 1:, width] = rounded[:, None]
+    query[:, :, 1:, width + 1] = (sinks - rounded)[:, None]
+    key[:, :, 0, width : width + 2] = 1
     return query, key, value
 
 
