@@ -178,6 +178,30 @@ def test_calls_and_their_end_are_supervised_and_answers_are_not(
         assert [learned for _, learned in found] == [bool(one) for one in marked["assistant_masks"]]
 
 
+MISTRAL_TOOLS = replace(  # turns that call no tool must alternate with questions, and each answer follow its call
+    MISTRAL,
+    template="{{ bos_token }}{% set ns = namespace(turns=0) %}{% for m in messages %}"
+    "{% if m.role != 'tool' and not m.tool_calls %}{% if (m.role == 'user') != (ns.turns % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% set ns.turns = ns.turns + 1 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+    "{% elif m.role == 'tool' %}[TOOL_RESULTS] {{ m.content }}[/TOOL_RESULTS]"
+    "{% elif m.tool_calls %}[TOOL_CALLS] {% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}</s>"
+    "{% else %} {{ m.content | trim }}</s>{% endif %}{% endfor %}",
+)
+
+
+def test_calls_are_supervised_where_no_other_turn_may_stand_in_their_place() -> None:
+    messages = [*calling(PARIS, NOON), *messages_of(ONCE), *calling(NOON)]
+    asked, answered = "[INST] Is it so?[/INST]", "⟦ yes</s>⟧"
+    paris, noon = (json.dumps(each["function"]) for each in (PARIS, NOON))
+    sunny = [f"[TOOL_RESULTS] sunny {n}[/TOOL_RESULTS]" for n in (0, 1)]
+    expected = (
+        f"<s>{asked}⟦[TOOL_CALLS] {paris}{noon}</s>⟧{sunny[0]}{sunny[1]}{answered}{asked}{answered}"
+        f"{asked}⟦[TOOL_CALLS] {noon}</s>⟧{sunny[0]}{answered}"
+    )
+    assert tokenized(MISTRAL_TOOLS, {"messages": messages}, expected) == tokens_of(MISTRAL_TOOLS, expected)
+
+
 def test_a_call_may_end_a_conversation_and_needs_no_tools() -> None:
     messages = calling(PARIS)[:2]
     expected = f"<|im_start|>user\nIs it so?<|im_end|>\n<|im_start|>assistant\n⟦{WRITTEN}<|im_end|>⟧\n"

@@ -130,7 +130,7 @@ def conversation_segments(
 def _attempt(tokenizer: PreTrainedTokenizerBase, talk: Conversation, add_generation_prompt: bool = False) -> str:
     """The conversation as text, or '' when the template refuses this part of one that it takes as a whole."""
     try:
-        return render(tokenizer, talk, None, add_generation_prompt) if talk.turns else ""
+        return render(tokenizer, talk, None, add_generation_prompt)
     except UserError:
         return ""
 
@@ -184,13 +184,13 @@ class _Written:
         if around and full.endswith(around[1]) and len(full) - len(around[1]) >= start:
             end = len(full) - len(around[1])
             closed = self._closed(around[1])
-        elif turn.called:
-            return None  # the first ending after it may be another turn's
         else:
-            end = full.find(self.closings[-1], start) if self.closings else -1  # the shortest: the other begins with it
-            if end < 0:
+            # Some templates take no other turn in the place of one that calls; it may be the last one, though.
+            until = _attempt(self.tokenizer, self.talk.before(index + 1))
+            end = until.rfind(self.closings[-1]) if self.closings and full.startswith(until) else -1
+            closed = self._closed(until[end:])
+            if end < start or until[end + closed :].strip():
                 return None
-            closed = self._closed(full[end:])
         spoken = self._before_calls(index, start, end)
         if spoken is None:
             return None
