@@ -446,3 +446,9 @@ def broken_tokenizer_config(w: World) -> Arguments:
 def tokenizer_without_an_end(w: World) -> Arguments:
     w.edit_json(w.model() / "tokenizer_config.json", eos_token=...)
     return w.train({"model.name_or_path": "model"})
+
+
+@case("no character offsets", "tokenizer.json")
+def tokenizer_of_bytes_without_offsets(w: World) -> Arguments:
+    w.edit_json(w.model() / "tokenizer_config.json", tokenizer_class="ByT5Tokenizer")
+    return w.train({"model.name_or_path": "model"})

@@ -365,6 +365,11 @@ def chat_without_a_template(w: World) -> Arguments:
     return chat(w, model="gpt2")
 
 
+@case("rows.jsonl:1", "no chat template", "instruct model")
+def rows_of_chat_by_their_columns_without_a_template(w: World) -> Arguments:
+    return w.train(data=w.rows({"messages": [{"role": "user", "content": "Hi"}]}))
+
+
 @case("rows.jsonl:2", "chat template", "roles must alternate")
 def conversation_that_the_template_refuses(w: World) -> Arguments:
     text = "{% for m in messages %}{% if loop.index0 % 2 != (m.role == 'assistant')|int %}"

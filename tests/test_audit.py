@@ -256,11 +256,11 @@ def test_one_bos_stands_before_a_text(text: str, begins: int, report: Any, with_
 
 def test_a_pattern_that_writes_a_bos_keeps_its_prompt_unsupervised(with_bos: Any) -> None:
     patterns = {"prompt": "<s>[INST] {question} [/INST]", "completion": "{answer}"}
-    report, fitted = report_of(with_bos, {"question": "Why?", "answer": " Because."}, template=patterns)
+    report, fitted = report_of(with_bos, *[{"question": "Why?", "answer": " Because."}] * 2, template=patterns)
     ids, mask = fitted.examples.row(0)
     assert with_bos.decode(ids[~mask]) == "<s>[INST] Why? [/INST]"
     assert with_bos.decode(ids[mask]) == " Because.<|endoftext|>"
-    assert report.bos_removed == 1
+    assert report.bos_removed == 2
 
 
 def test_a_template_that_writes_two_is_told(with_bos: Any) -> None:

@@ -19,6 +19,7 @@ import reference
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import ByteLevel, TemplateProcessing
 
 from lora_cli.data.batches import Schedule, collate, epoch_order, split_validation
 from lora_cli.data.examples import (
@@ -497,12 +498,18 @@ def supervised_text(tokenizer: Any, examples: Examples, index: int = 0) -> list[
         ("Why?", " Because."),
         ("Why? ", "Because."),
         ("Why?\n\n", "\nBecause."),
+        ("Why?  ", "  Because.  "),
         ("the light", "house keeper"),
         ("", "Because."),
         ("Käse 🧀 ", "🧀🧀 naïve"),
     ],
 )
-def test_ids_are_those_of_the_joint_text(prompt: str, completion: str, tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_ids_are_those_of_the_joint_text(
+    prompt: str, completion: str, trimmed: bool, tokenizer: Any, tmp_path: Path
+) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trimmed)  # white space is left out of offsets
     examples = examples_of(tokenizer, tmp_path, {"prompt": prompt, "completion": completion})
     ids, mask = examples.row(0)
     joint = tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
@@ -541,8 +548,6 @@ def test_an_end_of_text_that_the_tokenizer_puts_there_is_supervised(
     row: dict[str, Any], tokenizer: Any, tmp_path: Path
 ) -> None:
     """It stands for no character, as where tokenizer_config.json says add_eos_token."""
-    from tokenizers.processors import TemplateProcessing
-
     closing = copy.deepcopy(tokenizer)
     closing.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, tokenizer.eos_token_id)]

@@ -156,7 +156,7 @@ def _supervised(segments: tuple[Segment, ...], offsets: Ints) -> Mask:
     supervised. Tokenizers may leave white space out of a token's offsets; it counts to the token that follows.
     """
     ends = offsets[:, 1]
-    starts = np.minimum(offsets[:, 0], np.concatenate(([0], ends[:-1]))) if len(ends) else ends
+    starts = np.minimum(offsets[:, 0], np.concatenate(([0], ends[:-1])))
     mask = np.zeros(len(ends), dtype=np.bool_)
     at = 0
     for text, wanted in segments:
