@@ -204,6 +204,13 @@ def start_from_an_adapter_of_the_head(w: World) -> Arguments:
     return w.train({"adapter.init_from": "adapter", "model.name_or_path": w.llama, "adapter.r": 4})
 
 
+@case("adapter.target_modules: the recipe adapts 2 layers, the adapter of init_from 2 (named ['q_proj'])")
+def start_from_an_adapter_of_as_many_other_layers(w: World) -> Arguments:
+    made(w, target_modules=["q_proj"])
+    adapter = {"init_from": "adapter", "target_modules": ["v_proj"], "r": 4}
+    return w.train({"adapter": adapter, "model.name_or_path": w.llama})
+
+
 WEIGHTS = "run/adapter/adapter_model.safetensors"
 CONFIG = "run/adapter/adapter_config.json"
 

@@ -406,6 +406,11 @@ def template_with_an_empty_field(w: World) -> Arguments:
     return template(w, "Q: {}", " {answer}")
 
 
+@case("data.template.prompt", "data.template.completion", "write {column}")
+def template_that_lays_values_out(w: World) -> Arguments:
+    return template(w, "Q: {question:>9}", " {answer!r}")
+
+
 @case("rows.jsonl:1", "no column 'reply'", "columns seen: question, answer")
 def template_of_a_missing_column(w: World) -> Arguments:
     return template(w, "Q: {question}", " {reply}")

@@ -102,7 +102,7 @@ ROW = st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size
 
 @settings(max_examples=100, deadline=None)
 @given(train=st.lists(ROW, min_size=1, max_size=12), held_out=st.lists(ROW, min_size=1, max_size=12))
-def test_copies_and_leaks_agree_with_counting_tuples(
+def test_copies_leaks_and_ends_agree_with_counting_lists(
     train: list[list[tuple[int, bool]]], held_out: list[list[tuple[int, bool]]], tokenizer: Any
 ) -> None:
     def made(rows: list[list[tuple[int, bool]]]) -> Examples:
@@ -114,6 +114,10 @@ def test_copies_and_leaks_agree_with_counting_tuples(
     assert report.duplicates == sum(count - 1 for count in Counter(map(tuple, train)).values())
     seen = {tuple(token for token, _ in row) for row in train}
     assert report.validation_in_train == sum(tuple(token for token, _ in row) in seen for row in held_out)
+    learned = [tokens for row in train if (tokens := [token for token, wanted in row if wanted])]
+    ended = [tokens for tokens in learned if tokens[-1] == tokenizer.eos_token_id]
+    assert (report.ends_supervised, report.ends_masked) == (len(ended), len(learned) - len(ended))
+    assert report.empty_answers == sum(len(tokens) == 1 for tokens in ended)
 
 
 # Columns.

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import ByteLevel, TemplateProcessing
 
@@ -333,6 +333,7 @@ GIVEN = (TURNS[0], Message("assistant", "Hello", learned=False))
             Conversation((Message("user", "HiHi"), TURNS[1])),
         ),
         ({"prompt": HI[:1], "completion": HI[1:]}, {}, Conversation(TURNS)),
+        ({"prompt": HI[:1], "completion": "Hello"}, {}, Conversation(TURNS)),
         ({"prompt": HI * 2, "completion": HI[1:]}, {}, Conversation((*GIVEN, *GIVEN, TURNS[1]))),
         (
             {"messages": [HI[0], HI[1] | {"weight": 0}, HI[0], HI[1] | {"weight": 1}]},
@@ -582,12 +583,15 @@ def test_train_on_all(tokenizer: Any, tmp_path: Path) -> None:
     assert mask.tolist() == [False] + [True] * (len(ids) - 1)
 
 
-def test_fingerprint_tells_apart_where_rows_begin() -> None:
-    def fingerprint(*lengths: int) -> str:
-        rows = [(np.zeros(length, np.int32), np.zeros(length, np.bool_), 0) for length in lengths]
-        return join_pieces(rows, ("text",)).fingerprint
+def test_fingerprint_tells_apart_where_rows_begin_and_which_source_they_are_of() -> None:
+    def fingerprint(*lengths: int, last: int = 0) -> str:
+        sources = [*(0 for _ in lengths[1:]), last]
+        rows = [
+            (np.zeros(n, np.int32), np.zeros(n, np.bool_), source) for n, source in zip(lengths, sources, strict=True)
+        ]
+        return join_pieces(rows, ("text", "text")).fingerprint
 
-    assert fingerprint(1, 3) != fingerprint(2, 2)
+    assert len({fingerprint(1, 3), fingerprint(2, 2), fingerprint(2, 2, last=1)}) == 3
 
 
 def test_a_row_of_just_max_length_is_not_cut(tokenizer: Any, tmp_path: Path) -> None:
@@ -841,6 +845,7 @@ def shuffled(lengths: list[int]) -> tuple[Any, Any]:
 
 @settings(max_examples=200, deadline=None)
 @given(lengths=st.lists(st.integers(1, 16), min_size=1, max_size=200), budget=st.integers(16, 64))
+@example(lengths=[*[9] * 40, 1], budget=16)  # more batches stay open than may
 def test_whole_rows_are_packed(lengths: list[int], budget: int) -> None:
     order, sizes = shuffled(lengths)
     in_order = [lengths[row] for row in order]
@@ -918,6 +923,15 @@ def test_rows_beyond_a_bound_are_not_all_at_the_beginning(packing: bool) -> None
     assert any(sides != sorted(sides, reverse=True) for sides in drawn)
 
 
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_no_batch_has_rows_on_both_sides_of_a_bound(packing: bool, shuffle: bool) -> None:
+    batches = schedule(packing=packing, shuffle=shuffle, bounds=(9, 4)).epoch_batches(0)
+    assert all(len({sum(length > bound for bound in (4, 9)) for length in LENGTHS[rows]}) == 1 for rows in batches)
+    order = np.concatenate(batches).tolist()
+    assert sorted(order) == list(range(len(LENGTHS))) and (shuffle or order == sorted(order))
+
+
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_weights_repeat_and_thin_out(shuffle: bool) -> None:
     source = np.asarray([0] * 10 + [1] * 10 + [2] * 10, np.int32)
@@ -946,6 +960,8 @@ def test_steps_are_found_again_from_any_number(packing: bool) -> None:
     whole = described(islice(schedule(**changes).steps(), 400))
     ends = {number for number, epoch, _ in whole if epoch == int(epoch)}
     assert len(ends) > 1 and schedule(**changes).total_steps(len(ends), None) == max(ends)
+    parts = [schedule(**changes).total_steps(epochs - 0.001, None) for epochs in range(1, len(ends) + 1)]
+    assert parts == sorted(ends), "the last step of a part of an epoch is counted whole"
     for start in {0, 1, 150, *ends, *(end - 1 for end in ends)}:
         assert described(islice(schedule(**changes).steps(start), 400 - start)) == whole[start:]
 

@@ -704,6 +704,9 @@ def test_init_from_begins_with_an_adapter_of_its_base_as_it_is(
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     config = LoraConfig(task_type="CAUSAL_LM", r=R, target_modules=["q_proj"], init_lora_weights=start)
     get_peft_model(model, config).save_pretrained(str(tmp_path / "start"))
+    file = tmp_path / "start" / "adapter_config.json"
+    older = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("use_dora", "use_rslora")}
+    file.write_text(json.dumps(older))  # as PEFT wrote it before there were these
     adapter = {"r": R, "target_modules": ["q_proj"], "init_from": tmp_path / "start"}
     assert len(train({"model.name_or_path": tiny_llama, "adapter": adapter}).tensors) == 4
 

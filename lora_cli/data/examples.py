@@ -197,7 +197,7 @@ def sliding_windows(examples: Examples, max_length: int) -> Examples:
 
     This is how perplexity of plain text is measured; nothing is cut off.
     """
-    stride = max(1, max_length // 2)
+    stride = max_length // 2
     pieces: list[Piece] = []
     for index in range(len(examples)):
         ids, mask = examples.row(index)
@@ -207,7 +207,7 @@ def sliding_windows(examples: Examples, max_length: int) -> Examples:
         for start in range(0, len(ids), stride):
             end = min(start + max_length, len(ids))
             wanted = mask[start:end].copy()
-            wanted[: max(scored - start, 1)] = False
+            wanted[: scored - start] = False
             if wanted.any():
                 pieces.append((ids[start:end], wanted, int(examples.source[index])))
             scored = end
