@@ -406,9 +406,9 @@ def template_with_an_empty_field(w: World) -> Arguments:
     return template(w, "Q: {}", " {answer}")
 
 
-@case("data.template.prompt", "data.template.completion", "write {column}")
-def template_that_lays_values_out(w: World) -> Arguments:
-    return template(w, "Q: {question:>9}", " {answer!r}")
+@case("data.template.completion", "write {column}")
+def template_that_converts_a_value(w: World) -> Arguments:
+    return template(w, "Q: {question}", " {answer!r}")
 
 
 @case("rows.jsonl:1", "no column 'reply'", "columns seen: question, answer")

@@ -336,7 +336,7 @@ GIVEN = (TURNS[0], Message("assistant", "Hello", learned=False))
         ({"prompt": HI[:1], "completion": "Hello"}, {}, Conversation(TURNS)),
         ({"prompt": HI * 2, "completion": HI[1:]}, {}, Conversation((*GIVEN, *GIVEN, TURNS[1]))),
         (
-            {"messages": [HI[0], HI[1] | {"weight": 0}, HI[0], HI[1] | {"weight": 1}]},
+            {"messages": [HI[0], HI[1] | {"weight": 0, "train": None}, HI[0], HI[1] | {"weight": 1}]},
             {},
             Conversation((*GIVEN, *TURNS)),
         ),

@@ -247,11 +247,11 @@ def test_the_template_is_told_which_call_is_answered() -> None:
         "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.id }}{% endfor %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}",
     )
-    messages = calling(PARIS, content="See.")
+    messages = calling(PARIS, PARIS, content="See.")
     messages[0]["name"] = "Ada"  # as before, the name of a speaker is not handed on
     messages[2] |= {"tool_call_id": "a1", "name": None}
-    expected = "user:Is it so?<|im_end|>\nassistant:⟦See.weathera1<|im_end|>⟧\ntoola1:sunny 0<|im_end|>\n"
-    expected += "assistant:⟦yes<|im_end|>⟧\n"
+    expected = "user:Is it so?<|im_end|>\nassistant:⟦See.weathera1weathera1<|im_end|>⟧\n"
+    expected += "toola1:sunny 0<|im_end|>\ntoolweather:sunny 1<|im_end|>\nassistant:⟦yes<|im_end|>⟧\n"
     assert tokenized(family, {"messages": messages}, expected) == tokens_of(family, expected)
 
 
@@ -312,7 +312,7 @@ def test_calls_and_answers_that_a_template_leaves_out_are_told(family: Family, m
         ([call("weather", "Paris")], r"tool_calls\[0\]: not valid JSON: Expecting value"),
         ([call("weather", "[]")], r"tool_calls\[0\]: the call's arguments are a list, expected an object"),
         ([{"name": "weather"}], r"tool_calls\[0\]: the call's arguments are null, expected an object"),
-        ([call("weather", '{"city": "half \\ud83d"}')], r"tool_calls\[0\]: holds half a character"),
+        ([call("weather", '{"city": "half \\ude00"}')], r"tool_calls\[0\]: holds half a character"),
         ([call("weather", {"since": datetime.date(2024, 7, 26)})], "cannot be written as JSON: Object of type date"),
     ],
 )

@@ -139,7 +139,7 @@ def _extra(turn: Mapping[str, Any], role: str, place: str) -> dict[str, Any]:
         extra = {key: turn[key] for key in ANSWERED if turn.get(key)}
         _check_json(extra, place)
         return extra
-    calls = turn.get("tool_calls") if role == "assistant" else None
+    calls = turn.get("tool_calls")
     return {"tool_calls": _read_calls(calls, f"{place}.tool_calls")} if calls else {}
 
 
