@@ -25,7 +25,7 @@ from conftest import Run, done, edited_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
-from lora_cli.errors import RunError
+from lora_cli.errors import RunError, UserError
 from lora_cli.training import loop
 from lora_cli.training.checkpoint import is_whole
 from lora_cli.training.lock import locked
@@ -200,6 +200,20 @@ def test_a_run_that_began_and_ended_meanwhile_is_not_replaced(
     assert run.info["seed"] == 7 and run.info["finished"]
     done(lora("train", recipe, "--overwrite"))
     assert run.info["seed"] == 42
+
+
+def test_who_is_refused_leaves_the_others_folder_empty_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both saw that there was none; the one who made it came second to the lock."""
+    folder = tmp_path / "run"
+    with locked(folder) as held:
+        with monkeypatch.context() as before:
+            before.setattr(Path, "exists", lambda _: False)
+            with pytest.raises(UserError, match="another run is at work"), locked(folder):
+                pass
+        held.check()
+    assert not folder.exists()
 
 
 def test_two_processes_started_at_once(write_recipe: Any, tmp_path: Path, no_curves: None) -> None:

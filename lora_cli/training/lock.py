@@ -50,20 +50,24 @@ class Held:
 def locked(folder: Path) -> Iterator[Held]:
     """Hold the folder, made if need be, as long as the block lasts.
 
-    One that was made, and in which nothing was left, is removed again. Raises UserError while another process holds it.
+    One that was made, and in which nothing was left, is removed again, but not by who is refused: it may be the other's
+    by then. Raises UserError while another process holds it.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     make_folder(folder)
+    handle = os.open(folder, os.O_RDONLY)  # the folder itself is locked: no file to leave behind
     try:
-        handle = os.open(folder, os.O_RDONLY)  # the folder itself is locked: no file to leave behind
         try:
-            yield Held(folder, handle, _lock(folder, handle))
-        finally:
-            os.close(handle)
+            keeps_out = _lock(folder, handle)
+        except UserError:
+            made.clear()
+            raise
+        yield Held(folder, handle, keeps_out)
     finally:
         for path in made:
             with suppress(OSError):
                 path.rmdir()
+        os.close(handle)
 
 
 def _lock(folder: Path, handle: int) -> bool:

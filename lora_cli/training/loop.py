@@ -58,21 +58,21 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
     """
     began = time.perf_counter()
     root = job.folder.root
-    try:
-        with locked(root) if process_index() == 0 else nullcontext() as held:
-            if held is not None:
-                job.folder.held = held
-                job.folder.check_untouched()
-                if not held.locked:
-                    what = "cannot be locked here: a second run in this folder would not be refused"
-                    display.note(f"{root} {what}", warning=True)
+    with locked(root) if process_index() == 0 else nullcontext() as held:
+        if held is not None:
+            job.folder.held = held
+            job.folder.check_untouched()
+            if not held.locked:
+                what = "cannot be locked here: a second run in this folder would not be refused"
+                display.note(f"{root} {what}", warning=True)
+        try:
             return train_alone(job, display, began)
-    except UserError:
-        if process_count() > 1:  # another process may have made them
-            for empty in (job.folder.cache, root):
-                with suppress(OSError):  # it is not: what others have put there stays
-                    empty.rmdir()
-        raise
+        except UserError:
+            if process_count() > 1:  # another process may have made them
+                for empty in (job.folder.cache, root):
+                    with suppress(OSError):  # it is not: what others have put there stays
+                        empty.rmdir()
+            raise
 
 
 def train_alone(job: Prepared, display: Display, began: float) -> dict[str, Any]:
