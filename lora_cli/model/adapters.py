@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.errors import RunError
+from lora_cli.model.base import ties_words
 from lora_cli.model.fused_lora import register
 from lora_cli.recipe.schema import Adapter
 
@@ -67,7 +68,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
 def resize_words(base: PreTrainedModel, folder: Path) -> None:
     """Give the base's embeddings the size that the adapter in ``folder`` holds them in, if it does."""
     ends = [base.get_input_embeddings()]
-    if getattr(base.config.get_text_config(), "tie_word_embeddings", False):  # Inkling's says nothing of it
+    if ties_words(base.config):
         ends.append(base.get_output_embeddings())
     names = [f"base_model.model.{name}" for name, module in base.named_modules() if module in ends]
     with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as stored:

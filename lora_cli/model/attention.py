@@ -99,7 +99,7 @@ def _fused(
     mask = _window(query.shape[2], window, query.device)
     if sinks is not None and mask is not None:
         mask[:, 0] = True
-    if mask is not None:  # a GPU's kernel for masks knows no groups, and that for both holds every score
+    if mask is not None and groups > 1:  # a GPU's kernel for masks knows no groups, and that for both holds every score
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     attended = scaled_dot_product_attention(
         query,

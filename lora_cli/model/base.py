@@ -88,6 +88,11 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     return int(value) if value else None
 
 
+def ties_words(config: PreTrainedConfig) -> bool:
+    """Whether the output layer's weight is the embedding's."""
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))  # Inkling's says nothing of it
+
+
 def longrope_bounds(config: PreTrainedConfig) -> list[int]:
     """Up to how many tokens a batch's longest row may have for the positions of shorter ones to stay as they are.
 

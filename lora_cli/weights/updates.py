@@ -200,9 +200,11 @@ def _tied_ends(
         owner(name) in EMBEDDINGS or place is None or words in headers[place].shape for name, place in stored.items()
     ):
         return ()
+    from lora_cli.model.base import ties_words
+
     bare = skeleton()
     ends = (bare.get_input_embeddings(), bare.get_output_embeddings())
-    if not getattr(bare.config.get_text_config(), "tie_word_embeddings", False):
+    if not ties_words(bare.config):
         return ()
     weights = tuple(f"{name}.weight" for name, module in bare.named_modules() if module in ends)
     places = {place for weight in weights if (place := stored_name(weight, headers)) is not None}
