@@ -22,7 +22,7 @@ from lora_cli.errors import RunError
 from lora_cli.model.elementwise import Gate
 from lora_cli.model.memory import activation_bytes
 from lora_cli.recipe.load import load_recipe
-from lora_cli.training import activations, setup, step
+from lora_cli.training import activations, batch_size, setup, step
 from lora_cli.training.activations import choose_checkpointing
 from lora_cli.training.display import Display
 from lora_cli.training.estimate import estimate, largest_batch
@@ -444,7 +444,7 @@ def test_auto_offloads_when_checkpointing_alone_would_not_do(
     needed = {"plain": activation_bytes(job.config, *batch, 4, whole_logits=True), "none": 0}
     needed["checkpointed"] = activation_bytes(job.config, *batch, 4, True, whole_logits=True)
     monkeypatch.setattr(activations, "free_bytes", lambda device: int(1.26 * needed[room]))  # 4/5 of it are to be used
-    known = job, schedule, torch.float32, torch.device(device), True
+    known = job, schedule, torch.float32, torch.device(device), True, True
     assert choose_checkpointing(*known)[0] == wanted
     assert choose_checkpointing(*known, kept=0.0)[0] == (wanted if room == "none" else False)
     assert choose_checkpointing(*known, kept=1e12)[0] == (True if device == "cpu" else "offload")
@@ -459,16 +459,34 @@ def test_a_run_says_that_it_recomputes_activations(write_recipe: Any, lora: Any,
     assert found and int(found[1]) > 80, told
 
 
-@pytest.mark.parametrize("wanted", [True, "offload", "auto"])
-def test_an_architecture_that_cannot_recompute_activations_says_so(
-    wanted: bool | str, tokenizer: Any, write_recipe: Any, lora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """GPT-1, for one; before its weights are loaded, but for a lack of memory that is found afterwards."""
+@pytest.fixture
+def on_gpt_1(tokenizer: Any, write_recipe: Any, tmp_path: Path) -> Any:
+    """Writes recipes for an architecture that has no gradient checkpointing."""
     config = OpenAIGPTConfig(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    monkeypatch.setattr(activations, "free_bytes", lambda device: 0)
-    changes = {"model.name_or_path": tmp_path / "base", "training.gradient_checkpointing": wanted}
-    result = lora("train", write_recipe(changes))
+    return lambda **training: write_recipe({"model.name_or_path": tmp_path / "base", "training": training})
+
+
+@pytest.mark.parametrize("wanted", [True, "offload"])
+def test_an_architecture_that_cannot_recompute_activations_says_so(wanted: Any, on_gpt_1: Any, lora: Any) -> None:
+    result = lora("train", on_gpt_1(gradient_checkpointing=wanted))
     assert result.exit_code == 2 and "this architecture cannot recompute its activations" in result.stderr
-    assert ("loading" in result.stderr) is (wanted == "auto")
+    assert "loading" not in result.stderr
+
+
+def test_auto_recomputes_nothing_where_the_architecture_cannot(
+    on_gpt_1: Any, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing is free by the estimate, nor to be had in the end."""
+    for module in (activations, batch_size):
+        monkeypatch.setattr(module, "free_bytes", lambda device: 0)
+    told = " ".join(done(lora("train", on_gpt_1(max_steps=1))).stderr.split())
+    assert "gradient_checkpointing: auto -> false: " in told and "this architecture cannot recompute them" in told
+    by_itself = on_gpt_1(max_steps=1, per_device_train_batch_size="auto", gradient_accumulation_steps=2)
+    told = done(lora("train", by_itself, "--overwrite")).stderr
+    assert "not even that seems to fit" in told and "activations recomputed" not in told
+    monkeypatch.setattr("lora_cli.training.out_of_memory.REMEDIES", 9)
+    job = prepare(load_recipe(on_gpt_1(gradient_checkpointing=False)), resume=False, overwrite=True)
+    told = str(out_of_memory(job, MemoryError(), checkpointing=False, streams=False).faults)
+    assert "adapter.r=" in told and "gradient_checkpointing" not in told

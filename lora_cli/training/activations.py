@@ -32,10 +32,12 @@ def choose_checkpointing(
     dtype: torch.dtype,
     device: torch.device,
     whole_logits: bool,
+    recomputes: bool,
     kept: float | None = None,
 ) -> tuple[bool | Literal["offload"], str]:
     """The recipe's word, or for auto the first way in which the activations take at most SHARE of the free memory, and
-    why when that is not to keep them all. ``kept`` are the bytes that are kept of a token, where they are known."""
+    why when they would not take that all kept. ``recomputes`` is whether the architecture can; ``kept`` are the bytes
+    that are kept of a token, where they are known."""
     wanted = job.recipe.training.gradient_checkpointing
     if wanted != "auto":
         return wanted, ""
@@ -48,6 +50,8 @@ def choose_checkpointing(
     if plain <= free:
         return False, ""
     why = f"a batch's activations would take about {size(plain)}, more than {SHARE:.0%} of what is free"
+    if not recomputes:
+        return False, f"{why}, and this architecture cannot recompute them"
     return checkpointed <= free or device.type == "cpu" or "offload", why
 
 

@@ -59,7 +59,8 @@ def resolve_batch_size(
     if recipe.training.per_device_train_batch_size != "auto":
         return recipe
     rows, wanted = recipe.training.gradient_accumulation_steps, recipe.training.gradient_checkpointing
-    ways = (True,) if streams or wanted == "offload" else (False, True) if wanted == "auto" else (wanted,)
+    either = (False, True) if model.supports_gradient_checkpointing else (False,)
+    ways = (True,) if streams or wanted == "offload" else either if wanted == "auto" else (wanted,)
     device = accelerator.device
     if device.type == "cuda" and not is_sharded(accelerator):
         fits, why = _by_trial(job, accelerator, model, head, packing), "the largest that ran through"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lora_cli.errors import RunError
-from lora_cli.model.base import best_device, has_units_for, resolve_dtype
+from lora_cli.model.base import best_device, has_units_for, resolve_dtype, skeleton
 from lora_cli.model.files import stored_quantization
 from lora_cli.model.memory import describe_lack, size
 from lora_cli.recipe.load import changed
@@ -59,7 +59,8 @@ def _changes(recipe: Recipe, job: Prepared) -> Iterator[dict[str, Any]]:
     training = recipe.training
     rows, batches = training.batch_size, training.gradient_accumulation_steps
     if not training.gradient_checkpointing:
-        yield {"training.gradient_checkpointing": True}
+        if skeleton(job.config).supports_gradient_checkpointing:
+            yield {"training.gradient_checkpointing": True}
     elif not (training.stream_base or obstacle(job, recipe, process_count())):
         yield {"training.stream_base": True}
     if rows > 1:

@@ -253,7 +253,8 @@ def set_checkpointing(
     is_whole_on_gpu = accelerator.device.type == "cuda" and not (streams or is_sharded(accelerator))
     finds_out = is_whole_on_gpu and job.recipe.training.gradient_checkpointing == "auto"
     kept = kept_bytes(model, head, accelerator, schedule.packing, job.max_length) if finds_out else None
-    checkpointing, why = choose_checkpointing(job, schedule, dtype, accelerator.device, head is None, kept)
+    recomputes = model.supports_gradient_checkpointing
+    checkpointing, why = choose_checkpointing(job, schedule, dtype, accelerator.device, head is None, recomputes, kept)
     if why and not streams:
         display.note(f"training.gradient_checkpointing: auto -> {str(checkpointing).lower()}: {why}")
     if checkpointing or streams:
