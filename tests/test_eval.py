@@ -299,7 +299,12 @@ def test_the_table_is_of_the_same_numbers(
     run_of(tiny_gpt2, "runs/a", **{"data.validation": 0.2, "training.max_steps": 2})
     found = done(lora("eval", "--json")).json
     table = done(lora("eval", "--quiet"))
-    assert table.stderr == "" and "runs/a" in done(lora("eval")).stderr
+    told = done(lora("eval")).stderr.splitlines()
+    assert table.stderr == "" and "runs/a" in told[0]
+    assert [line.rpartition(" on ")[0] for line in told[1:]] == [
+        "measuring the base",
+        "measuring the base with its adapter",
+    ]
     heads, *rows = [line.split() for line in table.stdout.splitlines()[1:]]
     assert table.stdout.startswith(f"{found['tokens']:,} predicted tokens of {found['data']}\n")
     assert heads == ["loss", "perplexity"] and found["base"]["loss"] != found["loss"]

@@ -313,6 +313,10 @@ def test_a_bar_on_a_terminal_and_every_line_in_the_log(
         for line in run.lines("validation"):
             told = f"step {line['step']}  validation loss {line['loss']:.4f}  perplexity {line['perplexity']:.2f}\n"
             assert told in log and (told in terminal.shown) == (not options)
+        beforehand = f"measuring the base on {run.info['data']['validation']['rows']} validation rows\n"
+        assert beforehand in log and (beforehand in terminal.shown) == (not options)
+        for bar in (r"evaluating \S+ 100%", r"0/\d evaluating "):  # of the base, and of a step below the run's own
+            assert bool(re.search(bar, terminal.shown)) == (not options)
         if options:
             assert all(line.startswith("warning: ") for line in terminal.shown.splitlines())
         else:

@@ -60,7 +60,7 @@ def command(
     told = [warning for warning in warnings if warning]
     for warning in told:
         typer.echo(f"warning: {warning}", err=True)
-    found = measure.measure(base, adapter, rows, recipe)
+    found = measure.measure(base, adapter, rows, recipe, quiet)
     result: dict[str, Any] = {
         "target": target,
         "data": measure.describe(section),

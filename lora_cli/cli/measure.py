@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.errors import UserError
+from lora_cli.errors import UserError, counted
 from lora_cli.recipe.schema import Data, Recipe, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lora_cli.data.examples import Examples
+    from lora_cli.data.examples import Examples, Ints
     from lora_cli.evaluation.compare import Comparison
 
 
@@ -105,8 +106,8 @@ def describe(data: Data) -> str:
     return share + ", ".join(names)
 
 
-def measure(base: Path, adapter: Path | None, rows: Rows, recipe: Recipe | None) -> Comparison:
-    """Perplexity of a model, or of an adapter beside its base, on these rows.
+def measure(base: Path, adapter: Path | None, rows: Rows, recipe: Recipe | None, quiet: bool) -> Comparison:
+    """Perplexity of a model, or of an adapter beside its base, on these rows; says what is measured, unless ``quiet``.
 
     An adapter is measured on the base it was trained on, quantized as its recipe says. Raises RunError when a loss is
     no finite number.
@@ -114,9 +115,17 @@ def measure(base: Path, adapter: Path | None, rows: Rows, recipe: Recipe | None)
     from lora_cli.evaluation.compare import compare
     from lora_cli.model.base import best_device, load_base, resolve_dtype
     from lora_cli.recipe.schema import Model
+    from lora_cli.training.display import Display
 
     quantization = recipe.quantization if recipe and adapter else None
     device = best_device()
     settings = recipe.model if recipe else Model(name_or_path=str(base))
     model = load_base(base, settings, quantization, device, resolve_dtype(settings.dtype, device))
-    return compare(model, base, adapter, rows.tokenizer, rows.examples, rows.max_length, settings.attn_implementation)
+    display = Display(quiet)
+
+    def watch(groups: Sequence[Ints], what: str) -> Iterator[Ints]:
+        display.note(f"measuring {what} on {counted(len(rows.examples), 'row')}")
+        return display.through(groups, "measuring")
+
+    attention = settings.attn_implementation
+    return compare(model, base, adapter, rows.tokenizer, rows.examples, rows.max_length, attention, watch)

@@ -98,8 +98,8 @@ def command(
         "layers": {layer.name: layer.relative for layer in result.layers},
     }
     if rows is not None:
-        before = measure.measure(folder, adapter, rows, recipe).score
-        after = measure.measure(out, None, rows, recipe).score
+        before = measure.measure(folder, adapter, rows, recipe, quiet).score
+        after = measure.measure(out, None, rows, recipe, quiet).score
         for key, score in (("before", before), ("after", after)):
             report[key] = {"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens}
     typer.echo(jsonlib.dumps(report) if json else _text(report))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lora_cli.data.examples import Examples
+    from lora_cli.data.examples import Examples, Ints
 
 ROWS_AT_ONCE = 4
 
@@ -41,9 +42,11 @@ def compare(
     examples: Examples,
     max_length: int,
     attn_implementation: str = "auto",
+    watch: Callable[[Sequence[Ints], str], Iterable[Ints]] = lambda groups, _: groups,
 ) -> Comparison:
     """Score the examples with the model of ``base`` and, when there is one, with ``adapter`` put on it.
 
+    ``watch`` is given each score's batches and what is scored, and gives the batches in turn.
     Raises RunError about the model's or adapter's place when a loss is no finite number.
     """
     device = next(model.parameters()).device
@@ -54,7 +57,7 @@ def compare(
         with evaluating(model):
             head = frozen_head(model)
         groups = evaluation_groups(examples, ROWS_AT_ONCE, max_length, packing, longrope_bounds(model.config))
-        batches = ((collate(examples, rows, packing, pad_token_id(tokenizer)), 1.0) for rows in groups)
+        batches = ((collate(examples, rows, packing, pad_token_id(tokenizer)), 1.0) for rows in watch(groups, what))
         found = mean_score(tally_loss(model, batches, device, head))
         if not math.isfinite(found.loss):
             dtype = str(model.dtype).removeprefix("torch.")

@@ -9,13 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO, TypeVar, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 
 from lora_cli.errors import counted, unwritable
+
+Item = TypeVar("Item")
 
 
 class _Lasting:
@@ -116,6 +118,17 @@ class Display:
                 yield
             finally:
                 self._progress = None
+
+    def through(self, items: Sequence[Item], what: str) -> Iterator[Item]:
+        """The items in turn, with a bar of their own on a terminal."""
+        if self.quiet or not self.console.is_terminal:
+            yield from items
+        elif self._progress is None:
+            yield from track(items, what, console=self.console, transient=True)
+        else:
+            task = self._progress.add_task(what, total=len(items), status=what)
+            yield from self._progress.track(items, task_id=task)
+            self._progress.remove_task(task)
 
     def advance(self, step: int) -> None:
         """Move the bar to ``step``."""

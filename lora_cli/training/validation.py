@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lora_cli.data.batches import Batch, Step
+from lora_cli.errors import counted
 from lora_cli.evaluation.loss import Score, mean_score, tally_loss
 from lora_cli.training import hidden_states
 from lora_cli.training.checkpoint import Progress
@@ -22,6 +23,7 @@ def evaluate_base(trainer: Trainer) -> Progress:
     """Step 0: the base measured on the validation rows, when there are any."""
     if trainer.job.validation is None:
         return Progress()
+    trainer.display.note(f"measuring the base on {counted(len(trainer.job.validation), 'validation row')}")
     with unwrap(trainer).disable_adapter():
         score = validate(trainer)
     if score is None:
@@ -65,7 +67,7 @@ def validate(trainer: Trainer) -> Score | None:
 
     def batches() -> Iterator[tuple[Batch, float]]:
         nonlocal asked_to_stop
-        for rows, weight in own_share(groups, trainer.accelerator):
+        for rows, weight in trainer.display.through(own_share(groups, trainer.accelerator), "evaluating"):
             yield hidden_states.batch_of(trainer, "validation", rows), weight
             asked_to_stop = trainer.asked_to_stop()
             if asked_to_stop:
