@@ -324,6 +324,33 @@ def test_a_bar_on_a_terminal_and_every_line_in_the_log(
             assert last.startswith(f"4/4 loss {run.losses[-1]:.4f}  lr ")
 
 
+@pytest.mark.parametrize("options", [[], ["--quiet"]])
+def test_a_terminal_shows_that_something_goes_on(
+    options: list[str],
+    tmp_path: Path,
+    tiny_gpt2: Path,
+    qa_file: Path,
+    write_recipe: Any,
+    no_curves: None,
+    monkeypatch: Any,
+) -> None:
+    """Where that may take minutes; not with --quiet."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    adapter, merged = tmp_path / "run" / "adapter", tmp_path / "merged"
+    verbs: dict[tuple[str, ...], list[Any]] = {
+        ("checking base and rows",): ["train", write_recipe({"training.max_steps": 1})],
+        ("checking base and rows", "measuring"): ["eval", adapter, "--data", qa_file],
+        ("merging",): ["merge", adapter, "--out", merged],
+        ("quantizing",): ["quantize", merged, "--out", tmp_path / "nf4"],
+        ("extracting",): ["adapters", "extract", tiny_gpt2, merged, "--rank", 4, "--out", tmp_path / "extracted"],
+    }
+    for words, verb in verbs.items():
+        terminal = Terminal()
+        with redirect_stderr(terminal), redirect_stdout(io.StringIO()):
+            assert main([*map(str, verb), *options]) == 0
+        assert all((word in terminal.shown) == (not options) for word in words)
+
+
 @pytest.mark.parametrize(
     ("seconds", "told"),
     [(0.4, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (3599.4, "59:59"), (3600, "1:00:00"), (90061.0, "25:01:01")],

@@ -211,9 +211,11 @@ def extract_command(
             what = f"the model is stored quantized ({stored}), and no difference to its weights can be taken"
             raise UserError(what, str(folder), "give the model that is not quantized")
 
+    from lora_cli.training.display import Display
     from lora_cli.weights.extract import extract
 
-    result = extract(folders[0], base, folders[1], rank, energy, out)
+    with Display(quiet).waiting("extracting"):
+        result = extract(folders[0], base, folders[1], rank, energy, out)
     if json:
         typer.echo(jsonlib.dumps(dataclasses.asdict(result), default=str))
         return

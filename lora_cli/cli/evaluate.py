@@ -28,6 +28,7 @@ def command(
     """Measure perplexity, the base model beside the adapter."""
     from lora_cli.cli import measure
     from lora_cli.model.files import check_model_type, locate
+    from lora_cli.training.display import Display
     from lora_cli.training.run import newest_finished, unfinished
     from lora_cli.weights.adapter_config import check_init
     from lora_cli.weights.provenance import adapter_folder, read_record, recipe_of, trace
@@ -51,7 +52,8 @@ def command(
     else:
         check_init(adapter)
         base = trace(adapter).base
-    rows = measure.rows_for(base, adapter, section, recipe)
+    with Display(quiet).waiting("checking base and rows"):
+        rows = measure.rows_for(base, adapter, section, recipe)
     if adapter is not None and recipe is None and not quiet:
         note = f"rows are cut at {rows.max_length:,} tokens: the adapter has no recipe that says otherwise"
         typer.echo(note, err=True)

@@ -78,6 +78,7 @@ def command(
 
     from lora_cli.cli import verify as checking
     from lora_cli.model.memory import keep_freed_memory
+    from lora_cli.training.display import Display
 
     keep_freed_memory()
     found: list[checking.Verified] = []
@@ -89,14 +90,15 @@ def command(
         if sample is not None:
             found.append(checking.verify(origins, draft, out, into, sample))
 
-    if into == "quantized":
-        result = _quantize(origins, out, dtype, max_shard, tell, check)
-    else:
-        import torch
+    with Display(quiet).waiting("merging"):
+        if into == "quantized":
+            result = _quantize(origins, out, dtype, max_shard, tell, check)
+        else:
+            import torch
 
-        from lora_cli.weights.merge import merge
+            from lora_cli.weights.merge import merge
 
-        result = merge(origins, out, into, getattr(torch, dtype) if dtype else None, max_shard, tell, check)
+            result = merge(origins, out, into, getattr(torch, dtype) if dtype else None, max_shard, tell, check)
     report, lines = dataclasses.asdict(result), _lines(result)
     for each in found:
         report["verified"] = dataclasses.asdict(each)

@@ -75,6 +75,7 @@ def command(
         rows = measure.rows_for(folder, adapter, section, recipe)
 
     from lora_cli.model.memory import keep_freed_memory
+    from lora_cli.training.display import Display
     from lora_cli.weights.quantize import is_streamed, quantize
     from lora_cli.weights.quantize_merged import quantize_merged
     from lora_cli.weights.stored_model import stored_model
@@ -84,10 +85,11 @@ def command(
     if tell is not None and not is_streamed(folder):
         tell(WHOLE)
     skipped = _split(skip)
-    if origin is None:
-        result = quantize(stored_model(folder), out, wanted, skipped, max_shard)
-    else:
-        result = quantize_merged(origin, out, wanted, skipped, max_shard, tell)
+    with Display(quiet).waiting("quantizing"):
+        if origin is None:
+            result = quantize(stored_model(folder), out, wanted, skipped, max_shard)
+        else:
+            result = quantize_merged(origin, out, wanted, skipped, max_shard, tell)
     report: dict[str, Any] = {
         "out": str(out),
         "method": method,

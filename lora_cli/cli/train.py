@@ -46,12 +46,14 @@ def command(
     from lora_cli.training.display import Display, silence
     from lora_cli.training.prepare import prepare
 
-    job = prepare(loaded, resume, overwrite)
+    display = Display(quiet, silent=process_index() > 0)
+    with display.waiting("checking base and rows"):
+        job = prepare(loaded, resume, overwrite)
 
     from lora_cli.study.report import write_report
     from lora_cli.training.loop import train
 
-    info = train(job, Display(quiet, silent=process_index() > 0))
+    info = train(job, display)
     if process_index() > 0:
         return
     write_report(job.folder)

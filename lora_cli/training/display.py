@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO, TypeVar, cast
@@ -118,6 +118,10 @@ class Display:
                 yield
             finally:
                 self._progress = None
+
+    def waiting(self, what: str) -> AbstractContextManager[object]:
+        """On a terminal a sign that ``what`` goes on as long as the block lasts, in which there is to be no bar."""
+        return nullcontext() if self.quiet or not self.console.is_terminal else self.console.status(what)
 
     def through(self, items: Sequence[Item], what: str) -> Iterator[Item]:
         """The items in turn, with a bar of their own on a terminal."""
