@@ -135,6 +135,40 @@ def test_the_base_is_scored_as_it_is_without_what_peft_puts_into_it(
     assert abs(found["perplexity"] - alone["perplexity"]) > 0.01 * alone["perplexity"]
 
 
+WORDS = {
+    "beside": {},
+    "whole": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "some": {"trainable_token_indices": [5, 6]},
+}
+"""How an adapter has the words that were added to its base: as PEFT saves all then, trained whole, and some of them."""
+
+
+@pytest.mark.parametrize("how", WORDS)
+def test_rows_may_hold_words_that_an_adapter_has_added(how: str, tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    before = len(tokenizer)
+    tokenizer.add_tokens(["<first>", "<second>"])
+    adapter = made(tiny_llama, tmp_path / "adapter", words=2, **WORDS[how])
+    tokenizer.save_pretrained(adapter)
+    model = load(tiny_llama)
+    model.resize_token_embeddings(len(tokenizer))
+    texts = ["They fly <first> in September.<second>", "Short.<second>"]
+    file = write_rows(tmp_path / "text.jsonl", [{"text": text} for text in texts])
+    rows = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in texts]
+    assert before in rows[0] and len(tokenizer) == before + 2 == model.config.vocab_size
+    wanted = reference.perplexity_row_by_row(PeftModel.from_pretrained(model, adapter).eval(), [(r, r) for r in rows])
+    found = done(lora("eval", adapter, "--data", file, "--json")).json
+    assert found["perplexity"] == pytest.approx(wanted, rel=0.01)
+    assert "base" not in found and "lacks words of these rows" in found["warnings"][0]
+    beside = done(lora("adapters", "show", adapter, "--json")).json["whole"]
+    deltas = ["embed_tokens.trainable_tokens_delta"] if how == "some" else []
+    assert beside == ["embed_tokens", *deltas, "lm_head"]
+    told = done(lora("merge", adapter, "--out", tmp_path / "merged", "--data", file, "--json")).json
+    assert told["verified"] and told["in_memory"] == (how == "some")
+    merged = done(lora("eval", tmp_path / "merged", "--data", file, "--json")).json
+    assert merged["perplexity"] == pytest.approx(wanted, rel=0.01)
+
+
 @pytest.mark.parametrize("start", ["corda", "loftq", "lora_ga", "pissa_niter_4"])
 def test_an_adapter_of_a_base_that_is_not_there_is_refused(
     start: str, tiny_llama: Path, qa_file: Path, tmp_path: Path, lora: Any

@@ -63,6 +63,9 @@ def command(
     for warning in told:
         typer.echo(f"warning: {warning}", err=True)
     found = measure.measure(base, adapter, rows, recipe, quiet)
+    if adapter is not None and found.base is None:
+        told.append("the base is not measured: it lacks words of these rows, which the adapter has added")
+        typer.echo(f"warning: {told[-1]}", err=True)
     result: dict[str, Any] = {
         "target": target,
         "data": measure.describe(section),

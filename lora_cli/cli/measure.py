@@ -56,16 +56,20 @@ def rows_for(base: Path, adapter: Path | None, data: Data, recipe: Recipe | None
     Raises UserError for all that a measurement could fail of.
     """
     from lora_cli.data.examples import check_ids
+    from lora_cli.model.adapters import resize_words
     from lora_cli.model.base import load_config, load_tokenizer, max_positions, skeleton
     from lora_cli.model.files import tokenizer_folder
     from lora_cli.weights.check_model import check_weights
 
     config = load_config(base)
-    check_weights(base, skeleton(config))
+    bare = skeleton(config)
+    check_weights(base, bare)
+    if adapter is not None:
+        resize_words(bare, adapter)
     tokenizer = load_tokenizer(tokenizer_folder(base, *([adapter] if adapter else [])))
     max_length = min(data.max_length, max_positions(config) or data.max_length)
     examples = _examples(data, tokenizer, max_length, recipe.training.seed if recipe else 0)
-    check_ids(examples, config.get_text_config().vocab_size, str(base))
+    check_ids(examples, bare.config.get_text_config().vocab_size, str(base))
     return Rows(tokenizer, examples, max_length)
 
 

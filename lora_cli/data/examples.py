@@ -214,9 +214,14 @@ def sliding_windows(examples: Examples, max_length: int) -> Examples:
     return join_pieces(pieces, examples.formats)
 
 
+def highest_id(examples: Examples) -> int:
+    """The highest of the rows' token ids."""
+    return max(int(flat.ids.max(initial=0)) for flat in examples.chunks())
+
+
 def check_ids(examples: Examples, vocabulary: int, where: str) -> None:
     """Raises UserError when a token's id is beyond the model's vocabulary: the tokenizer is another model's."""
-    highest = max(int(flat.ids.max(initial=0)) for flat in examples.chunks())
+    highest = highest_id(examples)
     if highest >= vocabulary:
         what = f"the tokenizer gives ids up to {highest}, but the model's vocabulary has {vocabulary}"
         raise UserError(what, where, "tokenizer and weights are of different models")

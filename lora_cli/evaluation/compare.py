@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_cli.data.batches import collate
+from lora_cli.data.examples import highest_id
 from lora_cli.errors import RunError
 from lora_cli.evaluation.head import frozen_head
 from lora_cli.evaluation.loss import Score, evaluating, evaluation_groups, mean_score, tally_loss
@@ -28,7 +29,7 @@ ROWS_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model's score, and for an adapter that of its base."""
+    """A model's score, and for an adapter that of its base; None where that lacks words of the rows."""
 
     score: Score
     base: Score | None
@@ -67,5 +68,7 @@ def compare(
 
     if adapter is None:
         return Comparison(score(model, "the model"), None)
-    alone = score(model, "the base")  # before PEFT puts the adapter's biases, PiSSA's remainder or new words into it
+    # Before PEFT puts the adapter's biases, PiSSA's remainder or new words into it, which rows may hold.
+    has_words = highest_id(examples) < model.config.get_text_config().vocab_size
+    alone = score(model, "the base") if has_words else None
     return Comparison(score(load_adapter(model, adapter), "the base with its adapter"), alone)

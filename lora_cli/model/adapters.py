@@ -72,7 +72,7 @@ def resize_words(base: PreTrainedModel, folder: Path) -> None:
         ends.append(base.get_output_embeddings())
     names = [f"base_model.model.{name}" for name, module in base.named_modules() if module in ends]
     with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as stored:
-        own = [f"{name}{part}.weight" for name in names for part in ("", ".base_layer")]
+        own = [f"{name}{part}.weight" for name in names for part in ("", ".base_layer", ".token_adapter.base_layer")]
         found = next((name for name in own if name in stored.keys()), None)  # noqa: SIM118 (safe_open is no mapping)
         size = None if found is None else stored.get_slice(found).get_shape()[0]
     words = cast("torch.Tensor", ends[0].weight).shape[0]

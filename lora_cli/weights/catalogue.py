@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -125,7 +126,8 @@ def inside(record: Any, *keys: str) -> Any:
 
 def _short(tensor: str) -> str:
     """The module that a weight is of; of another tensor its own name as well."""
-    module, _, own = tensor.replace(".token_adapter.", ".").rpartition(".")
+    plain = re.sub(r"\.(token_adapter|base_layer|modules_to_save|original_module)(?=\.)", "", tensor)  # PEFT's words
+    module, _, own = plain.rpartition(".")
     return module.rpartition(".")[2] + ("" if own == "weight" else f".{own}")
 
 

@@ -14,7 +14,7 @@ from lora_cli.errors import Fault, UserError, alike
 from lora_cli.model.adapters import resize_words
 from lora_cli.model.base import WRONG_VALUES, load_config, skeleton
 from lora_cli.model.files import stored_quantization
-from lora_cli.weights.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, read_adapter_config
+from lora_cli.weights.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 from lora_cli.weights.experts import joins_experts
 from lora_cli.weights.shards import read_headers, weight_files
 from lora_cli.weights.stored_names import converters_of, sources_of
@@ -63,8 +63,7 @@ def _lora_faults(folder: Path, bare: PreTrainedModel) -> list[Fault]:
     """The tensors that a LoRA adapter's file lacks of those its configuration speaks of, has beside them, or of other
     shapes than its base takes. ``bare`` is adapted. Raises UserError for one with factors of single experts."""
     resize_words(bare, folder)
-    kept = _kept(bare)
-    wanted = _wanted(folder, bare)
+    wanted, known = _wanted(folder, bare)
     stored = read_headers([folder / ADAPTER_WEIGHTS])
     found = {_plain(name): (name, info.shape) for name, info in stored.items()}
     place = str(folder)
@@ -73,7 +72,7 @@ def _lora_faults(folder: Path, bare: PreTrainedModel) -> list[Fault]:
         raise UserError("holds factors for each expert, as of Transformers 4, and the base's are joined", place, hint)
     faults = [Fault(f"tensor {name} is missing", place) for name in sorted(wanted.keys() - found.keys())]
     for plain, (name, shape) in found.items():
-        right = wanted.get(plain) or kept.get(plain)
+        right = known.get(plain)
         if right is None:
             faults.append(Fault(f"tensor {name} is none that {ADAPTER_CONFIG} speaks of", place))
         elif shape != right:
@@ -86,19 +85,9 @@ def _plain(name: str) -> str:
     return name if ".lora_" in name else name.replace(".base_layer.", ".")
 
 
-def _kept(bare: PreTrainedModel) -> Shapes:
-    """The base's own tensors that PEFT may keep beside an adapter's: its embedding and its head."""
-    ends = (bare.get_input_embeddings(), bare.get_output_embeddings())
-    return {
-        f"{PEFT_PREFIX}{name}.{part}": tuple(tensor.shape)
-        for name, module in bare.named_modules()
-        if module in ends
-        for part, tensor in module.named_parameters()
-    }
-
-
-def _wanted(folder: Path, bare: PreTrainedModel) -> Shapes:
-    """The tensors of the adapter in ``folder``, which is put on ``bare``."""
+def _wanted(folder: Path, bare: PreTrainedModel) -> tuple[Shapes, Shapes]:
+    """The tensors of the adapter in ``folder``, which is put on ``bare``; these and what PEFT may keep of the base's
+    embedding and head beside them."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of PEFT's, which are for those who train or load it
             config = PeftConfig.from_pretrained(str(folder))
@@ -106,9 +95,10 @@ def _wanted(folder: Path, bare: PreTrainedModel) -> Shapes:
             config.init_lora_weights = True  # there are no weights to begin from
             config.alpha_pattern = {}  # which no tensor depends on
             adapted = get_peft_model(bare, config, low_cpu_mem_usage=True)
-            state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+            states = [get_peft_model_state_dict(adapted, save_embedding_layers=saved) for saved in (False, True)]
     except (*WRONG_VALUES, NotImplementedError) as error:
         what = f"PEFT puts no such adapter on this base: {' '.join(str(error).split())}"
         hint = "it belongs to another base, or its file is damaged"
         raise UserError(what, str(folder / ADAPTER_CONFIG), hint) from error
-    return {_plain(name): tuple(tensor.shape) for name, tensor in state.items()}
+    wanted, known = ({_plain(name): tuple(tensor.shape) for name, tensor in state.items()} for state in states)
+    return wanted, known

@@ -16,6 +16,8 @@ from lora_cli.weights.shards import TensorInfo, read_headers, read_tensor
 LINEAR = {"A.weight", "B.weight"}
 EMBEDDING = {"embedding_A", "embedding_B"}
 MAGNITUDE = "magnitude_vector"
+COPIES = (".modules_to_save.", ".original_module.")
+"""In names of what PEFT saves once more, and as it was, of an embedding trained whole that has had words added."""
 
 
 Place = tuple[str, TensorInfo]
@@ -82,7 +84,7 @@ def adapter_parts(folder: Path) -> tuple[dict[str, dict[str, Place]], dict[str, 
         layer, is_part, part = name.removeprefix(PEFT_PREFIX).partition(".lora_")
         if is_part:
             halves.setdefault(layer, {})[part] = (name, info)
-        else:
+        elif not any(part in name for part in COPIES):
             others[layer.replace(".base_layer.", ".")] = (name, info)
     kinds = (LINEAR, LINEAR | {MAGNITUDE}, EMBEDDING)
     return (halves, others) if all(parts.keys() in kinds for parts in halves.values()) else None
