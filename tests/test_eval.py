@@ -169,6 +169,21 @@ def test_rows_may_hold_words_that_an_adapter_has_added(how: str, tiny_llama: Pat
     assert merged["perplexity"] == pytest.approx(wanted, rel=0.01)
 
 
+def test_an_adapter_is_at_work_behind_each_rows_invocation(
+    tiny_llama: Path, qa_file: Path, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """aLoRA's: rows laid end to end would have one such place."""
+    monkeypatch.setattr("lora_cli.model.base.has_units_for", lambda *_: False)  # in float32
+    rows = reference.rows_of(qa_file, AutoTokenizer.from_pretrained(tiny_llama), 1000)
+    invocation = rows[0][0][:1]
+    assert sum(invocation[0] in ids for ids, _ in rows) > 1
+    adapter = made(tiny_llama, tmp_path / "adapter", alora_invocation_tokens=invocation, lora_alpha=4000)
+    wanted = reference.perplexity_row_by_row(load(tiny_llama, adapter), rows)
+    found = done(lora("eval", adapter, "--data", qa_file, "--json")).json
+    assert found["perplexity"] == pytest.approx(wanted, rel=1e-6)
+    assert abs(found["perplexity"] - found["base"]["perplexity"]) > 0.01 * wanted
+
+
 @pytest.mark.parametrize("start", ["corda", "loftq", "lora_ga", "pissa_niter_4"])
 def test_an_adapter_of_a_base_that_is_not_there_is_refused(
     start: str, tiny_llama: Path, qa_file: Path, tmp_path: Path, lora: Any

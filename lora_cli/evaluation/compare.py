@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peft import PeftConfig
+
 from lora_cli.data.batches import collate
 from lora_cli.data.examples import highest_id
 from lora_cli.errors import RunError
@@ -52,7 +54,10 @@ def compare(
     """
     device = next(model.parameters()).device
     keep_freed_memory()
-    packing = lay_end_to_end(model, device, attn_implementation)
+    config = None if adapter is None else PeftConfig.from_pretrained(str(adapter))
+    # aLoRA is at work behind its invocation tokens, which PEFT looks for once in what it is given.
+    is_activated = getattr(config, "alora_invocation_tokens", None) is not None
+    packing = not is_activated and lay_end_to_end(model, device, attn_implementation)
 
     def score(model: PreTrainedModel | PeftModel, what: str) -> Score:
         with evaluating(model):
