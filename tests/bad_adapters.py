@@ -345,7 +345,7 @@ def adapter_of_vectors(w: World) -> Arguments:
     return ["merge", "run", "--out", "out"]
 
 
-@case("run/adapter/adapter_config.json", "does not say which base")
+@case("run/adapter/adapter_config.json", "does not say which base", "write it there as base_model_name_or_path")
 def adapter_that_names_no_base(w: World) -> Arguments:
     w.run()
     _forget_base(w)
@@ -464,6 +464,31 @@ def resize(adapter: str) -> Arguments:
 
 def compose(adapter: str) -> Arguments:
     return ["adapters", "compose", f"{adapter}=1.0", f"{adapter}=0.5", "--method", "cat", "--out", "out"]
+
+
+@case("self_attn.q_proj.lora_A.weight is not named as PEFT names it", "base_model.model. comes first")
+def eval_of_names_that_peft_passes_over(w: World) -> Arguments:
+    adapter = made(w)
+
+    def shorten(tensors: dict[str, Any]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("base_model.model.")] = tensors.pop(name)
+
+    w.tensors("adapter/adapter_model.safetensors", shorten)
+    return ["eval", adapter, "--data", w.rows(ROW)]
+
+
+@case("names that the base's layers had in Transformers 4", "load it beside its base with PEFT and save it")
+def router_by_its_former_name(w: World) -> Arguments:
+    experts(w)
+    adapter = made(w, "mixtral", target_modules=["q_proj"], target_parameters=["gate.weight"])
+
+    def rename(tensors: dict[str, Any]) -> None:
+        for name in list(tensors):
+            tensors[name.replace(".mlp.", ".block_sparse_moe.")] = tensors.pop(name)
+
+    w.tensors("adapter/adapter_model.safetensors", rename)
+    return merge(adapter)
 
 
 BY_PATTERN = r".*\.(q_proj|v_proj)"

@@ -53,7 +53,10 @@ def check_adapter(folder: Path, base: Path | None, other_kinds: bool = False) ->
     faults = list(config_faults(config, str(folder / ADAPTER_CONFIG)))
     if faults:
         raise UserError(faults)
-    halves = adapted_layers(folder)
+    halves, names = adapted_layers(folder), read_headers([folder / ADAPTER_WEIGHTS])
+    if strange := [name for name in names if ".lora_" in name and not name.startswith(PEFT_PREFIX)]:
+        what = f"tensor {strange[0]} is not named as PEFT names it, which passes over it in silence"
+        raise UserError(what, str(folder), f"save it with PEFT's save_pretrained: {PEFT_PREFIX} comes first")
     faults = [
         Fault(f"tensor {name}.lora_{kind}.weight is missing", str(folder))
         for name, found in halves.items()
@@ -63,7 +66,7 @@ def check_adapter(folder: Path, base: Path | None, other_kinds: bool = False) ->
     if base is not None and not faults:
         faults, model_takes_them = _misfits_of_base(folder, base, config, halves)
     faults += _unexpected(config, folder, halves)
-    if not any(".lora_" in name for name in read_headers([folder / ADAPTER_WEIGHTS])):
+    if not any(".lora_" in name for name in names):
         faults.append(Fault("the adapter holds no LoRA tensors", str(folder)))
     if faults:
         raise alike(faults, MISFIT)

@@ -14,7 +14,7 @@ from lora_cli.errors import Fault, UserError, alike
 from lora_cli.model.adapters import resize_words
 from lora_cli.model.base import WRONG_VALUES, load_config, skeleton
 from lora_cli.model.files import stored_quantization
-from lora_cli.weights.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
+from lora_cli.weights.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, read_adapter_config
 from lora_cli.weights.experts import joins_experts
 from lora_cli.weights.shards import read_headers, weight_files
 from lora_cli.weights.stored_names import converters_of, sources_of
@@ -70,6 +70,10 @@ def _lora_faults(folder: Path, bare: PreTrainedModel) -> list[Fault]:
     if any(re.search(r"\.experts\.\d+\.", name) for name in found.keys() - wanted.keys()):
         hint = "load it beside its base with PEFT and save it: PEFT joins them"
         raise UserError("holds factors for each expert, as of Transformers 4, and the base's are joined", place, hint)
+    unprefixed = {name.removeprefix(PEFT_PREFIX): info for name, info in stored.items()}
+    if any(f"{PEFT_PREFIX}{name}" in wanted.keys() - found.keys() for name in sources_of(bare, unprefixed)):
+        hint = "load it beside its base with PEFT and save it: PEFT renames them"
+        raise UserError("its tensors have the names that the base's layers had in Transformers 4", place, hint)
     faults = [Fault(f"tensor {name} is missing", place) for name in sorted(wanted.keys() - found.keys())]
     for plain, (name, shape) in found.items():
         right = known.get(plain)

@@ -64,13 +64,15 @@ def trace(folder: Path, base: str | None = None, other_kinds: bool = False) -> A
         return _checked(folder, locate(base, weights=True), base, other_kinds)
     name, place = named_base(folder)
     if not name:
-        raise UserError("the adapter does not say which base it is for", str(folder / ADAPTER_CONFIG))
+        hint = "write it there as base_model_name_or_path"
+        raise UserError("the adapter does not say which base it is for", str(folder / ADAPTER_CONFIG), hint)
     revision = read_adapter_config(folder).get("revision")
     try:
         found = locate(place, weights=True, revision=str(revision) if revision else None)
     except UserError as error:
         what = f"the base that this adapter is for is not found: {error.faults[0].where}: {error.faults[0].what}"
-        raise UserError(what, str(folder), "put it back, move both together, or name it with --base") from error
+        hint = "put it back, move both together, or give lora merge another (--base)"
+        raise UserError(what, str(folder), hint) from error
     return _checked(folder, found, name, other_kinds)
 
 
