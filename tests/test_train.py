@@ -728,7 +728,7 @@ def test_init_from_takes_what_training_can_write_and_nothing_more(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal"])
+@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal", "mica"])
 def test_init_from_begins_with_an_adapter_of_its_base_as_it_is(
     start: Any, tiny_llama: Path, train: Callable[..., Run], tmp_path: Path
 ) -> None:

@@ -96,6 +96,7 @@ def continue_adapter(
     """The base with the adapter stored in ``folder``, as ``load_adapter``; trained on with the recipe's dropout."""
     config = LoraConfig.from_pretrained(str(folder))
     config.lora_dropout = adapter.lora_dropout
+    config.init_lora_weights = True  # it has begun, and MiCA's start would freeze B
     if fused:
         register(config, [base.get_submodule(name) for name in targets])
     return PeftModel.from_pretrained(base, str(folder), config=config, is_trainable=True)
