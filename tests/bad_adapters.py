@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from typing import Any
@@ -44,6 +45,25 @@ def adapter_with_a_tensor_too_many(w: World) -> Arguments:
 def merge_of_no_adapter(w: World) -> Arguments:
     w.file("folder/x", "")
     return ["merge", "folder", "--out", "out"]
+
+
+def trainers(w: World) -> None:
+    """A folder in which a Trainer has left two checkpoints of an adapter, the newer one first by name."""
+    for number, name in enumerate(("checkpoint-90", "checkpoint-100")):
+        w.file(f"trainer/{name}/adapter_config.json", "{}")
+        os.utime(w.root / f"trainer/{name}/adapter_config.json", (number, number))
+
+
+@case("trainer: no adapter here", "an adapter lies in it: trainer/checkpoint-100")
+def merge_of_a_trainers_folder(w: World) -> Arguments:
+    trainers(w)
+    return ["merge", "trainer", "--out", "out"]
+
+
+@case("trainer: holds no model", "an adapter lies in it: trainer/checkpoint-100")
+def eval_of_a_trainers_folder(w: World) -> Arguments:
+    trainers(w)
+    return ["eval", "trainer", "--data", w.rows(ROW)]
 
 
 @case("run/adapter/adapter_model.safetensors", "no adapter here", "give a run or an adapter folder")
@@ -244,7 +264,7 @@ def adapter_of_an_unknown_kind(w: World) -> Arguments:
     return ["eval", "run", "--data", w.rows(ROW)]
 
 
-@case(CONFIG, "no peft_type")
+@case(CONFIG, "no peft_type", "PEFT's layout")
 def adapter_of_no_kind(w: World) -> Arguments:
     w.edit_json(w.run() / "adapter" / "adapter_config.json", peft_type=...)
     return ["merge", "run", "--out", "out"]

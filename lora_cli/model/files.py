@@ -34,7 +34,7 @@ def locate(name_or_path: str, weights: bool = False, revision: str | None = None
         folder = _snapshot(name_or_path, weights, revision)
     is_adapter = (folder / "adapter_config.json").is_file()
     if not (folder / "config.json").is_file():
-        hint = MODEL_FOLDER
+        hint = newest_adapter(folder) or MODEL_FOLDER
         if is_adapter:
             hint = "this is an adapter; give its base here"
         elif folder.parent.name == "checkpoints":
@@ -66,6 +66,12 @@ def nearest_folder(folder: Path) -> str:
     """What to say of a folder that is not there."""
     siblings = [f.name for f in folder.parent.iterdir() if f.is_dir()] if folder.parent.is_dir() else []
     return nearest(folder.name, siblings) or f"paths are relative to {Path.cwd()}"
+
+
+def newest_adapter(folder: Path) -> str | None:
+    """What to say of a folder with adapters in it, as a Trainer leaves its checkpoints; None of one without."""
+    found = [*folder.glob("*/adapter_config.json")]
+    return f"an adapter lies in it: {max(found, key=lambda file: file.stat().st_mtime).parent}" if found else None
 
 
 def check_tokenizer(folder: Path, chat: bool = False) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import Fault, UserError
-from lora_cli.model.files import nearest_folder, read_json
+from lora_cli.model.files import nearest_folder, newest_adapter, read_json
 from lora_cli.weights.shards import pickled
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -41,11 +41,13 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     RunError when the file cannot be read, which may pass."""
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
-        hint = "give a run or an adapter folder" if folder.exists() else nearest_folder(folder)
+        hint = newest_adapter(folder) or "give a run or an adapter folder"
+        hint = hint if folder.exists() else nearest_folder(folder)
         raise UserError("no adapter here (no adapter_config.json)", str(folder), hint)
     config = read_json(path)
     if not isinstance(config, dict) or "peft_type" not in config:
-        raise UserError("not an adapter's configuration (no peft_type)", str(path))
+        hint = "adapters are read in PEFT's layout; those of MLX and others are converted first"
+        raise UserError("not an adapter's configuration (no peft_type)", str(path), hint)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         what = f"the adapter's weights are missing ({ADAPTER_WEIGHTS})"
         raise UserError(what, str(folder), pickled(folder) or "copy or download the folder again")
