@@ -190,6 +190,26 @@ def damaged(adapter: Path, change: str) -> None:
     save_file(tensors, file, {"format": "pt"})
 
 
+def test_several_of_other_parameters_add_up_unverified(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    """PEFT runs none such beside each other, where they could be held against their sum."""
+    base = make_base("granite", tiny_llama, tmp_path / "base")
+    one = make_adapter(base, tmp_path / "one", target_modules=[], target_parameters=[DOWN])
+    other = make_adapter(base, tmp_path / "other", target_modules=[], target_parameters=[GATE_UP])
+    refused = lora("merge", one, other, "--out", tmp_path / "merged")
+    assert refused.exit_code == 2 and "--no-verify merges them" in refused.stderr, refused.stderr
+    assert not (tmp_path / "merged").exists()
+    done(lora("merge", one, other, "--out", tmp_path / "merged", "--no-verify"))
+    before, after = stored(base), stored(tmp_path / "merged")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    for adapter in (one, other):
+        done(lora("merge", adapter, "--out", tmp_path / "alone" / adapter.name))
+        alone = stored(tmp_path / "alone" / adapter.name)
+        mine = {name for name in before if not torch.equal(before[name], alone[name])}
+        assert mine and all(torch.equal(alone[name], after[name]) for name in mine)
+        changed -= mine
+    assert not changed
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

@@ -11,7 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.errors import RunError
+from lora_cli.errors import RunError, UserError
 from lora_cli.model.base import ties_words
 from lora_cli.model.fused_lora import register
 from lora_cli.recipe.schema import Adapter
@@ -81,11 +81,16 @@ def resize_words(base: PreTrainedModel, folder: Path) -> None:
 
 
 def load_adapters(base: PreTrainedModel, folders: Sequence[Path]) -> PeftModel:
-    """The base with several adapters, all of them at work; each as ``load_adapter`` has it."""
+    """The base with several adapters, all of them at work; each as ``load_adapter`` has it. Raises UserError for those
+    of other experts' parameters than the first, which PEFT does not take beside it."""
     model = load_adapter(base, folders[0])
     names = ["default", *(f"adapter_{number}" for number in range(1, len(folders)))]
     for name, folder in zip(names[1:], folders[1:], strict=True):
-        model.load_adapter(str(folder), adapter_name=name)
+        try:
+            model.load_adapter(str(folder), adapter_name=name)
+        except ValueError as error:
+            what = f"PEFT does not run the adapter beside {folders[0]}: {error}"
+            raise UserError(what, str(folder), "--no-verify merges them all the same") from error
     model.base_model.set_adapter(names)  # type: ignore[operator]  # PeftModel has one for a single name
     return model
 
