@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import WIDTH, Run, done
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, OpenAIGPTConfig
@@ -100,6 +101,29 @@ def test_a_streamed_base_trains_as_a_resident_one(
     assert losses[0] == losses[1]
     assert adapters[0] == adapters[1]
     assert held[1] < held[0] / 20
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "Lfm2", "Qwen3_5Text"])
+def test_weights_that_a_module_reads_past_their_layer_are_there(
+    kind: str, write_recipe: Any, lora: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    """A convolution's, in each of them; Mamba reads those of a linear layer as well."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
+    if kind != "Mamba":
+        mixer = "conv" if kind == "Lfm2" else "linear_attention"
+        sizes |= {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+        sizes |= {"layer_types": [mixer, "full_attention"]}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    runs = []
+    for value in (False, True):
+        changes = {"training.stream_base": value, "training.output_dir": tmp_path / str(value)}
+        changes |= {"model.name_or_path": tmp_path / "model", "adapter.target_modules": "all-linear"}
+        done(lora("train", write_recipe(changes | {"training.gradient_checkpointing": True})))
+        runs.append(Run(tmp_path / str(value)))
+    assert runs[0].losses == runs[1].losses
+    assert runs[0].adapter_bytes == runs[1].adapter_bytes
 
 
 @pytest.mark.parametrize("method", ["float32", "nf4"])

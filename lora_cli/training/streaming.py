@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch.nn import Module, Parameter
+from torch.nn import Module, ModuleList, Parameter
 from torch.utils.hooks import RemovableHandle
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_cli.errors import UserError
 from lora_cli.model.base import skeleton
-from lora_cli.model.elementwise import GatedMLP
 from lora_cli.model.files import is_stored_in_other_codes
 from lora_cli.model.layers import checkpointed_layers
 from lora_cli.model.linear4bit import expand_always
 from lora_cli.model.memory import free_bytes, size
-from lora_cli.model.rotary import RotaryAttention
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.estimate import estimate
 from lora_cli.training.prepare import Prepared
@@ -127,20 +126,27 @@ def stream(model: Module, sources: Sources) -> list[RemovableHandle]:
 
 
 def _holders(module: Module, sources: Sources) -> Iterator[tuple[Module, list[Place]]]:
-    """The modules that compute with weights that are away: one that reads those of layers within it, or their owner."""
-    whole = isinstance(module, BaseTunerLayer | RotaryAttention | GatedMLP)
-    owners = module.modules() if whole else [module]
+    """The modules that compute with weights that are away, their own and those of the layers in them: some read these
+    themselves, as Mamba and Qwen3-Next do their convolution's."""
+    # Hooks of a list never run, those of a checkpointed layer not when it is recomputed.
+    is_hooked = not isinstance(module, GradientCheckpointingLayer | ModuleList)
+    parts = [child for child in module.children() if _is_layer(module) or (is_hooked and _is_layer(child))]
     places = [
         (owner, name, weight)
-        for owner in owners
+        for owner in (module, *(each for part in parts for each in part.modules()))
         for name, weight in owner.named_parameters(recurse=False)
         if weight in sources
     ]
     if places:
         yield module, places
-    if not whole:
-        for child in module.children():
+    for child in module.children():
+        if child not in parts:
             yield from _holders(child, sources)
+
+
+def _is_layer(module: Module) -> bool:
+    """Whether there are no modules in it, but an adapter's."""
+    return isinstance(module, BaseTunerLayer) or not any(module.children())
 
 
 def _hook(module: Module, places: list[Place], sources: Sources) -> tuple[RemovableHandle, RemovableHandle]:
