@@ -77,11 +77,11 @@ def command(
         result["base"] = {"loss": found.base.loss, "perplexity": found.base.perplexity}
     if told:
         result["warnings"] = told
-    typer.echo(jsonlib.dumps(result) if json else _table(result))
+    typer.echo(jsonlib.dumps(result) if json else _table(result, "with adapter" if adapter else "model"))
 
 
-def _table(result: dict[str, Any]) -> str:
-    rows = [("with adapter" if "base" in result else "model", result)]
+def _table(result: dict[str, Any], measured: str) -> str:
+    rows = [(measured, result)]
     if "base" in result:
         rows.insert(0, ("base", result["base"]))
     lines = [f"{result['tokens']:,} predicted tokens of {result['data']}", f"{'':14}{'loss':>10}{'perplexity':>14}"]
