@@ -864,6 +864,17 @@ def test_rows_are_packed_in_8_bits_which_mix_those_of_any_batch_for_their_outlie
     assert not any(module._forward_hooks for module in model.modules()), "but to look, nothing is computed otherwise"
 
 
+def test_attention_whose_layers_get_four_dimensions_trains_in_8_bits(tokenizer: Any, train: Any, tmp_path: Any) -> None:
+    """DeepSeek-V3's."""
+    heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "q_lora_rank": 24, "kv_lora_rank": 16}
+    sizes = GROUPED | heads | {"num_key_value_heads": 4, "vocab_size": len(tokenizer), "first_k_dense_replace": 2}
+    build("DeepseekV3", sizes).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    changes = {"model.name_or_path": tmp_path / "base", "adapter.target_modules": "all-linear"}
+    runs = [train(changes | more) for more in ({}, {"quantization": {"method": "int8"}})]
+    assert runs[1].losses == pytest.approx(runs[0].losses, rel=0.02)
+
+
 LONGROPE = {
     "original_max_position_embeddings": 16,
     "rope_parameters": {
