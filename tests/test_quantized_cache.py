@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import Run, done, edited_weights
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, Qwen3NextConfig
 
 from lora_cli.recipe.schema import Quantization
 from lora_cli.training import setup
@@ -68,6 +69,22 @@ def test_trains_as_if_quantized_at_load(
         plain, _ = quantized("second/run", changes)
     assert first.losses == again.losses == plain.losses
     assert first.adapter_bytes == again.adapter_bytes == plain.adapter_bytes
+
+
+def test_an_adapter_starts_alike_on_a_model_that_draws_numbers_when_it_is_made(
+    quantized: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Qwen3-Next does, which is made whole to be quantized, for its joined experts."""
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 2}
+    sizes |= {"num_experts_per_tok": 1, "num_hidden_layers": 1, "vocab_size": len(tokenizer)}
+    config = Qwen3NextConfig(**sizes, layer_types=["linear_attention"])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    changes = {"model.name_or_path": tmp_path / "base", "adapter.target_modules": "all-linear", "training.max_steps": 1}
+    first, made = quantized("first", changes)
+    second, made_again = quantized("second", changes)
+    assert made and not made_again
+    assert first.adapter_bytes == second.adapter_bytes
 
 
 def test_a_run_beside_takes_it(quantized: Any) -> None:

@@ -97,7 +97,6 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = make_accelerator(recipe.training, dtype)
     check_agreement(job, accelerator, str(dtype).removeprefix("torch."))
-    set_seed(recipe.training.seed)
     keep_freed_memory()
     display.note(f"loading {recipe.model.name_or_path}")
     base, sources, kept = load_frozen(job, accelerator, dtype, display)
@@ -106,6 +105,7 @@ def set_up(job: Prepared, display: Display) -> Trainer:
         fuse(base)
     hooks = stream(base, sources)
     packing = choose_packing(job, base, display)
+    set_seed(recipe.training.seed)  # some models draw numbers while they are made, and one may be made to be quantized
     model = put_adapter(job, base, fused)
     for hook in hooks:  # an adapted layer reads its base's weights itself
         hook.remove()
