@@ -875,6 +875,12 @@ def test_attention_whose_layers_get_four_dimensions_trains_in_8_bits(tokenizer: 
     assert runs[1].losses == pytest.approx(runs[0].losses, rel=0.02)
 
 
+def test_dora_trains_in_8_bits(train: Any) -> None:
+    changes = {"adapter.use_dora": True, "adapter.target_modules": "all-linear"}
+    runs = [train(changes | more) for more in ({}, {"quantization": {"method": "int8"}})]
+    assert runs[1].losses == pytest.approx(runs[0].losses, rel=0.02)
+
+
 LONGROPE = {
     "original_max_position_embeddings": 16,
     "rope_parameters": {

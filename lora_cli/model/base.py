@@ -241,6 +241,8 @@ def load_base(
 def _as_vectors(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """An 8-bit layer's product: of more than three dimensions, which DeepSeek-V3's attention gives it, bitsandbytes
     (0.50.2) takes the wrong for columns."""
+    if layer.weight.SCB is None:  # PEFT's DoRA has made the parameter anew on a processor; the state has its scales
+        layer.weight.CB = None
     product: torch.Tensor = type(layer).forward(layer, x.flatten(0, -2))
     return product.view(*x.shape[:-1], -1)
 
