@@ -340,6 +340,28 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
         assert cut.info["cache_frozen"] == whole.info["cache_frozen"]
 
 
+def test_the_last_evaluation_stopped_is_made_again_from_what_is_kept(
+    train: Callable[..., Run], upper: Callable[..., Any], write_recipe: Any, lora: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """In bfloat16 what is computed anew may round otherwise."""
+    changes = with_cache(upper(), "memory") | {"model.dtype": "bfloat16"}
+    whole, evaluate_step = train(changes), loop.evaluate_step
+
+    def evaluate(trainer: Any, step: Any, *rest: Any) -> Any:
+        if step.number == trainer.total_steps:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate_step(trainer, step, *rest)
+
+    cut = changes | {"training": changes["training"] | {"output_dir": tmp_path / "cut"}}
+    recipe, run = write_recipe(cut), Run(tmp_path / "cut")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate_step", evaluate)
+        assert lora("train", recipe).exit_code == 143
+    assert run.losses == whole.losses and len(run.lines("validation")) == len(whole.lines("validation")) - 1
+    assert "validation rows: hidden states below" in done(lora("train", recipe, "--resume")).stderr
+    assert run.column("loss", "validation") == whole.column("loss", "validation")
+
+
 def test_a_signal_stops_the_computing(
     upper: Callable[..., Any], write_recipe: Any, lora: Any, tmp_path: Path, train: Callable[..., Run], monkeypatch: Any
 ) -> None:

@@ -127,7 +127,7 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
         start_trackers(trainer)
         restored = restore(trainer) if job.resume else None
         resumed_step = restored.step if restored else 0
-        if restored is None or is_unfinished(trainer, restored):
+        if restored is None or is_unfinished(trainer, restored) or not is_evaluated(trainer, restored):
             hidden_states.compute(trainer, resumed_step)
         progress = restored or evaluate_base(trainer)
         with display.steps(progress.step, trainer.total_steps):
