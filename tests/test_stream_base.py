@@ -16,7 +16,7 @@ import torch
 import transformers
 from conftest import WIDTH, Run, done
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, OpenAIGPTConfig
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig, OpenAIGPTConfig
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from lora_cli.errors import RunError
@@ -320,6 +320,24 @@ def test_a_base_stored_in_8_bits_is_not_streamed(
     told = " ".join(result.stderr.split())
     assert "training.stream_base: of quantized bases those in bitsandbytes' 4 bits alone are streamed" in told
     assert not (tmp_path / "run").exists()
+
+
+def test_layers_that_call_methods_of_their_parts_are_not_streamed(
+    tokenizer: Any, write_recipe: Any, lora: Any, tmp_path: Path
+) -> None:
+    """Gemma 3n's, and no word of it where it is not asked for."""
+    sizes = {"hidden_size": 32, "intermediate_size": [64], "num_attention_heads": 2, "num_key_value_heads": 2}
+    words = dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), len(tokenizer))
+    alternate = {"hidden_size_per_layer_input": 8, "laurel_rank": 4, "activation_sparsity_pattern": [0.0]}
+    layers = {"num_hidden_layers": 1, "layer_types": ["full_attention"], "num_kv_shared_layers": 0, "head_dim": 16}
+    config = Gemma3nTextConfig(**sizes, **words, **alternate, **layers)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    changes = {"model.name_or_path": tmp_path / "base", "adapter.target_modules": "attention", "training.max_steps": 1}
+    result = lora("train", write_recipe(changes | {"training.stream_base": True}))
+    assert result.exit_code == 2
+    assert "training.stream_base: the layers of gemma3n_text cannot be streamed" in " ".join(result.stderr.split())
+    assert "stream_base" not in done(lora("train", write_recipe(changes))).stderr
 
 
 def test_a_quantized_base_that_cannot_be_kept_is_not_streamed(

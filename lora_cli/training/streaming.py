@@ -37,6 +37,8 @@ Files = Mapping[Path, BinaryIO]
 """The open files of the base, by their names."""
 Place = tuple[Module, str, Parameter]
 """A module, and the name under which it holds a weight that is away."""
+UNSEEN = ("gemma3n", "gemma3n_text")
+"""Model types whose layers call methods of modules within them, of which no hook is told."""
 COMPARED = 1024
 """Numbers of a weight, evenly spread, that are held against the file's."""
 
@@ -73,6 +75,8 @@ def obstacle(job: Prepared, recipe: Recipe, processes: int) -> str:
         return "adapter.use_dora reads every weight's norm"
     if recipe.training.gradient_checkpointing is False:
         return "it needs gradient_checkpointing, which is false"
+    if job.config.model_type in UNSEEN:
+        return f"the layers of {job.config.model_type} cannot be streamed"
     if not checkpointed_layers(skeleton(job.config)):
         return f"{job.config.model_type} has no layers that can be checkpointed"
     return ""
