@@ -103,14 +103,14 @@ def test_a_streamed_base_trains_as_a_resident_one(
     assert held[1] < held[0] / 20
 
 
-@pytest.mark.parametrize("kind", ["Mamba", "Lfm2", "Qwen3_5Text"])
+@pytest.mark.parametrize("kind", ["Mamba", "Lfm2", "Qwen3_5Text", "Doge"])
 def test_weights_that_a_module_reads_past_their_layer_are_there(
     kind: str, write_recipe: Any, lora: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """A convolution's, in each of them; Mamba reads those of a linear layer as well."""
+    """A convolution's; in Mamba those of a linear layer as well, in Doge what scales a decoder layer's input."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
     if kind != "Mamba":
-        mixer = "conv" if kind == "Lfm2" else "linear_attention"
+        mixer = {"Lfm2": "conv", "Qwen3_5Text": "linear_attention", "Doge": "full_attention"}[kind]
         sizes |= {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
         sizes |= {"layer_types": [mixer, "full_attention"]}
     config = getattr(transformers, f"{kind}Config")(**sizes)

@@ -95,7 +95,7 @@ def put_away(base: PreTrainedModel, folder: Path, device: torch.device, dtype: t
     for outer, layer in checkpointed_layers(base).items():
         expand_always(layer)
         for inner, weight in layer.named_parameters():
-            if weight in sources:
+            if weight in sources or "." not in inner:  # hooks of the layer itself run once alone
                 continue
             found = _stored(f"{outer}.{inner}", weight, headers, base.base_model_prefix)
             in_4_bits = getattr(weight, "quant_state", None) is not None
