@@ -15,14 +15,17 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 SLOWLY = """
-import signal, sys, time
+import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 import lora_cli.weights.stream as stream
 from lora_cli.cli.app import main
 add = stream._Shard.add
 def slow(*given):
     add(*given)
-    time.sleep(0.5)
+    for _ in range(50):
+        if os.path.exists({go!r}):
+            break
+        time.sleep(0.01)
 stream._Shard.add = slow
 sys.exit(main(sys.argv[1:]))
 """
@@ -37,7 +40,8 @@ def adapter(tiny_llama: Path, tmp_path: Path) -> Path:
 
 def stopped(number: int, out: Path, *arguments: str | Path) -> tuple[int, str]:
     """The exit code and stderr of ``lora``, sent a signal once it has begun to write."""
-    command = [sys.executable, "-c", SLOWLY, *map(str, arguments), "--out", str(out)]
+    script = SLOWLY.format(go=str(out / "never"))
+    command = [sys.executable, "-c", script, *map(str, arguments), "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 120
     while not list(out.parent.glob(".out.*/.model*")):
@@ -73,7 +77,8 @@ def test_a_draft_that_is_being_written_stays(adapter: Path, tmp_path: Path, lora
     """Two runs for the same folder: one of them is first, and the other is told."""
     place = tmp_path / "place"
     place.mkdir()
-    command = [sys.executable, "-c", SLOWLY, "merge", str(adapter), "--no-verify", "--out", str(place / "out")]
+    script = SLOWLY.format(go=str(tmp_path / "go"))
+    command = [sys.executable, "-c", script, "merge", str(adapter), "--no-verify", "--out", str(place / "out")]
     slow = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not list(place.glob(".out.*/.model*")):
         assert slow.poll() is None, slow.communicate()[1]
@@ -81,6 +86,7 @@ def test_a_draft_that_is_being_written_stays(adapter: Path, tmp_path: Path, lora
     (draft,) = place.glob(".out.*")
     done(lora("merge", adapter, "--out", place / "out", "--no-verify"))
     assert draft.is_dir()
+    (tmp_path / "go").touch()
     _, told = slow.communicate()
     assert slow.returncode == 3 and "could not be written" in told
     assert [path.name for path in place.iterdir()] == ["out"]
