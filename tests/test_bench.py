@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from bench import (
     context,
     flat,
     heldout,
+    helpers,
     lengths,
-    prepare,
     same_weights,
     same_work,
     scale,
@@ -43,15 +44,24 @@ LORA = contestants.CPU[0]
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The tiny model and 16 rows, made as the bench makes them."""
     folder = tmp_path_factory.mktemp("bench")
-    told = {"shape": "tiny", "models": str(folder), "folder": str(folder), "rows": 16, "heldout_rows": 8}
-    (folder / "job.json").write_text(json.dumps(told | {"max_length": 128}), encoding="utf-8")
-    prepare.main(str(folder / "job.json"))
-    return dict(json.loads((folder / "rows.json").read_text(encoding="utf-8")))
+    return helpers.prepared("tiny", folder, environment(1, folder), 128, 16, heldout_rows=8, models=folder)
 
 
 @pytest.fixture(scope="module")
 def work(rows: dict[str, Any]) -> Work:
     return train.make_work(OPTIONS, rows, has_bf16=False)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a benchmark prepares is made in this process, and nothing waits for the disk."""
+
+    def run_helper(module: str, job: Path, _: Any, result: Path) -> Any:
+        import_module(f"bench.{module}").main(str(job))
+        return json.loads(result.read_text(encoding="utf-8"))
+
+    monkeypatch.setattr(helpers, "run_helper", run_helper)
+    monkeypatch.setattr("os.sync", lambda: None)
 
 
 def test_a_round_is_run_judged_and_checked(work: Work, tmp_path: Path) -> None:
@@ -219,14 +229,14 @@ def test_merge_is_measured_beside_peft(rows: dict[str, Any], tmp_path: Path) -> 
     assert all(run["peak_bytes"] > 50e6 and run["seconds"] > 0 for each in record["runs"].values() for run in each)
 
 
-def test_quantize_is_measured_beside_transformers(rows: dict[str, Any], tmp_path: Path) -> None:
+def test_quantize_is_measured_beside_transformers(rows: dict[str, Any], tmp_path: Path, here: None) -> None:
     record = weights.measure("quantize", OPTIONS, rows["model"], tmp_path, environment(1, tmp_path))
     assert record["faults"] == []
     assert record["same"]["tensors"] > 10 and record["same"]["largest"] == 0
     assert record["ratios"].keys() == {"seconds", "peak_bytes"}
 
 
-def test_memory_is_measured_as_layers_are_added(tmp_path: Path) -> None:
+def test_memory_is_measured_as_layers_are_added(tmp_path: Path, here: None) -> None:
     record = flat.measure(OPTIONS, tmp_path / "models", tmp_path, environment(1, tmp_path))
     layers = [shape["config"]["num_hidden_layers"] for shape in record["shapes"].values()]
     assert layers == [2, 20]
