@@ -10,16 +10,19 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import forked
 import pytest
+import soak
 import yaml
 from hypothesis import settings
 
@@ -312,6 +315,36 @@ def run_lora_process(*args: str | Path, env: Mapping[str, str] | None = None, cw
         timeout=300,
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def fork_lora(*commands: Sequence[str | Path], first: str = "") -> list[Result]:
+    """``lora`` with the arguments of each, in processes forked from one that has imported what a run needs: real ones,
+    without the seconds of a start. Several are those of one run, told of each other as a launcher does it. Each runs
+    the Python of ``first`` before."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(len(commands)))
+    context = soak.forking()
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [[Path(folder, f"{rank}.{name}") for name in ("out", "err")] for rank in range(len(commands))]
+        children = []
+        for rank, command in enumerate(commands):
+            ranks = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+            environment = meeting | sizes | ranks if len(commands) > 1 else {}
+            given = (list(map(str, command)), environment, first, streams[rank])
+            children.append(context.Process(target=forked.lora, args=given))
+        try:
+            for child in children:
+                child.start()
+            for child in children:
+                child.join(200)
+        finally:
+            for child in children:
+                child.kill()
+                child.join()
+        told = [[path.read_text(encoding="utf-8") for path in each] for each in streams]
+    return [Result(child.exitcode, *each) for child, each in zip(children, told, strict=True)]
 
 
 @pytest.fixture(scope="session")

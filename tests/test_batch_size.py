@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Run, done
-from test_memory import LIMITED_ONCE_IMPORTED, run_limited, wide_llama
+from conftest import Run, done, fork_lora
+from test_memory import ONCE_IMPORTED, limited, wide_llama
 
 from lora_cli.model.memory import activation_bytes
 from lora_cli.recipe.load import load_recipe
@@ -49,8 +49,8 @@ def test_what_does_not_fit_is_divided_and_the_step_keeps_its_rows(
     common = {"model.name_or_path": base, "data": {"train_on": "all"}}
     run = Run(tmp_path / "found")
     recipe = write_recipe(auto(12, max_steps=2, output_dir=run.folder) | common)
-    ended, told = run_limited(LIMITED_ONCE_IMPORTED, tmp_path, 600_000_000, "train", recipe)
-    assert ended.returncode == 0, told
+    ended, told = limited(ONCE_IMPORTED, 600_000_000, "train", recipe)
+    assert ended.exit_code == 0, told
     size, accumulation = numbers(run.info)
     assert 1 < size < 12 and size * accumulation == 12
     assert f"per_device_train_batch_size: auto -> {size}, gradient_accumulation_steps: {accumulation}" in told
@@ -63,7 +63,7 @@ def test_what_does_not_fit_is_divided_and_the_step_keeps_its_rows(
 
     tight = Run(tmp_path / "tight")
     recipe = write_recipe(auto(12, max_steps=1, output_dir=tight.folder) | common)
-    ended, told = run_limited(LIMITED_ONCE_IMPORTED, tmp_path, 180_000_000, "train", recipe)
+    _, told = limited(ONCE_IMPORTED, 180_000_000, "train", recipe)
     assert "going on with 1, though not even that seems to fit" in told
 
 
@@ -83,10 +83,11 @@ def test_a_resumed_run_keeps_the_numbers_it_began_with(train: Callable[..., Run]
     assert run.adapter_bytes == whole.adapter_bytes
 
 
-def test_two_processes_take_the_same_numbers(write_recipe: Any, tmp_path: Path, lora: Any, lora_process: Any) -> None:
+def test_two_processes_take_the_same_numbers(write_recipe: Any, tmp_path: Path, lora: Any) -> None:
     shared, alone = Run(tmp_path / "shared"), Run(tmp_path / "alone")
-    result = done(lora_process("train", write_recipe(auto(3, output_dir=shared.folder)), "--num-processes", "2"))
-    assert result.stderr.count("auto -> 3") == 1
+    recipe = write_recipe(auto(3, output_dir=shared.folder))
+    first, second = map(done, fork_lora(["train", recipe], ["train", recipe]))
+    assert (first.stderr.count("auto -> 3"), second.stderr) == (1, "")
     assert numbers(shared.info) == [3, 1]
     done(lora("train", write_recipe({"training": {BATCH[0]: 3, BATCH[1]: 2, "output_dir": alone.folder}})))
     assert shared.losses == pytest.approx(alone.losses, rel=1e-5)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import Run, check_goes_on_alike, done, fork_lora
 from torch import nn
 
 from lora_cli.data.batches import Batch
@@ -27,7 +28,6 @@ from lora_cli.model.targets import choose_targets
 from lora_cli.recipe.schema import Adapter
 from lora_cli.training import loop
 from lora_cli.training.hidden_states import choose_places, make_room
-from tests.conftest import Run, check_goes_on_alike, done
 
 SMALL = {
     "hidden_size": 32,
@@ -279,6 +279,7 @@ def test_runs_with_and_without_take_the_same_steps(
 ) -> None:
     changes = upper(kind)
     changes["data"]["packing"] = packing
+    changes["training"]["save_steps"] = None
     plain = train(with_cache(changes, False))
     runs = [train(with_cache(changes, wanted)) for wanted in ("auto", "memory", "disk")]
     for run in runs:
@@ -412,16 +413,15 @@ def test_two_processes_share_the_computing(
     train: Callable[..., Run],
     upper: Callable[..., Any],
     write_recipe: Any,
-    lora_process: Any,
     tmp_path: Path,
 ) -> None:
     changes = upper() | {"adapter.lora_dropout": 0.0}
     one = train(with_cache(changes, place))
     training = changes["training"] | {"gradient_accumulation_steps": 1, "output_dir": tmp_path / "two"}
     two = Run(tmp_path / "two")
-    done(
-        lora_process("train", write_recipe(with_cache(changes | {"training": training}, place)), "--num-processes", "2")
-    )
+    recipe = write_recipe(with_cache(changes | {"training": training}, place))
+    for process in fork_lora(["train", recipe], ["train", recipe]):
+        done(process)
     assert two.info["processes"] == 2 and two.info["cache_frozen"] == {"train": place, "validation": place}
     for split in ("train", "validation"):
         assert two.column("tokens", split) == one.column("tokens", split)

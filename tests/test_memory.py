@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import Run
+from conftest import Result, Run, fork_lora
 from peft import LoraConfig, get_peft_model
 from transformers import Gemma3nTextConfig, LlamaConfig, LlamaForCausalLM
 
@@ -32,15 +29,14 @@ from lora_cli.training.activations import kept_bytes, recompute_activations
 from lora_cli.training.estimate import largest_batch
 
 LIMIT = """
-import resource, sys
+import resource
 from pathlib import Path
-from lora_cli.cli.app import main
 def limit():
     data = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines()
                 if line.startswith("VmData"))
-    resource.setrlimit(resource.RLIMIT_DATA, ((data << 10) + int(sys.argv[1]), resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_DATA, ((data << 10) + {more}, resource.RLIM_INFINITY))
 """
-LIMITED_AT_STEP_2 = """
+AT_STEP_2 = """
 from lora_cli.training import loop
 take = loop.take_step
 def limited(trainer, step, rate):
@@ -48,12 +44,10 @@ def limited(trainer, step, rate):
         limit()
     return take(trainer, step, rate)
 loop.take_step = limited
-sys.exit(main(sys.argv[2:]))
 """
-LIMITED_ONCE_IMPORTED = """
+ONCE_IMPORTED = """
 import peft, transformers.models.llama.modeling_llama, lora_cli.evaluation.compare, lora_cli.weights.merge
 limit()
-sys.exit(main(sys.argv[2:]))
 """
 
 
@@ -241,18 +235,11 @@ def wide_llama(folder: Path, tokenizer: Any, width: int, layers: int) -> Path:
     return folder
 
 
-def run_limited(script: str, folder: Path, more: int, *arguments: str | Path) -> tuple[Any, str]:
+def limited(when: str, more: int, *arguments: str | Path) -> tuple[Result, str]:
     """``lora`` in a process that the system refuses more than so many bytes beyond what it has: how it ended, and what
     it told in one line."""
-    (folder / "limited.py").write_text(LIMIT + script)
-    done = subprocess.run(
-        [sys.executable, folder / "limited.py", str(more), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-    )
-    return done, " ".join(done.stderr.split())
+    (ended,) = fork_lora(arguments, first=LIMIT.format(more=more) + when)
+    return ended, " ".join(ended.stderr.split())
 
 
 def test_a_run_out_of_memory_tells_what_would_help_and_keeps_its_checkpoints(
@@ -267,10 +254,10 @@ def test_a_run_out_of_memory_tells_what_would_help_and_keeps_its_checkpoints(
             "training": {"save_steps": 1, "per_device_train_batch_size": 12, "gradient_accumulation_steps": 1},
         }
     )
-    done, told = run_limited(LIMITED_AT_STEP_2, tmp_path, 100_000_000, "train", recipe)
-    assert done.returncode == 3, told
+    ended, told = limited(AT_STEP_2, 100_000_000, "train", recipe)
+    assert ended.exit_code == 3, told
     assert re.search(r"out of memory: [\d.]+ [GM]B more were asked for; cpu has [\d.]+ GB, of which", told), told
-    ways = re.findall(r"^ {6}(\S+=\S+(?: \S+=\S+)?) \(saves about ([\d.]+) [MG]B\)$", done.stderr, re.MULTILINE)
+    ways = re.findall(r"^ {6}(\S+=\S+(?: \S+=\S+)?) \(saves about ([\d.]+) [MG]B\)$", ended.stderr, re.MULTILINE)
     assert len(ways) == 3
     assert "training.per_device_train_batch_size=6 training.gradient_accumulation_steps=2" in dict(ways)
     saved = [float(amount) for _, amount in ways]
@@ -290,10 +277,10 @@ def test_other_commands_tell_of_a_lack_of_memory(verb: str, tmp_path: Path, toke
         "merge": [tmp_path / "adapter", "--out", out],
         "quantize": [base, "--out", out],
     }
-    done, told = run_limited(LIMITED_ONCE_IMPORTED, tmp_path, 30_000_000, verb, *arguments[verb])
-    assert done.returncode == 3, told
+    ended, told = limited(ONCE_IMPORTED, 30_000_000, verb, *arguments[verb])
+    assert ended.exit_code == 3, told
     number = r"[\d.]+ [GM]B"
     assert re.search(rf"error: out of memory: .*; cpu has {number}, of which {number} were free", told), told
     assert "what would help: " in told and ("lora quantize" in told) == (verb == "eval")
-    assert "Traceback" not in told and done.stdout == ""
+    assert "Traceback" not in told and ended.stdout == ""
     assert not out.exists() and not list(tmp_path.glob(".*"))

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Run, done, edit_json, fork_lora
 
 from lora_cli.training.checkpoint import is_whole
 from lora_cli.training.zero_config import config_faults
-from tests.conftest import Run, done, edit_json
 
 TWO = {"training.gradient_accumulation_steps": 2}
 """Half of the recipe's accumulation, for twice the processes: the same rows in each step."""
+ENDLESS = {"training.num_train_epochs": 100, "training.lr_scheduler_type": "constant", "training.warmup_ratio": 0.0}
+"""Longer than it takes to stop it; how long it is to be in the end has no say in the steps before."""
 
 
 @pytest.fixture
@@ -84,13 +86,16 @@ def test_two_processes_take_the_steps_of_one(
         changes |= {"quantization.method": "nf4", "quantization.compute_dtype": "float32"}
     alone, shared = recipe(changes), recipe(changes | TWO | {"training.fsdp": "shards" in kind})
     done(lora("train", alone))
-    result = done(lora_process("train", shared, "--num-processes", "2", "--json"))
+    command = ["train", shared, "--json"]
+    ended = fork_lora(command, command) if "NF4" in kind else [lora_process(*command, "--num-processes", "2")]
+    first, *others = map(done, ended)
 
     wanted, found = run_of(alone), run_of(shared)
     assert_same_numbers(found, wanted)
-    report = result.json  # one process alone has spoken on stdout, and each line once on stderr
-    assert report["steps"] == wanted.column("step")[-1] == 8
-    assert result.stderr.count("step 8  loss") == 1
+    # One process alone has spoken, each line once.
+    assert first.json["steps"] == wanted.column("step")[-1] == 8
+    assert first.stderr.count("step 8  loss") == 1
+    assert all(other.stdout == "" and "loss" not in other.stderr for other in others)
     assert found.info["data"] == wanted.info["data"]
     assert found.info["processes"] == 2
     assert found.info["result"]["total_parameters"] == wanted.info["result"]["total_parameters"]
@@ -133,6 +138,14 @@ def test_two_machines_of_one_process_each(recipe: Callable[..., Path], lora: Any
     assert_same_numbers(run_of(shared), run_of(alone))
 
 
+ON_ITS_OWN_MACHINE = """
+import os
+import lora_cli.cli.app
+os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+lora_cli.cli.app._SECONDS_FOR_THE_FIRST = 0
+"""
+
+
 @pytest.mark.parametrize("differ", [True, False])
 def test_machines_that_would_train_otherwise_are_refused(
     differ: bool, recipe: Callable[..., Path], tiny_gpt2: Path, tmp_path: Path
@@ -147,12 +160,12 @@ def test_machines_that_would_train_otherwise_are_refused(
         edit_json(base / "config.json", layer_norm_epsilon=0.5)
     there = [f"data.train={rows}", f"model.name_or_path={base}"]
     there += ["training.learning_rate=0.02", "quantization.method=int8"] if differ else []
-    children = on_two_machines(["train", shared], ["train", shared, *there])
-    errors = [child.communicate(timeout=200)[1] for child in children]
+    ended = fork_lora(["train", shared], ["train", shared, *there], first=ON_ITS_OWN_MACHINE)
+    errors = [process.stderr for process in ended]
     if not differ:
-        assert [child.returncode for child in children] == [0, 0], errors
+        assert [process.exit_code for process in ended] == [0, 0], errors
         return
-    assert all(child.returncode for child in children)
+    assert [process.exit_code for process in ended] == [2, 2], errors
     for told in errors:
         for what in (
             "training.learning_rate is 0.02, but 0.01",
@@ -173,18 +186,14 @@ def refuse(*_, **__):
     raise AssertionError("there are logits")
 
 torch.nn.functional.cross_entropy = refuse
-from lora_cli.cli.app import main
-main()
 """
 
 
-def test_a_sharded_head_makes_its_loss_in_chunks(recipe: Callable[..., Path], lora: Any, tmp_path: Path) -> None:
+def test_a_sharded_head_makes_its_loss_in_chunks(recipe: Callable[..., Path], lora: Any) -> None:
     alone, shared = recipe(), recipe(TWO | {"training.fsdp": True})
-    (tmp_path / "main.py").write_text(WITHOUT_LOGITS)
-    child = start([*launched()[:-2], str(tmp_path / "main.py")], "train", shared)
     done(lora("train", alone))
-    _, errors = child.communicate(timeout=200)
-    assert child.returncode == 0, errors
+    for process in fork_lora(["train", shared], ["train", shared], first=WITHOUT_LOGITS):
+        done(process)
     assert_same_numbers(run_of(shared), run_of(alone))
 
 
@@ -227,7 +236,7 @@ LORA = (sys.executable, "-m", "lora_cli")
 
 def test_stopped_and_gone_on_with(recipe: Callable[..., Path], lora_process: Any) -> None:
     """Dropout, packing and shuffling on two processes: both random states and the place in the rows are kept."""
-    changes = TWO | {"adapter.lora_dropout": 0.2, "data.packing": True, "training.num_train_epochs": 40}
+    changes = TWO | ENDLESS | {"adapter.lora_dropout": 0.2, "data.packing": True}
     undisturbed, stopped = recipe(changes), recipe(changes)
     child = start(LORA, "train", stopped, "--num-processes", "2")
     wait_for(run_of(stopped).folder, 5, child)
@@ -236,26 +245,30 @@ def test_stopped_and_gone_on_with(recipe: Callable[..., Path], lora_process: Any
     assert child.returncode == 143, errors
     assert errors.count("checkpoint written") == 1
 
-    done(lora_process("train", stopped, "--resume", "--num-processes", "2"))
-    done(lora_process("train", undisturbed, "--num-processes", "2"))
     found, wanted = run_of(stopped), run_of(undisturbed)
+    steps = f"training.max_steps={len(found.losses) + 4}"
+    done(lora_process("train", stopped, steps, "--resume", "--num-processes", "2"))
+    for process in fork_lora(["train", undisturbed, steps], ["train", undisturbed, steps]):
+        done(process)
     assert found.column("step") == wanted.column("step")
     assert found.column("loss") == wanted.column("loss")
     weights = "adapter/adapter_model.safetensors"
     assert (found.folder / weights).read_bytes() == (wanted.folder / weights).read_bytes()
 
 
-def test_shards_are_gone_on_with(recipe: Callable[..., Path], lora_process: Any) -> None:
+def test_shards_are_gone_on_with(recipe: Callable[..., Path]) -> None:
     changes = TWO | {"training.fsdp": True, "adapter.lora_dropout": 0.2, "training.max_steps": 6}
     undisturbed = recipe(changes | {"training.save_total_limit": None, "training.num_train_epochs": ...})
-    done(lora_process("train", undisturbed, "--num-processes", "2"))
+    for process in fork_lora(["train", undisturbed], ["train", undisturbed]):
+        done(process)
     wanted = run_of(undisturbed)
     found = Run(wanted.folder.with_name("cut"))
     shutil.copytree(wanted.folder, found.folder)
     shutil.rmtree(found.folder / "checkpoints" / "step-00000006")
     shutil.rmtree(found.folder / "adapter")
-    again = ("train", undisturbed, f"training.output_dir={found.folder}", "--resume", "--num-processes", "2")
-    assert "step-00000003" in done(lora_process(*again)).stderr
+    again = ["train", undisturbed, f"training.output_dir={found.folder}", "--resume"]
+    first, _ = map(done, fork_lora(again, again))
+    assert "step-00000003" in first.stderr
     assert found.column("loss") == wanted.column("loss")
     assert found.adapter_bytes == wanted.adapter_bytes
 
@@ -324,9 +337,7 @@ def children_of(process: int) -> list[int]:
 
 def test_a_process_that_dies_ends_the_run(recipe: Callable[..., Path], lora: Any) -> None:
     """The other one does not wait for it; the checkpoints are whole, and one process goes on with what two began."""
-    constant = {"training.lr_scheduler_type": "constant", "training.warmup_ratio": 0.0}
-    long = constant | {"training.num_train_epochs": 100, "training.save_total_limit": None}
-    dying = recipe(TWO | long)
+    dying = recipe(TWO | ENDLESS | {"training.save_total_limit": None})
     folder = run_of(dying).folder
     child = start(LORA, "train", dying, "--num-processes", "2")
     wait_for(folder, 7, child)
@@ -348,7 +359,7 @@ def test_a_process_that_dies_ends_the_run(recipe: Callable[..., Path], lora: Any
     assert "training.gradient_accumulation_steps=4" in refused.stderr
     steps = max(run_of(dying).column("step")) + 4
     done(lora("train", dying, "--resume", "training.gradient_accumulation_steps=4", f"training.max_steps={steps}"))
-    alone = recipe(constant | {"training.max_steps": steps})
+    alone = recipe(ENDLESS | {"training.max_steps": steps})
     done(lora("train", alone))
     assert run_of(dying).column("step") == list(range(1, steps + 1))
     assert run_of(dying).column("tokens") == run_of(alone).column("tokens")
@@ -363,8 +374,8 @@ def is_alive(process: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system's own doing")
-def test_processes_end_with_their_launcher(recipe: Callable[..., Path], lora_process: Any) -> None:
-    shared = recipe(TWO | {"training.num_train_epochs": 100, "training.lr_scheduler_type": "constant"})
+def test_processes_end_with_their_launcher(recipe: Callable[..., Path]) -> None:
+    shared = recipe(TWO | ENDLESS)
     folder = run_of(shared).folder
     child = start(LORA, "train", shared, "--num-processes", "2")
     wait_for(folder, 4, child)
@@ -379,8 +390,9 @@ def test_processes_end_with_their_launcher(recipe: Callable[..., Path], lora_pro
     assert not any(map(is_alive, ranks))
     assert all(is_whole(path) for path in (folder / "checkpoints").glob("step-*"))
     steps = max(run_of(shared).column("step")) + 1
-    more = ["--num-processes", "2", f"training.max_steps={steps}"]
-    done(lora_process("train", shared, "--resume", *more))
+    more = ["train", shared, "--resume", f"training.max_steps={steps}"]
+    for process in fork_lora(more, more):
+        done(process)
     assert run_of(shared).column("step") == list(range(1, steps + 1))
 
 
