@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import copy
+import functools
 import gc
 import io
 import json
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import forked
 import pytest
 import soak
+import typer.main
 import yaml
 from hypothesis import settings
 
@@ -37,6 +39,12 @@ atexit.register(shutil.rmtree, _home, ignore_errors=True)
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": _home, "TOKENIZERS_PARALLELISM": "false"}
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
+
+# Nobody pulls the plug: what is written waits for no disk, in this process.
+os.fsync = os.fstat  # type: ignore[assignment]
+
+# Typer builds a command line's tree anew each time, which is most of the time of a command that is refused.
+typer.main.get_command = functools.cache(typer.main.get_command)
 
 # Under nohup, too, a run stops when a test sends the signal of a closing terminal.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
