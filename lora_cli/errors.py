@@ -105,14 +105,14 @@ def unwritable(path: Path, error: Exception, needed: int | None = None) -> RunEr
         room += ", but no more files can be made"
     what = f"could not be written: {reason} ({room})"
     is_full = getattr(error, "errno", None) in _FULL or any(f"(os error {number})" in reason for number in _FULL)
-    then = "make room and go on" if is_full else "go on when it can be written"
-    return RunError(what, str(path), f"what was whole before still is; {then}")
+    then = "free disk space and run the command again" if is_full else "run the command again when it can be written"
+    return RunError(what, str(path), f"files that were complete are intact; {then}")
 
 
 def unreadable(path: Path, error: Exception) -> RunError:
     """What to raise when ``error`` came while ``path``, which is there, was read."""
     reason = getattr(error, "strerror", None) or str(error)
-    hint = "what was whole before still is; try again: the cause may have passed"
+    hint = "files that were complete are intact; try again: the cause may have passed"
     return RunError(f"could not be read: {reason}", str(path), hint)
 
 
@@ -140,7 +140,7 @@ def is_pointer(path: Path) -> bool:
 def mend(path: Path) -> str:
     """What to do about a file that cannot be read as what it should be."""
     if is_pointer(path):
-        return "this is git-LFS's pointer to the file, not the file: 'git lfs pull' fetches it"
+        return "this is a git-LFS pointer, not the file: 'git lfs pull' fetches it"
     return "copy or download it again"
 
 

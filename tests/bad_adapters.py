@@ -54,13 +54,13 @@ def trainers(w: World) -> None:
         os.utime(w.root / f"trainer/{name}/adapter_config.json", (number, number))
 
 
-@case("trainer: no adapter here", "an adapter lies in it: trainer/checkpoint-100")
+@case("trainer: no adapter here", "give the adapter in it: trainer/checkpoint-100")
 def merge_of_a_trainers_folder(w: World) -> Arguments:
     trainers(w)
     return ["merge", "trainer", "--out", "out"]
 
 
-@case("trainer: holds no model", "an adapter lies in it: trainer/checkpoint-100")
+@case("trainer: holds no model", "give the adapter in it: trainer/checkpoint-100")
 def eval_of_a_trainers_folder(w: World) -> Arguments:
     trainers(w)
     return ["eval", "trainer", "--data", w.rows(ROW)]
@@ -113,7 +113,7 @@ def adapter_of_another_kind(w: World) -> Arguments:
     return ["merge", "run", "--out", "out"]
 
 
-@case("run/adapter", "base that this adapter is for is not found", "no such model folder", "put it back")
+@case("run/adapter", "the base of this adapter is not found", "no such model folder", "put it back")
 def base_missing(w: World) -> Arguments:
     w.run()
     shutil.rmtree(w.root / "base")
@@ -218,13 +218,13 @@ def start_from_an_adapter_of_another_rank(w: World) -> Arguments:
     )
 
 
-@case("has layers that are not trained here: lm_head", "make a model of it with lora merge")
+@case("has layers that are not trained here: lm_head", "merge it into its base with lora merge")
 def start_from_an_adapter_of_the_head(w: World) -> Arguments:
     made(w, target_modules=["lm_head", "q_proj"])
     return w.train({"adapter.init_from": "adapter", "model.name_or_path": w.llama, "adapter.r": 4})
 
 
-@case("adapter.target_modules: the recipe adapts 2 layers, the adapter of init_from 2 (named ['q_proj'])")
+@case("the recipe adapts other layers (2) than the adapter of init_from (2, target_modules: ['q_proj'])")
 def start_from_an_adapter_of_as_many_other_layers(w: World) -> Arguments:
     made(w, target_modules=["q_proj"])
     adapter = {"init_from": "adapter", "target_modules": ["v_proj"], "r": 4}
@@ -331,14 +331,14 @@ def adapter_with_a_foreign_tensor(w: World) -> Arguments:
     return ["merge", "run", "--out", "out"]
 
 
-@case("run/adapter: tensor else is none of a LoRA adapter's")
+@case("run/adapter: tensor else does not belong in a LoRA adapter")
 def adapter_with_a_tensor_of_no_module(w: World) -> Arguments:
     w.run()
     w.tensors(WEIGHTS, lambda tensors: tensors.update({"else": next(iter(tensors.values())).clone()}))
     return ["merge", "run", "--out", "out"]
 
 
-@case("run/adapter: tensor else stands in place of the base's")
+@case("run/adapter: tensor else replaces the base's")
 def a_difference_from_an_adapter_with_a_tensor_of_no_module(w: World) -> Arguments:
     adapter_with_a_tensor_of_no_module.arguments(w)
     w.edit_json("run/adapter/adapter_config.json", modules_to_save=["else"])
@@ -401,7 +401,7 @@ def provenance_with_a_word_for_the_validation_rows(w: World) -> Arguments:
     return ["eval", "run", "--data", w.rows(ROW)]
 
 
-@case("run/checkpoints/step-00000001", "no config.json", "name the run (run)")
+@case("run/checkpoints/step-00000001", "no config.json", "give the run (run)")
 def eval_of_a_checkpoint(w: World) -> Arguments:
     w.run()
     w.file("run/checkpoints/step-00000001/manifest.json", "{}")
@@ -486,7 +486,7 @@ def compose(adapter: str) -> Arguments:
     return ["adapters", "compose", f"{adapter}=1.0", f"{adapter}=0.5", "--method", "cat", "--out", "out"]
 
 
-@case("self_attn.q_proj.lora_A.weight is not named as PEFT names it", "base_model.model. comes first")
+@case("self_attn.q_proj.lora_A.weight does not have PEFT's name for it", "its names begin with base_model.model.")
 def eval_of_names_that_peft_passes_over(w: World) -> Arguments:
     adapter = made(w)
 
@@ -498,7 +498,7 @@ def eval_of_names_that_peft_passes_over(w: World) -> Arguments:
     return ["eval", adapter, "--data", w.rows(ROW)]
 
 
-@case("names that the base's layers had in Transformers 4", "load it beside its base with PEFT and save it")
+@case("the names of this base's layers in Transformers 4", "load it on its base with PEFT and save it again")
 def router_by_its_former_name(w: World) -> Arguments:
     experts(w)
     adapter = made(w, "mixtral", target_modules=["q_proj"], target_parameters=["gate.weight"])
@@ -572,30 +572,28 @@ def quantize_without_a_module_to_save(w: World) -> Arguments:
     return quantize(made(w, drop="lm_head", modules_to_save=["lm_head"]))
 
 
-@case(
-    "layers.0.self_attn.v_proj.lora_A and lora_B are for no layer that adapter_config.json names", "1.self_attn.k_proj"
-)
+@case("layers.0.self_attn.v_proj.lora_A and lora_B are for a layer not in adapter_config.json", "1.self_attn.k_proj")
 def layers_that_the_configuration_does_not_name(w: World) -> Arguments:
     made(w, target_modules=["q_proj", "k_proj", "v_proj"])
     w.edit_json(MADE_CONFIG, target_modules=["q_proj", "proj"])
     return merge("adapter")
 
 
-@case("layers.1.self_attn.v_proj.lora_A and lora_B are for no layer")
+@case("layers.1.self_attn.v_proj.lora_A and lora_B are for a layer not in")
 def resize_of_layers_that_the_configuration_does_not_name(w: World) -> Arguments:
     made(w)
     w.edit_json(MADE_CONFIG, target_modules=r".*\.(q_proj|v)")
     return resize("adapter")
 
 
-@case("layers.0.self_attn.q_proj.lora_A.weight is none that adapter_config.json speaks of")
+@case("layers.0.self_attn.q_proj.lora_A.weight is not described by adapter_config.json")
 def layers_of_another_number(w: World) -> Arguments:
     made(w)
     w.edit_json(MADE_CONFIG, layers_to_transform=[1])
     return merge("adapter")
 
 
-@case("embed_tokens.lora_embedding_A is none that adapter_config.json speaks of")
+@case("embed_tokens.lora_embedding_A is not described by adapter_config.json")
 def embedding_that_the_configuration_does_not_name(w: World) -> Arguments:
     made(w, target_modules=["embed_tokens", "q_proj"])
     w.edit_json(MADE_CONFIG, target_modules=["q_proj"])
@@ -663,21 +661,21 @@ def values_that_are_none_all_told_at_once(w: World) -> Arguments:
     return compose("adapter")
 
 
-@case(MADE_CONFIG, "rank_pattern is no regular expression", "(q_proj")
+@case(MADE_CONFIG, "rank_pattern is not a regular expression", "(q_proj")
 def pattern_that_does_not_close(w: World) -> Arguments:
     made(w)
     w.edit_json(MADE_CONFIG, rank_pattern={"(q_proj": 4})
     return merge("adapter")
 
 
-@case(MADE_CONFIG, "PEFT puts no such adapter on this base")
+@case(MADE_CONFIG, "PEFT cannot put this adapter on its base")
 def layers_of_no_number(w: World) -> Arguments:
     made(w)
     w.edit_json(MADE_CONFIG, layers_to_transform=["first"], layers_pattern=[7])
     return merge("adapter")
 
 
-@case("alora_invocation_tokens", "load it beside its base")
+@case("alora_invocation_tokens", "use it unmerged, with PEFT")
 def adapter_behind_invocation_tokens(w: World) -> Arguments:
     return merge(made(w, alora_invocation_tokens=[5, 6]))
 
@@ -687,14 +685,14 @@ def resize_behind_invocation_tokens(w: World) -> Arguments:
     return resize(made(w, alora_invocation_tokens=[5, 6]))
 
 
-@case("monteclora_config", "load it beside its base")
+@case("monteclora_config", "use it unmerged, with PEFT")
 def adapter_that_is_drawn_at_random(w: World) -> Arguments:
     made(w)
     w.edit_json(MADE_CONFIG, monteclora_config={"num_samples_per_expert": 1})
     return merge("adapter")
 
 
-@case("layer_replication", "load it beside its base")
+@case("layer_replication", "use it unmerged, with PEFT")
 def adapter_that_repeats_layers(w: World) -> Arguments:
     return quantize(made(w, layer_replication=[[0, 2], [1, 2]]))
 
@@ -727,7 +725,7 @@ def diff_of_another_start(w: World) -> Arguments:
     return ["adapters", "diff", adapter, adapter]
 
 
-@case("kind POLY", "load it beside its base")
+@case("kind POLY", "use it unmerged, with PEFT")
 def adapter_that_goes_by_the_row(w: World) -> Arguments:
     from peft import PolyConfig
     from transformers import AutoModelForCausalLM
@@ -736,7 +734,7 @@ def adapter_that_goes_by_the_row(w: World) -> Arguments:
     return merge(_saved(w, base, PolyConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], n_tasks=2)))
 
 
-@case("tensor base_model.model.one.hada_w1_a is none of this adapter's", loads=True)
+@case("tensor base_model.model.one.hada_w1_a does not belong in this adapter", loads=True)
 def adapter_of_another_kind_with_a_tensor_too_many(w: World) -> Arguments:
     from peft import LoHaConfig
     from transformers import AutoModelForCausalLM

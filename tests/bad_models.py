@@ -48,7 +48,7 @@ def unknown_model_type(w: World) -> Arguments:
     return w.train({"model.name_or_path": "model"})
 
 
-@case("model/config.json", "'vit'", "no causal language model")
+@case("model/config.json", "'vit'", "not a causal language model")
 def model_of_another_kind(w: World) -> Arguments:
     w.file(f"{w.model()}/config.json", json.dumps({"model_type": "vit"}))
     return w.train({"model.name_or_path": "model"})
@@ -168,19 +168,19 @@ def missing_tensor(w: World) -> Arguments:
     return w.train({"model.name_or_path": "model"})
 
 
-@case("model", "quantized already (bitsandbytes)", "leave the quantization out")
+@case("model", "quantized already (bitsandbytes)", "use the model as it is")
 def quantize_again_in_training(w: World) -> Arguments:
     w.edit_json(w.model() / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     return w.train({"model.name_or_path": "model", "quantization.method": "nf4"})
 
 
-@case("model", "training.fsdp", "4 bits alone are sharded", "quantization.method nf4")
+@case("model", "training.fsdp", "only those in bitsandbytes' 4 bits can be sharded", "quantization.method nf4")
 def shard_what_is_stored_in_8_bits(w: World) -> Arguments:
     w.edit_json(w.model() / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     return w.train({"model.name_or_path": "model", "training.fsdp": True})
 
 
-@case("model", "quantized already (gptq)", "unquantized model")
+@case("model", "quantized already (gptq)", "use the model as it is")
 def quantize_again(w: World) -> Arguments:
     w.edit_json(w.model() / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     return ["quantize", "model", "--out", "out"]
@@ -198,7 +198,7 @@ def config_that_git_lfs_did_not_fetch(w: World) -> Arguments:
     return ["quantize", "model", "--out", "out"]
 
 
-@case("model/config.json", "'t5'", "no causal language model")
+@case("model/config.json", "'t5'", "not a causal language model")
 def encoder_and_decoder(w: World) -> Arguments:
     w.file(f"{w.model()}/config.json", json.dumps({"model_type": "t5"}))
     return ["eval", "model", "--data", w.rows(ROW)]
@@ -419,7 +419,7 @@ def config_with_more_layers_than_weights(w: World) -> Arguments:
     return w.train({"model.name_or_path": "model"})
 
 
-@case("taken", "a file, not a model's folder")
+@case("taken", "a file, not a model folder")
 def model_that_is_a_file(w: World) -> Arguments:
     return w.train({"model.name_or_path": w.file("taken", "x")})
 

@@ -33,7 +33,7 @@ def quantize_but_for_an_unknown_layer(w: World) -> Arguments:
     return ["quantize", w.run(), "--out", "out", "--skip", "c_atn"]
 
 
-@case("no finished run", "name a run")
+@case("no finished run", "give a run")
 def eval_of_nothing(w: World) -> Arguments:
     return ["eval", "--data", w.rows(ROW)]
 
@@ -88,7 +88,7 @@ def processes_in_words(w: World) -> Arguments:
     return w.train({}, "--num-processes", "two")
 
 
-@case("base/merged", "lies in", "choose another --out")
+@case("base/merged", "is inside", "choose another --out")
 def merge_into_the_base(w: World) -> Arguments:
     return ["merge", w.run(), "--out", "base/merged"]
 
@@ -98,29 +98,29 @@ def merge_onto_the_base(w: World) -> Arguments:
     return ["merge", w.run(), "--out", "base"]
 
 
-@case("run/adapter/merged", "lies in", "choose another --out")
+@case("run/adapter/merged", "is inside", "choose another --out")
 def merge_into_the_adapter(w: World) -> Arguments:
     return ["merge", w.run(), "--out", "run/adapter/merged"]
 
 
-@case("link/merged", "lies in", "choose another --out")
+@case("link/merged", "is inside", "choose another --out")
 def merge_into_the_base_through_a_link(w: World) -> Arguments:
     (w.root / "link").symlink_to("base")
     return ["merge", w.run(), "--out", "link/merged"]
 
 
-@case("model/small", "lies in", "choose another --out")
+@case("model/small", "is inside", "choose another --out")
 def quantize_into_the_model(w: World) -> Arguments:
     return ["quantize", w.model(), "--out", "model/small"]
 
 
-@case("loop", "link that leads nowhere")
+@case("loop", "broken symbolic link")
 def quantize_into_a_link_to_itself(w: World) -> Arguments:
     (w.root / "loop").symlink_to("loop")
     return ["quantize", w.gpt2, "--out", "loop"]
 
 
-@case("gone", "link that leads nowhere")
+@case("gone", "broken symbolic link")
 def merge_into_a_link_to_nothing(w: World) -> Arguments:
     (w.root / "gone").symlink_to("nowhere")
     return ["merge", w.run(), "--out", "gone/merged"]
@@ -136,12 +136,12 @@ def merge_of_a_file(w: World) -> Arguments:
     return ["merge", w.file("recipe.yaml", ""), "--out", "out"]
 
 
-@case("recipe.yaml", "a file, not a model's folder", "a model folder holds")
+@case("recipe.yaml", "a file, not a model folder", "a model folder holds")
 def quantize_of_a_file(w: World) -> Arguments:
     return ["quantize", w.file("recipe.yaml", ""), "--out", "out"]
 
 
-@case("recipe.yaml", "a file, not a model's folder", "a model folder holds")
+@case("recipe.yaml", "a file, not a model folder", "a model folder holds")
 def eval_of_a_file(w: World) -> Arguments:
     return ["eval", w.file("recipe.yaml", ""), "--data", w.rows(ROW)]
 
@@ -161,7 +161,7 @@ def resume_and_overwrite_with_processes(w: World) -> Arguments:
     return w.train({}, "--resume", "--overwrite", "--num-processes", "2")
 
 
-@case("--seed is not for --method cat", "it is for dare_ties, dare_linear")
+@case("--seed is not for --method cat", "it is only for dare_ties, dare_linear")
 def seed_of_an_exact_sum(w: World) -> Arguments:
     w.run()
     return ["adapters", "compose", "run=1", "run/adapter=1", "--seed", "0", "--out", "out"]

@@ -92,12 +92,12 @@ def tracker_not_installed(w: World) -> Arguments:
     return w.train({"training.report_to": ["trackio"]})
 
 
-@case("recipe.yaml:", "HF_TOKEN looks to be a secret", "leave it in the environment")
+@case("recipe.yaml:", "HF_TOKEN looks like a secret", "leave it in the environment")
 def secret_in_a_recipe(w: World) -> Arguments:
     return w.train({"model.name_or_path": "https://user:${HF_TOKEN}@hub/model"})
 
 
-@case("training.output_dir=${wandb_api_key:-runs} (command line)", "looks to be a secret")
+@case("training.output_dir=${wandb_api_key:-runs} (command line)", "looks like a secret")
 def secret_in_an_override(w: World) -> Arguments:
     return w.train({}, "training.output_dir=${wandb_api_key:-runs}")
 
@@ -118,7 +118,7 @@ def misspelt_target(w: World) -> Arguments:
     return w.train({"adapter.target_modules": ["c_fc", "c_atn"]})
 
 
-@case("adapter.target_modules: 'all-linear'", "without brackets it is a word", "c_attn")
+@case("adapter.target_modules: 'all-linear'", "write it without brackets", "c_attn")
 def word_in_a_list(w: World) -> Arguments:
     return w.train({"adapter.target_modules": ["all-linear"]})
 
@@ -148,7 +148,7 @@ def rate_that_cannot_fall(w: World) -> Arguments:
     return w.train({"training.lr_scheduler_type": "polynomial", "training.learning_rate": 1e-7})
 
 
-@case("training.deepspeed", "shards what training.fsdp shards", "keep one")
+@case("training.deepspeed", "training.fsdp is set too", "keep one")
 def two_ways_to_shard(w: World) -> Arguments:
     return w.train({"training.fsdp": True, "training.deepspeed": w.file("zero.json", "{}")})
 
@@ -193,20 +193,32 @@ def zero_that_says(w: World, zero: Any = None, **more: Any) -> Arguments:
     return w.train({"training.deepspeed": w.file("zero.json", json.dumps(config))})
 
 
-@case("zero.json", "csv_monitor is not taken", "flops_profiler is not taken", "tensorboard is not taken", "remove it")
+@case(
+    "zero.json",
+    "csv_monitor is not supported",
+    "flops_profiler is not supported",
+    "tensorboard is not supported",
+    "remove it",
+)
 def deepspeed_that_writes_elsewhere(w: World) -> Arguments:
     away = {"enabled": True, "output_path": str(w.root / "elsewhere")}
     profiler = {"enabled": True, "output_file": str(w.root / "profile.txt")}
     return zero_that_says(w, csv_monitor=away, tensorboard=away, flops_profiler=profiler)
 
 
-@case("wandb is not taken", "autotuning is not taken", "aio is not taken", "checkpoint is not taken", "data_types")
+@case(
+    "wandb is not supported",
+    "autotuning is not supported",
+    "aio is not supported",
+    "checkpoint is not supported",
+    "data_types",
+)
 def deepspeed_that_does_other_things(w: World) -> Arguments:
     names = ("wandb", "comet", "autotuning", "aio", "checkpoint", "data_types", "bfloat16", "compression_training")
     return zero_that_says(w, **{name: {"enabled": True} for name in names})
 
 
-@case("offload_optimizer.nvme_path is not taken", "offload_optimizer.device is 'nvme', expected none or cpu")
+@case("offload_optimizer.nvme_path is not supported", "offload_optimizer.device is 'nvme', expected none or cpu")
 def deepspeed_that_offloads_to_a_disk(w: World) -> Arguments:
     return zero_that_says(w, {"offload_optimizer": {"device": "nvme", "nvme_path": str(w.root / "elsewhere")}})
 
@@ -216,17 +228,17 @@ def deepspeed_that_offloads_in_a_word(w: World) -> Arguments:
     return zero_that_says(w, {"offload_param": "cpu"})
 
 
-@case("zero_optimization.overlap_com is not taken", "did you mean 'overlap_comm'?")
+@case("zero_optimization.overlap_com is not supported", "did you mean 'overlap_comm'?")
 def deepspeed_key_that_is_misspelt(w: World) -> Arguments:
     return zero_that_says(w, {"overlap_com": True})
 
 
-@case("zero_optimization.overlap_comm is no number or word")
+@case("zero_optimization.overlap_comm is not a number or a text")
 def deepspeed_key_that_is_an_object(w: World) -> Arguments:
     return zero_that_says(w, {"overlap_comm": {"path": "elsewhere"}})
 
 
-@case("WANDB_API_KEY looks to be a secret")
+@case("WANDB_API_KEY looks like a secret")
 def key_in_a_recipe(w: World) -> Arguments:
     return w.train({"training.output_dir": "runs/${WANDB_API_KEY}"})
 

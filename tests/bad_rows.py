@@ -13,7 +13,7 @@ import pytest
 from bad_input import LFS, ROW, Arguments, World, case
 
 
-@case("rows.jsonl:3", "not valid JSON", "one JSON object a line")
+@case("rows.jsonl:3", "not valid JSON", "one JSON object per line")
 def broken_json_line(w: World) -> Arguments:
     rows = f"{json.dumps(ROW)}\n\n{{'question': 1}}\n{json.dumps(ROW)}\n"
     return w.train(data=w.file("rows.jsonl", rows))
@@ -101,12 +101,12 @@ def data_on_the_hub_while_offline(w: World) -> Arguments:
     return w.train(data="somebody/rows")
 
 
-@case("rows.csv:3", "3 cells under 2 columns", "question, answer", "rows.csv:4", "1 cells")
+@case("rows.csv:3", "3 cells for 2 columns", "question, answer", "rows.csv:4", "1 cells")
 def ragged_csv(w: World) -> Arguments:
     return w.train(data=w.file("rows.csv", "question,answer\na,b\na,b,c\na\n"))
 
 
-@case("rows.csv:1", "column named twice: answer")
+@case("rows.csv:1", "duplicate column: answer")
 def csv_column_twice(w: World) -> Arguments:
     return w.train(data=w.file("rows.csv", "answer,answer\na,b\n"))
 
@@ -182,37 +182,37 @@ def weight_that_takes_no_row(w: World) -> Arguments:
     return w.train({"data.train": [{"path": w.rows(ROW), "weight": 0.1}, w.file("more.txt", "Some words.\n")]})
 
 
-@case("rows.jsonl:1", "read as alpaca, which has no use for data.columns.system", "say data.format")
+@case("rows.jsonl:1", "read as alpaca, which does not use data.columns.system", "set data.format")
 def mapped_column_that_the_format_would_not_read(w: World) -> Arguments:
     row = {"instruction": "Sum up.", "rule": "Be brief.", "output": "Text."}
     return w.train({"data.columns": {"system": "rule"}}, data=w.rows(row))
 
 
-@case("rows.jsonl:2", "no column 'context', for which data.columns.input stands, but one 'input'")
+@case("rows.jsonl:2", "no column 'context' (data.columns.input), but a column 'input'")
 def optional_column_of_another_name_in_some_rows(w: World) -> Arguments:
     row = {"instruction": "Sum up.", "output": "Text."}
     return w.train({"data.columns": {"input": "context"}}, data=w.rows(row | {"context": "1"}, row | {"input": "2"}))
 
 
-@case("rows.jsonl:2", "no column 'functions', for which data.columns.tools stands, but one 'tools'")
+@case("rows.jsonl:2", "no column 'functions' (data.columns.tools), but a column 'tools'")
 def tools_of_another_name_in_some_rows(w: World) -> Arguments:
     talk = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
     rows = w.rows(talk | {"functions": []}, talk | {"tools": [{"name": "weather"}]})
     return w.train({"data.columns": {"tools": "functions"}, "model.name_or_path": w.llama}, data=rows)
 
 
-@case("more.jsonl: none of its rows is left to train on", "held out for validation, or max_length")
+@case("more.jsonl: none of its rows is left to train on", "held out for validation, or have no supervised token")
 def part_of_a_mixture_that_is_cut_away(w: World) -> Arguments:
     long = w.file("more.jsonl", json.dumps(ROW | {"question": "Why? " * 99}) + "\n")
     return w.train({"data.train": [w.rows(ROW, ROW), long], "data.max_length": 32})
 
 
-@case("rows.jsonl", "split: test is for a hub id, and this is a file", "the split's own files")
+@case("rows.jsonl", "split: test is for a hub id only, and this is a file", "the split's own files")
 def split_of_a_file(w: World) -> Arguments:
     return w.train({"data.train": [{"path": w.rows(ROW), "split": "test"}]})
 
 
-@case("data", "streaming is for a hub id, and this is a folder", "leave it out")
+@case("data", "streaming is for a hub id only, and this is a folder", "remove it")
 def streaming_of_a_folder(w: World) -> Arguments:
     w.file("data/rows.jsonl", json.dumps(ROW))
     return w.train({"data.train": [{"path": "data", "streaming": True}]})
@@ -226,7 +226,7 @@ def folder_with_rows_of_an_unread_type(w: World) -> Arguments:
     return w.train(data="data")
 
 
-@case("rows.parquet", "column named twice: answer", "its own name")
+@case("rows.parquet", "duplicate column: answer", "its own name")
 def parquet_with_two_columns_of_a_name(w: World) -> Arguments:
     columns = [pa.array(["Why?"]), pa.array([" a"]), pa.array([" b"])]
     pq.write_table(pa.table(columns, names=["question", "answer", "answer"]), w.root / "rows.parquet")
@@ -259,20 +259,20 @@ def chat_with_null_content(w: World) -> Arguments:
     return chat(w, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}])
 
 
-@case("rows.jsonl:2", "leaves out or rewrites turn 1", "write the calls into the text", "leave tool_calls out")
+@case("rows.jsonl:2", "leaves out or rewrites turn 1", "write the calls into the turn's text", "remove tool_calls")
 def chat_with_tool_calls_that_the_template_leaves_out(w: World) -> Arguments:
     call = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
     turn = {"role": "assistant", "content": "", "tool_calls": [call]}
     return chat(w, [{"role": "user", "content": "Hi", "tool_calls": None}, turn])
 
 
-@case("rows.jsonl:2", "messages[0]", "the turn has tool_calls", "write it into the text")
+@case("rows.jsonl:2", "messages[0]", "the turn has tool_calls", "write it into the turn's text")
 def chat_with_tool_calls_of_the_user(w: World) -> Arguments:
     call = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
     return chat(w, [{"role": "user", "content": "Hi", "tool_calls": [call]}])
 
 
-@case("rows.jsonl:2", "messages[1].tool_calls[0]", "not valid JSON", "an object or the text of one")
+@case("rows.jsonl:2", "messages[1].tool_calls[0]", "not valid JSON", "an object or its JSON text")
 def chat_with_arguments_that_are_no_object(w: World) -> Arguments:
     call = {"type": "function", "function": {"name": "weather", "arguments": "Paris"}}
     return chat(w, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}])
@@ -284,13 +284,13 @@ def chat_with_reasoning_apart(w: World) -> Arguments:
     return chat(w, [{"role": "user", "content": "Hi", "weight": 1}, turn])
 
 
-@case("rows.jsonl:2", "messages[1]", "the turn has weight 0.5", "learned (1, true) or not (0, false)")
+@case("rows.jsonl:2", "messages[1]", "the turn has weight 0.5", "1 (true) to learn it, 0 (false) not to")
 def chat_with_a_turn_to_be_learned_by_half(w: World) -> Arguments:
     turns = [{"role": "user", "content": "Hi", "weight": 0}, {"role": "assistant", "content": "Yes.", "weight": 0.5}]
     return chat(w, turns)
 
 
-@case("rows.jsonl:2", "messages[1]", "weight and train say different things", "keep one")
+@case("rows.jsonl:2", "messages[1]", "weight and train contradict each other", "keep one")
 def chat_with_a_turn_to_be_learned_and_not(w: World) -> Arguments:
     turn = {"role": "assistant", "content": "Yes.", "weight": 0, "train": True}
     return chat(w, [{"role": "user", "content": "Hi"}, turn])
@@ -307,23 +307,27 @@ def chat_in_a_cell_that_is_no_json(w: World) -> Arguments:
     return w.train(data=w.file("rows.csv", 'messages\n"[{role: user}]"\n'))
 
 
-@case("rows.jsonl:2", "column 'history' is not empty", "alpaca has no place for it\n    give them as messages")
+@case(
+    "rows.jsonl:2", "column 'history' is not empty", "but format alpaca does not read it\n    give the rows as messages"
+)
 def alpaca_with_earlier_turns(w: World) -> Arguments:
     row = {"instruction": "Add", "input": "1 1", "output": "2", "system": "", "history": []}
     return w.train(data=w.rows(row, row | {"history": [["Hi", "Hello"]]}))
 
 
-@case("rows.jsonl:2", "column 'system' is not empty", "prompt_completion has no place for it", "say data.format: chat")
+@case(
+    "rows.jsonl:2", "column 'system' is not empty", "format prompt_completion does not read it", "set data.format: chat"
+)
 def question_with_a_system_prompt(w: World) -> Arguments:
     return w.train(data=w.rows(ROW | {"system": ""}, ROW | {"system": "Be kind."}))
 
 
-@case("rows.jsonl:1", "column 'history' is not empty", "has no place for it\n    give them as messages")
+@case("rows.jsonl:1", "column 'history' is not empty", "does not read it\n    give the rows as messages")
 def question_with_earlier_turns(w: World) -> Arguments:
     return w.train(data=w.rows(ROW | {"history": [["Hi", "Hello"]]}))
 
 
-@case("data/b.jsonl:1", "looks like prompt_completion", "first row is read as alpaca", "a part of their own")
+@case("data/b.jsonl:1", "looks like prompt_completion", "first row is read as alpaca", "a source of its own")
 def a_folder_of_two_formats(w: World) -> Arguments:
     w.file("data/a.jsonl", '{"instruction": "Add", "output": "2"}\n')
     w.file("data/b.jsonl", '{"question": "Why?", "answer": " Because."}\n')
@@ -336,7 +340,7 @@ def a_row_that_is_wrong_in_any_format(w: World) -> Arguments:
     return w.train({"model.name_or_path": w.llama}, data=w.rows(turns, {"prompt": "Hi", "completion": 3}))
 
 
-@case("rows.fifo", "neither a file nor a folder", "write them into a file")
+@case("rows.fifo", "not a file or a folder", "write the rows to a file")
 def rows_from_a_pipe(w: World) -> Arguments:
     os.mkfifo(w.root / "rows.fifo")
     return w.train(data="rows.fifo")
@@ -347,7 +351,9 @@ def chat_turn_that_is_text(w: World) -> Arguments:
     return chat(w, ["Hi"])
 
 
-@case("rows.jsonl:1", "leaves out the row's tools", "leave the column out", "whose template writes tools")
+@case(
+    "rows.jsonl:1", "leaves out the row's tools", "remove the column from the rows", "whose chat template writes tools"
+)
 def chat_with_tools_that_the_template_leaves_out(w: World) -> Arguments:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     return w.train({"model.name_or_path": w.llama}, data=w.rows({"messages": turns, "tools": [{"name": "clock"}]}))
@@ -380,7 +386,7 @@ def conversation_that_the_template_refuses(w: World) -> Arguments:
     return w.train({"data.format": "chat", "model.name_or_path": "model"}, data=w.rows(good, twice))
 
 
-@case("chat template is broken", "line 1", "chat_template.jinja")
+@case("chat template has an error in line 1", "line 1", "chat_template.jinja")
 def broken_chat_template(w: World) -> Arguments:
     w.file(f"{w.model('llama')}/chat_template.jinja", "{% for m in messages %}{{ m.content ")
     rows = w.rows({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]})
@@ -452,37 +458,37 @@ def eval_of_nothing(w: World) -> Arguments:
     return ["eval", "runs/typo"]
 
 
-@case("nothing to measure on", "--data")
+@case("no rows to measure on", "--data")
 def eval_without_rows(w: World) -> Arguments:
     return ["eval", w.gpt2]
 
 
-@case("nothing to measure on", "--data")
+@case("no rows to measure on", "--data")
 def eval_of_a_run_without_validation_rows(w: World) -> Arguments:
     return ["eval", w.run()]
 
 
-@case("chat template takes over", "chat_template.jinja")
+@case("chat template takes more than", "chat_template.jinja")
 def chat_template_that_fills_the_memory(w: World) -> Arguments:
     return templated(w, "{{ 'a' * 10 ** 11 }}")
 
 
-@case("chat template takes over", "chat_template.jinja")
+@case("chat template takes more than", "chat_template.jinja")
 def chat_template_that_pads_without_end(w: World) -> Arguments:
     return templated(w, "{{ '%99999999999s' % 'a' }}")
 
 
-@case("chat template takes over", "chat_template.jinja")
+@case("chat template takes more than", "chat_template.jinja")
 def chat_template_with_a_number_without_end(w: World) -> Arguments:
     return templated(w, "{{ 10 ** (10 ** 10) % 7 }}")
 
 
-@case("chat template takes over", "chat_template.jinja")
+@case("chat template takes more than", "chat_template.jinja")
 def chat_template_of_loops_in_loops(w: World) -> Arguments:
     return templated(w, "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
 
 
-@case("chat template takes over", "chat_template.jinja")
+@case("chat template takes more than", "chat_template.jinja")
 def chat_template_that_doubles_a_text(w: World) -> Arguments:
     text = "{% set n = namespace(t='a') %}{% for a in range(60) %}{% set n.t = n.t + n.t %}{% endfor %}{{ n.t }}"
     return templated(w, text)
@@ -574,12 +580,12 @@ def text_of_white_space(w: World) -> Arguments:
     return w.train(data=w.file("rows.txt", " \n\t\n\r\n"))
 
 
-@case("rows.jsonl:1", "named twice", "answer")
+@case("rows.jsonl:1", "duplicate key", "answer")
 def row_with_a_key_twice(w: World) -> Arguments:
     return w.train(data=w.file("rows.jsonl", '{"question": "Why?", "answer": "a", "answer": "b"}\n'))
 
 
-@case("rows.json", "named twice", "answer")
+@case("rows.json", "duplicate key", "answer")
 def json_with_a_key_twice(w: World) -> Arguments:
     return w.train(data=w.file("rows.json", '[{"question": "Why?", "answer": "a", "answer": "b"}]'))
 
@@ -614,28 +620,28 @@ def csv_with_semicolons(w: World) -> Arguments:
     return w.train(data=w.file("rows.csv", "question;answer\na;b\n"))
 
 
-@case("rows.tsv:1", "set apart by commas", "tabs between columns")
+@case("rows.tsv:1", "separated by commas", "tabs between columns")
 def commas_in_a_file_of_tabs(w: World) -> Arguments:
     return w.train(data=w.file("rows.tsv", "question,answer\na,b\n"))
 
 
-@case("rows.csv:2", "no format is known", "Why?, Because.")
+@case("rows.csv:2", "no format has these columns", "Why?, Because.")
 def csv_without_a_header(w: World) -> Arguments:
     return w.train(data=w.file("rows.csv", "Why?,Because.\nWhen?,Now.\n"))
 
 
-@case("rows.jsonl:1", "preferences", "data.columns: {completion: chosen}")
+@case("rows.jsonl:1", "preference rows", "data.columns: {completion: chosen}")
 def preferences_beside_a_prompt(w: World) -> Arguments:
     return w.train(data=w.rows({"question": "Why?", "chosen": "Because.", "rejected": "No."}))
 
 
-@case("rows.jsonl:1", "preferences", "data.columns: {messages: chosen}")
+@case("rows.jsonl:1", "preference rows", "data.columns: {messages: chosen}")
 def preferences_of_whole_conversations(w: World) -> Arguments:
     turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
     return w.train(data=w.rows({"prompt": "Why?", "chosen": turns, "rejected": turns}))
 
 
-@case("rows.jsonl:1", "preferences", "data.columns: {text: chosen}")
+@case("rows.jsonl:1", "preference rows", "data.columns: {text: chosen}")
 def preferences_of_whole_texts(w: World) -> Arguments:
     return w.train(data=w.rows({"chosen": "H: Why? A: Because.", "rejected": "H: Why? A: No."}))
 
@@ -650,7 +656,7 @@ def parquet_that_ends_too_soon(w: World) -> Arguments:
     return w.train(data="rows.parquet")
 
 
-@case("rows.parquet", "no format is known", "number")
+@case("rows.parquet", "no format has these columns", "number")
 def parquet_of_other_columns(w: World) -> Arguments:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -693,7 +699,7 @@ def chat_with_a_list_for_a_role(w: World) -> Arguments:
     return chat(w, [{"role": ["user"], "content": "Hi"}])
 
 
-@case("nothing to learn")
+@case("nothing to learn", "check that the rows have answers")
 def chat_without_an_answer(w: World) -> Arguments:
     turn = {"role": "user", "content": "Hi"}
     return w.train(

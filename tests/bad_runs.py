@@ -38,7 +38,7 @@ def output_holds_something_else(w: World) -> Arguments:
     return w.train({"training.output_dir": "full"})
 
 
-@case("no run to resume", "leave --resume out")
+@case("no run to resume", "without --resume")
 def resume_of_nothing(w: World) -> Arguments:
     return w.train({}, "--resume")
 
@@ -48,7 +48,7 @@ def resume_and_overwrite(w: World) -> Arguments:
     return w.train({}, "--resume", "--overwrite")
 
 
-@case("--resume", "training.learning_rate was 0.005 and is now 0.1", "set it back")
+@case("--resume", "training.learning_rate was 0.005 and is now 0.1", "undo the change")
 def resume_of_another_run(w: World) -> Arguments:
     return ["train", w.run() / "recipe.yaml", "training.learning_rate=0.1", "--resume"]
 
@@ -58,19 +58,19 @@ def resume_with_several_changes(w: World) -> Arguments:
     return ["train", w.run() / "recipe.yaml", "adapter.r=2", "data.train=other.jsonl", "--resume"]
 
 
-@case("loop", "link that leads nowhere", "choose another folder")
+@case("loop", "broken symbolic link", "choose another folder")
 def output_is_a_link_to_itself(w: World) -> Arguments:
     (w.root / "loop").symlink_to("loop")
     return w.train({"training.output_dir": "loop"})
 
 
-@case("gone is a link that leads nowhere", "choose another folder")
+@case("gone is a broken symbolic link", "choose another folder")
 def output_is_a_link_to_nothing(w: World) -> Arguments:
     (w.root / "gone").symlink_to("nowhere")
     return w.train({"training.output_dir": "gone"})
 
 
-@case("link that leads nowhere")
+@case("broken symbolic link")
 def output_below_a_link_to_nothing(w: World) -> Arguments:
     (w.root / "gone").symlink_to("nowhere")
     return w.train({"training.output_dir": "gone/run"})
@@ -83,7 +83,7 @@ def output_in_a_folder_that_takes_none(w: World) -> Arguments:
     return w.train({"training.output_dir": "/proc/run"})
 
 
-@case("adapter.init_from lies in the folder", "copy that adapter elsewhere")
+@case("adapter.init_from is inside training.output_dir", "copy that adapter elsewhere")
 def output_holds_the_adapter_to_start_from(w: World) -> Arguments:
     w.run()
     return w.train(
@@ -127,27 +127,27 @@ def resume_with_a_broken_recipe(w: World) -> Arguments:
     return ["train", "recipe.yaml", "--resume"]
 
 
-@case("run/metrics.jsonl:1", "not a line of metrics", "remove that line")
+@case("run/metrics.jsonl:1", "not a metrics line", "remove that line")
 def resume_with_broken_metrics(w: World) -> Arguments:
     return resume(w, "metrics.jsonl", "oops\n")
 
 
-@case("run/metrics.jsonl:1", "not a line of metrics", "remove that line")
+@case("run/metrics.jsonl:1", "not a metrics line", "remove that line")
 def resume_with_metrics_of_another_kind(w: World) -> Arguments:
     return resume(w, "metrics.jsonl", "[1, 2]\n")
 
 
-@case("run/metrics.jsonl:1", "not a line of metrics")
+@case("run/metrics.jsonl:1", "not a metrics line")
 def resume_with_metrics_that_are_no_text(w: World) -> Arguments:
     return resume(w, "metrics.jsonl", b"\xff\xfe\n")
 
 
-@case("run/metrics.jsonl:1", "not a line of metrics")
+@case("run/metrics.jsonl:1", "not a metrics line")
 def resume_with_metrics_without_a_loss(w: World) -> Arguments:
     return resume(w, "metrics.jsonl", '{"step": 1, "split": "train"}\n')
 
 
-@case("run/metrics.jsonl:1", "not a line of metrics")
+@case("run/metrics.jsonl:1", "not a metrics line")
 def resume_with_metrics_of_no_number(w: World) -> Arguments:
     return resume(w, "metrics.jsonl", '{"step": 1, "split": "validation", "loss": NaN}\n')
 
@@ -163,19 +163,19 @@ def resume_with_a_record_nested_too_deep(w: World) -> Arguments:
     return resume(w, "run.json", "[" * 100_000)
 
 
-@case("run/checkpoints/step-00000005", "a file stands where the run has a folder", "move it")
+@case("run/checkpoints/step-00000005", "a file is in the place of a folder of the run", "move it")
 def resume_with_a_file_named_as_a_checkpoint(w: World) -> Arguments:
     return resume(w, "checkpoints/step-00000005", "")
 
 
-@case("run/checkpoints", "a file stands where the run has a folder", "move it")
+@case("run/checkpoints", "a file is in the place of a folder of the run", "move it")
 def resume_with_a_file_named_as_the_checkpoints(w: World) -> Arguments:
     shutil.rmtree(w.root / w.run() / "checkpoints")
     w.file("run/checkpoints", "")
     return ["train", "run/recipe.yaml", "--resume"]
 
 
-@case("run/recipe.yaml", "the run's recipe is missing", "restore recipe.yaml", "--overwrite")
+@case("run/recipe.yaml", "the run's recipe.yaml is missing", "restore it from a copy", "--overwrite")
 def resume_without_the_recipe(w: World) -> Arguments:
     (w.root / w.run() / "recipe.yaml").rename(w.root / "mine.yaml")
     return ["train", "mine.yaml", "--resume"]

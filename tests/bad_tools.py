@@ -52,7 +52,7 @@ def compose_with_a_weight_that_is_no_number(w: World) -> Arguments:
     return compose(parts=("run=nan", "other=1"))
 
 
-@case("one adapter alone")
+@case("only one adapter is given")
 def compose_of_one(w: World) -> Arguments:
     pair(w)
     return compose(parts=("run=1",))
@@ -137,19 +137,19 @@ def compose_into_what_exists(w: World) -> Arguments:
     return compose()
 
 
-@case("lies in", "run/adapter")
+@case("is inside", "run/adapter")
 def compose_into_a_part(w: World) -> Arguments:
     pair(w)
     return ["adapters", "compose", "run/adapter=1", "other=1", "--out", "run/adapter/new"]
 
 
-@case("--density nan is no share")
+@case("--density nan is out of range")
 def compose_with_a_density_that_is_no_number(w: World) -> Arguments:
     pair(w)
     return compose("--method", "ties", "--density", "nan")
 
 
-@case("--density 0 is no share")
+@case("--density 0 is out of range")
 def compose_with_a_density_of_nothing(w: World) -> Arguments:
     pair(w)
     return compose("--method", "ties", "--density", "0")
@@ -182,17 +182,17 @@ def resize_to_two_sizes(w: World) -> Arguments:
     return ["adapters", "resize", w.run(), "--rank", "3", "--energy", "0.5", "--out", "out"]
 
 
-@case("--energy 2 is no share")
+@case("--energy 2 is out of range")
 def resize_to_more_than_all(w: World) -> Arguments:
     return ["adapters", "resize", w.run(), "--energy", "2", "--out", "out"]
 
 
-@case("--energy 0 is no share")
+@case("--energy 0 is out of range")
 def resize_to_nothing_at_all(w: World) -> Arguments:
     return ["adapters", "resize", w.run(), "--energy", "0", "--out", "out"]
 
 
-@case("run/adapter", "--rank 65 is more than transformer.h.0.attn.c_attn is wide (64)", "at most 64")
+@case("run/adapter", "--rank 65 is more than transformer.h.0.attn.c_attn's width (64)", "at most 64")
 def resize_beyond_the_layer(w: World) -> Arguments:
     return ["adapters", "resize", w.run(), "--rank", "65", "--out", "out"]
 
@@ -280,14 +280,14 @@ def extract_of_a_nan(w: World) -> Arguments:
     return extract()
 
 
-@case("tuned/out", "lies in tuned")
+@case("tuned/out", "is inside tuned")
 def extract_into_a_part(w: World) -> Arguments:
     w.model(name="base")
     w.model(name="tuned")
     return [*extract()[:-1], "tuned/out"]
 
 
-@case("run", "no model")
+@case("run", "no model", "or merge the two first (lora merge)")
 def extract_of_an_adapter(w: World) -> Arguments:
     w.run()
     return extract("run/adapter")

@@ -76,7 +76,7 @@ def test_copies_and_leaks_are_told_and_recorded(
     changes = {"data.train": tmp_path / "train.jsonl", "data.validation": tmp_path / "held_out.jsonl"}
     result = done(lora("train", write_recipe(changes | {"training.max_steps": 1})))
     assert "3 training rows repeat an earlier one" in result.stderr
-    assert "warning: 3 validation rows stand in the training rows too" in result.stderr
+    assert "warning: 3 validation rows are in the training rows too" in result.stderr
     found = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
     assert (found["duplicates"], found["validation_in_train"]) == (3, 3)
 
@@ -87,7 +87,7 @@ def test_a_share_of_rows_with_copies_leaks(write_recipe: Any, tmp_path: Path, lo
     changes = {"data.train": tmp_path / "rows.jsonl", "data.validation": 0.25, "training.max_steps": 1}
     result = done(lora("train", write_recipe(changes)))
     assert "5 training rows repeat" in result.stderr
-    assert "2 validation rows stand in the training rows too" in result.stderr
+    assert "2 validation rows are in the training rows too" in result.stderr
 
 
 def test_rows_that_differ_behind_the_cut_are_no_copies(tokenizer: Any) -> None:
@@ -129,7 +129,7 @@ def test_columns_that_are_not_read_are_told(write_recipe: Any, tmp_path: Path, l
     write_rows(tmp_path / "held_out.jsonl", [{"text": "Why?", "c": 1}])
     files = {"data.train": tmp_path / "rows.jsonl", "data.validation": tmp_path / "held_out.jsonl"}
     result = done(lora("train", write_recipe(files | {"training.max_steps": 1})))
-    told = r"columns of the rows that are not read: \x1b[2J, a, b, c"
+    told = r"columns not used: \x1b[2J, a, b, c"
     assert f"{told}\n" in result.stderr
     assert told in (tmp_path / "run" / "train.log").read_text()
     write_rows(tmp_path / "rows.jsonl", [row, row | {"d": "x", "e": "x", "topic": 1}])
@@ -196,7 +196,7 @@ def test_rows_without_an_answer_and_with_an_empty_one(template: str, chatty: Cal
 def test_empty_answers_are_told(write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None) -> None:
     write_rows(tmp_path / "rows.jsonl", [{"question": "Why?", "answer": answer} for answer in ("", " Because.")])
     result = done(lora("train", write_recipe({"data.train": tmp_path / "rows.jsonl", "training.max_steps": 1})))
-    assert "warning: 1 training row has nothing but an end to learn" in result.stderr
+    assert "warning: 1 training row has an empty answer" in result.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["empty_answers"] == 1
 
 
@@ -204,19 +204,22 @@ def test_an_end_that_is_not_supervised_is_told(chatty: Callable[[str], Any]) -> 
     rows = [chat("Hi", "Hello"), chat("Hi", "Hello", "Bye"), chat("Hi", "Hello", "Bye")]
     report, _ = report_of(chatty(ENDLESS), *rows)
     assert (report.ends_supervised, report.ends_masked) == (1, 2)
-    assert report.template_notes[0] == "the chat template ends no turn: the end-of-text token is put after the last one"
+    assert (
+        report.template_notes[0]
+        == "the chat template writes no end of turn: the end-of-text token is added after the last turn"
+    )
 
 
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        (CHATML, "no generation marks"),
+        (CHATML, "no {% generation %} marks"),
         (MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"), "leave out <|im_end|>"),
         (
             MARKED + "{% if add_generation_prompt %}<think>\n\n</think>\n\n{% endif %}",
             r"ends a prompt in '<think>\n\n</think>\n\n'",
         ),
-        ("{{ strftime_now('%Y') }}" + MARKED, "today's date: the same rows give other tokens on another day"),
+        ("{{ strftime_now('%Y') }}" + MARKED, "today's date: the same rows give different tokens on another day"),
         ("{{ date_string or strftime_now('%Y') }}" + MARKED, "today's date: 26 Jul 2024 here"),
         (MARKED, None),
     ],
@@ -297,10 +300,10 @@ def test_bos_is_told_before_training(
     changes = {"model.name_or_path": base, "data.train": [str(tmp_path / n) for n in ("texts.jsonl", "chats.jsonl")]}
     result = done(lora("train", write_recipe(changes | {"training.max_steps": 1})))
     assert "read as text+chat" in result.stderr
-    assert "of 3 training rows 3 have their end supervised; 1 to 2 BOS in a row" in result.stderr
+    assert "of 3 training rows 3 have their end supervised; 1 to 2 BOS per row" in result.stderr
     assert "warning: 1 row begins with a BOS of its own" in result.stderr
     assert "warning: 1 row begins with two BOS" in result.stderr
-    assert "the chat template has no generation marks" in result.stderr
+    assert "the chat template has no {% generation %} marks" in result.stderr
     found = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
     assert (found["bos_per_row"], found["bos_doubled"], found["bos_removed"]) == ([1, 2], 1, 1)
     again = lora("train", write_recipe(changes | {"training.max_steps": 1}), "--overwrite")
@@ -382,7 +385,7 @@ def test_rows_too_long_for_the_model_are_told_by_its_positions(
     changes = {"data.train": tmp_path / "rows.jsonl", "data.max_length": 1024, "training.max_steps": 1}
     result = done(lora("train", write_recipe(changes)))
     assert "data.max_length: 1024 -> 128" in result.stderr
-    assert "of 5 rows 3 were cut, longer than 128 tokens" in result.stderr
+    assert "of 5 rows 3 were cut to 128 tokens" in result.stderr
     dropped = "warning: 2 rows were dropped, with nothing left to learn"
     assert dropped in result.stderr
     found = json.loads((tmp_path / "run" / "run.json").read_text())["data"]

@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_divided_and_the_step_keeps_its_rows(
     tight = Run(tmp_path / "tight")
     recipe = write_recipe(auto(12, max_steps=1, output_dir=tight.folder) | common)
     _, told = limited(ONCE_IMPORTED, 180_000_000, "train", recipe)
-    assert "going on with 1, though not even that seems to fit" in told
+    assert "continuing with 1, although even that may not fit" in told
 
 
 def test_a_resumed_run_keeps_the_numbers_it_began_with(train: Callable[..., Run], write_recipe: Any, lora: Any) -> None:
@@ -160,7 +160,7 @@ def test_on_a_gpu_the_largest_batch_that_runs_is_found_by_trial(
         torch.cuda.set_per_process_memory_fraction(1.0)
     size, accumulation = numbers(run.info)
     assert 1 <= size < 12 and size * accumulation == 12
-    assert "the largest that ran through" in result.stderr
+    assert "the largest that ran" in result.stderr
     by_hand = {BATCH[0]: size, BATCH[1]: accumulation, "max_steps": 2, "output_dir": written.folder}
     done(lora("train", write_recipe({"training": by_hand} | common)))
     assert written.losses == pytest.approx(run.losses, rel=1e-5)

@@ -302,7 +302,7 @@ def test_rows_are_those_that_another_process_has_published(tokenizer: Any, tmp_p
     found = cached(tokenizer, tmp_path, rows_file, published=lambda: {first.key, "another"})
     assert not found.fresh
     assert found.tokenized.examples.fingerprint == first.tokenized.examples.fingerprint
-    with pytest.raises(UserError, match="the rows are not those that this machine's first process has read"):
+    with pytest.raises(UserError, match="this process has other rows or another tokenizer"):
         cached(tokenizer, tmp_path, rows_file, published=lambda: {"another"})
     put(file, file.read_bytes()[:-1])
     with pytest.raises(RunError, match="cannot be read"):
@@ -334,7 +334,7 @@ def test_a_machines_other_processes_take_what_its_first_has_read(
     assert announce(found.cache_keys) is None
 
     qa_file.write_text(qa_file.read_text().replace("lamp", "lamb", 1))
-    with pytest.raises(UserError, match=r"qa\.jsonl: the rows are not those"):
+    with pytest.raises(UserError, match=r"qa\.jsonl: this process has other rows"):
         prepare(recipe, resume=False, overwrite=False)
 
 
@@ -398,7 +398,7 @@ def test_a_cache_that_cannot_be_written_fails_the_run(write_recipe: Any, tmp_pat
 
 def test_a_folder_that_a_run_is_at_work_in_is_refused_by_the_check(tmp_path: Path) -> None:
     check_unlocked(tmp_path)
-    with locked(tmp_path), pytest.raises(UserError, match="another run is at work"):
+    with locked(tmp_path), pytest.raises(UserError, match="another run is using"):
         check_unlocked(tmp_path)
 
 

@@ -183,7 +183,7 @@ def test_what_was_composed_is_told(train: Any, tmp_path: Path, lora: Any) -> Non
     assert record["base"]["fingerprint"] == runs[0].info["base"]["fingerprint"]
     assert shown["base_state"] == "there"
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "Lighthouse keepers mend the lamp. " * 40}])
-    told = "rows are cut at 128 tokens: the adapter has no recipe"  # the positions of tiny_gpt2
+    told = "rows are cut to 128 tokens: the adapter has no record"  # the positions of tiny_gpt2
     assert told in done(lora("eval", tmp_path / "out", "--data", rows)).stderr
     assert told not in done(lora("eval", tmp_path / "out", "--data", rows, "--quiet")).stderr
     assert record["made"]["by"] == "compose" and record["made"]["method"] == "cat"
@@ -207,7 +207,7 @@ def test_a_composition_of_quantized_runs_knows_what_they_saw(train: Any, tmp_pat
     record = done(lora("adapters", "show", tmp_path / "out", "--json")).json["provenance"]
     assert record["dtype"] == "bfloat16", "from which the base is quantized again"
     result = lora("adapters", "compose", f"{runs[0].folder}=1", f"{plain.folder}=1", "--out", tmp_path / "other")
-    assert result.exit_code == 2 and "quantized otherwise" in result.stderr
+    assert result.exit_code == 2 and "was not quantized in training as" in result.stderr
     assert not (tmp_path / "other").exists()
 
 
@@ -260,4 +260,4 @@ def test_an_embedding_that_peft_keeps_is_no_update(base: Base, tmp_path: Path, l
     file = first / "adapter_model.safetensors"
     save_file(change(load_file(file)), file, {"format": "pt"})
     result = lora("adapters", "compose", f"{first}=0.5", f"{second}=0.3", "--method", "cat", "--out", tmp_path / "no")
-    assert result.exit_code == 2 and "stands in place of the base's" in result.stderr
+    assert result.exit_code == 2 and "replaces the base's" in result.stderr

@@ -247,7 +247,7 @@ def test_factors_of_single_experts_are_told(tiny_llama: Path, tmp_path: Path, lo
                 )
     save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
     result = lora("merge", adapter, "--out", tmp_path / "merged")
-    assert result.exit_code == 2 and "holds factors for each expert" in result.stderr, result.stderr
+    assert result.exit_code == 2 and "has factors for each expert" in result.stderr, result.stderr
 
     anew = tmp_path / "anew"
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)).save_pretrained(str(anew))

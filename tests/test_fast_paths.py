@@ -825,7 +825,7 @@ def test_a_model_that_mixes_rows_is_padded_and_says_so(
     changes = {"model": {"name_or_path": tmp_path / "bloom", "dtype": dtype}, "data.packing": True}
     changes |= {"quantization": method and {"method": method}, "training.max_steps": 1}
     result = done(lora("train", write_recipe(changes)))
-    assert "this architecture takes no packed rows; rows of like length are padded instead" in result.stderr
+    assert "this architecture does not support packed rows; rows of similar length are padded instead" in result.stderr
     assert Run(tmp_path / "run").info["data"]["packed"] is False
 
 

@@ -62,7 +62,7 @@ def test_a_run_stopped_by_a_signal_or_a_kill_goes_on_exactly_and_its_folder_is_i
             for flag in ("--resume", "--overwrite"):
                 refused = lora("train", recipe, f"training.output_dir={run.folder}", flag)
                 assert refused.exit_code == 2
-                assert "another run is at work in this folder" in refused.stderr
+                assert "another run is using this folder" in refused.stderr
             os.kill(child.pid, kind)
             child.join(60)
             assert child.exitcode == code, logs[kind].read_text()
@@ -182,7 +182,7 @@ def test_of_two_runs_started_at_once_the_refused_one_takes_nothing_of_the_others
         after_preparing(begin_the_other)
         refused = lora("train", recipe)
     assert refused.exit_code == 2
-    assert "another run is at work in this folder" in refused.stderr
+    assert "another run is using this folder" in refused.stderr
     kept = [
         sorted(path.relative_to(folder) for path in folder.rglob("*")) for folder in (whole / "cache", run / "cache")
     ]
@@ -196,7 +196,7 @@ def test_a_run_that_began_and_ended_meanwhile_is_not_replaced(
     after_preparing(lambda: done(lora("train", recipe, "training.seed=7")))
     refused = lora("train", recipe)
     assert refused.exit_code == 2
-    assert "another run was at work in this folder meanwhile" in refused.stderr
+    assert "another run has used this folder meanwhile" in refused.stderr
     assert run.info["seed"] == 7 and run.info["finished"]
     done(lora("train", recipe, "--overwrite"))
     assert run.info["seed"] == 42
@@ -210,7 +210,7 @@ def test_who_is_refused_leaves_the_others_folder_empty_as_it_is(
     with locked(folder) as held:
         with monkeypatch.context() as before:
             before.setattr(Path, "exists", lambda _: False)
-            with pytest.raises(UserError, match="another run is at work"), locked(folder):
+            with pytest.raises(UserError, match="another run is using"), locked(folder):
                 pass
         held.check()
     assert not folder.exists()
@@ -289,14 +289,14 @@ def test_a_run_whose_folder_is_taken_away_writes_nothing_into_what_is_there_now(
         patch.setattr(loop, "take_step", taken_away)
         result = lora("train", recipe)
     assert result.exit_code == 3
-    told = {"replaced": "another folder has taken the place of the run's"}.get(
+    told = {"replaced": "another folder is now in the place of the run's"}.get(
         how, "the run's folder is no longer there"
     )
-    assert f"{run.folder}: {told}; nothing more was written" in result.stderr and "make room" not in result.stderr
+    assert f"{run.folder}: {told}; nothing more was written" in result.stderr and "free disk space" not in result.stderr
     if how == "removed":
-        assert "begin anew" in result.stderr and not run.folder.exists() and not moved.exists()
+        assert "start a new run" in result.stderr and not run.folder.exists() and not moved.exists()
         return
-    assert f"what the run had written lies in {moved}: move it back" in result.stderr
+    assert f"what the run has written is now in {moved}: move it back" in result.stderr
     assert run.folder.exists() == (how == "replaced") and not [path for path in run.folder.rglob("*") if path.is_file()]
     shutil.rmtree(run.folder, ignore_errors=True)
     moved.rename(run.folder)
@@ -322,7 +322,7 @@ def test_a_folder_that_is_replaced_between_two_writes_is_left_alone(
     monkeypatch.setattr(loop, during, replaced)
     result = lora("train", write_recipe())
     assert result.exit_code == 3
-    assert f"{run}: another folder has taken the place of the run's; nothing more was written" in result.stderr
+    assert f"{run}: another folder is now in the place of the run's; nothing more was written" in result.stderr
     assert list(run.rglob("*")) == [run / "checkpoints"]
 
 
@@ -347,7 +347,7 @@ def test_where_nothing_can_be_locked_or_synced_a_run_goes_on_and_says_so(
     monkeypatch.setattr(fcntl, "flock", refused(errno.ENOLCK))
     for more in ([], ["--resume"]):
         result = done(lora("train", recipe, *more))
-        assert result.stderr.count(f"warning: {run.folder} cannot be locked here") == 1
+        assert result.stderr.count(f"warning: {run.folder} cannot be locked on this file system") == 1
     assert run.column("step") == [1, 2, 3] and run.checkpoints == [2, 3] and not soak.drafts(run.folder)
 
 
@@ -430,7 +430,7 @@ def test_a_failing_write_is_told_with_the_bytes_it_needs_and_leaves_what_was_who
     assert result.exit_code == 3, result.stderr
     assert f"{run.folder / place}: could not be written: " in result.stderr and "File too large" in result.stderr
     assert re.search(r"[(][1-9][0-9,]* bytes are needed, [0-9,]+ are free", result.stderr)
-    assert "go on when it can be written" in result.stderr and "make room" not in result.stderr
+    assert "run the command again when it can be written" in result.stderr and "free disk space" not in result.stderr
     assert 2 in run.checkpoints and all(is_whole(path) for path in (run.folder / "checkpoints").iterdir())
 
     done(lora("train", recipe, steps, "--resume"))
@@ -500,7 +500,11 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_whole(
         result = lora("train", write_recipe({"training": steps}))
         assert result.exit_code == 3
         told = re.search(r"(\S+): could not be written: .*No space left .*[(][0-9,]+ bytes are needed", result.stderr)
-        assert told and Path(told[1]).is_relative_to(run.folder) and "make room and go on" in result.stderr
+        assert (
+            told
+            and Path(told[1]).is_relative_to(run.folder)
+            and "free disk space and run the command again" in result.stderr
+        )
         assert 1 < len(run.checkpoints) < 20
         assert all(is_whole(path) for path in (run.folder / "checkpoints").iterdir())
         assert not soak.drafts(run.folder)
@@ -573,7 +577,7 @@ def test_a_tracker_that_does_not_start_is_told_and_the_run_goes_on_without(
     (tmp_path / "run" / "lora").touch()  # where its folder is to be
     further = (recipe, "--resume", "training.max_steps=3")
     result = lora("train", *further, "training.report_to=[tensorboard]")
-    assert result.exit_code == 2 and "go on with --resume" in result.stderr
+    assert result.exit_code == 2 and "continue with --resume" in result.stderr
     assert "training.report_to: a tracker does not start: NotADirectoryError" in result.stderr
     done(lora("train", *further))
     assert Run(tmp_path / "run").column("step") == [1, 2, 3]
@@ -590,7 +594,7 @@ def test_a_tracker_that_fails_ends_its_reports_and_not_the_run(
 
     monkeypatch.setattr(TensorBoardTracker, "log", fail)
     done(result := lora("train", write_recipe({"training.report_to": ["tensorboard"]})))
-    told = "warning: training.report_to: nothing more is reported: ConnectionError: its server is gone"
+    told = "warning: training.report_to: no more metrics are sent: ConnectionError: its server is gone"
     assert result.stderr.count(told) == 1 and len(logged) == 1
     assert Run(tmp_path / "run").column("step") == [1, 2, 3, 4]
 

@@ -281,6 +281,6 @@ def test_other_commands_tell_of_a_lack_of_memory(verb: str, tmp_path: Path, toke
     assert ended.exit_code == 3, told
     number = r"[\d.]+ [GM]B"
     assert re.search(rf"error: out of memory: .*; cpu has {number}, of which {number} were free", told), told
-    assert "what would help: " in told and ("lora quantize" in told) == (verb == "eval")
+    assert "what helps: " in told and ("lora quantize" in told) == (verb == "eval")
     assert "Traceback" not in told and ended.stdout == ""
     assert not out.exists() and not list(tmp_path.glob(".*"))

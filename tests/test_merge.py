@@ -322,7 +322,7 @@ def test_a_file_that_the_system_cannot_read_is_not_told_as_damaged(
     result = lora(*(("merge", adapter, "--out", tmp_path / "out") if of_adapter else ("train", recipe)))
     assert result.exit_code == 3, result.stderr
     told = file.parent if name == "tokenizer.json" else file
-    assert f"error: {told}: could not be read: Input/output error\n    what was whole" in result.stderr
+    assert f"error: {told}: could not be read: Input/output error\n    files that were complete" in result.stderr
     if name == "adapter_config.json":
         make_adapter("gpt2", base, tmp_path / "found" / "other")
         listed = done(lora("adapters", "list", tmp_path / "found", "--json")).json
@@ -487,12 +487,12 @@ def test_into_is_for_a_quantized_base_and_quantized_for_one_adapter(
     for into in ("expanded", "original", "quantized"):
         result = lora("merge", plain, "--into", into, "--out", out)
         assert result.exit_code == 2 and f"{plain}: --into {into}: " in result.stderr, result.stderr
-        assert "leave --into out" in result.stderr
+        assert "remove --into" in result.stderr
     small = train({"training.max_steps": 1, "quantization": {"method": "nf4"}}).folder
     shutil.copytree(small / "adapter", tmp_path / "second")
     for more in ([tmp_path / "second"], ["--dtype", "float32"]):
         result = lora("merge", small, *more, "--into", "quantized", "--out", out, "--no-verify")
-        assert result.exit_code == 2 and "--into quantized takes one adapter" in result.stderr, result.stderr
+        assert result.exit_code == 2 and "--into quantized takes a single adapter" in result.stderr, result.stderr
     assert not out.exists()
 
 
@@ -523,11 +523,11 @@ def test_adapters_that_saw_the_base_otherwise_are_not_added(
     out = tmp_path / "merged"
     for first, second in ((small, plain), (plain, small), (small, rounded)):
         result = lora("merge", first.folder, second.folder, "--out", out, "--no-verify")
-        assert result.exit_code == 2 and f"quantized otherwise than that of {first.folder}" in result.stderr
+        assert result.exit_code == 2 and f"not quantized in training as that of {first.folder}" in result.stderr
         assert "--into original" in result.stderr and not out.exists()
         parts = [f"{run.folder}=1" for run in (first, second)]
         result = lora("adapters", "compose", *parts, "--out", tmp_path / "composed")
-        assert result.exit_code == 2 and "quantized otherwise" in result.stderr
+        assert result.exit_code == 2 and "not quantized in training as" in result.stderr
     done(lora("merge", small.folder, rounded.folder, "--into", "original", "--out", out, "--no-verify"))
     before, after = weights_of(tiny_gpt2), weights_of(out)
     sums = [expected("gpt2", before, run.tensors, 8 / R, False) for run in (small, rounded)]
@@ -662,7 +662,7 @@ def test_a_wrong_sum_is_found(tiny_llama: Path, tmp_path: Path, lora: Any, monke
     adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter")
     monkeypatch.setattr("lora_cli.weights.products.scaling_of", lambda *_: 1.1 * ALPHA / R)
     result = lora("merge", adapter, "--out", tmp_path / "merged")
-    assert result.exit_code == 4 and "rounding to float32 does not explain" in result.stderr
+    assert result.exit_code == 4 and "more than rounding to float32 explains" in result.stderr
     unseen = done(lora("merge", adapter, "--out", tmp_path / "unseen", "--no-verify"))
     assert "not verified" not in unseen.stdout, "it was not asked for"
     monkeypatch.setattr("lora_cli.model.memory.free_bytes", lambda *_: 1000)
@@ -696,7 +696,7 @@ def test_biases_for_layers_without_one_are_refused(tiny_llama: Path, tmp_path: P
     adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter", lora_bias=True)
     result = lora("merge", adapter, "--out", tmp_path / "merged")
     assert result.exit_code == 2, result.stderr
-    assert "PEFT does not merge this adapter: Impossible to merge" in result.stderr
+    assert "PEFT cannot merge this adapter: Impossible to merge" in result.stderr
     assert not (tmp_path / "merged").exists()
 
 
@@ -829,7 +829,7 @@ def test_tokens_trained_in_the_head_alone_are_not_merged_into_the_embedding(
     tokens = {ENDS[name][0]: [3, 7], "lm_head": [1]}
     adapter = make_adapter(name, folder, tmp_path / "adapter", trainable_token_indices=tokens)
     result = lora("quantize", adapter, "--out", tmp_path / "out")
-    assert result.exit_code == 2 and "trains tokens of the head of a base that has one tensor" in result.stderr
+    assert result.exit_code == 2 and "trains tokens of the head, which is tied" in result.stderr
     assert not (tmp_path / "out").exists()
     both = make_adapter(name, folder, tmp_path / "both", trainable_token_indices=[3, 7])
     done(lora("merge", both, "--out", tmp_path / "merged"))
@@ -1111,8 +1111,11 @@ def test_a_hub_id_that_is_an_adapters_is_told(
     (model / "refs/main").write_text("a" * 40)
     result = lora("train", write_recipe({"model.name_or_path": "somebody/adapter"}))
     assert result.exit_code == 2
-    told = "error: somebody/adapter: holds no model (no config.json)\n    this is an adapter; give its base here\n"
-    assert result.stderr == told
+    what, hint = (
+        "holds no model (no config.json)",
+        "this is an adapter: give its base, or merge the two first (lora merge)",
+    )
+    assert result.stderr == f"error: somebody/adapter: {what}\n    {hint}\n"
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,7 @@ def test_zero_begins_and_goes_on_as_one_process_would(
     ("content", "changes", "says"),
     [
         (None, {}, "zero.json"),
-        ('{"zero_optimization": 2}', {}, "names no stage"),
+        ('{"zero_optimization": 2}', {}, "has no zero_optimization.stage"),
         ('{"zero_optimization": {"stage": 3}}', {"quantization.method": "nf4"}, "training.fsdp: true"),
         ("{}", {"training.fsdp": True}, "keep one"),
         ("{}", {"training.optim": "adamw_8bit"}, "cannot be sharded"),
@@ -347,7 +347,7 @@ def test_a_process_that_dies_ends_the_run(recipe: Callable[..., Path], lora: Any
     assert child.returncode == 3, errors
     assert time.monotonic() - began < 60
     assert errors.count("error: ") == 1, "the cause alone is told, not what it did to the other process"
-    assert "killed (signal 9)" in errors and "the checkpoints are kept; --resume goes on from the newest" in errors
+    assert "killed (signal 9)" in errors and "the checkpoints are kept; --resume continues from the newest" in errors
     assert "--resume" in errors
     kept = sorted((folder / "checkpoints").glob("step-*"))
     assert kept

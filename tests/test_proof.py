@@ -74,9 +74,9 @@ SPOILED = {
     "one rank's slice": (tensors(one_slice), "lora_A.weight has shape [2, 64], not [4, 64]"),
     "one bit": (tensors(one_bit), f"{SOME}.lora_A.weight has other numbers"),
     "in 16 bits": (tensors(lambda found: found.update({n: t.bfloat16() for n, t in found.items()})), "other numbers"),
-    "another alpha": (config(lora_alpha=8.4), "loaded again from disk"),
-    "another scaling": (config(use_rslora=True), "loaded again from disk"),
-    "fewer targets": (config(target_modules=["c_proj"]), "loaded again from disk"),
+    "another alpha": (config(lora_alpha=8.4), "reloaded from disk"),
+    "another scaling": (config(use_rslora=True), "reloaded from disk"),
+    "fewer targets": (config(target_modules=["c_proj"]), "reloaded from disk"),
 }
 
 
@@ -278,4 +278,4 @@ def test_layers_that_no_gradient_comes_to_are_told_after_the_first_step(
     assert result.exit_code == 3
     told = "warning: 4 of 26 adapted layers got no gradient in the first step: model.layers.1.shared_transformer"
     assert result.stderr.index(told) < result.stderr.index("step 1  loss")
-    assert "4 of 26 adapted layers are as they were before training" in result.stderr
+    assert "4 of 26 adapted layers were not changed by training" in result.stderr

@@ -279,7 +279,7 @@ def test_a_weight_too_large_for_8_bits(
         weights[name][0, 0] = 1e5
     result = lora("quantize", folder, "--out", tmp_path / "out", "--method", "int8")
     assert result.exit_code == 2
-    assert f"tensor {name} has numbers beyond float16's" in result.stderr and "--method nf4" in result.stderr
+    assert f"tensor {name} has values beyond float16's" in result.stderr and "--method nf4" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -337,13 +337,13 @@ def test_a_layer_whose_numbers_the_model_reads(
     shutil.copytree(tiny_llama, base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
     result = lora("quantize", base, "--out", tmp_path / "out")
-    assert result.exit_code == 2 and f"multiplies by the numbers of {layers}," in result.stderr
+    assert result.exit_code == 2 and f"reads {layers}'s weights directly" in result.stderr
     done(lora("quantize", base, "--out", tmp_path / "out", "--skip", layers.replace(" ", "")))
     AutoModelForCausalLM.from_pretrained(tmp_path / "out").train()(torch.arange(8)[None])
 
     changes = {"model.name_or_path": base, "quantization": {"method": "nf4"}, "adapter.target_modules": "all-linear"}
     result = lora("train", write_recipe(changes))
-    assert result.exit_code == 2 and f"multiplies by the numbers of {layers}," in result.stderr
+    assert result.exit_code == 2 and f"reads {layers}'s weights directly" in result.stderr
 
 
 def test_a_model_without_a_layer_to_quantize(

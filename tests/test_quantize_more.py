@@ -77,10 +77,10 @@ def test_an_adapter_is_told_with_its_base_and_nothing_is_written_into_it(
     files = sorted(adapter.iterdir())
     for out in (adapter / "small", tiny_gpt2 / "small"):
         refused = lora("quantize", adapter, "--out", out)
-        assert refused.exit_code == 2 and f"lies in {out.parent}, which it is made from" in refused.stderr
+        assert refused.exit_code == 2 and f"is inside {out.parent}, from which it is made" in refused.stderr
     assert sorted(adapter.iterdir()) == files
     text = done(lora("quantize", adapter, "--out", tmp_path / "out")).stdout.splitlines()
-    assert text[0] == f"{adapter} merged into {tiny_gpt2}, and" and text[1].startswith(f"{tmp_path / 'out'}: ")
+    assert text[0] == f"merged {adapter} into {tiny_gpt2}" and text[1].startswith(f"{tmp_path / 'out'}: ")
 
 
 @pytest.mark.parametrize("trained_on", [None, {"method": "nf4", "compute_dtype": "float32"}])
@@ -241,7 +241,7 @@ def test_norms_of_a_base_to_be_sharded_over_gpus_are_taken_in_host_memory(
     changes = {"model": {"name_or_path": tmp_path / "bloom", "dtype": "float32"}, "quantization": {"method": "nf4"}}
     result = lora("train", write_recipe(changes | {"adapter.use_dora": True, "training.fsdp": True}))
     assert result.exit_code == 2
-    assert "expands 4-bit weights wrongly on this processor" in result.stderr
+    assert "dequantizes 4-bit weights wrongly on this CPU" in result.stderr
 
 
 def test_a_base_stored_in_4_bits_is_sharded_from_host_memory(

@@ -169,7 +169,7 @@ def test_a_null_section_counts_as_left_out() -> None:
         ("model:\n\tname_or_path: x\n", "2:1", "a tab"),
         ("model:\n  a: 1\n  \tb: 2\n", "3:3", "a tab"),
         (MINIMAL + "---\n" + MINIMAL, "7:1", "a second document"),
-        ("model: x: y\n", "1:9", "a ':' that cannot stand here"),
+        ("model: x: y\n", "1:9", "a ':' that is not allowed here"),
         ("model:\n  a: 1\n b: 2\n", "3:2", "does not fit"),
         ("model: [a, b\ndata: x\n", "1:8", "'[' is not closed"),
         ("model: {a: b\ndata: x\n", "1:8", "'{' is not closed"),
@@ -211,7 +211,7 @@ def test_many_wrong_items_are_told_in_time() -> None:
 
 def test_duplicate_keys_name_both_places() -> None:
     found = fault(with_key("adapter", "r: 8\n  lora_alpha: 1\n  r: 9"))
-    assert (found.where, found.what) == ("r.yaml:10:3", "duplicate key 'r': it stands at r.yaml:8:3 already")
+    assert (found.where, found.what) == ("r.yaml:10:3", "duplicate key 'r': it is already at r.yaml:8:3")
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.system", "!!str", "!!binary", "!x", "!"])
@@ -546,7 +546,7 @@ def test_an_unreadable_file() -> None:
             "data",
             "format: chat\n  template: {completion: x}",
             "5:13",
-            "data.template: is for format: template, but data.format is chat",
+            "data.template: needs format: template, but data.format is chat",
             None,
         ),
         (
@@ -588,7 +588,7 @@ def test_a_wrong_key_or_value(section: str, line: str, where: str, what: str, hi
         ("max_lenght: 3", "did you mean 'data.max_length'?"),
         ("bse: x.yaml", "did you mean 'base'?"),
         ("zzz: 1", "known: adapter, base, data, model, quantization, training"),
-        ("zzz:", "leave it out: it says nothing"),
+        ("zzz:", "remove it: it has no value"),
         ("trianing:", "did you mean 'training'?"),
         ("load_in_4bit: true", "here it is quantization.method: nf4"),
         ("load_in_4bit: false", "leave it out: true is quantization.method: nf4 here"),
@@ -601,7 +601,7 @@ def test_a_wrong_key_or_value(section: str, line: str, where: str, what: str, hi
         ("chat_template: llama3", "leave it out: a chat goes through the tokenizer's own template"),
         ("template: llama3", "leave it out: a chat goes through the tokenizer's own template"),
         ("template: {completion: x}", "template belongs in data: write data.template"),
-        ("model_type: LlamaForCausalLM", "leave it out: the files say it"),
+        ("model_type: LlamaForCausalLM", "leave it out: the model's and the data's files tell it"),
         ("do_train: true", "leave it out: nothing here needs it"),
     ],
 )
@@ -860,7 +860,9 @@ def test_a_circle_of_bases_is_named() -> None:
     Path("b.yaml").write_text("x: 1\nbase: ./r.yaml\n")
     found = faults("base: a.yaml\n")
     assert found[0].where == "b.yaml:1:1"
-    assert found[1] == Fault("base: goes in a circle: r.yaml → a.yaml → b.yaml → r.yaml", "b.yaml:2:7", None)
+    assert found[1] == Fault(
+        "base: recipes that name each other: r.yaml → a.yaml → b.yaml → r.yaml", "b.yaml:2:7", None
+    )
 
 
 @pytest.mark.parametrize(
@@ -1146,7 +1148,7 @@ def test_explain_lists_every_key() -> None:
 
 def test_explain_a_section_and_a_key() -> None:
     section = explain("adapter")
-    assert section.startswith("adapter: What is trained.")
+    assert section.startswith("adapter: The adapter that is trained.")
     assert "adapter.r\n" in section
     assert "training." not in section.replace("while training.", "")
     assert (

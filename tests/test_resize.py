@@ -278,7 +278,7 @@ def test_extract_of_full_training(base: Base, tmp_path: Path, lora: Any) -> None
     assert len(report["left_out"]) == len(weights_of(folder)) - len(found)
     result = done(lora(*given, "--rank", "1000", "--out", tmp_path / "whole"))
     names = ", ".join(report["left_out"][:5])
-    assert f"other tensors differ, which the adapter does not hold: {names} ...\n" in result.stderr
+    assert f"other tensors differ and cannot go into the adapter: {names} ...\n" in result.stderr
     loaded = PeftModel.from_pretrained(bare, str(tmp_path / "whole")).base_model.model
     for layer, product in products(tmp_path / "whole").items():
         assert (

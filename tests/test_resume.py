@@ -129,7 +129,7 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint(
     (cut / "checkpoints" / ".step-00000004.abcdefgh.draft").mkdir()
     result = lora("train", cut / "recipe.yaml", f"training.output_dir={cut}", "--resume")
     done(result)
-    assert result.stderr.count("is damaged and left aside") == 2
+    assert result.stderr.count("is damaged and ignored") == 2
     resumed = Run(cut)
     assert resumed.column("loss") == whole.column("loss")
     assert resumed.adapter_bytes == whole.adapter_bytes
@@ -153,7 +153,7 @@ def test_a_checkpoint_that_cannot_be_read_at_the_moment_is_not_given_up(
         patch.setattr(Path, "read_bytes", failing)
         result = lora("train", run.folder / "recipe.yaml", "training.max_steps=5", "--resume")
     assert result.exit_code == 3
-    assert "the system refused: Input/output error" in result.stderr and "beginning again" not in result.stderr
+    assert "the system refused: Input/output error" in result.stderr and "starting again" not in result.stderr
     kept = {
         path: held for path, held in files_of(run).items() if "checkpoints" in path.parts or path.suffix == ".jsonl"
     }
@@ -267,7 +267,7 @@ def test_nothing_learned_is_begun_over_unasked(
     monkeypatch.setattr(RunFolder, "is_begun", False)
     result = lora("train", run.folder / "recipe.yaml", "--resume")
     assert result.exit_code == 3
-    assert f"{run.folder}: the folder holds what a run has learned; nothing was removed" in result.stderr
+    assert f"{run.folder}: the folder already holds a run's weights; nothing was removed" in result.stderr
     assert learned(run) == before
 
 
@@ -301,7 +301,7 @@ def test_resume_does_not_count_a_checkpoint_that_is_not_whole(train: Callable[..
     run = train()
     shutil.copytree(run.folder / "checkpoints/step-00000004", run.folder / "checkpoints/step-00000099")
     result = done(lora("train", run.folder / "recipe.yaml", "--resume"))
-    assert f"{run.folder / 'checkpoints/step-00000099'} is damaged and left aside" in result.stderr
+    assert f"{run.folder / 'checkpoints/step-00000099'} is damaged and ignored" in result.stderr
     assert "resumed from" in result.stderr
 
 
@@ -351,12 +351,12 @@ def test_resume_tells_a_checkpoint_that_is_none(case: str, train: Callable[..., 
     assert "Traceback" not in result.stderr and "bug in lora" not in result.stderr
     if case in ("other optimizer", "random"):
         assert result.exit_code == 2
-        assert "the checkpoint of step 4 cannot be gone on from" in result.stderr
+        assert "the checkpoint of step 4 cannot be resumed from" in result.stderr
     elif case == "another run's":
         assert result.exit_code == 2 and "has another shape in the checkpoint" in result.stderr
     else:
         done(result)
-        assert f"{folder} is damaged and left aside" in result.stderr
+        assert f"{folder} is damaged and ignored" in result.stderr
 
 
 def test_a_gradient_scaler_goes_on_where_it_was() -> None:
@@ -496,7 +496,7 @@ def test_resume_takes_over_what_it_can_and_says_so(train: Callable[..., Run], wr
         "--resume: training.save_total_limit was 2 and is now null",
         "--resume: training.logging_steps was 1 and is now 3",
         "--resume: training.gradient_checkpointing was 'auto' and is now true",
-        "the cosine schedule now ends at step 12, not 6: from here on the learning rate is another",
+        "the cosine schedule now ends at step 12, not 6: from here on the learning rate differs",
     ):
         assert told in result.stderr
         assert told in (run.folder / "train.log").read_text()
@@ -508,8 +508,8 @@ def test_resume_takes_over_what_it_can_and_says_so(train: Callable[..., Run], wr
     )
     assert re.match(r"12 steps, the last 6 in [\d.]+ s, last loss ", result.stdout)
     again = done(lora("train", run.folder / "recipe.yaml", "--resume"))
-    assert "was" not in again.stderr and again.stdout.startswith("12 steps, taken before, last loss ")
-    assert "<td>12 steps, taken before</td>" in (run.folder / "report.html").read_text()
+    assert "was" not in again.stderr and again.stdout.startswith("12 steps, all taken before, last loss ")
+    assert "<td>12 steps, all taken before</td>" in (run.folder / "report.html").read_text()
 
 
 def test_resume_refuses_fewer_steps_than_were_taken(train: Callable[..., Run], lora: Any) -> None:
@@ -525,7 +525,7 @@ def test_resume_computes_in_the_type_it_began_in(train: Callable[..., Run], lora
     run = train()
     refused = lora("train", run.folder / "recipe.yaml", "--resume", "training.max_steps=6", "model.dtype=bfloat16")
     assert refused.exit_code == 2
-    assert "computes in float32, and would go on in bfloat16" in refused.stderr
+    assert "began in float32, but would continue in bfloat16" in refused.stderr
     assert "model.dtype=float32" in refused.stderr
     told = lora("train", run.folder / "recipe.yaml", "--resume", "training.max_steps=6", "model.dtype=auto")
     assert told.exit_code == (2 if has_units_for(torch.bfloat16, torch.device("cpu")) else 0), told.stderr
@@ -684,8 +684,8 @@ def test_resume_leaves_a_run_alone_that_lost_its_recipe(
     recipe = write_recipe({"training.output_dir": run.folder})
     refused = lora("train", recipe, "--resume")
     assert refused.exit_code == 2
-    assert f"{run.folder / 'recipe.yaml'}: --resume: the run's recipe is missing" in refused.stderr
-    assert "restore recipe.yaml" in refused.stderr and "--overwrite" in refused.stderr
+    assert f"{run.folder / 'recipe.yaml'}: --resume: the run's recipe.yaml is missing" in refused.stderr
+    assert "restore it from a copy" in refused.stderr and "--overwrite" in refused.stderr
     assert files_of(run) == before
     done(lora("train", recipe, "--overwrite"))
 

@@ -49,7 +49,7 @@ def test_a_secrets_name_is_known(name: str, write_recipe: Any, monkeypatch: Any)
     if name in OTHER_NAMES:
         assert load_recipe(recipe).training.output_dir == "runs/value"
     else:
-        with pytest.raises(UserError, match=f"{name} looks to be a secret"):
+        with pytest.raises(UserError, match=f"{name} looks like a secret"):
             load_recipe(recipe)
 
 

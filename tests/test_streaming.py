@@ -185,7 +185,7 @@ def test_experts_that_transformers_joins(tiny_llama: Path, method: str, tmp_path
     report = result.json
     assert report["in_experts"] == 2 * 3 * 32 * 32, "two experts of three matrices"
     told = done(lora("quantize", base, "--out", tmp_path / "again", "--method", method)).stdout
-    assert "not quantized: 6,144 weights of experts" in told
+    assert "not quantized: 6,144 expert weights" in told
     assert len(report["layers"]) == 4
     same_as_transformers(base, tmp_path / "out", method, True, tmp_path / "plain")
 

@@ -98,7 +98,7 @@ def test_tools_go_with_other_columns_of_a_conversation() -> None:
 @pytest.mark.parametrize("family", [CHATML, GEMMA, MISTRAL])
 def test_tools_that_a_template_leaves_out_are_told(family: Family) -> None:
     row = {"messages": messages_of(ONCE), "tools": [WEATHER]}
-    with pytest.raises(UserError, match=r"rows\.jsonl:1: the chat template leaves out the row's tools\n    leave the"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: the chat template leaves out the row's tools\n    remove the"):
         tokenized(family, row, "")
 
 
@@ -106,7 +106,7 @@ def test_tools_that_a_template_leaves_out_are_told(family: Family) -> None:
     ("tools", "says"),
     [
         ("weather", r"rows\.jsonl:1: tools: not valid JSON: Expecting value"),
-        ('[{"a": 1, "a": 2}]', "not valid JSON: named twice: a"),
+        ('[{"a": 1, "a": 2}]', "not valid JSON: duplicate key: a"),
         ({"name": "weather"}, "tools: expected a list of tools, found an object"),
         ([WEATHER, "weather"], r"tools\[1\]: expected a tool's JSON schema, found text"),
         ('["weather"]', r"tools\[0\]: expected a tool's JSON schema, found text"),
@@ -285,14 +285,22 @@ UNENDED = replace(  # the next ending is that of what the tool answers
 @pytest.mark.parametrize(
     ("family", "messages", "says"),
     [
-        (UNENDED, calling(PARIS), r"turn 1 \(assistant\)\n    write the calls into the text"),
-        (NO_CALLS, calling(PARIS), r"leaves out or rewrites turn 1 \(assistant\)\n    write the calls into the text"),
-        (NO_CALLS, calling(PARIS, content="See."), r"turn 1 \(assistant\)\n    write the calls into the text"),
-        (NO_CALLS, calling(PARIS, content="weather"), r"turn 1 \(assistant\)\n    write the calls into the text"),
-        (NAMELESS, calling(PARIS), r"turn 1 \(assistant\)\n    write the calls into the text"),
-        (FIRST_ALONE, calling(PARIS, PARIS), r"turn 1 \(assistant\)\n    write the calls into the text"),
-        (NO_WORDS, calling(PARIS, content="See."), r"turn 1 \(assistant\)\n    write the calls into the text"),
-        (NO_ANSWERS, calling(PARIS), r"leaves out turn 2 \(tool\), or puts it elsewhere\n    give its text the role"),
+        (UNENDED, calling(PARIS), r"turn 1 \(assistant\)\n    write the calls into the turn's text"),
+        (
+            NO_CALLS,
+            calling(PARIS),
+            r"leaves out or rewrites turn 1 \(assistant\)\n    write the calls into the turn's text",
+        ),
+        (NO_CALLS, calling(PARIS, content="See."), r"turn 1 \(assistant\)\n    write the calls into the turn's text"),
+        (
+            NO_CALLS,
+            calling(PARIS, content="weather"),
+            r"turn 1 \(assistant\)\n    write the calls into the turn's text",
+        ),
+        (NAMELESS, calling(PARIS), r"turn 1 \(assistant\)\n    write the calls into the turn's text"),
+        (FIRST_ALONE, calling(PARIS, PARIS), r"turn 1 \(assistant\)\n    write the calls into the turn's text"),
+        (NO_WORDS, calling(PARIS, content="See."), r"turn 1 \(assistant\)\n    write the calls into the turn's text"),
+        (NO_ANSWERS, calling(PARIS), r"leaves out turn 2 \(tool\), or puts it elsewhere\n    use the role"),
         (NO_ANSWERS, [*messages_of(ONCE), {"role": "tool", "content": "sunny"}], r"leaves out turn 2 \(tool\)"),
         (NESTED, calling(PARIS), r"leaves out turn 2 \(tool\), or puts it elsewhere"),
     ],
@@ -306,9 +314,9 @@ def test_calls_and_answers_that_a_template_leaves_out_are_told(family: Family, m
     ("calls", "says"),
     [
         ("weather", r"rows\.jsonl:1: messages\[1\]\.tool_calls: expected a list of calls, found text"),
-        (["weather"], r"tool_calls\[0\]: the call names no function"),
-        ([{"function": "weather"}], r"tool_calls\[0\]: the call names no function"),
-        ([PARIS, call("", {})], r"tool_calls\[1\]: the call names no function"),
+        (["weather"], r"tool_calls\[0\]: the call has no function name"),
+        ([{"function": "weather"}], r"tool_calls\[0\]: the call has no function name"),
+        ([PARIS, call("", {})], r"tool_calls\[1\]: the call has no function name"),
         ([call("weather", "Paris")], r"tool_calls\[0\]: not valid JSON: Expecting value"),
         ([call("weather", "[]")], r"tool_calls\[0\]: the call's arguments are a list, expected an object"),
         ([{"name": "weather"}], r"tool_calls\[0\]: the call's arguments are null, expected an object"),

@@ -65,7 +65,7 @@ def test_wrong_merges_leave_nothing(
         monkeypatch.setattr(products, "scaling_of", lambda *given, factor=factor: factor * right(*given))
         result = lora("merge", adapter, "--out", tmp_path / "wrong")
         assert result.exit_code == 4, f"times {factor}: {result.stdout}"
-        assert "does not explain" in result.stderr and "nothing was written" in result.stderr
+        assert "more than rounding to" in result.stderr and "nothing was written" in result.stderr
         assert sorted(tmp_path.iterdir()) == before
 
 

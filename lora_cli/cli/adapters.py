@@ -21,7 +21,8 @@ app = typer.Typer(help="List, show and make adapters.", no_args_is_help=True)
 Adapter = Annotated[Path, typer.Argument(help="A run or an adapter folder.", show_default=False)]
 Rank = Annotated[int | None, typer.Option("--rank", min=1, help="Rank of each layer.")]
 Energy = Annotated[
-    float | None, typer.Option("--energy", help="Instead: the share of each update's squared norm to keep, as 0.99.")
+    float | None,
+    typer.Option("--energy", help="Instead of --rank: the share of each update's squared norm to keep, e.g. 0.99."),
 ]
 Out = Annotated[Path, typer.Option("--out", help="The folder to write; must not exist.", show_default=False)]
 
@@ -97,16 +98,17 @@ def compose_command(
         ],
         typer.Option(
             "--method",
-            help="cat: the exact sum, at the sum of the ranks. svd: the nearest to it of --rank. Others: PEFT's.",
+            help="cat: the exact weighted sum, whose rank is the sum of the ranks. svd: its best approximation of "
+            "--rank. Others: as in PEFT's add_weighted_adapter.",
         ),
     ] = "cat",
     rank: Annotated[
-        int | None, typer.Option("--rank", min=1, help="svd: rank of the result; else the largest.")
+        int | None, typer.Option("--rank", min=1, help="For svd: rank of the result; default: the largest rank given.")
     ] = None,
     density: Annotated[
-        float | None, typer.Option("--density", help="ties, dare, magnitude_prune: share of numbers kept.")
+        float | None, typer.Option("--density", help="For ties, dare, magnitude_prune: share of values to keep.")
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="dare: seed of what is dropped; else 42.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="For dare: random seed; default: 42.")] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -116,7 +118,7 @@ def compose_command(
 
     weighted = [_weighted(part) for part in parts]
     if len(weighted) < 2:
-        raise UserError("one adapter alone", parts[0], "give two or more to compose")
+        raise UserError("only one adapter is given", parts[0], "give two or more")
     check_out(out, *(folder for folder, _ in weighted))
     adapters = [_read(folder) for folder, _ in weighted]
 
@@ -181,13 +183,13 @@ def diff_command(
     for folder, names in ((first, result.only_first), (second, result.only_second)):
         if names:
             told = counted(len(names), "layer is", "layers are")
-            typer.echo(f"{told} in {folder} alone: {', '.join(names[:3])}{' ...' * (len(names) > 3)}")
+            typer.echo(f"{told} in {folder} only: {', '.join(names[:3])}{' ...' * (len(names) > 3)}")
 
 
 @app.command("extract", cls=Once)
 def extract_command(
-    base: Annotated[str, typer.Argument(help="The model training began with: a folder or hub id.", show_default=False)],
-    tuned: Annotated[str, typer.Argument(help="What training made of it.", show_default=False)],
+    base: Annotated[str, typer.Argument(help="The base model: a folder or hub id.", show_default=False)],
+    tuned: Annotated[str, typer.Argument(help="The fine-tuned model: a folder or hub id.", show_default=False)],
     out: Out,
     rank: Rank = None,
     energy: Energy = None,
@@ -208,8 +210,8 @@ def extract_command(
         check_model_type(folder)
         check_whole(folder)
         if stored := stored_quantization(folder):
-            what = f"the model is stored quantized ({stored}), and no difference to its weights can be taken"
-            raise UserError(what, str(folder), "give the model that is not quantized")
+            what = f"the model is stored quantized ({stored}), and only unquantized weights can be compared"
+            raise UserError(what, str(folder), "give the unquantized model")
 
     from lora_cli.training.display import Display
     from lora_cli.weights.extract import extract
@@ -223,7 +225,7 @@ def extract_command(
         print_table(["layer", "r", "energy kept"], [[x.name, str(x.rank), f"{x.energy:.2%}"] for x in result.layers])
     if result.left_out:
         told = counted(len(result.left_out), "other tensor differs", "other tensors differ")
-        told += ", which the adapter does not hold"
+        told += " and cannot go into the adapter"
         typer.echo(f"warning: {told}: {', '.join(result.left_out[:5])}{' ...' * (len(result.left_out) > 5)}", err=True)
     ranks = rank_range(tuple(each.rank for each in result.layers))
     typer.echo(f"{out}: {counted(len(result.layers), 'layer')} of rank {ranks}, {result.bytes / 1e6:,.1f} MB")
@@ -232,9 +234,9 @@ def extract_command(
 def _check_size(rank: int | None, energy: float | None) -> None:
     """Raises UserError unless one of the two says how large an adapter is to be."""
     if (rank is None) == (energy is None):
-        raise UserError("give either --rank or --energy", hint="as --rank 8, or --energy 0.99")
+        raise UserError("give either --rank or --energy", hint="e.g. --rank 8, or --energy 0.99")
     if energy is not None and not 0 < energy <= 1:
-        raise UserError(f"--energy {energy:g} is no share", hint="above 0 and up to 1, as 0.99")
+        raise UserError(f"--energy {energy:g} is out of range", hint="give a number above 0 and up to 1, e.g. 0.99")
 
 
 def _share(value: float | None) -> str:
@@ -249,7 +251,7 @@ def _weighted(part: str) -> tuple[Path, float]:
     except ValueError:
         weight = math.nan
     if not folder or not math.isfinite(weight):
-        raise UserError(f"{part!r} is no adapter with a weight", hint="give each as FOLDER=WEIGHT, as runs/a=0.5")
+        raise UserError(f"{part!r} is not an adapter with a weight", hint="write FOLDER=WEIGHT, e.g. runs/a=0.5")
     return Path(folder), weight
 
 

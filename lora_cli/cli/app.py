@@ -110,7 +110,7 @@ def _refused_by_the_system(error: OSError) -> LoraError:
         return UserError(what, where, "choose another name")
     if where is not None and is_lack_of_room(error):
         return unwritable(Path(where), error)
-    return RunError(what, where, "what was whole before still is")
+    return RunError(what, where, "files that were complete are intact")
 
 
 @contextmanager
@@ -157,7 +157,7 @@ def _lack_of_memory(error: RuntimeError | MemoryError, given: Sequence[str]) -> 
     elif not isinstance(error, MemoryError):
         return None
     smaller = "shorter rows, a smaller model (lora quantize makes one), " if "eval" in given[:1] else ""
-    return RunError(what, hint=f"what was whole before still is; what would help: {smaller}more free memory")
+    return RunError(what, hint=f"files that were complete are intact; what helps: {smaller}more free memory")
 
 
 def _hush_libraries() -> None:

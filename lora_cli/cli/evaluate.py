@@ -13,14 +13,12 @@ from lora_cli.cli.options import Debug, Json, Quiet
 
 def command(
     target: Annotated[
-        str | None, typer.Argument(help="A run, an adapter or a model; left out: the newest finished run in runs/.")
+        str | None, typer.Argument(help="A run, an adapter or a model; default: the newest finished run in runs/.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", help="Rows to measure on; left out: the run's validation rows.")
+        str | None, typer.Option("--data", help="Rows to measure on; default: the run's validation rows.")
     ] = None,
-    perplexity: Annotated[
-        bool, typer.Option("--perplexity", help="Measure perplexity (what is measured by default, too).")
-    ] = False,
+    perplexity: Annotated[bool, typer.Option("--perplexity", help="Measure perplexity (the default).")] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -55,7 +53,7 @@ def command(
     with Display(quiet).waiting("checking base and rows"):
         rows = measure.rows_for(base, adapter, section, recipe)
     if adapter is not None and recipe is None and not quiet:
-        note = f"rows are cut at {rows.max_length:,} tokens: the adapter has no recipe that says otherwise"
+        note = f"rows are cut to {rows.max_length:,} tokens: the adapter has no record of its data.max_length"
         typer.echo(note, err=True)
     if data is None:
         warnings.append(measure.changed(rows, read_record(adapter or base)))
@@ -64,7 +62,7 @@ def command(
         typer.echo(f"warning: {warning}", err=True)
     found = measure.measure(base, adapter, rows, recipe, quiet)
     if adapter is not None and found.base is None:
-        told.append("the base is not measured: it lacks words of these rows, which the adapter has added")
+        told.append("the base is not measured: these rows have tokens that the adapter has added to the vocabulary")
         typer.echo(f"warning: {told[-1]}", err=True)
     result: dict[str, Any] = {
         "target": target,

@@ -11,7 +11,7 @@ from lora_cli.cli.options import Debug, Quiet
 
 
 def command(
-    key: Annotated[str | None, typer.Argument(help="A section or key, e.g. adapter.r; left out: all of them.")] = None,
+    key: Annotated[str | None, typer.Argument(help="A section or key, e.g. adapter.r; default: all of them.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema, for editors.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,

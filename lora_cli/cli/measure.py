@@ -28,7 +28,7 @@ def data_section(data: str | None, recipe: Recipe | None) -> Data:
         known = recipe.data.model_dump() if recipe else {}
         return Data.model_validate({**known, "train": data, "validation": None})
     if recipe is None or recipe.data.validation is None:
-        raise UserError("nothing to measure on", hint="give --data FILE")
+        raise UserError("no rows to measure on", hint="give --data FILE")
     return recipe.data
 
 
@@ -99,7 +99,7 @@ def changed(rows: Rows, record: dict[str, Any]) -> str | None:
         return None
     return (
         f"these are not the {recorded['rows']:,} validation rows of the training run: data or tokenizer have changed "
-        "since, and scores are not to be compared with the run's"
+        "since, so do not compare these scores with the run's"
     )
 
 

@@ -27,33 +27,34 @@ def command(
     ],
     out: Annotated[Path, typer.Option("--out", help="The folder to write; must not exist.", show_default=False)],
     base: Annotated[
-        str | None, typer.Option("--base", help="The base, a folder or hub id; left out: the one the adapter names.")
+        str | None, typer.Option("--base", help="The base, a folder or hub id; default: the one the adapter names.")
     ] = None,
     into: Annotated[
         Literal["expanded", "original", "quantized"] | None,
         typer.Option(
             "--into",
-            help="Of a base that training held quantized. expanded (when left out): what its quantized weights stand "
-            "for, to which the adapter was fitted; original: its original weights; quantized: the sum with the "
-            "expanded ones, quantized again.",
+            help="For a base that was quantized in training: what to merge into. expanded (default): its dequantized "
+            "weights, which the adapter was trained on; original: its original weights; quantized: as expanded, and "
+            "the result is quantized again.",
         ),
     ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option("--dtype", help="The type to store; left out: the base's."),
+        typer.Option("--dtype", help="The dtype to store; default: the base's."),
     ] = None,
     max_shard_size: MaxShardSize = "50GB",
     verify: Annotated[
         bool | None,
         typer.Option(
             "--verify/--no-verify",
-            help="Run the merged model beside its parts on a few rows; left out: where both fit into memory.",
+            help="Compare the merged model's logits with base and adapter on a few rows; default: if these fit in "
+            "memory.",
             show_default=False,
         ),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="The rows to verify on; left out: the adapter's own, or a few sentences."),
+        typer.Option("--data", help="The rows to verify on; default: the adapter's own, or a few sentences."),
     ] = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -66,7 +67,7 @@ def command(
     from lora_cli.weights.shards import bytes_of
 
     if data is not None and verify is False:
-        raise UserError("--data: there is nothing to verify with --no-verify", hint="leave one of them out")
+        raise UserError("--data is for verifying, which --no-verify turns off", hint="leave one of them out")
     max_shard = bytes_of(max_shard_size)
     check_out(out)
     origins = [find_adapter(adapter, base) for adapter in adapters]
@@ -146,8 +147,8 @@ def _quantize(
 
     origin, *others = origins
     if others or dtype:
-        what = "--into quantized takes one adapter, and the type is that of its training"
-        raise UserError(what, str(origin.folder), "leave out the other adapters and --dtype")
+        what = "--into quantized takes a single adapter, and no --dtype: the type is that of training"
+        raise UserError(what, str(origin.folder), "remove the other adapters and --dtype")
     assert origin.recipe is not None and origin.recipe.quantization is not None
     result = quantize_merged(origin, out, origin.recipe.quantization, max_shard=max_shard, tell=tell, check=check)
     told = f"the base in {result.method}, quantized again"
@@ -167,7 +168,7 @@ def _check_together(origins: list[AdapterOrigin], into: str | None) -> None:
             raise UserError(f"another base than that of {first.folder}", str(origin.folder), f"it is for {origin.base}")
     if into is not None and not any(origin.recipe and origin.recipe.quantization for origin in origins):
         told = "the adapter's recipe does not say that its base was quantized"
-        raise UserError(f"--into {into}: {told}", str(first.folder), "leave --into out")
+        raise UserError(f"--into {into}: {told}", str(first.folder), "remove --into")
 
 
 def _lines(result: Merged) -> list[str]:
@@ -178,7 +179,7 @@ def _lines(result: Merged) -> list[str]:
     if result.in_memory:
         lines.insert(0, "PEFT merged this kind of adapter, with the whole model in memory")
     if result.unchanged and result.unchanged >= WORTH_TELLING:
-        told = f"rounded to {result.dtype}, {result.unchanged:.1%} of the weights in these layers are what they were"
+        told = f"rounded to {result.dtype}, {result.unchanged:.1%} of the weights in these layers are unchanged"
         could_keep = result.unchanged > MANY_UNCHANGED and result.dtype != "float32"
         advice = "; --dtype float32 would keep what the adapter adds" if could_keep else ""
         lines.append(f"{told}{advice}")

@@ -13,7 +13,7 @@ from lora_cli.errors import UserError
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only warnings and results.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-MaxShardSize = Annotated[str, typer.Option("--max-shard-size", help="The most that one file holds, as 500MB or 5GB.")]
+MaxShardSize = Annotated[str, typer.Option("--max-shard-size", help="Maximum size of one file, e.g. 500MB or 5GB.")]
 
 
 class Once(TyperCommand):

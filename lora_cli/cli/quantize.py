@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 WORST = 5
 WHOLE = (
-    "the model's tensors are not the stored ones (Transformers renames, joins or splits them while loading): "
-    "it is quantized with the whole model in memory"
+    "Transformers renames, joins or splits this model's tensors while loading, so it is quantized with the whole "
+    "model in memory"
 )
 
 
@@ -35,14 +35,14 @@ def command(
     method: Annotated[Literal["nf4", "fp4", "int8"], typer.Option("--method", help="The type to store.")] = "nf4",
     double_quant: Annotated[
         bool | None,
-        typer.Option("--double-quant/--no-double-quant", help="4 bits: quantize the blocks' scales as well, or not."),
+        typer.Option("--double-quant/--no-double-quant", help="4 bits: quantize the scales too (default), or not."),
     ] = None,
     skip: Annotated[
         list[str] | None,
         typer.Option(
             "--skip",
-            help="Modules to leave as they are, beside the head: names or regular expressions, as in Transformers' "
-            "llm_int8_skip_modules; several with commas.",
+            help="Modules not to quantize, besides the head: names or regular expressions, with commas between them, "
+            "as in Transformers' llm_int8_skip_modules.",
             metavar="MODULES",
         ),
     ] = None,
@@ -136,7 +136,7 @@ def _split(skip: list[str] | None) -> list[str]:
 def _text(report: dict[str, Any]) -> str:
     before, after = report["bytes_before"], report["bytes_after"]
     layers = report["layers"]
-    lines = [f"{report['adapter']} merged into {report['base']}, and"] if "adapter" in report else []
+    lines = [f"merged {report['adapter']} into {report['base']}"] if "adapter" in report else []
     lines.append(
         f"{report['out']}: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({after / before:.0%}), {report['method']}"
     )
@@ -145,7 +145,7 @@ def _text(report: dict[str, Any]) -> str:
         lines.append(f"relative error of {counted(len(layers), 'layer')}: mean {mean:.4f}; the largest:")
         lines += [f"  {error:.4f}  {name}" for name, error in list(layers.items())[:WORST]]
     if report["in_experts"]:
-        lines.append(f"not quantized: {report['in_experts']:,} weights of experts, joined in larger parameters")
+        lines.append(f"not quantized: {report['in_experts']:,} expert weights, which are stored joined")
     if "before" in report:
         old, new = report["before"]["perplexity"], report["after"]["perplexity"]
         lines.append(f"perplexity {old:.3f} -> {new:.3f} on {report['before']['tokens']:,} tokens")

@@ -18,9 +18,9 @@ def command(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Keys to change: adapter.r=32 training.learning_rate=1e-4")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that output_dir holds.")] = False,
-    num_processes: Annotated[int, typer.Option("--num-processes", min=1, help="Processes to train in, one a GPU.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
+    num_processes: Annotated[int, typer.Option("--num-processes", min=1, help="Number of processes, one per GPU.")] = 1,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -136,9 +136,9 @@ def _check_explained(
     dtype = str(stored_dtype(stored)).removeprefix("torch.")
     raise CheckError(
         f"the merged model's logits differ by {differ(expected.unmerged, merged):.2%} from those of base and adapter, "
-        f"which rounding to {dtype} does not explain: it makes {rounding:.2%}, the adapter itself {moved:.2%}",
+        f"more than rounding to {dtype} explains ({rounding:.2%}; the adapter changes them by {moved:.2%})",
         str(out),
-        "nothing was written; --no-verify would write it, but it should not be used",
+        "nothing was written; --no-verify would write the model, but do not use it",
     )
 
 
@@ -147,7 +147,7 @@ def text(found: Verified) -> Iterator[str]:
     merged = found.merged
     yield (
         f"checked on {counted(found.rows, 'row')} ({found.tokens} tokens) of {found.of}: logits differ by at most "
-        f"{merged.largest:.2g} (relative difference {merged.relative:.2g}), perplexity {found.apart:.3f} apart, "
+        f"{merged.largest:.2g} (relative difference {merged.relative:.2g}), perplexity {found.apart:.3f} unmerged, "
         f"{merged.perplexity:.3f} merged"
     )
     if found.moved is not None:

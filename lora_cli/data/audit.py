@@ -137,15 +137,15 @@ def _template_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     closing, answer, extra = end_of_turn(tokenizer), marked(tokenizer), written_otherwise(tokenizer)
     notes = []
     if not closing:
-        notes.append("the chat template ends no turn: the end-of-text token is put after the last one")
+        notes.append("the chat template writes no end of turn: the end-of-text token is added after the last turn")
     if answer is None:
-        notes.append("the chat template has no generation marks: renderings are compared to find the assistant's words")
+        notes.append("the chat template has no {% generation %} marks: renderings are compared to find what to learn")
     elif closing not in answer:
-        notes.append(f"the chat template's generation marks leave out {closing}: it is supervised all the same")
+        notes.append(f"the chat template's {{% generation %}} marks leave out {closing}: it is supervised anyway")
     if extra:
-        notes.append(f"the chat template ends a prompt in {extra!r}, which it does not write before given answers")
+        notes.append(f"the chat template ends a prompt in {extra!r}, but does not write it before given answers")
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:
-        told = f"{DAY} here" if "date_string" in template else "the same rows give other tokens on another day"
+        told = f"{DAY} here" if "date_string" in template else "the same rows give different tokens on another day"
         notes.append(f"the chat template writes today's date: {told}")
     return tuple(notes)

@@ -85,7 +85,7 @@ def check_drawn(source: npt.NDArray[np.int32], parts: Sequence[Source]) -> None:
     for part, count in zip(parts, np.bincount(source, minlength=len(parts)).tolist(), strict=True):
         if not count:
             told = f"{part.path}: none of its rows is left to train on"
-            hint = "they were held out for validation, or max_length leaves them no supervised token"
+            hint = "all were held out for validation, or have no supervised token within data.max_length"
             faults.append(Fault(told, "data.train", hint))
         elif not any(_passes(part.weight, count)):
             told = f"{part.path}: with weight {part.weight:g} an epoch takes none of its {counted(count, 'row')}"

@@ -76,12 +76,12 @@ def tokenize_cached(
             pass
         key = digest.hexdigest()
         if published is not None and key not in published():
-            what = "the rows are not those that this machine's first process has read, or the tokenizer is another"
+            what = "this process has other rows or another tokenizer than the first process on this machine"
             paths = ", ".join(source.path for source in sources)
-            raise UserError(what, paths, "leave them as they are while a run begins, and give all the same recipe")
+            raise UserError(what, paths, "start all with the same recipe, and do not change the rows meanwhile")
         found = _read(cache, key)
         if found is None and published is not None:
-            raise RunError("rows that were just written cannot be read", str(cache), "begin the run again")
+            raise RunError("the tokenized rows just written here cannot be read", str(cache), "start the run again")
         if found is not None:
             return Cached(found, key, fresh=False)
     digest = settings.copy()
@@ -146,7 +146,7 @@ def _counted_in(digest: hashlib._Hash, rows: Iterator[Row]) -> Iterator[Row]:
         try:
             text = CONTENT.encode([row.source, row.columns])
         except (RecursionError, TypeError, ValueError) as error:
-            raise UserError(f"cannot be read: {error}", row.where, "leave that column out") from error
+            raise UserError(f"cannot be read: {error}", row.where, "remove the column from the rows") from error
         digest.update(text.encode() + b"\n")
         yield row
 

@@ -18,8 +18,8 @@ PROBE = "lora-probe-7f3a"
 PROBES = Conversation((Message("user", PROBE), Message("assistant", PROBE)))
 DAY = "26 Jul 2024"
 """Today, for Llama's templates, which fall back to this day: the same rows are to give the same tokens on any day."""
-MEND = "mend the model's chat_template.jinja, or chat_template in its JSON"
-CALLS_AS_TEXT = "write the calls into the text as the model's template does, and leave tool_calls out"
+MEND = "correct the model's chat_template.jinja, or chat_template in its tokenizer_config.json"
+CALLS_AS_TEXT = "write the calls into the turn's text in the model's own syntax, and remove tool_calls"
 MOST_ADDED, MOST_REPEATED = 1_000_000, 10
 """Characters that a template may add to a conversation, and how often it may repeat what is said there."""
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -44,13 +44,13 @@ def render(
                 )
             )
     except TemplateSyntaxError as error:
-        what = f"the tokenizer's chat template is broken in its line {error.lineno}: {error.message}"
+        what = f"the tokenizer's chat template has an error in line {error.lineno}: {error.message}"
         raise UserError(what, hint=MEND) from error
     except (MemoryError, TimeoutError) as error:
-        what = f"the chat template takes over {SECONDS:g} s or {BYTES >> 20} MiB for one conversation"
+        what = f"the chat template takes more than {SECONDS:g} s or {BYTES >> 20} MiB for one conversation"
         raise UserError(what, where, MEND) from error
     except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        hint = "see which roles, and in which order, this model's template takes"
+        hint = "check which roles this model's chat template accepts, and in which order"
         raise UserError(f"the chat template refuses the conversation: {error}", where, hint) from error
     if len(text) > MOST_ADDED + MOST_REPEATED * len(str(talk)):
         raise UserError(f"the chat template makes {len(text):,} characters of one conversation", where, MEND)
@@ -106,7 +106,7 @@ def conversation_segments(
     """
     full = render(tokenizer, talk, where)
     if talk.tools and full == _attempt(tokenizer, replace(talk, tools=())):
-        hint = "leave the column out of the rows, or take a model whose template writes tools"
+        hint = "remove the column from the rows, or use a model whose chat template writes tools"
         raise UserError("the chat template leaves out the row's tools", where, hint)
     written = _Written(tokenizer, talk, full, endings(tokenizer, closing))
     segments: list[Segment] = []
@@ -114,7 +114,7 @@ def conversation_segments(
     for index, turn in enumerate(talk.turns):
         if turn.role == "tool" and not written.answers(index, at):
             what = f"the chat template leaves out turn {index} (tool), or puts it elsewhere"
-            raise UserError(what, where, "give its text the role that this model's template gives to what tools answer")
+            raise UserError(what, where, "use the role that this model's chat template has for tool results")
         if turn.role != "assistant":
             continue
         start = written.start(index, at)

@@ -183,7 +183,7 @@ def fit(examples: Examples, max_length: int, what: str) -> Fitted:
             f"nothing to learn or measure: none of {counted(len(examples), 'row')} has a supervised token among its "
             f"first {max_length}",
             what,
-            "raise data.max_length, or set data.train_on: all",
+            "check that the rows have answers; raise data.max_length, or set data.train_on: all",
         )
     truncated = int((examples.lengths > max_length).sum())
     dropped = int((~learned).sum())
@@ -224,7 +224,7 @@ def check_ids(examples: Examples, vocabulary: int, where: str) -> None:
     highest = highest_id(examples)
     if highest >= vocabulary:
         what = f"the tokenizer gives ids up to {highest}, but the model's vocabulary has {vocabulary}"
-        raise UserError(what, where, "tokenizer and weights are of different models")
+        raise UserError(what, where, "the tokenizer and the weights are from different models")
 
 
 def cut_for_evaluation(examples: Examples, max_length: int, what: str) -> Examples:

@@ -65,8 +65,8 @@ class Columns:
         """
         column = self.column(name)
         if column is None and name in self.row.columns:
-            what = f"no column '{self.data.columns[name]}', for which data.columns.{name} stands, but one '{name}'"
-            raise UserError(what, self.row.where, "give the column one name in all rows")
+            what = f"no column '{self.data.columns[name]}' (data.columns.{name}), but a column '{name}'"
+            raise UserError(what, self.row.where, "use one name for the column in all rows")
         return None if column is None else self.row.columns[column]
 
     def text(self, name: str, default: str | None = None) -> str:
@@ -95,7 +95,7 @@ def text(row: Columns) -> Content:
 
 def prompt_completion(row: Columns) -> Content:
     """A prompt and a completion, joined as they stand."""
-    _check_place(row, "prompt_completion", "say data.format: chat, which reads 'system', or ")
+    _check_place(row, "prompt_completion", "set data.format: chat, which reads 'system', or ")
     return ((row.text("prompt"), False), (row.text("completion"), True))
 
 
@@ -112,10 +112,10 @@ def _check_place(row: Columns, format_name: str, way: str = "") -> None:
     """Raises UserError for what belongs before the prompt, where the format has no place for it."""
     unread = {"system", "history"} - set(row.data.columns.values())
     if lost := next((name for name in sorted(unread) if row.row.columns.get(name)), None):
-        hint = "give them as messages"
+        hint = "give the rows as messages"
         if lost == "system":
-            hint = f"{way}lay rows out by data.template, which may name {{system}}, or {hint}"
-        raise UserError(f"column '{lost}' is not empty, and {format_name} has no place for it", row.row.where, hint)
+            hint = f"{way}use data.template with {{system}} in it, or {hint}"
+        raise UserError(f"column '{lost}' is not empty, but format {format_name} does not read it", row.row.where, hint)
 
 
 def chat(row: Columns) -> Content:
@@ -176,7 +176,7 @@ def pattern_faults(patterns: Template) -> list[Fault]:
         try:
             pieces = list(string.Formatter().parse(pattern))
         except ValueError as error:
-            faults.append(Fault(str(error), where, "write {{ and }} for braces that are text"))
+            faults.append(Fault(str(error), where, "write {{ and }} for literal braces"))
             continue
         for _, name, spec, conversion in pieces:
             if name is not None and (not name or spec or conversion or any(c in name for c in ".[]")):
@@ -244,8 +244,8 @@ def detect(row: Row, data: Data) -> str:
         found = "chat"
     unused = sorted(mapped.difference(FORMATS[found].names))
     if unused:
-        what = f"read as {found}, which has no use for data.columns.{unused[0]}"
-        raise UserError(what, row.where, "leave it out, or say data.format")
+        what = f"read as {found}, which does not use data.columns.{unused[0]}"
+        raise UserError(what, row.where, "remove it, or set data.format")
     return found
 
 
@@ -254,15 +254,15 @@ def _unknown(columns: Columns) -> UserError:
     row = columns.row
     seen = ", ".join(map(str, row.columns)) or "none"
     if {"chosen", "rejected"} <= row.columns.keys():
-        what = f"rows of preferences, which are not trained on as such: {seen}"
-        hint = f"to learn the chosen answers: data.columns: {{{_name_of_chosen(columns)}: chosen}}"
+        what = f"preference rows, and lora does no preference training: {seen}"
+        hint = f"to train on the chosen answers, set data.columns: {{{_name_of_chosen(columns)}: chosen}}"
         return UserError(what, row.where, hint)
     known = "; ".join(
         f"{name}: {' or '.join(' + '.join('/'.join(ALIASES.get(c, (c,))) for c in names) for names in entry.known_by)}"
         for name, entry in FORMATS.items()
         if entry.known_by
     )
-    return UserError(f"no format is known by these columns: {seen}", row.where, f"{known}; or map them in data.columns")
+    return UserError(f"no format has these columns: {seen}", row.where, f"{known}; or map yours in data.columns")
 
 
 def _name_of_chosen(columns: Columns) -> str:
@@ -300,7 +300,7 @@ def row_faults(data: Data, sources: Iterable[Source], seen: set[str], unread: se
                 seen.update(map(str, item.columns))
                 faults.extend(_faults_in(item, data, formats, unread))
             if len(faults) >= MAX_FAULTS:
-                return [*faults[:MAX_FAULTS], Fault("there may be more; the first ones are shown")]
+                return [*faults[:MAX_FAULTS], Fault("only the first faults are shown; there may be more")]
     except UserError as error:
         faults.extend(error.faults)
     return faults
@@ -330,5 +330,5 @@ def _of_another_format(row: Row, format_name: str, data: Data) -> list[Fault]:
         return []
     if own == format_name or not format_name:
         return []
-    hint = "give files of each format as a part of their own: data.train takes a list, each read by its own first row"
+    hint = "make each format a source of its own: data.train takes a list, and each source's first row decides"
     return [Fault(f"looks like {own}, but its source's first row is read as {format_name}", row.where, hint)]

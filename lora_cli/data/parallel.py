@@ -64,8 +64,8 @@ def _in_processes(work: Callable[[Item], Result], items: Iterator[Item], count: 
             while waiting and (item is None or len(waiting) > 2 * count):
                 yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        what = "a process that tokenized rows was killed, perhaps for want of memory"
-        raise RunError(what, hint="leave the command fewer cores (taskset), and it starts fewer processes") from error
+        what = "a process that tokenized rows was killed, perhaps for lack of memory"
+        raise RunError(what, hint="give the command fewer cores (taskset), and it starts fewer processes") from error
     finally:
         pool.shutdown(cancel_futures=True)
     if failed is not None:

@@ -60,11 +60,11 @@ def _json_object(text: str, where: str) -> Record | Fault:
     try:
         value = json.loads(text, object_pairs_hook=keys_once)
     except json.JSONDecodeError as error:
-        return Fault(f"not valid JSON: {error.msg} (column {error.colno})", where, "one JSON object a line")
+        return Fault(f"not valid JSON: {error.msg} (column {error.colno})", where, "write one JSON object per line")
     except (ValueError, RecursionError) as error:
-        return Fault(f"not valid JSON: {error}", where, "one JSON object a line")
+        return Fault(f"not valid JSON: {error}", where, "write one JSON object per line")
     if not isinstance(value, dict):
-        return Fault(f"expected a JSON object, found {kind_of(value)}", where, "one JSON object a line")
+        return Fault(f"expected a JSON object, found {kind_of(value)}", where, "write one JSON object per line")
     return where, value
 
 
@@ -72,7 +72,7 @@ def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Raises ValueError for a key that stands there twice, of which JSON would keep the last alone."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"named twice: {', '.join(_repeated([name for name, _ in pairs]))}")
+        raise ValueError(f"duplicate key: {', '.join(_repeated([name for name, _ in pairs]))}")
     return found
 
 
@@ -83,7 +83,7 @@ def _repeated(names: Sequence[str]) -> list[str]:
 def _check_named_once(columns: Sequence[str], where: str) -> None:
     """Raises UserError for a table's column that stands there twice."""
     if repeated := _repeated(columns):
-        raise UserError(f"column named twice: {', '.join(repeated)}", where, "give each its own name")
+        raise UserError(f"duplicate column: {', '.join(repeated)}", where, "give each column its own name")
 
 
 def _json(path: Path) -> Iterator[Record | Fault]:
@@ -120,11 +120,11 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[Record | Fault]:
                 _check_delimiter(header, where, delimiter)
                 _check_named_once(header, where)
             elif len(cells) != len(header):
-                yield Fault(f"{len(cells)} cells under {len(header)} columns", where, f"columns: {', '.join(header)}")
+                yield Fault(f"{len(cells)} cells for {len(header)} columns", where, f"columns: {', '.join(header)}")
             else:
                 yield where, dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        hint = "a cell with quotes, commas or line breaks stands in quotes, and quotes in it are doubled"
+        hint = "put a cell with quotes, commas or line breaks in quotes, and double the quotes in it"
         raise UserError(f"not valid CSV: {error}", f"{path}:{line}", hint) from error
 
 
@@ -133,7 +133,7 @@ def _check_delimiter(header: list[str], where: str, delimiter: str) -> None:
     names = {";": "semicolons", "|": "bars", "\t": "tabs", ",": "commas"}
     for mark, name in names.items():
         if len(header) == 1 and mark in header[0]:
-            what = f"one column, named {header[0]!r}: these look to be columns set apart by {name}"
+            what = f"one column, named {header[0]!r}: its columns seem to be separated by {name}"
             raise UserError(what, where, f"save the file with {names[delimiter]} between columns")
 
 

@@ -46,12 +46,12 @@ def source_faults(sources: Iterable[Source]) -> list[Fault]:
             continue
         if files is None:
             continue
-        told = f"is for a hub id, and this is a {_kind_of_path(source.path)}"
+        told = f"is for a hub id only, and this is a {_kind_of_path(source.path)}"
         if source.split != "train":
             hint = "give the path of the split's own files"
             faults.append(Fault(f"split: {source.split} {told}", source.path, hint))
         if source.streaming:
-            hint = "leave it out: rows are read one by one in any case"
+            hint = "remove it: files are always read row by row"
             faults.append(Fault(f"streaming {told}", source.path, hint))
     return faults
 
@@ -121,7 +121,7 @@ def _files(path: str) -> list[Path] | None:
     if HUB_ID.fullmatch(path) and here.suffix.lower() not in READERS and not here.parent.exists():
         return None
     if here.exists():
-        raise UserError("neither a file nor a folder: rows are read more than once", path, "write them into a file")
+        raise UserError("not a file or a folder: rows are read more than once", path, "write the rows to a file")
     siblings = [f.name for f in here.parent.iterdir() if f.suffix.lower() in READERS] if here.parent.is_dir() else []
     relative = None if here.is_absolute() else f"paths are relative to {Path.cwd()}"
     raise UserError("no such data file", path, nearest(here.name, siblings) or relative)
@@ -134,7 +134,7 @@ def _readable(found: list[Path], path: str) -> list[Path]:
     unread = [each for each in files if each.suffix.lower() in UNREAD_DATA]
     if unread:
         more = f" and {len(unread) - 1:,} more" if len(unread) > 1 else ""
-        hint = f"types read: {', '.join(READERS)}; convert it, or name the others by a glob such as *.jsonl"
+        hint = f"types read: {', '.join(READERS)}; convert it, or select the others with a glob such as *.jsonl"
         raise UserError(f"cannot read {unread[0]}{more}", path, hint)
     readable = {each.resolve(): each for each in reversed(files) if each.suffix.lower() in READERS}
     if not readable:

@@ -23,9 +23,9 @@ WEIGHTS = ("weight", "train", "training")
 """Keys that say whether a turn is to be learned."""
 ANSWERED = ("name", "tool_call_id")
 """Keys of a tool's turn that say which call it answers."""
-TOOLS_HINT = "a list of JSON schemas, as Transformers' chat templates take them, or its text; or leave the column out"
+TOOLS_HINT = "a list of JSON schemas, as Transformers' chat templates take them, or its JSON text; or remove the column"
 TURNS_HINT = "each turn is {role, content} or {from, value}"
-CALLS_HINT = "each call is {type: function, function: {name, arguments}}, its arguments an object or the text of one"
+CALLS_HINT = "each call is {type: function, function: {name, arguments}}, with arguments an object or its JSON text"
 
 
 @dataclass(frozen=True)
@@ -119,17 +119,17 @@ def _check_unread(turn: Mapping[str, Any], role: str, place: str) -> None:
     read = ("tool_calls",) if role == "assistant" else ()
     unread = next((key for key in UNREAD if turn.get(key) and key not in read), None)
     if unread is not None:
-        hint = f"write it into the text as the model's template does, and leave {unread} out"
-        raise UserError(f"the turn has {unread}, and its text alone is read", place, hint)
+        hint = f"write it into the turn's text in the model's own syntax, and remove {unread}"
+        raise UserError(f"the turn has {unread}, but only its text is read", place, hint)
 
 
 def _is_learned(turn: Mapping[str, Any], place: str) -> bool:
     """Whether the turn is to be learned. Raises UserError for a weight between, or weights that disagree."""
     given = {key: turn[key] for key in WEIGHTS if turn.get(key) is not None}
     if odd := next((key for key, weight in given.items() if weight not in (0, 1)), None):
-        raise UserError(f"the turn has {odd} {given[odd]!r}", place, "it is learned (1, true) or not (0, false)")
+        raise UserError(f"the turn has {odd} {given[odd]!r}", place, "write 1 (true) to learn it, 0 (false) not to")
     if len(set(given.values())) > 1:
-        raise UserError(f"{' and '.join(given)} say different things of the turn", place, "keep one of them")
+        raise UserError(f"{' and '.join(given)} contradict each other", place, "keep one of them")
     return all(given.values())
 
 
@@ -155,7 +155,7 @@ def _read_calls(value: Any, where: str) -> list[dict[str, Any]]:
         place = f"{where}[{number}]"
         function = call.get("function") or call if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name") or None, str):
-            raise UserError("the call names no function", place, CALLS_HINT)
+            raise UserError("the call has no function name", place, CALLS_HINT)
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             arguments = _from_json(arguments, place, CALLS_HINT) if arguments.strip() else {}

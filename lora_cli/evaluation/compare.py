@@ -67,7 +67,7 @@ def compare(
         found = mean_score(tally_loss(model, batches, device, head))
         if not math.isfinite(found.loss):
             dtype = str(model.dtype).removeprefix("torch.")
-            hint = f"the weights are damaged, or their products are beyond what {dtype} holds"
+            hint = f"the weights are damaged, or the activations overflow {dtype}"
             raise RunError(f"the loss of {what} is {found.loss}", str(adapter or base), hint)
         return found
 

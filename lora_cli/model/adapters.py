@@ -50,7 +50,8 @@ def adapt(base: PreTrainedModel, adapter: Adapter, targets: Sequence[str], fused
     assert isinstance(model, PeftModel)
     if set(model.targeted_module_names) != set(targets):
         raise RunError(
-            "PEFT adapts other layers of this model than it was asked for", hint="choose other target_modules"
+            "PEFT would adapt other layers of this model than it was asked to",
+            hint="choose other adapter.target_modules",
         )
     return model
 
@@ -89,8 +90,8 @@ def load_adapters(base: PreTrainedModel, folders: Sequence[Path]) -> PeftModel:
         try:
             model.load_adapter(str(folder), adapter_name=name)
         except ValueError as error:
-            what = f"PEFT does not run the adapter beside {folders[0]}: {error}"
-            raise UserError(what, str(folder), "--no-verify merges them all the same") from error
+            what = f"PEFT cannot run this adapter together with {folders[0]}: {error}"
+            raise UserError(what, str(folder), "--no-verify merges them without running them") from error
     model.base_model.set_adapter(names)  # type: ignore[operator]  # PeftModel has one for a single name
     return model
 

@@ -32,7 +32,7 @@ transformers_logging.disable_progress_bar()
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
-    """The model's configuration. Raises UserError when it cannot be read or is no causal language model's."""
+    """The model's configuration. Raises UserError when it cannot be read or is not a causal language model's."""
     where = str(folder / "config.json")
     stored = read_config(folder)
     kind = stored.get("model_type")
@@ -41,14 +41,16 @@ def load_config(folder: Path) -> PreTrainedConfig:
     kernels = sorted(set(hub_kernels(stored)))
     if kernels:
         what = f"the model asks for code from the hub ({', '.join(kernels)}), which lora does not run"
-        raise UserError(what, where, "take its *_implementation keys out")
+        raise UserError(what, where, "remove its *_implementation keys")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (*WRONG_VALUES, StrictDataclassError, OSError) as error:
         raise _unusable(error, where) from error
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(
-            f"model type '{config.model_type}' is no causal language model", where, "lora adapts models that write text"
+            f"model type '{config.model_type}' is not a causal language model",
+            where,
+            "lora trains only models that generate text",
         )
     return cast("PreTrainedConfig", config)
 
@@ -148,7 +150,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if has_units_for(torch.bfloat16, device) else torch.float32
     if dtype == "float16" and device.type != "cuda":
-        raise UserError("model.dtype: float16 trains on a GPU alone", hint="use bfloat16 or float32")
+        raise UserError("model.dtype: float16 trains on a GPU only", hint="use bfloat16 or float32")
     return DTYPES[dtype]
 
 

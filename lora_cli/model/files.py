@@ -17,7 +17,7 @@ SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 TOKENIZER_FILES = ["tokenizer.json", "*.model", "vocab.*", "tekken.json"]
 TOKENIZER_EXTRAS = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "*.tiktoken"]
 TYPES = "models/auto"
-NO_TEMPLATE = "use an instruct model, or another data.format (template lays a row out as you say)"
+NO_TEMPLATE = "use an instruct model, or another data.format (template: a layout of your own)"
 MODEL_FOLDER = "a model folder holds config.json, a tokenizer and weights in safetensors"
 
 
@@ -29,19 +29,19 @@ def locate(name_or_path: str, weights: bool = False, revision: str | None = None
     """
     folder = Path(name_or_path)
     if folder.is_file():
-        raise UserError("a file, not a model's folder", name_or_path, MODEL_FOLDER)
+        raise UserError("a file, not a model folder", name_or_path, MODEL_FOLDER)
     if not folder.is_dir():
         folder = _snapshot(name_or_path, weights, revision)
     is_adapter = (folder / "adapter_config.json").is_file()
     if not (folder / "config.json").is_file():
         hint = newest_adapter(folder) or MODEL_FOLDER
         if is_adapter:
-            hint = "this is an adapter; give its base here"
+            hint = "this is an adapter: give its base, or merge the two first (lora merge)"
         elif folder.parent.name == "checkpoints":
-            hint = f"a checkpoint is for --resume alone; name the run ({folder.parent.parent}) or its adapter"
+            hint = f"a checkpoint is for --resume only; give the run ({folder.parent.parent}) or its adapter"
         raise UserError("holds no model (no config.json)", name_or_path, hint)
     if is_adapter:  # which Transformers would load along with the model
-        hint = "move the adapter's files to a folder of their own"
+        hint = "move the adapter's files to their own folder"
         raise UserError("the folder holds an adapter beside the model (adapter_config.json)", str(folder), hint)
     return folder
 
@@ -54,11 +54,11 @@ def _snapshot(hub_id: str, weights: bool, revision: str | None) -> Path:
         patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
-        raise UserError("no such model folder, and no hub id", hub_id, nearest_folder(Path(hub_id))) from error
+        raise UserError("no such model folder, and not a hub id", hub_id, nearest_folder(Path(hub_id))) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
         why = "HF_HUB_OFFLINE is set and it is not in the local cache" if offline else str(error).splitlines()[0]
-        what = f"no such model folder, and the hub does not give it: {why}"
+        what = f"no such model folder, and not available from the hub: {why}"
         raise UserError(what, hub_id, nearest_folder(Path(hub_id))) from error
 
 
@@ -71,7 +71,7 @@ def nearest_folder(folder: Path) -> str:
 def newest_adapter(folder: Path) -> str | None:
     """What to say of a folder with adapters in it, as a Trainer leaves its checkpoints; None of one without."""
     found = [*folder.glob("*/adapter_config.json")]
-    return f"an adapter lies in it: {max(found, key=lambda file: file.stat().st_mtime).parent}" if found else None
+    return f"give the adapter in it: {max(found, key=lambda file: file.stat().st_mtime).parent}" if found else None
 
 
 def check_tokenizer(folder: Path, chat: bool = False) -> None:
@@ -144,7 +144,7 @@ def unknown_type(config: Mapping[str, Any], folder: Path) -> UserError:
     own = ", ".join(own_code(config))
     what = f"model type '{config.get('model_type')}' is unknown to transformers {version('transformers')}"
     needs = f" and needs its own code ({own}), which lora does not run (trust_remote_code)" if own else ""
-    hint = "use a model that transformers knows; is there a newer release of it?"
+    hint = "use a model that transformers supports; a newer release of it may do"
     return UserError(what + needs, str(folder / "config.json"), hint)
 
 
@@ -191,5 +191,5 @@ def check_quantizable(folder: Path) -> None:
         raise UserError(
             f"the weights are quantized already ({stored}) and cannot be quantized again",
             str(folder),
-            "leave the quantization out to use them as they are, or start from the unquantized model",
+            "use the model as it is, without quantization, or start from the unquantized one",
         )

@@ -96,10 +96,10 @@ def check_dora(targets: Iterable[Target], device: torch.device) -> None:
     wrong = [target for target in targets if target.in_features % BLOCK]
     if wrong and device.type == "cpu" and _takes_wrong_scales():
         what = (
-            f"adapter.use_dora: bitsandbytes {version('bitsandbytes')} expands 4-bit weights wrongly on this processor "
-            f"where rows are no multiple of {BLOCK} numbers: {wrong[0].name} has {wrong[0].in_features}"
+            f"adapter.use_dora: bitsandbytes {version('bitsandbytes')} dequantizes 4-bit weights wrongly on this CPU "
+            f"where rows are not a multiple of {BLOCK} values: {wrong[0].name} has {wrong[0].in_features}"
         )
-        raise UserError(what, hint="leave such layers out of adapter.target_modules, or set adapter.use_dora to false")
+        raise UserError(what, hint="remove such layers from adapter.target_modules, or set adapter.use_dora to false")
 
 
 @cache

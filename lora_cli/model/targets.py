@@ -60,7 +60,7 @@ def choose_targets(
     narrow = [target for target in targets if r > min(target.in_features, target.out_features)]
     if narrow:
         width = min(narrow[0].in_features, narrow[0].out_features)
-        raise UserError(f"adapter.r: {r} is more than {narrow[0].name} is wide ({width})", hint=f"at most {width}")
+        raise UserError(f"adapter.r: {r} is more than {narrow[0].name}'s width ({width})", hint=f"use at most {width}")
     return targets
 
 
@@ -74,7 +74,7 @@ def _by_word(word: str, layers: Mapping[str, Target]) -> list[str]:
         "minimal": [name for name in attention if _leaf(name) in QUERY_VALUE],
     }[word]
     if not wanted:
-        hint = f"all-linear takes all, a list some; {_what_exists(layers)}"
+        hint = f"use all-linear, or a list of names; {_what_exists(layers)}"
         raise UserError(f"adapter.target_modules: {word} matches no layer of this model", hint=hint)
     return wanted
 
@@ -93,7 +93,7 @@ def _by_pattern(pattern: str, layers: Iterable[str]) -> list[str]:
     if not names:
         raise UserError(
             f"adapter.target_modules: '{pattern}' matches no whole module name",
-            hint=f"a name looks like {next(iter(layers))}; {_what_exists(layers)}",
+            hint=f"a whole name is, for example, {next(iter(layers))}; {_what_exists(layers)}",
         )
     return names
 
@@ -115,7 +115,7 @@ def _by_list(wanted: Iterable[str], layers: Iterable[str]) -> list[str]:
         found = {name for name in layers if name == item or name.endswith(f".{item}")}
         chosen |= found
         if not found:
-            near = "without brackets it is a word;" if item in WORDS else nearest(item, [*leaves, *WORDS])
+            near = "write it without brackets;" if item in WORDS else nearest(item, [*leaves, *WORDS])
             hint = f"{near} {_what_exists(layers)}" if near else _what_exists(layers)
             what = f"adapter.target_modules: '{item}' names no linear layer of this model that can be adapted"
             faults.append(Fault(what, hint=hint))
@@ -131,9 +131,11 @@ def _in_layers(wanted: tuple[int, ...], names: list[str]) -> list[str]:
     found = {name: int(number[1]) for name in names if (number := re.search(r"\.(\d+)\.", name))}
     missing = sorted(set(wanted) - set(found.values()))
     if missing:
-        what = f"adapter.layers_to_transform: adapter.target_modules has nothing in layer {missing[0]}"
+        what = f"adapter.layers_to_transform: adapter.target_modules matches nothing in layer {missing[0]}"
         there = (
-            f"its layers are {min(found.values())} to {max(found.values())}" if found else "its layers have no number"
+            f"it matches layers {min(found.values())} to {max(found.values())}"
+            if found
+            else "its layers have no number"
         )
         raise UserError(what, hint=there)
     return [name for name, number in found.items() if number in wanted]

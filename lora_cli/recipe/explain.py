@@ -19,13 +19,13 @@ _LISTED = 4  # keys of a mapping that fit in a message
 
 _BASE = {
     "type": "string",
-    "description": "Another recipe, whose keys come first; relative to the recipe that names it.",
+    "description": "Another recipe to start from, by a path relative to this one; the keys here override its keys.",
 }
 WIDTH = 80  # of the reference, which terminals show
 _NOTES = """\
 Values are YAML 1.2: 1e-4 is a number, yes, no and on are text. ${NAME} and
 ${NAME:-default} take environment variables, but no secrets (a name with TOKEN,
-KEY, SECRET, PASS …): what a recipe says is written into the run's files.
+KEY, SECRET, PASS …): the recipe is written into the run's files.
 $${ stands for ${. On the command line a key is set by its dotted name:
 adapter.r=32"""
 

@@ -117,7 +117,7 @@ def _where_it_belongs(path: KeyPath, value: object) -> str:
         peers = "" if near[0] in known else f" {peers_hint(str(path[0]), near[0], value)}"
         return f"did you mean '{known.get(near[0], near[0])}'?{peers}"
     if value is None:
-        return "leave it out: it says nothing"
+        return "remove it: it has no value"
     return f"known: {', '.join(sorted(here))}"
 
 

@@ -88,7 +88,7 @@ def _layers(path: str, faults: Faults) -> tuple[list[Node], bool]:
             break
         real = Path(file).resolve()
         if named_at is not None and real in chain:
-            faults.add(named_at, f"base: goes in a circle: {' → '.join([*chain.values(), file])}")
+            faults.add(named_at, f"base: recipes that name each other: {' → '.join([*chain.values(), file])}")
             break
         chain[real] = file
         entries = _top_level(file, text, faults)

@@ -34,34 +34,34 @@ class Model(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Type of the frozen weights and of the matrix products; adapters stay float32. auto: bfloat16 on a "
-        "GPU or a processor with units for it (AMX, AVX512-BF16), float32 elsewhere.",
+        description="Type of the frozen weights and of matrix products; adapters stay float32. auto: bfloat16 on a "
+        "GPU, or on a CPU with bfloat16 instructions (AMX, AVX512-BF16), else float32.",
     )
     attn_implementation: Literal[
         "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = Field(
         "auto",
-        description="Transformers' attention implementation. auto: packed rows each by themselves, on a GPU in 16 bits "
-        "by torch's FlashAttention; else what Transformers picks (sdpa).",
+        description="Transformers' attention implementation. auto: each packed row is computed separately, on a "
+        "GPU in 16 bits by torch's FlashAttention; where that is not possible, what Transformers picks (sdpa).",
     )
 
 
 class Quantization(Section):
-    """Quantize the frozen base while loading it (QLoRA). Left out: the base is not quantized."""
+    """Quantize the frozen base while loading it (QLoRA). Without this section the base is not quantized."""
 
     method: Literal["nf4", "fp4", "int8"] = Field(
         "nf4", description="nf4 and fp4 store a weight in 4 bits (QLoRA, arXiv:2305.14314), int8 in 8 (LLM.int8())."
     )
-    double_quant: bool = Field(True, description="Quantize the 4-bit blocks' scales as well (0.4 bit a weight saved).")
+    double_quant: bool = Field(True, description="Quantize the 4-bit blocks' scales too (saves 0.4 bits per weight).")
     compute_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16",
-        description="Type that 4-bit weights are expanded to for a matrix product; on a processor without units for "
-        "it float32 is used instead.",
+        description="Type that 4-bit weights are dequantized to for a matrix product; on a CPU without "
+        "instructions for it, float32 is used instead.",
     )
 
 
 class Adapter(Section):
-    """What is trained."""
+    """The adapter that is trained."""
 
     method: Literal["lora"] = Field("lora", description="Kind of adapter: lora (arXiv:2106.09685).")
     r: Positive = Field(16, description="Rank of the update BA.")
@@ -69,20 +69,20 @@ class Adapter(Section):
     lora_dropout: Fraction = Field(0.0, description="Dropout on the adapter's input while training.")
     target_modules: Text | Annotated[tuple[Text, ...], Field(min_length=1)] = Field(
         "attention",
-        description="Which layers: minimal (query and value projections), standard (all attention projections but the "
-        "output), attention (all attention projections), all-linear (every linear layer that PEFT can adapt, but the "
-        "head), a list of module names, or a regular expression that matches whole module names.",
+        description="Layers to adapt: minimal (query and value projections), standard (all attention projections "
+        "except the output), attention (all attention projections), all-linear (every linear layer that PEFT can "
+        "adapt, except the head), a list of module names, or a regular expression that matches whole module names.",
     )
     layers_to_transform: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = Field(
-        None, description="Numbers of the layers that are adapted, from 0, e.g. [6, 7]; null: all."
+        None, description="Numbers of the layers to adapt, from 0, e.g. [6, 7]; null: all."
     )
-    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead (arXiv:2312.03732).")
+    use_rslora: bool = Field(False, description="Scale the update by lora_alpha / sqrt(r) instead (arXiv:2312.03732).")
     use_dora: bool = Field(False, description="Split weights into magnitude and direction (DoRA, arXiv:2402.09353).")
     fused: bool = Field(
         True,
-        description="Compute RMS norms, SiLU-gated MLPs, rotary positions and, without dropout and DoRA, LoRA layers "
-        "in one autograd function each, layers of one input together: faster, in less memory. false: by Transformers' "
-        "and PEFT's own forward passes.",
+        description="Compute RMS norms, SiLU-gated MLPs, rotary positions and LoRA layers (without dropout and "
+        "DoRA) in fused autograd functions: faster, with less memory. false: use Transformers' and PEFT's own "
+        "forward passes.",
     )
     init_from: str | None = Field(
         None,
@@ -99,13 +99,13 @@ class Source(Section):
         1.0,
         gt=0,
         le=100_000,
-        description="How often an epoch passes over this source: 2 takes each row twice, 0.5 half of them. In "
-        "data.validation each row counts once whatever is said here.",
+        description="How often an epoch takes this source: 2 takes each row twice, 0.5 half of the rows. "
+        "data.validation ignores it: each row counts once.",
     )
-    split: str = Field("train", min_length=1, description="Split of a hub id.")
+    split: str = Field("train", min_length=1, description="Split of the hub data set.")
     streaming: bool = Field(
         False,
-        description="Read a hub id's rows over the network as they are needed, and keep no copy on disk.",
+        description="Read the rows of a hub data set over the network as they are needed, and keep no copy on disk.",
     )
 
 
@@ -120,50 +120,54 @@ class Template(Section):
 
 
 class Data(Section):
-    """What is learned from."""
+    """The rows to train and validate on."""
 
     train: Text | Sources = Field(
-        description="Rows to train on: a .jsonl (.ndjson), .json, .csv, .tsv, .parquet or .txt file (a row for each "
-        "paragraph, set apart by blank lines), a folder or glob of these, a hub id, or a list of these, each alone or "
-        "as a mapping with path, weight and split."
+        description="Rows to train on: a .jsonl (.ndjson), .json, .csv, .tsv, .parquet or .txt file (one row per "
+        "paragraph; blank lines separate paragraphs), a folder or glob of these, a hub id, or a list of these, "
+        "each given as text or as a mapping with path, weight and split."
     )
     validation: Share | Text | Sources | None = Field(
-        None, description="A share of the training rows to hold out (0.05), or rows given as in train; null: none."
+        None, description="A share of the training rows to hold out (e.g. 0.05), or rows given as in train; null: none."
     )
     format: Literal["auto", "text", "prompt_completion", "alpaca", "chat", "template"] = Field(
         "auto",
-        description="How a row is read: text, prompt_completion (prompt and completion, or question and answer, joined "
-        "as they stand), alpaca (instruction, input, output), chat (messages or conversations, a list or its JSON "
-        "text, or a prompt and a completion, each a text or a list of turns, of which the completion's are learned; a "
-        "turn with weight or train: 0 is read and not learned; with tool_calls of the assistant and, beside them, "
-        "tools, a list of JSON schemas or its text; through the tokenizer's chat template, which must write them), "
-        "template. auto: by the columns of each source's first row; of several formats that fit, the one "
-        "that uses most of data.columns.",
+        description="How a row is read. text: the column text. prompt_completion: prompt and completion, or "
+        "question and answer, joined without anything between them. alpaca: instruction, input, output. chat: "
+        "messages or conversations (a list or its JSON text), or prompt and completion as text or lists of turns, "
+        "of which only the completion's are learned; a turn with weight: 0 or train: 0 is not learned; an "
+        "assistant's tool_calls are read, and beside the turns a column tools (a list of JSON schemas or its JSON "
+        "text); all is written by the tokenizer's chat template, which must support what the rows use. template: "
+        "by data.template. auto: by the columns of each source's first row; if several formats fit, the one that "
+        "uses most of data.columns.",
     )
     columns: dict[str, str] = Field(
-        {}, description="The row's column for each name the format uses, e.g. {prompt: question, completion: answer}."
+        {},
+        description="For each name that the format uses, the column of your rows, e.g. {prompt: question, "
+        "completion: answer}.",
     )
     template: Template | None = Field(None, description="Patterns for format: template.")
     train_on: Literal["completion", "all"] = Field(
         "completion",
-        description="Which tokens are supervised: completions and assistant turns, or all, whatever a turn's weight.",
+        description="Which tokens are supervised. completion: completions and assistant turns. all: all tokens, "
+        "whatever a turn's weight.",
     )
     max_length: Annotated[int, Field(ge=2)] = Field(
-        1024, description="Tokens a row keeps, from its beginning; never more than the model has positions."
+        1024,
+        description="Maximum tokens of a row; longer rows lose their end. Never more than the model has positions.",
     )
     min_supervised_rows: Annotated[float, Field(ge=0, le=1)] = Field(
         0.5,
-        description="The run is refused when less than this share of the training rows has a supervised token within "
+        description="The run is refused if less than this share of the training rows has a supervised token within "
         "max_length; 0: one row is enough.",
     )
     packing: bool = Field(
         True,
-        description="Lay whole rows end to end, each seeing only itself, up to per_device_train_batch_size x "
-        "max_length tokens a batch; false: pad per_device_train_batch_size rows, of like length, to the longest.",
+        description="Fill a batch with whole rows end to end, each attending only to itself, up to "
+        "per_device_train_batch_size x max_length tokens. false: pad per_device_train_batch_size rows of similar "
+        "length to the longest.",
     )
-    shuffle: bool = Field(
-        True, description="Draw a new order every epoch from the seed; false: the file's order, batch after batch."
-    )
+    shuffle: bool = Field(True, description="Draw a new order every epoch from the seed. false: keep the file's order.")
 
     @property
     def own_validation(self) -> str | tuple[str | Source, ...] | None:
@@ -175,108 +179,109 @@ class Data(Section):
         if self.format == "template" and self.template is None:
             raise ValueError("data.format: template needs data.template with a completion pattern")
         if self.template is not None and self.format not in ("auto", "template"):
-            raise ValueError(f"data.template: is for format: template, but data.format is {self.format}")
+            raise ValueError(f"data.template: needs format: template, but data.format is {self.format}")
         return self
 
 
 class Training(Section):
-    """How it is learned, and what is kept."""
+    """Optimization, evaluation and what is kept."""
 
-    output_dir: str = Field(min_length=1, description="The run's folder, made by the run.")
-    seed: int = Field(42, ge=0, lt=2**32, description="Seed of the adapter's start, the order of rows and dropout.")
+    output_dir: str = Field(min_length=1, description="The run's folder; the run creates it.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of the adapter's first weights, order of rows and dropout.")
     num_train_epochs: float = Field(3.0, gt=0, le=100_000, description="Passes over the data; may be a fraction.")
     max_steps: Annotated[int, Field(ge=1, le=99_999_999)] | None = Field(  # checkpoints' names have eight digits
         None, description="Optimizer steps to take, instead of num_train_epochs."
     )
     per_device_train_batch_size: Rows | Literal["auto"] = Field(
         4,
-        description="Rows (or, packed, rows' worth of tokens) a batch. auto: as many as fit in memory, of those that "
-        "divide a step; gradient_accumulation_steps are then a step's rows on each process. The run's recipe.yaml "
-        "has the numbers found.",
+        description="Rows per batch on each device; with packing, that many times max_length tokens. auto: as many "
+        "as fit in memory, of the numbers that divide a step; gradient_accumulation_steps is then the number of "
+        "rows in a step on each process. The run's recipe.yaml records the numbers found.",
     )
     gradient_accumulation_steps: Rows = Field(
         4,
-        description="Batches whose gradients make one step; with per_device_train_batch_size: auto, rows instead.",
+        description="Batches per optimizer step; with per_device_train_batch_size: auto, rows per step.",
     )
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "polynomial", "inverse_sqrt", "constant"] = Field(
-        "cosine", description="Course of the learning rate after the warm-up."
+        "cosine", description="Schedule of the learning rate after the warm-up."
     )
     warmup_ratio: Fraction = Field(
         0.03, description="Share of the steps (never all) over which the learning rate rises from 0."
     )
-    warmup_steps: int | None = Field(None, ge=0, description="The warm-up in steps, instead of warmup_ratio.")
+    warmup_steps: int | None = Field(None, ge=0, description="Warm-up in steps, instead of warmup_ratio.")
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = Field(
         "adamw_torch_fused",
-        description="Optimizer; fused makes the whole update at once, the 8-bit ones keep their state in 8 bits "
-        "(bitsandbytes).",
+        description="Optimizer; fused is one kernel for the whole update, the 8-bit ones keep their state in 8 "
+        "bits (bitsandbytes).",
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the gradient to this norm; null: never.")
     logging_steps: Positive = Field(10, description="Steps between two training lines in metrics.jsonl.")
     eval_steps: Positive | None = Field(
-        100, description="Steps between two evaluations; null: at the start and the end alone."
+        100, description="Steps between two evaluations; null: only at the start and the end."
     )
-    save_steps: Positive | None = Field(100, description="Steps between two checkpoints; null: at the end alone.")
+    save_steps: Positive | None = Field(100, description="Steps between two checkpoints; null: only at the end.")
     save_total_limit: Positive | None = Field(
-        2, description="Newest checkpoints to keep; null: all. A best one that is kept stands beside them."
+        2, description="Number of newest checkpoints to keep; null: all. The best one, if it is kept, comes on top."
     )
     load_best_model_at_end: bool = Field(
         False,
-        description="Give the adapter the weights of the evaluation with the lowest validation loss, not the last "
-        "step's; that of the base, before the first step, does not count. Each best evaluation so far writes a "
-        "checkpoint, which is kept until a better one is whole.",
+        description="Give the adapter the weights of the evaluation with the lowest validation loss, not those of "
+        "the last step. The evaluation before the first step does not count. Each new best evaluation writes a "
+        "checkpoint, which is kept until a better one is complete.",
     )
     early_stopping_patience: Positive | None = Field(
         None,
-        description="Stop after so many evaluations in a row without a lower validation loss. The best one's "
+        description="Stop after this many evaluations in a row without a lower validation loss. The best one's "
         "checkpoint is kept; the adapter has the last weights unless load_best_model_at_end is true.",
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
-        description="What to do about a step whose loss or gradient is infinite or NaN; the weights are left alone in "
-        "any case. stop: end the run. skip: leave the step out, count it, and end the run after 5 in a row.",
+        description="What to do about a step whose loss or gradient is infinite or NaN; in any case it does not "
+        "change the weights. stop: end the run. skip: skip the step, count it, and end the run after 5 in a row.",
     )
     gradient_checkpointing: bool | Literal["auto", "offload"] = Field(
         "auto",
-        description="Recompute activations in the backward pass: less memory, about a fifth slower. offload: keep the "
-        "layers' inputs in host memory meanwhile as well, and take gated MLPs 16,384 tokens at a time, for the longest "
-        "rows. auto: each when the activations would not fit without.",
+        description="Recompute activations in the backward pass: less memory, about 20% slower. offload: also keep "
+        "the layers' inputs in host memory and compute gated MLPs 16,384 tokens at a time, for the longest rows. "
+        "auto: each only if the activations would not fit without it.",
     )
     stream_base: bool | Literal["auto"] = Field(
         "auto",
-        description="Hold the frozen weights of one layer at a time, read from disk or host memory whenever the layer "
-        "runs: far less memory, slower, with gradient checkpointing; quantized to 4 bits, from the copy that is kept "
-        "in the run's cache. In one process, without DoRA and int8. auto: when the weights would not fit, "
-        "unless the base is stored quantized.",
+        description="Hold the frozen weights of one layer at a time, read from disk or host memory whenever the "
+        "layer runs: far less memory, slower, with gradient checkpointing; 4-bit weights are read from the copy in "
+        "the run's cache. One process only, not with DoRA or int8. auto: if the weights would not fit, unless the "
+        "base is stored quantized.",
     )
     cache_frozen: bool | Literal["auto", "memory", "disk"] = Field(
         "auto",
-        description="Compute what the layers below the lowest adapted one give once for each row, before the first "
-        "step, and keep it in memory or on disk; never where dropout stands below or weights are sharded. auto (or "
-        "true): for rows that training reads more than once, in a fifth of the free memory or half of the free disk.",
+        description="Compute the output of the layers below the lowest adapted one once per row, before the first "
+        "step, and keep it in memory or on disk; not if there is dropout in those layers or weights are sharded. "
+        "auto (or true): for rows that are used more than once, in at most a fifth of the free memory or half of "
+        "the free disk.",
     )
     torch_compile: bool | Literal["auto"] = Field(
         "auto",
-        description="On a processor, have torch's compiler make one loop each of RMS norms and SiLU gates: in 16 bits "
-        "about a twentieth faster, after a quarter of a minute at first. Needs a C++ compiler and adapter.fused. auto: "
-        "where it saves at least 40 seconds of the run.",
+        description="On a CPU, compile RMS norms and SiLU gates with torch.compile: about 5% faster in 16 bits, "
+        "after about 15 seconds of compiling. Needs a C++ compiler and adapter.fused. auto: if it saves at least "
+        "40 seconds of the run.",
     )
     fsdp: bool = Field(
         False,
-        description="Have each of several processes hold a part of base, adapter and optimizer state (FSDP2), not a "
-        "copy (DDP).",
+        description="Shard base, adapter and optimizer state over several processes (FSDP2), instead of a copy in "
+        "each (DDP).",
     )
     deepspeed: Text | None = Field(
         None,
-        description="DeepSpeed's configuration, a JSON file whose zero_optimization says what is sharded (ZeRO). Batch "
-        "sizes, optimizer, schedule, clipping and precision stay the recipe's; what does more than share out the "
-        "work (monitors, profilers, offloading to a disk, ...) is refused.",
+        description="DeepSpeed's configuration, a JSON file whose zero_optimization says what is sharded (ZeRO). "
+        "Batch sizes, optimizer, schedule, clipping and precision are taken from the recipe; keys for anything but "
+        "sharding and communication (monitors, profilers, offloading to disk, ...) are refused.",
     )
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"], ...] = Field(
         (),
-        description="Trackers that get the metrics too, through Accelerate: under the name of the run's folder, in the "
-        "project lora, or that of the environment's WANDB_PROJECT.",
+        description="Trackers that also get the metrics, through Accelerate: the run is named after its folder, in "
+        "the project lora, or in that of the environment variable WANDB_PROJECT.",
     )
 
     @property
@@ -297,16 +302,16 @@ class Training(Section):
             raise ValueError("training.lr_scheduler_type: polynomial falls to 1e-7, so learning_rate must be above it")
         is_sharded = self.fsdp or self.deepspeed is not None
         if self.stream_base is True and is_sharded:
-            raise ValueError("training.stream_base: goes with one process, not with fsdp or deepspeed")
+            raise ValueError("training.stream_base: works in one process only, not with fsdp or deepspeed")
         if self.stream_base is True and self.gradient_checkpointing is False:
             raise ValueError("training.stream_base: needs gradient_checkpointing, which is false; leave it at auto")
         if self.fsdp and self.deepspeed is not None:
-            raise ValueError("training.deepspeed: shards what training.fsdp shards; keep one")
+            raise ValueError("training.deepspeed: training.fsdp is set too; keep one")
         if is_sharded and self.optim.endswith("8bit"):
             way = "fsdp" if self.fsdp else "deepspeed"
             raise ValueError(f"training.optim: {self.optim} cannot be sharded; with training.{way} use adamw_torch")
         if self.deepspeed is not None and self.on_nonfinite == "skip":
-            raise ValueError("training.on_nonfinite: skip does not go with training.deepspeed, which takes every step")
+            raise ValueError("training.on_nonfinite: skip is not possible with training.deepspeed: it takes every step")
         return self
 
 
@@ -323,13 +328,13 @@ class Recipe(Section):
     def _sections_agree(self) -> Recipe:
         is_int8 = self.quantization is not None and self.quantization.method == "int8"
         if self.training.stream_base is True and self.adapter.use_dora:
-            raise ValueError("training.stream_base: does not go with adapter.use_dora, which reads every weight's norm")
+            raise ValueError("training.stream_base: not possible with adapter.use_dora, which reads all weights' norms")
         if self.training.stream_base is True and is_int8:
-            raise ValueError("training.stream_base: does not go with quantization.method int8, only with nf4 and fp4")
+            raise ValueError("training.stream_base: not possible with quantization.method int8, only with nf4 and fp4")
         if self.training.fsdp and is_int8:
-            raise ValueError("training.fsdp: does not go with quantization.method int8, only with nf4 and fp4")
+            raise ValueError("training.fsdp: not possible with quantization.method int8, only with nf4 and fp4")
         if self.training.torch_compile is True and not self.adapter.fused:
-            raise ValueError("training.torch_compile: compiles what adapter.fused computes, and that is false")
+            raise ValueError("training.torch_compile: needs adapter.fused, which is false")
         for key in ("early_stopping_patience", "load_best_model_at_end"):
             if getattr(self.training, key) and self.data.validation is None:
                 raise ValueError(f"training.{key}: needs data.validation, which is null")

@@ -184,7 +184,7 @@ class _Reader:
             node = self._node(next(self._events), depth + 1)
             if event.value in entries:
                 first = entries[event.value].key
-                self._faults.add(place, f"duplicate key {brief(event.value)}: it stands at {first} already")
+                self._faults.add(place, f"duplicate key {brief(event.value)}: it is already at {first}")
             elif self._encodable(event.value, place):
                 entries[event.value] = replace(node, key=place)
         return entries
@@ -205,12 +205,12 @@ class _Reader:
             return "${"
         name, default = match["name"], match["default"]
         if name is None:
-            hint = "write ${NAME} or ${NAME:-default} for an environment variable, $${ for the characters themselves"
-            self._faults.add(place, "'${' without a variable's name and a closing '}'", hint)
+            hint = "write ${NAME} or ${NAME:-default} for an environment variable, $${ for a literal ${"
+            self._faults.add(place, "'${' without a variable's name or a closing '}'", hint)
             return ""
         if _SECRET.search(name):
-            hint = "leave it in the environment: the hub's client and the trackers take it from there themselves"
-            what = f"{name} looks to be a secret, and what a recipe says is written into the run's files"
+            hint = "leave it in the environment: the hub client and the trackers read it from there"
+            what = f"{name} looks like a secret, and the recipe is written into the run's files"
             self._faults.add(place, what, hint)
             return ""
         value = self._env.get(name)
@@ -280,7 +280,7 @@ _AT_PROBLEM: dict[str, tuple[str, str | None]] = {
     "found character '\\t'": ("a tab where YAML takes spaces only", "indent with spaces"),
     "found character": ("this character cannot begin a value", "quote the text"),
     "mapping values are not allowed": (
-        "a ':' that cannot stand here",
+        "a ':' that is not allowed here",
         "quote text with ': ' in it, or check the indentation and that the line above has its ':'",
     ),
     "expected <block end>": (
@@ -290,7 +290,7 @@ _AT_PROBLEM: dict[str, tuple[str, str | None]] = {
     "expected the node content": ("expected a value here", None),
     "expected chomping": ("text after '|' or '>' begins on the next line", "quote text that begins with '|' or '>'"),
     "found unknown escape character": (
-        "a backslash that means nothing in double quotes",
+        "an unknown backslash escape in double quotes",
         "write \\\\ for a backslash, or use single quotes",
     ),
 }

@@ -63,7 +63,7 @@ def resolve_batch_size(
     ways = (True,) if streams or wanted == "offload" else either if wanted == "auto" else (wanted,)
     device = accelerator.device
     if device.type == "cuda" and not is_sharded(accelerator):
-        fits, why = _by_trial(job, accelerator, model, head, packing), "the largest that ran through"
+        fits, why = _by_trial(job, accelerator, model, head, packing), "the largest that ran"
     else:
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
         free = free_bytes(device) // sharing
@@ -71,7 +71,7 @@ def resolve_batch_size(
         why = f"the largest whose activations are estimated to fit {SHARE:.0%} of {size(free)} free"
     found = next(((count, way) for way in ways for count in divisors(rows) if fits(count, way)), None)
     if found is None:
-        why = "going on with 1, though not even that seems to fit"
+        why = "continuing with 1, although even that may not fit"
     count, checkpointing = found or (1, ways[-1])
     count = -highest(-count, accelerator)
     checkpointing = bool(highest(int(checkpointing), accelerator))

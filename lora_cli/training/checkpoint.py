@@ -31,7 +31,7 @@ DOCUMENT = "state.json"
 FILES = ("weights", "optimizer", "random")
 NAMES = (DOCUMENT, *(f"{name}.safetensors" for name in FILES))
 NAME = re.compile(r"step-(\d{8})")
-GO_ON = "; --resume goes on from the newest"
+GO_ON = "; --resume continues from the newest"
 NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
 Tensors = dict[str, torch.Tensor]
 
@@ -220,8 +220,8 @@ def restore(
             tensors = {name.removeprefix(own): value for name, value in state.random.items() if name.startswith(own)}
             _restore_random(state.document.random[process], tensors)
     except (ValueError, LookupError, OverflowError) as error:
-        what = f"the checkpoint of step {state.document.progress.step} cannot be gone on from: {error}"
-        raise UserError(what, hint="remove it to go on from the one before") from error
+        what = f"the checkpoint of step {state.document.progress.step} cannot be resumed from: {error}"
+        raise UserError(what, hint="remove it to resume from the one before") from error
     return state.document.progress
 
 
@@ -239,8 +239,8 @@ def _restore_optimizer(state: State, parameters: NamedParameters, optimizer: tor
 def restore_weights(state: State, parameters: NamedParameters) -> None:
     """Put the trained weights alone back. Raises UserError when the state is of other parameters."""
     if {name for name, _ in parameters} != set(state.weights):
-        hint = "the run was begun by another version of lora or PEFT, which adapted other layers: begin anew"
-        raise UserError("the checkpoint holds other parameters than the recipe trains", hint=hint)
+        hint = "another version of lora or PEFT began the run, and adapted other layers: start a new run"
+        raise UserError("the checkpoint's parameters are not those that the recipe trains", hint=hint)
     with torch.no_grad():
         for name, parameter in parameters:
             if shape_of(parameter) != state.weights[name].shape:

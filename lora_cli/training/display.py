@@ -165,7 +165,7 @@ def pace(result: Mapping[str, Any]) -> str:
     """How many steps a run has taken, and in which time those that were not taken before it was resumed."""
     steps, taken = counted(result["steps"], "step"), result["steps"] - result["resumed_step"]
     if not taken:
-        return f"{steps}, taken before"
+        return f"{steps}, all taken before"
     return f"{steps}{f', the last {taken:,}' if result['resumed_step'] else ''} in {result['seconds']:,.1f} s"
 
 

@@ -49,6 +49,6 @@ def catch_signals() -> Iterator[Interrupt]:
 def stopped_after(step: int, signal_number: int) -> Interrupted:
     """What to raise once the step's checkpoint is written; before the first step, which is 0, there is none."""
     if step == 0:
-        return Interrupted("stopped before the first step", signal_number, "--resume begins it again")
-    hint = "the same command with --resume, and without --overwrite, goes on from there"
+        return Interrupted("stopped before the first step", signal_number, "--resume starts it again")
+    hint = "to continue, run the same command with --resume and without --overwrite"
     return Interrupted(f"stopped after step {step}, checkpoint written", signal_number, hint)

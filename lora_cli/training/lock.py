@@ -31,7 +31,7 @@ class Held:
         try:
             if os.path.samestat(self.folder.stat(), os.fstat(self.handle)):
                 return
-            what = "another folder has taken the place of the run's"
+            what = "another folder is now in the place of the run's"
         except (FileNotFoundError, NotADirectoryError):
             what = "the run's folder is no longer there"
         raise RunError(f"{what}; nothing more was written", str(self.folder), self._way_back())
@@ -41,9 +41,9 @@ class Held:
         with suppress(OSError):  # only Linux tells
             place = str(Path(f"/proc/self/fd/{self.handle}").readlink())
         if place.endswith(" (deleted)"):
-            return "it was removed, and what the run had learned with it: begin anew"
-        lies = f"what the run had written lies in {place}: " if place else ""
-        return f"{lies}move it back, or name it as training.output_dir, and --resume goes on from its newest checkpoint"
+            return "it was removed with all its checkpoints: start a new run"
+        lies = f"what the run has written is now in {place}: " if place else ""
+        return f"{lies}move it back, or set training.output_dir to it; --resume then continues from its last checkpoint"
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def _lock(folder: Path, handle: int) -> bool:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         hint = "wait until it ends, or choose another training.output_dir"
-        raise UserError("another run is at work in this folder", str(folder), hint) from error
+        raise UserError("another run is using this folder", str(folder), hint) from error
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:
             raise OSError(error.errno, error.strerror, str(folder)) from error

@@ -63,7 +63,7 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
             job.folder.held = held
             job.folder.check_untouched()
             if not held.locked:
-                what = "cannot be locked here: a second run in this folder would not be refused"
+                what = "cannot be locked on this file system: do not start a second run in this folder"
                 display.note(f"{root} {what}", warning=True)
         try:
             return train_alone(job, display, began)
@@ -180,7 +180,7 @@ def reading_along() -> Iterator[None]:
     try:
         yield
     except (RunError, OSError, SafetensorError) as error:
-        raise Aftermath(f"the adapter was not proven: {error}") from error
+        raise Aftermath(f"the adapter could not be verified: {error}") from error
 
 
 def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -36,7 +36,7 @@ def start_trackers(trainer: Trainer) -> None:
     except Exception as error:
         if is_lack_of_room(error):
             raise
-        hint = "do as it says, or leave it out, and go on with --resume"
+        hint = "do as it says, or remove the tracker, and continue with --resume"
         raise UserError(f"training.report_to: a tracker does not start: {_told(error)}", hint=hint) from error
 
 
@@ -84,7 +84,7 @@ def log(trainer: Trainer, line: dict[str, Any], seconds_left: float | None = Non
         except Exception as error:
             if is_lack_of_room(error):
                 raise
-            what = f"nothing more is reported: {_told(error)}; metrics.jsonl goes on"
+            what = f"no more metrics are sent: {_told(error)}; metrics.jsonl still gets them"
             trainer.display.note(f"training.report_to: {what}", warning=True)
             finish_trackers(trainer)
 

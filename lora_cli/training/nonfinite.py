@@ -18,10 +18,10 @@ from lora_cli.training.setup import Trainer
 GIVE_UP_AFTER = 5
 ROWS_NAMED = 6
 WORDS_SHOWN = 8
-DIVERGED = "lower training.learning_rate, or look at the rows around this step"
+DIVERGED = "lower training.learning_rate, or check the rows around this step"
 CAUSES = (
     "likely causes: training.learning_rate is too high, model.dtype: float16 is too narrow (bfloat16, float32), or one "
-    "of these rows; training.on_nonfinite: skip leaves single steps out"
+    "of these rows; training.on_nonfinite: skip would skip single steps"
 )
 
 
@@ -38,7 +38,7 @@ def count_skipped(trainer: Trainer, step: Step, loss: float, grad_norm: float, p
     what = f"step {step.number} was not taken: {_told(loss=loss, grad_norm=grad_norm)}; {describe_rows(trainer, step)}"
     skipped = progress.skipped_in_a_row + 1
     folder = trainer.job.folder
-    hint = f"this step left the weights alone; {kept(folder.checkpoints)}; {CAUSES}"
+    hint = f"this step did not change the weights; {kept(folder.checkpoints)}; {CAUSES}"
     if trainer.job.recipe.training.on_nonfinite == "stop":
         raise RunError(what, str(folder.root), hint)
     if skipped == GIVE_UP_AFTER:

@@ -162,10 +162,10 @@ def _check_model(recipe: Recipe) -> None:
         check_quantizable(base)
         kind = str(read_config(base).get("model_type"))
         if layers := READ_AS_NUMBERS.get(kind):
-            what = f"a model of type {kind} multiplies by the numbers of {', '.join(layers)}, and cannot by codes"
+            what = f"a model of type {kind} reads {', '.join(layers)}'s weights directly: they cannot be quantized"
             raise UserError(what, "quantization", "leave it out")
     if recipe.training.fsdp and is_stored_in_other_codes(base):
-        what = "training.fsdp: of quantized bases those in bitsandbytes' 4 bits alone are sharded"
+        what = "training.fsdp: of quantized bases, only those in bitsandbytes' 4 bits can be sharded"
         raise UserError(what, str(base), "start from the unquantized model, with quantization.method nf4")
     if Path(recipe.model.name_or_path).is_dir():
         _check_weights_without_torch(recipe, base)
@@ -261,8 +261,8 @@ def _examples(
     held_out = others[0] if others else None
     if isinstance(data.validation, float):
         if len(rows) < 2:
-            hint = "leave data.validation out, or name a file of its own"
-            raise UserError("a validation share needs at least two rows to share out", str(data.train), hint)
+            hint = "remove data.validation, or give a separate file"
+            raise UserError("a validation share needs at least two rows", str(data.train), hint)
         rows, held_out = split_validation(rows, data.validation, recipe.training.seed)
     train = fit(rows, max_length, "data.train")
     check_supervised(train, data.min_supervised_rows, max_length)

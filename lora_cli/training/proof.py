@@ -27,8 +27,8 @@ Tensors = Mapping[str, torch.Tensor]
 RELOADED = "reloaded"
 NAMED_AT_MOST = 3
 MAGNIFIED = (1, 1024)  # a few steps may move an adapter by less than 16-bit logits show
-UNUSED = "leave layers that the model does not use out of adapter.target_modules"
-KEPT = "the checkpoints are kept and no adapter was put in place"
+UNUSED = "remove layers that the model does not use from adapter.target_modules"
+KEPT = "the checkpoints are kept, no adapter was written"
 
 
 def digests(weights: Tensors) -> dict[str, str]:
@@ -51,15 +51,15 @@ def prove(
     stored = load_file(folder / ADAPTER_WEIGHTS)
     faults = list(_differences(weights, stored))
     if faults:
-        what = f"the adapter's file does not hold what was trained: {_some(faults)}"
+        what = f"the adapter's file differs from what was trained: {_some(faults)}"
         raise RunError(what, where, f"{KEPT}: --resume writes it again")
     still, layers = unmoved(stored, {stored_name(name): digest for name, digest in start.items()})
     if still:
         names = _some([layer.removeprefix(PEFT_PREFIX) for layer in still])
-        what = f"{len(still)} of {layers} adapted layers are as they were before training: {names}"
+        what = f"{len(still)} of {layers} adapted layers were not changed by training: {names}"
         early = (
-            "the step they are of had learned nothing yet: lower training.learning_rate when later evaluations were "
-            "worse, else raise it, or train for more steps"
+            "nothing was learned up to the step whose weights these are: lower training.learning_rate if later "
+            "evaluations were worse, else raise it, or train for more steps"
         )
         hint = f"{KEPT}; {UNUSED if len(still) < layers else early}"
         raise RunError(what, where, hint)
@@ -130,14 +130,14 @@ def _check_logits(folder: Path, where: str, model: PeftModel, stored: Tensors, i
         if effect > 0:
             break
     if effect == 0:
-        what = f"the adapter changes no logit of a training row, even {times:,} times enlarged"
+        what = f"the adapter changes no logit of a training row, even scaled up {times:,} times"
         raise RunError(what, where, f"{KEPT}; raise training.learning_rate, or train for more steps")
     sharded = any(isinstance(weight, DTensor) or is_partitioned(weight) for weight in model.parameters())
     again = _refilled(model, adapter, stored) if sharded else _reloaded(model, adapter, folder)
     with again as name, rescale_adapter_scale(model, times):
         error = float((_logits(model, name, ids) - trained).norm())
     if not error <= 0.01 * effect:  # also when one is no number
-        what = f"loaded again from disk, the adapter moves the logits by {error:.3g} from where training left them"
+        what = f"reloaded from disk, the adapter's logits differ by {error:.3g} from those at the end of training"
         raise RunError(f"{what} ({effect:.3g} from the base's)", where, f"{KEPT}; please report it")
 
 

@@ -34,7 +34,7 @@ def tell(trainer: Trainer) -> None:
     if job.from_cache:
         display.note(f"tokenized rows read from {job.folder.cache}")
     if job.max_length < job.recipe.data.max_length:
-        display.note(f"data.max_length: {job.recipe.data.max_length} -> {job.max_length}, the positions the model has")
+        display.note(f"data.max_length: {job.recipe.data.max_length} -> {job.max_length}, the model's maximum length")
     quantization = job.recipe.quantization
     if quantization is not None and quantization.method != "int8":
         used = str(resolve_compute_dtype(quantization, trainer.accelerator.device)).removeprefix("torch.")
@@ -55,11 +55,11 @@ def tell_rows(job: Prepared, display: Display) -> None:
     kept, (fewest, most) = len(counts.examples), report.bos_per_row
     display.note(
         f"of {kept:,} training rows {report.ends_supervised:,} have their end supervised; "
-        f"{fewest if fewest == most else f'{fewest} to {most}'} BOS in a row"
+        f"{fewest if fewest == most else f'{fewest} to {most}'} BOS per row"
     )
     if counts.truncated:
         told = counted(counts.truncated, "was", "were")
-        display.note(f"of {counted(counts.rows, 'row')} {told} cut, longer than {job.max_length} tokens")
+        display.note(f"of {counted(counts.rows, 'row')} {told} cut to {job.max_length} tokens")
     if counts.dropped:
         told = counted(counts.dropped, "row was dropped", "rows were dropped")
         display.note(f"{told}, with nothing left to learn", warning=True)
@@ -67,16 +67,14 @@ def tell_rows(job: Prepared, display: Display) -> None:
         told = counted(report.duplicates, "training row repeats", "training rows repeat")
         display.note(f"{told} an earlier one")
     if report.validation_in_train:
-        told = counted(report.validation_in_train, "validation row stands", "validation rows stand")
-        display.note(
-            f"{told} in the training rows too: what is measured on them is what was learned by heart", warning=True
-        )
+        told = counted(report.validation_in_train, "validation row is", "validation rows are")
+        display.note(f"{told} in the training rows too: their loss measures what was memorized", warning=True)
     if report.ends_masked:
         told = f"in {counted(report.ends_masked, 'whole row')} the end of the last answer"
-        display.note(f"{told} is not supervised: the model is not taught to stop there", warning=True)
+        display.note(f"{told} is not supervised: the model does not learn to stop there", warning=True)
     if report.empty_answers:
         told = counted(report.empty_answers, "training row has", "training rows have")
-        display.note(f"{told} nothing but an end to learn: the model is taught to answer nothing", warning=True)
+        display.note(f"{told} an empty answer: the model learns to answer nothing", warning=True)
     if report.bos_removed:
         told = counted(report.bos_removed, "row begins with a BOS of its own", "rows begin with a BOS of their own")
         display.note(f"{told}: the one that the tokenizer adds was left out", warning=True)
@@ -85,7 +83,7 @@ def tell_rows(job: Prepared, display: Display) -> None:
         display.note(f"{told} with two BOS: the text or the chat template writes one too many", warning=True)
     if job.unread:
         more = f" and {len(job.unread) - 5:,} more" if len(job.unread) > 5 else ""
-        display.note(str(Fault(f"columns of the rows that are not read: {', '.join(job.unread[:5])}{more}")))
+        display.note(str(Fault(f"columns not used: {', '.join(job.unread[:5])}{more}")))
     for note in report.template_notes:
         display.note(note)
 

@@ -32,15 +32,15 @@ def go_on(trainer: Trainer, info: dict[str, Any]) -> None:
         raise UserError(what, str(folder.root), hint)
     before = folder.read_info()
     if before.get("dtype", info["dtype"]) != info["dtype"]:
-        what = f"--resume: the run computes in {before['dtype']}, and would go on in {info['dtype']}"
-        raise UserError(what, str(folder.root), f"model.dtype={before['dtype']} goes on as it began")
+        what = f"--resume: the run began in {before['dtype']}, but would continue in {info['dtype']}"
+        raise UserError(what, str(folder.root), f"set model.dtype={before['dtype']} to continue as it began")
     info["started"] = before["started"]
     for change in folder.go_on(trainer.job.recipe, info):
         trainer.display.note(change)
     course = trainer.job.recipe.training.lr_scheduler_type
     if before["steps"] != info["steps"] and course != "constant":
         what = f"the {course} schedule now ends at step {info['steps']:,}, not {before['steps']:,}"
-        told = f"{what}: from here on the learning rate is another than in a run of one piece"
+        told = f"{what}: from here on the learning rate differs from that of a run never interrupted"
         trainer.display.note(told, warning=True)
 
 
@@ -100,8 +100,8 @@ def newest_whole(trainer: Trainer) -> State | None:
             state = checkpoint.read(path)
             _warn_without_best(trainer, state.document.progress)
             return state
-        trainer.display.note(f"{path} is damaged and left aside", warning=True)
-    trainer.display.note("no whole checkpoint: beginning again", warning=True)
+        trainer.display.note(f"{path} is damaged and ignored", warning=True)
+    trainer.display.note("no complete checkpoint: starting again", warning=True)
     return None
 
 
@@ -111,7 +111,7 @@ def _warn_without_best(trainer: Trainer, progress: Progress) -> None:
         return
     path = checkpoint.path_of(trainer.job.folder.checkpoints, best)
     if not checkpoint.is_whole(path):
-        what = f"{path}, the best so far, is missing or damaged: the run can only end well with a better one"
+        what = f"{path}, the best so far, is missing or damaged: the run will fail unless it finds a better one"
         trainer.display.note(f"{what}; {TAKE_THE_LAST}", warning=True)
 
 

@@ -31,7 +31,7 @@ KINDS = {
 }
 """What run.json holds under the keys that are read again."""
 
-RESTORE = "restore it from a copy, or remove the run's folder and begin anew"
+RESTORE = "restore it from a copy, or remove the run's folder and start again"
 
 
 class RunFolder:
@@ -82,7 +82,7 @@ class RunFolder:
         start = recipe.adapter.init_from
         if start is not None and Path(start).resolve().is_relative_to(self.root.resolve()):
             hint = "copy that adapter elsewhere, or choose another training.output_dir"
-            raise UserError("adapter.init_from lies in the folder that the run would write", start, hint)
+            raise UserError("adapter.init_from is inside training.output_dir", start, hint)
         if resume and self.info.exists():
             self.read_info()
             self.read_metrics()
@@ -90,25 +90,25 @@ class RunFolder:
             began_on = int(self.read_info().get("processes", 1))
             check_same_keys(self.read_recipe(), began_on, recipe, process_count(), str(self.recipe))
         elif self._has_lost_its_recipe and resume:
-            hint = "restore recipe.yaml from a copy, or replace the run with --overwrite"
-            raise UserError("--resume: the run's recipe is missing, by which it would go on", str(self.recipe), hint)
+            hint = "restore it from a copy, or replace the run with --overwrite"
+            raise UserError("--resume: the run's recipe.yaml is missing", str(self.recipe), hint)
         elif self.holds_run and not resume and not overwrite:
-            hint = "--resume goes on with it, --overwrite replaces it; or choose another training.output_dir"
+            hint = "--resume continues it, --overwrite replaces it; or choose another training.output_dir"
             raise UserError("the folder already holds a run", str(self.root), hint)
         elif not self.root.is_dir() and resume:
-            raise UserError("there is no run to resume", str(self.root), "leave --resume out to begin one")
+            raise UserError("there is no run to resume", str(self.root), "start one without --resume")
         elif not self.holds_run and self.root.is_dir() and not set(self.root.iterdir()) <= self._before_a_run:
             raise UserError("the folder is not empty and holds no run", str(self.root), "choose another folder")
         for path in (self.checkpoints, self.adapter, *self.checkpoints.glob("step-????????")):
             if path.exists() and not path.is_dir():
-                raise UserError("a file stands where the run has a folder", str(path), "move it elsewhere")
+                raise UserError("a file is in the place of a folder of the run", str(path), "move it elsewhere")
         check_unlocked(self.root)
 
     def check_untouched(self) -> None:
         """Raises UserError when another run has been at work here since ``check``, for which it does not hold now."""
         if self._stamp() != self._checked:
-            hint = "start again: --resume goes on with it, --overwrite replaces it"
-            raise UserError("another run was at work in this folder meanwhile", str(self.root), hint)
+            hint = "start again: --resume continues it, --overwrite replaces it"
+            raise UserError("another run has used this folder meanwhile", str(self.root), hint)
 
     def _stamp(self) -> tuple[int, int] | None:
         """Which run.json this is, and of when."""
@@ -154,8 +154,8 @@ class RunFolder:
         was_killed = _draft(self.recipe).exists() and not self.recipe.exists()
         self._clear_drafts()
         if not overwrite and not was_killed and self._has_learned:
-            hint = "--resume goes on with it, --overwrite replaces it"
-            raise RunError("the folder holds what a run has learned; nothing was removed", str(self.root), hint)
+            hint = "--resume continues it, --overwrite replaces it"
+            raise RunError("the folder already holds a run's weights; nothing was removed", str(self.root), hint)
         _draft(self.recipe).touch()
         self.recipe.unlink(missing_ok=True)
         self.write_info(info)  # from here on the folder holds a run, which may be replaced
@@ -262,7 +262,7 @@ def _metrics_line(line: bytes, where: str) -> dict[str, Any]:
         case _:
             numbers = [math.nan]
     if not all(map(math.isfinite, numbers)):
-        raise UserError("not a line of metrics", where, "remove that line")
+        raise UserError("not a metrics line", where, "remove that line")
     return dict(read)
 
 
@@ -298,7 +298,7 @@ def newest_finished() -> Path:
             if isinstance(when, str):
                 finished.append((when, info.parent))
     if not finished:
-        raise UserError("no finished run under runs/", hint="name a run, an adapter or a model")
+        raise UserError("no finished run under runs/", hint="give a run, an adapter or a model")
     return max(finished)[1]
 
 
@@ -312,5 +312,5 @@ def unfinished(target: Path, adapter: Path | None) -> str | None:
         return None
     go_on = f"lora train {run.recipe} --resume"
     if adapter is None:
-        raise UserError("this run has not finished and has no adapter yet", str(target), f"{go_on} goes on with it")
-    return f"{target}: this run has not finished; its adapter is of an earlier end ({go_on} goes on)"
+        raise UserError("this run has not finished and has no adapter yet", str(target), f"{go_on} continues it")
+    return f"{target}: this run has not finished; its adapter is from before it was resumed ({go_on} continues it)"

@@ -43,7 +43,7 @@ def check_same_keys(before: Recipe, began_on: int, recipe: Recipe, count: int, w
     ``count`` are the processes it began in and has now."""
     same_steps = _batches(before, began_on) == _batches(recipe, count)
     differing = changed_keys(before, recipe)
-    hint = "set it back, or begin a new run in another folder"
+    hint = "undo the change, or start a new run in another folder"
     faults = [
         Fault(f"--resume: {key} was {told(old)} and is now {told(new)}", where, hint)
         for key, (old, new) in differing.items()

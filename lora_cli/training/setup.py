@@ -150,8 +150,8 @@ def choose_packing(job: Prepared, base: PreTrainedModel, display: Display) -> bo
         return False
     packing = lay_end_to_end(base, base.device, job.recipe.model.attn_implementation)
     if not packing:
-        told = "rows of like length are padded instead"
-        display.note(f"data.packing: this architecture takes no packed rows; {told}", warning=True)
+        told = "rows of similar length are padded instead"
+        display.note(f"data.packing: this architecture does not support packed rows; {told}", warning=True)
     return packing
 
 
@@ -180,7 +180,7 @@ def load_frozen(
     folder, quantization = kept or job.base, recipe.quantization if kept is None else None
     if streams:
         if quantization is not None:
-            raise RunError("training.stream_base: quantized, it is streamed from the kept copy, which there is not")
+            raise RunError("training.stream_base: a quantized base is streamed from its cached copy, and there is none")
         display.note("training.stream_base: a layer's frozen weights are read whenever it runs")
         keep_freed_memory(largest=SMALL)
         # In the stored type, for which Transformers maps the file and reads nothing of it yet.

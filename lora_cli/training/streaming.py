@@ -70,7 +70,7 @@ def obstacle(job: Prepared, recipe: Recipe, processes: int) -> str:
         return "it goes with one process; training.fsdp shards the base over several"
     in_8_bits = recipe.quantization is not None and recipe.quantization.method == "int8"
     if in_8_bits or is_stored_in_other_codes(job.base):
-        return "of quantized bases those in bitsandbytes' 4 bits alone are streamed"
+        return "of quantized bases, only those in bitsandbytes' 4 bits can be streamed"
     if recipe.adapter.use_dora:
         return "adapter.use_dora reads every weight's norm"
     if recipe.training.gradient_checkpointing is False:

@@ -41,7 +41,7 @@ def compile_elementwise(
         return
     told = f"training.torch_compile: {str(wanted).lower()}"
     if not saved:
-        why = "there are no fused RMS norms or SiLU gates" if device.type == "cpu" else "it is for processors"
+        why = "there are no fused RMS norms or SiLU gates" if device.type == "cpu" else "it is for CPUs"
         display.note(f"{told} -> false: {why}", warning=True)
         return
     saves = f"saves about {saved:.0f} s of this run"

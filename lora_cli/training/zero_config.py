@@ -45,8 +45,8 @@ def deepspeed_faults(recipe: Recipe) -> list[Fault]:
     except OSError as error:
         return [Fault(f"training.deepspeed: cannot be read: {error.strerror}", path, "name DeepSpeed's JSON file")]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        hint = 'it is a JSON file such as {"zero_optimization": {"stage": 2}}'
-        return [Fault(f"training.deepspeed: names no stage of ZeRO: {error!r}", path, hint)]
+        hint = 'give a JSON file such as {"zero_optimization": {"stage": 2}}'
+        return [Fault(f"training.deepspeed: has no zero_optimization.stage: {error!r}", path, hint)]
     if stage not in (0, 1, 2, 3):
         what = f"training.deepspeed: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3"
         return [Fault(what, path)]
@@ -77,17 +77,17 @@ def config_faults(config: Mapping[str, Any], where: str) -> list[Fault]:
         faults.extend(_unknown(f"{key}.", offload, OFFLOAD, where))
         if (device := offload.get("device", "none")) not in DEVICES:
             what = f"training.deepspeed: {key}.device is {device!r}, expected {' or '.join(DEVICES)}"
-            faults.append(Fault(what, where, "a run writes nowhere but in its own folder"))
+            faults.append(Fault(what, where, "a run writes only to its own folder"))
     return faults
 
 
 def _unknown(prefix: str, section: Mapping[str, Any], known: Collection[str], where: str) -> Iterator[Fault]:
     for key in sorted(section.keys() - known):
-        hint = nearest(key, known) or "remove it: how weights are sharded and sent about is all that this file may say"
-        yield Fault(f"training.deepspeed: {prefix}{key} is not taken", where, hint)
+        hint = nearest(key, known) or "remove it: only keys of sharding and communication are supported"
+        yield Fault(f"training.deepspeed: {prefix}{key} is not supported", where, hint)
 
 
 def _nested(section: Mapping[str, Any], prefix: str, where: str) -> Iterator[Fault]:
     for key, value in sorted(section.items()):
         if isinstance(value, dict | list):
-            yield Fault(f"training.deepspeed: {prefix}{key} is no number or word", where)
+            yield Fault(f"training.deepspeed: {prefix}{key} is not a number or a text", where)

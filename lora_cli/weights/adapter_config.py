@@ -18,12 +18,12 @@ PEFT_PREFIX = "base_model.model."
 BIASES = ("none", "all", "lora_only")
 SOME_LAYERS = ("layers_to_transform", "exclude_modules")
 NO_SUM = {
-    "alora_invocation_tokens": "is at work behind its invocation tokens alone",
-    "layer_replication": "runs its base's layers several times over",
+    "alora_invocation_tokens": "is active only after its invocation tokens",
+    "layer_replication": "repeats layers of its base",
     "arrow_config": "chooses among adapters for each token",
-    "use_qalora": "adds up its layers' inputs in groups",
-    "use_bdlora": "has factors in blocks",
-    "monteclora_config": "draws its factors at random",
+    "use_qalora": "pools its layers' inputs in groups",
+    "use_bdlora": "has block-diagonal factors",
+    "monteclora_config": "samples its factors at random",
 }
 """Keys of a LoRA adapter's configuration by which its update is no product of two factors, or none at all."""
 KEPT_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -46,7 +46,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise UserError("no adapter here (no adapter_config.json)", str(folder), hint)
     config = read_json(path)
     if not isinstance(config, dict) or "peft_type" not in config:
-        hint = "adapters are read in PEFT's layout; those of MLX and others are converted first"
+        hint = "lora reads adapters in PEFT's layout; convert those of MLX and others first"
         raise UserError("not an adapter's configuration (no peft_type)", str(path), hint)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         what = f"the adapter's weights are missing ({ADAPTER_WEIGHTS})"
@@ -64,8 +64,8 @@ def check_foldable(folder: Path) -> None:
         return
     for key, told in NO_SUM.items():
         if config.get(key):
-            what = f"the adapter {told} ({key}), which is not folded into weights here"
-            raise UserError(what, where, "load it beside its base with PEFT")
+            what = f"the adapter {told} ({key}), which is not supported here"
+            raise UserError(what, where, "use it unmerged, with PEFT")
     check_init(folder)
 
 
@@ -74,7 +74,7 @@ def check_init(folder: Path) -> None:
     config = read_adapter_config(folder)
     if config["peft_type"] == "LORA" and not keeps_base(config) and not is_relative(config):
         start = config["init_lora_weights"]
-        what = f"the adapter is to be added to another base than the one it names (init_lora_weights: {start})"
+        what = f"the adapter belongs to a changed copy of the base it names (init_lora_weights: {start})"
         raise UserError(what, str(folder / ADAPTER_CONFIG), CONVERT)
 
 
@@ -96,7 +96,7 @@ def _start(config: Mapping[str, Any]) -> Any:
 def config_faults(config: Mapping[str, Any], where: str) -> Iterator[Fault]:
     """Values in an adapter's configuration that PEFT would fail of, or compute no numbers with."""
     for key, pattern, is_right, expected in (
-        ("r", "rank_pattern", _is_rank, "a whole number from 1"),
+        ("r", "rank_pattern", _is_rank, "a whole number of at least 1"),
         ("lora_alpha", "alpha_pattern", _is_number, "a number"),
     ):
         if not is_right(config.get(key)):
@@ -130,7 +130,7 @@ def _expression_faults(key: str, expression: str, where: str) -> Iterator[Fault]
     try:
         re.compile(expression)
     except re.error as error:
-        yield Fault(f"{key} is no regular expression: {error}: {expression}", where)
+        yield Fault(f"{key} is not a regular expression: {error}: {expression}", where)
 
 
 def named_layers(config: dict[str, Any], layers: Iterable[str]) -> list[str]:

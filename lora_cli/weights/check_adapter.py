@@ -24,7 +24,7 @@ from lora_cli.weights.shards import is_finite, read_headers, read_tensor
 
 OTHER_TENSORS = ("bias", "modules_to_save", "trainable_token_indices", "target_parameters")
 """Keys of an adapter's configuration that say it holds more than LoRA's own tensors."""
-MISFIT = "the adapter does not fit its base: it belongs to another, or its file is damaged"
+MISFIT = "the adapter does not fit its base: it belongs to another base, or one of its files is damaged"
 PLAIN_KEYS = {
     *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
     *("r", "lora_alpha", "alpha_pattern", "lora_dropout", "target_modules", "use_rslora", "fan_in_fan_out"),
@@ -46,8 +46,8 @@ def check_adapter(folder: Path, base: Path | None, other_kinds: bool = False) ->
     config = read_adapter_config(folder)
     if config["peft_type"] != "LORA":
         if not other_kinds:
-            what = f"adapters of kind {config['peft_type']} are not handled"
-            raise UserError(what, str(folder), "LoRA adapters are (peft_type: LORA)")
+            what = f"adapters of kind {config['peft_type']} are not supported here"
+            raise UserError(what, str(folder), "only LoRA adapters are (peft_type: LORA)")
         _check_finite(folder)
         return False
     faults = list(config_faults(config, str(folder / ADAPTER_CONFIG)))
@@ -55,8 +55,8 @@ def check_adapter(folder: Path, base: Path | None, other_kinds: bool = False) ->
         raise UserError(faults)
     halves, names = adapted_layers(folder), read_headers([folder / ADAPTER_WEIGHTS])
     if strange := [name for name in names if ".lora_" in name and not name.startswith(PEFT_PREFIX)]:
-        what = f"tensor {strange[0]} is not named as PEFT names it, which passes over it in silence"
-        raise UserError(what, str(folder), f"save it with PEFT's save_pretrained: {PEFT_PREFIX} comes first")
+        what = f"tensor {strange[0]} does not have PEFT's name for it, so PEFT would silently ignore it"
+        raise UserError(what, str(folder), f"save it with PEFT's save_pretrained: its names begin with {PEFT_PREFIX}")
     faults = [
         Fault(f"tensor {name}.lora_{kind}.weight is missing", str(folder))
         for name, found in halves.items()
@@ -108,7 +108,7 @@ def _unexpected(config: Mapping[str, Any], folder: Path, halves: Halves) -> Iter
         for name in halves:
             is_end = name.rpartition(".")[2] in EMBEDDINGS  # which may be there for being tied to one that is named
             if not is_end and not is_named(name, targets):
-                yield Fault(f"tensors {name}.lora_A and lora_B are for no layer that {ADAPTER_CONFIG} names", place)
+                yield Fault(f"tensors {name}.lora_A and lora_B are for a layer not in {ADAPTER_CONFIG}", place)
     stored = read_headers([folder / ADAPTER_WEIGHTS])
     if config.get("use_dora"):
         kept = {name.removeprefix(PEFT_PREFIX).partition(".lora_magnitude_vector")[0] for name in stored}
@@ -117,7 +117,7 @@ def _unexpected(config: Mapping[str, Any], folder: Path, halves: Halves) -> Iter
     if not any(config.get(key) not in (None, [], "none") for key in OTHER_TENSORS):
         for name in stored:  # PEFT keeps an embedding and a head when words were added
             if ".lora_" not in name and owner(name.replace(".base_layer.", ".")) not in EMBEDDINGS:
-                yield Fault(f"tensor {name} is none of a LoRA adapter's", place)
+                yield Fault(f"tensor {name} does not belong in a LoRA adapter", place)
 
 
 def _check_finite(folder: Path) -> None:
@@ -133,7 +133,7 @@ def _check_finite(folder: Path) -> None:
         if not fine
     ]
     if faults:
-        hint = "the training that made it diverged, or the file is damaged: take an earlier checkpoint, or train again"
+        hint = "its training diverged, or the file is damaged: use an earlier checkpoint, or train again"
         raise alike(faults, hint)
 
 

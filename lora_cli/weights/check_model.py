@@ -40,7 +40,7 @@ def check_weights(folder: Path, bare: PreTrainedModel) -> None:
             what = f"tensor {name} has shape {list(info.shape)}, the configuration says {list(wanted)}"
             faults.append(Fault(what, str(info.file)))
     if faults:
-        raise alike(faults, "config.json and the weights are of different models")
+        raise alike(faults, "config.json and the weights are from different models")
 
 
 def check_mergeable(base: Path) -> None:
@@ -48,10 +48,10 @@ def check_mergeable(base: Path) -> None:
     stored = stored_quantization(base)
     if stored is not None:
         hint = (
-            "use this adapter unmerged, or train on the unquantized model with quantization.method set: that one is "
-            "merged into the weights it saw"
+            "use this adapter unmerged, or train one on the unquantized model, with quantization.method set: that one "
+            "can be merged"
         )
-        raise UserError(f"the base is stored quantized ({stored}), and nothing can be merged into it", str(base), hint)
+        raise UserError(f"the base is stored quantized ({stored}), so nothing can be merged into it", str(base), hint)
 
 
 def stored_layers(folder: Path) -> dict[str, Target] | None:

@@ -95,11 +95,11 @@ def check_composition(how: Composition, adapters: Sequence[LoraAdapter]) -> None
     for taken, (name, value) in given.items():
         if value is not None and not getattr(method, taken):
             able = ", ".join(each for each, takes in METHODS.items() if getattr(takes, taken))
-            raise UserError(f"{name} is not for --method {how.method}", hint=f"it is for {able}")
+            raise UserError(f"{name} is not for --method {how.method}", hint=f"it is only for {able}")
     if method.density and how.density is None:
-        raise UserError(f"--method {how.method} needs --density", hint="the share of numbers to keep, such as 0.5")
+        raise UserError(f"--method {how.method} needs --density", hint="give the share of values to keep, e.g. 0.5")
     if how.density is not None and not 0 < how.density <= 1:
-        raise UserError(f"--density {how.density:g} is no share", hint="above 0 and up to 1, such as 0.5")
+        raise UserError(f"--density {how.density:g} is out of range", hint="use a number above 0 and up to 1")
     for adapter in adapters:
         check_plain(adapter)
     check_same_base(adapters)
@@ -113,7 +113,7 @@ def _check_quantization(adapters: Sequence[LoraAdapter]) -> None:
     forms = [_trained_on(adapter) for adapter in adapters]
     for adapter, form in zip(adapters, forms, strict=True):
         if form != forms[0]:
-            what = f"trained on its base quantized otherwise than that of {adapters[0].folder}"
+            what = f"its base was not quantized in training as that of {adapters[0].folder}"
             raise UserError(what, str(adapter.folder), "compose adapters that were trained on the same weights")
 
 
@@ -126,7 +126,7 @@ def _trained_on(adapter: LoraAdapter) -> tuple[Any, Any] | None:
 
 
 def _check_ranks(method: str, adapters: Sequence[LoraAdapter]) -> None:
-    hint = "cat and the methods that end in svd take different ranks; lora adapters resize makes them equal"
+    hint = "cat and the methods that end in svd take different ranks; lora adapters resize can make them equal"
     largest = [max(product.rank for product in adapter.products.values()) for adapter in adapters]
     for adapter, rank in zip(adapters, largest, strict=True):
         unlike = [

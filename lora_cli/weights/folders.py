@@ -122,14 +122,14 @@ def check_out(out: Path, *made_from: Path) -> None:
     check_writable(out)
     for folder in made_from:
         if out.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"lies in {folder}, which it is made from", str(out), "choose another --out")
+            raise UserError(f"is inside {folder}, from which it is made", str(out), "choose another --out")
 
 
 def check_writable(folder: Path) -> None:
     """Raises UserError when ``folder`` could not be made or written; makes nothing."""
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists() or p.is_symlink())
     if not nearest.exists():
-        raise UserError(f"{nearest} is a link that leads nowhere", str(folder), "choose another folder")
+        raise UserError(f"{nearest} is a broken symbolic link", str(folder), "choose another folder")
     if not nearest.is_dir():
         raise UserError(f"{nearest} is a file, not a folder", str(folder), "choose another folder")
     if not os.access(nearest, os.W_OK | os.X_OK):

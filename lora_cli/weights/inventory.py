@@ -68,17 +68,17 @@ def _lora_faults(folder: Path, bare: PreTrainedModel) -> list[Fault]:
     found = {_plain(name): (name, info.shape) for name, info in stored.items()}
     place = str(folder)
     if any(re.search(r"\.experts\.\d+\.", name) for name in found.keys() - wanted.keys()):
-        hint = "load it beside its base with PEFT and save it: PEFT joins them"
-        raise UserError("holds factors for each expert, as of Transformers 4, and the base's are joined", place, hint)
+        hint = "load it on its base with PEFT and save it again: PEFT joins them"
+        raise UserError("has factors for each expert (Transformers 4), but the base's experts are joined", place, hint)
     unprefixed = {name.removeprefix(PEFT_PREFIX): info for name, info in stored.items()}
     if any(f"{PEFT_PREFIX}{name}" in wanted.keys() - found.keys() for name in sources_of(bare, unprefixed)):
-        hint = "load it beside its base with PEFT and save it: PEFT renames them"
-        raise UserError("its tensors have the names that the base's layers had in Transformers 4", place, hint)
+        hint = "load it on its base with PEFT and save it again: PEFT renames them"
+        raise UserError("its tensors have the names of this base's layers in Transformers 4", place, hint)
     faults = [Fault(f"tensor {name} is missing", place) for name in sorted(wanted.keys() - found.keys())]
     for plain, (name, shape) in found.items():
         right = known.get(plain)
         if right is None:
-            faults.append(Fault(f"tensor {name} is none that {ADAPTER_CONFIG} speaks of", place))
+            faults.append(Fault(f"tensor {name} is not described by {ADAPTER_CONFIG}", place))
         elif shape != right:
             faults.append(Fault(f"tensor {name} has shape {list(shape)}, expected {list(right)}", place))
     return faults
@@ -101,7 +101,7 @@ def _wanted(folder: Path, bare: PreTrainedModel) -> tuple[Shapes, Shapes]:
             adapted = get_peft_model(bare, config, low_cpu_mem_usage=True)
             states = [get_peft_model_state_dict(adapted, save_embedding_layers=saved) for saved in (False, True)]
     except (*WRONG_VALUES, NotImplementedError) as error:
-        what = f"PEFT puts no such adapter on this base: {' '.join(str(error).split())}"
+        what = f"PEFT cannot put this adapter on its base: {' '.join(str(error).split())}"
         hint = "it belongs to another base, or its file is damaged"
         raise UserError(what, str(folder / ADAPTER_CONFIG), hint) from error
     wanted, known = ({_plain(name): tuple(tensor.shape) for name, tensor in state.items()} for state in states)

@@ -59,11 +59,12 @@ def read_lora(folder: Path) -> LoraAdapter:
     check_adapter(folder, None)
     config, read = read_adapter_config(folder), adapter_parts(folder)
     if is_relative(config):
-        what = f"the adapter's update is not of its base as it is (init_lora_weights: {config['init_lora_weights']})"
+        start = config["init_lora_weights"]
+        what = f"the adapter belongs to a changed copy of the base it names (init_lora_weights: {start})"
         raise UserError(what, str(folder / ADAPTER_CONFIG), CONVERT)
     if read is None or config.get("target_parameters"):
-        what = "holds updates that are no products of two matrices of a layer's own"
-        raise UserError(what, str(folder), "LoRA of linear layers and embeddings is handled")
+        what = "holds updates that are not products of two matrices of one layer"
+        raise UserError(what, str(folder), "only LoRA of linear layers and embeddings is supported here")
     halves, others = read
     products = {layer: product_of(config, layer, parts) for layer, parts in halves.items()}
     return LoraAdapter(folder, config, products, others, base_of(folder))
@@ -86,11 +87,11 @@ def check_plain(adapter: LoraAdapter) -> None:
     """Raises UserError when an adapter is more than a sum of products: DoRA's, or one with tensors of other kinds."""
     if adapter.config.get("use_dora"):
         what = "a DoRA adapter's update depends on the base's weights (use_dora)"
-        raise UserError(what, str(adapter.folder), "lora merge makes a model of it")
+        raise UserError(what, str(adapter.folder), "merge it into its base with lora merge")
     for name, place in adapter.others.items():
         if not _is_bases(adapter.base, place):
-            what = f"tensor {name} stands in place of the base's: it is no update"
-            raise UserError(what, str(adapter.folder), "adapters with LoRA's tensors alone are handled")
+            what = f"tensor {name} replaces the base's and is not a LoRA update"
+            raise UserError(what, str(adapter.folder), "only adapters with nothing but LoRA tensors are supported here")
 
 
 def _is_bases(base: Base, place: Place) -> bool:

@@ -172,7 +172,7 @@ def common_quantization(origins: Sequence[AdapterOrigin]) -> Quantization | None
     first, *others = ((o.recipe.quantization if o.recipe else None, o.dtype) for o in origins)
     for other, origin in zip(others, origins[1:], strict=True):
         if other[0] != first[0] or (first[0] and other[1] != first[1]):
-            what = f"trained on a base quantized otherwise than that of {origins[0].folder}"
+            what = f"its base was not quantized in training as that of {origins[0].folder}"
             raise UserError(what, str(origin.folder), "give --into original to add both to the unquantized base")
     return first[0]
 
@@ -185,7 +185,7 @@ def seen_dtype(origin: AdapterOrigin, headers: Mapping[str, TensorInfo]) -> torc
 def _check_addable(sums: Sums | None, first: Path) -> None:
     """Raises UserError where several adapters, of which this is the first, do more than add to the base's weights."""
     if sums is None or sums.changes.taken or sums.changes.rescaled:
-        what = "several adapters can be added up where all are plain LoRA: no DoRA, and no tensors beside the products"
+        what = "only plain LoRA adapters can be added up: no DoRA, and no tensors other than LoRA's"
         raise UserError(what, str(first), "merge one, then train the others on the result")
 
 

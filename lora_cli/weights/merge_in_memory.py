@@ -36,11 +36,11 @@ def check_kind(folder: Path) -> None:
         what = f"PEFT {version('peft')} cannot read an adapter of kind {kind}: {error}"
         raise UserError(what, str(folder)) from error
     if kind in UNMERGED:
-        what = f"an adapter of kind {kind} adds what depends on its input, and cannot be merged"
-        raise UserError(what, str(folder), "load it beside its base with PEFT")
+        what = f"an adapter of kind {kind} depends on its input and cannot be merged"
+        raise UserError(what, str(folder), "use it unmerged, with PEFT")
     if config.is_prompt_learning or not hasattr(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "merge_and_unload"):
         what = f"an adapter of kind {kind} changes no weights and cannot be merged"
-        raise UserError(what, str(folder), "load it beside its base with PEFT")
+        raise UserError(what, str(folder), "use it unmerged, with PEFT")
 
 
 def _load(base: PreTrainedModel, folder: Path) -> PeftModel:
@@ -63,18 +63,20 @@ def _load(base: PreTrainedModel, folder: Path) -> PeftModel:
             set(get_peft_model_state_dict(adapted, save_embedding_layers=saved)) for saved in (False, True)
         )
         faults = [Fault(f"tensor {name} is missing", str(folder)) for name in sorted(wanted - found)]
-        faults += [Fault(f"tensor {name} is none of this adapter's", str(folder)) for name in sorted(found - known)]
+        faults += [
+            Fault(f"tensor {name} does not belong in this adapter", str(folder)) for name in sorted(found - known)
+        ]
         if faults:
             raise alike(faults, MISFIT)
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     adds = [end for end in ends if isinstance(end, BaseTunerLayer) and not isinstance(end, TrainableTokensLayer)]
     if adds and is_tied:
-        what = "the adapter adds to the embedding or the head of a base that has one tensor for both"
-        raise UserError(what, str(folder), "plain LoRA of them is handled, without DoRA")
+        what = "the adapter adds to the embedding or the head, which are tied in its base"
+        raise UserError(what, str(folder), "only plain LoRA is supported there, without DoRA")
     head = ends[1]
     if is_tied and isinstance(head, TrainableTokensWrapper) and head.token_adapter.tied_adapter is None:
-        what = "the adapter trains tokens of the head of a base that has one tensor for head and embedding"
-        raise UserError(what, str(folder), "load it beside its base with PEFT")
+        what = "the adapter trains tokens of the head, which is tied to the embedding in its base"
+        raise UserError(what, str(folder), "use it unmerged, with PEFT")
     return adapted
 
 
@@ -104,8 +106,8 @@ def merge_in_memory(
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        what = f"PEFT does not merge this adapter: {' '.join(str(error).split())}"
-        raise UserError(what, str(origin.folder), "load it beside its base with PEFT") from error
+        what = f"PEFT cannot merge this adapter: {' '.join(str(error).split())}"
+        raise UserError(what, str(origin.folder), "use it unmerged, with PEFT") from error
     except ValueError as error:  # NaN or infinity in the sum
         raise UserError(f"the weights cannot be merged: {error}", str(origin.folder)) from error
     for name, parameter in merged.named_parameters():  # a base in bfloat16 may keep its norms in float32

@@ -29,7 +29,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "data
 DTYPES = ("float32", "bfloat16", "float16")
 OBJECTS = ("base", "data", "versions", "made")
 """Keys of a record under which there are objects, if anything."""
-WITHOUT = "copy it again, or remove it: the adapter then counts as made elsewhere"
+WITHOUT = "copy it again, or remove it: the adapter then counts as made by another program"
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def trace(folder: Path, base: str | None = None, other_kinds: bool = False) -> A
     try:
         found = locate(place, weights=True, revision=str(revision) if revision else None)
     except UserError as error:
-        what = f"the base that this adapter is for is not found: {error.faults[0].where}: {error.faults[0].what}"
-        hint = "put it back, move both together, or give lora merge another (--base)"
+        what = f"the base of this adapter is not found: {error.faults[0].where}: {error.faults[0].what}"
+        hint = "put it back, move base and adapter together, or tell lora merge its place (--base)"
         raise UserError(what, str(folder), hint) from error
     return _checked(folder, found, name, other_kinds)
 

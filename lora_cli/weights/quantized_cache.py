@@ -72,7 +72,7 @@ def keep(base: Path, folder: Path, quantization: Quantization, dtype: torch.dtyp
     if free < needed:
         raise RunError(f"{needed:,} bytes are wanted, {free:,} are free", str(folder))
     if unstorable(bare, read_headers(weight_files(base)), layers):
-        raise RunError("its layers are stored joined or split, and quantized so could not be loaded again", str(base))
+        raise RunError("its layers are stored joined or split, and could not be loaded again quantized", str(base))
     with _made_anew(folder, needed) as draft:
         write_quantized(stored_model(base), draft, quantization, dtype, compute_dtype, max_shard=SHARD)
         (draft / SUMS).write_text(json.dumps(_sums(draft)), encoding="utf-8")

@@ -67,12 +67,12 @@ def check_layers(folder: Path, quantization: Quantization, skip: Sequence[str]) 
         raise UserError("no layer is left to quantize", str(folder), "skip fewer" if skip else None)
     own = {layer.rpartition(".")[2] for layer in left} & {*READ_AS_NUMBERS.get(bare.config.model_type, ())}
     if own:
-        what = f"the model multiplies by the numbers of {', '.join(sorted(own))}, and cannot by codes"
+        what = f"the model reads {', '.join(sorted(own))}'s weights directly: they cannot be quantized"
         raise UserError(what, str(folder), f"leave them as they are: --skip {','.join(sorted({*skip, *own}))}")
     lost = unstorable(bare, read_headers(weight_files(folder)), left)
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        what = f"stored joined or split, and quantized so could not be loaded again: {lost[0]}{more}"
+        what = f"stored joined or split, so it could not be loaded again once quantized: {lost[0]}{more}"
         names = ",".join(sorted({*skip, *(layer.rpartition(".")[2] for layer in lost)}))
         raise UserError(what, str(folder), f"leave them as they are: --skip {names}")
 
@@ -80,10 +80,10 @@ def check_layers(folder: Path, quantization: Quantization, skip: Sequence[str]) 
 def layer_error(layer: str, error: float, size: float, stored: str, info: TensorInfo) -> LayerError:
     """Of the norms |Q(W) - W| and |W|. Raises UserError when W, stored as ``stored``, or Q(W) is not all numbers."""
     if not math.isfinite(size):
-        raise UserError(f"tensor {stored} holds values that are no finite numbers", str(info.file))
+        raise UserError(f"tensor {stored} holds NaN or infinity", str(info.file))
     if not math.isfinite(error):
-        what = f"tensor {stored} has numbers beyond float16's, in which 8 bits are made"
-        raise UserError(what, str(info.file), f"leave it as it is (--skip {layer}), or take --method nf4")
+        what = f"tensor {stored} has values beyond float16's range, from which int8 is made"
+        raise UserError(what, str(info.file), f"leave it as it is (--skip {layer}), or use --method nf4")
     return LayerError(layer, error / size if size else error)
 
 

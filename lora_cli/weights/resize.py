@@ -82,12 +82,12 @@ def resize(adapter: LoraAdapter, rank: int | None, energy: float | None, out: Pa
 
 def _check_width(adapter: LoraAdapter, rank: int) -> None:
     faults = [
-        Fault(f"--rank {rank} is more than {layer} is wide ({min(product.shape)})", str(adapter.folder))
+        Fault(f"--rank {rank} is more than {layer}'s width ({min(product.shape)})", str(adapter.folder))
         for layer, product in adapter.products.items()
         if rank > min(product.shape)
     ]
     if faults:
-        raise alike(faults, f"at most {min(min(product.shape) for product in adapter.products.values())}")
+        raise alike(faults, f"use at most {min(min(product.shape) for product in adapter.products.values())}")
 
 
 def _resized(

@@ -112,7 +112,7 @@ def check_whole(folder: Path) -> None:
             depth = section.get(key)
             if isinstance(depth, int) and depth > len(tensors):
                 what = f"{key} says {depth:,} layers, but the weights are {len(tensors):,} tensors"
-                hint = "config.json and the weights are of different models"
+                hint = "config.json and the weights are from different models"
                 raise UserError(what, str(folder / "config.json"), hint)
 
 
@@ -150,7 +150,7 @@ def bytes_of(size: str) -> int:
     """The bytes of a size such as 500MB, 5GB or 1000. Raises UserError for any other text."""
     found = re.fullmatch(r"([1-9][0-9]*)(KB|MB|GB|)", size)
     if found is None:
-        raise UserError(f"--max-shard-size: {size!r} is no size", hint="a whole number with KB, MB, GB or nothing")
+        raise UserError(f"--max-shard-size: {size!r} is not a size", hint="write it as 5GB, 500MB, 64KB or in bytes")
     return int(found[1]) * UNITS[found[2]]
 
 
@@ -162,7 +162,7 @@ def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
     import torch
 
     if info.dtype not in TORCH_NAMES:
-        raise UserError(f"tensor {name} is of the type {info.dtype}, which is not handled", str(info.file))
+        raise UserError(f"tensor {name} has dtype {info.dtype}, which is not supported", str(info.file))
     tensor = torch.empty(info.shape, dtype=info.torch_dtype)
     with reading(info.file), info.file.open("rb") as file:
         file.seek(info.start)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import Fault, UserError, counted
+from lora_cli.errors import Fault, UserError
 from lora_cli.recipe.schema import Adapter
 from lora_cli.weights.adapter_config import (
     ADAPTER_CONFIG,
@@ -23,7 +23,7 @@ from lora_cli.weights.shards import read_headers
 TRAINED = ("A", "B", "magnitude_vector")
 """What a recipe trains of a layer: LoRA's two factors, and DoRA's magnitudes."""
 
-MERGE = "make a model of it with lora merge, and train a new adapter on that"
+MERGE = "merge it into its base with lora merge, and train a new adapter on the result"
 
 
 def start_of(adapter: Adapter) -> Path | None:
@@ -35,7 +35,7 @@ def check_start(folder: Path, adapter: Adapter, adaptable: Iterable[str], target
     """Raises UserError where the adapter that training is to start from is of another shape than the recipe says, or
     more than training writes: layers that are not ``adaptable`` among it."""
     config = read_adapter_config(folder)
-    hint = "give the recipe the adapter's own value"
+    hint = "use the adapter's own value in the recipe"
     faults = list(_untrained(config, folder))
     for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
         stored, asked = config.get(key), getattr(adapter, key)
@@ -49,8 +49,8 @@ def check_start(folder: Path, adapter: Adapter, adaptable: Iterable[str], target
         faults.append(Fault(what, str(folder), MERGE))
     elif stored_names != asked_names:
         what = (
-            f"adapter.target_modules: the recipe adapts {counted(len(asked_names), 'layer')}, "
-            f"the adapter of init_from {len(stored_names)} (named {config.get('target_modules')})"
+            f"adapter.target_modules: the recipe adapts other layers ({len(asked_names)}) than the adapter of "
+            f"init_from ({len(stored_names)}, target_modules: {config.get('target_modules')})"
         )
         faults.append(Fault(what, str(folder), hint))
     if faults:
@@ -62,10 +62,10 @@ def _untrained(config: Mapping[str, Any], folder: Path) -> Iterator[Fault]:
     where = str(folder / ADAPTER_CONFIG)
     unsummed = [key for key in NO_SUM if config.get(key)]
     for key in unsummed:
-        what = f"the adapter of init_from {NO_SUM[key]} ({key}), and is not trained here"
-        yield Fault(what, where, "begin a new one: leave adapter.init_from out")
+        what = f"the adapter of init_from {NO_SUM[key]} ({key}), and cannot be trained here"
+        yield Fault(what, where, "train a new one, without adapter.init_from")
     if not keeps_base(config):
-        what = f"the adapter of init_from is for another base ({_told(config, 'init_lora_weights')})"
+        what = f"the adapter of init_from belongs to a changed copy of its base ({_told(config, 'init_lora_weights')})"
         yield Fault(what, where, CONVERT)
     others = [key for key in (*OTHER_TENSORS, "kasa_config", "lora_bias") if config.get(key) not in UNSET]
     for key in others:
