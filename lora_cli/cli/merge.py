@@ -142,6 +142,7 @@ def _quantize(
     tell: Callable[[str], object] | None,
     check: Callable[[Path], None],
 ) -> Merged:
+    from lora_cli.weights.check_adapter import adapted_layers
     from lora_cli.weights.merge import Merged
     from lora_cli.weights.quantize_merged import quantize_merged
 
@@ -152,7 +153,8 @@ def _quantize(
     assert origin.recipe is not None and origin.recipe.quantization is not None
     result = quantize_merged(origin, out, origin.recipe.quantization, max_shard=max_shard, tell=tell, check=check)
     told = f"the base in {result.method}, quantized again"
-    return Merged(out, origin.base_name, len(result.layers), told, result.method, result.bytes_after, None, False)
+    layers = len(adapted_layers(origin.folder))  # of the result's layers, all of which are quantized
+    return Merged(out, origin.base_name, layers, told, result.method, result.bytes_after, None, False)
 
 
 def _check_together(origins: list[AdapterOrigin], into: str | None) -> None:
