@@ -412,7 +412,7 @@ def template_with_an_empty_field(w: World) -> Arguments:
     return template(w, "Q: {}", " {answer}")
 
 
-@case("data.template.completion", "write {column}")
+@case("data.template.completion", "'{answer!r}' is no column", "write {column}")
 def template_that_converts_a_value(w: World) -> Arguments:
     return template(w, "Q: {question}", " {answer!r}")
 
@@ -509,7 +509,7 @@ def chat_template_that_calls_itself(w: World) -> Arguments:
     return templated(w, "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}")
 
 
-@case("data.template.prompt", "write {column}")
+@case("data.template.prompt", "'{question!r:>1000000000}' is no column", "write {column}")
 def template_with_a_width(w: World) -> Arguments:
     return template(w, "Q: {question!r:>1000000000}", " {answer}")
 

@@ -180,7 +180,8 @@ def pattern_faults(patterns: Template) -> list[Fault]:
             continue
         for _, name, spec, conversion in pieces:
             if name is not None and (not name or spec or conversion or any(c in name for c in ".[]")):
-                faults.append(Fault(f"'{{{name}}}' is no column", where, "write {column}, with nothing else in it"))
+                field = f"{name}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}"
+                faults.append(Fault(f"'{{{field}}}' is no column", where, "write {column}, with nothing else in it"))
     return faults
 
 
