@@ -64,7 +64,7 @@ def compose_of_the_same(w: World) -> Arguments:
     return compose(parts=("run=1", "run/adapter=1"))
 
 
-@case("other/adapter", "another base than that of run/adapter")
+@case("other/adapter", "another base than that of run/adapter", "base has changed since one of them was trained")
 def compose_of_different_bases(w: World) -> Arguments:
     pair(w)
     base = json.loads((w.root / "other/adapter/provenance.json").read_text())["base"]

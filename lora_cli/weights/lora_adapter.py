@@ -117,8 +117,10 @@ def check_same_base(adapters: Sequence[LoraAdapter]) -> None:
         shared = [layer for layer in other.products if layer in first.products]
         is_same = digests[0] == digests[1] if all(digests) else bool(shared) or other.base.name == first.base.name
         if not is_same:
-            what = f"another base than that of {first.folder}"
-            raise UserError(what, str(other.folder), f"it is for {other.base.name}, not {first.base.name}")
+            what, name = f"another base than that of {first.folder}", other.base.name
+            has_changed = f"{name} has changed since one of them was trained"
+            hint = f"it is for {name}, not {first.base.name}" if name != first.base.name else has_changed
+            raise UserError(what, str(other.folder), hint)
         faults = []
         for layer in shared:
             here, there = other.products[layer], first.products[layer]
