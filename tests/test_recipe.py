@@ -663,7 +663,7 @@ def test_missing_sections_and_keys() -> None:
 
 def test_a_section_that_is_no_mapping() -> None:
     assert fault(MINIMAL + "adapter: lora\n") == Fault(
-        "adapter: expected a mapping, found the text 'lora'", "r.yaml:7:10", "lora explain adapter tells its keys"
+        "adapter: expected a mapping, found the text 'lora'", "r.yaml:7:10", "lora explain adapter lists its keys"
     )
 
 

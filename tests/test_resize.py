@@ -200,8 +200,8 @@ def test_layers_that_one_adapter_alone_has_are_named(tiny_llama: Path, tmp_path:
     found = done(lora("adapters", "diff", a, b, "--json")).json
     assert [len(found[key]) for key in ("only_first", "only_second", "layers")] == [4, 3, 2]
     text = done(lora("adapters", "diff", a, b)).stdout.splitlines()
-    assert text[-2] == f"4 layers are in {a} alone: {', '.join(found['only_first'][:3])} ..."
-    assert text[-1] == f"3 layers are in {b} alone: {', '.join(found['only_second'])}"
+    assert text[-2] == f"4 layers are in {a} only: {', '.join(found['only_first'][:3])} ..."
+    assert text[-1] == f"3 layers are in {b} only: {', '.join(found['only_second'])}"
     rows = {line.split()[0]: line.split()[1:] for line in text[1:-3]}
     shares = ("cosine", "overlap_out", "overlap_in")
     assert rows == {each["name"]: [f"{each[key]:.4f}" for key in shares] for each in found["layers"]}

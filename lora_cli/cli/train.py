@@ -25,7 +25,7 @@ def command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune a model by a recipe."""
+    """Fine-tune a model as a recipe says."""
     from lora_cli.recipe.load import load_recipe
     from lora_cli.training.launched import end_with_launcher, process_count, process_index
 

@@ -145,7 +145,7 @@ def _tell_wrong_value(path: KeyPath, node: Node, faults: Faults) -> None:
     same_kind = [option for option in options(schema) if option.get("type") in _KINDS.get(type(node.value), ())]
     wanted = expected({"anyOf": same_kind}) if same_kind else expected(schema)
     what = f"{_dotted(path)}: expected {wanted}, found {found(node.value)}"
-    keys = f"lora explain {path[0]} tells its keys" if len(path) == 1 else None
+    keys = f"lora explain {path[0]} lists its keys" if len(path) == 1 else None
     own = WRITTEN_HERE.get(f"{_dotted(path)}: {node.value}")
     faults.add(node.place, what, f"here it is {own}" if own else _remedy(node.value, schema) or keys)
 

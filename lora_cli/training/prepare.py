@@ -163,7 +163,7 @@ def _check_model(recipe: Recipe) -> None:
         kind = str(read_config(base).get("model_type"))
         if layers := READ_AS_NUMBERS.get(kind):
             what = f"a model of type {kind} reads {', '.join(layers)}'s weights directly: they cannot be quantized"
-            raise UserError(what, "quantization", "leave it out")
+            raise UserError(what, "quantization", "remove this section")
     if recipe.training.fsdp and is_stored_in_other_codes(base):
         what = "training.fsdp: of quantized bases, only those in bitsandbytes' 4 bits can be sharded"
         raise UserError(what, str(base), "start from the unquantized model, with quantization.method nf4")

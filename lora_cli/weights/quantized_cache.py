@@ -66,7 +66,7 @@ def keep(base: Path, folder: Path, quantization: Quantization, dtype: torch.dtyp
     bare = skeleton(load_config(base))
     layers = quantized_layers(bare, quantization)
     if not layers:  # Falcon's are of a kind of their own
-        raise UserError("quantization: this model has no layer that can be quantized", str(base), "leave it out")
+        raise UserError("quantization: this model has no layer that can be quantized", str(base), "remove this section")
     needed = sum(file.stat().st_size for file in weight_files(base))  # unquantized: the run needs room of its own
     free = shutil.disk_usage(next(place for place in folder.absolute().parents if place.is_dir())).free
     if free < needed:
