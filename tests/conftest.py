@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 import forked
 import pytest
-import soak
 import typer.main
 import yaml
 from hypothesis import settings
@@ -41,7 +40,7 @@ for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
 # Nobody pulls the plug: what is written waits for no disk, in this process.
-os.fsync = os.fstat  # type: ignore[assignment]
+os.fsync = os.fstat
 
 # Typer builds a command line's tree anew each time, which is most of the time of a command that is refused.
 typer.main.get_command = functools.cache(typer.main.get_command)
@@ -329,6 +328,8 @@ def fork_lora(*commands: Sequence[str | Path], first: str = "") -> list[Result]:
     """``lora`` with the arguments of each, in processes forked from one that has imported what a run needs: real ones,
     without the seconds of a start. Several are those of one run, told of each other as a launcher does it. Each runs
     the Python of ``first`` before."""
+    import soak  # which a process started by a test does not find
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
