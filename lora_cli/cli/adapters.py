@@ -103,7 +103,7 @@ def compose_command(
         ),
     ] = "cat",
     rank: Annotated[
-        int | None, typer.Option("--rank", min=1, help="For svd: rank of the result; default: the largest given.")
+        int | None, typer.Option("--rank", min=1, help="For svd methods: rank of the result; default: the largest.")
     ] = None,
     density: Annotated[
         float | None, typer.Option("--density", help="For ties, dare, magnitude_prune: share of values to keep.")
