@@ -101,7 +101,7 @@ def data_on_the_hub_while_offline(w: World) -> Arguments:
     return w.train(data="somebody/rows")
 
 
-@case("rows.csv:3", "3 cells for 2 columns", "question, answer", "rows.csv:4", "1 cells")
+@case("rows.csv:3", "3 cells for 2 columns", "question, answer", "rows.csv:4", "1 cell for")
 def ragged_csv(w: World) -> Arguments:
     return w.train(data=w.file("rows.csv", "question,answer\na,b\na,b,c\na\n"))
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import Fault, UserError
+from lora_cli.errors import Fault, UserError, counted
 
 
 def kind_of(value: Any) -> str:
@@ -120,7 +120,8 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[Record | Fault]:
                 _check_delimiter(header, where, delimiter)
                 _check_named_once(header, where)
             elif len(cells) != len(header):
-                yield Fault(f"{len(cells)} cells for {len(header)} columns", where, f"columns: {', '.join(header)}")
+                told = f"{counted(len(cells), 'cell')} for {counted(len(header), 'column')}"
+                yield Fault(told, where, f"columns: {', '.join(header)}")
             else:
                 yield where, dict(zip(header, cells, strict=True))
     except csv.Error as error:
