@@ -307,6 +307,22 @@ def test_extract_of_a_model_with_more_words(tiny_llama: Path, tmp_path: Path, lo
     assert refused.exit_code == 2 and "the model is stored quantized (bitsandbytes)" in refused.stderr
 
 
+@pytest.mark.parametrize("change", [0.0, 0.5])
+def test_extract_tells_of_no_copies_and_masks(tiny_gpt2: Path, tmp_path: Path, lora: Any, change: float) -> None:
+    """The base with the masks that GPT-2 is published with, what was made of it with a head that is the embedding's
+    copy, or is not."""
+    base, tuned = (shutil.copytree(tiny_gpt2, tmp_path / name) for name in ("base", "tuned"))
+    weights = weights_of(tiny_gpt2)
+    masks = {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 8, 8).tril() for layer in range(2)}
+    save_file(weights | masks, base / "model.safetensors", {"format": "pt"})
+    own = {key: weights[key] + 0.1 for key in weights if key.endswith("h.0.mlp.c_fc.weight")}
+    own["lm_head.weight"] = weights["transformer.wte.weight"] + change
+    save_file(weights | own, tuned / "model.safetensors", {"format": "pt"})
+    report = done(lora("adapters", "extract", base, tuned, "--rank", "1", "--out", tmp_path / "out", "--json")).json
+    assert [layer["name"] for layer in report["layers"]] == ["transformer.h.0.mlp.c_fc"]
+    assert report["left_out"] == (["lm_head.weight"] if change else [])
+
+
 def test_extract_holds_one_layers_factors(
     tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: Any, living_tensors: Any
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,13 +73,13 @@ def extract(base: Path, name: str, tuned: Path, rank: int | None, energy: float 
 
     Raises UserError when the models have other layers, a tensor holds NaN or infinity, or they do not differ.
     """
-    model = skeleton(load_config(base))
+    model, made = skeleton(load_config(base)), skeleton(load_config(tuned))
     check_weights(base, model)
-    check_weights(tuned, skeleton(load_config(tuned)))
+    check_weights(tuned, made)
     headers = read_headers(weight_files(base)), read_headers(weight_files(tuned))
     pairs = _pairs(model, *headers, tuned)
     used = {place[0] for pair in pairs.values() for place in (pair.base, pair.tuned)}
-    left_out = tuple(_other_differences(model, *headers, used))
+    left_out = tuple(_other_differences((made, model), *headers, used))
     layers = []
     with whole_folder(out) as draft:
         announced = [f"{PEFT_PREFIX}{layer}.lora_{half}.weight" for layer in pairs for half in "AB"]
@@ -130,19 +130,25 @@ def _pairs(
 
 
 def _other_differences(
-    model: PreTrainedModel, base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo], used: set[str]
+    models: Sequence[PreTrainedModel], base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo], used: set[str]
 ) -> Iterator[str]:
-    """The tensors beside ``used`` that are not the same in both models, or in one alone."""
-    prefix = f"{model.base_model_prefix}."
+    """The tensors beside ``used`` that are not the same in both models: of those in one alone the ``models``' own,
+    which masks of older versions are not, and no copy of what the other ties it to."""
+    prefix = f"{models[-1].base_model_prefix}."
     places: list[dict[str, Place]] = [
         {name.removeprefix(prefix): (name, info) for name, info in headers.items() if name not in used}
         for headers in (base, tuned)
     ]
+    own: dict[str, str] = {}
+    for model in models:
+        first = {parameter: name.removeprefix(prefix) for name, parameter in model.named_parameters()}
+        every = model.named_parameters(remove_duplicate=False)
+        own |= {name.removeprefix(prefix): first[parameter] for name, parameter in every}
     for name in sorted(places[0].keys() | places[1].keys()):
-        here, there = (each.get(name) for each in places)
-        if (
-            here is None
-            or there is None
-            or not torch.equal(read_tensor(here[1], here[0]).float(), read_tensor(there[1], there[0]).float())
-        ):
+        here, there = (each.get(name) or each.get(own.get(name, name)) for each in places)
+        if here is None or there is None:
+            differs = name in own
+        else:
+            differs = not torch.equal(read_tensor(here[1], here[0]).float(), read_tensor(there[1], there[0]).float())
+        if differs:
             yield name
