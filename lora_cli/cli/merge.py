@@ -153,7 +153,7 @@ def _quantize(
     assert origin.recipe is not None and origin.recipe.quantization is not None
     result = quantize_merged(origin, out, origin.recipe.quantization, max_shard=max_shard, tell=tell, check=check)
     told = f"the base in {result.method}, quantized again"
-    layers = len(adapted_layers(origin.folder))  # of the result's layers, all of which are quantized
+    layers = len(adapted_layers(origin.folder))  # the result's are all that were quantized
     return Merged(out, origin.base_name, layers, told, result.method, result.bytes_after, None, False)
 
 
