@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,8 +16,8 @@ from transformers.utils import logging as transformers_logging
 from lora_cli.cores import usable_cores
 from lora_cli.errors import UserError, unreadable
 from lora_cli.model.files import check_tokenizer, hub_kernels, own_code, read_config, stored_quantization, unknown_type
-from lora_cli.model.layers import is_8_bit
 from lora_cli.model.linear4bit import compute_right, store_as
+from lora_cli.model.linear8bit import compute_8_bits_right
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.recipe.schema import Model, Quantization
 
@@ -230,23 +229,13 @@ def load_base(
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise UserError(f"the weights lack {', '.join(names[:3])}{more}", str(folder), "copy or download them again")
     compute_right(base)
-    for layer in filter(is_8_bit, base.modules()):
-        cast("Any", layer).forward = partial(_as_vectors, layer)
+    compute_8_bits_right(base)
     if sharded:
         store_as(base, dtype)
     _hold_as(base, dtype)
     base.requires_grad_(False)
     base.config.use_cache = False
     return base
-
-
-def _as_vectors(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """An 8-bit layer's product: of more than three dimensions, which DeepSeek-V3's attention gives it, bitsandbytes
-    (0.50.2) takes the wrong for columns."""
-    if layer.weight.SCB is None:  # PEFT's DoRA has made the parameter anew on a processor; the state has its scales
-        layer.weight.CB = None
-    product: torch.Tensor = type(layer).forward(layer, x.flatten(0, -2))
-    return product.view(*x.shape[:-1], -1)
 
 
 def _hold_as(base: PreTrainedModel, dtype: torch.dtype) -> None:
