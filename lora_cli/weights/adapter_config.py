@@ -73,9 +73,15 @@ def check_init(folder: Path) -> None:
     """Raises UserError when a LoRA adapter is for another base than the one it names, which PEFT cannot make again."""
     config = read_adapter_config(folder)
     if config["peft_type"] == "LORA" and not keeps_base(config) and not is_relative(config):
-        start = config["init_lora_weights"]
-        what = f"the adapter belongs to a changed copy of the base it names (init_lora_weights: {start})"
-        raise UserError(what, str(folder / ADAPTER_CONFIG), CONVERT)
+        raise of_a_changed_base(folder, config)
+
+
+def of_a_changed_base(folder: Path, config: Mapping[str, Any]) -> UserError:
+    """What to raise for an adapter whose start has changed the base it names."""
+    what = (
+        f"the adapter belongs to a changed copy of the base it names (init_lora_weights: {config['init_lora_weights']})"
+    )
+    return UserError(what, str(folder / ADAPTER_CONFIG), CONVERT)
 
 
 def keeps_base(config: Mapping[str, Any]) -> bool:

@@ -17,10 +17,10 @@ from lora_cli.errors import Fault, LoraError, UserError, alike
 from lora_cli.weights.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    CONVERT,
     PEFT_PREFIX,
     check_foldable,
     is_relative,
+    of_a_changed_base,
     read_adapter_config,
 )
 from lora_cli.weights.check_adapter import check_adapter, check_given_once
@@ -59,9 +59,7 @@ def read_lora(folder: Path) -> LoraAdapter:
     check_adapter(folder, None)
     config, read = read_adapter_config(folder), adapter_parts(folder)
     if is_relative(config):
-        start = config["init_lora_weights"]
-        what = f"the adapter belongs to a changed copy of the base it names (init_lora_weights: {start})"
-        raise UserError(what, str(folder / ADAPTER_CONFIG), CONVERT)
+        raise of_a_changed_base(folder, config)
     if read is None or config.get("target_parameters"):
         what = "holds updates that are not products of two matrices of one layer"
         raise UserError(what, str(folder), "only LoRA of linear layers and embeddings is supported here")
