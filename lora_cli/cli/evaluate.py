@@ -50,7 +50,8 @@ def command(
     else:
         check_init(adapter)
         base = trace(adapter).base
-    with Display(quiet).waiting("checking base and rows"):
+    display = Display(quiet)
+    with display.waiting("checking base and rows"):
         rows = measure.rows_for(base, adapter, section, recipe)
     if adapter is not None and recipe is None and not quiet:
         note = f"rows are cut to {rows.max_length:,} tokens: the adapter has no record of its data.max_length"
@@ -60,7 +61,7 @@ def command(
     told = [warning for warning in warnings if warning]
     for warning in told:
         typer.echo(f"warning: {warning}", err=True)
-    found = measure.measure(base, adapter, rows, recipe, quiet)
+    found = measure.measure(base, adapter, rows, recipe, display)
     if adapter is not None and found.base is None:
         told.append("the base is not measured: these rows have tokens that the adapter has added to the vocabulary")
         typer.echo(f"warning: {told[-1]}", err=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from lora_cli.data.examples import Examples, Ints
     from lora_cli.evaluation.compare import Comparison
+    from lora_cli.training.display import Display
 
 
 def data_section(data: str | None, recipe: Recipe | None) -> Data:
@@ -110,8 +111,8 @@ def describe(data: Data) -> str:
     return share + ", ".join(names)
 
 
-def measure(base: Path, adapter: Path | None, rows: Rows, recipe: Recipe | None, quiet: bool) -> Comparison:
-    """Perplexity of a model, or of an adapter beside its base, on these rows; says what is measured, unless ``quiet``.
+def measure(base: Path, adapter: Path | None, rows: Rows, recipe: Recipe | None, display: Display) -> Comparison:
+    """Perplexity of a model, or of an adapter beside its base, on these rows; ``display`` shows what is measured.
 
     An adapter is measured on the base it was trained on, quantized as its recipe says. Raises RunError when a loss is
     no finite number.
@@ -119,13 +120,11 @@ def measure(base: Path, adapter: Path | None, rows: Rows, recipe: Recipe | None,
     from lora_cli.evaluation.compare import compare
     from lora_cli.model.base import best_device, load_base, resolve_dtype
     from lora_cli.recipe.schema import Model
-    from lora_cli.training.display import Display
 
     quantization = recipe.quantization if recipe and adapter else None
     device = best_device()
     settings = recipe.model if recipe else Model(name_or_path=str(base))
     model = load_base(base, settings, quantization, device, resolve_dtype(settings.dtype, device))
-    display = Display(quiet)
 
     def watch(groups: Sequence[Ints], what: str) -> Iterator[Ints]:
         display.note(f"measuring {what} on {counted(len(rows.examples), 'row')}")

@@ -85,7 +85,8 @@ def command(
     if tell is not None and not is_streamed(folder):
         tell(WHOLE)
     skipped = _split(skip)
-    with Display(quiet).waiting("quantizing"):
+    display = Display(quiet)
+    with display.waiting("quantizing"):
         if origin is None:
             result = quantize(stored_model(folder), out, wanted, skipped, max_shard)
         else:
@@ -100,8 +101,8 @@ def command(
         "layers": {layer.name: layer.relative for layer in result.layers},
     }
     if rows is not None:
-        before = measure.measure(folder, adapter, rows, recipe, quiet).score
-        after = measure.measure(out, None, rows, recipe, quiet).score
+        before = measure.measure(folder, adapter, rows, recipe, display).score
+        after = measure.measure(out, None, rows, recipe, display).score
         for key, score in (("before", before), ("after", after)):
             report[key] = {"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens}
     typer.echo(jsonlib.dumps(report) if json else _text(report))
