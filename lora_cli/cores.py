@@ -1,4 +1,4 @@
-"""The processor's cores that this process may use."""
+"""How many of the CPU's cores this process may use."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 def usable_cores(groups: Path = CONTROL_GROUPS) -> int:
-    """Cores that the process may run on, or fewer where its control group (version 2 or 1) has a smaller share.
+    """Return how many cores the process may run on, at most the CPU quota of its control group (version 2 or 1).
 
-    More threads than that wait for one another: a container with 2 of 64 cores is slowed down many times.
+    More threads than this wait for each other: they slow down a container with 2 of 64 cores many times.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
@@ -20,6 +20,6 @@ def usable_cores(groups: Path = CONTROL_GROUPS) -> int:
             quota, period, *_ = " ".join((groups / name).read_text() for name in files).split()
             if quota not in ("max", "-1"):
                 cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
-        except (OSError, ValueError):  # no such version of control groups here
+        except (OSError, ValueError):  # this version of control groups is not in use
             continue
     return cores

@@ -1,4 +1,4 @@
-"""What is written, made to survive a crash of the machine."""
+"""Folders and files that survive a crash of the machine once they are written."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ _WITHOUT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def make_folder(folder: Path, parents: bool = True) -> None:
-    """Make a folder, unless it is there, with its ``parents``; each new name survives a crash.
+    """Create ``folder``, with its ``parents``, unless it exists. Each new name survives a crash.
 
-    Raises OSError when it cannot be made, or would be in a folder that is not there.
+    Raises OSError when it cannot be created or, without ``parents``, when its parent is missing.
     """
     if folder.is_dir():
         return
     if parents:
         make_folder(folder.absolute().parent)
     folder.mkdir(exist_ok=True)
-    with suppress(PermissionError):  # a parent that may be written, but not read
+    with suppress(PermissionError):  # a parent with write but no read permission
         sync(folder.absolute().parent)
 
 
 def reserve(handle: int, start: int, size: int) -> None:
-    """Have the disk keep room for these bytes of what is open, where the system can (macOS cannot). Raises OSError when
-    there is none."""
+    """Reserve disk space for ``size`` bytes of an open file, from ``start``, if the system can (macOS cannot).
+
+    Raises OSError when there is not enough space."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, start, size)
 
@@ -41,7 +42,7 @@ def sync(path: Path) -> None:
 
 
 def sync_open(handle: int) -> None:
-    """Make the content of what is open survive a crash, where the file system can."""
+    """Make the content of an open file or folder survive a crash, if its file system supports that."""
     try:
         os.fsync(handle)
     except OSError as error:

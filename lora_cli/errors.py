@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-_LONGEST = 700  # characters of a fault's parts; three of them are half a screen
-_ALIKE = 5  # faults of one kind that are told
+_LONGEST = 700  # characters shown of each part of a fault; three such parts fill half a screen
+_ALIKE = 5  # faults of one kind that are reported
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -20,9 +20,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 class Fault:
     """One thing that is wrong.
 
-    ``where`` is a place the user can open (``medical.yaml:14:3``, ``train.jsonl:381``), ``hint`` what to do, in a
-    line or several. Each may quote what stands in somebody's file: what a terminal would not show is told escaped, and
-    what is endless is cut.
+    ``where`` is a place the user can open (``medical.yaml:14:3``, ``train.jsonl:381``), ``hint`` says what to do, in
+    one or more lines. Each may quote a user's file, so ``str`` escapes unprintable characters and cuts long texts.
     """
 
     what: str
@@ -41,7 +40,7 @@ def _shown(text: str) -> str:
 
 
 class LoraError(Exception):
-    """A failure with a message for the user; every fault that was found is told at once."""
+    """A failure with a message for the user, which lists every fault that was found."""
 
     exit_code = 1
 
@@ -59,31 +58,30 @@ class UserError(LoraError):
 
 
 def alike(faults: Sequence[Fault], hint: str) -> UserError:
-    """What to raise for faults of one kind that share a ``hint``: the first few, and how many more there are."""
+    """Return an error with the first few ``faults`` of one kind, the number of the others and their common ``hint``."""
     *first, last = faults[:_ALIKE]
     more = f"{len(faults) - _ALIKE} more like these: " if len(faults) > _ALIKE else ""
     return UserError([*first, replace(last, hint=more + hint)])
 
 
 class RunError(LoraError):
-    """The run failed and kept what it had. Exit code 3."""
+    """The command failed while it ran; files that were complete are intact. Exit code 3."""
 
     exit_code = 3
 
 
 class Aftermath(RunError):
-    """What came over this process because another one of the run failed, which tells the cause. Exit code 3."""
+    """A failure in this process whose cause another process of the run reports. Exit code 3."""
 
 
 class CheckError(LoraError):
-    """What was made is not what it should be, by a check that was asked for. Exit code 4."""
+    """A check of the command's result failed. Exit code 4."""
 
     exit_code = 4
 
 
 class Interrupted(LoraError):
-    """The run was stopped by a signal, with a checkpoint written once it has taken a step. Exit code 128 + the signal's
-    number."""
+    """A signal stopped the run; a checkpoint exists if it had taken a step. Exit code 128 + the signal's number."""
 
     def __init__(self, what: str, signal_number: int, hint: str | None = None) -> None:
         super().__init__(what, hint=hint)
@@ -91,12 +89,12 @@ class Interrupted(LoraError):
 
 
 def is_lack_of_room(error: Exception) -> bool:
-    """Whether the system has no room for what was to be written."""
+    """Whether a write failed for lack of room: the disk or quota is full, or the file is too large."""
     return isinstance(error, OSError) and error.errno in (*_FULL, errno.EFBIG)
 
 
 def unwritable(path: Path, error: Exception, needed: int | None = None) -> RunError:
-    """What to raise when ``error`` came while ``path`` was written, which takes ``needed`` bytes."""
+    """Return the RunError for an ``error`` while writing ``path``, which takes ``needed`` bytes (None: unknown)."""
     reason = getattr(error, "strerror", None) or str(error)
     folder = next(folder for folder in path.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(folder).free
@@ -110,7 +108,7 @@ def unwritable(path: Path, error: Exception, needed: int | None = None) -> RunEr
 
 
 def unreadable(path: Path, error: Exception) -> RunError:
-    """What to raise when ``error`` came while ``path``, which is there, was read."""
+    """Return the RunError for an ``error`` while reading ``path``, which exists."""
     reason = getattr(error, "strerror", None) or str(error)
     hint = "files that were complete are intact; try again: the cause may have passed"
     return RunError(f"could not be read: {reason}", str(path), hint)
@@ -118,7 +116,7 @@ def unreadable(path: Path, error: Exception) -> RunError:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raises RunError when the system fails what the block reads of ``path``: its own error may not tell the file."""
+    """Turn an OSError in the block into a RunError that names ``path``: the OSError may not name the file."""
     try:
         yield
     except OSError as error:
@@ -129,7 +127,7 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether git-LFS has left its pointer to a file here, not the file."""
+    """Whether ``path`` holds a git-LFS pointer instead of the file itself."""
     try:
         with path.open("rb") as file:
             return file.read(len(_POINTER)) == _POINTER
@@ -138,14 +136,14 @@ def is_pointer(path: Path) -> bool:
 
 
 def mend(path: Path) -> str:
-    """What to do about a file that cannot be read as what it should be."""
+    """Return a hint on what to do about a file with invalid content."""
     if is_pointer(path):
         return "this is a git-LFS pointer, not the file: 'git lfs pull' fetches it"
     return "copy or download it again"
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
-    """A number of things in words: what there is ``one`` of, or ``many`` (left out: its plural in s)."""
+    """Return a number with its noun: ``one`` in the singular, ``many`` in the plural (default: ``one`` with an s)."""
     return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 

@@ -1,4 +1,4 @@
-"""The recipe's reference, its JSON Schema and the words for what a key takes, all made from the schema."""
+"""The recipe's reference, its JSON Schema and descriptions of valid values, all generated from the schema."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lora_cli.recipe.schema import Recipe
 
 JsonSchema = dict[str, Any]
 
-_LISTED = 4  # keys of a mapping that fit in a message
+_LISTED = 4  # a message lists the keys of a mapping only up to this many
 
 _BASE = {
     "type": "string",
     "description": "Another recipe to start from, by a path relative to this one; the keys here override its keys.",
 }
-WIDTH = 80  # of the reference, which terminals show
+WIDTH = 80  # columns of the reference text
 _NOTES = """\
 Values are YAML 1.2: 1e-4 is a number, yes, no and on are text. ${NAME} and
 ${NAME:-default} take environment variables, but no secrets (a name with TOKEN,
@@ -31,9 +31,9 @@ adapter.r=32"""
 
 
 def explain(key: str | None = None) -> str:
-    """The reference as plain text: of the whole recipe, of a section or of one dotted key.
+    """Return the reference as plain text: of the whole recipe, of a section or of one dotted key.
 
-    Raises UserError, with the nearest key, when there is no such key.
+    Raises UserError when there is no such key, with a hint to the key that was probably meant.
     """
     texts = {"base": _entry("base", _BASE, required=False)}
     for section, node in _schema()["properties"].items():
@@ -48,7 +48,7 @@ def explain(key: str | None = None) -> str:
 
 
 def _where_it_is(key: str, names: Collection[str]) -> str:
-    """A hint to what is meant by a key that is not among the ``names``."""
+    """Return a hint for an unknown ``key``: the sections that have it, its name here, or the nearest of ``names``."""
     homes = [name for name in names if name.rpartition(".")[2] == key]
     if homes:
         return f"did you mean {' or '.join(map(repr, homes))}?"
@@ -57,9 +57,9 @@ def _where_it_is(key: str, names: Collection[str]) -> str:
 
 
 def json_schema() -> JsonSchema:
-    """The JSON Schema of a recipe file, for editors.
+    """Return the JSON Schema of a recipe file, for editors.
 
-    A file with a ``base`` may leave out what the base holds, so the keys of its sections are not required here.
+    A file with a ``base`` may omit keys that the base has, so no key of a section is required here.
     """
     schema = copy.deepcopy(_schema())
     schema["properties"] = {"base": dict(_BASE), **schema["properties"]}
@@ -76,7 +76,7 @@ def json_schema() -> JsonSchema:
 
 
 def schema_at(path: Sequence[str | int]) -> JsonSchema:
-    """What the schema says of the key or list item at ``path``; nothing when there is no such key."""
+    """Return the schema of the key or list item at ``path``, or an empty dict when there is no such key."""
     return functools.reduce(_step, path, _schema())
 
 
@@ -96,13 +96,13 @@ def dotted_keys() -> tuple[str, ...]:
 
 
 def choices(node: JsonSchema) -> tuple[str, ...]:
-    """The words that ``node`` takes, when it takes some words and not any text."""
+    """Return the strings that ``node`` enumerates as valid values, or an empty tuple."""
     found = [choice for option in options(node) for choice in option.get("enum", [option.get("const")])]
     return tuple(choice for choice in found if isinstance(choice, str))
 
 
 def expected(node: JsonSchema) -> str:
-    """In words, what a value must be to fit ``node``."""
+    """Describe in words the values that ``node`` accepts."""
     words: list[str] = []
     for option in options(node):
         words += _alternatives(option)
@@ -144,7 +144,7 @@ def _schema() -> JsonSchema:
 
 
 def options(node: JsonSchema) -> list[JsonSchema]:
-    """The kinds of value that ``node`` takes, one or several."""
+    """Return the schemas of the alternatives that ``node`` accepts, one or more, with references resolved."""
     kinds = node.get("anyOf", [node])
     return [_schema()["$defs"][kind["$ref"].rpartition("/")[2]] if "$ref" in kind else kind for kind in kinds]
 
@@ -160,12 +160,12 @@ def _step(node: JsonSchema, step: str | int) -> JsonSchema:
 
 
 def _mapping_in(node: JsonSchema) -> JsonSchema:
-    """The mapping that ``node`` takes; empty when it takes none."""
+    """Return the alternative of ``node`` that is a mapping with fixed keys, or an empty dict."""
     return next((option for option in options(node) if "properties" in option), {})
 
 
 def _keys_in(prefix: str, node: JsonSchema) -> Iterator[tuple[str, JsonSchema, bool]]:
-    """Every key below ``prefix``, with its schema and whether it is required."""
+    """Yield every key below ``prefix``, with its schema and whether it is required."""
     for option in options(node):
         if "items" in option:
             yield from _keys_in(f"{prefix}[]", option["items"])

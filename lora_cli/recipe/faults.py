@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a recipe → faults in our words, at the place where it was written."""
+"""Translate pydantic's validation errors into faults in our words, each with its place in the recipe."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _KINDS: dict[type, set[str]] = {int: {"integer", "number"}, float: {"number"}, t
 
 
 def tell_errors(error: ValidationError, root: Node, faults: Faults, complete: bool) -> None:
-    """Add a fault for every error; a union's errors, one for each kind of value it takes, make one.
+    """Add a fault for every error. The errors of a union, one for each alternative, become one fault.
 
-    ``complete``: no base is missing, so a key that is not there was left out.
+    ``complete`` is False when a base could not be read. Missing keys may then be in that base and are not reported.
     """
     readable = not len(faults)
     details: dict[KeyPath, ErrorDetails] = {}
@@ -37,7 +37,7 @@ def tell_errors(error: ValidationError, root: Node, faults: Faults, complete: bo
         path = _key_path(root, detail)
         if path not in details or detail["type"] == "extra_forbidden":
             details[path] = detail
-    # Below a union, the deeper of two errors is the one of the kind of value that was meant.
+    # Of a union's errors, the deeper one belongs to the alternative that the user meant.
     outer = {path[:length] for path in details for length in range(len(path))}
     for path, detail in details.items():
         node = _nearest(root, path)
@@ -57,7 +57,7 @@ def tell_errors(error: ValidationError, root: Node, faults: Faults, complete: bo
 
 
 def _key_path(root: Node, detail: ErrorDetails) -> KeyPath:
-    """Where an error is, in the recipe's own keys: pydantic's location less the names of union members."""
+    """Return an error's place as the recipe's own keys: pydantic's location without the names of union members."""
     path: list[str | int] = []
     node = root
     for step in detail["loc"]:
@@ -79,7 +79,7 @@ def _inner(node: Node, step: str | int) -> Node | None:
 
 
 def _nearest(root: Node, path: KeyPath) -> Node:
-    """The node at ``path``, or the innermost one around it that was written."""
+    """Return the node at ``path``, or the innermost node around it that the recipe contains."""
     node = root
     for step in path:
         inner = _inner(node, step)
@@ -104,7 +104,7 @@ def _where_it_belongs(path: KeyPath, value: object) -> str:
         return "base is written in the recipe's file"
     name = str(key)
     homes = [home for home in dotted_keys() if home.partition(".")[2] == name]
-    if homes and not (name in NOT_HERE and isinstance(value, str)):  # template: llama3 is no data.template
+    if homes and not (name in NOT_HERE and isinstance(value, str)):  # template: llama3 is not our data.template
         return f"{name} belongs in {' or '.join(home.partition('.')[0] for home in homes)}: write {' or '.join(homes)}"
     if hint := peers_hint(str(path[0]), name, value):
         return hint
@@ -132,7 +132,7 @@ def _tell_missing(path: KeyPath, around: Node, faults: Faults) -> None:
 
 
 def _tell_broken_rule(path: KeyPath, detail: ErrorDetails, root: Node, faults: Faults) -> None:
-    """A rule's message begins with the dotted key that it is about, as in ``data.format: template needs …``."""
+    """Add a validator's message at the dotted key it begins with, as in ``data.format: template needs …``."""
     message = str(detail["ctx"]["error"])
     about = message.partition(":")[0]
     path = tuple(about.split(".")) if about in dotted_keys() else path
@@ -141,7 +141,7 @@ def _tell_broken_rule(path: KeyPath, detail: ErrorDetails, root: Node, faults: F
 
 def _tell_wrong_value(path: KeyPath, node: Node, faults: Faults) -> None:
     schema = schema_at(path)
-    # A number out of range is told the range, not the text and lists that the key takes as well.
+    # For a number out of range, report the valid range, not the text and lists that the key accepts as well.
     same_kind = [option for option in options(schema) if option.get("type") in _KINDS.get(type(node.value), ())]
     wanted = expected({"anyOf": same_kind}) if same_kind else expected(schema)
     what = f"{_dotted(path)}: expected {wanted}, found {found(node.value)}"

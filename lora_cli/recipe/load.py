@@ -1,4 +1,4 @@
-"""Recipe files, their bases, ``${VAR}`` and command-line overrides → a Recipe, and a Recipe → YAML."""
+"""Load a Recipe from files, their bases, ``${VAR}`` and command-line overrides; write a Recipe as YAML."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lora_cli.recipe.faults import found, tell_errors
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.yaml12 import BROKEN, Faults, Node, Place, parse, plain_scalar
 
-MAX_BYTES = 1 << 20  # whoever gives a data file by mistake hears so at once
+MAX_BYTES = 1 << 20  # a data file given by mistake is refused at once
 DATA_FILES = (".jsonl", ".ndjson", ".csv", ".parquet", ".arrow", ".tsv")
 ROWS_GO_IN = "name the rows in the recipe, under data.train"
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in the file at ``path``, over its bases and under ``overrides`` such as ``adapter.r=32``.
+    """Load the recipe at ``path``. It overrides its bases; ``overrides`` such as ``adapter.r=32`` override the recipe.
 
     Raises one UserError with every fault found, each with its file, line and column or with the override's text.
     """
@@ -42,12 +42,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML with every key, which ``load_recipe`` reads back to an equal recipe."""
+    """Return the recipe as YAML with every key. ``load_recipe`` reads it back as an equal recipe."""
     return yaml.dump(_escaped(recipe.model_dump()), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
 
 
 def changed(recipe: Recipe, changes: Mapping[str, object]) -> Recipe:
-    """The recipe with these dotted keys set anew."""
+    """Return a copy of the recipe with ``changes``: dotted keys and their new values."""
     dumped = recipe.model_dump()
     for dotted, value in changes.items():
         section, key = dotted.split(".")
@@ -57,7 +57,7 @@ def changed(recipe: Recipe, changes: Mapping[str, object]) -> Recipe:
 
 def _escaped(value: object) -> object:
     if isinstance(value, dict):
-        return {name: _escaped(inner) for name, inner in value.items()}  # keys take no variables
+        return {name: _escaped(inner) for name, inner in value.items()}  # keys contain no variables
     if isinstance(value, tuple):
         return [_escaped(inner) for inner in value]
     return value.replace("${", "$${") if isinstance(value, str) else value
@@ -69,7 +69,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # PyYAML quotes what YAML 1.1 would take for a number; 1.2's 1e-4 and 0o17 are left to us.
+    # PyYAML quotes text that YAML 1.1 reads as a number. Text such as 1e-4 and 0o17 is a number in YAML 1.2 only.
     quoted = not text.isprintable() or not isinstance(plain_scalar(text), str)
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
 
@@ -78,7 +78,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def _layers(path: str, faults: Faults) -> tuple[list[Node], bool]:
-    """The recipe and its bases, the first base first; False when a base could not be read."""
+    """Return the recipe's bases, root first, then the recipe; and whether all of them could be read."""
     layers: list[Node] = []
     chain: dict[Path, str] = {}
     file, named_at = path, None
@@ -169,8 +169,8 @@ def _override(text: str, faults: Faults) -> Node:
 
 
 def _without_headers(layer: Node) -> Node:
-    """The recipe without sections that have nothing under them, which count as left out: they are its base's, if there
-    is one. Where null says something, that there is no such section, it stays."""
+    """Drop sections that are empty (null): they count as missing, so the base's section applies. Keep a null that is
+    the default, as in ``quantization``: it means that there is no such section."""
     assert isinstance(layer.value, dict)
     fields = Recipe.model_fields
     kept = {
@@ -182,9 +182,9 @@ def _without_headers(layer: Node) -> Node:
 
 
 def _merge(under: Node, over: Node) -> Node:
-    """``over`` on ``under``, mapping by mapping; every value keeps the place where it was written.
+    """Merge ``over`` into ``under``, mapping by mapping. Every value keeps the place where it was written.
 
-    An empty mapping that is a key's value, such as data.columns, takes away what its base has there.
+    An empty mapping as the value of a key, such as data.columns, removes the base's entries. An empty section does not.
     """
     if not isinstance(under.value, dict) or not isinstance(over.value, dict):
         return over
@@ -192,7 +192,7 @@ def _merge(under: Node, over: Node) -> Node:
     for name, node in over.value.items():
         clears = node.value == {} and name not in Recipe.model_fields
         merged[name] = node if clears or name not in merged else _merge(merged[name], node)
-    # What a section lacks is missing in the file, not in an override of another of its keys.
+    # A key that a section lacks is reported at the file's section, not at an override of another of its keys.
     return replace(over if over.place.line else under, value=merged)
 
 

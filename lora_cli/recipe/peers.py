@@ -1,4 +1,4 @@
-"""What axolotl, LLaMA-Factory, TRL, Transformers and bitsandbytes call what a recipe says."""
+"""The names that axolotl, LLaMA-Factory, TRL, Transformers and bitsandbytes use for a recipe's keys and values."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ WRITTEN_HERE = {
     "training.optim: adamw_torch_8bit": "training.optim: adamw_8bit",
     "training.optim: paged_adamw_32bit": "training.optim: adamw_torch, which is not paged",
 }
-"""A peer's key, in a section or anywhere, or a key of ours with a peer's value: what it is here."""
+"""Another tool's key, with or without a section, or our key with another tool's value → our key or value."""
 
 NOT_HERE = {
     name: f"leave it out: {why}"
@@ -114,14 +114,14 @@ NOT_HERE = {
     )
     for name in names.split()
 }
-"""A peer's key that a recipe has no key for, and why it goes without."""
+"""Another tool's key that has no counterpart in a recipe → a hint that says why."""
 
 PEERS_KEYS = [name for name in (*WRITTEN_HERE, *NOT_HERE) if name.isidentifier()]
-"""Those that are keys alone, whatever their section and value."""
+"""The entries above that are keys alone, without a section or value."""
 
 
 def peers_hint(section: str, name: str, value: object = True) -> str | None:
-    """What to do about a peer's key that stands in a section with a value."""
+    """Return a hint for another tool's key ``name`` in a section, or None when the key is unknown."""
     own = WRITTEN_HERE.get(f"{section}.{name}") or WRITTEN_HERE.get(name)
     if own is None:
         return NOT_HERE.get(name)

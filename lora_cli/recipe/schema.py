@@ -1,7 +1,7 @@
-"""The recipe: every key, its bounds and its words, declared once.
+"""The recipe's schema: every key with its bounds and description, declared once.
 
-``lora explain``, the JSON Schema and every message about a recipe are made from these declarations. Names follow PEFT's
-``LoraConfig`` and Transformers' ``TrainingArguments``.
+``lora explain``, the JSON Schema and every message about a recipe are generated from these declarations. Names follow
+PEFT's ``LoraConfig`` and Transformers' ``TrainingArguments``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """A group of keys: strict types, no unknown keys, no NaN, nothing changed after loading.
+    """A group of keys with strict types and no unknown keys, NaN or infinity; immutable after loading.
 
-    A validator's message begins with the dotted key it is about and a colon: that is where a user is sent.
+    A validator's message begins with a dotted key and a colon. The fault is reported at that key's place.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
@@ -171,7 +171,7 @@ class Data(Section):
 
     @property
     def own_validation(self) -> str | tuple[str | Source, ...] | None:
-        """validation where it names rows of its own; None for a share of the training rows."""
+        """``validation`` where it names separate rows; None where it is a share of the training rows or null."""
         return None if isinstance(self.validation, float) else self.validation
 
     @model_validator(mode="after")
@@ -286,13 +286,13 @@ class Training(Section):
 
     @property
     def batch_size(self) -> int:
-        """per_device_train_batch_size, once a number stands for auto."""
+        """``per_device_train_batch_size`` as a number, once auto has been replaced by one."""
         assert self.per_device_train_batch_size != "auto"
         return self.per_device_train_batch_size
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Training:
-        # A resolved recipe names every key, so a ratio at its default says nothing.
+        # A recipe written by dump_recipe has every key, so a ratio at its default need not come from the user.
         default = type(self).model_fields["warmup_ratio"].default
         if self.warmup_steps is not None and self.warmup_ratio not in (0, default):
             raise ValueError(f"training.warmup_steps: warmup_ratio is given too ({self.warmup_ratio}); keep one")
@@ -316,7 +316,7 @@ class Training(Section):
 
 
 class Recipe(Section):
-    """A whole run; each section says itself what it is."""
+    """The recipe of a whole run, in sections."""
 
     model: Model
     quantization: Quantization | None = None

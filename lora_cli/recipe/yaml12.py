@@ -1,7 +1,7 @@
-"""YAML text → values that know where they stand.
+"""Parse YAML text into values with their places in the text.
 
-PyYAML scans and parses; the scalars are those of YAML 1.2's core schema, which PyYAML's own constructors are not: here
-``1e-4`` is a number, ``yes`` is text, ``010`` is ten and ``22:22`` is text.
+PyYAML scans and parses. Scalars follow YAML 1.2's core schema, unlike those of PyYAML's own constructors: here ``1e-4``
+is a number, ``yes`` is text, ``010`` is ten and ``22:22`` is text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import yaml
 from lora_cli.errors import Fault, UserError
 
 MAX_DEPTH = 32
-MAX_VALUES = 20_000  # an alias counts as all that it stands for, so that nested aliases cannot explode
+MAX_VALUES = 20_000  # an alias counts as all values of its anchor, so that nested aliases cannot explode
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Place:
 
 
 class Faults:
-    """What was found wrong so far, to be raised at once."""
+    """The faults found so far, to be raised together."""
 
     def __init__(self) -> None:
         self._found: list[tuple[Place, Fault]] = []
@@ -45,7 +45,7 @@ class Faults:
         self._found.append((place, Fault(what, str(place), hint)))
 
     def error(self) -> UserError:
-        """Everything found, in the order of reading: files line by line, then the command line."""
+        """Return an error with all faults in the order of reading: files line by line, then the command line."""
         return UserError(fault for _, fault in sorted(self._found, key=_reading_order))
 
     def raise_any(self) -> None:
@@ -60,7 +60,7 @@ def _reading_order(found: tuple[Place, Fault]) -> tuple[bool, str, int, int]:
 
 
 class Broken(enum.Enum):
-    """Stands for a value that could not be read; its fault is told already."""
+    """Placeholder for a value that could not be read, whose fault is already recorded."""
 
     BROKEN = enum.auto()
 
@@ -72,7 +72,7 @@ Scalar = None | bool | int | float | str
 
 @dataclass(frozen=True)
 class Node:
-    """A value and its place; in a mapping also the place of its key."""
+    """A value and its place; in a mapping also the place of its key. ``size`` counts the value and all values in it."""
 
     value: Scalar | Broken | dict[str, Node] | tuple[Node, ...]
     place: Place
@@ -81,9 +81,9 @@ class Node:
 
 
 def parse(text: str, locate: Callable[[int, int], Place], env: Mapping[str, str], faults: Faults) -> Node:
-    """The one document in ``text``; what cannot be read is BROKEN, with its fault added to ``faults``.
+    """Parse the only document in ``text``. Values that cannot be read are BROKEN, with a fault added to ``faults``.
 
-    ``locate`` makes a place of a line and a column, both from 1. ``env`` holds the variables for ``${VAR}``.
+    ``locate`` makes a Place from a line and a column, both counted from 1. ``env`` holds the variables for ``${VAR}``.
     """
     try:
         loader = yaml.SafeLoader(text)
@@ -100,7 +100,7 @@ def parse(text: str, locate: Callable[[int, int], Place], env: Mapping[str, str]
         mark, what, hint = _in_our_words(error, text)
         place = locate(mark.line + 1, mark.column + 1) if mark else locate(1, 1)
         faults.add(place, what, hint)
-    except (ValueError, OverflowError):  # PyYAML lets "\UFFFFFFFF" and an endless %YAML version through to chr and int
+    except (ValueError, OverflowError):  # PyYAML passes "\UFFFFFFFF" to chr and a huge %YAML version to int unchecked
         mark = loader.get_mark()
         place = locate(mark.line + 1, mark.column + 1)
         faults.add(place, "not valid YAML: a number that stands for no character or version")
@@ -108,11 +108,11 @@ def parse(text: str, locate: Callable[[int, int], Place], env: Mapping[str, str]
 
 
 class _Stop(Exception):
-    """Reading cannot go on; the fault is told already."""
+    """Reading cannot continue; the fault is already recorded."""
 
 
 class _Reader:
-    """Turns PyYAML's events into nodes, collecting faults that reading can go on after."""
+    """Turns PyYAML's events into nodes and collects faults as long as reading can continue."""
 
     def __init__(
         self, loader: yaml.SafeLoader, locate: Callable[[int, int], Place], env: Mapping[str, str], faults: Faults
@@ -215,7 +215,7 @@ class _Reader:
             return ""
         value = self._env.get(name)
         if default is not None:
-            return value or default  # as in a shell, ':-' is for the empty variable too
+            return value or default  # as in a shell, ':-' also replaces an empty variable
         if value is None:
             hint = f"set it, or give a default: ${{{name}:-default}}"
             self._faults.add(place, f"the environment variable {name} is not set", hint)
@@ -256,11 +256,11 @@ _CONSTANTS: dict[str, Scalar] = {
 }
 _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_LONGEST_INTEGER = 300  # digits; Python refuses to print 4301, and no float holds 310
+_LONGEST_INTEGER = 300  # digits; Python refuses to print 4,301 digits, and no float has 310
 
 
 def plain_scalar(text: str) -> Scalar:
-    """What unquoted ``text`` stands for in YAML 1.2's core schema."""
+    """Return the value of unquoted ``text`` in YAML 1.2's core schema."""
     if text in _CONSTANTS:
         return _CONSTANTS[text]
     if _INTEGER.fullmatch(text):
@@ -271,11 +271,11 @@ def plain_scalar(text: str) -> Scalar:
 
 
 def brief(text: str) -> str:
-    """``text`` quoted, with what a terminal cannot show escaped, and not too long."""
+    """Return ``text`` quoted, cut to 60 characters and with unprintable characters escaped."""
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
-# How PyYAML's problem begins → our words and what to do. These are told at the problem's own place …
+# The start of PyYAML's problem text → our message and hint. These are reported at PyYAML's problem_mark …
 _AT_PROBLEM: dict[str, tuple[str, str | None]] = {
     "found character '\\t'": ("a tab where YAML takes spaces only", "indent with spaces"),
     "found character": ("this character cannot begin a value", "quote the text"),
@@ -294,7 +294,7 @@ _AT_PROBLEM: dict[str, tuple[str, str | None]] = {
         "write \\\\ for a backslash, or use single quotes",
     ),
 }
-# … and these where what the problem is about begins.
+# … and these at its context_mark, where the construct with the problem begins.
 _AT_CONTEXT: dict[str, tuple[str, str | None]] = {
     "could not find expected ':'": ("expected 'key: value', found no ':' after this", None),
     "found unexpected end of stream": ("this quote is never closed", None),
