@@ -1,4 +1,4 @@
-"""Adapters in words: a line for each, what is known of one, and tables."""
+"""Text about adapters: a table row for each, the facts about one, and tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def entry_row(entry: Entry) -> list[str]:
-    """An adapter as a row of cells."""
+    """Return an adapter's row in the table of ``lora adapters list``."""
     return [
         entry.path,
         entry.kind,
@@ -29,7 +29,7 @@ def entry_row(entry: Entry) -> list[str]:
 
 
 def facts(result: dict[str, Any]) -> dict[str, str]:
-    """What is known of an adapter, by name, in the order it is told."""
+    """Return the known facts about an adapter, from label to text, in the order of printing."""
     from lora_cli.weights.catalogue import inside
 
     config, record = result["config"], result["provenance"]
@@ -64,7 +64,7 @@ def _origin(made: Any) -> str | None:
 
 
 def layer_rows(layers: list[AdaptedLayer]) -> list[list[str]]:
-    """Layers of the same last name, widths and rank as one row."""
+    """Return one row for all layers with the same last name, widths and rank."""
     alike = Counter(
         (layer.name.rpartition(".")[2], f"{layer.in_features} -> {layer.out_features}", str(layer.rank))
         for layer in layers
@@ -73,13 +73,12 @@ def layer_rows(layers: list[AdaptedLayer]) -> list[list[str]]:
 
 
 def rank_range(ranks: Sequence[int]) -> str:
-    """The lowest and the highest rank, or the one there is."""
+    """Return the lowest and the highest rank as text, one rank if they are equal, or an empty text for no ranks."""
     return "-".join(str(rank) for rank in dict.fromkeys((min(ranks), max(ranks)))) if ranks else ""
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table, a line for each row whatever its length: folded to a terminal's width, names and numbers could not be
-    read."""
+    """Print a table with one line per row, however long: lines folded to the terminal's width would be unreadable."""
     table = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:

@@ -1,4 +1,4 @@
-"""``lora adapters list|show|compose|resize|diff|extract``: what adapters there are, and adapters made of others"""
+"""``lora adapters list|show|compose|resize|diff|extract``: list and show adapters, and make new ones from others"""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def extract_command(
 
 
 def _check_size(rank: int | None, energy: float | None) -> None:
-    """Raises UserError unless one of the two says how large an adapter is to be."""
+    """Raises UserError unless exactly one of the two is given, and an energy is above 0 and at most 1."""
     if (rank is None) == (energy is None):
         raise UserError("give either --rank or --energy", hint="e.g. --rank 8, or --energy 0.99")
     if energy is not None and not 0 < energy <= 1:
@@ -244,7 +244,7 @@ def _share(value: float | None) -> str:
 
 
 def _weighted(part: str) -> tuple[Path, float]:
-    """An adapter's folder and weight, given as FOLDER=WEIGHT. Raises UserError."""
+    """Split FOLDER=WEIGHT. Raises UserError when the folder is missing or the weight is not a finite number."""
     folder, _, number = part.rpartition("=")
     try:
         weight = float(number)

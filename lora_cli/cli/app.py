@@ -1,4 +1,4 @@
-"""The ``lora`` command: its verbs by name, and how a failure is told."""
+"""The ``lora`` program: its commands by name, and how it reports failures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lora_cli.cli.options import Once
 from lora_cli.errors import Aftermath, Interrupted, LoraError, RunError, UserError, is_lack_of_room, unwritable
 from lora_cli.training.launched import process_count, process_index
 
-# The default spares typer (0.29) importing pydantic to coerce the --help that was not given.
+# Without this default, typer (0.29) imports pydantic to convert a --help that was not given.
 _NO_HELP = {"help": False}
 app = typer.Typer(
     name="lora",
@@ -48,8 +48,8 @@ app.command("explain", cls=Once)(explain.command)
 
 
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP)
-_SHOWN = 12  # faults; more fill a screen
-_SECONDS_FOR_THE_FIRST = 30  # to tell what another process of the run has found, or suffered, as well
+_SHOWN = 12  # faults that are reported; more would fill the screen
+_SECONDS_FOR_THE_FIRST = 30  # during which another process of the run may report the same fault or its cause
 
 
 def _version(asked: bool) -> None:
@@ -68,16 +68,16 @@ def _root(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit code; failures are told on stderr."""
+    """Run a command line and return its exit code. Failures are reported on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
         with warnings.catch_warnings(), _unwound_by_sigterm(given), _signals_out_of_imports():
             if not debug:
                 _hush_libraries()
-            # Else bitsandbytes imports torch's compiler, a second and a half, for functions that are not used here.
+            # Otherwise bitsandbytes imports torch's compiler, which takes 1.5 s, for functions that are not used here.
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-            app(given, prog_name="lora")  # tells of wrong options itself, and always ends in SystemExit
+            app(given, prog_name="lora")  # reports wrong options itself, and always raises SystemExit
     except SystemExit as ended:
         if ended.code in _STOPPED:
             _say("stopped")
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _in_our_words(error: Exception, given: Sequence[str]) -> LoraError | None:
-    """What to tell of ``error``; None when it is a bug in lora."""
+    """Return the error to report for ``error``, or None when ``error`` is a bug in lora."""
     if isinstance(error, LoraError):
         return error
     if isinstance(error, OSError):
@@ -115,13 +115,13 @@ def _refused_by_the_system(error: OSError) -> LoraError:
 
 @contextmanager
 def _unwound_by_sigterm(given: Sequence[str]) -> Iterator[None]:
-    """Let SIGTERM end a verb as SIGINT does, so that nothing half written stays; training listens to it by itself."""
+    """Let SIGTERM end a command as SIGINT does, so that partial files are removed. Training has its own handler."""
     if given[:1] == ["train"] or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, _: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is half written is being removed
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # partial files are being removed
         raise SystemExit(128 + number)
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -133,8 +133,8 @@ def _unwound_by_sigterm(given: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def _signals_out_of_imports() -> Iterator[None]:
-    """Let a signal end a verb while a library is imported as well: pybind11, in which matplotlib is written, makes an
-    ImportError of whatever ends that."""
+    """Let a signal also end a command during an import. pybind11, which matplotlib uses, turns the exception that the
+    signal raised into an ImportError; raise SystemExit instead."""
     try:
         yield
     except ImportError as error:
@@ -146,7 +146,7 @@ def _signals_out_of_imports() -> Iterator[None]:
 
 
 def _lack_of_memory(error: RuntimeError | MemoryError, given: Sequence[str]) -> RunError | None:
-    """What to tell when ``error`` came of a lack of memory; training, which keeps more, tells of its own."""
+    """Return the error to report when memory ran out, else None. Training reports its own, with its checkpoints."""
     what = "out of memory"
     if "torch" in sys.modules:
         from lora_cli.model.memory import describe_lack, is_out_of_memory
@@ -161,7 +161,7 @@ def _lack_of_memory(error: RuntimeError | MemoryError, given: Sequence[str]) -> 
 
 
 def _hush_libraries() -> None:
-    """Keep what libraries say to their own developers out of the user's terminal; --debug lets it through."""
+    """Hide the libraries' warnings and logs, which are meant for developers. With --debug they are shown."""
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in ("bitsandbytes", "peft", "accelerate", "torch", "huggingface_hub", "matplotlib"):
@@ -170,9 +170,9 @@ def _hush_libraries() -> None:
 
 def _tell(error: LoraError) -> None:
     if process_index() > 0 and isinstance(error, Interrupted):
-        return  # the first process tells it
+        return  # process 0 reports it
     if isinstance(error, Aftermath) or (process_index() > 0 and not isinstance(error, RunError)):
-        # Another process tells the cause, or the same fault, and the launcher ends all of them once one has ended.
+        # Another process reports the cause or the same fault, and the launcher ends all processes once one has ended.
         time.sleep(_SECONDS_FOR_THE_FIRST)
     shown = error.faults[:_SHOWN]
     for fault, following in zip_longest(shown, shown[1:]):
@@ -183,14 +183,14 @@ def _tell(error: LoraError) -> None:
 
 
 def _say(text: str) -> None:
-    """On stderr, if it still can be written: the exit code tells all the same."""
+    """Print on stderr, or nothing if that fails: the exit code reports the failure in any case."""
     with suppress(OSError):
         typer.echo(text, err=True)
 
 
 def run() -> None:
     """Entry point of the installed script."""
-    gc.set_threshold(100_000)  # libraries make a million objects that stay; looking them through delays the start
+    gc.set_threshold(100_000)  # libraries create a million lasting objects; scanning them delays the start
     code = main()
     if process_count() > 1:
         _leave_at_once(code)
@@ -198,10 +198,10 @@ def run() -> None:
 
 
 def _leave_at_once(code: int) -> NoReturn:
-    """End one of several processes, whose files are all closed by now, without taking the interpreter down first.
+    """End one of several processes without shutting down the interpreter. All its files are closed by now.
 
-    A thread of the process group's that asks for the interpreter's lock meanwhile would abort the process, and the
-    launcher would then stop the others, one of which may be writing.
+    During a shutdown, a thread of the process group that requests the GIL would abort the process. The launcher would
+    then stop the other processes, one of which may still be writing.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):

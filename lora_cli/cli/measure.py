@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def data_section(data: str | None, recipe: Recipe | None) -> Data:
-    """How rows are to be read: the file asked for, in the way the recipe reads its own; else the recipe's validation.
+    """Return the data section to measure on: ``data``, read with the recipe's settings, else the recipe's own section.
 
-    Raises UserError when neither says what to measure on.
+    Raises UserError when ``data`` is empty, or is None and no recipe names validation rows.
     """
     if data == "":
         raise UserError("--data: the name is empty", hint="give a file, a folder, a glob or a hub id")
@@ -34,7 +34,7 @@ def data_section(data: str | None, recipe: Recipe | None) -> Data:
 
 
 def check(data: Data) -> None:
-    """Raises UserError with every fault in the rows, before a model is looked at; those trained on may be elsewhere."""
+    """Raises UserError with every fault in the rows to measure on. Other training rows may be missing here."""
     from lora_cli.training.prepare import data_faults
 
     faults = data_faults(data.model_copy(update={"train": sources(data), "validation": None}), set())
@@ -52,9 +52,9 @@ class Rows:
 
 
 def rows_for(base: Path, adapter: Path | None, data: Data, recipe: Recipe | None) -> Rows:
-    """The rows that ``data`` names, ready to be scored; the model is checked as far as it can be without its weights.
+    """Return the rows to measure on, tokenized, and check the model as far as is possible without loading its weights.
 
-    Raises UserError for all that a measurement could fail of.
+    Raises UserError for every fault found that would make the measurement fail.
     """
     from lora_cli.data.examples import check_ids
     from lora_cli.model.adapters import resize_words
@@ -75,7 +75,7 @@ def rows_for(base: Path, adapter: Path | None, data: Data, recipe: Recipe | None
 
 
 def _examples(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> Examples:
-    """Those of ``validation`` when the section has it (a share is split off as training did)."""
+    """Tokenize the rows of ``validation`` if there is one, else of ``train``. A share is split off as in training."""
     from lora_cli.data.batches import split_validation
     from lora_cli.data.examples import cut_for_evaluation
     from lora_cli.data.tokenize import tokenize
@@ -87,14 +87,14 @@ def _examples(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, s
 
 
 def sources(data: Data) -> tuple[Source, ...]:
-    """Where the rows to measure on are: those of ``validation``, or those of which it is a share."""
+    """Return the sources of the rows to measure on: of ``validation`` if it names separate rows, else of ``train``."""
     from lora_cli.data.sources import sources_of
 
     return sources_of(data.own_validation or data.train)
 
 
 def changed(rows: Rows, record: dict[str, Any]) -> str | None:
-    """What to say when these are not the validation rows that an adapter's record speaks of."""
+    """Return a warning if ``rows`` are not the validation rows that the adapter's record names, else None."""
     recorded = (record.get("data") or {}).get("validation") or {}
     if recorded.get("fingerprint") in (None, rows.examples.fingerprint):
         return None
@@ -105,17 +105,17 @@ def changed(rows: Rows, record: dict[str, Any]) -> str | None:
 
 
 def describe(data: Data) -> str:
-    """The rows to measure, in words."""
+    """Describe the rows to measure on, for the user."""
     share = f"{100 * data.validation:g}% of " if isinstance(data.validation, float) else ""
     names = (each.path if each.split == "train" else f"{each.path}[{each.split}]" for each in sources(data))
     return share + ", ".join(names)
 
 
 def measure(base: Path, adapter: Path | None, rows: Rows, recipe: Recipe | None, display: Display) -> Comparison:
-    """Perplexity of a model, or of an adapter beside its base, on these rows; ``display`` shows what is measured.
+    """Measure the perplexity of a model, or of an adapter and its base, on ``rows``. ``display`` shows the progress.
 
     An adapter is measured on the base it was trained on, quantized as its recipe says. Raises RunError when a loss is
-    no finite number.
+    not finite.
     """
     from lora_cli.evaluation.compare import compare
     from lora_cli.model.base import best_device, load_base, resolve_dtype

@@ -110,8 +110,8 @@ def command(
 
 
 def find_adapter(adapter: Path, base: str | None = None) -> AdapterOrigin:
-    """The adapter of a run or folder, and its base. Raises UserError when it cannot be merged; warns of a run that has
-    not ended."""
+    """Find the adapter of a run or folder, and its base. Print a warning if the run has not finished. Raises UserError
+    when the adapter cannot be merged."""
     from lora_cli.training.run import unfinished
     from lora_cli.weights.adapter_config import check_foldable, read_adapter_config
     from lora_cli.weights.provenance import adapter_folder, trace
@@ -130,7 +130,7 @@ def find_adapter(adapter: Path, base: str | None = None) -> AdapterOrigin:
 
 
 def tell_beforehand(note: str) -> None:
-    """Say on stderr what is about to be done."""
+    """Print on stderr what is about to be done."""
     typer.echo(f"note: {note}", err=True)
 
 
@@ -153,13 +153,13 @@ def _quantize(
     assert origin.recipe is not None and origin.recipe.quantization is not None
     result = quantize_merged(origin, out, origin.recipe.quantization, max_shard=max_shard, tell=tell, check=check)
     told = f"the base in {result.method}, quantized again"
-    layers = len(adapted_layers(origin.folder))  # the result's are all that were quantized
+    layers = len(adapted_layers(origin.folder))  # result.layers holds all quantized layers, adapted or not
     return Merged(out, origin.base_name, layers, told, result.method, result.bytes_after, None, False)
 
 
 def _check_together(origins: list[AdapterOrigin], into: str | None) -> None:
-    """Raises UserError when an adapter is given twice, they are of different bases, or ``into`` is for a quantized base
-    and none is."""
+    """Raises UserError when an adapter is given twice, the adapters have different bases, or ``into`` is given but no
+    adapter's recipe quantizes the base."""
     from lora_cli.weights.check_adapter import check_given_once
     from lora_cli.weights.fingerprint import fingerprint
 

@@ -1,4 +1,4 @@
-"""Options that several verbs take, and how often a verb takes one."""
+"""Options that several commands share, and a command class that accepts each option only once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MaxShardSize = Annotated[str, typer.Option("--max-shard-size", help="Maximum siz
 
 
 class Once(TyperCommand):
-    """A verb that refuses an option which is given twice, of which the last would be taken in silence."""
+    """A command that refuses an option given twice. Otherwise the last one would be used silently."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _, _, given = self.make_parser(ctx).parse_args(args=list(args))

@@ -109,7 +109,7 @@ def command(
 
 
 def _find(target: str) -> tuple[Path, AdapterOrigin | None]:
-    """A model's folder; an adapter's base and the adapter. Raises UserError for what cannot be quantized."""
+    """Return a model's folder, or an adapter's base and the adapter. Raises UserError for what cannot be quantized."""
     from lora_cli.model.files import check_model_type, check_quantizable, locate
     from lora_cli.weights.check_model import check_mergeable
     from lora_cli.weights.provenance import adapter_folder

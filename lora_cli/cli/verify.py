@@ -1,4 +1,4 @@
-"""What ``lora merge`` has written, beside base and adapters apart: the same logits on a few real rows."""
+"""Check that a model written by ``lora merge`` has the same logits as base and unmerged adapters on a few rows."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ SENTENCES = (
     "To get the total, multiply the price of one ticket by the number of people and add the fee.",
     "def mean(values):\n    return sum(values) / len(values)\n",
 )
-"""What a model is tried on that comes without rows of its own."""
+"""The rows to verify on when the adapter's own data is not available."""
 NOISE = 1e-5
-"""Of the logits' relative difference: what float32 brings, added up in another order."""
+"""The relative difference of the logits allowed for a different order of summation in float32."""
 SHARE = 0.05
-"""Of what the adapter changes in the logits, or of what rounding does, where that is more: a tie may go either way."""
+"""Also allowed: this share of the relative change that the adapter or rounding makes to the logits, whichever is
+larger. A tie may be rounded either way."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """``apart`` is the perplexity with the adapters apart, as training saw the base; ``candidates`` are the bases that
-    they could be merged into, each beside that.
+    """``apart`` is the perplexity with unmerged adapters on the base as training saw it. ``candidates`` has, for each
+    base that the adapters could be merged into, the agreement with that model.
 
-    ``moved`` is the relative difference of the logits that the adapters make, ``rounding`` the one that rounding the
-    sums to the type they are stored in makes; None where these are quantized again."""
+    ``moved`` is the relative change that the adapters make to the logits, ``rounding`` the one that rounding the merged
+    weights to their stored dtypes makes. Both are None when the merged weights are quantized again."""
 
     rows: int
     tokens: int
@@ -54,7 +55,7 @@ class Verified:
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids of a few rows, and where they are from."""
+    """Token ids of a few rows, and a description of their source."""
 
     ids: Sequence[torch.Tensor]
     of: str
@@ -62,8 +63,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Expected:
-    """The logits of a base with adapters apart, of the base alone, of the two summed by PEFT in float32, and of these
-    sums rounded to the types that they are stored in."""
+    """The logits of the base with unmerged adapters, of the base alone, of PEFT's merge of the two in float32, and of
+    that merge rounded to the stored dtypes."""
 
     unmerged: list[torch.Tensor]
     base: list[torch.Tensor]
@@ -72,7 +73,7 @@ class Expected:
 
 
 def fits(base: Path) -> bool:
-    """Whether the base can be loaded in float32 beside what else there is."""
+    """Whether the base in float32, with a reserve of 25%, fits into the device's free memory."""
     from lora_cli.model.base import best_device
     from lora_cli.model.memory import free_bytes
     from lora_cli.weights.shards import read_headers, weight_files
@@ -82,8 +83,8 @@ def fits(base: Path) -> bool:
 
 
 def verify(origins: Sequence[AdapterOrigin], draft: Path, out: Path, into: str | None, sample: Sample) -> Verified:
-    """Run the merged model in ``draft``, which is to stand at ``out``, and what it was made of. Raises CheckError when
-    they differ by more than rounding."""
+    """Compare the merged model in ``draft``, to be moved to ``out``, with its base and unmerged adapters. Raises
+    CheckError when the logits differ by more than rounding explains."""
     from lora_cli.evaluation.agreement import agreement, logits_of, perplexity
     from lora_cli.weights.shards import read_headers, weight_files
 
@@ -121,8 +122,8 @@ def verify(origins: Sequence[AdapterOrigin], draft: Path, out: Path, into: str |
 def _check_explained(
     merged: list[torch.Tensor], expected: Expected, sample: Sample, stored: Mapping[str, TensorInfo], out: Path
 ) -> tuple[float, float]:
-    """By how much the adapters move the logits, and rounding, relatively. Raises CheckError when the merged model's
-    differ by more than rounding from those of base and adapters apart."""
+    """Return the relative changes that adapters and rounding make to the logits. Raises CheckError when the merged
+    model's logits differ from those of base and unmerged adapters by more than rounding explains."""
     from lora_cli.evaluation.agreement import agreement
     from lora_cli.weights.shards import stored_dtype
 
@@ -143,7 +144,7 @@ def _check_explained(
 
 
 def text(found: Verified) -> Iterator[str]:
-    """What a person is told."""
+    """Yield the lines of the report for the user."""
     merged = found.merged
     yield (
         f"checked on {counted(found.rows, 'row')} ({found.tokens} tokens) of {found.of}: logits differ by at most "
@@ -159,8 +160,8 @@ def text(found: Verified) -> Iterator[str]:
 
 
 def sample_for(origin: AdapterOrigin, data: str | None) -> Sample:
-    """The first rows of ``data``, or of those the adapter was trained with, or a few sentences. Raises UserError for
-    what is wrong with ``data``."""
+    """Return the first rows of ``data``, else of the recipe's validation or training rows, else a few sentences.
+    Raises UserError when ``data`` is given but cannot be used."""
     import torch
 
     from lora_cli.cli import measure
@@ -181,21 +182,21 @@ def sample_for(origin: AdapterOrigin, data: str | None) -> Sample:
             if examples.lengths.max() < 2:
                 raise UserError("no token to predict in the first rows", measure.describe(section), "give others")
             ids, of = [examples.row(row)[0] for row in range(len(examples))], measure.describe(section)
-        except UserError:  # the training's data need not be where its adapter is
+        except UserError:  # the recipe's data need not be available here
             if data is not None:
                 raise
     return Sample([torch.as_tensor(row[:TOKENS], dtype=torch.long) for row in ids if len(row) > 1], of)
 
 
 def _load(folder: Path, quantization: Quantization | None, quantized_from: torch.dtype | None = None) -> Any:
-    """The model with all that is not quantized in float32."""
+    """Load the model with unquantized parameters in float32. Weights are quantized from dtype ``quantized_from``."""
     import gc
 
     import torch
 
     from lora_cli.model.base import best_device, load_base
 
-    gc.collect()  # the model before this one
+    gc.collect()  # free the model loaded before this one
     dtype = quantized_from or torch.float32
     model = load_base(folder, Model(name_or_path=str(folder)), quantization, best_device(), dtype)
     for parameter in model.parameters():
@@ -211,7 +212,7 @@ def _adapted(base: Any, origins: Sequence[AdapterOrigin]) -> Any:
 
 
 def _base(origins: Sequence[AdapterOrigin], quantization: Quantization | None, expanded: Quantization | None) -> Any:
-    """The base, quantized, or what its weights quantized so stand for, or as it is."""
+    """Load the base: quantized, or quantized as ``expanded`` and dequantized again, or unquantized."""
     from lora_cli.weights.merge import seen_dtype
     from lora_cli.weights.quantized_layers import expand_quantized
     from lora_cli.weights.shards import read_headers, weight_files
@@ -226,13 +227,13 @@ def _base(origins: Sequence[AdapterOrigin], quantization: Quantization | None, e
 def _expected(
     origins: Sequence[AdapterOrigin], expanded: Quantization | None, stored: Mapping[str, TensorInfo], sample: Sample
 ) -> Expected:
-    """What a merge into this base has to say; ``stored`` are the tensors that the two were merged into."""
+    """Compute the logits that a merge into this base must reproduce. ``stored`` are the merged model's tensors."""
     from lora_cli.evaluation.agreement import logits_of
     from lora_cli.model.adapters import resize_words
 
     alone = _base(origins, None, expanded)
-    resize_words(alone, origins[0].folder)  # for logits of one size
-    base = logits_of(alone, sample.ids)  # before PEFT puts an adapter's biases or PiSSA's remainder into it
+    resize_words(alone, origins[0].folder)  # so that all logits have the same size
+    base = logits_of(alone, sample.ids)  # before PEFT writes an adapter's biases or PiSSA's residual into the base
     model = _adapted(alone, origins)
     unmerged = logits_of(model, sample.ids)
     _untie(model)
@@ -243,7 +244,7 @@ def _expected(
 
 
 def _untie(model: Any) -> None:
-    """Give the head weights of its own where the adapter adds to it or to the embedding: PEFT would add to both."""
+    """Give a tied head its own weights if an adapter is on it or on the embedding: PEFT's merge would change both."""
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -255,12 +256,12 @@ def _untie(model: Any) -> None:
 
 
 def _round(model: Any, stored: Mapping[str, TensorInfo]) -> None:
-    """Round a model's parameters in float32, in place, to the types they are ``stored`` in."""
+    """Round a model's parameters, kept in float32, in place to their ``stored`` dtypes."""
     from lora_cli.weights.shards import stored_dtype
     from lora_cli.weights.updates import stored_name
 
     most = stored_dtype(stored)
     for name, parameter in model.named_parameters():
         found = stored_name(name, stored)
-        dtype = stored[found].torch_dtype if found else most  # None: experts, which loading joins
+        dtype = stored[found].torch_dtype if found else most  # None: experts, joined by Transformers
         parameter.data = parameter.data.to(dtype).float()
