@@ -1,4 +1,4 @@
-"""What is in the tokenized rows, counted before anything is learned from them: copies, leaks, ends, BOS."""
+"""Counts over the tokenized rows, made before training: duplicates, validation leaks, supervised ends, BOS tokens."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lora_cli.errors import UserError
 class Report:
     """Counts of rows.
 
-    ``duplicates`` repeat an earlier training row, in what is learned of it too; ``validation_in_train`` are validation
-    rows whose tokens are a training row's; both are told of whole rows, before any is cut. Of the training rows that
-    are kept, ``ends_supervised`` have the end of their last answer (or text) supervised; ``ends_masked`` have not,
-    though nothing was cut off; ``empty_answers`` have that end alone. ``bos_per_row`` are the fewest and the most BOS
-    in a training row; ``bos_doubled`` rows begin with two, ``bos_removed`` would have, had the tokenizer's not been
-    left out. ``template_notes`` say what the chat template leaves to be found out.
+    Over the rows before any is cut or dropped: ``duplicates`` repeat an earlier training row's ids and supervision;
+    ``validation_in_train`` are validation rows with the ids of a training row; ``ends_masked`` have an answer (or text)
+    whose end is not supervised; ``empty_answers`` have only that end supervised. Over the rows that are kept:
+    ``ends_supervised`` have the end of their last answer supervised; ``bos_per_row`` is the fewest and the most BOS in
+    a row; ``bos_doubled`` begin with two. ``bos_removed`` counts rows of ``data.train``, those held out too, that begin
+    with their own BOS, so that the tokenizer's was removed. ``template_notes`` describe the chat template.
     """
 
     duplicates: int
@@ -41,7 +41,7 @@ class Report:
 def audit(
     whole: Examples, fitted: Fitted, held_out: Examples | None, tokenizer: PreTrainedTokenizerBase, bos_removed: int
 ) -> Report:
-    """Count over the training rows, ``whole`` and ``fitted`` to the model, and the validation rows, whole."""
+    """Count over the training rows, ``whole`` and ``fitted`` to the model, and over the uncut validation rows."""
     kept = fitted.examples
     learned = _digests(whole, supervision=True)
     leaked = 0
@@ -63,7 +63,7 @@ def audit(
 
 
 def check_supervised(fitted: Fitted, least: float, max_length: int) -> None:
-    """Raises UserError when under the share ``least`` of the rows has a supervised token left."""
+    """Raises UserError when less than the share ``least`` of the rows has a supervised token after cutting."""
     kept = len(fitted.examples)
     if kept < least * fitted.rows:
         raise UserError(
@@ -75,7 +75,7 @@ def check_supervised(fitted: Fitted, least: float, max_length: int) -> None:
 
 
 def _digests(examples: Examples, supervision: bool) -> npt.NDArray[np.uint64]:
-    """64 bits of BLAKE2 for each row's ids, and for its supervision when asked."""
+    """A 64-bit BLAKE2 digest of each row's ids and, with ``supervision``, of its mask: (rows,) uint64."""
     found = []
     for flat in examples.chunks():
         ids, mask = np.ascontiguousarray(flat.ids).data, np.ascontiguousarray(flat.supervised).data
@@ -88,7 +88,7 @@ def _digests(examples: Examples, supervision: bool) -> npt.NDArray[np.uint64]:
 
 
 def _bos_counts(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
-    """The fewest and the most BOS in a row, and how many rows begin with two."""
+    """The fewest and the most BOS in a row, and the number of rows that begin with two."""
     bos = tokenizer.bos_token_id
     if bos is None:
         return 0, 0, 0
@@ -97,7 +97,7 @@ def _bos_counts(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> tuple
         starts, ends = flat.offsets[:-1], flat.offsets[1:]
         is_bos = flat.ids == bos
         if bos == tokenizer.eos_token_id:
-            is_bos[ends - 1] = False  # there it is the end
+            is_bos[ends - 1] = False  # the last token is the EOS
         counts.append(per_row(is_bos, flat.offsets))
         second = np.minimum(starts + 1, len(flat.ids) - 1)
         doubled += int((is_bos[starts] & is_bos[second] & (ends - starts > 1)).sum())
@@ -105,9 +105,9 @@ def _bos_counts(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def _ends_supervised(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> Mask:
-    """Whether each row's last supervised token is the end of the text or of a turn.
+    """Whether each row's last supervised token is the end of the text or of a turn: (rows,) bool.
 
-    With ``train_on: all`` what the chat template writes behind a turn's end is supervised too, and is passed over.
+    With ``train_on: all``, tokens that the chat template writes after a turn's end are supervised too; skip them.
     """
     ends, behind = [tokenizer.eos_token_id], 0
     if "chat" in examples.formats and (closing := end_of_turn(tokenizer)):
@@ -133,7 +133,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _template_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """What a chat template does not say by itself, and how it is made good."""
+    """What the chat template lacks or does unexpectedly, and how training deals with that."""
     closing, answer, extra = end_of_turn(tokenizer), marked(tokenizer), written_otherwise(tokenizer)
     notes = []
     if not closing:

@@ -1,4 +1,4 @@
-"""Examples -> steps of micro-batches in an order that is the run's own, and these as packed or padded tensors."""
+"""Examples -> optimizer steps of micro-batches, in a reproducible order, and micro-batches as tensors."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 class Batch:
     """A micro-batch.
 
-    ``input_ids`` and ``position_ids`` (rows, tokens) int64. Padded rows have ``attention_mask`` (rows, tokens) int64,
-    packed ones, which lie in one line, ``cu_seq_lens`` (rows + 1) int32, where each begins and the last one ends; the
-    other one is None. ``longest`` is the most tokens of a row. ``predict_from`` (k,) int64 are the positions whose next
-    token is supervised in some row; of their rows * k places, flattened, ``supervised`` (n,) int64 are those where it
-    is, and ``targets`` (n,) int64 the tokens there. ``hidden`` (rows, tokens, width), where it is known, is what the
-    frozen layers below the lowest adapted one give for the batch.
+    ``input_ids`` and ``position_ids`` (rows, tokens) int64; packing concatenates the rows into (1, tokens). Padded rows
+    have ``attention_mask`` (rows, tokens) int64; packed rows have ``cu_seq_lens`` (rows + 1,) int32, the start of each
+    row and the end of the last; the other one is None. ``longest`` is the length of the longest row. ``predict_from``
+    (k,) int64 are the positions whose next token is supervised in at least one row. ``supervised`` (n,) int64 indexes
+    the flattened predictions (rows * k), and selects those with a supervised next token; ``targets`` (n,) int64 are
+    these tokens. ``hidden`` (rows, tokens, width) is the cached output of the frozen lower layers, or None.
     """
 
     input_ids: torch.Tensor
@@ -42,8 +42,7 @@ class Batch:
     hidden: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on ``device``. A GPU is not waited for: it takes what lies in pinned memory when it comes to
-        it."""
+        """Copy the batch to ``device``. A copy to a GPU is asynchronous, from pinned memory."""
         import torch
 
         def moved(part: Any) -> Any:
@@ -57,10 +56,10 @@ class Batch:
 def epoch_order(
     source: npt.NDArray[np.int32], weights: Sequence[float], seed: int, epoch: int, shuffle: bool
 ) -> npt.NDArray[np.int64]:
-    """Row indices in the order epoch ``epoch`` takes them: a function of these arguments alone.
+    """Row indices in the order of epoch ``epoch``; they depend on these arguments alone.
 
-    A source of weight w gives each of its rows floor(w) times, and the fraction left over to rows drawn anew each
-    epoch (without ``shuffle``: to its first rows).
+    A source of weight w contributes all its rows floor(w) times, and the remaining fraction of its rows once more. With
+    ``shuffle`` these are drawn anew in each epoch; otherwise they are its first rows.
     """
     draw = np.random.default_rng([seed, epoch])
     parts = []
@@ -74,13 +73,13 @@ def epoch_order(
 
 
 def _passes(weight: float, rows: int) -> tuple[int, int]:
-    """How often an epoch takes all of a source's rows, and how many of them once more."""
+    """How many times an epoch takes all rows of a source, and how many of them it takes once more."""
     times = int(weight)
     return times, round((weight - times) * rows)
 
 
 def check_drawn(source: npt.NDArray[np.int32], parts: Sequence[Source]) -> None:
-    """Raises UserError when an epoch takes no row of a part: for a weight that is too small, or since none is left."""
+    """Raises UserError when an epoch takes no row of a source: no row is left, or the source's weight is too small."""
     faults = []
     for part, count in zip(parts, np.bincount(source, minlength=len(parts)).tolist(), strict=True):
         if not count:
@@ -96,7 +95,7 @@ def check_drawn(source: npt.NDArray[np.int32], parts: Sequence[Source]) -> None:
 
 
 def collate(examples: Examples, rows: Sequence[int] | Ints, packing: bool, pad_token_id: int) -> Batch:
-    """The rows as tensors: laid end to end in one line, or one under the other, padded on the right."""
+    """The rows as tensors: concatenated with ``packing``, otherwise padded on the right."""
     import torch
 
     pairs = [examples.row(int(index)) for index in rows]
@@ -127,10 +126,10 @@ def collate(examples: Examples, rows: Sequence[int] | Ints, packing: bool, pad_t
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: its micro-batches (row indices), the epoch it ends in, and what it holds.
+    """One optimizer step: its micro-batches (row indices) and its counts.
 
-    ``supervised`` and ``tokens`` count the step's supervised and real (non-padding) tokens; ``epoch`` is how much of
-    the data has been seen after it, in passes.
+    ``supervised`` and ``tokens`` count the step's supervised and non-padding tokens. ``epoch`` is the number of passes
+    over the data, with a fraction, that are done after the step.
     """
 
     number: int
@@ -142,9 +141,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which rows each step takes: from the seed and the lengths alone, so that any step can be found again.
+    """Which rows each step takes. This depends on the fields alone, so any step can be reconstructed.
 
-    No batch has rows of up to one of the ``bounds``, in tokens, beside longer ones.
+    ``bounds`` are lengths in tokens; no batch mixes rows up to a bound with longer rows.
     """
 
     lengths: Ints
@@ -162,9 +161,9 @@ class Schedule:
     _counts: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def epoch_batches(self, epoch: int) -> list[Ints]:
-        """The micro-batches of one pass over the data, in order; a million rows take a second or two.
+        """The micro-batches of one epoch, in order. A million rows take a second or two.
 
-        With ``shuffle`` rows change places so that batches are full, or of rows of like length.
+        With ``shuffle``, rows also move to fill packed batches, or so that padded batches have rows of similar length.
         """
         order = epoch_order(self.source, self.weights, self.seed, epoch, self.shuffle)
         draw = np.random.default_rng([self.seed, epoch, 1])
@@ -178,28 +177,28 @@ class Schedule:
             return pad_in_order(rows, self.batch_size)
 
         batches = (apart if self.shuffle else apart_in_order)(order, self.lengths, self.bounds, group)
-        if self.shuffle and self.bounds:  # all long rows would come before all others
+        if self.shuffle and self.bounds:  # otherwise all long rows would come first
             batches = [batches[0], *(batches[1 + index] for index in draw.permutation(len(batches) - 1))]
         self._counts[epoch] = len(batches)
         return batches
 
     def total_steps(self, epochs: float, max_steps: int | None) -> int:
-        """Optimizer steps of the run. An epoch's last short window is a step; a part of an epoch is rounded up."""
+        """Optimizer steps of the run. An epoch's incomplete last window is a step; part of an epoch is rounded up."""
         if max_steps is not None:
             return max_steps
         whole = int(epochs)
         total = sum(self.steps_in(epoch) for epoch in range(whole))
         if epochs > whole:
-            total += math.ceil(round((epochs - whole) * self.steps_in(whole), 6))  # 1.1 - 1 is more than a tenth
+            total += math.ceil(round((epochs - whole) * self.steps_in(whole), 6))  # in floats 1.1 - 1 > 0.1
         return max(1, total)
 
     def steps_in(self, epoch: int) -> int:
-        """Optimizer steps of this pass over the data."""
+        """Optimizer steps of this epoch."""
         count = self._counts[epoch] if epoch in self._counts else len(self.epoch_batches(epoch))
         return -(-count // self.accumulation)
 
     def steps(self, start: int = 0) -> Iterator[Step]:
-        """The steps after step ``start``, without end."""
+        """Yield the steps after step ``start``, endlessly."""
         number = epoch = 0
         while start >= number + self.steps_in(epoch):
             number += self.steps_in(epoch)
@@ -218,7 +217,7 @@ class Schedule:
 
 
 def split_validation(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
-    """Hold out ``share`` of the rows (at least one, never all), drawn from the seed: (train, validation)."""
+    """Hold out a random ``share`` of the rows (at least one, never all). Return (train, validation)."""
     count = min(max(1, round(share * len(examples))), len(examples) - 1)
     order = np.random.default_rng(seed).permutation(len(examples))
     return examples.select(np.sort(order[count:])), examples.select(np.sort(order[:count]))

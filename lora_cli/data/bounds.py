@@ -1,4 +1,4 @@
-"""Bounds on what somebody else's template may take, so that one row costs no hours and not the machine's memory."""
+"""Limits on a chat template's CPU time and memory, so that one row cannot take hours or exhaust the machine."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ BYTES = 1 << 28
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """In the block, TimeoutError comes after SECONDS of computing, MemoryError for more than BYTES above what is used.
+    """In the block, raise TimeoutError after SECONDS of CPU time, MemoryError above BYTES of additional memory.
 
-    To be entered from the main thread: the clock is a signal's.
+    Enter it in the main thread: the timer uses a signal.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = psutil.Process().memory_info().vms + BYTES
     former = signal.signal(signal.SIGVTALRM, _stop)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (most if soft == resource.RLIM_INFINITY else min(soft, most), hard))
-        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, SECONDS)  # again and again: Jinja swallows what comes first
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, SECONDS)  # repeats, because Jinja swallows the first error
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)

@@ -1,8 +1,8 @@
-"""Tokenized rows kept in the run's folder, under a key made of all that they depend on: contents, never paths or times.
+"""Cache of tokenized rows in the run's folder. The key is a digest of all they depend on, never of paths or times.
 
-A file ``<key>.safetensors`` holds the rows' ids and supervision, end to end, where each begins, and its source; its
-header says their SHA-256, and a file that does not agree with it is not read. Once it is written the tokens are read
-from there, so that the memory a run takes does not grow with them.
+A file ``<key>.safetensors`` holds the concatenated ids and supervision of the rows, their offsets and sources. Its
+header holds their SHA-256; a file that does not match it is not used. Once the file is written, tokens are read from it
+through a memory mapping, so that a run's memory does not grow with the number of rows.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ ARRAYS: dict[str, type[np.generic]] = {
     "supervised": np.bool_,
 }
 DTYPES = {np.int32: "I32", np.int64: "I64", np.bool_: "BOOL"}
-"""Safetensors' names."""
+"""Safetensors' names of the dtypes."""
 SETTINGS = {"format", "columns", "template", "train_on"}
-"""Keys of ``data`` on which a row's tokens depend."""
+"""Keys of the ``data`` section on which a row's tokens depend."""
 OWN_FILE = re.compile(r"([0-9a-f]{64})\.safetensors|\.[0-9a-f]{64}\.[0-9a-f]{32}")
-"""A cached file, its key a group, or the draft of one."""
-# No format reads anything but what JSON can say: of other values, which Parquet holds, the kind will do.
+"""Matches a cached file, with its key as group 1, or a draft of one."""
+# Formats read only JSON values. For other values, which Parquet can hold, the name of the type is enough.
 CONTENT = json.JSONEncoder(default=lambda value: type(value).__name__)
 
 
 @dataclass(frozen=True)
 class Cached:
-    """Tokenized rows, their key, and whether they were tokenized anew and are still to be written."""
+    """Tokenized rows and their key. ``fresh`` rows were tokenized now and are not in the cache yet."""
 
     tokenized: Tokenized
     key: str
@@ -64,10 +64,10 @@ def tokenize_cached(
     cache: Path,
     published: Callable[[], Collection[str]] | None = None,
 ) -> Cached:
-    """The rows of the sources, tokenized whole: read from the folder ``cache`` when it has them; writes nothing.
+    """Read the sources' tokenized rows, uncut, from the folder ``cache``, or tokenize them; the cache is not written.
 
-    With ``published`` another process of the run tokenizes them and publishes them: it waits for that and tells under
-    which keys. Raises UserError at the first row that is wrong, and for other rows than that process has read.
+    With ``published``, another process tokenizes the rows; ``published`` waits for it and returns the keys. Raises
+    UserError at the first invalid row, or when that process has other keys; RunError when its file cannot be read.
     """
     settings = _settings_digest(data, tokenizer)
     if published is not None or any(cache.glob("*.safetensors")):
@@ -91,10 +91,9 @@ def tokenize_cached(
 
 
 def publish(cache: Path, parts: list[Cached]) -> list[Path]:
-    """Write what was tokenized anew, leave its tokens on the disk, and let go of ``parts``; returns the folders and
-    files made, in that order.
+    """Write the fresh parts to the cache, replace their tokens in memory by mappings of the files, and clear ``parts``.
 
-    Raises RunError, with the bytes that were needed, when writing fails.
+    Return the created folders, then the created files. Raises RunError, with the bytes needed, when writing fails.
     """
     fresh = [part for part in parts if part.fresh]
     parts.clear()
@@ -104,20 +103,20 @@ def publish(cache: Path, parts: list[Cached]) -> list[Path]:
         file = _write(cache, part)
         made += [file] if file not in stood else []
         store = part.tokenized.examples.store
-        if (written := _mapped(file)) is not None:  # from here on the rows lie on the disk
+        if (written := _mapped(file)) is not None:  # frees the tokens in memory
             store.mappings, store.ids, store.supervised = (written[0],), written[1]["ids"], written[1]["supervised"]
     return made
 
 
 def withdraw(made: list[Path]) -> None:
-    """Undo ``publish``, for a run that is refused; what others have put into the folders meanwhile stays."""
+    """Undo ``publish`` for a run that is refused. Folders in which others have put files meanwhile stay."""
     for path in reversed(made):
         with suppress(OSError):
             path.rmdir() if path.is_dir() else path.unlink()
 
 
 def prune(cache: Path, keys: Collection[str]) -> None:
-    """Remove what lies under other keys, and drafts that a process left behind; all processes have published."""
+    """Remove files with other keys and abandoned drafts. Call it when all processes have published."""
     for file in cache.glob("*"):
         name = OWN_FILE.fullmatch(file.name)
         if name and name[1] not in keys:
@@ -125,10 +124,10 @@ def prune(cache: Path, keys: Collection[str]) -> None:
 
 
 def _settings_digest(data: Data, tokenizer: PreTrainedTokenizerBase) -> hashlib._Hash:
-    """SHA-256 over everything but the rows. Raises UserError for a tokenizer that cannot be used."""
+    """SHA-256 over all that tokens depend on, except the rows. Raises UserError for a tokenizer that cannot be used."""
     check_usable(tokenizer)
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # a call sets both aside, and would change what is serialized
+    backend.no_truncation()  # a tokenizer call resets both, which changes the serialized text
     backend.no_padding()
     code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
     stated = [
@@ -141,7 +140,7 @@ def _settings_digest(data: Data, tokenizer: PreTrainedTokenizerBase) -> hashlib.
 
 
 def _counted_in(digest: hashlib._Hash, rows: Iterator[Row]) -> Iterator[Row]:
-    """The rows, each put into the digest with its columns and its source. Raises UserError for one nested too deep."""
+    """Yield the rows and add each one's source and columns to the digest. Raises UserError for one nested too deep."""
     for row in rows:
         try:
             text = CONTENT.encode([row.source, row.columns])
@@ -152,7 +151,7 @@ def _counted_in(digest: hashlib._Hash, rows: Iterator[Row]) -> Iterator[Row]:
 
 
 def _read(cache: Path, key: str) -> Tokenized | None:
-    """What is stored under the key, its tokens mapped from the file; None when there is nothing, or nothing whole."""
+    """The rows stored under the key, memory-mapped; None when the file is missing or does not match its checksum."""
     found = _mapped(cache / f"{key}.safetensors")
     if found is None:
         return None
@@ -167,9 +166,9 @@ def _read(cache: Path, key: str) -> Tokenized | None:
 
 
 def _mapped(path: Path) -> tuple[mmap.mmap, dict[str, Any], str] | None:
-    """A file's mapping, the arrays in it, and what its header says; None when it is none of ours."""
+    """A file's memory mapping, its arrays and its header's text; None when it is unreadable or not a cached file."""
     try:
-        with safe_open(path, framework="np") as file:  # of the right length, and its arrays lie side by side
+        with safe_open(path, framework="np") as file:  # checks length and layout
             words = (file.metadata() or {}).get("about", "")
         with path.open("rb") as opened:
             size = int.from_bytes(opened.read(8), "little")
@@ -209,7 +208,7 @@ def _write(cache: Path, part: Cached) -> Path:
 
 
 def _save(path: Path, words: str, arrays: dict[str, Any], store: Store) -> None:
-    """Write the arrays in the order of ARRAYS, a piece at a time: safetensors itself copies them all into memory."""
+    """Write the arrays in the order of ARRAYS, piece by piece; safetensors would copy them all into memory."""
     header: dict[str, Any] = {"__metadata__": {"about": words}}
     at = 0
     for name, dtype in ARRAYS.items():
@@ -217,7 +216,7 @@ def _save(path: Path, words: str, arrays: dict[str, Any], store: Store) -> None:
         header[name] = {"dtype": DTYPES[dtype], "shape": list(arrays[name].shape), "data_offsets": [at, at + size]}
         at += size
     encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # which leaves each array where its type may lie
+    encoded += b" " * (-len(encoded) % 8)  # aligns the arrays, which are sorted by item size
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in ARRAYS:
@@ -227,7 +226,7 @@ def _save(path: Path, words: str, arrays: dict[str, Any], store: Store) -> None:
 
 
 def _checksum(key: str, about: str, arrays: dict[str, Any], store: Store) -> str:
-    """SHA-256 over key and header, and over the arrays with their shapes and types; ``store``'s may be mapped."""
+    """SHA-256 over key, header and the arrays with their dtypes and shapes. Releases the mapped pages of ``store``."""
     digest = hashlib.sha256(f"{key} {about}".encode())
     for name in ARRAYS:
         digest.update(f"{arrays[name].dtype}{arrays[name].shape}".encode())
