@@ -107,7 +107,7 @@ def _bos_counts(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> tuple
 def _ends_supervised(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> Mask:
     """Whether each row's last supervised token is the end of the text or of a turn: (rows,) bool.
 
-    With ``train_on: all``, tokens that the chat template writes after a turn's end are supervised too; skip them.
+    With ``train_on: all``, what the chat template writes after a turn's end is supervised too, and skipped here.
     """
     ends, behind = [tokenizer.eos_token_id], 0
     if "chat" in examples.formats and (closing := end_of_turn(tokenizer)):

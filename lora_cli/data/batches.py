@@ -28,7 +28,7 @@ class Batch:
     row and the end of the last; the other one is None. ``longest`` is the length of the longest row. ``predict_from``
     (k,) int64 are the positions whose next token is supervised in at least one row. ``supervised`` (n,) int64 indexes
     the flattened predictions (rows * k), and selects those with a supervised next token; ``targets`` (n,) int64 are
-    these tokens. ``hidden`` (rows, tokens, width) is the cached output of the frozen lower layers, or None.
+    these tokens. ``hidden`` (rows, tokens, width) is the cached output of the frozen layers below all adapted ones.
     """
 
     input_ids: torch.Tensor
@@ -128,8 +128,8 @@ def collate(examples: Examples, rows: Sequence[int] | Ints, packing: bool, pad_t
 class Step:
     """One optimizer step: its micro-batches (row indices) and its counts.
 
-    ``supervised`` and ``tokens`` count the step's supervised and non-padding tokens. ``epoch`` is the number of passes
-    over the data, with a fraction, that are done after the step.
+    ``supervised`` and ``tokens`` count the step's supervised and non-padding tokens. ``epoch`` is the
+    fractional number of passes over the data that are complete after the step.
     """
 
     number: int
@@ -217,7 +217,7 @@ class Schedule:
 
 
 def split_validation(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
-    """Hold out a random ``share`` of the rows (at least one, never all). Return (train, validation)."""
+    """Hold out ``share`` of the rows (at least one, never all), drawn with ``seed``. Return (train, validation)."""
     count = min(max(1, round(share * len(examples))), len(examples) - 1)
     order = np.random.default_rng(seed).permutation(len(examples))
     return examples.select(np.sort(order[count:])), examples.select(np.sort(order[:count]))

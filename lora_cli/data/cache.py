@@ -1,4 +1,4 @@
-"""Cache of tokenized rows in the run's folder. The key is a digest of all they depend on, never of paths or times.
+"""Cache of tokenized rows in the run's folder. The key is a digest of all contents they depend on, not paths or times.
 
 A file ``<key>.safetensors`` holds the concatenated ids and supervision of the rows, their offsets and sources. Its
 header holds their SHA-256; a file that does not match it is not used. Once the file is written, tokens are read from it
@@ -116,7 +116,7 @@ def withdraw(made: list[Path]) -> None:
 
 
 def prune(cache: Path, keys: Collection[str]) -> None:
-    """Remove files with other keys and abandoned drafts. Call it when all processes have published."""
+    """Remove cached files with other keys, and abandoned drafts. Call it when all processes have published."""
     for file in cache.glob("*"):
         name = OWN_FILE.fullmatch(file.name)
         if name and name[1] not in keys:
@@ -127,7 +127,7 @@ def _settings_digest(data: Data, tokenizer: PreTrainedTokenizerBase) -> hashlib.
     """SHA-256 over all that tokens depend on, except the rows. Raises UserError for a tokenizer that cannot be used."""
     check_usable(tokenizer)
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # a tokenizer call resets both, which changes the serialized text
+    backend.no_truncation()  # a tokenizer call resets both, and would change the digest
     backend.no_padding()
     code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
     stated = [

@@ -1,4 +1,4 @@
-"""A conversation through the tokenizer's own template, and the spans of it that the assistant says."""
+"""Rendering of a conversation through the tokenizer's own chat template, and the spans that the assistant says."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lora_cli.errors import UserError
 PROBE = "lora-probe-7f3a"
 PROBES = Conversation((Message("user", PROBE), Message("assistant", PROBE)))
 DAY = "26 Jul 2024"
-"""Today, for Llama's templates, which fall back to this day: the same rows are to give the same tokens on any day."""
+"""Today's date for templates that ask for it (Llama's own default), so that rows give the same tokens on any day."""
 MEND = "correct the model's chat_template.jinja, or chat_template in its tokenizer_config.json"
 CALLS_AS_TEXT = "write the calls into the turn's text in the model's own syntax, and remove tool_calls"
 MOST_ADDED, MOST_REPEATED = 1_000_000, 10
-"""Characters that a template may add to a conversation, and how often it may repeat what is said there."""
+"""Limits of a rendering: characters that a template may add, and how often it may repeat the conversation."""
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -30,7 +30,7 @@ def render(
 ) -> str:
     """The conversation as text, special tokens included. A template that takes a ``date_string`` gets ``DAY``.
 
-    Raises UserError, with the row's place, when the template refuses the conversation or is broken.
+    Raises UserError when the template is broken and, with the row's place, when it refuses the row or exceeds a limit.
     """
     try:
         with bounded():
@@ -58,9 +58,9 @@ def render(
 
 
 def written_after_words(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the template writes after an assistant's words ('<|im_end|>\\n', '<|eot_id|>', …).
+    """The text that the template writes after an assistant's content ('<|im_end|>\\n', '<|eot_id|>', …).
 
-    Raises UserError when the template leaves these words out.
+    Raises UserError when the template leaves the content out.
     """
     text = render(tokenizer, PROBES, None)
     if PROBE not in text:
@@ -74,21 +74,21 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def endings(tokenizer: PreTrainedTokenizerBase, closing: str) -> tuple[str, ...]:
-    """How turns may end when the last one ends in ``closing``: so, or without the end-of-text token that a template
-    puts behind the conversation alone (Phi's '<|end|>\\n<|endoftext|>')."""
+    """The possible ends of a turn when the last one ends in ``closing``: ``closing``, or ``closing`` without the EOS
+    token that a template writes only after the whole conversation (Phi's '<|end|>\\n<|endoftext|>')."""
     alone = closing.removesuffix(str(tokenizer.eos_token or "")).rstrip()
     return tuple(dict.fromkeys(each for each in (closing, alone) if each))
 
 
 def written_otherwise(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the generation prompt ends in that a written answer does not have before it ('<think>…'), or ''."""
+    """The end of the generation prompt that the template does not write before a given answer ('<think>…'), or ''."""
     asked, written = render(tokenizer, PROBES.before(1), None, True), render(tokenizer, PROBES, None)
     shared = next(n for n in range(len(asked), -1, -1) if written.startswith(asked[:n]))
     return asked[shared:]
 
 
 def marked(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What of an answer the template's ``{% generation %}`` marks hold; None when it has no such marks."""
+    """The part of an answer inside the template's ``{% generation %}`` marks; None when it has no such marks."""
     if not GENERATION_MARK.search(tokenizer.get_chat_template()):
         return None
     found: Any = tokenizer.apply_chat_template(PROBES.messages(), return_dict=True, return_assistant_tokens_mask=True)
@@ -99,10 +99,10 @@ def marked(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def conversation_segments(
     tokenizer: PreTrainedTokenizerBase, talk: Conversation, closing: str, where: str
 ) -> tuple[Segment, ...]:
-    """The rendered conversation cut into segments; an assistant's words and the end of its turn are supervised where
-    the turn is to be learned.
+    """The rendered conversation in segments. A ``learned`` assistant's turn is supervised, including its end.
 
-    Raises UserError, with the row's place, when the template refuses the conversation, leaves a turn out or the tools.
+    Raises UserError, with the row's place, when the template refuses the conversation, or leaves out or changes the
+    tools, a tool's turn or an assistant's turn.
     """
     full = render(tokenizer, talk, where)
     if talk.tools and full == _attempt(tokenizer, replace(talk, tools=())):
@@ -128,7 +128,7 @@ def conversation_segments(
 
 
 def _attempt(tokenizer: PreTrainedTokenizerBase, talk: Conversation, add_generation_prompt: bool = False) -> str:
-    """The conversation as text, or '' when the template refuses this part of one that it takes as a whole."""
+    """The conversation as text, or '' when the template refuses it, as it may refuse a part of a valid one."""
     try:
         return render(tokenizer, talk, None, add_generation_prompt)
     except UserError:
@@ -137,7 +137,7 @@ def _attempt(tokenizer: PreTrainedTokenizerBase, talk: Conversation, add_generat
 
 @dataclass(frozen=True)
 class _Written:
-    """A conversation and its text in ``full``, where turns are looked for; ``closings`` are how a turn may end."""
+    """A conversation and its rendering ``full``, for locating turns. ``closings`` are the possible ends of a turn."""
 
     tokenizer: PreTrainedTokenizerBase
     talk: Conversation
@@ -145,17 +145,17 @@ class _Written:
     closings: tuple[str, ...]
 
     def answers(self, index: int, at: int) -> bool:
-        """Whether a tool's turn stands in the text, and not before ``at``: some templates put it into the turn that
-        calls the tool."""
+        """Whether the text has the tool's turn ``index``, and not before ``at``. Some templates write it into the turn
+        that calls the tool."""
         around = self._around(index, replace(self.talk.turns[index], content=PROBE))
         return around is not None and len(around[0]) >= at and self.full.startswith(around[0])
 
     def start(self, index: int, at: int) -> int:
-        """Where an assistant's turn begins in the text, not before ``at``; -1 when it is not found.
+        """The position in the text, at or after ``at``, where an assistant's turn begins; -1 when it is not found.
 
-        That is where the conversation before it ends, rendered with the generation prompt: exactly what the model is
-        given when it is to answer. Where the conversation is written otherwise (a prompt may end in reasoning that it
-        closes at once, system words may move on to a later turn), the turn begins with its words.
+        The turn begins where the preceding conversation ends, rendered with the generation prompt: exactly the model's
+        input when it is to answer. If the text does not start with that rendering (a prompt may end in an empty
+        reasoning block; a system message may move to a later turn), the turn begins with its content.
         """
         given = _attempt(self.tokenizer, self.talk.before(index), add_generation_prompt=True)
         if given and len(given) >= at and self.full.startswith(given):
@@ -170,7 +170,7 @@ class _Written:
         return len(said) - len(words) if words and self.full.endswith(tail) and said[at:].endswith(words) else -1
 
     def end(self, index: int, start: int) -> int | None:
-        """Where the turn that begins at ``start`` ends, its closing included; None when its words are not there."""
+        """The position after the turn that begins at ``start`` and its closing; None when its content is not there."""
         if start < 0:
             return None
         full, turn = self.full, self.talk.turns[index]
@@ -179,13 +179,13 @@ class _Written:
             end = start + len(said) - len(said.lstrip()) + len(words)
             if closed := self._closed(full[end:]):
                 return end + closed
-        # Reasoning may stand before the words, or the template closes this turn otherwise than the last.
+        # Reasoning may precede the content, or the template may close this turn differently from the last one.
         around = self._around(index)
         if around and full.endswith(around[1]) and len(full) - len(around[1]) >= start:
             end = len(full) - len(around[1])
             closed = self._closed(around[1])
         else:
-            # Some templates take no other turn in the place of one that calls; it may be the last one, though.
+            # Some templates reject any other turn in place of one with tool calls, but render it as the last turn.
             until = _attempt(self.tokenizer, self.talk.before(index + 1))
             end = until.rfind(self.closings[-1]) if self.closings and full.startswith(until) else -1
             closed = self._closed(until[end:])
@@ -194,18 +194,18 @@ class _Written:
         spoken = self._before_calls(index, start, end)
         if spoken is None:
             return None
-        # Words may be spaced anew, reasoning put in or left out: the one must still end as the other does.
+        # White space may change, and reasoning may be added or left out: one text must end with the other.
         written, meant = ("".join(text.split()) for text in (spoken, words))
         return end + closed if written.endswith(meant) or (bool(written) and meant.endswith(written)) else None
 
     def _around(self, index: int, probe: Message = PROBES.turns[1]) -> tuple[str, str] | None:
-        """What stands before and after a turn's words when ``probe`` is in its place; None when that cannot be told."""
+        """The text before and after a turn's content, with ``probe`` in its place; None when PROBE is missing."""
         head, found, tail = _attempt(self.tokenizer, self.talk.with_turn(index, probe)).partition(PROBE)
         return (head, tail) if found else None
 
     def _before_calls(self, index: int, start: int, end: int) -> str | None:
-        """What a turn says from ``start`` to its calls, or to ``end`` when it has none; None when the names of the
-        tools it calls do not stand behind it."""
+        """A turn's text from ``start`` to its tool calls, or to ``end`` when it has none; None when the names of the
+        called tools do not follow."""
         turn = self.talk.turns[index]
         if not turn.called:
             return self.full[start:end]
@@ -223,7 +223,7 @@ class _Written:
         return self.full[start:begin]
 
     def _closed(self, tail: str) -> int:
-        """How many characters of ``tail``, which follows a turn's words, end it; 0 when it is closed otherwise."""
+        """How many characters of ``tail``, which follows a turn's content, close the turn, or 0 when none do."""
         for closing in self.closings:
             before, found, _ = tail.partition(closing)
             if found and not before.strip():

@@ -1,4 +1,4 @@
-"""Tokenized rows, in memory or in a file: selected, cut to what fits the model, laid in windows."""
+"""Tokenized rows, in memory or in files: selecting them, cutting them to the maximum length or into windows."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ Mask = npt.NDArray[np.bool_]
 
 
 CHUNK = 1 << 20
-"""Tokens looked at together."""
+"""Tokens that are processed at a time."""
 
 
 @dataclass
 class Store:
-    """The tokens of many rows, ``ids`` (tokens,) int32 and ``supervised`` (tokens,) bool: in memory, or in files that
-    are mapped there."""
+    """The tokens of many rows: ``ids`` (tokens,) int32 and ``supervised`` (tokens,) bool, in memory or in memory-mapped
+    files."""
 
     ids: Tokens
     supervised: Mask
     mappings: tuple[mmap.mmap, ...] = ()
 
     def release(self) -> None:
-        """Let go of the pages that were read of a file; they would count as this process's for as long as there is room
-        for them. The system keeps them at hand."""
+        """Release the pages that were read from the files, which would otherwise count as this process's memory. They
+        stay in the system's page cache."""
         for mapping in self.mappings:
             mapping.madvise(mmap.MADV_DONTNEED)
 
@@ -49,10 +49,10 @@ class Flat:
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenized rows: from ``starts`` to ``ends`` (rows, int64) in a store that others may share.
+    """Tokenized rows: those from ``starts`` to ``ends``, both (rows,) int64, in a store that other Examples may share.
 
-    A row's first token is never supervised: nothing predicts it. ``source`` (rows, int32) is the part of the mixture
-    a row is from, ``number`` (rows, int32) the row's place in it, counted from 0. ``formats`` names each part's format.
+    A row's first token is never supervised: nothing predicts it. ``source`` (rows,) int32 is the index of the row's
+    source in the mixture, ``number`` (rows,) int32 the row's index in it. ``formats`` names each source's format.
     """
 
     store: Store
@@ -64,7 +64,7 @@ class Examples:
 
     @property
     def format(self) -> str:
-        """The format; of a mixture of several, all of them, joined by '+'."""
+        """The format, or all formats of a mixture, joined by '+'."""
         return "+".join(dict.fromkeys(self.formats))
 
     def __len__(self) -> int:
@@ -101,7 +101,7 @@ class Examples:
         return self.store.ids[span], self.store.supervised[span]
 
     def select(self, rows: Sequence[int] | Ints | Mask) -> Examples:
-        """These rows alone, in this order."""
+        """Only these rows, in this order."""
         return replace(
             self,
             starts=self.starts[rows],
@@ -111,7 +111,7 @@ class Examples:
         )
 
     def flat(self, first: int = 0, last: int | None = None) -> Flat:
-        """The rows from ``first`` to before ``last``, end to end; copied unless they lie so in the store."""
+        """The rows ``first`` to ``last`` (exclusive), end to end; copied unless they are contiguous in the store."""
         starts, ends = self.starts[first:last], self.ends[first:last]
         offsets = offsets_of(ends - starts)
         places: slice | Ints = slice(starts[0], ends[-1]) if len(starts) else slice(0)
@@ -120,7 +120,7 @@ class Examples:
         return Flat(self.store.ids[places], self.store.supervised[places], offsets)
 
     def chunks(self) -> Iterator[Flat]:
-        """All rows in order, about CHUNK tokens at a time; what was read of a file is then let go of."""
+        """Yield all rows in order, about CHUNK tokens at a time, and release the pages read after each chunk."""
         offsets = offsets_of(self.lengths)
         first = 0
         while first < len(self):
@@ -131,18 +131,18 @@ class Examples:
 
 
 def end_to_end(store: Store, offsets: Ints, source: Tokens, formats: tuple[str, ...]) -> Examples:
-    """Examples of all rows of the sources, one source after the other, that lie so in the store."""
+    """Examples of all rows of a store, in which they lie end to end, one source after the other."""
     number = (np.arange(len(source)) - np.searchsorted(source, source)).astype(np.int32)
     return Examples(store, offsets[:-1], offsets[1:], source, number, formats)
 
 
 def offsets_of(lengths: Ints) -> Ints:
-    """Where each row begins when they lie end to end, and where the last one ends: (rows + 1,) int64."""
+    """The start of each row when the rows lie end to end, and the end of the last: (rows + 1,) int64."""
     return np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
 
 
 def per_row(flags: Mask, offsets: Ints) -> Ints:
-    """How many of a row's tokens are flagged; ``flags`` (total tokens,), the result (rows,)."""
+    """The number of flagged tokens of each row, (rows,); ``flags`` is (total tokens,)."""
     running = np.concatenate(([0], np.cumsum(flags, dtype=np.int64)))
     return running[offsets[1:]] - running[offsets[:-1]]
 
@@ -163,7 +163,7 @@ def join_pieces(pieces: Sequence[Piece], formats: tuple[str, ...]) -> Examples:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Examples that fit the model, and how many rows were cut and how many had nothing left to learn."""
+    """Examples cut to ``max_length``. Of ``rows``, ``truncated`` were too long and ``dropped`` had nothing to learn."""
 
     examples: Examples
     rows: int
@@ -172,7 +172,7 @@ class Fitted:
 
 
 def fit(examples: Examples, max_length: int, what: str) -> Fitted:
-    """Keep each row's first ``max_length`` tokens; drop rows that are left with nothing supervised.
+    """Keep each row's first ``max_length`` tokens; drop rows without a supervised token among these.
 
     Raises UserError, naming ``what``, when no row is left.
     """
@@ -192,10 +192,10 @@ def fit(examples: Examples, max_length: int, what: str) -> Fitted:
 
 
 def sliding_windows(examples: Examples, max_length: int) -> Examples:
-    """Cut long rows of plain text into windows that overlap by half, each token supervised once, with what precedes it
-    as context; rows of other formats have their first ``max_length`` tokens, if one of these is supervised.
+    """Cut long rows of plain text into windows that overlap by half. Each token is supervised once, with the preceding
+    tokens as context. Rows of other formats keep their first ``max_length`` tokens, if one of these is supervised.
 
-    This is how perplexity of plain text is measured; nothing is cut off.
+    This is how perplexity of plain text is measured: no text is cut off.
     """
     stride = max_length // 2
     pieces: list[Piece] = []
@@ -220,7 +220,7 @@ def highest_id(examples: Examples) -> int:
 
 
 def check_ids(examples: Examples, vocabulary: int, where: str) -> None:
-    """Raises UserError when a token's id is beyond the model's vocabulary: the tokenizer is another model's."""
+    """Raises UserError when a token id is outside the model's vocabulary: the tokenizer is from another model."""
     highest = highest_id(examples)
     if highest >= vocabulary:
         what = f"the tokenizer gives ids up to {highest}, but the model's vocabulary has {vocabulary}"
@@ -228,7 +228,7 @@ def check_ids(examples: Examples, vocabulary: int, where: str) -> None:
 
 
 def cut_for_evaluation(examples: Examples, max_length: int, what: str) -> Examples:
-    """Plain text in sliding windows, anything else by its beginning, as in training. Raises UserError as fit does."""
+    """Cut plain text into sliding windows; cut other rows off, as in training. Raises UserError as ``fit`` does."""
     if "text" in examples.formats and len(windows := sliding_windows(examples, max_length)):
         return windows
-    return fit(examples, max_length, what).examples  # which tells it when there are no windows
+    return fit(examples, max_length, what).examples  # raises when there are no windows
