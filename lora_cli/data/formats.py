@@ -1,7 +1,7 @@
-"""Row -> segments: what a row says, and which parts of it are to be learned.
+"""Row -> segments: the text of a row, and which parts of it are supervised.
 
-A format is one function and one entry in FORMATS. Chat rows become a conversation first; ``chat.py`` renders it through
-the tokenizer's template.
+A format is one function and one entry in FORMATS. Chat rows become a conversation, which ``chat.py`` renders with the
+tokenizer's template.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ Segment = tuple[str, bool]
 Content = tuple[Segment, ...] | Conversation
 
 ALIASES = {"prompt": ("prompt", "question"), "completion": ("completion", "answer")}
-"""Column names that stand for a format's name when the recipe does not map it."""
+"""Columns that are looked up for a format's name when ``data.columns`` does not map it."""
 
 MAX_FAULTS = 10
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Reads a row's columns under the names a format uses; ``read`` are those that were asked for and are there."""
+    """Access to a row's columns by the names that a format uses. ``read`` collects the columns found so far."""
 
     row: Row
     data: Data
     read: set[str] = field(default_factory=set)
 
     def column(self, name: str) -> str | None:
-        """The row's column that stands for ``name``, or None."""
+        """The row's column for ``name``, or None when the row has none."""
         column = next((c for c in self._names(name) if c in self.row.columns), None)
         if column is not None:
             self.read.add(column)
@@ -48,7 +48,7 @@ class Columns:
         return (self.data.columns[name],) if name in self.data.columns else ALIASES.get(name, (name,))
 
     def value(self, name: str) -> Any:
-        """Raises UserError, with the row's place and the columns it has, when the column is missing or null."""
+        """The column's value. Raises UserError, with the row's place and columns, when it is missing or null."""
         column = self.column(name)
         if column is None:
             wanted = " or ".join(f"'{c}'" for c in self._names(name))
@@ -59,9 +59,9 @@ class Columns:
         return value
 
     def optional(self, name: str) -> Any:
-        """The column's value, None when it is missing.
+        """The column's value, or None when the column is missing.
 
-        Raises UserError when ``data.columns`` maps the name to another column, and the row has one of this name alone.
+        Raises UserError when ``data.columns`` maps ``name`` to a missing column, but the row has a column ``name``.
         """
         column = self.column(name)
         if column is None and name in self.row.columns:
@@ -70,9 +70,9 @@ class Columns:
         return None if column is None else self.row.columns[column]
 
     def text(self, name: str, default: str | None = None) -> str:
-        """The column's text; ``default``, when there is one, for a column that is missing or null.
+        """The column's text, or ``default``, if given, when the column is missing or null.
 
-        Raises UserError when it is missing or null without a default, or no text.
+        Raises UserError when it is missing or null without a default, not text, or contains a lone surrogate.
         """
         if default is not None and self.optional(name) is None:
             return default
@@ -94,13 +94,13 @@ def text(row: Columns) -> Content:
 
 
 def prompt_completion(row: Columns) -> Content:
-    """A prompt and a completion, joined as they stand."""
+    """A prompt and a completion, joined without a separator."""
     _check_place(row, "prompt_completion", "set data.format: chat, which reads 'system', or ")
     return ((row.text("prompt"), False), (row.text("completion"), True))
 
 
 def alpaca(row: Columns) -> Content:
-    """Stanford Alpaca's columns under its three headings; an empty input leaves its heading out."""
+    """Stanford Alpaca's columns under its three headings; the input's is left out when the input is empty."""
     _check_place(row, "alpaca")
     extra = row.text("input", default="")
     middle = f"### Input:\n{extra}\n\n" if extra else ""
@@ -109,7 +109,7 @@ def alpaca(row: Columns) -> Content:
 
 
 def _check_place(row: Columns, format_name: str, way: str = "") -> None:
-    """Raises UserError for what belongs before the prompt, where the format has no place for it."""
+    """Raises UserError when the row has a system prompt or history, which the format does not read."""
     unread = {"system", "history"} - set(row.data.columns.values())
     if lost := next((name for name in sorted(unread) if row.row.columns.get(name)), None):
         hint = "give the rows as messages"
@@ -119,8 +119,8 @@ def _check_place(row: Columns, format_name: str, way: str = "") -> None:
 
 
 def chat(row: Columns) -> Content:
-    """``messages`` (role, content), ShareGPT's ``conversations`` (from, value), or a prompt and a completion, each a
-    turn's text or turns, of which those of the prompt are not learned; the ``tools`` beside them."""
+    """``messages`` (role, content), ShareGPT's ``conversations`` (from, value), or a prompt and a completion, each one
+    text or a list of turns; the prompt is not learned. Optional columns are ``system`` and ``tools``."""
     for name in ("messages", "conversations"):
         if row.column(name) is not None:
             turns = read_turns(row.value(name), f"{row.row.where}: {row.column(name)}")
@@ -149,14 +149,14 @@ def _holds_turns(value: Any) -> bool:
 
 
 def template(row: Columns) -> Content:
-    """The recipe's patterns filled with the row's columns."""
+    """The recipe's patterns, filled with the row's columns."""
     patterns = row.data.template
     assert patterns is not None, "the schema asks for data.template with this format"
     return ((_fill(patterns.prompt, row), False), (_fill(patterns.completion, row), True))
 
 
 def _fill(pattern: str, row: Columns) -> str:
-    # Not str.format: a pattern must not reach attributes or indices of what a row holds.
+    # Not str.format: a pattern must not access attributes or items of a row's values.
     pieces = string.Formatter().parse(pattern)
     return "".join(literal + (row.text(name) if name else "") for literal, name, _, _ in pieces)
 
@@ -164,12 +164,12 @@ def _fill(pattern: str, row: Columns) -> str:
 def _fields(pattern: str) -> set[str]:
     try:
         return {name for _, name, _, _ in string.Formatter().parse(pattern) if name}
-    except ValueError:  # ``pattern_faults`` tells it
+    except ValueError:  # ``pattern_faults`` reports it
         return set()
 
 
 def pattern_faults(patterns: Template) -> list[Fault]:
-    """What is wrong with the patterns themselves: braces that do not close, fields that are no plain column name."""
+    """The faults of the patterns themselves: unclosed braces, and fields that are not plain column names."""
     faults = []
     for key, pattern in (("prompt", patterns.prompt), ("completion", patterns.completion)):
         where = f"data.template.{key}"
@@ -187,7 +187,7 @@ def pattern_faults(patterns: Template) -> list[Fault]:
 
 @dataclass(frozen=True)
 class Format:
-    """A format: how a row is read, the names it uses, and the sets of these by any one of which ``auto`` knows it."""
+    """A format: its reader and the names it uses. ``auto`` detects it by any one set of names in ``known_by``."""
 
     read: Callable[[Columns], Content]
     names: tuple[str, ...]
@@ -223,9 +223,9 @@ def column_faults(data: Data) -> list[Fault]:
 
 
 def detect(row: Row, data: Data) -> str:
-    """``data.format``, or for auto the one that the row's columns speak for.
+    """``data.format``, or for ``auto`` the format that matches the row's columns.
 
-    Raises UserError naming the columns when they speak for none.
+    Raises UserError, naming the columns, when none matches, or when it does not use a name in ``data.columns``.
     """
     if data.format != "auto":
         return data.format
@@ -251,7 +251,7 @@ def detect(row: Row, data: Data) -> str:
 
 
 def _unknown(columns: Columns) -> UserError:
-    """What to raise for a row whose columns speak for no format."""
+    """The error to raise for a row whose columns match no format."""
     row = columns.row
     seen = ", ".join(map(str, row.columns)) or "none"
     if {"chosen", "rejected"} <= row.columns.keys():
@@ -267,7 +267,7 @@ def _unknown(columns: Columns) -> UserError:
 
 
 def _name_of_chosen(columns: Columns) -> str:
-    """What the chosen answer of a preference is to a format: beside a prompt of its kind a completion, else all."""
+    """The name in ``data.columns`` of a chosen answer: completion beside a similar prompt, else messages or text."""
     chosen = columns.row.columns["chosen"]
     if isinstance(columns.optional("prompt"), type(chosen)):
         return "completion"
@@ -275,12 +275,12 @@ def _name_of_chosen(columns: Columns) -> str:
 
 
 def read_content(row: Row, format_name: str, data: Data) -> Content:
-    """What one row says. Raises UserError with the row's place."""
+    """The content of one row. Raises UserError with the row's place."""
     return FORMATS[format_name].read(Columns(row, data))
 
 
 def unseen_faults(data: Data, seen: Collection[str]) -> list[Fault]:
-    """The columns in ``data.columns`` that no row has: where a format can do without one, it would be left out."""
+    """The columns in ``data.columns`` that no row has. An optional one would otherwise be ignored silently."""
     return [
         Fault(f"no row has a column '{column}'", f"data.columns.{name}", did_you_mean(column, seen))
         for name, column in data.columns.items()
@@ -289,8 +289,8 @@ def unseen_faults(data: Data, seen: Collection[str]) -> list[Fault]:
 
 
 def row_faults(data: Data, sources: Iterable[Source], seen: set[str], unread: set[str]) -> list[Fault]:
-    """Read every row as training will, without tokenizing: up to ten rows that are wrong, by file and line. The names
-    of all columns are added to ``seen``, of those that hold something which is not read to ``unread``."""
+    """Read every row as training does, without tokenizing, and return up to ten faults by file and line. Add the names
+    of all columns to ``seen``, and of columns that have content but are not read to ``unread``."""
     faults: list[Fault] = []
     formats: dict[int, str] = {}
     try:
@@ -308,10 +308,10 @@ def row_faults(data: Data, sources: Iterable[Source], seen: set[str], unread: se
 
 
 def _faults_in(row: Row, data: Data, formats: dict[int, str], unread: set[str]) -> Iterable[Fault]:
-    """What is wrong with a row in the format of its source, which is that of the source's first row."""
+    """The faults of a row, read in the format of its source's first row."""
     try:
         if row.source not in formats:
-            formats[row.source] = ""  # told once, if it is not known
+            formats[row.source] = ""  # reported only once when no format matches
             formats[row.source] = detect(row, data)
         if format_name := formats[row.source]:
             columns = Columns(row, data)
@@ -323,7 +323,7 @@ def _faults_in(row: Row, data: Data, formats: dict[int, str], unread: set[str]) 
 
 
 def _of_another_format(row: Row, format_name: str, data: Data) -> list[Fault]:
-    """That the row is of another format than its source's first row, if it is."""
+    """The fault that the row has another format than its source's first row, if it has."""
     try:
         own = detect(row, data)
         read_content(row, own, data)

@@ -1,4 +1,4 @@
-"""Tokenized rows put together as they come: few in memory, many on the disk, so that memory does not grow with them."""
+"""Collecting tokenized rows as they arrive: few in memory, many in files, so that memory does not grow with them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lora_cli.data.examples import Examples, Ints, Store, Tokens, end_to_end, of
 from lora_cli.errors import unwritable
 
 HELD = 1 << 24
-"""Tokens that are held in memory before they are written: 84 MB."""
+"""Tokens held in memory before they are written to files: 84 MB."""
 
 
 def gather(parts: Iterable[Examples], folder: Path | None) -> Examples:
-    """The rows of all parts, end to end; more than HELD tokens lie in files in ``folder`` (None: where the
-    system keeps temporary files). These have no name: however the process ends, nothing is left of them.
+    """The rows of all parts, end to end. From HELD tokens on they are stored in files in ``folder`` (None: the system's
+    temporary folder). The files have no name, so that none remains however the process ends.
 
-    Raises RunError when the disk is full.
+    Raises RunError when the files cannot be written, as on a full disk.
     """
     held: list[Examples] = []
     files: list[IO[bytes]] = []
@@ -51,7 +51,7 @@ def gather(parts: Iterable[Examples], folder: Path | None) -> Examples:
 
 
 def _write(held: list[Examples], files: list[IO[bytes]], place: Path) -> None:
-    """Append what is held to the files of ids and of supervision, which are made when there are none."""
+    """Append the held rows to the files of ids and of supervision, which the first call creates; clear ``held``."""
     try:
         while len(files) < 2:
             files.append(tempfile.TemporaryFile(dir=place))  # noqa: SIM115 (gather closes them)

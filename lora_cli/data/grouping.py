@@ -1,4 +1,4 @@
-"""An order of rows -> micro-batches: packed to a budget of tokens, or so many rows of like length to be padded."""
+"""Row order -> micro-batches: packed up to a budget of tokens, or padded with a fixed number of rows each."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from lora_cli.data.examples import Ints
 
 OPEN = 16
-"""Batches that first-fit packing looks through. MedQuAD and GSM8K fill 4 x 512 tokens to 99 % (in order to 91 and 95);
-more batches would give little more, take longer, and move rows farther from their place in the order."""
+"""Open batches that first-fit packing searches. MedQuAD and GSM8K fill 4 x 512 tokens to 99 % (in order: 91 and 95 %).
+More batches would gain little, take longer, and move rows farther from their place in the order."""
 POOL = 50
-"""Batches whose rows are sorted by length together, as in Transformers' LengthGroupedSampler."""
+"""Batches per pool of rows that are sorted by length, as in Transformers' LengthGroupedSampler."""
 
 
 def pack_in_order(order: Ints, lengths: Ints, budget: int) -> list[Ints]:
-    """Next-fit: a batch takes the next rows as long as they fit ``budget`` tokens, as each does; the order stays."""
+    """Next-fit: a batch takes the next rows while they fit ``budget`` tokens, as every row does. The order is kept."""
     cuts = []
     used = 0
     for index, length in enumerate(lengths[order].tolist()):
@@ -29,10 +29,10 @@ def pack_in_order(order: Ints, lengths: Ints, budget: int) -> list[Ints]:
 
 
 def pack_first_fit(order: Ints, lengths: Ints, budget: int) -> list[Ints]:
-    """First-fit: a row goes into the first of the open batches that has room for it, of ``budget`` tokens.
+    """First-fit: each row goes into the first open batch, of ``budget`` tokens, that has room for it.
 
-    A batch is closed, and comes next, when no row fits it any more, or when one more than OPEN would be open and it is
-    the oldest. ``lengths`` (all rows,) must be no greater than ``budget``.
+    A batch is closed, and is next in the result, when the shortest row no longer fits, or when it is the oldest of OPEN
+    batches and another is opened. ``lengths`` (all rows,) must not exceed ``budget``.
     """
     sizes = lengths[order]
     shortest = int(sizes.min(initial=budget))
@@ -61,15 +61,15 @@ def pack_first_fit(order: Ints, lengths: Ints, budget: int) -> list[Ints]:
 
 
 def pad_in_order(order: Ints, batch_size: int) -> list[Ints]:
-    """The next ``batch_size`` rows, batch after batch."""
+    """Batches of ``batch_size`` rows in order; the last may have fewer."""
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def pad_by_length(order: Ints, lengths: Ints, batch_size: int, draw: np.random.Generator) -> list[Ints]:
-    """Batches of rows of like length, in an order that is drawn; the one with the longest row is the first.
+    """Batches of rows of similar length, in random order, except that the batch with the longest row comes first.
 
-    The order is cut into pools of POOL batches, and the rows of each sorted by length: batches are near their place in
-    the order, and every epoch has others. Memory that does not suffice is thus found out at once.
+    The order is cut into pools of POOL batches, and each pool's rows are sorted by length: a batch's rows are near
+    each other in the order, and every epoch has other batches. Insufficient memory shows in the first batch.
     """
     pools = np.arange(len(order)) // (POOL * batch_size)
     batches = pad_in_order(order[np.lexsort((-lengths[order], pools))], batch_size)
@@ -80,8 +80,8 @@ def pad_by_length(order: Ints, lengths: Ints, batch_size: int, draw: np.random.G
 
 
 def apart(order: Ints, lengths: Ints, bounds: Sequence[int], group: Callable[[Ints], list[Ints]]) -> list[Ints]:
-    """What ``group`` makes of the rows on each side of the ``bounds`` by themselves, those of the longest rows first:
-    no batch has rows of up to so many tokens beside longer ones."""
+    """Apply ``group`` separately to the rows on each side of the ``bounds``, in tokens, the longest rows first.
+    No batch mixes rows up to a bound with longer rows."""
     sides = _sides(lengths[order], bounds)
     return [batch for side in np.unique(sides)[::-1] for batch in group(order[sides == side])]
 
@@ -89,11 +89,11 @@ def apart(order: Ints, lengths: Ints, bounds: Sequence[int], group: Callable[[In
 def apart_in_order(
     order: Ints, lengths: Ints, bounds: Sequence[int], group: Callable[[Ints], list[Ints]]
 ) -> list[Ints]:
-    """The same with the order as it stands: a batch ends where the side changes."""
+    """Do the same as ``apart`` but keep the order: a batch ends where the next row is on another side of a bound."""
     changes = np.flatnonzero(np.diff(_sides(lengths[order], bounds))) + 1
     return [batch for part in np.split(order, changes) for batch in group(part)]
 
 
 def _sides(lengths: Ints, bounds: Sequence[int]) -> Ints:
-    """How many of the bounds each row is longer than."""
+    """The number of distinct bounds that each row exceeds."""
     return np.searchsorted(np.unique(bounds), lengths)

@@ -1,4 +1,4 @@
-"""Work on one item after another: in this process, and when that takes long, in one for each core."""
+"""Apply a function to items in order: first in this process, then, if that takes long, in one process per core."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 ALONE = 4.0
-"""Seconds of work before other processes are started, which takes about as long."""
+"""Seconds of work before other processes are started; starting them takes about as long."""
 MOST = 12
-"""Processes: reading the items keeps no more of them busy."""
+"""Maximum number of processes: reading the items cannot keep more of them busy."""
 _given: list[Callable[[Any], Any]] = []
-"""The work, in a process that was started for it; sent with each item, the tokenizer would be most of what is sent."""
+"""The function, in a worker process. Sent with each item instead, its tokenizer would be most of the data sent."""
 
 
 def in_order(work: Callable[[Item], Result], items: Iterator[Item]) -> Iterator[Result]:
-    """``work`` of each item, in order; it and the items must be picklable.
+    """Yield ``work(item)`` for each item, in order. ``work``, items and results must be picklable.
 
-    Raises what comes first in that order: an error of ``work``, or the UserError with which the items end. RunError
-    when a process is killed.
+    Raises the first error in that order: any from ``work``, or a UserError from ``items``. Raises RunError when a
+    worker process is killed.
     """
     spent = 0.0
     cores = usable_cores()
@@ -59,7 +59,7 @@ def _in_processes(work: Callable[[Item], Result], items: Iterator[Item], count: 
                 waiting.append(pool.submit(_take, item))
                 try:
                     item = next(items, None)
-                except UserError as error:  # told unless something is wrong with what was read before
+                except UserError as error:  # raised below, unless an earlier item fails
                     item, failed = None, error
             while waiting and (item is None or len(waiting) > 2 * count):
                 yield waiting.popleft().result()
@@ -73,7 +73,7 @@ def _in_processes(work: Callable[[Item], Result], items: Iterator[Item], count: 
 
 
 def _begin(work: Callable[[Any], Any]) -> None:
-    """In a new process: what it is to do, on one core; Ctrl-C and the parent's end are the parent's to act upon."""
+    """Set up a worker process: keep ``work``, use one core, leave Ctrl-C to the parent, and end with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
