@@ -1,4 +1,4 @@
-"""Files of rows -> their records: JSON Lines, JSON, CSV, tab-separated, Parquet, text."""
+"""Data files -> records: JSON Lines, JSON, CSV, TSV, Parquet, text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_cli.errors import Fault, UserError, counted
 
 
 def kind_of(value: Any) -> str:
-    """What a value of a row is, in a user's words."""
+    """The type of a row's value, as named in messages to users."""
     words = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return "null" if value is None else words.get(type(value), type(value).__name__)
 
@@ -27,7 +27,7 @@ Record = tuple[str, dict[str, Any]]
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """A file's lines, each with its place; a byte order mark is left out. Raises UserError when it cannot be read."""
+    """Yield a file's lines and their places, without a byte order mark. Raises UserError when it cannot be read."""
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, 1):
@@ -37,7 +37,7 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _decoded(path: Path, newline: str | None) -> Iterator[str]:
-    """A file's lines as text; ``newline`` as ``open`` takes it. Raises UserError at one that is not UTF-8."""
+    """Yield a file's lines as text; ``newline`` is that of ``open``. Raises UserError at a line that is not UTF-8."""
     for where, raw in _lines(path):
         try:
             yield from io.StringIO(raw.decode(), newline=newline)
@@ -69,7 +69,7 @@ def _json_object(text: str, where: str) -> Record | Fault:
 
 
 def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises ValueError for a key that stands there twice, of which JSON would keep the last alone."""
+    """The pairs as a dict. Raises ValueError for a duplicate key, of which ``json`` would keep only the last value."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError(f"duplicate key: {', '.join(_repeated([name for name, _ in pairs]))}")
@@ -81,7 +81,7 @@ def _repeated(names: Sequence[str]) -> list[str]:
 
 
 def _check_named_once(columns: Sequence[str], where: str) -> None:
-    """Raises UserError for a table's column that stands there twice."""
+    """Raises UserError when a table has two columns of the same name."""
     if repeated := _repeated(columns):
         raise UserError(f"duplicate column: {', '.join(repeated)}", where, "give each column its own name")
 
@@ -106,7 +106,7 @@ def _json(path: Path) -> Iterator[Record | Fault]:
 
 
 def _csv(path: Path, delimiter: str = ",") -> Iterator[Record | Fault]:
-    csv.field_size_limit(sys.maxsize)  # a cell may hold a whole text; the library stops at 128 KiB
+    csv.field_size_limit(sys.maxsize)  # a cell may hold a whole text; the default limit is 128 KiB
     reader = csv.reader(_decoded(path, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     line = 1  # where a record begins: a cell may hold line breaks
@@ -130,7 +130,7 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[Record | Fault]:
 
 
 def _check_delimiter(header: list[str], where: str, delimiter: str) -> None:
-    """Raises UserError for a header of one column that holds what other programs put between columns."""
+    """Raises UserError when the header is a single column that contains a common delimiter."""
     names = {";": "semicolons", "|": "bars", "\t": "tabs", ",": "commas"}
     for mark, name in names.items():
         if len(header) == 1 and mark in header[0]:
@@ -150,15 +150,15 @@ def _parquet(path: Path) -> Iterator[Record | Fault]:
                 for columns in batch.to_pylist():
                     number += 1
                     yield f"{path} (row {number})", without_filling(columns)
-    # OverflowError, ValueError, KeyError: a date or a time zone that Python has none for.
+    # OverflowError, ValueError, KeyError: a date or a time zone that Python cannot represent.
     except (pa.ArrowException, OSError, OverflowError, ValueError, KeyError) as error:
         what = f"not a readable Parquet file: {str(error).splitlines()[0]}"
         raise UserError(what, str(path), "copy or write it again") from error
 
 
 def without_filling(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without the nulls that Arrow puts into objects for the keys that others in their column have: a chat
-    template would write them into a tool's call."""
+    """The row without the nulls that Arrow adds to objects for keys that only other objects in the column have. A chat
+    template would write them into a tool call."""
 
     def cleared(value: Any) -> Any:
         if isinstance(value, dict):
@@ -169,7 +169,7 @@ def without_filling(columns: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(path: Path) -> Iterator[Record | Fault]:
-    """A row for each paragraph: lines between blank ones, joined as they stand."""
+    """Yield a row for each paragraph: the lines between blank lines, joined unchanged."""
     lines: list[str] = []
     number = 0
     for number, line in enumerate(_decoded(path, newline=None), 1):

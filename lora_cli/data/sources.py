@@ -17,7 +17,7 @@ from lora_cli.recipe.schema import Source
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 UNREAD_DATA = {".arrow", ".feather", ".orc", ".avro", ".xlsx", ".gz", ".bz2", ".xz", ".zst", ".zip"}
-"""Types of files that hold rows, and are not left out of a folder without a word."""
+"""Data file types that are not supported. A folder that has one is refused, so that no data is skipped silently."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def sources_of(spec: str | tuple[str | Source, ...]) -> tuple[Source, ...]:
 
 
 def source_faults(sources: Iterable[Source]) -> list[Fault]:
-    """The paths that name nothing, and the keys that do not apply to theirs; no row is read."""
+    """The faults of paths that name no data, and of keys that do not apply to their path. Reads no row."""
     faults: list[Fault] = []
     for source in sources:
         try:
@@ -57,9 +57,9 @@ def source_faults(sources: Iterable[Source]) -> list[Fault]:
 
 
 def read_rows(sources: Iterable[Source]) -> Iterator[Row | Fault]:
-    """Every row of every source in order; a record that cannot be read comes as the fault to report.
+    """Yield every row of every source in order, and a Fault for a record that cannot be read or a source without rows.
 
-    Raises UserError when a path names nothing, or a file cannot be opened at all.
+    Raises UserError when a path names no data, or a file cannot be read further.
     """
     for index, source in enumerate(sources):
         read = 0
@@ -71,7 +71,7 @@ def read_rows(sources: Iterable[Source]) -> Iterator[Row | Fault]:
 
 
 def whole_rows(sources: Iterable[Source]) -> Iterator[Row]:
-    """Every row of every source in order. Raises UserError at the first record that cannot be read."""
+    """Yield every row of every source in order. Raises UserError at the first Fault of ``read_rows``."""
     for item in read_rows(sources):
         if isinstance(item, Fault):
             raise UserError([item])
@@ -79,9 +79,9 @@ def whole_rows(sources: Iterable[Source]) -> Iterator[Row]:
 
 
 def places(sources: Sequence[Source], rows: Collection[tuple[int, int]]) -> list[str]:
-    """Where rows stand, each given by its source and its place in it, counted from 0: the files are read once more.
+    """The places of rows given as (source, index in it from 0). Reads the files again.
 
-    Of a file that is not what it was, the row's number.
+    For a row that can no longer be read, the place is the source's path and the row's number.
     """
     found = {(at, number): f"{sources[at].path} (row {number + 1})" for at, number in rows}
     for at in {at for at, _ in rows}:
@@ -107,7 +107,7 @@ def _records(source: Source) -> Iterator[Record | Fault]:
 
 
 def _files(path: str) -> list[Path] | None:
-    """The data files that a path stands for, sorted; None for a hub id. Raises UserError when there is none."""
+    """The data files that a path names, sorted; None for a hub id. Raises UserError when there is no data file."""
     here = Path(path)
     if here.is_file():
         if here.suffix.lower() not in READERS:
@@ -115,9 +115,9 @@ def _files(path: str) -> list[Path] | None:
             raise UserError(f"cannot read files of type '{here.suffix or here.name}'", path, hint)
         return [here]
     if here.is_dir():
-        return _readable([here / name for name in glob.glob("**", root_dir=here, recursive=True)], path)  # noqa: PTH207 (Path.rglob follows no link, before Python 3.13)
+        return _readable([here / name for name in glob.glob("**", root_dir=here, recursive=True)], path)  # noqa: PTH207 (before Python 3.13, Path.rglob follows no link)
     if glob.has_magic(path):
-        return _readable([Path(name) for name in glob.glob(path, recursive=True)], path)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+        return _readable([Path(name) for name in glob.glob(path, recursive=True)], path)  # noqa: PTH207 (Path.glob accepts no absolute pattern)
     if HUB_ID.fullmatch(path) and here.suffix.lower() not in READERS and not here.parent.exists():
         return None
     if here.exists():
@@ -128,8 +128,8 @@ def _files(path: str) -> list[Path] | None:
 
 
 def _readable(found: list[Path], path: str) -> list[Path]:
-    """The data files among these, sorted, each under one of its names. Raises UserError when there is none, or when
-    others look to hold rows too."""
+    """The data files in ``found``, sorted; a file with several names appears once. Raises UserError when there is none,
+    or when there are data files of unsupported types."""
     files = sorted(each for each in found if each.is_file())
     unread = [each for each in files if each.suffix.lower() in UNREAD_DATA]
     if unread:
@@ -152,8 +152,8 @@ def _hub_place(source: Source, number: int) -> str:
 
 
 def hub_records(source: Source) -> Iterator[Record]:
-    """The records of a data set's split on the hub (or in its local cache), through ``datasets``, from a memory-mapped
-    copy or, streaming, as they come.
+    """Yield the records of a split of a data set on the hub or in its local cache, using ``datasets``: from a
+    memory-mapped copy or, with ``streaming``, as they arrive.
 
     Raises UserError when it cannot be loaded: offline and not cached, no such data set, no such split.
     """

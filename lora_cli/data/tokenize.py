@@ -1,4 +1,4 @@
-"""Rows -> token ids and which of them are supervised."""
+"""Rows -> token ids and supervision masks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROWS_AT_ONCE = 250
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Tokenized rows, and in how many of them the tokenizer's BOS was left out because the text began with one."""
+    """Tokenized rows, and the number of those whose text begins with a BOS, so that the tokenizer's was removed."""
 
     examples: Examples
     bos_removed: int
@@ -34,7 +34,7 @@ class Tokenized:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of one format: what each says, its place and its source. ``closing`` ends a turn of a conversation."""
+    """Rows of one format: each one's content, place and source. ``closing`` is the text that ends a chat turn."""
 
     format: str
     closing: str
@@ -42,16 +42,16 @@ class Chunk:
 
 
 def tokenize(data: Data, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> Examples:
-    """Read, format and tokenize every row of the sources, whole. Raises UserError as ``tokenize_rows`` does."""
+    """Read, format and tokenize every row of the sources, uncut. Raises UserError as ``tokenize_rows`` does."""
     return tokenize_rows(data, whole_rows(sources), tokenizer).examples
 
 
 def tokenize_rows(
     data: Data, rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, folder: Path | None = None
 ) -> Tokenized:
-    """Format and tokenize every row, whole; on all cores when there are many, which ``gather`` keeps in ``folder``.
+    """Format and tokenize every row, uncut. Many rows use all cores, and ``gather`` stores them in ``folder``.
 
-    Raises UserError at the first row that is wrong; ``row_faults`` finds these sooner, and all of them.
+    Raises UserError at the first invalid row. ``row_faults`` reports up to ten beforehand, without tokenizing.
     """
     check_usable(tokenizer)
     encode = partial(encode_chunk, tokenizer, data.train_on == "all")
@@ -68,7 +68,7 @@ def tokenize_rows(
 
 
 def check_usable(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError when the tokenizer does not say which characters a token stands for, or has no end-of-text."""
+    """Raises UserError when the tokenizer gives no character offsets, or has no EOS token."""
     if not tokenizer.is_fast:
         raise UserError("the tokenizer gives no character offsets", hint="use a model with a tokenizer.json")
     if tokenizer.eos_token_id is None:
@@ -76,8 +76,8 @@ def check_usable(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def read_chunks(data: Data, rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[Chunk]:
-    """What the rows say, in order, in chunks of one format. Raises UserError at the first row that is wrong."""
-    formats: dict[int, str] = {}  # by source, found out at its first row
+    """Yield the rows' contents in order, in chunks of one format. Raises UserError at the first invalid row."""
+    formats: dict[int, str] = {}  # by source, detected at its first row
     closing: str | None = None
 
     def format_of(row: Row) -> str:
@@ -101,7 +101,7 @@ def _closing(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
 
 
 def encode_chunk(tokenizer: PreTrainedTokenizerBase, supervise_all: bool, chunk: Chunk) -> Tokenized:
-    """The chunk's rows as ids and masks. Raises UserError for a conversation that the template refuses."""
+    """Tokenize the chunk's rows into ids and masks. Raises UserError for a conversation that the template refuses."""
     is_chat = chunk.format == "chat"
     batch = [
         conversation_segments(tokenizer, said, chunk.closing, where) if isinstance(said, Conversation) else said
@@ -109,7 +109,7 @@ def encode_chunk(tokenizer: PreTrainedTokenizerBase, supervise_all: bool, chunk:
     ]
     if supervise_all:
         batch = [tuple((text, True) for text, _ in segments) for segments in batch]
-    # A chat template writes its own special tokens; asked again, the tokenizer would add a second BOS.
+    # A chat template writes its own special tokens; the tokenizer would add a second BOS.
     encoded = tokenizer(
         ["".join(text for text, _ in segments) for segments in batch],
         add_special_tokens=not is_chat,
@@ -135,12 +135,12 @@ def encode_chunk(tokenizer: PreTrainedTokenizerBase, supervise_all: bool, chunk:
 
 
 def _doubles_bos(bos: int | None, ids: Tokens, offsets: Ints) -> bool:
-    """Whether the tokenizer put its BOS (which stands for no character) before a text that begins with one."""
+    """Whether the tokenizer added its BOS (an empty character span) before a text that begins with a BOS."""
     return bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos and not offsets[0].any()
 
 
 def _close(eos: int, ids: Tokens, mask: Mask, segments: tuple[Segment, ...]) -> tuple[Tokens, Mask]:
-    """End the row with the end-of-text token, supervised when the words before it are."""
+    """End the row with the EOS token, supervised when the text before it is."""
     last = next((wanted for text, wanted in reversed(segments) if wanted or text.strip()), False)
     if len(ids) and ids[-1] == eos:
         mask[-1] = last
@@ -149,11 +149,11 @@ def _close(eos: int, ids: Tokens, mask: Mask, segments: tuple[Segment, ...]) -> 
 
 
 def _supervised(segments: tuple[Segment, ...], offsets: Ints) -> Mask:
-    """Which tokens reach into a supervised segment; ``offsets`` (tokens, 2) are each token's first character and the
-    one past its last.
+    """The mask (tokens,) of tokens that overlap a supervised segment. ``offsets`` (tokens, 2) are each token's first
+    character and the one past its last.
 
-    A token that begins in the prompt and ends in the completion holds the completion's first character: it is
-    supervised. Tokenizers may leave white space out of a token's offsets; it counts to the token that follows.
+    A token that begins in the prompt and ends in the completion is supervised: it holds the completion's first
+    character. White space that a tokenizer leaves out of the offsets counts as part of the next token.
     """
     ends = offsets[:, 1]
     starts = np.minimum(offsets[:, 0], np.concatenate(([0], ends[:-1])))

@@ -1,6 +1,6 @@
-"""What the chat columns of a row say: turns, the calls of tools among them, and the tools there are to call.
+"""Parsing of a row's chat columns: the turns, with their tool calls, and the available tools.
 
-``formats.py`` says which columns these are, ``chat.py`` renders the conversation through the tokenizer's template.
+``formats.py`` chooses these columns; ``chat.py`` renders the conversation through the tokenizer's template.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ HALF = "holds half a character (a lone surrogate, written \\ud800 to \\udfff)"
 HALF_HINT = "write the character itself, or both its halves"
 ROLES = ("system", "user", "assistant", "tool")
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
-"""Keys of a turn that say what its text does not; of these, an assistant's ``tool_calls`` are read."""
+"""Keys of a turn with content beyond its text. Only an assistant's ``tool_calls`` are read."""
 WEIGHTS = ("weight", "train", "training")
 """Keys that say whether a turn is to be learned."""
 ANSWERED = ("name", "tool_call_id")
-"""Keys of a tool's turn that say which call it answers."""
+"""Keys of a tool's turn that identify the call it answers."""
 TOOLS_HINT = "a list of JSON schemas, as Transformers' chat templates take them, or its JSON text; or remove the column"
 TURNS_HINT = "each turn is {role, content} or {from, value}"
 CALLS_HINT = "each call is {type: function, function: {name, arguments}}, with arguments an object or its JSON text"
@@ -30,8 +30,8 @@ CALLS_HINT = "each call is {type: function, function: {name, arguments}}, with a
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; ``extra`` holds what the template is handed beside role and content: an assistant's
-    ``tool_calls``, and which call a tool's turn answers. An assistant's turn that is not ``learned`` is only read."""
+    """One turn of a conversation. ``extra`` holds what the template receives besides role and content: an assistant's
+    ``tool_calls``, or the call that a tool's turn answers. An assistant's turn that is not ``learned`` is context."""
 
     role: str
     content: str
@@ -56,17 +56,17 @@ class Conversation:
         return [{"role": turn.role, "content": turn.content, **turn.extra} for turn in self.turns]
 
     def before(self, index: int) -> Conversation:
-        """The turns before this one alone."""
+        """The conversation up to turn ``index`` (exclusive)."""
         return replace(self, turns=self.turns[:index])
 
     def with_turn(self, index: int, turn: Message) -> Conversation:
-        """The conversation with ``turn`` in this one's place."""
+        """The conversation with ``turn`` in place of turn ``index``."""
         return replace(self, turns=(*self.turns[:index], turn, *self.turns[index + 1 :]))
 
 
 def read_turns(value: Any, where: str) -> tuple[Message, ...]:
-    """The turns of a list of {role, content} or {from, value}, or of that list as JSON text, which is all that a CSV
-    file's cell can hold; an assistant's may have tool_calls, and no text then.
+    """The turns of a list of {role, content} or {from, value}, or of such a list as JSON text, as in a CSV file's cell.
+    An assistant's turn may have tool_calls, and then no text.
 
     Raises UserError, with the turn's place.
     """
@@ -92,7 +92,7 @@ def read_turns(value: Any, where: str) -> tuple[Message, ...]:
 
 
 def _text(content: Any, place: str) -> str:
-    """A turn's text, which may stand in parts of {type: text, text}. Raises UserError for anything else."""
+    """A turn's text, given as text or as a list of {type: text, text}. Raises UserError for anything else."""
     if isinstance(content, list):
         content = "".join(_text_of_part(part, place) for part in content)
     if not isinstance(content, str):
@@ -115,7 +115,7 @@ def _text_of_part(part: Any, place: str) -> str:
 
 
 def _check_unread(turn: Mapping[str, Any], role: str, place: str) -> None:
-    """Raises UserError when the turn says more than its text, which would be lost."""
+    """Raises UserError when the turn has content beyond its text that would be lost."""
     read = ("tool_calls",) if role == "assistant" else ()
     unread = next((key for key in UNREAD if turn.get(key) and key not in read), None)
     if unread is not None:
@@ -124,7 +124,7 @@ def _check_unread(turn: Mapping[str, Any], role: str, place: str) -> None:
 
 
 def _is_learned(turn: Mapping[str, Any], place: str) -> bool:
-    """Whether the turn is to be learned. Raises UserError for a weight between, or weights that disagree."""
+    """Whether the turn is to be learned. Raises UserError for weights other than 0 and 1, or that disagree."""
     given = {key: turn[key] for key in WEIGHTS if turn.get(key) is not None}
     if odd := next((key for key, weight in given.items() if weight not in (0, 1)), None):
         raise UserError(f"the turn has {odd} {given[odd]!r}", place, "write 1 (true) to learn it, 0 (false) not to")
@@ -134,7 +134,7 @@ def _is_learned(turn: Mapping[str, Any], place: str) -> bool:
 
 
 def _extra(turn: Mapping[str, Any], role: str, place: str) -> dict[str, Any]:
-    """What the template is handed of a turn beside its role and text."""
+    """What the template receives of a turn besides its role and text."""
     if role == "tool":
         extra = {key: turn[key] for key in ANSWERED if turn.get(key)}
         _check_json(extra, place)
@@ -144,7 +144,7 @@ def _extra(turn: Mapping[str, Any], role: str, place: str) -> dict[str, Any]:
 
 
 def _read_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """The calls, their arguments as objects, which is what templates take: as text, many would quote them once more.
+    """The calls, with their arguments as objects: many templates would quote arguments in text form a second time.
 
     Raises UserError, with the call's place.
     """
@@ -168,7 +168,7 @@ def _read_calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def read_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
-    """The tools of a list of JSON schemas, or of that list as JSON text; of null, no text or an empty list, none.
+    """The tools of a list of JSON schemas or of such a list as JSON text. Null, blank text or an empty list mean none.
 
     Raises UserError, with the place.
     """
@@ -193,7 +193,7 @@ def _from_json(text: str, where: str, hint: str) -> Any:
 
 
 def _check_json(value: Any, where: str) -> None:
-    """Raises UserError for what JSON has no words for (a date, bytes), or UTF-8 none."""
+    """Raises UserError for a value that JSON (a date, bytes) or UTF-8 (a lone surrogate) cannot represent."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -203,5 +203,5 @@ def _check_json(value: Any, where: str) -> None:
 
 
 def is_broken(text: str) -> bool:
-    """Whether the text holds a surrogate without its other half, which JSON can spell and UTF-8 cannot."""
+    """Whether the text holds a lone surrogate, which JSON can escape but UTF-8 cannot encode."""
     return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
