@@ -267,7 +267,7 @@ def _unknown(columns: Columns) -> UserError:
 
 
 def _name_of_chosen(columns: Columns) -> str:
-    """The name in ``data.columns`` of a chosen answer: completion beside a similar prompt, else messages or text."""
+    """The name in ``data.columns`` for ``chosen``: completion beside a prompt of its type, else messages or text."""
     chosen = columns.row.columns["chosen"]
     if isinstance(columns.optional("prompt"), type(chosen)):
         return "completion"
