@@ -1,4 +1,4 @@
-"""Which activations a run keeps, recomputes or puts away: by what fits."""
+"""Choose whether a run keeps, recomputes or offloads its activations, by what fits in memory."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 SHARE = 0.8
-"""Of the free memory that activations may take by the estimate; the rest is for what it does not count."""
+"""Fraction of the free memory that the estimated activations may take; the rest is for what the estimate leaves out."""
 TRIED = 128
-"""Tokens, at most, of the longer row by which it is found out what is kept of each."""
+"""Maximum length, in tokens, of the longer of the two rows that measure the memory kept per token."""
 
 
 def choose_checkpointing(
@@ -35,9 +35,9 @@ def choose_checkpointing(
     recomputes: bool,
     kept: float | None = None,
 ) -> tuple[bool | Literal["offload"], str]:
-    """The recipe's word, or for auto the first way in which the activations take at most SHARE of the free memory, and
-    why when they would not take that all kept. ``recomputes`` is whether the architecture can; ``kept`` are the bytes
-    that are kept of a token, where they are known."""
+    """Return the value of ``gradient_checkpointing`` to use, and why. ``auto`` becomes False if all activations take at
+    most SHARE of the free memory or the architecture does not support it (``recomputes``), else True if that is enough
+    or the device is a CPU, else "offload". ``kept`` is the bytes kept per token, if measured."""
     wanted = job.recipe.training.gradient_checkpointing
     if wanted != "auto":
         return wanted, ""
@@ -58,11 +58,10 @@ def choose_checkpointing(
 def kept_bytes(
     model: PeftModel, head: Head | None, accelerator: Accelerator, packing: bool, max_length: int
 ) -> float | None:
-    """Bytes that the model keeps of each token for its backward pass, beside its head: the difference between two rows,
-    of up to ``max_length`` tokens, for what does not grow with them, such as weights. None where there is no memory for
-    these.
+    """Return the bytes per token that the model, without its head, keeps for the backward pass; None if memory does not
+    suffice. Comparing two rows of up to ``max_length`` tokens leaves out what does not grow with them, such as weights.
 
-    Leaves the random state as it was.
+    The random state is unchanged.
     """
     device, most = accelerator.device, min(TRIED, max_length)
     model.train()
@@ -77,34 +76,34 @@ def kept_bytes(
 
 
 def recompute_activations(model: PeftModel) -> None:
-    """Have the backward pass run each layer again instead of keeping what it computed. Raises UserError where the
-    architecture cannot."""
+    """Enable gradient checkpointing: the backward pass runs each layer's forward pass again. Raises UserError when the
+    architecture does not support it."""
     check_recomputes(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    # Reentrant checkpoints would need it: it sends the gradient down to the bottom.
+    # Only reentrant checkpoints need this hook, which extends the backward pass down to the embeddings.
     model.get_base_model().disable_input_require_grads()  # type: ignore[operator]
 
 
 def _kept(model: PeftModel, head: Head | None, batch: Batch) -> int:
-    """Bytes of the memory in which lies what a forward pass saves."""
-    memory: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used again
+    """Return the bytes of the storages that hold what a forward pass saves for the backward pass."""
+    memory: dict[int, torch.UntypedStorage] = {}  # held, so that no address is reused
 
     def count(tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         memory[storage.data_ptr()] = storage
 
     def count_input(layer: Module, inputs: tuple[torch.Tensor], _: torch.Tensor) -> None:
-        if is_8_bit(layer) and inputs[0].requires_grad:  # kept out of autograd's sight
+        if is_8_bit(layer) and inputs[0].requires_grad:  # bitsandbytes saves it out of reach of the hooks
             count(inputs[0])
 
-    saved = torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing)  # no backward pass asks for them
+    saved = torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing)  # no backward pass unpacks them
     with saved, register_module_forward_hook(count_input):
         summed_loss(model, batch, head)
     return sum(storage.nbytes() for storage in memory.values())
 
 
 def _row(tokens: int, packing: bool) -> Batch:
-    """One row of so many tokens, after the first of which one is predicted."""
+    """Return one row of ``tokens`` tokens, of which only the second is supervised."""
     places = torch.arange(tokens)[None]
     one = torch.zeros(1, dtype=torch.long)
     mask = None if packing else torch.ones_like(places)

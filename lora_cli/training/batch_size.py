@@ -1,4 +1,4 @@
-"""``per_device_train_batch_size: auto``: the largest batch that fits, and how many of them make the step."""
+"""``per_device_train_batch_size: auto``: find the largest batch that fits, and how many of them make a step."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 Fits = Callable[[int, bool], bool]
-"""Whether a batch of so many rows fits, its activations recomputed or not."""
+"""Whether a batch of this many rows fits, with recomputed activations (True) or without."""
 
 OPTIMIZER_BYTES = 8
-"""Of state for each trained number, at most: two moments in float32."""
+"""Upper bound of optimizer state per trained parameter: two moments in float32."""
 
 
 def resolve_batch_size(
@@ -49,11 +49,11 @@ def resolve_batch_size(
     streams: bool,
     display: Display,
 ) -> Recipe:
-    """The recipe with the numbers that ``auto`` stands for, the same on all processes; says which and why.
+    """Return the recipe with numbers in place of ``auto``, the same on all processes; report them and the reason.
 
-    Activations are recomputed where they have to be: when the base ``streams``, or nothing else fits. A size is tried
-    on a GPU that holds the whole model, by a forward and a backward pass of the longest batch, and estimated elsewhere.
-    Leaves weights, gradients and random states as they were.
+    With ``gradient_checkpointing: auto``, activations are recomputed only if the base ``streams`` or nothing else fits.
+    On a GPU that holds the whole model, a size is tried with a forward and a backward pass of the longest batch;
+    elsewhere it is estimated. Weights, gradients and random states are unchanged.
     """
     recipe = job.recipe
     if recipe.training.per_device_train_batch_size != "auto":
@@ -83,7 +83,7 @@ def resolve_batch_size(
 
 
 def divisors(number: int) -> list[int]:
-    """Its divisors, the largest first."""
+    """Return the divisors of ``number``, largest first."""
     return [each for each in range(number, 0, -1) if number % each == 0]
 
 
@@ -112,7 +112,7 @@ def _by_trial(job: Prepared, accelerator: Accelerator, model: PeftModel, head: H
 
 
 def longest_batch(lengths: Ints, count: int, max_length: int, packing: bool) -> Ints:
-    """The rows that make the fullest batch of this size."""
+    """Return the rows of the fullest batch: ``count`` rows, or packed to ``count * max_length`` tokens."""
     order = np.argsort(-lengths, kind="stable")
     return pack_first_fit(order, lengths, count * max_length)[0] if packing else order[:count]
 

@@ -1,4 +1,4 @@
-"""All that a run needs to go on from a step: written whole or not at all, the newest found, the oldest removed."""
+"""Checkpoints: all that a run needs to continue, written completely or not at all, found, restored and removed."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: its step, the last that was logged, the last evaluation's, what the base, that one and
-    the best evaluation scored, evaluations since, and steps that were left out, in all and since the last one taken."""
+    """How far a run has come. ``validation_loss`` is that of the last evaluation, at ``evaluated_step``;
+    ``skipped_steps`` counts all skipped steps, ``skipped_in_a_row`` those since the last step taken."""
 
     step: int = 0
     logged_step: int | None = None
@@ -56,7 +56,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class RandomNumbers:
-    """What of a process's random state is no tensor, as Python and numpy give it."""
+    """The non-tensor part of a process's random state, as Python and NumPy return it."""
 
     python: tuple[int, list[int], float | None]
     numpy: tuple[list[int], int, int, float]
@@ -64,8 +64,8 @@ class RandomNumbers:
 
 @dataclass(frozen=True)
 class Document:
-    """All of a checkpoint that is no tensor: the optimizer's numbers by name, every process's random state, and what
-    float16's gradient scaler has come to."""
+    """The non-tensor part of a checkpoint: the optimizer's scalars by name, every process's random state, and the state
+    of float16's gradient scaler."""
 
     progress: Progress
     optimizer: dict[str, int | float]
@@ -75,10 +75,10 @@ class Document:
 
 @dataclass(frozen=True)
 class State:
-    """A checkpoint in memory: trained weights, the optimizer's tensors and every process's random tensors by name, and
-    all that is no tensor.
+    """A checkpoint in memory: trained weights, optimizer tensors and every process's random-state tensors by name, and
+    the non-tensor part.
 
-    The optimizer's settings are not in it: they are the recipe's, and a resumed run may not change these.
+    The optimizer's settings are not included: the recipe sets them, and a resumed run may not change them.
     """
 
     weights: Tensors
@@ -90,7 +90,7 @@ class State:
 def capture(
     progress: Progress, parameters: NamedParameters, optimizer: torch.optim.Optimizer, scaler: GradScaler | None
 ) -> State:
-    """The run's state, whole on every process; each must call this, since sharded tensors are gathered."""
+    """Return the run's complete state on all processes; each must call this, since sharded tensors are gathered."""
     moments, numbers = _split_state(optimizer.state_dict()["state"])
     random_tensors: Tensors = {}
     random_numbers = []
@@ -102,14 +102,14 @@ def capture(
 
 
 def host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy in host memory, whole; every process must call this, since sharded tensors are gathered."""
-    # A copy each: 8-bit optimizers share one table of levels, and safetensors refuses shared storage.
+    """Return a complete, contiguous copy in host memory; every process must call this to gather sharded tensors."""
+    # Each is cloned: 8-bit optimizers share one table of levels, and safetensors refuses shared storage.
     return whole(tensor).detach().cpu().clone().contiguous()
 
 
 def write(folder: Path, state: State) -> Path:
-    """Write ``folder``/step-NNNNNNNN as safetensors and JSON, whole or not at all."""
-    make_folder(folder, parents=False)  # the run's own has to be there
+    """Write ``folder``/step-NNNNNNNN as safetensors and JSON, complete or not at all."""
+    make_folder(folder, parents=False)  # the run's folder must exist
     target = path_of(folder, state.document.progress.step)
     tensors = [tensor for name in FILES for tensor in getattr(state, name).values()]
     with whole_folder(target, replace=True, needed=sum(tensor.nbytes for tensor in tensors)) as draft:
@@ -121,8 +121,8 @@ def write(folder: Path, state: State) -> Path:
 
 
 def read(path: Path) -> State:
-    """A checkpoint that ``is_whole``, in host memory. Raises RunError or OSError when it cannot be read, which may
-    pass."""
+    """Read a checkpoint that ``is_whole`` into host memory. Raises RunError or OSError for a read error, which may be
+    temporary."""
     weights, optimizer, random_states = (_load(path / f"{name}.safetensors") for name in FILES)
     return State(weights, optimizer, random_states, _read_document(path))
 
@@ -137,36 +137,36 @@ def _load(file: Path) -> Tensors:
 
 
 def _read_document(path: Path) -> Document:
-    """Raises ValueError for what is none of a checkpoint."""
+    """Read state.json. Raises ValueError when it is not valid."""
     text = (path / DOCUMENT).read_text(encoding="utf-8")
     return TypeAdapter(Document).validate_json(text, strict=True)
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Return the path of a step's checkpoint."""
     return folder / f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int:
-    """The step that a checkpoint is of, from its name."""
+    """Return the step of a checkpoint, from its name."""
     return int(path.name.removeprefix("step-"))
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first. Raises OSError when it cannot be listed."""
+    """Return the checkpoints in a folder, oldest first. Raises OSError when it cannot be listed."""
     return sorted(path for path in entries(folder) if NAME.fullmatch(path.name) and path.is_dir())
 
 
 def kept(folder: Path, then: str = "") -> str:
-    """What to say of the checkpoints in a folder when a run fails, and ``then`` when there are some."""
+    """Return what an error message says about the checkpoints in a folder, and ``then`` if there are any."""
     return f"the checkpoints are kept{then}" if checkpoints(folder) else "there was no checkpoint yet"
 
 
 def is_whole(path: Path) -> bool:
-    """Whether every file of a checkpoint has the size and the SHA-256 that its manifest says, and is what it is named.
+    """Whether all files of a checkpoint match the sizes and SHA-256 in its manifest, and its step matches its name.
 
-    Whatever is no safetensors file, such as a pickle, is not opened any further. Raises OSError or RunError when a file
-    that is there cannot be read, which may pass: a checkpoint taken for damaged would be written over.
+    A file that is not in safetensors format, such as a pickle, is never loaded. Raises OSError or RunError when an
+    existing file cannot be read, which may be temporary: a checkpoint mistaken for damaged would be overwritten.
     """
     try:
         listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -179,15 +179,15 @@ def is_whole(path: Path) -> bool:
 
 
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of a checkpoint's files; what a file manager or an editor leaves beside them is none of it."""
+    """Return size and SHA-256 of a checkpoint's own files; those that a file manager or an editor adds are ignored."""
     contents = ((name, (path / name).read_bytes()) for name in NAMES)
     return {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents}
 
 
 def rotate(folder: Path, newest: int, keep: int | None, best: int | None) -> None:
-    """Once the checkpoint of step ``newest`` is whole: keep it, those before it up to ``keep`` in all, and ``best``.
+    """Keep ``best`` and the last ``keep`` checkpoints (None: all) up to step ``newest``, whose own is complete.
 
-    What is beyond it was damaged and is being written again; what an interrupted write has left behind goes as well.
+    Later checkpoints are removed: they were damaged and will be written again. So are drafts of interrupted writes.
     """
     steps = [step_of(path) for path in checkpoints(folder)]
     earlier = [step for step in steps if step <= newest]
@@ -205,10 +205,10 @@ def restore(
     scaler: GradScaler | None,
     process: int,
 ) -> Progress:
-    """Put weights, optimizer, gradient scaler and this process's random state back as they were.
+    """Restore weights, optimizer, gradient scaler and this process's random state.
 
-    A process beyond those of the interrupted run keeps the random state it has. Raises UserError when the state is of
-    other parameters, or no state that a run can have come to.
+    A process beyond those of the interrupted run keeps its current random state. Raises UserError when the state
+    belongs to other parameters or is not valid.
     """
     restore_weights(state, parameters)
     try:
@@ -237,7 +237,7 @@ def _restore_optimizer(state: State, parameters: NamedParameters, optimizer: tor
 
 
 def restore_weights(state: State, parameters: NamedParameters) -> None:
-    """Put the trained weights alone back. Raises UserError when the state is of other parameters."""
+    """Restore only the trained weights. Raises UserError when the state belongs to other parameters."""
     if {name for name, _ in parameters} != set(state.weights):
         hint = "another version of lora or PEFT began the run, and adapted other layers: start a new run"
         raise UserError("the checkpoint's parameters are not those that the recipe trains", hint=hint)
@@ -249,12 +249,12 @@ def restore_weights(state: State, parameters: NamedParameters) -> None:
 
 
 def _split_state(state: dict[int, dict[str, Any]]) -> tuple[Tensors, dict[str, Any]]:
-    """The optimizer's state as named tensors, and what is no tensor."""
+    """Split the optimizer's state into named tensors and named non-tensor values."""
     tensors: Tensors = {}
     numbers: dict[str, Any] = {}
     for index, entry in state.items():
         flat: dict[str, Any] = {}
-        for name, value in entry.items():  # bitsandbytes nests its 8-bit tensors, and takes them flat
+        for name, value in entry.items():  # bitsandbytes nests its 8-bit tensors, but loads them flat
             flat |= value if isinstance(value, dict) else {name: value}
         for name, value in flat.items():
             if isinstance(value, torch.Tensor):

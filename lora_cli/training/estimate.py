@@ -1,4 +1,4 @@
-"""What memory a run will need, from the shapes of its base and its rows; nothing is loaded."""
+"""Estimate a run's memory from the shapes of its base and its rows; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Need:
-    """Estimated bytes: the frozen base, what is trained with its gradients and state, one batch's activations."""
+    """Estimated bytes: frozen base, trained weights with gradients and optimizer state, one batch's activations."""
 
     weights: int
     optimizer: int
@@ -38,11 +38,11 @@ class Need:
 
 
 def estimate(job: Prepared, recipe: Recipe) -> Need:
-    """What a run of this recipe needs, from shapes alone; ``job`` gives the base's and the rows'."""
+    """Estimate the memory for a run of ``recipe`` from shapes alone; ``job`` has those of the base and the rows."""
     bare = skeleton(job.config)
     dtype = resolve_dtype(recipe.model.dtype, best_device())
     linear, parameters = _numbers(bare)
-    if recipe.training.stream_base is True:  # one layer at a time
+    if recipe.training.stream_base is True:  # one layer is in memory at a time
         layers = [_numbers(bare, layer) for layer in checkpointed_layers(bare)]
         largest = max(layers, key=lambda numbers: numbers[1])
         linear += largest[0] - sum(numbers[0] for numbers in layers)
@@ -59,9 +59,9 @@ def estimate(job: Prepared, recipe: Recipe) -> Need:
 
 
 def _bits(folder: Path, bare: PreTrainedModel, recipe: Recipe, dtype: torch.dtype) -> float:
-    """Bits of a number in the linear layers of a base, scales included; ``dtype``'s where they are not quantized.
+    """Return the bits per parameter of a base's linear layers, 4-bit scales included; ``dtype``'s if not quantized.
 
-    A 4-bit block of 64 has a scale of 32 bits, double-quantized one of about 8 (QLoRA, arXiv:2305.14314, section 3).
+    A 4-bit block of 64 has a scale of 32 bits, or about 8 if double-quantized (QLoRA, arXiv:2305.14314, section 3).
     """
     if recipe.quantization is not None:
         in_4_bits = 4.127 if recipe.quantization.double_quant else 4.5
@@ -79,7 +79,7 @@ def _bits(folder: Path, bare: PreTrainedModel, recipe: Recipe, dtype: torch.dtyp
 
 
 def _numbers(bare: PreTrainedModel, within: str = "") -> tuple[int, int]:
-    """Of a model, or of its part of that name: the numbers in weights of linear layers, and in all."""
+    """Count the parameters of a model, or of its submodule ``within``: in weights of linear layers, and in all."""
     linear = linear_layers(bare).items()
     inside = (each for name, each in linear if f"{name}.".startswith(f"{within}." if within else ""))
     every = bare.get_submodule(within).parameters()
@@ -87,10 +87,10 @@ def _numbers(bare: PreTrainedModel, within: str = "") -> tuple[int, int]:
 
 
 def largest_batch(lengths: Ints, supervised: Ints, batch_size: int, max_length: int, packing: bool) -> tuple[int, int]:
-    """Of no micro-batch is more: its tokens, padding included, and the positions whose logits are computed.
+    """Return the most tokens, padding included, and the most positions with logits that a micro-batch can have.
 
-    ``lengths`` and ``supervised`` (rows,) count each row's tokens. Padded, each row has logits wherever one of them is
-    supervised.
+    ``lengths`` and ``supervised`` (rows,) count each row's tokens. In a padded batch, every row has logits at each
+    position that is supervised in any row.
     """
     lengths = np.minimum(lengths, max_length)
     supervised = np.minimum(supervised, lengths)

@@ -1,7 +1,7 @@
-"""What the frozen layers below the lowest adapted one give for each row: computed once, kept in memory or on disk.
+"""Output of the frozen layers below the lowest adapted one: computed once per row, kept in memory or on disk.
 
-It is computed before the first step, in batches that depend on the rows and the recipe alone, so that a run that was
-stopped goes on with the same numbers.
+It is computed before the first step, in batches that depend only on the rows and the recipe. A resumed run therefore
+continues with the same values.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from lora_cli.data.examples import Examples, Ints
 
 MEMORY_SHARE, DISK_SHARE = 0.2, 0.5
-"""How much of what is free ``training.cache_frozen: auto`` takes; activations may have four fifths of the memory."""
+"""Fractions of free memory and disk for ``training.cache_frozen: auto``; activations may take 4/5 of the memory."""
 
 
 def plan(trainer: Trainer) -> HiddenStates | None:
-    """Whether and where to keep hidden states, as ``training.cache_frozen`` says; None: nowhere.
+    """Decide where to keep hidden states, as ``training.cache_frozen`` says; None means nowhere.
 
-    All processes come to the same plan, and a run that is gone on with to the one that it began with.
+    All processes make the same plan. With auto, a resumed run considers only the parts that it kept before.
     """
     wanted = trainer.job.recipe.training.cache_frozen
     if wanted is False:
@@ -68,7 +68,7 @@ def plan(trainer: Trainer) -> HiddenStates | None:
 
 
 def usable_layers(trainer: Trainer) -> tuple[FrozenLayers | None, str]:
-    """The layers whose output can be kept; None, and why not if there are any."""
+    """Return the layers whose output can be kept, or None and why not (empty if no layer is frozen)."""
     model = unwrap(trainer)
     if is_sharded(trainer.accelerator) or is_zero(trainer.accelerator):
         return None, "weights are sharded"
@@ -83,20 +83,20 @@ def usable_layers(trainer: Trainer) -> tuple[FrozenLayers | None, str]:
 
 
 def parts(trainer: Trainer) -> dict[str, Examples]:
-    """The rows that are gone through: those to learn from, and those to measure."""
+    """Return the rows that the run processes: those for training and, if there are any, those for validation."""
     validation = trainer.job.validation
     return {"train": trainer.job.train.examples} | ({} if validation is None else {"validation": validation})
 
 
 def is_gone_through_again(trainer: Trainer, part: str) -> bool:
-    """Whether the whole run takes the part's rows more than once; of a run gone on with: whether it began so."""
+    """Whether the run uses the part's rows more than once; a resumed run: whether run.json records them as kept."""
     if trainer.job.resume:
         return part in firsts(trainer.job.folder.read_info().get("cache_frozen", {}) if trainer.writes else {})
     return part == "validation" or trainer.total_steps > trainer.schedule.steps_in(0)
 
 
 def room(trainer: Trainer) -> dict[str, int]:
-    """Bytes that each of the processes may take, in memory and on disk."""
+    """Return the bytes that each process may take, in memory and on disk."""
     free = {
         "memory": MEMORY_SHARE * free_bytes(torch.device("cpu")),
         "disk": DISK_SHARE * shutil.disk_usage(trainer.job.folder.cache).free,
@@ -105,7 +105,7 @@ def room(trainer: Trainer) -> dict[str, int]:
 
 
 def choose_places(sizes: Mapping[str, int], wanted: str, free: Mapping[str, int]) -> dict[str, str]:
-    """Where each part of so many bytes goes; for auto in memory while there is room, then on disk while there is."""
+    """Choose the place of each part, given its bytes. For auto: in memory while there is room, then on disk."""
     if wanted != "auto":
         return dict.fromkeys(sizes, wanted)
     left, places = dict(free), {}
@@ -118,9 +118,9 @@ def choose_places(sizes: Mapping[str, int], wanted: str, free: Mapping[str, int]
 
 
 def compute(trainer: Trainer, step: int) -> None:
-    """Go through the frozen layers with every row of the planned parts, of a run that stands at this ``step``.
+    """Compute the hidden states of all rows of the planned parts; the run has reached ``step``.
 
-    Raises Interrupted between two batches when a signal asks for it, RunError when the disk is full.
+    Raises Interrupted between two batches when a signal asks to stop, RunError when the disk is full.
     """
     planned = trainer.hidden_states
     if planned is None:
@@ -139,24 +139,24 @@ def compute(trainer: Trainer, step: int) -> None:
 
 
 def make_room(place: str, shape: tuple[int, int], dtype: torch.dtype, folder: Path) -> torch.Tensor:
-    """An empty tensor in memory, or in a file in ``folder``. Raises RunError when the disk is full.
+    """Return an empty tensor in memory, or in a file in ``folder``. Raises RunError when the disk is full.
 
-    The file has no name: however the process ends, nothing is left of it and no other can take it for its own.
+    The file has no name: it disappears when the process ends, however it ends, and no other process can use it.
     """
     if place == "memory":
         return torch.empty(shape, dtype=dtype)
     size = shape[0] * shape[1] * dtype.itemsize
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            reserve(file.fileno(), 0, size)  # a write beyond what the disk has would kill the process
-            file.truncate(size)  # where nothing was reserved it is empty, and cannot be mapped
+            reserve(file.fileno(), 0, size)  # a write to a mapped file on a full disk would kill the process
+            file.truncate(size)  # if nothing was reserved, it is empty and cannot be mapped
             return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype).view(shape)
     except OSError as error:
         raise unwritable(folder / "hidden states", error, size) from error
 
 
 def fill(trainer: Trainer, part: str, step: int) -> None:
-    """Compute the part's hidden states, each process a share of the batches, which the others get from it."""
+    """Compute the part's hidden states: each process its share of the batches, which it broadcasts to the others."""
     accelerator, planned, examples = trainer.accelerator, trainer.hidden_states, parts(trainer)[part]
     assert planned is not None
     kept = planned.kept[part]
@@ -178,13 +178,13 @@ def fill(trainer: Trainer, part: str, step: int) -> None:
 
 
 def groups_of(trainer: Trainer, part: str) -> list[Ints]:
-    """The rows of a part in the batches in which they are gone through without learning from them."""
+    """Return the rows of a part, grouped into the batches for evaluation."""
     order = trainer.schedule
     return evaluation_groups(parts(trainer)[part], order.batch_size, order.max_length, order.packing, order.bounds)
 
 
 def batch_of(trainer: Trainer, part: str, rows: Ints) -> Batch:
-    """The rows of a part as a batch, with their hidden states where these are kept."""
+    """Return rows of a part as a batch, with their hidden states if these are kept."""
     packing = trainer.schedule.packing
     batch = collate(parts(trainer)[part], rows, packing, pad_token_id(trainer.job.tokenizer))
     kept = trainer.hidden_states.kept.get(part) if trainer.hidden_states else None

@@ -1,4 +1,4 @@
-"""Hidden states of rows, as they are kept for the steps and evaluations that follow."""
+"""Hidden states of rows, kept for later steps and evaluations."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lora_cli.model.frozen_layers import FrozenLayers
 
 @dataclass(frozen=True)
 class Kept:
-    """Hidden states of every token of some rows, ``states`` (tokens, width), each row's from its ``offsets`` on."""
+    """Hidden states of some rows' tokens: ``states`` (tokens, width), in which row i begins at ``offsets[i]``."""
 
     states: torch.Tensor
     offsets: Ints
 
     def of(self, rows: Ints, packing: bool) -> torch.Tensor:
-        """Those of a batch's rows, laid out as ``collate`` does (rows, tokens, width); padded with a row's last."""
+        """Return a batch's states, laid out as by ``collate`` (rows, tokens, width), padded with each row's last."""
         if packing:
             return self.states[token_places(self.offsets, rows)][None]
         starts, lengths = self.offsets[rows], np.diff(self.offsets)[rows]
@@ -29,15 +29,15 @@ class Kept:
 
 
 def token_places(offsets: Ints, rows: Ints) -> torch.Tensor:
-    """Where the rows' tokens lie among those of all rows, row after row: (tokens,) int64."""
+    """Return the indices of the rows' tokens among those of all rows, row after row: (tokens,) int64."""
     return torch.from_numpy(np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows]))
 
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """Where each part of the rows ("train", "validation") has its hidden states, and these once they are computed.
+    """Where each part of the rows ("train", "validation") keeps its hidden states, and these once computed.
 
-    A token's are ``width`` numbers of type ``dtype``.
+    Each token has ``width`` values of type ``dtype``.
     """
 
     layers: FrozenLayers

@@ -1,4 +1,4 @@
-"""A run that ran out of memory: what there was, what the recipe needs, and what would help most."""
+"""The error of a run that ran out of memory: what there was, what the recipe needs, and what would help most."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ REMEDIES = 3
 
 
 def out_of_memory(job: Prepared, error: BaseException, checkpointing: bool, streams: bool) -> RunError:
-    """What to raise when ``error`` came of a lack of memory; to be called while what filled it still does.
+    """Return the error to raise for a lack of memory (``error``). Call this while the memory is still in use.
 
-    ``checkpointing`` is whether activations were recomputed, ``streams`` whether the base's layers came and went.
+    ``checkpointing`` is whether activations were recomputed, ``streams`` whether the base's layers were streamed.
     """
     now = {"training.gradient_checkpointing": checkpointing or streams, "training.stream_base": streams}
     recipe = changed(with_numbers(job.recipe), now)
@@ -42,7 +42,7 @@ def out_of_memory(job: Prepared, error: BaseException, checkpointing: bool, stre
 
 
 def remedies(job: Prepared, recipe: Recipe) -> list[tuple[str, int]]:
-    """The changes to the recipe that would save most, as overrides, each with the bytes it would save."""
+    """Return the changes to the recipe that would save most, as overrides, each with the bytes it would save."""
     now = estimate(job, recipe).total
     saved = [
         (_overrides(changes), now - estimate(job, changed(recipe, changes)).total) for changes in _changes(recipe, job)
@@ -51,7 +51,7 @@ def remedies(job: Prepared, recipe: Recipe) -> list[tuple[str, int]]:
 
 
 def _overrides(changes: Mapping[str, Any]) -> str:
-    """The changes as they are written on the command line."""
+    """Format the changes as they are written on the command line."""
     return " ".join(f"{key}={value if isinstance(value, str) else told(value)}" for key, value in changes.items())
 
 
