@@ -1,4 +1,4 @@
-"""A finished run as one HTML page: curves, what was trained on what, base beside adapter."""
+"""Report a finished run as one HTML page: scores of base and adapter, curves, facts and recipe."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _curves(lines: list[dict[str, Any]]) -> str:
     loss, rate = figure.subplots(1, 2)
     train = [line for line in lines if line["split"] == "train" and line["loss"] is not None]
     validation = [line for line in lines if line["split"] == "validation"]
-    style = {"color": "#2a6f97", "marker": "o" if len(train) == 1 else ""}  # a single point is no line
+    style = {"color": "#2a6f97", "marker": "o" if len(train) == 1 else ""}  # a single point draws no line
     loss.plot([line["step"] for line in train], [line["loss"] for line in train], label="train", **style)
     if validation:
         steps = [line["step"] for line in validation]

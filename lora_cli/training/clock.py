@@ -1,4 +1,4 @@
-"""Time and tokens."""
+"""Elapsed time and token rate."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lora_cli.data.batches import Step
 
 
 class Clock:
-    """Seconds and real tokens since the process's first step, evaluations left out of the rate."""
+    """Seconds and real (non-padding) tokens since the process's first step; the rate leaves out evaluations."""
 
     def __init__(self) -> None:
         self.began = self._mark = time.perf_counter()
@@ -25,7 +25,7 @@ class Clock:
         self._tokens += step.tokens
 
     def seconds_for(self, steps: int) -> float:
-        """How long so many steps take at the pace so far."""
+        """Return how long ``steps`` steps take at the average pace so far."""
         return self.seconds / max(self._steps, 1) * steps
 
     def leave_out(self, seconds: float) -> None:

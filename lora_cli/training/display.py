@@ -21,8 +21,8 @@ Item = TypeVar("Item")
 
 
 class _Lasting:
-    """A stream that falls silent when it cannot be written: that its reader is gone, or its disk full, is no reason to
-    end a run, whose own log goes on."""
+    """A stream that goes silent when a write fails. A closed reader or a full disk must not end a run, which also keeps
+    its own log."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -45,7 +45,7 @@ class _Lasting:
 
 
 def silence(stream: TextIO) -> None:
-    """Let all that is still written to a stream go nowhere: its reader is gone."""
+    """Redirect all further writes to a stream to /dev/null, since its reader is gone."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
@@ -54,8 +54,8 @@ def silence(stream: TextIO) -> None:
 class Display:
     """Writes to stderr, and to the run's log once there is one.
 
-    On a terminal a bar shows loss, learning rate, tokens/s, time left and peak memory; elsewhere each logged step is a
-    line. ``quiet`` leaves warnings alone, ``silent`` nothing: of several processes one speaks.
+    On a terminal, a bar shows loss, learning rate, tokens/s, time left and peak memory; elsewhere each logged step is a
+    line. ``quiet`` prints only warnings, ``silent`` nothing: only one of several processes prints.
     """
 
     def __init__(self, quiet: bool = False, silent: bool = False) -> None:
@@ -71,7 +71,7 @@ class Display:
         self._log = path
 
     def note(self, text: str, warning: bool = False) -> None:
-        """One line of information, or of warning."""
+        """Print and log one line of information, or a warning."""
         if warning or not self.quiet:
             self.console.print(
                 f"warning: {text}" if warning else text, style="yellow" if warning else None, markup=False
@@ -89,7 +89,7 @@ class Display:
             raise unwritable(self._log, error, len(line.encode())) from error
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """A small table; numbers are set to the right."""
+        """Print a small table; numbers are right-aligned."""
         if self.quiet:
             return
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
@@ -101,7 +101,7 @@ class Display:
 
     @contextmanager
     def steps(self, done: int, total: int) -> Iterator[None]:
-        """Show steps ``done`` to ``total`` as long as the block lasts."""
+        """Show progress from step ``done`` to ``total`` while the block runs."""
         if self.quiet or not self.console.is_terminal:
             yield
             return
@@ -120,11 +120,11 @@ class Display:
                 self._progress = None
 
     def waiting(self, what: str) -> AbstractContextManager[object]:
-        """On a terminal a sign that ``what`` goes on as long as the block lasts, in which there is to be no bar."""
+        """On a terminal, show that ``what`` is in progress while the block runs, which must not show a bar."""
         return nullcontext() if self.quiet or not self.console.is_terminal else self.console.status(what)
 
     def through(self, items: Sequence[Item], what: str) -> Iterator[Item]:
-        """The items in turn, with a bar of their own on a terminal."""
+        """Yield the items, with their own bar on a terminal."""
         if self.quiet or not self.console.is_terminal:
             yield from items
         elif self._progress is None:
@@ -151,7 +151,7 @@ class Display:
 
 
 def describe(line: Mapping[str, Any]) -> str:
-    """A line of metrics in words."""
+    """Return a line of metrics as text."""
     if line["split"] != "train":
         return f"{line['split']} loss {line['loss']:.4f}  perplexity {line['perplexity']:.2f}"
     loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
@@ -162,7 +162,7 @@ def describe(line: Mapping[str, Any]) -> str:
 
 
 def pace(result: Mapping[str, Any]) -> str:
-    """How many steps a run has taken, and in which time those that were not taken before it was resumed."""
+    """Return the number of steps of a run and the time of those taken since it was resumed, as text."""
     steps, taken = counted(result["steps"], "step"), result["steps"] - result["resumed_step"]
     if not taken:
         return f"{steps}, all taken before"
@@ -170,14 +170,14 @@ def pace(result: Mapping[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 1:02:03 or 2:03."""
+    """Format seconds as 1:02:03 or 2:03."""
     hours, rest = divmod(round(seconds), 3600)
     minutes, seconds = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def peak_memory() -> int:
-    """Bytes this process has held at most: on the GPU when one is in use, else in memory."""
+    """Return this process's peak memory in bytes: allocated on the GPU if there is one, else resident on the host."""
     import torch
 
     if torch.cuda.is_available():

@@ -14,24 +14,24 @@ from lora_cli.errors import Interrupted
 
 @dataclass
 class Interrupt:
-    """The signal that asked to stop, 0 as long as none has."""
+    """The number of the signal that asked to stop; 0 while none has."""
 
     number: int = 0
 
 
 @contextmanager
 def catch_signals() -> Iterator[Interrupt]:
-    """Turn the first SIGINT, SIGTERM or SIGHUP (unless nohup has it ignored) into a note to be read between steps, as
-    long as the block lasts."""
+    """While the block runs, record the first SIGINT, SIGTERM or SIGHUP (unless nohup ignores it), to be read between
+    steps."""
     asked = Interrupt()
-    if threading.current_thread() is not threading.main_thread():  # Python lets no other thread set handlers
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield asked
         return
 
     def handle(number: int, _: FrameType | None) -> None:
         asked.number = number
         for kind, handler in before.items():
-            # A shell that ends tells its jobs of it, and the system tells them once more.
+            # A shell that ends sends its jobs SIGHUP, and then the system sends it again.
             signal.signal(kind, signal.SIG_IGN if kind == signal.SIGHUP else handler)
 
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -47,7 +47,7 @@ def catch_signals() -> Iterator[Interrupt]:
 
 
 def stopped_after(step: int, signal_number: int) -> Interrupted:
-    """What to raise once the step's checkpoint is written; before the first step, which is 0, there is none."""
+    """Return the error to raise once the step's checkpoint is written; step 0, before the first step, has none."""
     if step == 0:
         return Interrupted("stopped before the first step", signal_number, "--resume starts it again")
     hint = "to continue, run the same command with --resume and without --overwrite"

@@ -45,16 +45,16 @@ from lora_cli.weights.provenance import now
 from lora_cli.weights.quantized_cache import prune_kept
 
 PROOF_TOKENS = 64
-READ_EVERY = 1.0  # seconds for which a run goes on, at most, without a look at its losses
+READ_EVERY = 1.0  # maximum seconds between two readings of the losses
 Unread = list[tuple[Step, torch.Tensor]]
-"""Steps, and what ``take_step`` gave, which lies on the device yet."""
+"""Steps, each with the result of ``take_step``, which is still on the device."""
 
 
 def train(job: Prepared, display: Display) -> dict[str, Any]:
-    """Fine-tune what ``prepare`` has checked; returns run.json's content, which holds the result.
+    """Fine-tune the prepared job. Returns run.json's content, including the result.
 
-    Raises UserError for stored weights that turn out to be unusable, before anything is written; RunError when the run
-    fails; Interrupted when a signal stopped it, after a checkpoint or before the first step.
+    Raises UserError when stored weights turn out to be unusable, before the run's files are written; RunError when the
+    run fails; Interrupted when a signal stopped it, after a checkpoint or before the first step.
     """
     began = time.perf_counter()
     root = job.folder.root
@@ -68,15 +68,15 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
         try:
             return train_alone(job, display, began)
         except UserError:
-            if process_count() > 1:  # another process may have made them
+            if process_count() > 1:  # another process may have created them
                 for empty in (job.folder.cache, root):
-                    with suppress(OSError):  # it is not: what others have put there stays
+                    with suppress(OSError):  # not empty: files of others stay
                         empty.rmdir()
             raise
 
 
 def train_alone(job: Prepared, display: Display, began: float) -> dict[str, Any]:
-    """Train in a folder that no other run is at work in; raises what ``train`` does."""
+    """Train in a folder that no other run is using; raises what ``train`` does."""
     made = publish(job.folder.cache, job.tokenized)
     trainer = None
     try:
@@ -100,7 +100,7 @@ def train_alone(job: Prepared, display: Display, began: float) -> dict[str, Any]
             checkpointing = bool(trainer and unwrap(trainer).base_model.is_gradient_checkpointing)
             streams = trainer.streams if trainer else job.recipe.training.stream_base is True
             raise out_of_memory(trainer.job if trainer else job, error, checkpointing, streams) from error
-        if is_lack_of_room(error):  # in what a library writes, such as a tracker
+        if is_lack_of_room(error):  # from a library's own write, such as a tracker's
             raise unwritable(Path(getattr(error, "filename", None) or job.folder.root), error) from error
         if process_count() == 1 or not isinstance(error, RuntimeError) or not is_broken_connection(error):
             raise
@@ -109,7 +109,7 @@ def train_alone(job: Prepared, display: Display, began: float) -> dict[str, Any]
 
 
 def run(trainer: Trainer, began: float) -> dict[str, Any]:
-    """From the folder's first file to the adapter."""
+    """Run from the folder's first file to the adapter. Returns run.json's content."""
     job, folder, display = trainer.job, trainer.job.folder, trainer.display
     info = run_record(trainer)
     untrained = digests(whole_weights(trainer))
@@ -145,8 +145,8 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
 def end(trainer: Trainer) -> None:
     """Close the process group.
 
-    DistributedDataParallel goes first: were it the last to hold the group, it would wait with the interpreter's lock
-    for a thread of the group's that may be waiting for that lock.
+    DistributedDataParallel is released first. If it were the last to hold the group, it would keep the GIL while
+    waiting for one of the group's threads, which may itself be waiting for the GIL.
     """
     if isinstance(trainer.model, DistributedDataParallel):
         trainer.model = unwrap(trainer)
@@ -155,9 +155,9 @@ def end(trainer: Trainer) -> None:
 
 
 def save_adapter(trainer: Trainer, info: dict[str, Any], untrained: dict[str, str]) -> None:
-    """Write the adapter's folder, in place once it is proven; ``untrained`` are the digests of the weights at first.
+    """Write the adapter's folder, in place once verified; ``untrained`` are the digests of the weights before training.
 
-    Raises RunError when it cannot be written, or is not proven.
+    Raises RunError when the adapter cannot be written or verified.
     """
     job, weights = trainer.job, whole_weights(trainer)
     row = torch.tensor(job.train.examples.row(0)[0][:PROOF_TOKENS], dtype=torch.long)
@@ -167,16 +167,16 @@ def save_adapter(trainer: Trainer, info: dict[str, Any], untrained: dict[str, st
         if draft is not None:
             write_adapter(draft, unwrap(trainer), weights, job.tokenizer, provenance(trainer, info), job.recipe)
         written = firsts(draft)
-        if draft is not None or is_sharded(trainer.accelerator):  # a sharded model computes on all processes or on none
+        if draft is not None or is_sharded(trainer.accelerator):  # a sharded model's forward pass needs all processes
             assert written is not None
             prove(written, str(job.folder.root), unwrap(trainer), weights, untrained, row)
         trainer.accelerator.wait_for_everyone()
-        job.folder.check_held()  # proving takes a while
+        job.folder.check_held()  # verification takes a while
 
 
 @contextmanager
 def reading_along() -> Iterator[None]:
-    """For processes that do not write: what they cannot read, or prove, fails in the first one, which tells of it."""
+    """For processes that do not write: raise Aftermath for a failure, whose cause the first process reports."""
     try:
         yield
     except (RunError, OSError, SafetensorError) as error:
@@ -184,12 +184,12 @@ def reading_along() -> Iterator[None]:
 
 
 def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """What is trained, by name, gathered from all processes."""
+    """Return the complete trained weights by name, gathered from all processes."""
     return {name: host_copy(weight) for name, weight in trainer.trained}
 
 
 def run_steps(trainer: Trainer, progress: Progress) -> Progress:
-    """Every step that is left: learn, log, evaluate, save."""
+    """Take all remaining steps: train, log, evaluate, save."""
     training = trainer.job.recipe.training
     rate = learning_rate_at(training, trainer.optimizer, trainer.total_steps)
     clock = Clock()
@@ -225,7 +225,7 @@ def run_steps(trainer: Trainer, progress: Progress) -> Progress:
 
 
 def end_step(trainer: Trainer, step: Step, progress: Progress, unread: Unread) -> Progress:
-    """Save when it is due. Raises Interrupted when a signal asks to stop and the run has not come to its end."""
+    """Save a checkpoint when it is due. Raises Interrupted when a signal asks to stop and the run is not finished."""
     training = trainer.job.recipe.training
     last = step.number == trainer.total_steps
     stop_early = has_converged(trainer, progress)
@@ -243,7 +243,7 @@ def end_step(trainer: Trainer, step: Step, progress: Progress, unread: Unread) -
 
 
 def read(trainer: Trainer, unread: Unread, progress: Progress) -> Progress:
-    """Read, for which a GPU has to come to its end, and forget what came of the steps since the last reading."""
+    """Read the results in ``unread`` (a GPU must finish its work first), count skipped steps and clear the list."""
     for step, outcome in unread:
         loss, grad_norm = outcome.tolist()
         progress = count_skipped(trainer, step, loss, grad_norm, progress)
@@ -252,13 +252,13 @@ def read(trainer: Trainer, unread: Unread, progress: Progress) -> Progress:
 
 
 def remaining(trainer: Trainer, progress: Progress) -> Iterator[Step]:
-    """The steps still to take."""
+    """Yield the steps still to take."""
     if is_unfinished(trainer, progress):
         yield from islice(trainer.schedule.steps(progress.step), trainer.total_steps - progress.step)
 
 
 def is_unfinished(trainer: Trainer, progress: Progress) -> bool:
-    """Whether there are steps still to take: none when the run has stopped early."""
+    """Whether there are steps still to take; there are none after early stopping."""
     return progress.step < trainer.total_steps and not has_converged(trainer, progress)
 
 
@@ -269,11 +269,11 @@ def has_converged(trainer: Trainer, progress: Progress) -> bool:
 
 
 def was_stopped_in_evaluation(trainer: Trainer, progress: Progress) -> bool:
-    """Whether the step that the run goes on from was to be evaluated before the next, and has not been."""
+    """Whether the step that the run continues from still lacks the evaluation that is due before the next one."""
     eval_steps = trainer.job.recipe.training.eval_steps
     return due(progress.step, eval_steps) and not is_evaluated(trainer, progress)
 
 
 def due(step: int, interval: int | None) -> bool:
-    """Whether something done every ``interval`` steps is to be done after this one."""
+    """Whether something done every ``interval`` steps is due after this step."""
     return interval is not None and step % interval == 0

@@ -1,4 +1,4 @@
-"""What a run tells of its steps and evaluations: in metrics.jsonl, on the display and to the trackers."""
+"""What a run reports about its steps and evaluations: in metrics.jsonl, on the display and to trackers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lora_cli.training.same_run import flat_keys
 from lora_cli.training.setup import Trainer
 
 RUN_NAME = {"wandb": "name", "mlflow": "run_name", "trackio": "name", "swanlab": "experiment_name"}
-"""What each tracker calls the name of a run in its project."""
+"""The keyword with which each tracker takes a run's name."""
 
 
 def start_trackers(trainer: Trainer) -> None:
-    """Tell the trackers of ``report_to`` the run's name and the recipe, each key under its dotted name.
+    """Start the trackers of ``report_to`` with the run's name and the recipe's values by dotted key.
 
-    Raises UserError when one cannot start: it wants to be logged in, or has no server.
+    Raises UserError when one cannot start, for example because it needs a login or has no server.
     """
     recipe = trainer.job.recipe
     if not recipe.training.report_to:
@@ -41,7 +41,7 @@ def start_trackers(trainer: Trainer) -> None:
 
 
 def finish_trackers(trainer: Trainer) -> None:
-    """Have the trackers end what they report; what keeps one from it is no reason for a run to fail."""
+    """Let the trackers finish their reports; an error of theirs must not fail the run."""
     for tracker in trainer.accelerator.trackers:
         with suppress(Exception):
             tracker.finish()
@@ -49,7 +49,7 @@ def finish_trackers(trainer: Trainer) -> None:
 
 
 def log_step(trainer: Trainer, step: Step, outcome: torch.Tensor, learning_rate: float, clock: Clock) -> None:
-    """Write a training line of what ``take_step`` gave; what is no finite number is null."""
+    """Write a training line for the result of ``take_step``; values that are not finite become null."""
     loss, grad_norm = outcome.tolist()
     line = {
         "step": step.number,

@@ -1,4 +1,4 @@
-"""Losses, gradients and weights that are no finite numbers: told with their causes, left out or the end of the run."""
+"""Losses, gradients and weights that are not finite: report the likely causes, and skip the step or end the run."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ CAUSES = (
 
 
 def count_skipped(trainer: Trainer, step: Step, loss: float, grad_norm: float, progress: Progress) -> Progress:
-    """Count a step that was not taken because its loss or gradient was no finite number.
+    """Count a step that was not taken because its loss or gradient is not finite.
 
-    Raises RunError when the recipe says that the run stops there, or when GIVE_UP_AFTER steps in a row were skipped.
+    Raises RunError when the recipe says that the run stops there, or after GIVE_UP_AFTER skipped steps in a row.
     """
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return replace(progress, skipped_in_a_row=0)
     scaler = trainer.accelerator.scaler
     if math.isfinite(loss) and scaler is not None and scaler.get_scale() >= 1:
-        return progress  # float16's scaler multiplied the loss by more than the gradient has room for; it halves that
+        return progress  # the scaled loss overflowed float16's gradient; the scaler halves its scale
     what = f"step {step.number} was not taken: {_told(loss=loss, grad_norm=grad_norm)}; {describe_rows(trainer, step)}"
     skipped = progress.skipped_in_a_row + 1
     folder = trainer.job.folder
@@ -48,7 +48,7 @@ def count_skipped(trainer: Trainer, step: Step, loss: float, grad_norm: float, p
 
 
 def describe_rows(trainer: Trainer, step: Step) -> str:
-    """The step's rows by file and line, with the words they begin with."""
+    """Return the step's rows by file and line, each with its first words."""
     examples, tokenizer = trainer.job.train.examples, trainer.job.tokenizer
     rows = np.concatenate(step.micro_batches).tolist()
     shown = rows[:ROWS_NAMED]
@@ -64,7 +64,7 @@ def describe_rows(trainer: Trainer, step: Step) -> str:
 
 
 def check_finite(trainer: Trainer, step: int, **values: float) -> None:
-    """Raises RunError when one of the values is no finite number."""
+    """Raises RunError when one of the values is not finite."""
     told = _told(**values)
     if told:
         folder = trainer.job.folder

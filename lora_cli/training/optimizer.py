@@ -27,11 +27,11 @@ SCHEDULES = {
     "inverse_sqrt": "inverse_sqrt",
     "constant": "constant_with_warmup",
 }
-"""The recipe's word -> Transformers' schedule. Plain 'constant' there would leave the warm-up out without a word."""
+"""The recipe's name -> Transformers' schedule, of which plain 'constant' would silently leave out the warm-up."""
 
 
 def make_optimizer(training: Training, parameters: Sequence[torch.nn.Parameter]) -> Optimizer:
-    """AdamW (arXiv:1711.05101) over the adapter's parameters."""
+    """Create AdamW (arXiv:1711.05101) over the adapter's parameters. Raises UserError if it does not run here."""
     make = OPTIMIZERS[training.optim]
     try:
         return make(list(parameters), lr=training.learning_rate, weight_decay=training.weight_decay)
@@ -40,9 +40,9 @@ def make_optimizer(training: Training, parameters: Sequence[torch.nn.Parameter])
 
 
 def warmup_steps(training: Training, total_steps: int) -> int:
-    """Steps of warm-up: as given, or the ratio of all steps, rounded up but never all of them.
+    """Return the number of warm-up steps: as given, or the ratio of all steps, rounded up but never all of them.
 
-    A warm-up's first step has the rate 0: with the default ratio, a run of one step would learn nothing.
+    The first warm-up step has learning rate 0: with the default ratio, a run of one step would otherwise learn nothing.
     """
     if training.warmup_steps is not None:
         return training.warmup_steps
@@ -50,16 +50,16 @@ def warmup_steps(training: Training, total_steps: int) -> int:
 
 
 def check_warmup(training: Training, total_steps: int) -> None:
-    """Raises UserError when the run's one step is a warm-up's first, with the learning rate 0."""
+    """Raises UserError when the run's only step is a warm-up step, which has learning rate 0."""
     if total_steps == 1 and training.warmup_steps:
         what = "training.warmup_steps: the run has one step, and its learning rate would be 0"
         raise UserError(what, hint="set it to 0, or train for more steps")
 
 
 def learning_rate_at(training: Training, optimizer: Optimizer, total_steps: int) -> Callable[[int], float]:
-    """The learning rate of step n (1, 2, …): Transformers' schedule at n - 1, a function of n alone.
+    """Return the learning rate as a function of step n (1, 2, …) alone: Transformers' schedule at n - 1.
 
-    Without state there is nothing to save or to restore, and no count that several processes could disagree on.
+    There is no state to save or restore, and no counter on which processes could disagree.
     """
     scheduler = get_scheduler(
         SCHEDULES[training.lr_scheduler_type],

@@ -1,4 +1,4 @@
-"""One optimizer step, and how it is left out when its numbers are none."""
+"""One optimizer step, which is skipped when its loss or gradient is not finite."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lora_cli.training.zero import is_zero
 
 
 def take_step(trainer: Trainer, step: Step, learning_rate: float) -> torch.Tensor:
-    """One optimizer step. Returns its loss, a mean over all its supervised tokens, and the gradient's norm: (2,)
-    float64, on the device, so that the next step can be sent there before this one has come to its end.
+    """Take one optimizer step. Returns its loss, the mean over all its supervised tokens, and the norm of its gradient:
+    (2,) float64, on the device, so that the next step can be queued before this one has finished.
 
-    When one of them is no finite number, weights and optimizer stay as they are.
+    When one of them is not finite, weights and optimizer state are unchanged.
 
     Each micro-batch's summed loss is divided by the whole step's supervised tokens before the backward pass, so that
-    the gradient does not depend on how rows fall into micro-batches and processes; what divides it by the number of
-    processes afterwards (DistributedDataParallel, fully_shard) is made up for.
+    the gradient does not depend on how rows are split into micro-batches and processes. It is multiplied by the number
+    of processes, by which DistributedDataParallel and fully_shard divide it afterwards.
     """
     accelerator, optimizer, training = trainer.accelerator, trainer.optimizer, trainer.job.recipe.training
     for parameter_group in optimizer.param_groups:
@@ -51,21 +51,21 @@ def take_step(trainer: Trainer, step: Step, learning_rate: float) -> torch.Tenso
 
 
 def step_if_finite(accelerator: Accelerator, optimizer: Optimizer, outcome: torch.Tensor) -> None:
-    """Take the optimizer's step if all of ``outcome`` are finite numbers; else weights and state stay as they are."""
+    """Take the optimizer's step if all of ``outcome`` is finite; otherwise weights and state are unchanged."""
     is_finite = outcome.isfinite().all()
     if skips_on_device(accelerator, optimizer):
         optimizer.optimizer.found_inf = is_finite.logical_not().float()  # type: ignore[attr-defined]
     elif not is_finite:
         if accelerator.scaler is None:
             return
-        optimizer.zero_grad()  # float16's gradient scaler has to be told of every step
+        optimizer.zero_grad()  # float16's gradient scaler must see every step
     optimizer.step()
 
 
 def skips_on_device(accelerator: Accelerator, optimizer: Optimizer) -> bool:
-    """Whether the optimizer itself can leave a step out by a number on the device, for which nobody has to wait.
+    """Whether the optimizer can skip a step by a flag on the device, without synchronizing with the host.
 
-    torch's fused ones can, for gradient scalers to tell them; over shards they want that number sharded as well.
+    torch's fused optimizers can, since gradient scalers use this flag; over shards, it must be sharded as well.
     """
     if accelerator.scaler is not None or is_zero(accelerator) or is_sharded(accelerator):
         return False
@@ -73,7 +73,7 @@ def skips_on_device(accelerator: Accelerator, optimizer: Optimizer) -> bool:
 
 
 def waits_each_step(trainer: Trainer) -> bool:
-    """Whether each step is read before the next begins: where processes have to agree, the host decides whether a step
-    is taken, or what it holds in its memory for one step must be free for the next."""
+    """Whether each step's result is read before the next step begins: when processes have to agree, the host decides
+    whether to take the step, or offloaded activations in host memory must be freed for the next one."""
     accelerator = trainer.accelerator
     return accelerator.num_processes > 1 or trainer.offload or not skips_on_device(accelerator, trainer.optimizer)

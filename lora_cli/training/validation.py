@@ -1,4 +1,4 @@
-"""The validation rows in the course of a run: measured when it is due, logged, and the best score noted."""
+"""Evaluate on the validation rows during a run, log the scores and record the best one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lora_cli.training.setup import Trainer, unwrap
 
 
 def evaluate_base(trainer: Trainer) -> Progress:
-    """Step 0: the base measured on the validation rows, when there are any."""
+    """Step 0: evaluate the base on the validation rows, if any. Raises Interrupted when a signal asks to stop."""
     if trainer.job.validation is None:
         return Progress()
     trainer.display.note(f"measuring the base on {counted(len(trainer.job.validation), 'validation row')}")
@@ -34,8 +34,8 @@ def evaluate_base(trainer: Trainer) -> Progress:
 
 
 def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock) -> Progress:
-    """Measure the validation rows, log the score and note whether it is the best so far; nothing of it when a signal
-    asks to stop meanwhile."""
+    """Evaluate on the validation rows, log the score and record whether it is the best so far. When a signal asks to
+    stop meanwhile, return ``progress`` unchanged."""
     began = time.perf_counter()
     score = validate(trainer)
     clock.leave_out(time.perf_counter() - began)
@@ -50,7 +50,7 @@ def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock
 
 
 def evaluate_reached(trainer: Trainer, progress: Progress) -> Progress:
-    """Evaluate the step reached, unless it has been: a run resumed may have no step left that would do it."""
+    """Evaluate the current step, unless that is done: a resumed run may have no step left that would do it."""
     if is_evaluated(trainer, progress):
         return progress
     progress = evaluate_step(trainer, reached(trainer, progress), progress, Clock())
@@ -60,8 +60,8 @@ def evaluate_reached(trainer: Trainer, progress: Progress) -> Progress:
 
 
 def validate(trainer: Trainer) -> Score | None:
-    """Loss on the validation rows with the model as it is, each row counted once over all processes; None when a signal
-    asks to stop meanwhile."""
+    """Return the model's current loss on the validation rows, each row counted once over all processes; None when a
+    signal asks to stop meanwhile."""
     groups = hidden_states.groups_of(trainer, "validation")
     asked_to_stop = 0
 
@@ -78,10 +78,10 @@ def validate(trainer: Trainer) -> Score | None:
 
 
 def reached(trainer: Trainer, progress: Progress) -> Step:
-    """The last step that was taken."""
+    """Return the last step that was taken."""
     return next(trainer.schedule.steps(progress.step - 1))
 
 
 def is_evaluated(trainer: Trainer, progress: Progress) -> bool:
-    """Whether there is nothing to evaluate after the step reached."""
+    """Whether the current step has been evaluated, or there is nothing to evaluate on."""
     return trainer.job.validation is None or progress.evaluated_step == progress.step
