@@ -1,4 +1,4 @@
-"""What a finished run leaves for others: the adapter folder, its provenance and its model card."""
+"""What a finished run produces for others: the adapter folder, its provenance and its model card."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_adapter(
 ) -> None:
     """Write the adapter into ``folder`` in PEFT's layout, with tokenizer, chat template, provenance and model card.
 
-    ``weights`` are the trained ones by name, whole: the model itself may hold one process's shards alone.
+    ``weights`` are the complete trained tensors by name; the model itself may hold only this process's shards.
     """
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path = provenance["base"]["name_or_path"]
@@ -39,7 +39,7 @@ def write_adapter(
 
 
 def model_card(recipe: Recipe, provenance: dict[str, Any]) -> str:
-    """The adapter's README.md: what it is, what it was trained on, what came of it."""
+    """Return the adapter's README.md: its settings, its training data and its validation scores."""
     adapter, training = recipe.adapter, recipe.training
     base = provenance["base"]["name_or_path"]
     data, result = provenance["data"], provenance["result"]

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: a lock that the system takes back when its process ends, however it ends."""
+"""Allow one run at a time in a folder: the system releases the lock when its process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lora_cli.disk import make_folder
 from lora_cli.errors import RunError, UserError
 
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
-"""What a file system says that has no locks."""
+"""Errors of a file system that does not support locks."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """A folder that a run is at work in, open; ``locked`` says whether that keeps others out."""
+    """The open folder of a run in progress; ``locked`` is whether a lock keeps other runs out."""
 
     folder: Path
     handle: int
     locked: bool
 
     def check(self) -> None:
-        """Raises RunError when the folder is no longer found under its name: what is written there would be another
-        run's, or make a folder of parts."""
+        """Raises RunError when the folder is no longer found under its name: anything written there would go into
+        another run's folder, or create an incomplete one."""
         try:
             if os.path.samestat(self.folder.stat(), os.fstat(self.handle)):
                 return
@@ -38,7 +38,7 @@ class Held:
 
     def _way_back(self) -> str:
         place = ""
-        with suppress(OSError):  # only Linux tells
+        with suppress(OSError):  # /proc exists on Linux only
             place = str(Path(f"/proc/self/fd/{self.handle}").readlink())
         if place.endswith(" (deleted)"):
             return "it was removed with all its checkpoints: start a new run"
@@ -48,10 +48,10 @@ class Held:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[Held]:
-    """Hold the folder, made if need be, as long as the block lasts.
+    """Hold a lock on the folder, which is created if missing, while the block runs.
 
-    One that was made, and in which nothing was left, is removed again, but not by who is refused: it may be the other's
-    by then. Raises UserError while another process holds it.
+    A folder created here is removed again if it is left empty, except when the lock is refused: by then it may belong
+    to the other process. Raises UserError while another process holds the lock.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     make_folder(folder)
@@ -71,7 +71,7 @@ def locked(folder: Path) -> Iterator[Held]:
 
 
 def _lock(folder: Path, handle: int) -> bool:
-    """Take the lock; whether there are locks here."""
+    """Take the lock, and return whether the file system supports locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -1,4 +1,4 @@
-"""Proof that a run did what it says: the adapter on disk is the one in memory, whole, moved, and seen in the logits."""
+"""Proof of a run's result: the adapter on disk is the one in memory, complete, trained, and changes the logits."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, torch.Tensor]
 RELOADED = "reloaded"
 NAMED_AT_MOST = 3
-MAGNIFIED = (1, 1024)  # a few steps may move an adapter by less than 16-bit logits show
+MAGNIFIED = (1, 1024)  # a few steps may change an adapter by less than 16-bit logits show
 UNUSED = "remove layers that the model does not use from adapter.target_modules"
 KEPT = "the checkpoints are kept, no adapter was written"
 
 
 def digests(weights: Tensors) -> dict[str, str]:
-    """SHA-256 of every trained tensor, by name: how training found them, in little memory."""
+    """Return the SHA-256 of every trained tensor, by name: its state before training, in little memory."""
     return {name: _digest(weight) for name, weight in weights.items()}
 
 
 def prove(
     folder: Path, where: str, model: PeftModel, weights: Tensors, start: Mapping[str, str], ids: torch.Tensor
 ) -> None:
-    """Hold the adapter written to ``folder`` against the ``model`` it was written from.
+    """Compare the adapter written to ``folder`` with the ``model`` that it was written from.
 
-    ``weights`` are the model's trained tensors, whole, by parameter name; ``start`` is what ``digests`` gave of them
-    before training; ``ids`` (tokens,) int64 is a row of the training data. Leaves the model's modes, its adapters and
-    the random states as they were.
+    ``weights`` are the model's complete trained tensors by parameter name; ``start`` are their digests before training;
+    ``ids`` (tokens,) int64 is a row of the training data. The model's modes, its adapters and the random states are
+    unchanged afterwards.
 
-    Raises RunError about ``where`` when a trained tensor is missing in the file or differs from memory, when a layer's
-    update is nothing, or when the adapter, loaded again, does not change the logits as the one in memory does.
+    Raises RunError about ``where`` when a trained tensor is missing in the file or differs from memory, when a layer
+    was not changed by training, when the adapter changes no logit, or when its logits differ once it is loaded again.
     """
     stored = load_file(folder / ADAPTER_WEIGHTS)
     faults = list(_differences(weights, stored))
@@ -67,15 +67,15 @@ def prove(
 
 
 def stored_name(parameter: str) -> str:
-    """PEFT's name in the file for a parameter of the adapter 'default'."""
+    """Return PEFT's name in the file for a parameter of the adapter 'default'."""
     name = parameter.replace(".default.", ".").removesuffix(".default")
     return name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
 
 
 def unmoved(stored: Tensors, start: Mapping[str, str]) -> tuple[list[str], int]:
-    """The layers whose update is nothing or what training began with, and how many layers there are.
+    """Return the layers whose update is zero or the same as before training, and the number of all layers.
 
-    Weight decay alone moves A: with B at zero the layer is the base's all the same, unless DoRA's magnitude moved.
+    Weight decay alone changes A. If B is zero, the layer still equals the base's, unless DoRA's magnitude has changed.
     """
     layers: dict[str, list[str]] = {}
     for name in start:
@@ -92,7 +92,7 @@ def unmoved(stored: Tensors, start: Mapping[str, str]) -> tuple[list[str], int]:
 
 
 def unreached(trained: Sequence[tuple[str, torch.nn.Parameter]], optimizer: torch.optim.Optimizer) -> str | None:
-    """What to say, after the first step, of adapted layers to which no gradient came while one came to others."""
+    """Return a warning, after the first step, about adapted layers that got no gradient while others did; else None."""
     if isinstance(optimizer, ZeroOptimizer):  # DeepSpeed fills in zeros
         return None
     layers: dict[str, bool] = {}
@@ -136,18 +136,18 @@ def _check_logits(folder: Path, where: str, model: PeftModel, stored: Tensors, i
     again = _refilled(model, adapter, stored) if sharded else _reloaded(model, adapter, folder)
     with again as name, rescale_adapter_scale(model, times):
         error = float((_logits(model, name, ids) - trained).norm())
-    if not error <= 0.01 * effect:  # also when one is no number
+    if not error <= 0.01 * effect:  # also true for NaN
         what = f"reloaded from disk, the adapter's logits differ by {error:.3g} from those at the end of training"
         raise RunError(f"{what} ({effect:.3g} from the base's)", where, f"{KEPT}; please report it")
 
 
 @contextmanager
 def _reloaded(model: PeftModel, trained: str, folder: Path) -> Iterator[str]:
-    """The adapter in ``folder`` beside the ``trained`` one, on the same base: its name."""
+    """Load the adapter in ``folder`` beside the ``trained`` one, on the same base, and yield its name."""
     training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices):  # a new adapter is filled at random before the file's tensors come
+        with torch.random.fork_rng(devices):  # PEFT fills a new adapter at random before it loads the file
             model.load_adapter(str(folder), RELOADED, torch_device=str(model.device))
         yield RELOADED
     finally:
@@ -159,7 +159,7 @@ def _reloaded(model: PeftModel, trained: str, folder: Path) -> Iterator[str]:
 
 @contextmanager
 def _refilled(model: PeftModel, trained: str, stored: Tensors) -> Iterator[str]:
-    """The ``trained`` adapter, whose sharded weights are taken from the file: PEFT loads no second one beside it."""
+    """Fill the ``trained`` adapter's sharded weights from the file: PEFT cannot load a second one beside it."""
     with torch.no_grad():
         for name, weight in trainable_parameters(model):
             fill(weight, stored[stored_name(name)])

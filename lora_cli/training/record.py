@@ -1,4 +1,4 @@
-"""What is said of a run: before its first step on the display, in run.json, and with its adapter."""
+"""What is reported about a run: on the display before its first step, in run.json, and with its adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lora_cli.weights.provenance import base_record, now, versions
 
 
 def tell(trainer: Trainer) -> None:
-    """Say what will be trained on what, before the first step."""
+    """Report what will be trained and on which rows, before the first step."""
     job, display = trainer.job, trainer.display
     trainable, total = count_parameters(trainer)
     rows = describe(job.targets, job.recipe.adapter.r)
@@ -44,13 +44,13 @@ def tell(trainer: Trainer) -> None:
 
 
 def count_parameters(trainer: Trainer) -> tuple[int, int]:
-    """The numbers that are trained, and all; those of the base by its shapes, since sharded codes do not tell."""
+    """Count trained and all parameters; the base's by its skeleton, since sharded codes do not show their number."""
     trained = sum(shape_of(weight).numel() for _, weight in trainer.trained)
     return trained, trained + sum(weight.numel() for weight in skeleton(trainer.job.config).parameters())
 
 
 def tell_rows(job: Prepared, display: Display) -> None:
-    """Say what was found in the rows."""
+    """Report what was found in the rows."""
     counts, report = job.train, job.report
     kept, (fewest, most) = len(counts.examples), report.bos_per_row
     display.note(
@@ -89,7 +89,7 @@ def tell_rows(job: Prepared, display: Display) -> None:
 
 
 def run_record(trainer: Trainer) -> dict[str, Any]:
-    """run.json as it stands before the first step."""
+    """Return run.json's content before the first step."""
     recipe, job = trainer.job.recipe, trainer.job
     examples = job.train.examples
     device = trainer.accelerator.device
@@ -127,9 +127,9 @@ def run_record(trainer: Trainer) -> dict[str, Any]:
 def result_record(
     trainer: Trainer, progress: Progress, adapter_step: int, resumed_step: int, seconds: float
 ) -> dict[str, Any]:
-    """What came of a run; ``loss`` is the last logged step's (None when its line was lost), ``validation`` the
-    adapter's, whose weights are those of ``adapter_step``, ``seconds`` are those of this process, which took the steps
-    after ``resumed_step``."""
+    """Return the result of a run. ``loss`` is the last logged one (None when its line was lost), ``validation`` the
+    score of the adapter, whose weights are those of ``adapter_step``. ``seconds`` is the time of this process, which
+    took the steps after ``resumed_step``."""
     trainable, total = count_parameters(trainer)
     lines = [line for line in trainer.job.folder.read_metrics() if line["split"] == "train"]
     is_lost = progress.logged_step is not None and (not lines or lines[-1]["step"] < progress.logged_step)
@@ -159,6 +159,6 @@ def _score(loss: float | None, tokens: int) -> dict[str, float] | None:
 
 
 def provenance(trainer: Trainer, info: dict[str, Any]) -> dict[str, Any]:
-    """What the adapter folder says of itself."""
+    """Return the provenance to write into the adapter's folder."""
     kept = {key: info[key] for key in ("versions", "dtype", "base", "data", "finished", "result")}
     return kept | {"recipe": trainer.job.recipe.model_dump(mode="json")}

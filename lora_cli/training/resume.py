@@ -1,4 +1,4 @@
-"""Checkpoints in the course of a run: written, gone on from, and at the end the best one's weights taken."""
+"""Checkpoints during a run: write them, resume from them, and choose the weights at the end."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ TAKE_THE_LAST = "--resume training.load_best_model_at_end=false takes the last s
 
 
 def keeps_best(training: Training) -> bool:
-    """Whether each best evaluation so far gets a checkpoint, which rotation leaves alone."""
+    """Whether each best evaluation so far gets a checkpoint, which rotation does not remove."""
     return training.load_best_model_at_end or training.early_stopping_patience is not None
 
 
 def go_on(trainer: Trainer, info: dict[str, Any]) -> None:
-    """Take the folder's run up again with this record, which is told when it began; says what changed in the recipe.
+    """Continue the folder's run with the record ``info``, given its original start time; report changed recipe keys.
 
-    Raises UserError when the run has gone farther than it is to go now, or was computed in another type.
+    Raises UserError when the run has already taken more steps than are asked for, or began in another dtype.
     """
     folder = trainer.job.folder
     steps = {checkpoint.step_of(path): path for path in checkpoint.checkpoints(folder.checkpoints)}
@@ -45,7 +45,7 @@ def go_on(trainer: Trainer, info: dict[str, Any]) -> None:
 
 
 def save(trainer: Trainer, progress: Progress) -> None:
-    """Write a checkpoint; only then remove older ones. Raises RunError when it cannot be written."""
+    """Write a checkpoint, and only then remove older ones. Raises RunError when it cannot be written."""
     state = checkpoint.capture(progress, trainer.trained, trainer.optimizer, trainer.accelerator.scaler)
     if trainer.writes:
         trainer.job.folder.check_held()
@@ -56,14 +56,14 @@ def save(trainer: Trainer, progress: Progress) -> None:
 
 
 def rotate(trainer: Trainer, progress: Progress) -> None:
-    """Remove the checkpoints that need not be kept now that this step's is whole."""
+    """Remove the checkpoints that are no longer needed, since this step's is complete."""
     training = trainer.job.recipe.training
     best = progress.best_step if keeps_best(training) else None
     checkpoint.rotate(trainer.job.folder.checkpoints, progress.step, training.save_total_limit, best)
 
 
 def restore(trainer: Trainer) -> Progress | None:
-    """Go on from the newest whole checkpoint; None when there is none."""
+    """Restore the newest complete checkpoint and remove later metrics; return None when there is no checkpoint."""
     folder = trainer.job.folder
     state = firsts(newest_whole(trainer) if trainer.writes else None)
     accelerator, progress = trainer.accelerator, None
@@ -77,12 +77,12 @@ def restore(trainer: Trainer) -> Progress | None:
         folder.cut_metrics(step, step if evaluated is None else evaluated)
         if progress:
             _warn_of_missing_metrics(trainer, progress)
-            rotate(trainer, progress)  # a killed process may not have come to it
+            rotate(trainer, progress)  # a killed process may not have done so
     return progress
 
 
 def _warn_of_missing_metrics(trainer: Trainer, progress: Progress) -> None:
-    """A folder that was copied in mid-run may hold a checkpoint that is newer than its metrics."""
+    """Warn when the checkpoint is newer than the metrics, as in a folder that was copied during a run."""
     folder = trainer.job.folder
     lasts = {line["split"]: line["step"] for line in folder.read_metrics()}
     for split, reached in (("train", progress.logged_step), ("validation", progress.evaluated_step)):
@@ -93,7 +93,7 @@ def _warn_of_missing_metrics(trainer: Trainer, progress: Progress) -> None:
 
 
 def newest_whole(trainer: Trainer) -> State | None:
-    """The newest checkpoint that is whole; says which, and which were passed over."""
+    """Return the newest complete checkpoint; report which it is, and which were ignored."""
     for path in reversed(checkpoint.checkpoints(trainer.job.folder.checkpoints)):
         if checkpoint.is_whole(path):
             trainer.display.note(f"resumed from {path}")
@@ -116,9 +116,9 @@ def _warn_without_best(trainer: Trainer, progress: Progress) -> None:
 
 
 def choose_weights(trainer: Trainer, progress: Progress) -> int:
-    """Leave the last step's weights in the model, or put the best's there, as the recipe says; the step they are of.
+    """Keep the last step's weights in the model or load the best step's, as the recipe says; return that step.
 
-    Raises RunError when the best's checkpoint is missing or damaged.
+    Raises RunError when the best step's checkpoint is missing or damaged.
     """
     best, training = progress.best_step, trainer.job.recipe.training
     if best is None or best == progress.step:

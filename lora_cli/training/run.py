@@ -1,4 +1,4 @@
-"""The run's folder: what is in it, who may make it, and its metrics."""
+"""The run's folder: its files, whether a run may use it, and its metrics."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS = {
     "data": dict,
     "cache_frozen": dict,
 }
-"""What run.json holds under the keys that are read again."""
+"""Types of the values in run.json that are read again."""
 
 RESTORE = "restore it from a copy, or remove the run's folder and start again"
 
@@ -52,7 +52,7 @@ class RunFolder:
 
     @property
     def holds_run(self) -> bool:
-        """Whether run.json is a run's: any folder may hold a recipe.yaml. Raises OSError when it cannot be read now."""
+        """Whether run.json is a run's; any folder may hold a recipe.yaml. Raises OSError when it cannot be read now."""
         try:
             return {"started", "versions", "steps"} <= set(self.read_info())
         except UserError:
@@ -60,21 +60,21 @@ class RunFolder:
 
     @property
     def is_begun(self) -> bool:
-        """Whether there is a run to go on with: its recipe is the last thing that ``begin`` writes."""
+        """Whether there is a run to continue: its recipe is the last file that ``begin`` writes."""
         return self.holds_run and self.recipe.is_file()
 
     @property
     def _has_lost_its_recipe(self) -> bool:
-        """Whether what a run has learned lies here without its recipe, and not because ``begin`` was killed."""
+        """Whether a run's weights are here without its recipe, and not because ``begin`` was killed."""
         return self.holds_run and not self.recipe.exists() and self._has_learned and not _draft(self.recipe).exists()
 
     @property
     def _has_learned(self) -> bool:
-        """Whether there is something that a run has learned. Raises OSError when that cannot be found out."""
+        """Whether there is an adapter or a checkpoint. Raises OSError when the folder cannot be listed."""
         return self.adapter.exists() or any(path.name.startswith("step-") for path in entries(self.checkpoints))
 
     def check(self, recipe: Recipe, resume: bool, overwrite: bool) -> None:
-        """Raises UserError when this folder may not take the run that is asked for; writes nothing."""
+        """Raises UserError when the requested run cannot use this folder; writes nothing."""
         self._checked = self._stamp()
         if self.root.is_file():
             raise UserError("training.output_dir is a file", str(self.root), "choose another folder")
@@ -105,13 +105,13 @@ class RunFolder:
         check_unlocked(self.root)
 
     def check_untouched(self) -> None:
-        """Raises UserError when another run has been at work here since ``check``, for which it does not hold now."""
+        """Raises UserError when another run has used the folder since ``check``, which is then out of date."""
         if self._stamp() != self._checked:
             hint = "start again: --resume continues it, --overwrite replaces it"
             raise UserError("another run has used this folder meanwhile", str(self.root), hint)
 
     def _stamp(self) -> tuple[int, int] | None:
-        """Which run.json this is, and of when."""
+        """Return inode and modification time (ns) of run.json; None if it is missing."""
         try:
             found = self.info.stat()
         except OSError:
@@ -120,16 +120,16 @@ class RunFolder:
 
     @property
     def _before_a_run(self) -> set[Path]:
-        """All that a run may leave behind that was killed before its folder held one."""
+        """Everything that a run may leave behind when it is killed before its folder held one."""
         return {_draft(self.recipe), _draft(self.info)} | ({self.cache} if self.cache.is_dir() else set())
 
     def check_held(self) -> None:
-        """Raises RunError when this is no longer the folder that the run's process holds, which alone writes."""
+        """Raises RunError when this is no longer the folder that this process holds; only that process writes."""
         if self.held is not None:
             self.held.check()
 
     def check_same_content(self, base: str, data: str, validation: str | None) -> None:
-        """Raises UserError when the fingerprints of base or rows are not those that the run began with."""
+        """Raises UserError when the fingerprints of base or rows differ from those the run began with."""
         before = self.read_info()
         known = before.get("data") or {}
         faults = [
@@ -145,11 +145,11 @@ class RunFolder:
             raise UserError(faults)
 
     def begin(self, recipe: Recipe, info: Mapping[str, Any], overwrite: bool) -> None:
-        """Make the folder for a new run, in place of the one it holds when it is to ``overwrite`` that.
+        """Prepare the folder for a new run; with ``overwrite``, replace the run that it holds.
 
-        Killed at any point, it leaves a folder that ``--resume`` begins with again: nothing of the former run is gone
-        on with. As long as there is no recipe, its draft says that this is why. Raises RunError before it would remove
-        anything else that a run has learned.
+        If this is killed, ``--resume`` never mixes the two: it continues the former run, still complete, or begins the
+        new one, which a draft of the missing recipe marks. Raises RunError if the folder holds a run's weights and
+        neither ``overwrite`` nor such a draft allows their removal.
         """
         was_killed = _draft(self.recipe).exists() and not self.recipe.exists()
         self._clear_drafts()
@@ -169,7 +169,7 @@ class RunFolder:
         self.write_recipe(recipe)
 
     def go_on(self, recipe: Recipe, info: Mapping[str, Any]) -> list[str]:
-        """Take the folder's run up again; returns what is to be said of changes to its recipe."""
+        """Continue the folder's run. Returns messages about the changes to its recipe."""
         differing = changed_keys(self.read_recipe(), recipe)
         self._clear_drafts()
         self.write_info(info)
@@ -185,8 +185,8 @@ class RunFolder:
             draft.unlink(missing_ok=True)
 
     def read_recipe(self) -> Recipe:
-        """What the run goes by: recipe.yaml, with the batches of run.json, which are written together with the number
-        of processes that they are for. Killed between the two files, ``go_on`` leaves them of different runs."""
+        """Return the run's recipe: recipe.yaml with the batch sizes of run.json, which is written together with the
+        number of processes. The two files may differ when ``go_on`` was killed between writing them."""
         info = self.read_info()
         batches = {key: info.get(key.removeprefix("training."), 0) for key in MAY_CHANGE_TOGETHER}
         return changed(load_recipe(self.recipe), {key: number for key, number in batches.items() if number > 0})
@@ -205,32 +205,32 @@ class RunFolder:
             raise unwritable(self.metrics, error, len(text)) from error
 
     def sync_metrics(self) -> None:
-        """Make the lines written so far survive a crash of the machine, and with the first the file's name."""
+        """Make the lines written so far, and the file's name, survive a crash of the machine."""
         if self.metrics.exists():
             sync(self.metrics)
             sync(self.root)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Every whole line of metrics.jsonl; a process killed while writing leaves a part of one.
+        """Return every complete line of metrics.jsonl; a process killed while writing leaves an incomplete one.
 
-        Raises UserError for a line that is none of a run's.
+        Raises UserError for a line that is not a run's.
         """
         if not self.metrics.is_file():
             return []
         lines = self.metrics.read_bytes().split(b"\n")[:-1]
-        while lines and b"\0" in lines[-1]:  # what a loss of power leaves of a line
+        while lines and b"\0" in lines[-1]:  # a loss of power may leave these
             lines.pop()
         return [_metrics_line(line, f"{self.metrics}:{number}") for number, line in enumerate(lines, 1)]
 
     def cut_metrics(self, step: int, evaluated_step: int) -> None:
-        """Leave out what was measured after these steps, trained and evaluated: a resumed run will do so again."""
+        """Remove the training and evaluation lines after these steps: a resumed run measures them again."""
         last = {"train": step, "validation": evaluated_step}
         kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= last[line["split"]]]
         write_whole(self.metrics, "".join(kept))
 
     def read_info(self) -> dict[str, Any]:
-        """run.json. Raises UserError when it is missing or damaged, OSError when it cannot be read, which may pass: a
-        run taken for none would be begun anew."""
+        """Return run.json. Raises UserError when it is missing or damaged, and OSError for a read error, which may be
+        temporary: to take the run for missing would start it over."""
         try:
             info: Any = json.loads(self.info.read_text(encoding="utf-8"))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, RecursionError) as error:
@@ -254,7 +254,7 @@ def _metrics_line(line: bytes, where: str) -> dict[str, Any]:
         read: Any = json.loads(line)
     except (ValueError, RecursionError):
         read = None
-    match read:  # what is read again of it
+    match read:  # checks only what is read again
         case {"step": int(), "split": "train", "loss": float() | None as loss, "learning_rate": float() as rate}:
             numbers = [loss or 0.0, rate]
         case {"step": int(), "split": "validation", "loss": float() as loss}:
@@ -271,7 +271,7 @@ def _draft(path: Path) -> Path:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a file's content at once: a reader sees the old or the new, never a part.
+    """Replace a file's content atomically: a reader sees the old content or the new, never a part.
 
     Raises RunError when it cannot be written.
     """
@@ -287,7 +287,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def newest_finished() -> Path:
-    """The run under runs/ that finished last; what is not readable is passed over.
+    """Return the run under runs/ that finished last; unreadable ones are skipped.
 
     Raises UserError when there is none.
     """
@@ -303,7 +303,7 @@ def newest_finished() -> Path:
 
 
 def unfinished(target: Path, adapter: Path | None) -> str | None:
-    """What to say of a run that has not finished, whose ``adapter`` is of an earlier end; None for all else.
+    """Return a warning for an unfinished run with an ``adapter`` from before it was resumed; None for all else.
 
     Raises UserError when the run has no adapter yet.
     """

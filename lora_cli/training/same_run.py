@@ -1,4 +1,4 @@
-"""What makes a resumed run the run that it was: which keys of the recipe may change, and which rows a step takes."""
+"""What makes a resumed run the same run: which keys of the recipe may change, and which rows a step takes."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ MAY_CHANGE = {
         "output_dir",
     )
 } | {"model.dtype"}
-"""Keys that a resumed run may set anew; any other would make it another run. What model.dtype comes to may not change,
-which is known only when the run is set up."""
+"""Keys that a resumed run may change; any other would make it a different run. The dtype that model.dtype resolves to
+may not change, which is checked once the run is set up."""
 MAY_CHANGE_TOGETHER = {"training.per_device_train_batch_size", "training.gradient_accumulation_steps"}
-"""Keys that may change with the number of processes, as long as each step takes the rows it would have taken."""
+"""Keys that may change with the number of processes, as long as each step takes the same rows."""
 
 
 def check_same_keys(before: Recipe, began_on: int, recipe: Recipe, count: int, where: str) -> None:
-    """Raises UserError, by key, when the run that ``before`` began would be another one by ``recipe``; ``began_on`` and
-    ``count`` are the processes it began in and has now."""
+    """Raises UserError, with a fault per key, when ``recipe`` would make the run that ``before`` began a different one;
+    ``began_on`` and ``count`` are its numbers of processes then and now."""
     same_steps = _batches(before, began_on) == _batches(recipe, count)
     differing = changed_keys(before, recipe)
     hint = "undo the change, or start a new run in another folder"
@@ -61,25 +61,26 @@ def check_same_keys(before: Recipe, began_on: int, recipe: Recipe, count: int, w
 
 
 def _batches(recipe: Recipe, processes: int) -> tuple[int, ...]:
-    """What decides which rows a step takes: the batches' size and number; padded in the file's order, their rows."""
+    """Return what decides a step's rows: size and number of batches; padded in file order, only their product."""
     size, batches = recipe.training.batch_size, recipe.training.gradient_accumulation_steps * processes
     return (size, batches) if recipe.data.packing or recipe.data.shuffle else (size * batches,)
 
 
 def with_batch_size(recipe: Recipe, count: int) -> Recipe:
-    """A recipe whose batch size is auto with batches of ``count`` rows, a divisor of the step's rows."""
+    """Replace an auto batch size by ``count`` rows, a divisor of the step's rows, and set the accumulation to match."""
     rows = recipe.training.gradient_accumulation_steps
     numbers = {"per_device_train_batch_size": count, "gradient_accumulation_steps": rows // count}
     return changed(recipe, {f"training.{key}": number for key, number in numbers.items()})
 
 
 def with_numbers(recipe: Recipe) -> Recipe:
-    """The recipe, its batches the smallest where no number stands for auto yet."""
+    """Replace an auto batch size by 1, the smallest."""
     return with_batch_size(recipe, 1) if recipe.training.per_device_train_batch_size == "auto" else recipe
 
 
 def as_begun(recipe: Recipe, before: Recipe) -> Recipe:
-    """A recipe to resume by with the numbers for its auto that the run began with, or another step's that divide it."""
+    """Replace an auto batch size by the greatest common divisor of the run's former one and the step's rows, and auto
+    checkpointing by the run's."""
     if recipe.training.per_device_train_batch_size != "auto":
         return recipe
     found = with_batch_size(recipe, math.gcd(before.training.batch_size, recipe.training.gradient_accumulation_steps))
@@ -89,20 +90,20 @@ def as_begun(recipe: Recipe, before: Recipe) -> Recipe:
 
 
 def changed_keys(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
-    """The keys, dotted, whose values differ, each with both values."""
+    """Return the dotted keys whose values differ, each with the old and the new value."""
     old, new = flat_keys(before.model_dump()), flat_keys(now.model_dump())
     return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
 
 
 def told(value: Any) -> str:
-    """A recipe's value for people, as it is written there."""
+    """Format a recipe's value as it is written in a recipe."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def flat_keys(dumped: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's values by their dotted keys."""
+    """Return a recipe's values by their dotted keys."""
     flat: dict[str, Any] = {}
     for name, section in dumped.items():
         flat |= {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {}
