@@ -1,4 +1,4 @@
-"""What a machine's first process tells the others before the run's process group begins: the rows it has published."""
+"""A machine's first process announces its published rows to the others before the process group begins."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from lora_cli.training.launched import is_first_here, process_count, process_index
 
 PATIENCE = timedelta(days=7)
-"""To tokenize takes what it takes; the launcher ends the others when the first one fails."""
+"""Tokenizing may take long; when the first process fails, the launcher ends the others."""
 
 
 def announce(keys: Collection[str]) -> Store | None:
-    """Tell this machine's other processes under which keys its rows are published; what is returned is to be kept until
-    the process group has begun."""
+    """Send this machine's other processes the keys of the published rows. Keep the returned store until the process
+    group has begun."""
     if process_count() == 1 or not is_first_here():
         return None
     store = _store()
@@ -26,12 +26,12 @@ def announce(keys: Collection[str]) -> Store | None:
 
 
 def announced() -> Collection[str]:
-    """What ``announce`` told here, waited for."""
+    """Wait for the keys that ``announce`` sent on this machine, and return them."""
     return _store().get(_machine()).decode().split(",")
 
 
 def _store() -> Store:
-    """The run's key-value store, where its processes will meet: the launcher's, or else the first process's own."""
+    """Connect to the run's key-value store, where its processes meet. The launcher hosts it, or else process 0."""
     is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     own = process_index() == 0 and not is_launchers
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -1,4 +1,4 @@
-"""Several processes on this machine, through Accelerate's launcher, and their one exit code."""
+"""Run several processes on this machine through Accelerate's launcher, with one exit code."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ SECONDS_TO_STOP = 120
 
 
 def launch(arguments: Sequence[str], processes: int, folder: RunFolder) -> int:
-    """Run ``lora`` with ``arguments`` in so many processes on this machine; returns the exit code of the first to fail.
+    """Run ``lora`` with ``arguments`` in several processes on this machine; return the first failing one's exit code.
 
-    What the processes have to say they say themselves. Raises RunError about the run's ``folder`` when one was killed.
+    The processes report their own errors. Raises RunError about the run's ``folder`` when one was killed.
     """
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_STOP))
     threads = max(1, usable_cores() // processes)
     options = ["--multi_gpu", "--num_machines=1", "--main_process_port=0", f"--num_processes={processes}"]
     options += ["--mixed_precision=no", "--dynamo_backend=no"]
     options += [f"--num_cpu_threads_per_process={os.environ.get('OMP_NUM_THREADS', threads)}", "--module", "lora_cli"]
-    for name in ("torch.distributed.elastic", "accelerate"):  # what fails is told once, by the process it fails in
+    for name in ("torch.distributed.elastic", "accelerate"):  # the failing process reports its error itself
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        with tempfile.TemporaryDirectory() as logs:  # else the launcher makes one of its own, and leaves it
+        with tempfile.TemporaryDirectory() as logs:  # otherwise the launcher creates one and leaves it
             launch_command(launch_command_parser().parse_args([f"--log_dir={logs}", *options, *arguments]))
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
@@ -45,6 +45,6 @@ def launch(arguments: Sequence[str], processes: int, folder: RunFolder) -> int:
             raise RunError(what, str(folder.root), kept(folder.checkpoints, GO_ON)) from failed
         return int(first.exitcode)
     finally:
-        for child in psutil.Process().children(recursive=True):  # a second signal leaves the launcher no time for them
+        for child in psutil.Process().children(recursive=True):  # after a second signal, the launcher does not end them
             child.kill()
     return 0

@@ -1,4 +1,4 @@
-"""What a launcher (torchrun, Accelerate) has told this process about the run's processes, before they meet."""
+"""What a launcher (torchrun, Accelerate) tells this process about the run's processes, before they connect."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl(2): the signal that a process gets when its parent dies."""
+"""Option of Linux's prctl(2): the signal that a process gets when its parent dies."""
 
 
 def end_with_launcher() -> None:
-    """Have the system kill this process when the launcher that started it dies, however it dies (Linux).
+    """Ask Linux to kill this process when its launcher dies, however it dies.
 
-    Else nobody would be left to stop a run whose processes wait for each other; its checkpoints are whole at any time.
+    Otherwise processes that wait for each other would never end. Killing is safe: checkpoints are complete at any time.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def process_index() -> int:
-    """Which process of the run this is: 0 is the one that speaks and writes."""
+    """Return this process's rank in the run. Rank 0 prints and writes the files."""
     return int(os.environ.get("RANK", "0"))
 
 

@@ -1,4 +1,4 @@
-"""Everything that can be known about a run before weights are loaded; nothing is written."""
+"""Check everything that can be known about a run before weights are loaded; nothing is written."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ FLASH_PACKAGES = ("flash_attn", "flash_attn_interface", "kernels")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has passed every check; ``resume`` says whether there is one to go on with, ``unread`` are the rows'
-    columns that no format reads, ``tokenized`` the rows as they are still to be published."""
+    """A run that has passed every check. ``resume`` is whether there is a run to continue, ``unread`` the rows' columns
+    that no format reads, ``tokenized`` the rows that are still to be published."""
 
     recipe: Recipe
     resume: bool
@@ -69,7 +69,7 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
-    """Check the recipe against folder, data and model. Raises UserError with every fault that a stage can find."""
+    """Check the recipe against folder, data and model. Raises UserError with all faults that a stage finds."""
     folder = RunFolder(recipe.training.output_dir)
     goes_on = resume and folder.is_begun
     if goes_on:
@@ -116,7 +116,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
 
 
 def _check_without_torch(recipe: Recipe, folder: RunFolder, resume: bool, overwrite: bool) -> list[str]:
-    """The columns of the rows that are not read. Raises UserError."""
+    """Run the checks that need no torch. Returns the columns that are not read. Raises UserError with all faults."""
     faults: list[Fault] = []
     unread: set[str] = set()
 
@@ -126,7 +126,7 @@ def _check_without_torch(recipe: Recipe, folder: RunFolder, resume: bool, overwr
         except UserError as error:
             faults.extend(error.faults)
 
-    if process_index() == 0:  # the one that writes; the others may come when it has begun
+    if process_index() == 0:  # only process 0 writes; the others may get here after it has begun
         collect(lambda: folder.check(recipe, resume, overwrite))
     collect(lambda: _check_model(recipe))
     faults += _package_faults(recipe)
@@ -138,7 +138,7 @@ def _check_without_torch(recipe: Recipe, folder: RunFolder, resume: bool, overwr
 
 
 def _package_faults(recipe: Recipe) -> Iterator[Fault]:
-    """What the recipe asks for of packages that are not installed."""
+    """Yield a fault for each package that the recipe needs and that is not installed."""
     attention = recipe.model.attn_implementation
     if attention.startswith("flash") and not _is_installed(*FLASH_PACKAGES):
         hint = f"install one of {', '.join(FLASH_PACKAGES)}, or leave it at auto"
@@ -150,7 +150,7 @@ def _package_faults(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _is_installed(*packages: str) -> bool:
-    """Whether one of these packages is."""
+    """Whether one of these packages is installed."""
     return any(importlib.util.find_spec(name) for name in packages)
 
 
@@ -175,7 +175,7 @@ def _check_weights_without_torch(recipe: Recipe, base: Path) -> None:
     check_whole(base)
     layers = stored_layers(base)
     wanted = recipe.adapter.target_modules
-    # Stored names may leave out the name of the model's body: whole names and patterns wait for the model itself.
+    # Stored names may lack the base model's prefix: full names and patterns are checked later, on the model itself.
     plain = all(re.fullmatch(r"[\w-]+", item) for item in ((wanted,) if isinstance(wanted, str) else wanted))
     if layers is not None and plain:
         choose_targets(layers, wanted, recipe.adapter.r, recipe.adapter.layers_to_transform)
@@ -188,8 +188,8 @@ def _check_weights_without_torch(recipe: Recipe, base: Path) -> None:
 
 
 def _base_with_weights(recipe: Recipe) -> Path:
-    """Where the base is; if it is a hub's, its weights are here only now. Raises UserError, before they are fetched,
-    for what this machine cannot do."""
+    """Return the base's folder, and download the weights if it is on the hub. Raises UserError, before the download,
+    for what this machine does not support."""
     from lora_cli.model.base import best_device, resolve_dtype
     from lora_cli.training.torch_compile import check_compiler
 
@@ -202,8 +202,8 @@ def _base_with_weights(recipe: Recipe) -> Path:
 
 
 def _targets(recipe: Recipe, base: Path, config: PreTrainedConfig) -> list[Target]:
-    """The layers to adapt, by the base's model. Raises UserError when that and its weights, the recipe and the adapter
-    to start from do not go together."""
+    """Return the layers to adapt, found on the base's skeleton. Raises UserError when the skeleton, the stored weights,
+    the recipe and the adapter to start from do not match."""
     import torch
 
     from lora_cli.model.base import best_device, check_attention, skeleton
@@ -214,7 +214,7 @@ def _targets(recipe: Recipe, base: Path, config: PreTrainedConfig) -> list[Targe
     layers = adaptable_layers(bare)
     targets = choose_targets(layers, adapter.target_modules, adapter.r, adapter.layers_to_transform)
     if adapter.use_dora and recipe.quantization is not None and recipe.quantization.method != "int8":
-        # Sharded it comes onto a GPU when PEFT has taken the norms.
+        # A sharded base moves to the GPU only after PEFT has computed the norms.
         check_dora(targets, torch.device("cpu") if recipe.training.fsdp else best_device())
     check_weights(base, bare)
     if recipe.training.gradient_checkpointing in (True, "offload"):
@@ -227,8 +227,8 @@ def _targets(recipe: Recipe, base: Path, config: PreTrainedConfig) -> list[Targe
 
 
 def data_faults(data: Data, unread: set[str], every_column: bool = False) -> list[Fault]:
-    """Every fault in the data section and its rows; with ``every_column`` a column that no row has is one. Columns that
-    are not read are added to ``unread``."""
+    """Return every fault in the data section and its rows. With ``every_column``, a name in ``data.columns`` that no
+    row has is also a fault. Columns that are not read are added to ``unread``."""
     faults = [*(pattern_faults(data.template) if data.template else []), *column_faults(data)]
     seen: set[str] = set()
     for spec in (data.train, data.own_validation):
@@ -239,7 +239,7 @@ def data_faults(data: Data, unread: set[str], every_column: bool = False) -> lis
 
 
 def _tokenized(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache: Path) -> list[Cached]:
-    """The training rows and, when they have a file of their own, the validation rows."""
+    """Return the tokenized training rows and, if they have their own file, the validation rows."""
     from lora_cli.data.cache import tokenize_cached
     from lora_cli.training.announced import announced
 

@@ -1,4 +1,4 @@
-"""Before weights are loaded, all processes of a run make sure that they are about to take part in the same one."""
+"""Before weights are loaded, check that all processes are about to take part in the same run."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ PLACES = {
     "training.output_dir",
     "training.deepspeed",
 }
-"""Keys that name a place, which may be another on each machine: what lies there is compared."""
+"""Keys that hold a path, which may differ between machines; contents are compared instead, but for output_dir."""
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "numpy")
 Account = dict[str, Any]
-"""What decides a run's numbers, by what to call it."""
+"""All that determines a run's results, by a name for error messages."""
 
 
 def check_agreement(job: Prepared, accelerator: Accelerator, dtype: str) -> None:
-    """Raises UserError, on all processes, when one would train otherwise than the first: it names the process, its
-    machine and the differences. ``dtype`` is what model.dtype comes to here."""
+    """Raises UserError, on all processes, when one would train differently from the first: it names the process, its
+    machine and the differences. ``dtype`` is the resolved model.dtype."""
     if accelerator.num_processes == 1:
         return
     accounts: list[tuple[str, Account]] = gather_object([(socket.gethostname(), account(job, dtype))])
@@ -53,7 +53,7 @@ def check_agreement(job: Prepared, accelerator: Accelerator, dtype: str) -> None
 
 
 def account(job: Prepared, dtype: str) -> Account:
-    """What this process is about to train, in values of JSON."""
+    """Return what this process is about to train, as JSON values."""
     recipe = job.recipe
     deepspeed, start = recipe.training.deepspeed, start_of(recipe.adapter)
     return {

@@ -1,4 +1,4 @@
-"""One run on several processes: what each one's share is, and how all come to hold or to know the same."""
+"""One run on several processes: how they share the work, and exchange tensors and values."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Item = TypeVar("Item")
 
 
 def own_share(items: Sequence[Item], accelerator: Accelerator) -> list[tuple[Item, float]]:
-    """Every n-th item, each with its weight 1.
+    """Return every n-th item for this process, each with weight 1.
 
-    A process that would have fewer items than another takes one that is another's as well, with weight 0: in each
-    forward and each backward pass every process must take part.
+    A process with fewer items than others also takes the first item, with weight 0: every process must take part in
+    each forward and each backward pass.
     """
     count, index = accelerator.num_processes, accelerator.process_index
     own = [(item, 1.0) for item in items[index::count]]
@@ -29,33 +29,33 @@ def own_share(items: Sequence[Item], accelerator: Accelerator) -> list[tuple[Ite
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or all processes' shards of it together; every process must call this."""
+    """Return the complete tensor, gathered from all processes if it is sharded; every process must call this."""
     if is_partitioned(tensor):
         return gather(tensor)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shape_of(parameter: torch.Tensor) -> torch.Size:
-    """The parameter's whole shape: partitioned by DeepSpeed, it has none of its own."""
+    """Return the parameter's complete shape; one that DeepSpeed has partitioned is empty itself."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def firsts(value: Item) -> Item:
-    """The first process's value, on each."""
+    """Return the first process's value, on every process."""
     values = [value]
     broadcast_object_list(values)
     return values[0]
 
 
 def laid_out_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Sharded over processes as ``like`` is."""
+    """Shard a complete tensor over the processes as ``like`` is."""
     if isinstance(like, DTensor):
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
     return tensor
 
 
 def fill(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-    """Put a whole tensor into a parameter, each process its shard; every process must call this."""
+    """Copy a complete tensor into a parameter, each process its shard; every process must call this."""
     if is_zero_parameter(parameter):
         fill_zero(parameter, value)
     else:
@@ -63,7 +63,7 @@ def fill(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
 
 
 def highest(number: int, accelerator: Accelerator) -> int:
-    """The largest of the numbers that the processes bring, on each."""
+    """Return the largest of all processes' numbers, on every process."""
     if accelerator.num_processes == 1:
         return number
     agreed = torch.tensor(number, device=accelerator.device)

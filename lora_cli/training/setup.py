@@ -1,4 +1,4 @@
-"""A prepared run -> what the loop needs: the adapted model, the optimizer, the order of rows."""
+"""Set up what the loop needs for a prepared run: the adapted model, the optimizer and the order of rows."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ if TYPE_CHECKING:
 
 
 MLP_TOKENS = 2**14
-"""Tokens that an MLP takes at a time where memory is short: so many that expanding its weights for each part of a row
+"""Tokens that an MLP takes at a time with ``offload``: so many that dequantizing its weights for each part of a row
 takes little of the time."""
 SMALL = 2**20
-"""Bytes of the largest tensor whose memory is kept when freed while layers' weights come and go."""
+"""Bytes of the largest tensor whose memory is kept when it is freed, while layers are streamed."""
 
 
 @dataclass
 class Trainer:
-    """What the loop holds while it runs; ``trained`` is what is trained, by name."""
+    """The state of the training loop; ``trained`` are the trained parameters by name."""
 
     job: Prepared
     accelerator: Accelerator
@@ -74,21 +74,21 @@ class Trainer:
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes the run's files: one does."""
+        """Whether this process writes the run's files; only one does."""
         return bool(self.accelerator.is_main_process)
 
     def asked_to_stop(self) -> int:
-        """The number of the signal that asks to stop, in whichever process, 0 when none does; each must call this."""
+        """Return the signal that asked any process to stop, or 0; every process must call this."""
         return highest(self.interrupt.number, self.accelerator)
 
     @property
     def below(self) -> FrozenLayers | None:
-        """The layers whose output is kept."""
+        """The frozen layers whose output is kept."""
         return self.hidden_states.layers if self.hidden_states else None
 
 
 def set_up(job: Prepared, display: Display) -> Trainer:
-    """Load the base, put the adapter on it, and make what the loop needs.
+    """Load the base, put the adapter on it, and create what the loop needs.
 
     Writes nothing but a quantized base into the cache.
     """
@@ -100,14 +100,14 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     keep_freed_memory()
     display.note(f"loading {recipe.model.name_or_path}")
     base, sources, kept = load_frozen(job, accelerator, dtype, display)
-    fused = recipe.adapter.fused and not is_zero(accelerator)  # ZeRO gathers a weight when its own layer is called
+    fused = recipe.adapter.fused and not is_zero(accelerator)  # ZeRO gathers a weight only when its own layer is called
     if fused:
         fuse(base)
     hooks = stream(base, sources)
     packing = choose_packing(job, base, display)
-    set_seed(recipe.training.seed)  # some models draw numbers while they are made, and one may be made to be quantized
+    set_seed(recipe.training.seed)  # creating a model may draw random numbers, and quantizing may have created one
     model = put_adapter(job, base, fused)
-    for hook in hooks:  # an adapted layer reads its base's weights itself
+    for hook in hooks:  # an adapted layer reads its base layer's weights itself
         hook.remove()
     stream(model, sources)
     with evaluating(model):
@@ -126,7 +126,7 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     prepared, optimizer = prepare_model(accelerator, model, optimizer, dtype)
     prepared.train()
     own_seed = (recipe.training.seed + accelerator.process_index) % 2**32
-    set_seed(own_seed)  # the same start on all processes, dropout of its own on each
+    set_seed(own_seed)  # processes start with the same weights, but have their own dropout
     return Trainer(
         job=job,
         accelerator=accelerator,
@@ -145,7 +145,7 @@ def set_up(job: Prepared, display: Display) -> Trainer:
 
 
 def choose_packing(job: Prepared, base: PreTrainedModel, display: Display) -> bool:
-    """Whether rows are laid end to end: when the recipe says so and the architecture keeps them apart."""
+    """Whether rows are packed end to end: if the recipe says so and the architecture keeps them apart."""
     if not job.recipe.data.packing:
         return False
     packing = lay_end_to_end(base, base.device, job.recipe.model.attn_implementation)
@@ -156,7 +156,7 @@ def choose_packing(job: Prepared, base: PreTrainedModel, display: Display) -> bo
 
 
 def put_adapter(job: Prepared, base: PreTrainedModel, fused: bool) -> PeftModel:
-    """The base with a new adapter on it, or with that of ``adapter.init_from``."""
+    """Return the base with a new adapter, or with the adapter of ``adapter.init_from``."""
     adapter, targets = job.recipe.adapter, [target.name for target in job.targets]
     start = start_of(adapter)
     if start is None:
@@ -167,9 +167,9 @@ def put_adapter(job: Prepared, base: PreTrainedModel, fused: bool) -> PeftModel:
 def load_frozen(
     job: Prepared, accelerator: Accelerator, dtype: torch.dtype, display: Display
 ) -> tuple[PreTrainedModel, Sources, Path | None]:
-    """The base; where its layers' weights come from when they are streamed; the folder of a kept quantized one.
+    """Return the base, the sources of streamed weights, and the folder of the base's quantized copy, if any.
 
-    Raises UserError when it cannot be streamed as asked; RunError when there is no kept copy to stream from.
+    Raises UserError when the base cannot be streamed as asked, RunError when there is no quantized copy to stream from.
     """
     recipe, sharded = job.recipe, is_sharded(accelerator)
     device = torch.device("cpu") if sharded else accelerator.device  # each process then takes its shards from there
@@ -183,7 +183,7 @@ def load_frozen(
             raise RunError("training.stream_base: a quantized base is streamed from its cached copy, and there is none")
         display.note("training.stream_base: a layer's frozen weights are read whenever it runs")
         keep_freed_memory(largest=SMALL)
-        # In the stored type, for which Transformers maps the file and reads nothing of it yet.
+        # In the stored dtype, Transformers maps the file without reading it yet.
         stored = stored_dtype(read_headers(weight_files(folder)))
         base = load_base(folder, recipe.model, None, torch.device("cpu"), stored)
         sources = put_away(base, folder, device, dtype)
@@ -195,10 +195,10 @@ def load_frozen(
 
 
 def kept_base(job: Prepared, accelerator: Accelerator, dtype: torch.dtype, display: Display) -> Path | None:
-    """The run's own folder with the base quantized as the recipe says, made when there is none; None to quantize at
-    load.
+    """Return the folder in the run's cache with the base quantized as the recipe says, created if missing; None to load
+    the base unquantized or quantize it while loading.
 
-    On each machine one process makes it, the others wait.
+    One process per machine creates it while the others wait.
     """
     if job.recipe.quantization is None:
         return None
@@ -221,7 +221,7 @@ def kept_base(job: Prepared, accelerator: Accelerator, dtype: torch.dtype, displ
 
 
 def make_schedule(job: Prepared, packing: bool, processes: int) -> Schedule:
-    """Which rows each step takes."""
+    """Return the schedule of the rows that each step takes."""
     recipe = job.recipe
     examples = job.train.examples
     return Schedule(
@@ -249,7 +249,7 @@ def set_checkpointing(
     streams: bool,
     display: Display,
 ) -> bool | Literal["offload"]:
-    """Have the model keep its activations or recompute them; tells what ``auto`` comes to, and why, unless all fit."""
+    """Make the model keep or recompute its activations; report what ``auto`` becomes, and why, unless all fit."""
     is_whole_on_gpu = accelerator.device.type == "cuda" and not (streams or is_sharded(accelerator))
     finds_out = is_whole_on_gpu and job.recipe.training.gradient_checkpointing == "auto"
     kept = kept_bytes(model, head, accelerator, schedule.packing, job.max_length) if finds_out else None

@@ -1,4 +1,4 @@
-"""How Accelerate lays the model over processes: a copy on each, or shards (FSDP2, DeepSpeed ZeRO)."""
+"""How Accelerate distributes the model over processes: a copy on each, or shards (FSDP2, DeepSpeed ZeRO)."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 WAIT = timedelta(hours=3)
-"""How long processes wait for one another: while one of them quantizes a base, too. NCCL's own 10 minutes are short."""
+"""How long processes wait for one another, also while one quantizes a base. NCCL's own 10 minutes are too short."""
 
 
 def make_accelerator(training: Training, dtype: torch.dtype) -> Accelerator:
-    """Accelerate as the recipe, or else a launcher's own configuration, asks for it.
+    """Create the Accelerator that the recipe, or else a launcher's own configuration, asks for.
 
-    Raises UserError for FSDP's first version, whose flat parameters hide which tensors are the adapter's.
+    Raises UserError for FSDP 1, whose flat parameters hide which tensors are the adapter's.
     """
     plugins = {"fsdp_plugin": _fsdp_plugin(training), "deepspeed_plugin": zero_plugin(training)}
     accelerator = Accelerator(
@@ -44,12 +44,12 @@ def make_accelerator(training: Training, dtype: torch.dtype) -> Accelerator:
         _shard_on_cpu(accelerator, plugins["fsdp_plugin"], plugins["deepspeed_plugin"])
     if is_zero(accelerator):
         configure(accelerator.state.deepspeed_plugin, training, accelerator.num_processes)
-        unset_hf_deepspeed_config()  # else from_pretrained keeps a part only, before the base has been checked whole
+        unset_hf_deepspeed_config()  # else from_pretrained would keep only a part of the base, before it is checked
     return accelerator
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether each process holds a part of every weight."""
+    """Whether each process holds only a part of every weight."""
     if is_zero(accelerator):
         return int(accelerator.state.deepspeed_plugin.zero_stage) == 3
     return bool(accelerator.distributed_type == DistributedType.FSDP)
@@ -58,18 +58,18 @@ def is_sharded(accelerator: Accelerator) -> bool:
 def prepare_model(
     accelerator: Accelerator, model: PeftModel, optimizer: Optimizer, dtype: torch.dtype
 ) -> tuple[torch.nn.Module, Optimizer]:
-    """Both as the processes hold them."""
+    """Return model and optimizer as Accelerate distributes them over the processes."""
     if not is_zero(accelerator):
         prepared: tuple[torch.nn.Module, Optimizer] = accelerator.prepare(model, optimizer)
         return prepared
-    if dtype != torch.float32:  # as Accelerate does elsewhere; DeepSpeed would train the adapter in 16 bits as well
+    if dtype != torch.float32:  # as Accelerate does without DeepSpeed, which would train the adapter in 16 bits too
         model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)  # type: ignore[method-assign]
     engine, _ = accelerator.prepare(model, optimizer)
     return engine, ZeroOptimizer(engine, [parameter for _, parameter in trainable_parameters(model)])
 
 
 def backward(accelerator: Accelerator, optimizer: Optimizer, loss: torch.Tensor, last: bool) -> None:
-    """Add the loss's gradient, summed over the processes after the step's ``last`` alone."""
+    """Accumulate the gradient of the loss; it is summed over the processes only after the step's ``last`` loss."""
     if isinstance(optimizer, ZeroOptimizer):
         optimizer.backward(loss, last)
     else:
@@ -79,8 +79,8 @@ def backward(accelerator: Accelerator, optimizer: Optimizer, loss: torch.Tensor,
 def clip_gradient(
     accelerator: Accelerator, optimizer: Optimizer, weights: list[torch.nn.Parameter], norm: float
 ) -> torch.Tensor:
-    """Bound the gradient's norm; returns what it was, a scalar on the accelerator's device, wherever the gradient is.
-    DeepSpeed bounds it when it takes the step."""
+    """Clip the gradient's norm. Returns the norm before clipping, a scalar on the accelerator's device wherever the
+    gradient is. DeepSpeed clips when it takes the step."""
     if isinstance(optimizer, ZeroOptimizer):
         return optimizer.gradient_norm().to(accelerator.device)
     found = accelerator.clip_grad_norm_(weights, norm)
@@ -91,16 +91,16 @@ def clip_gradient(
 def _fsdp_plugin(training: Training) -> FullyShardedDataParallelPlugin | None:
     if training.fsdp:
         options: dict[str, Any] = {"fsdp_version": 2, "auto_wrap_policy": "transformer_based_wrap"}
-    elif os.environ.get("ACCELERATE_USE_FSDP") == "true":  # a launcher's, from its own configuration
+    elif os.environ.get("ACCELERATE_USE_FSDP") == "true":  # set by a launcher's own configuration
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise UserError("FSDP 1 is not supported", "Accelerate's configuration", "set fsdp_version: 2")
         options = {}
     else:
         return None
     return FullyShardedDataParallelPlugin(
-        # Adapters stay float32, gradients are summed in float32; autocast alone says what is computed in 16 bits.
+        # Adapters stay float32, gradients are summed in float32; only autocast decides what is computed in 16 bits.
         mixed_precision_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
-        # Each process loads the base whole, as it is checked, and then keeps its part.
+        # Each process loads the complete base, so that it can be checked, and then keeps its part.
         cpu_ram_efficient_loading=False,
         **options,
     )
@@ -109,7 +109,7 @@ def _fsdp_plugin(training: Training) -> FullyShardedDataParallelPlugin | None:
 def _shard_on_cpu(
     accelerator: Accelerator, fsdp: FullyShardedDataParallelPlugin | None, zero: DeepSpeedPlugin | None
 ) -> None:
-    """Accelerate (1.15) leaves its plugins unused on processors, where torch and DeepSpeed shard as well."""
+    """Enable sharding on CPUs: Accelerate (1.15) ignores its plugins there, but torch and DeepSpeed can shard."""
     state = accelerator.state
     if fsdp is not None:
         state.fsdp_plugin = fsdp

@@ -1,7 +1,7 @@
-"""The frozen base's layers, whose weights are there only while a layer runs: from disk, or else from host memory.
+"""Stream the frozen base's layers: each has its weights only while it runs, loaded from disk or else host memory.
 
-A module's weights come before its forward pass and go after it. The backward pass finds them in what gradient
-checkpointing has recomputed, which frees them as it goes: without checkpointing autograd would hold them all.
+A module's weights are loaded before its forward pass and released after it. The backward pass uses the weights that
+gradient checkpointing loads again and frees layer by layer; without checkpointing, autograd would hold them all.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Sources = dict[Parameter, Callable[[], Parameter]]
-"""How each weight that is away is brought to the device."""
+"""For each streamed weight, how to load it onto the device."""
 Files = Mapping[Path, BinaryIO]
-"""The open files of the base, by their names."""
+"""The open files of the base, by path."""
 Place = tuple[Module, str, Parameter]
-"""A module, and the name under which it holds a weight that is away."""
+"""A module, and the name under which it holds a streamed weight."""
 UNSEEN = ("gemma3n", "gemma3n_text")
-"""Model types whose layers call methods of modules within them, of which no hook is told."""
+"""Model types whose layers call methods of inner modules, for which no hook runs."""
 COMPARED = 1024
-"""Numbers of a weight, evenly spread, that are held against the file's."""
+"""Number of a weight's elements, evenly spaced, that are compared with the file's."""
 
 
 def needs_streaming(job: Prepared, processes: int, sharded: bool, device: torch.device) -> tuple[bool, str]:
-    """The recipe's word, or for auto: whether the weights alone would take more than 4/5 of the free memory; and why.
+    """Return whether to stream the base, and why. For auto: if its weights would take over 4/5 of the free memory.
 
-    Raises UserError when it is asked for and cannot be.
+    Raises UserError when streaming is asked for and not possible.
     """
     recipe = job.recipe
     wanted = recipe.training.stream_base
@@ -65,7 +65,7 @@ def needs_streaming(job: Prepared, processes: int, sharded: bool, device: torch.
 
 
 def obstacle(job: Prepared, recipe: Recipe, processes: int) -> str:
-    """What keeps this recipe's base from being streamed (``training.stream_base``); empty when nothing does."""
+    """Return why this recipe's base cannot be streamed (``training.stream_base``); empty when it can."""
     if processes > 1 or recipe.training.fsdp or recipe.training.deepspeed is not None:
         return "it goes with one process; training.fsdp shards the base over several"
     in_8_bits = recipe.quantization is not None and recipe.quantization.method == "int8"
@@ -83,19 +83,19 @@ def obstacle(job: Prepared, recipe: Recipe, processes: int) -> str:
 
 
 def put_away(base: PreTrainedModel, folder: Path, device: torch.device, dtype: torch.dtype) -> Sources:
-    """Take the weights of the base's layers out of memory; the rest goes to ``device`` as ``dtype``. Returns where they
-    come from.
+    """Free the weights of the base's layers and move the rest to ``device`` as ``dtype``. Returns the sources of the
+    freed weights.
 
-    ``base`` lies in host memory as ``folder`` stores it. A weight stays there when Transformers made it of others, and
-    on the device when that is one in 4 bits.
+    ``base`` is in host memory, in the dtype that ``folder`` stores. A weight that Transformers changed while loading is
+    streamed from host memory; such a weight in 4 bits stays on the device.
     """
     headers = read_headers(weight_files(folder))
-    files = {file: file.open("rb") for file in weight_files(folder)}  # open, since others may come to have their names
+    files = {file: file.open("rb") for file in weight_files(folder)}  # kept open, as other files may take their names
     sources: Sources = {}
     for outer, layer in checkpointed_layers(base).items():
         expand_always(layer)
         for inner, weight in layer.named_parameters():
-            if weight in sources or "." not in inner:  # hooks of the layer itself run once alone
+            if weight in sources or "." not in inner:  # the layer's own hooks do not run when it is recomputed
                 continue
             found = _stored(f"{outer}.{inner}", weight, headers, base.base_model_prefix)
             in_4_bits = getattr(weight, "quant_state", None) is not None
@@ -112,7 +112,7 @@ def put_away(base: PreTrainedModel, folder: Path, device: torch.device, dtype: t
         state = getattr(weight, "quant_state", None)
         if weight in sources:
             continue
-        if state is None:  # from the file, since ``base`` is all of one type
+        if state is None:  # from the file, since all of ``base`` was loaded in one dtype
             found = _stored(name, weight, headers, base.base_model_prefix)
             weight.data = (mapped(found[0]) if found else weight.data).to(device, dtype)
         else:
@@ -125,14 +125,14 @@ def put_away(base: PreTrainedModel, folder: Path, device: torch.device, dtype: t
 
 
 def stream(model: Module, sources: Sources) -> list[RemovableHandle]:
-    """Have each module's weights come and go around its forward pass; the hooks returned undo that."""
+    """Load each module's weights before its forward pass and release them after it, until the hooks are removed."""
     return [hook for module, weights in _holders(model, sources) for hook in _hook(module, weights, sources)]
 
 
 def _holders(module: Module, sources: Sources) -> Iterator[tuple[Module, list[Place]]]:
-    """The modules that compute with weights that are away, their own and those of the layers in them: some read these
-    themselves, as Mamba and Qwen3-Next do their convolution's."""
-    # Hooks of a list never run, those of a checkpointed layer not when it is recomputed.
+    """Yield the modules that compute with streamed weights: their own and those of their child layers, which some
+    modules read directly, as Mamba and Qwen3-Next do with their convolution's."""
+    # Hooks of a list never run, and those of a checkpointed layer do not run when it is recomputed.
     is_hooked = not isinstance(module, GradientCheckpointingLayer | ModuleList)
     parts = [child for child in module.children() if _is_layer(module) or (is_hooked and _is_layer(child))]
     places = [
@@ -149,30 +149,30 @@ def _holders(module: Module, sources: Sources) -> Iterator[tuple[Module, list[Pl
 
 
 def _is_layer(module: Module) -> bool:
-    """Whether there are no modules in it, but an adapter's."""
+    """Whether the module has no children, except an adapter's."""
     return isinstance(module, BaseTunerLayer) or not any(module.children())
 
 
 def _hook(module: Module, places: list[Place], sources: Sources) -> tuple[RemovableHandle, RemovableHandle]:
     def bring(*_: Any) -> None:
-        for owner, name, weight in places:  # a new parameter each time: autograd keeps the one it has seen
+        for owner, name, weight in places:  # a new parameter each time: autograd keeps the former one
             setattr(owner, name, sources[weight]())
 
     def take(*_: Any) -> None:
         for owner, name, weight in places:
             setattr(owner, name, weight)
 
-    # Recomputation ends as soon as it has what it needs, by an exception.
+    # always_call, since recomputation ends with an exception as soon as it has what it needs.
     return module.register_forward_pre_hook(bring), module.register_forward_hook(take, always_call=True)
 
 
 def _stored(name: str, weight: Parameter, headers: dict[str, TensorInfo], prefix: str) -> tuple[TensorInfo, str] | None:
-    """The stored tensor that the weight is; Transformers turns and joins some while loading, which is looked for."""
+    """Return the stored tensor equal to the weight, and its name; None if Transformers changed it while loading."""
     for stored in (name, name.removeprefix(f"{prefix}.")):
         info = headers.get(stored)
         if info is not None and info.shape == tuple(weight.shape):
             tensor, held = mapped(info).view(-1), weight.data.view(-1)
-            some = slice(None, None, len(held) // COMPARED | 1)  # an odd step comes by all columns
+            some = slice(None, None, len(held) // COMPARED | 1)  # an odd step reaches all columns
             return (info, stored) if torch.equal(tensor[some].to(held.dtype), held[some]) else None
     return None
 
@@ -202,6 +202,6 @@ def _from_host(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -
 
 
 def _nothing(weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of one element's memory: NaN, so that nothing computes with it unnoticed; codes have no scales."""
+    """Return a placeholder with one element's memory: NaN, so that its use is noticed; codes are 0, without scales."""
     nothing = float("nan") if dtype.is_floating_point else 0
     return torch.full((), nothing, device=device, dtype=dtype).expand(weight.shape)

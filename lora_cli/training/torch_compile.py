@@ -1,4 +1,4 @@
-"""``training.torch_compile``: whether torch's compiler can run here, and is worth its time in a run."""
+"""``training.torch_compile``: whether torch's compiler can run here, and saves more time than it takes."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from lora_cli.training.display import Display
 
 SAVED = 1.2e-9
-"""Seconds of a thread's time that a number takes less, forward and backward, in a formula that is compiled: measured on
-a Xeon with AVX512 (in 16 bits 37 ms, in float32 28, of a step in which 29 million numbers go through them)."""
+"""Seconds of one thread that compiling saves per element of a formula, forward and backward: measured on a Xeon with
+AVX512 (37 ms in 16 bits, 28 ms in float32, in a step with 29 million elements)."""
 COST = 20
-"""Seconds that the compiler takes, about: 12 on that Xeon."""
+"""Approximate seconds that compiling takes: 12 on that Xeon."""
 
 
 def compile_elementwise(
     model: PeftModel, recipe: Recipe, dtype: torch.dtype, device: torch.device, tokens: float, display: Display
 ) -> None:
-    """Compile the formulas of norms and gates when the recipe says so or, for auto, it saves twice what it costs in a
-    run in which so many ``tokens`` go through this process.
+    """Compile the formulas of norms and gates if the recipe says so or, for auto, if this saves twice its cost in a run
+    in which this process handles ``tokens`` tokens.
 
-    For processors: a GPU has kernels of its own for them. A compiler that fails changes nothing but the time.
+    For CPUs: a GPU has its own kernels for them. If compiling fails, the run continues without it.
     """
-    from lora_cli.model.elementwise import compile_formulas, numbers_per_token  # with PEFT
+    from lora_cli.model.elementwise import compile_formulas, numbers_per_token  # imports PEFT
 
     wanted = recipe.training.torch_compile
     numbers = tokens * numbers_per_token(model) if device.type == "cpu" else 0
@@ -51,18 +51,18 @@ def compile_elementwise(
     display.note(f"{told}: compiling norms and gates, which {saves}")
     try:
         compile_formulas(model, dtype)
-    except Exception as error:  # of whatever kind: the run goes on without
+    except Exception as error:  # of any kind: the run continues without it
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         display.note(f"{told} -> false: it failed: {first}", warning=True)
 
 
 def check_compiler(recipe: Recipe) -> None:
-    """Raises UserError when the recipe wants something compiled, for a processor, and there is no compiler."""
+    """Raises UserError when the recipe requires compiling on a CPU and there is no compiler."""
     if recipe.training.torch_compile is True and best_device().type == "cpu" and not has_compiler():
         what = "training.torch_compile: needs a C++ compiler, and there is none"
         raise UserError(what, hint="install g++, or name another one in the environment's CXX; or leave it at auto")
 
 
 def has_compiler() -> bool:
-    """Whether there is the C++ compiler that torch's own calls."""
+    """Whether the C++ compiler that torch calls is installed."""
     return shutil.which(os.environ.get("CXX", "g++")) is not None

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO (arXiv:1910.02054) behind the interface of torch's own optimizers.
 
-DeepSpeed keeps optimizer state, and from stage 3 on weights, as flat parts of its own on each process; here they are
-gathered and filled by parameter, so that checkpoints and adapters are the same as everywhere else.
+DeepSpeed keeps optimizer state, and in stage 3 weights, as flat partitions on each process. Here they are gathered and
+filled by parameter, so that checkpoints and adapters are the same as without DeepSpeed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def zero_plugin(training: Training) -> DeepSpeedPlugin | None:
-    """The configuration that ``training.deepspeed`` names, or that a launcher was given."""
+    """Return the plugin for the configuration that ``training.deepspeed`` names or a launcher was given, or None."""
     if training.deepspeed is None and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         return None
     named = None if training.deepspeed is None else json.loads(Path(training.deepspeed).read_text(encoding="utf-8"))
@@ -32,7 +32,7 @@ def zero_plugin(training: Training) -> DeepSpeedPlugin | None:
 
 
 def configure(plugin: DeepSpeedPlugin, training: Training, processes: int) -> None:
-    """Leave all but the sharding to the recipe: to DeepSpeed, a step is one backward pass in the weights' own types."""
+    """Let the recipe decide all but sharding: DeepSpeed's step is one backward pass in the weights' own dtypes."""
     for key in ("bf16", "fp16", "optimizer", "scheduler"):
         plugin.deepspeed_config.pop(key, None)
     plugin.deepspeed_config |= {
@@ -50,7 +50,7 @@ def is_zero(accelerator: Accelerator) -> bool:
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
-    """DeepSpeed's optimizer with the state of torch's: whole tensors by the parameter's place in ``parameters``.
+    """DeepSpeed's optimizer with a state like torch's: complete tensors by the parameter's index in ``parameters``.
 
     Every process must call each method.
     """
@@ -58,30 +58,30 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def __init__(self, engine: Any, parameters: Sequence[torch.nn.Parameter]) -> None:
         self.engine = engine
         self.parameters = list(parameters)
-        self.param_groups = engine.optimizer.param_groups  # the step takes the learning rate that stands here
-        self.defaults = {"lr": self.param_groups[0]["lr"]}  # which Transformers' schedules read
+        self.param_groups = engine.optimizer.param_groups  # the step reads its learning rate here
+        self.defaults = {"lr": self.param_groups[0]["lr"]}  # for Transformers' schedules
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Add the loss's gradient; after the ``last`` of a step it is summed over the processes."""
+        """Accumulate the gradient of the loss; after a step's ``last`` loss it is summed over the processes."""
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
         self.engine.backward(loss)
 
     def gradient_norm(self) -> torch.Tensor:
-        """The norm of the step's whole gradient, before it is clipped."""
+        """Return the norm of the step's complete gradient, before clipping."""
         from deepspeed.utils import safe_get_full_grad
 
         return torch.nn.utils.get_total_norm([safe_get_full_grad(parameter) for parameter in self.parameters])
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Clip and take the step."""
+        """Clip the gradient and take the step."""
         self.engine.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Let go of gradients."""
+        """Free the gradients."""
         self.engine.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's state as torch lays it out."""
+        """Return AdamW's state in torch's layout."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         steps = self._flat_states()[0]["step"]
@@ -94,7 +94,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return {"state": state, "param_groups": [group | {"params": list(range(len(self.parameters)))}]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Fill the parts from what ``state_dict`` gave, here or from torch's optimizer."""
+        """Fill the partitions from a ``state_dict`` of this class or of torch's optimizer."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         self._make_state()
@@ -106,7 +106,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             flat["step"] = torch.as_tensor(state_dict["state"][0]["step"], dtype=torch.float32)
 
     def _make_state(self) -> None:
-        """Take a step of length 0: DeepSpeed makes the optimizer's state in its first."""
+        """Take a step with learning rate 0: DeepSpeed creates the optimizer's state in its first step."""
         for group in self.param_groups:
             group["lr"] = 0.0
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.engine.device)
@@ -119,7 +119,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
 
 def is_partitioned(tensor: torch.Tensor) -> bool:
-    """Whether this is a parameter of stage 3, empty but while it is in use."""
+    """Whether this is a parameter partitioned by stage 3, which is empty except while in use."""
     return hasattr(tensor, "ds_id")
 
 
@@ -129,7 +129,7 @@ def is_zero_parameter(parameter: torch.Tensor) -> bool:
 
 
 def gather(parameter: torch.Tensor) -> torch.Tensor:
-    """A copy of a partitioned parameter, whole; every process must call this."""
+    """Return a complete copy of a partitioned parameter; every process must call this."""
     from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters([parameter]):
@@ -137,7 +137,7 @@ def gather(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def fill_zero(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Put a whole tensor into a parameter and into the optimizer's copy of it; every process must call this."""
+    """Copy a complete tensor into a parameter and the optimizer's copy of it; every process must call this."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_set_full_fp32_param
 

@@ -1,5 +1,5 @@
-"""What a DeepSpeed configuration may say: how weights are sharded and sent about. DeepSpeed's own monitors, profilers,
-checkpoints and caches would write wherever the file says, and its numerics would not be the recipe's."""
+"""Check a DeepSpeed configuration, which may only set sharding and communication. DeepSpeed's monitors, profilers,
+checkpoints and caches would write to any path in the file, and its numerics would differ from the recipe's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ THE_RECIPES = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("bf16", "fp16", "optimizer", "scheduler", "zero_allow_untested_optimizer"),
 }
-"""Keys that may stand there, as in configurations made for other programs; the recipe decides instead."""
+"""Keys that are accepted, as in configurations made for other programs, but ignored: the recipe decides."""
 SHARING = {
     *("zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor"),
     *("zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown"),
@@ -35,7 +35,7 @@ DEVICES = ("none", "cpu")
 
 
 def deepspeed_faults(recipe: Recipe) -> list[Fault]:
-    """What is wrong with the configuration that ``training.deepspeed`` names, and keeps it from being followed here."""
+    """Return what is wrong with the configuration that ``training.deepspeed`` names, or why it cannot be used."""
     path = recipe.training.deepspeed
     if path is None:
         return []
@@ -61,7 +61,7 @@ def deepspeed_faults(recipe: Recipe) -> list[Fault]:
 
 
 def config_faults(config: Mapping[str, Any], where: str) -> list[Fault]:
-    """What a configuration, read from ``where``, says beyond sharing the work out."""
+    """Return the faults of a configuration read from ``where``: keys beyond sharding, and unsupported values."""
     zero = config["zero_optimization"]
     faults = [
         *_unknown("", config, THE_RECIPES | SHARING, where),
