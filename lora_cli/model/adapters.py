@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def lora_config(adapter: Adapter, targets: Sequence[str]) -> LoraConfig:
-    """LoRA (arXiv:2106.09685), with rsLoRA's scaling or DoRA's magnitudes when asked for."""
+    """The configuration of LoRA (arXiv:2106.09685), optionally with rsLoRA's scaling or DoRA's magnitudes."""
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=adapter.r,
@@ -38,10 +38,10 @@ METHODS: dict[str, Callable[[Adapter, Sequence[str]], LoraConfig]] = {"lora": lo
 
 
 def adapt(base: PreTrainedModel, adapter: Adapter, targets: Sequence[str], fused: bool) -> PeftModel:
-    """The base with a new trainable adapter on ``targets`` (full module names); adapter weights are float32."""
+    """Put a new trainable float32 adapter on ``targets`` (full module names). Raises RunError if PEFT adapts others."""
     config = METHODS[adapter.method](adapter, targets)
     layers = [base.get_submodule(name) for name in targets]
-    # For those who load the adapter: PEFT sees GPT-2's transposed layers by itself, but not once they are quantized.
+    # Stored for whoever loads the adapter: PEFT detects GPT-2's transposed layers by itself, unless they are quantized.
     if any(getattr(layer, "source_cls", type(layer)) is Conv1D for layer in layers):
         config.fan_in_fan_out = True
     if fused:
@@ -57,33 +57,33 @@ def adapt(base: PreTrainedModel, adapter: Adapter, targets: Sequence[str], fused
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """The base with the adapter stored in ``folder``, which check_adapter has passed; its embeddings are of the size
-    that the adapter holds them in, which may have had words added.
+    """Load the adapter in ``folder``, which check_adapter has accepted, onto the base.
 
-    PEFT reads a pickle where there is no safetensors file: check_adapter sees to it that there is one.
+    The base's embeddings are resized to those stored with the adapter, to which tokens may have been added. Without a
+    safetensors file PEFT would read a pickle; check_adapter has made sure that there is one.
     """
     resize_words(base, folder)
     return PeftModel.from_pretrained(base, str(folder))
 
 
 def resize_words(base: PreTrainedModel, folder: Path) -> None:
-    """Give the base's embeddings the size that the adapter in ``folder`` holds them in, if it does."""
+    """Resize the base's embeddings to the size of those stored with the adapter in ``folder``, if any are."""
     ends = [base.get_input_embeddings()]
     if ties_words(base.config):
         ends.append(base.get_output_embeddings())
     names = [f"base_model.model.{name}" for name, module in base.named_modules() if module in ends]
     with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as stored:
         own = [f"{name}{part}.weight" for name in names for part in ("", ".base_layer", ".token_adapter.base_layer")]
-        found = next((name for name in own if name in stored.keys()), None)  # noqa: SIM118 (safe_open is no mapping)
+        found = next((name for name in own if name in stored.keys()), None)  # noqa: SIM118 (safe_open is not a mapping)
         size = None if found is None else stored.get_slice(found).get_shape()[0]
     words = cast("torch.Tensor", ends[0].weight).shape[0]
-    if size not in (None, words):  # to its own size it would tie what is stored apart
+    if size not in (None, words):  # resizing to the present size would tie weights that are stored separately
         base.resize_token_embeddings(size, mean_resizing=False)
 
 
 def load_adapters(base: PreTrainedModel, folders: Sequence[Path]) -> PeftModel:
-    """The base with several adapters, all of them at work; each as ``load_adapter`` has it. Raises UserError for those
-    of other experts' parameters than the first, which PEFT does not take beside it."""
+    """Load several adapters onto the base, all of them active; see ``load_adapter``. Raises UserError for an adapter of
+    other expert parameters than the first adapter's, which PEFT cannot load together."""
     model = load_adapter(base, folders[0])
     names = ["default", *(f"adapter_{number}" for number in range(1, len(folders)))]
     for name, folder in zip(names[1:], folders[1:], strict=True):
@@ -92,22 +92,22 @@ def load_adapters(base: PreTrainedModel, folders: Sequence[Path]) -> PeftModel:
         except ValueError as error:
             what = f"PEFT cannot run this adapter together with {folders[0]}: {error}"
             raise UserError(what, str(folder), "--no-verify merges them without running them") from error
-    model.base_model.set_adapter(names)  # type: ignore[operator]  # PeftModel has one for a single name
+    model.base_model.set_adapter(names)  # type: ignore[operator]  # PeftModel's own takes a single name
     return model
 
 
 def continue_adapter(
     base: PreTrainedModel, folder: Path, adapter: Adapter, targets: Sequence[str], fused: bool
 ) -> PeftModel:
-    """The base with the adapter stored in ``folder``, as ``load_adapter``; trained on with the recipe's dropout."""
+    """Load the adapter in ``folder`` onto the base to continue its training, with the recipe's dropout."""
     config = LoraConfig.from_pretrained(str(folder))
     config.lora_dropout = adapter.lora_dropout
-    config.init_lora_weights = True  # it has begun, and MiCA's start would freeze B
+    config.init_lora_weights = True  # the weights are loaded, and MiCA's initialization would freeze B
     if fused:
         register(config, [base.get_submodule(name) for name in targets])
     return PeftModel.from_pretrained(base, str(folder), config=config, is_trainable=True)
 
 
 def trainable_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """Name and parameter of everything that is trained, in the model's order."""
+    """Names and parameters that are trained, in the model's order."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -1,9 +1,9 @@
-"""Attention for rows laid end to end: each row among its own tokens alone, without a mask over the whole line.
+"""Attention for packed rows: each row attends to its own tokens only, without a mask over the whole sequence.
 
-Registered with Transformers under the names ``ROWS`` and ``ROWS_ALONE``; a forward pass says where rows begin and end
-by the arguments that FlashAttention has there. On a GPU that has it, in 16 bits, the rows go through torch's variable-
-length FlashAttention together; on a processor in 16 bits by products of matrices, short ones together; elsewhere, and
-where a model has sinks, one after the other.
+Registered with Transformers as ``ROWS`` and ``ROWS_ALONE``. A forward pass gives the row boundaries in FlashAttention's
+arguments. In 16 bits, a GPU from Ampere on computes all rows in one call of torch's variable-length FlashAttention. A
+CPU computes bfloat16 rows by matrix products, short rows together. Otherwise (float32, dropout, sinks, older GPUs),
+rows are computed one after the other.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from transformers.masking_utils import sdpa_mask
 from lora_cli.model.row_products import RowProducts
 
 ROWS = "rows"
-"""For a trial: its masks tell of windows that a layer may not tell its attention of."""
+"""The name for a trial: its masks reveal sliding windows that a layer does not pass to its attention function."""
 ROWS_ALONE = "rows_alone"
-"""For all batches after it. Transformers has not been told of masks for this name and makes none; else it would look
-through each batch's positions for them, and wait until a GPU has come to these."""
+"""The name for all later batches. No mask function is registered for it, so that Transformers makes no masks: to make
+them, it would inspect each batch's position ids and wait for the GPU."""
 
 
 def attend_by_rows(
@@ -44,10 +44,10 @@ def attend_by_rows(
     """Causal attention within each row.
 
     query (1, heads, tokens, width); key and value (1, key heads, tokens, width); ``cu_seq_lens_q`` (rows + 1) int32;
-    ``s_aux`` (heads), the sinks: a score beside a token's own in each head, for which no value stands. Returns (1,
-    tokens, heads, width), as Transformers wants it. Without ``cu_seq_lens_q`` there is one row; without it and sinks,
-    or where a mask says more, this is Transformers' own sdpa. Raises ValueError for what needs the scores themselves
-    (soft caps, biases), for sinks beside a mask, and for layers whose window is told by their mask alone.
+    the sinks ``s_aux`` (heads): one more score in each head's softmax, without a value. Returns (1, tokens, heads,
+    width), as Transformers expects. Without ``cu_seq_lens_q`` there is one row. With a mask, or with neither
+    ``cu_seq_lens_q`` nor sinks, calls Transformers' own sdpa. Raises ValueError for arguments that change the scores
+    (soft caps, position biases), for sinks with a mask, and for sliding windows that only the mask reveals.
     """
     if attention_mask is not None and attention_mask.ndim == 0:
         if sliding_window != int(attention_mask):
@@ -59,7 +59,7 @@ def attend_by_rows(
     if s_aux is not None and attention_mask is not None:
         raise ValueError("attention by rows does not know sinks beside a mask")
     if (cu_seq_lens_q is None and s_aux is None) or attention_mask is not None:
-        if attention_mask is None and query.shape[2] == key.shape[2]:  # a row alone, for which there is no mask
+        if attention_mask is None and query.shape[2] == key.shape[2]:  # a single row, for which no mask was made
             attention_mask = _window(query.shape[2], sliding_window, query.device)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
@@ -79,7 +79,7 @@ def attend_by_rows(
 
 @lru_cache
 def _has_flash(device: torch.device) -> bool:
-    """Whether the GPU is of those for which FlashAttention is written: from Ampere on, unlike a T4 or a V100."""
+    """Whether FlashAttention supports this GPU: from Ampere on, unlike a T4 or a V100."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -92,14 +92,14 @@ def _fused(
     dropout: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One row by torch's own kernel."""
+    """Attention of one row by torch's own kernel."""
     width, groups = value.shape[-1], query.shape[1] // key.shape[1]
     if sinks is not None:
         query, key, value = _after_sink(query, key, value, sinks.float() / scale)
     mask = _window(query.shape[2], window, query.device)
     if sinks is not None and mask is not None:
         mask[:, 0] = True
-    if mask is not None and groups > 1:  # a GPU's kernel for masks knows no groups, and that for both holds every score
+    if mask is not None and groups > 1:  # on a GPU, the kernel for masks has no groups; that for both stores all scores
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     attended = scaled_dot_product_attention(
         query,
@@ -117,10 +117,10 @@ def _fused(
 def _after_sink(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The three with a token before theirs, whose value is nothing and whose product with a query is its head's sink.
+    """Prepend a token whose value is 0 and whose product with each query is the sink of the query's head.
 
-    It is made by two numbers more of each head, the second what rounding takes of the first; kernels want their number
-    to be a multiple of 8.
+    Two more dimensions of each head give this product; the second holds what rounding removes from the first. 8
+    dimensions are added: kernels need a multiple of 8.
     """
     width, rounded = query.shape[-1], sinks.to(query.dtype)
     query, key, value = (pad(part, (0, 8, 1, 0)) for part in (query, key, value))
@@ -139,10 +139,10 @@ def _together(
     starts: torch.Tensor,
     longest: int,
 ) -> torch.Tensor:
-    """All rows in one kernel."""
+    """Attention of all rows in one kernel; ``starts`` (rows + 1) are the row boundaries."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11 takes fewer key heads as they come; later releases want to be told.
+    # torch 2.11 accepts fewer key heads than query heads as they are; later releases need enable_gqa.
     told: dict[str, Any] = (
         {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in signature(varlen_attn).parameters else {}
     )
@@ -163,7 +163,7 @@ def _together(
 
 
 def _window(length: int, width: int | None, device: torch.device) -> torch.Tensor | None:
-    """Which of ``length`` tokens each sees (length, length) when it sees ``width`` at most; None when it sees all."""
+    """The causal mask (length, length) of a sliding window of ``width`` tokens; None when the window covers the row."""
     if width is None or length <= width:
         return None
     return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - width)
@@ -177,7 +177,7 @@ def _mask(
     local_size: int | None = None,
     **others: Any,
 ) -> torch.Tensor | None:
-    """For a line of rows None, or the width of a window as a tensor of no dimension; else sdpa's mask."""
+    """For packed rows None, or the sliding window's width as a scalar tensor; otherwise sdpa's mask."""
     if batch_size == 1 and q_length == kv_length and attention_mask is None:
         return None if local_size is None else torch.tensor(local_size)
     return sdpa_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, local_size=local_size, **others)

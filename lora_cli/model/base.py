@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WRONG_VALUES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What Transformers raises for a configuration of values that no model can have."""
+"""Errors that Transformers raises for a configuration with impossible values."""
 transformers_logging.disable_progress_bar()
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
-    """The model's configuration. Raises UserError when it cannot be read or is not a causal language model's."""
+    """The model's configuration. Raises UserError when it is unusable, not a causal LM's, or asks for hub code."""
     where = str(folder / "config.json")
     stored = read_config(folder)
     kind = stored.get("model_type")
@@ -55,12 +55,12 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises UserError when there is none or it cannot be read."""
+    """The model's tokenizer. Raises UserError when it is missing or unusable."""
     check_tokenizer(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        if isinstance(error, OSError) and error.errno:  # the system's own; Transformers gives its own no number
+        if isinstance(error, OSError) and error.errno:  # from the system: Transformers sets no errno
             raise unreadable(Path(error.filename or folder), error) from error
         file = "tokenizer_config.json"
         own = ", ".join(own_code(read_config(folder, file))) if (folder / file).is_file() else ""
@@ -76,31 +76,31 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a tokenizer's files. Raises OSError when they cannot be written."""
     try:
         tokenizer.save_pretrained(str(folder))
-    except Exception as error:  # all that tokenizers raises when the disk is full
+    except Exception as error:  # tokenizers raises nothing more specific when the disk is full
         raise OSError(str(error)) from error
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """An id to pad with. Padded places are masked out and never supervised, so that any id will do."""
+    """A token id to pad with. Any id will do: padding is masked out and never supervised."""
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """How many positions the model has, or None when its configuration states no bound."""
+    """The model's maximum number of positions, or None when its configuration states none."""
     value = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(value) if value else None
 
 
 def ties_words(config: PreTrainedConfig) -> bool:
-    """Whether the output layer's weight is the embedding's."""
-    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))  # Inkling's says nothing of it
+    """Whether the output layer shares its weight with the input embeddings."""
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))  # Inkling's lacks the key
 
 
 def longrope_bounds(config: PreTrainedConfig) -> list[int]:
-    """Up to how many tokens a batch's longest row may have for the positions of shorter ones to stay as they are.
+    """The row lengths in tokens above which LongRoPE (arXiv:2402.13753) changes the position embeddings of a batch.
 
-    LongRoPE (arXiv:2402.13753) turns all positions of a batch another way once one row of it is longer than the model
-    was first made for.
+    Once one row is longer than the model's original context, all rows of its batch get the long-context frequencies.
+    Rows on different sides of a bound must not share a batch.
     """
     given = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = [given] if "rope_type" in given else [each for each in given.values() if isinstance(each, dict)]
@@ -110,7 +110,7 @@ def longrope_bounds(config: PreTrainedConfig) -> list[int]:
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model without weights: every module and shape, on the meta device.
 
-    Raises UserError when there can be no such model.
+    Raises UserError when no model can be built from the configuration.
     """
     try:
         with torch.device("meta"):
@@ -140,12 +140,12 @@ def check_attention(config: PreTrainedConfig, implementation: str, device: torch
 
 
 def best_device() -> torch.device:
-    """The GPU when there is one."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """``model.dtype`` in torch's terms. Raises UserError for float16 off the GPU, where there is no loss scaling."""
+    """``model.dtype`` as a torch dtype. Raises UserError for float16 off the GPU, where there is no loss scaling."""
     if dtype == "auto":
         return torch.bfloat16 if has_units_for(torch.bfloat16, device) else torch.float32
     if dtype == "float16" and device.type != "cuda":
@@ -156,8 +156,8 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def has_units_for(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the device multiplies matrices of this type in hardware.
 
-    A processor without AMX or AVX512 units emulates 16 bits: 7 to 250 times slower than float32, and less exact. GPUs
-    before Ampere, such as a T4, have none for bfloat16.
+    A CPU without AMX or AVX512 units emulates 16 bits: 7 to 250 times slower than float32, and less exact. GPUs before
+    Ampere, such as the T4, have no units for bfloat16.
     """
     if dtype == torch.float32:
         return True
@@ -168,13 +168,13 @@ def has_units_for(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def resolve_compute_dtype(quantization: Quantization, device: torch.device) -> torch.dtype:
-    """``quantization.compute_dtype`` in torch's terms; float32 for 16 bits on a device without units for them."""
+    """``quantization.compute_dtype`` as a torch dtype; float32 on a device without units for that dtype."""
     dtype = DTYPES[quantization.compute_dtype]
     return dtype if has_units_for(dtype, device) else torch.float32
 
 
 def bitsandbytes_config(quantization: Quantization, device: torch.device) -> BitsAndBytesConfig:
-    """The recipe's section in Transformers' terms."""
+    """The recipe's quantization section as Transformers' configuration."""
     if quantization.method == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -194,12 +194,11 @@ def load_base(
     sharded: bool = False,
     skip: list[str] | None = None,
 ) -> PreTrainedModel:
-    """The base with its weights, frozen, on ``device``; to be ``sharded``, 4-bit weights are held as ``dtype``.
+    """Load the base with frozen weights on ``device``.
 
-    Layers in ``skip`` are not quantized; None: the head.
-
-    Raises UserError for what ``load_config`` refuses, and when stored weights are missing: Transformers would fill them
-    at random.
+    For ``sharded`` training, 4-bit codes are stored as ``dtype``. Layers in ``skip`` are not quantized; None skips the
+    output head. Raises UserError for configurations that ``load_config`` refuses, and when weights cannot be loaded or
+    are missing: Transformers would initialize missing weights at random.
     """
     load_config(folder)
     if "OMP_NUM_THREADS" not in os.environ:
@@ -207,16 +206,16 @@ def load_base(
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     if model.attn_implementation != "auto":
         options["attn_implementation"] = model.attn_implementation
-    if model.attn_implementation == "flex_attention":  # compiled by its first call, or it makes all scores
+    if model.attn_implementation == "flex_attention":  # its first call compiles it; uncompiled, it stores all scores
         os.environ.pop("TORCHDYNAMO_DISABLE", None)
     if quantization is not None:
-        quantized = bitsandbytes_config(quantization, best_device() if sharded else device)  # where it will compute
+        quantized = bitsandbytes_config(quantization, best_device() if sharded else device)  # the device that computes
         quantized.llm_int8_skip_modules = skip
         options["quantization_config"] = quantized
     if device.type == "cuda" or stored_quantization(folder):
-        options["device_map"] = {"": device}  # not told, Transformers puts codes on a GPU, and makes them there
-    if best_device().type == "cuda":  # where it will compute, wherever its weights are loaded to
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each new shape of padded rows for a second
+        options["device_map"] = {"": device}  # by default, Transformers puts codes on a GPU and quantizes there
+    if best_device().type == "cuda":  # the device that computes, wherever the weights are loaded
+        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN takes a second to plan each new shape of padded rows
     try:
         loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except (ImportError, ValueError, RuntimeError) as error:
@@ -239,8 +238,8 @@ def load_base(
 
 
 def _hold_as(base: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Hold all but codes, and what scales them, as ``dtype``: Transformers (5.23) leaves some of a base stored
-    quantized as they lay there."""
+    """Cast all parameters except quantized codes and their scales to ``dtype``: Transformers (5.23) leaves some
+    parameters of a stored quantized base in their stored dtype."""
     for module in base.modules():
         own = dict(module.named_parameters(recurse=False))
         codes = any(each.itemsize == 1 or getattr(each, "quant_state", None) is not None for each in own.values())

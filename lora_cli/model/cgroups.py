@@ -1,4 +1,4 @@
-"""What control groups allow this process: containers, batch systems and systemd limit memory by them."""
+"""Memory limits of this process's control groups, which containers, batch systems and systemd set."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path, PurePosixPath
 
 
 def memory_limits(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
-    """Limit and use in bytes of each control group with a memory limit that this process is in, groups above included.
+    """Yield limit and usage, in bytes, of each control group of this process that has a memory limit, parents included.
 
-    ``root`` is the folder that holds ``proc`` and ``sys``. What is cached of files and was not read lately does not
-    count as used: it makes room by itself, as kubelet counts, too.
+    ``root`` is the folder that holds ``proc`` and ``sys``. Usage excludes the inactive file cache, as in kubelet: the
+    kernel frees this memory when needed.
     """
     try:
         memberships = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -21,7 +21,7 @@ def memory_limits(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
     for line in memberships:
         _, controllers, path = line.split(":", 2)
         group = PurePosixPath(path.lstrip("/"))
-        # Inside a container the mount may begin at its own group, whose path is then told from outside.
+        # In a container, the mount may start at the container's own group, while the path is that on the host.
         for part in (group, *group.parents):
             with suppress(OSError, ValueError):  # no such folder or file, or "max"
                 if not controllers:
