@@ -1,7 +1,7 @@
-"""RMS norms and gated MLPs, each in one autograd function that keeps no more than its inputs for the backward pass.
+"""RMS norms and gated MLPs, each as one autograd function that keeps about as much as its inputs for the backward pass.
 
-They stand in the places of Transformers' own modules, with the same names and weights, and the same numbers: in 16 bits
-some round elsewhere.
+They replace Transformers' own modules, with the same names and weights. The results are the same, except that in 16
+bits some are rounded at another point.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def normal(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """y = w x / sqrt(mean(x^2) + eps) (RMSNorm, arXiv:1910.07467, equation 4), and what x is multiplied by (n, 1).
+    """Return y = w x / sqrt(mean(x^2) + eps) (RMSNorm, arXiv:1910.07467, equation 4) and the inverse root, (n, 1).
 
-    x (n, width), w (width); computed in float32, rounded to x's type before w, as Llama does it.
+    x (n, width), w (width). Computed in float32 and rounded to x's dtype before the product with w, as in Llama.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    own = None if wide is x else wide  # memory that may be written over
+    own = None if wide is x else wide  # may be overwritten
     return torch.mul(wide, inverse, out=own).to(x.dtype) * weight, inverse
 
 
 def normal_slopes(x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """The gradient of ``normal``'s x for that of its y.
+    """The gradient of the loss w.r.t. ``normal``'s x, from ``grad`` w.r.t. its y.
 
-    The kernel is layer norm's. For a mean of 0 its result is the one sought less inverse mean(w grad), which is what
-    the mean would have taken.
+    Uses layer norm's kernel with a mean of 0. The kernel subtracts inverse * mean(w grad), the gradient through layer
+    norm's mean; this term is added back.
     """
     dtype = torch.promote_types(x.dtype, grad.dtype)
     g, w = grad.to(dtype), weight.to(inverse.dtype)
@@ -56,7 +56,7 @@ NORMAL = Formula(normal, normal_slopes)
 
 
 class Normalize(torch.autograd.Function):
-    """``normal`` of x (…, width), for a frozen w. Returns y (n, width), no view, so that it may be written to."""
+    """``normal`` of x (…, width) with a frozen w. Returns y (n, width): not a view, so it can be modified in place."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, formula: Formula = NORMAL) -> torch.Tensor:
@@ -73,7 +73,7 @@ class Normalize(torch.autograd.Function):
 
 
 class FrozenRMSNorm(nn.Module):
-    """A root-mean-square norm whose weight is not trained."""
+    """An RMS norm with a frozen weight."""
 
     def __init__(self, weight: nn.Parameter, eps: float) -> None:
         super().__init__()
@@ -90,9 +90,9 @@ class FrozenRMSNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) up(x)); the layers are those of the module that it stands for.
+    """down(silu(gate(x)) * up(x)), with the layers of the module that it replaces.
 
-    Of more than ``at_once`` tokens, where that is set, part by part; the backward pass makes each part again.
+    More than ``at_once`` tokens, if set, are computed in parts; the backward pass recomputes each part.
     """
 
     at_once: int | None = None
@@ -105,21 +105,21 @@ class GatedMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(0, -2)
         if self.at_once is not None and len(rows) > self.at_once:
-            # As a module, hooks and all: weights that come and go do so for each part.
+            # Call the module itself, so that its hooks, which may load and free weights, run for each part.
             parts = (checkpoint(self, part, use_reentrant=False) for part in torch.split(rows, self.at_once))
             return torch.cat(list(parts)).view(x.shape)
         gate, up = side_by_side((self.gate_proj, self.up_proj), x)
-        if gate.is_cuda and isinstance(self.down_proj, Fused):  # a processor takes too long to make the product twice
+        if gate.is_cuda and isinstance(self.down_proj, Fused):  # a CPU takes too long to compute the product twice
             return cast("torch.Tensor", self.down_proj(up, gate=gate))
-        with torch.autocast(gate.device.type, enabled=False):  # nothing here heeds it but the compiler
+        with torch.autocast(gate.device.type, enabled=False):  # only the compiler would act on it here
             product = Gate.apply(gate, up, self.formula).view(up.shape)  # type: ignore[no-untyped-call]
         del gate, up
         return cast("torch.Tensor", self.down_proj(product))
 
 
 def fuse(model: PreTrainedModel) -> None:
-    """Replace the norms, MLPs and attention of a frozen base whose own forward pass gives these numbers, in place; all
-    others stay as they are."""
+    """Replace, in place, those norms, MLPs and attention modules of a frozen base whose own forward pass gives the same
+    results as the modules here and in ``rotary``."""
     width = None if model.config._attn_implementation == "eager" else rotary_width(model)
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm") and _is_norm(module):
@@ -131,37 +131,37 @@ def fuse(model: PreTrainedModel) -> None:
 
 
 def split_mlps(model: nn.Module, at_once: int) -> None:
-    """Have the gated MLPs which ``fuse`` has put in place take so many tokens at a time: for long rows, of which what
-    an MLP computes takes several times the memory of all else in a layer."""
+    """Make the gated MLPs that ``fuse`` has inserted compute ``at_once`` tokens at a time. On long rows, an MLP's
+    activations take several times the memory of the rest of its layer."""
     for module in model.modules():
         if isinstance(module, GatedMLP):
             module.at_once = at_once
 
 
 def numbers_per_token(model: nn.Module) -> int:
-    """How many numbers of a token go through the norms and gates which ``fuse`` has put in place; through a norm over
-    each head, those of one head."""
+    """How many values per token the norms and gates that ``fuse`` has inserted process. A norm over each head counts
+    for one head."""
     norms = (each.weight.numel() for each in model.modules() if isinstance(each, FrozenRMSNorm))
     gates = (cast("int", each.gate_proj.out_features) for each in model.modules() if isinstance(each, GatedMLP))
     return sum(norms) + sum(gates)
 
 
 def compile_formulas(model: nn.Module, dtype: torch.dtype) -> None:
-    """Have torch's compiler make one loop of each formula in the model's norms and gates, for inputs of ``dtype``: the
-    same numbers but for rounding. Raises what the compiler does, and leaves the model as it was then.
+    """Compile each formula of the model's norms and gates to one loop, for inputs of ``dtype``. Results differ only in
+    rounding. Raises the compiler's errors, and then leaves the model unchanged.
 
-    The compiler's files, pickles among them, do not outlast the call: what they do not serve, such as a vector alone,
-    is computed as before.
+    The compiler's files, which include pickles, are deleted on return. Inputs that would need another compilation, such
+    as a single vector, are computed as before.
     """
     from accelerate.utils import patch_environment
 
     options: dict[str, Any] = {
         "cpp_cache_precompile_headers": False,  # 150 MB, and no faster for so few formulas
-        "cpp.vec_isa_ok": True,  # else it compiles a trial of the vector units, with all of ATen's headers: 7 s
+        "cpp.vec_isa_ok": True,  # else it test-compiles for the vector units, with all of ATen's headers: 7 s
     }
     with (
         TemporaryDirectory(prefix="lora-compiles-") as folder,
-        patch_environment(TORCHDYNAMO_DISABLE="0", TORCHINDUCTOR_CACHE_DIR=folder),  # the command line has it off
+        patch_environment(TORCHDYNAMO_DISABLE="0", TORCHINDUCTOR_CACHE_DIR=folder),  # the CLI disables it
     ):
         torch.compiler.set_stance("default")
         compiled = {
@@ -175,7 +175,7 @@ def compile_formulas(model: nn.Module, dtype: torch.dtype) -> None:
             Normalize.apply(x, torch.ones(256, dtype=dtype), 1e-6, compiled[NORMAL]),  # type: ignore[no-untyped-call]
             Gate.apply(x, y, compiled[GATED]),  # type: ignore[no-untyped-call]
         )
-        for result in results:  # they are compiled when they are called
+        for result in results:  # each function is compiled when it is first called
             result.backward(torch.ones_like(result))
     torch.compiler.set_stance("eager_on_recompile")
     for module in model.modules():
@@ -189,8 +189,8 @@ def _eps(norm: nn.Module) -> float:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether the module's forward pass is that of ``FrozenRMSNorm``: of numbers so small that eps counts, and by a
-    weight of many values, so that another use of either shows."""
+    """Whether the module's forward pass equals that of ``FrozenRMSNorm``. The input is so small that eps matters, and
+    the weight has many values, so that a different use of either shows."""
     weight, eps = torch.linspace(-1, 2, 16), _eps(module)
     stand_in = SimpleNamespace(weight=weight, variance_epsilon=eps, eps=eps)
     x = 1e-3 * torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
@@ -199,7 +199,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_gated(module: nn.Module) -> bool:
-    """Whether the module's forward pass is that of ``GatedMLP``, by layers that multiply by 2, 3 and 5."""
+    """Whether the module's forward pass equals that of ``GatedMLP``, tested with layers that multiply by 2, 3 and 5."""
     layers = dict(zip(PROJECTIONS, (lambda x: 2 * x, lambda x: 3 * x, lambda x: 5 * x), strict=True))
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     stand_in = SimpleNamespace(act_fn=getattr(module, "act_fn", None), **layers)
@@ -207,7 +207,7 @@ def _is_gated(module: nn.Module) -> bool:
 
 
 def _agrees(module: nn.Module, stand_in: SimpleNamespace, x: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Whether its class's forward pass, of another ``self``, gives what is wanted."""
+    """Whether the forward pass of the module's class, with ``stand_in`` as ``self``, returns ``wanted``."""
     try:
         found = type(module).forward(cast("Any", stand_in), x)
     except CANNOT:

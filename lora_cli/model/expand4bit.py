@@ -1,7 +1,7 @@
-"""4-bit codes with doubly quantized scales, expanded on CUDA in one kernel, where bitsandbytes takes three.
+"""Dequantize 4-bit codes with doubly quantized scales in one CUDA kernel, where bitsandbytes needs three.
 
-The numbers are bitsandbytes', to the last bit. On an H100 that takes two thirds of the time, and half of the
-processor's, for which a step on few tokens waits.
+The results are bit for bit those of bitsandbytes. On an H100, this takes two thirds of bitsandbytes' GPU time and half
+of its CPU time, for which a step on few tokens waits.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 CODES = 1024
-"""Bytes, of two codes each, that one program expands."""
+"""Bytes, of two codes each, that one Triton program dequantizes."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -27,8 +27,8 @@ def _expand(
     block: tl.constexpr,
     block_of_scales: tl.constexpr,
 ) -> None:
-    """A number is table[code] * (scale_table[scale] * scale of scales + offset) (QLoRA, arXiv:2305.14314, equation 6);
-    each program makes those of ``size`` bytes."""
+    """value = table[code] * (scale_table[scale] * scale_of_scales + offset) (QLoRA, arXiv:2305.14314, equation 6). Each
+    program dequantizes ``size`` bytes."""
     blocks: tl.constexpr = 2 * size // block
     program = tl.program_id(0)
     pairs = tl.load(codes + program * size + tl.arange(0, size)).to(tl.int32)
@@ -42,13 +42,13 @@ def _expand(
 
 
 def is_expandable(weight: torch.Tensor, state: Any) -> bool:
-    """Whether ``expand`` knows these codes: in bytes, with doubly quantized scales, whole programs' work."""
-    in_bytes = weight.dtype == torch.uint8  # to be sharded they are stored as another type
+    """Whether ``expand`` supports these codes: bytes that fill whole programs, with doubly quantized scales."""
+    in_bytes = weight.dtype == torch.uint8  # for sharding, codes are stored as another dtype
     return in_bytes and bool(state.nested) and weight.numel() % CODES == 0 and 2 * CODES % state.blocksize == 0
 
 
 def expand(weight: torch.Tensor, state: Any) -> torch.Tensor:
-    """What the codes stand for, in the shape and the type that bitsandbytes' QuantState says."""
+    """The dequantized weight, in the shape and dtype of bitsandbytes' QuantState."""
     out = torch.empty(state.shape, dtype=state.dtype, device=weight.device)
     inner = state.state2
     _expand[(weight.numel() // CODES,)](
@@ -62,6 +62,6 @@ def expand(weight: torch.Tensor, state: Any) -> torch.Tensor:
         CODES,
         state.blocksize,
         inner.blocksize,
-        enable_fp_fusion=False,  # bitsandbytes rounds the product of the scales before it adds to it
+        enable_fp_fusion=False,  # bitsandbytes rounds the product of the scales before it adds the offset
     )
     return out

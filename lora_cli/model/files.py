@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder, or a hub id's snapshot. Answers without importing torch."""
+"""Locate, check and read a model's files, in a folder or a hub snapshot, without importing torch."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ MODEL_FOLDER = "a model folder holds config.json, a tokenizer and weights in saf
 
 
 def locate(name_or_path: str, weights: bool = False, revision: str | None = None) -> Path:
-    """The folder of a model: the path itself, or a hub id's snapshot (``weights``: with its safetensors files), of this
-    ``revision`` or the newest.
+    """The folder of a model: the path itself, or a hub id's snapshot at ``revision``, by default the newest. With
+    ``weights``, the snapshot includes the safetensors files.
 
-    Raises UserError when there is no such folder and the hub cannot give it, or it holds no model.
+    Raises UserError when neither disk nor hub has the folder, or when it holds no model, or an adapter beside it.
     """
     folder = Path(name_or_path)
     if folder.is_file():
@@ -63,21 +63,21 @@ def _snapshot(hub_id: str, weights: bool, revision: str | None) -> Path:
 
 
 def nearest_folder(folder: Path) -> str:
-    """What to say of a folder that is not there."""
+    """A hint for a folder that does not exist."""
     siblings = [f.name for f in folder.parent.iterdir() if f.is_dir()] if folder.parent.is_dir() else []
     return nearest(folder.name, siblings) or f"paths are relative to {Path.cwd()}"
 
 
 def newest_adapter(folder: Path) -> str | None:
-    """What to say of a folder with adapters in it, as a Trainer leaves its checkpoints; None of one without."""
+    """A hint for a folder that contains adapters, such as a Trainer's checkpoints; None if it contains none."""
     found = [*folder.glob("*/adapter_config.json")]
     return f"give the adapter in it: {max(found, key=lambda file: file.stat().st_mtime).parent}" if found else None
 
 
 def check_tokenizer(folder: Path, chat: bool = False) -> None:
-    """Raises UserError when a model folder holds no tokenizer, not all of it or, for ``chat``, no chat template.
+    """Raises UserError when a model folder has no tokenizer, git-LFS pointers or, for ``chat``, no chat template.
 
-    Without a tokenizer's files Transformers makes up an empty one in silence.
+    Without tokenizer files, Transformers would silently create an empty tokenizer.
     """
     if not any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern)):
         raise UserError("the folder holds no tokenizer (no tokenizer.json)", str(folder), MODEL_FOLDER)
@@ -92,7 +92,7 @@ def check_tokenizer(folder: Path, chat: bool = False) -> None:
 
 
 def tokenizer_folder(base: Path, *adapters: Path) -> Path:
-    """Where the tokenizer is: with the first of the adapters that has one of its own, else with the base."""
+    """The folder of the tokenizer: the first adapter that has its own, else the base."""
     return next((adapter for adapter in adapters if (adapter / "tokenizer_config.json").is_file()), base)
 
 
@@ -106,8 +106,8 @@ def copy_tokenizer(folder: Path, to: Path) -> None:
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """A model's config.json, or another of its files, which is there. Raises UserError when it is damaged, RunError
-    when it cannot be read, which may pass."""
+    """Read a model's config.json, or another of its JSON files. Raises UserError when it is damaged, and RunError when
+    it is missing or reading it fails, which may be temporary."""
     path = folder / name
     config = read_json(path)
     if not isinstance(config, dict):
@@ -116,8 +116,8 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 def read_json(path: Path, hint: str | None = None) -> Any:
-    """What a JSON file holds. Raises UserError, with the ``hint`` if there is one, when it is damaged, RunError when it
-    cannot be read, which may pass."""
+    """Read a JSON file. Raises UserError, with the ``hint`` if given, when it is damaged, and RunError when it is
+    missing or reading it fails, which may be temporary."""
     try:
         with reading(path):
             return json.loads(path.read_text(encoding="utf-8"))
@@ -128,7 +128,7 @@ def read_json(path: Path, hint: str | None = None) -> Any:
 def check_model_type(folder: Path) -> None:
     """Raises UserError when Transformers has no model of the type that config.json names.
 
-    Its tables are read as text, in milliseconds: to import them takes seconds.
+    Reads Transformers' tables as text, which takes milliseconds; importing them takes seconds.
     """
     config = read_config(folder)
     kind = config.get("model_type")
@@ -140,7 +140,7 @@ def check_model_type(folder: Path) -> None:
 
 
 def unknown_type(config: Mapping[str, Any], folder: Path) -> UserError:
-    """What to raise for a model type that Transformers does not know."""
+    """The error for a model type that Transformers does not support."""
     own = ", ".join(own_code(config))
     what = f"model type '{config.get('model_type')}' is unknown to transformers {version('transformers')}"
     needs = f" and needs its own code ({own}), which lora does not run (trust_remote_code)" if own else ""
@@ -149,7 +149,7 @@ def unknown_type(config: Mapping[str, Any], folder: Path) -> UserError:
 
 
 def own_code(config: Mapping[str, Any]) -> list[str]:
-    """The Python files that a model's or tokenizer's configuration (``auto_map``) names as its own code."""
+    """The custom Python files that the ``auto_map`` of a model's or tokenizer's configuration names."""
     auto_map = config.get("auto_map")
     entries = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
     names = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry]) if name]
@@ -166,7 +166,7 @@ def hub_kernels(config: Any, inside: bool = False) -> Iterator[str]:
 
 
 def stored_quantization(folder: Path) -> str | None:
-    """How the weights in a model folder are quantized already ('bitsandbytes', 'gptq', …), or None.
+    """The method by which the weights in a model folder are quantized ('bitsandbytes', 'gptq', …), or None.
 
     Raises UserError when config.json is not readable.
     """
@@ -175,7 +175,7 @@ def stored_quantization(folder: Path) -> str | None:
 
 
 def is_stored_in_other_codes(folder: Path) -> bool:
-    """Whether the weights are stored quantized, and not in bitsandbytes' 4 bits, which alone are sharded and streamed.
+    """Whether the weights are stored quantized, but not in bitsandbytes' 4 bits: only these can be sharded or streamed.
 
     Raises UserError when config.json is not readable.
     """
@@ -185,7 +185,7 @@ def is_stored_in_other_codes(folder: Path) -> bool:
 
 
 def check_quantizable(folder: Path) -> None:
-    """Raises UserError when the weights are quantized already: Transformers would ignore the new method in silence."""
+    """Raises UserError when the weights are quantized already: Transformers would silently ignore the new method."""
     stored = stored_quantization(folder)
     if stored is not None:
         raise UserError(

@@ -1,7 +1,7 @@
-"""The layers of a decoder below the lowest one that is trained: what comes out of them is always the same.
+"""The frozen layers of a decoder below its lowest trained layer: their output for a row never changes.
 
-They are set aside by standing a module in for each in the decoder's list of layers, so that masks and positions are
-made by the architecture's own forward pass, and the layers above are called as ever.
+To skip layers, each is replaced by a stand-in module in the decoder's list of layers. The architecture's own forward
+pass still makes masks and positions, and calls the other layers as usual.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 class StandIn(nn.Module):
-    """In a layer's place: gives ``hidden``, or what comes in when that is None, as the first of ``returned``, or alone
-    when that is 0; ``taken`` is what came in."""
+    """Replaces a layer. Returns ``hidden``, or its input when that is None, as the first item of a tuple of length
+    ``returned``, or as a plain tensor when that is 0. ``taken`` is the input of the last call."""
 
     def __init__(self, layer: nn.Module, hidden: torch.Tensor | None, returned: int) -> None:
         super().__init__()
@@ -39,13 +39,14 @@ class StandIn(nn.Module):
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:  # decoders ask their layers for their kind of attention
+        except AttributeError:  # decoders read the attention type from their layers
             return getattr(super().__getattr__("layer"), name)
 
 
 @dataclass(frozen=True)
 class FrozenLayers:
-    """The first ``count`` of a decoder's ``layers``; ``returned``: of how many a layer returns a tuple, 0 of none."""
+    """The first ``count`` of a decoder's ``layers``. ``returned`` is the length of the tuple that a layer returns, or 0
+    when it returns a plain tensor."""
 
     decoder: nn.Module
     layers: nn.ModuleList
@@ -53,14 +54,14 @@ class FrozenLayers:
     returned: int
 
     def states(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """What comes out of them, (rows, tokens, width), for the arguments of a forward pass; the rest is not run."""
+        """Their output (rows, tokens, width) for a forward pass's arguments. The layers above them are not run."""
         with self._replaced(range(self.count, len(self.layers)), None) as above:
             self.decoder(use_cache=False, **inputs)
         assert above[0].taken is not None
         return above[0].taken
 
     def giving(self, hidden: torch.Tensor) -> AbstractContextManager[object]:
-        """Within, a forward pass does not run them but takes ``hidden`` (rows, tokens, width) for what they give."""
+        """A context in which a forward pass skips them and uses ``hidden`` (rows, tokens, width) as their output."""
         return self._replaced(range(self.count), hidden)
 
     @contextmanager
@@ -77,7 +78,8 @@ class FrozenLayers:
 
 
 def frozen_layers(model: PeftModel) -> FrozenLayers | None:
-    """The layers below the lowest trained one; None when there are none, or where layers are not to be found."""
+    """The layers below the lowest trained one. None if there are none, if other modules are trained, or if no list of
+    the decoder's layers is found."""
     base: Any = model.get_base_model()
     decoder = base.get_decoder()
     depth = base.config.get_text_config().num_hidden_layers
@@ -87,7 +89,7 @@ def frozen_layers(model: PeftModel) -> FrozenLayers | None:
         return None
     trained = {id(weight) for weight in model.parameters() if weight.requires_grad}
     by_layer = [{id(weight) for weight in layer.parameters()} & trained for layer in layers]
-    if trained != set().union(*by_layer):  # something outside of the layers, which may stand before them
+    if trained != set().union(*by_layer):  # something else is trained, which may come before the layers
         return None
     count = next((index for index, weights in enumerate(by_layer) if weights), 0)
     if count == 0:
@@ -105,7 +107,7 @@ def frozen_layers(model: PeftModel) -> FrozenLayers | None:
 
 
 def draws_random_numbers(model: PeftModel, below: FrozenLayers) -> bool:
-    """Whether in training anything below the trained layers, such as dropout, is random; leaves the random state."""
+    """Whether anything below the trained layers, such as dropout, is random in training. Restores the random state."""
     device = next(model.parameters()).device
     was_training = model.training
     cuda = [device] if device.type == "cuda" else []
@@ -118,8 +120,8 @@ def draws_random_numbers(model: PeftModel, below: FrozenLayers) -> bool:
 
 
 def gives_the_same(model: PeftModel, below: FrozenLayers) -> bool:
-    """Whether what its frozen layers give is a vector a token, and the model's logits are the same when that is
-    computed apart and handed in."""
+    """Whether the frozen layers output one vector per token, and the model's logits stay the same when this output is
+    computed separately and passed in."""
     ids = some_ids(model)
     with torch.no_grad():
         wanted = model(input_ids=ids, use_cache=False).logits.float()
@@ -140,6 +142,6 @@ def _random_state(device: torch.device) -> torch.Tensor:
 
 
 def some_ids(model: PeftModel) -> torch.Tensor:
-    """Ids of two rows of 8 tokens, (2, 8) int64."""
+    """Token ids for a trial: two rows of 8 tokens, (2, 8) int64."""
     vocabulary: int = model.config.get_text_config().vocab_size
     return ((torch.arange(16, device=next(model.parameters()).device) * 7919 + 3) % vocabulary).view(2, 8)

@@ -1,4 +1,4 @@
-"""Plain LoRA in one autograd function: PEFT's own layers with another forward pass, the same numbers and names."""
+"""Plain LoRA as one autograd function: PEFT's own layers with another forward pass, the same results and names."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def side_by_side(layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor) -> Sequence[torch.Tensor]:
-    """What each of the layers makes of x (…, in), of shape (…, out); in one function when all allow it and none has a
-    forward hook, which would be passed over."""
+    """The outputs (…, out) of several layers for one x (…, in). Uses one autograd function when all layers allow it and
+    none has a forward hook, which that function would skip."""
     modules = [layer for layer in layers if isinstance(layer, nn.Module) and not _is_hooked(layer)]
     results = together(modules, x) if len(modules) == len(layers) else None
     return [layer(x) for layer in layers] if results is None else results
@@ -31,9 +31,9 @@ def side_by_side(layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], x: to
 def together(
     layers: Sequence[nn.Module | Fused], x: torch.Tensor, gate: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...] | None:
-    """The layers' outputs (…, out) for x (…, in), in one function, when each is plain LoRA in training, or frozen and
-    not quantized; else None. Autocast's dtype where it is on, else x's. With a ``gate`` they take silu(gate) x for x.
-    """
+    """The layers' outputs (…, out) for x (…, in) from one autograd function; None unless gradients are enabled and each
+    layer is plain LoRA, or frozen and not quantized. Their dtype is autocast's where it is enabled, else x's. With a
+    ``gate``, the input is silu(gate) * x."""
     if not torch.is_grad_enabled():
         return None
     device = x.device.type
@@ -48,12 +48,12 @@ def together(
     source = made_of(x) if gate is None and x.dtype == dtype else None
     with torch.autocast(device, enabled=False):
         results = LoraProducts.apply(rows, gates, source, kinds, *tensors)  # type: ignore[no-untyped-call]
-    # Not within the function: its views of what it returns could not be written to, as some models do.
+    # Outside the function: views that an autograd function returns cannot be modified in place, as some models do.
     return tuple(y.view(*places, y.shape[1]) for y in results)
 
 
 def _part(layer: Any, dtype: torch.dtype) -> tuple[Kind, tuple[torch.Tensor | None, ...]] | None:
-    """The layer as ``LoraProducts`` takes it for products in ``dtype``; None when it is of another kind."""
+    """The layer as arguments of ``LoraProducts`` for products in ``dtype``; None when it is not supported."""
     adapter: tuple[torch.Tensor, torch.Tensor, float] | None = None
     if isinstance(layer, Fused):
         base, adapter = layer.base_layer, _adapter(layer)
@@ -68,7 +68,8 @@ def _part(layer: Any, dtype: torch.dtype) -> tuple[Kind, tuple[torch.Tensor | No
 
 
 def _adapter(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-    """A, B and the scaling of the layer's one adapter where nothing is random in it and it is no variant; else None."""
+    """A, B and the scaling of the layer's only active adapter. None if it is not the only one, is disabled or merged,
+    or has active dropout, a bias or a variant such as DoRA."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or len(names) != 1:
         return None
@@ -85,13 +86,13 @@ def _is_hooked(layer: nn.Module) -> bool:
 
 
 class Fused:
-    """What makes a LoRA layer of PEFT's a fused one; with a ``gate`` it takes silu(gate) x for x."""
+    """Mixin that fuses the forward pass of a PEFT LoRA layer. With a ``gate``, the input is silu(gate) * x."""
 
     base_layer: Any
 
     def forward(self, x: torch.Tensor, *args: Any, gate: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         if gate is not None and not (x.requires_grad or gate.requires_grad):
-            x, gate = gated(gate, x), None  # one to keep instead of two
+            x, gate = gated(gate, x), None  # one tensor to keep instead of two
         results = None if args or kwargs else together([self], x, gate)
         if results is not None:
             return results[0]
@@ -104,13 +105,13 @@ class FusedLinear(Fused, lora.Linear):
 
 
 def register(config: LoraConfig, layers: Iterable[nn.Module]) -> None:
-    """Have PEFT make these layers fused ones, as far as their kind is known here."""
+    """Make PEFT use fused layers for ``layers``, if all of their types are supported."""
     kinds = {type(layer) for layer in layers}
     known: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FusedLinear, Conv1D: FusedLinear}
     if any(kind.__module__.startswith("bitsandbytes") for kind in kinds):
         from bitsandbytes.nn import Linear4bit
 
-        known = {Linear4bit: _fused_4bit(), **known}  # PEFT takes the first that fits, and this one is a Linear
+        known = {Linear4bit: _fused_4bit(), **known}  # PEFT takes the first match; Linear4bit is a Linear
     if kinds <= known.keys():
         config._register_custom_module(known)
 
