@@ -150,8 +150,8 @@ def compile_formulas(model: nn.Module, dtype: torch.dtype) -> None:
     """Compile each formula of the model's norms and gates to one loop, for inputs of ``dtype``. Results differ only in
     rounding. Raises the compiler's errors, and then leaves the model unchanged.
 
-    The compiler's files, which include pickles, are deleted on return. Inputs that would need another compilation, such
-    as a single vector, are computed as before.
+    The compiler's files, which include pickles, are deleted on return. Inputs that the compiled loops do not serve,
+    such as a single vector, are computed as before.
     """
     from accelerate.utils import patch_environment
 

@@ -1,4 +1,4 @@
-"""The gate of a gated MLP and its slopes: Liger's kernels where they are there, else torch's operations."""
+"""The gate of a gated MLP and its gradients: on a GPU by Liger's kernels if installed, else by torch's operations."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from packaging.version import Version
 from torch.nn.functional import silu
 
 HAS_LIGER = find_spec("liger_kernel") is not None and Version(version("liger-kernel")) >= Version("0.8.5")
-"""Whether Liger is there, and its loss takes the size of its chunks."""
+"""Whether Liger is installed, in a version whose loss takes a chunk size."""
 
 
 def gated(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """silu(gate) x (SwiGLU, arXiv:2002.05202, equation 6 with beta = 1), both of one shape."""
+    """silu(gate) * x (SwiGLU, arXiv:2002.05202, equation 6 with beta = 1) of two tensors of one shape."""
     if gate.is_cuda and HAS_LIGER:
         from liger_kernel.ops.swiglu import swiglu_forward
 
         return cast("torch.Tensor", swiglu_forward(gate, x)[2])
     own = silu(gate)
-    return own * x if own.itemsize == 2 else own.mul_(x)  # in 16 bits that takes nearly twice as long on a processor
+    return own * x if own.itemsize == 2 else own.mul_(x)  # in 16 bits, mul_ takes nearly twice as long on a CPU
 
 
 def gated_slopes(gate: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of ``gate`` and ``x`` for that of ``gated``; they may lie where these two lay."""
+    """The gradients w.r.t. ``gate`` and ``x``, given ``grad`` w.r.t. ``gated``'s result. May overwrite the inputs."""
     if gate.is_cuda and HAS_LIGER:
         from liger_kernel.ops.swiglu import swiglu_backward
 
@@ -36,8 +36,8 @@ def gated_slopes(gate: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> tup
 
 
 def gated_and_kept(gate: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``gated``, and the two of its size that ``kept_slopes`` takes: on a processor its slopes, which take as much
-    memory as what they are made of and leave less to do; on a GPU, where the time goes into memory, its inputs."""
+    """``gated``, and two tensors of its size for ``kept_slopes``: on a CPU the derivatives, which take as much memory
+    as the inputs and leave less to compute; on a GPU, where memory traffic takes the time, the inputs."""
     if gate.is_cuda:
         return gated(gate, x), gate, x
     own = silu(gate)
@@ -45,18 +45,18 @@ def gated_and_kept(gate: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def kept_slopes(first: torch.Tensor, second: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of ``gate`` and ``x`` for that of ``gated``, from what ``gated_and_kept`` has kept; they may lie
-    where these two lay."""
+    """The gradients w.r.t. ``gate`` and ``x``, given ``grad`` w.r.t. ``gated``'s result and the two tensors to keep of
+    ``gated_and_kept``. May overwrite these two."""
     return gated_slopes(first, second, grad) if grad.is_cuda else (grad * first, grad * second)
 
 
 @dataclass(frozen=True)
 class Formula:
-    """What gives a value, and from what was kept and the value's gradient those of its inputs: as they stand, or as
-    torch's compiler has made them.
+    """A function and its gradient, eager or compiled: ``value`` returns a result and what to keep; ``slopes`` returns
+    the inputs' gradients from what was kept and the result's gradient.
 
-    Both take vectors as (n, width), and plain tensors that need no gradient: for each other kind the compiler would
-    make another function.
+    Both take plain tensors (n, width) that need no gradient: the compiler would compile another function for each other
+    kind of tensor.
     """
 
     value: Callable[..., Any]
@@ -67,8 +67,8 @@ GATED = Formula(gated_and_kept, kept_slopes)
 
 
 class Gate(torch.autograd.Function):
-    """``gated`` of two (…, width), as (n, width): no view, so that it may be written to. As much as its two inputs is
-    kept; the backward pass may write over it, and over them, which nothing else reads by then."""
+    """``gated`` of two tensors (…, width), as (n, width): not a view, so it can be modified in place. Keeps as much as
+    its inputs. The backward pass may overwrite what was kept and the inputs, which nothing else reads by then."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, x: torch.Tensor, formula: Formula = GATED) -> torch.Tensor:
@@ -86,5 +86,5 @@ class Gate(torch.autograd.Function):
 
 
 def vectors(x: torch.Tensor) -> torch.Tensor:
-    """(…, width) as (n, width), which neither needs a gradient nor, detached last, is known as a view of ``x``."""
+    """x (…, width) as (n, width) without gradient; detached last, so that autograd sees no view of ``x``."""
     return x.reshape(-1, x.shape[-1]).detach()

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CANNOT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What an architecture raises when its forward pass is asked for what it does not know."""
+"""Errors that an architecture's forward pass raises for arguments that it does not support."""
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, Target]:
-    """Every linear layer but the output head, expert routers and gates of one number, GPT-2's Conv1D included."""
+    """Every linear layer, GPT-2's Conv1D included, except the output head, expert routers and gates with one output."""
     head, layers = model.get_output_embeddings(), {}
     for name, module in model.named_modules():
         wide = widths(module)
@@ -30,8 +30,8 @@ def linear_layers(model: PreTrainedModel) -> dict[str, Target]:
 
 
 def adaptable_layers(model: PreTrainedModel) -> dict[str, Target]:
-    """Those of ``linear_layers`` that an adapter reaches: not those whose weight is read past it, or whose names PEFT
-    takes for experts', and not those of what sees or hears beside the text (Gemma 3), which no text goes through."""
+    """The ``linear_layers`` that an adapter can train: not those whose weight the model reads past the adapter or whose
+    names PEFT takes for experts', and not those of vision or audio towers (Gemma 3), which no text goes through."""
     config, kind = model.config, model.config.model_type
     text = model if config.get_text_config() is config else model.get_decoder()
     within = set(text.modules())
@@ -44,9 +44,9 @@ def adaptable_layers(model: PreTrainedModel) -> dict[str, Target]:
 
 
 def _not_for_experts(layers: dict[str, Target], model: PreTrainedModel) -> dict[str, Target]:
-    """Those whose names PEFT leaves as they are. In mixtures of experts that Transformers joins, it takes some names
-    for those of single experts, of a dense layer or a shared expert among them (DeepSeek-V3's gate_proj), and adapts
-    the joined experts in their place: when an adapter is made, and when it is loaded."""
+    """The layers whose names PEFT does not convert. Where Transformers joins the experts of a mixture, PEFT takes some
+    names for those of single experts, even names of dense layers or shared experts (DeepSeek-V3's gate_proj). It then
+    adapts the joined experts instead, both when an adapter is created and when it is loaded."""
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
@@ -63,21 +63,21 @@ def checkpointed_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def check_recomputes(model: PreTrainedModel | PeftModel) -> None:
-    """Raises UserError where the architecture has no gradient checkpointing."""
+    """Raises UserError when the architecture does not support gradient checkpointing."""
     if not model.supports_gradient_checkpointing:
         what = "training.gradient_checkpointing: this architecture cannot recompute its activations"
         raise UserError(what, hint="set it to false; a smaller batch or a lower data.max_length keeps fewer of them")
 
 
 def widths(module: nn.Module) -> tuple[int, int] | None:
-    """Features in and out of a linear layer; None for any other module."""
+    """The input and output features of a linear layer; None for any other module."""
     if isinstance(module, Conv1D):
         return int(module.weight.shape[0]), int(module.weight.shape[1])
     return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else None
 
 
 def is_8_bit(module: nn.Module) -> bool:
-    """Whether it is bitsandbytes' layer of 8 bits, or PEFT's around one: by its name, so as to import neither."""
+    """Whether this is bitsandbytes' 8-bit layer or PEFT's wrapper of one; compares names, to import neither library."""
     return type(module).__name__ == "Linear8bitLt"
 
 

@@ -1,8 +1,8 @@
-"""bitsandbytes' 4-bit layers on a processor with AVX512, where release 0.50.2 computes two things wrongly in silence.
+"""bitsandbytes' 4-bit layers on a CPU with AVX512, where release 0.50.2 silently computes two things wrongly.
 
-The first evaluation pass repacks the weights, after which gradients, ``dequantize_4bit`` and saving read them in the
-wrong order. And where a row of a weight is no multiple of the block of numbers that share a scale, ``dequantize_4bit``
-takes neighbouring blocks' scales: weights are off by more than half their size.
+The first evaluation pass repacks the weights; gradients, ``dequantize_4bit`` and saving then read them in the wrong
+order. Where a weight's row is not a multiple of the block of values that share a scale, ``dequantize_4bit`` uses
+neighbouring blocks' scales: weights are off by more than half their size.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from lora_cli.errors import UserError
 from lora_cli.model.targets import Target
 
 HAS_TRITON = find_spec("triton") is not None and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
-"""Whether there is Triton, and the compiler that it calls."""
+"""Whether Triton and the C compiler that it calls are installed."""
 BLOCK = 64
-"""Numbers of a weight that share a scale: bitsandbytes' own choice, and Transformers'."""
+"""Values of a weight that share a scale: the default of bitsandbytes and Transformers."""
 
 
 def expand(weight: torch.Tensor, state: Any) -> torch.Tensor:
-    """What 4-bit codes stand for, in the shape and the type that bitsandbytes' QuantState says.
+    """Dequantize 4-bit codes to the shape and dtype of bitsandbytes' QuantState.
 
-    On a processor as rows of one block each, for which bitsandbytes takes the right scales, and all cores.
+    On a CPU, dequantizes rows of one block each, for which bitsandbytes uses the right scales and all cores.
     """
     from bitsandbytes.functional import dequantize_4bit
 
@@ -49,7 +49,7 @@ def expand(weight: torch.Tensor, state: Any) -> torch.Tensor:
 
 
 def compute_right(model: torch.nn.Module) -> None:
-    """Keep both faults away from the model's 4-bit layers, before their first pass."""
+    """Work around both faults in the model's 4-bit layers. Call before their first forward pass."""
     for layer in _layers(model):
         layer.support_avx512bf16_for_cpu = False
         if layer.in_features % state_of(layer).blocksize:
@@ -57,15 +57,15 @@ def compute_right(model: torch.nn.Module) -> None:
 
 
 def expand_always(model: torch.nn.Module) -> None:
-    """Have the 4-bit layers multiply by their expanded weights, which gradient checkpointing frees: bitsandbytes' own
-    product holds the codes for the backward pass out of its sight."""
+    """Make the 4-bit layers multiply by their dequantized weights, which gradient checkpointing frees. bitsandbytes'
+    own product keeps the codes for the backward pass where checkpointing cannot free them."""
     for layer in _layers(model):
-        layer.quant_state = None  # the weight has it
+        layer.quant_state = None  # the weight holds it, too
         layer.forward = partial(_forward, layer)
 
 
 def store_as(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Have the 4-bit layers' codes, which are bytes, pass for numbers of ``dtype``: torch shards no integers."""
+    """Reinterpret the bytes of the 4-bit layers' codes as ``dtype``: torch does not shard integer tensors."""
     for layer in _layers(model):
         weight = layer.weight
         weight.data = weight.data.view(-1).view(dtype).unsqueeze(1)
@@ -73,18 +73,18 @@ def store_as(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def state_of(layer: Any) -> Any:
-    """The QuantState by which a layer's codes are expanded, which its weight loses when it is sharded; None where the
-    layer has no codes."""
+    """The QuantState of a 4-bit layer, from its weight or, once sharding has taken it from the weight, from the layer;
+    None for other layers."""
     return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
 
 
 def _layers(model: torch.nn.Module) -> Iterator[Any]:
-    """The model's 4-bit layers, by an attribute of theirs, so as not to import bitsandbytes where there are none."""
+    """The model's 4-bit layers, found by one of their attributes, to import bitsandbytes only when there are any."""
     return (module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu"))
 
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """The layer's product by its expanded weight, in the types that bitsandbytes uses."""
+    """The layer's output from its dequantized weight, in the dtypes that bitsandbytes uses."""
     dtype = layer.compute_dtype or x.dtype
     bias = None if layer.bias is None else layer.bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
@@ -92,7 +92,7 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def check_dora(targets: Iterable[Target], device: torch.device) -> None:
-    """Raises UserError for layers whose norms, which DoRA needs, PEFT would take of wrongly expanded weights."""
+    """Raises UserError when PEFT would compute the weight norms that DoRA needs from wrongly dequantized weights."""
     wrong = [target for target in targets if target.in_features % BLOCK]
     if wrong and device.type == "cpu" and _takes_wrong_scales():
         what = (

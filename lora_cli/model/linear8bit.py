@@ -1,4 +1,4 @@
-"""bitsandbytes' 8-bit layers, two of whose ways to fail (release 0.50.2, on a processor) are kept away from them."""
+"""Workarounds for two faults of bitsandbytes' 8-bit layers (release 0.50.2, on a CPU)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from lora_cli.model.layers import is_8_bit
 
 
 def compute_8_bits_right(model: torch.nn.Module) -> None:
-    """Keep both from the model's 8-bit layers, before their first pass."""
+    """Work around both faults in the model's 8-bit layers. Call before their first forward pass."""
     for layer in filter(is_8_bit, model.modules()):
         cast("Any", layer).forward = partial(_as_vectors, layer)
 
 
 def _as_vectors(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """The layer's product: of more than three dimensions, which DeepSeek-V3's attention gives it, bitsandbytes takes
-    the wrong for columns."""
-    if layer.weight.SCB is None:  # PEFT's DoRA has made the parameter anew on a processor; the state has its scales
+    """The layer's output, computed on a flattened x: when x has more than three dimensions, as in DeepSeek-V3's
+    attention, bitsandbytes takes the wrong one for columns."""
+    if layer.weight.SCB is None:  # PEFT's DoRA has recreated the parameter on a CPU; the state has its scales
         layer.weight.CB = None
     product: torch.Tensor = type(layer).forward(layer, x.flatten(0, -2))
     return product.view(*x.shape[:-1], -1)

@@ -1,8 +1,8 @@
-"""Products with frozen weights and low-rank adapters beside them, several of one input in one autograd function.
+"""Frozen layers with LoRA adapters, one or several of the same input, as one autograd function.
 
-PEFT computes a layer as base(x) + B(A(x)) * scaling, each part an operation with temporaries and saved tensors of its
-own. Here the products are accumulated in place, nothing of the output's size is kept for the backward pass, and of the
-frozen weight nothing but a reference is.
+PEFT computes a layer as base(x) + B(A(x)) * scaling, where each operation has its own temporaries and saved tensors.
+Here the products are accumulated in place. For the backward pass, nothing of the output's size is kept, and only a
+reference to the frozen weight.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from lora_cli.model.normed import Normed
 
 @dataclass(frozen=True)
 class Kind:
-    """How a layer's frozen weight is multiplied: (out, in) or, ``transposed``, (in, out), expanded first where
-    bitsandbytes has it in 4 bits and this ``state`` for it; ``scaling`` is s for its adapter."""
+    """How to compute a layer: ``scaling`` is its adapter's s. The frozen weight is (out, in), or (in, out) if
+    ``transposed``. A 4-bit weight is dequantized by bitsandbytes' ``state``, which is None for others."""
 
     scaling: float
     transposed: bool
@@ -31,13 +31,13 @@ class Kind:
 
 
 class LoraProducts(torch.autograd.Function):
-    """y = x W^T + bias + s (x A^T) B^T (LoRA, arXiv:2106.09685, equation 3) for a frozen W, or for each of several.
+    """y = x W^T + bias + s (x A^T) B^T (LoRA, arXiv:2106.09685, equation 3) for one or several frozen W.
 
-    x (n, in), then of each layer W, bias (out) or None, A (r, in) and B (out, r), with r = 0 where it has no adapter.
-    Returns each layer's y (n, out). The products are computed in x's dtype, and gradients of A and B are returned in
-    their own. A weight of 4 bits is expanded in each pass and not kept, nor is x where no layer has an adapter. With a
-    ``gate`` (n, in), silu(gate) x stands for x, which is made in each pass and not kept either; the backward pass may
-    write over both.
+    x (n, in); for each layer W, bias (out) or None, A (r, in) and B (out, r), with r = 0 if it has no adapter. Returns
+    each layer's y (n, out). Products have x's dtype; the gradients of A and B have the dtypes of A and B. 4-bit weights
+    are dequantized in each pass and not kept. Nor is x kept if no layer has an adapter or ``source`` can recompute it.
+    With a ``gate`` (n, in), the input is silu(gate) * x. Each pass computes this product from gate and x, which are
+    kept and which the backward pass may overwrite.
     """
 
     @staticmethod
@@ -82,7 +82,7 @@ class LoraProducts(torch.autograd.Function):
             grads_a = torch.split(up.T @ rows, ranks)
             del rows
             lows = zip(torch.split(down, ranks, dim=1), grads, kinds, strict=True)
-            grads_b = [_product(low.T, g, kind.scaling).T for low, g, kind in lows]  # thrice as fast as g.T @ low
+            grads_b = [_product(low.T, g, kind.scaling).T for low, g, kind in lows]  # three times as fast as g.T @ low
             adapters = [
                 each.to(dtype, memory_format=torch.contiguous_format)
                 for each, dtype in zip((*grads_a, *grads_b), ctx.dtypes, strict=True)
@@ -102,7 +102,7 @@ def _joined(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
 
 
 def _product(x: torch.Tensor, y: torch.Tensor, scaling: float) -> torch.Tensor:
-    """scaling x y, in one operation."""
+    """scaling * (x @ y), in one operation."""
     return torch.addmm(x.new_empty(()), x, y, beta=0, alpha=scaling)
 
 
@@ -114,9 +114,10 @@ def _both_products(
     scaling: float,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """x weight + scaling low narrow + bias, the first of these the large product.
+    """x @ weight + scaling * (low @ narrow) + bias.
 
-    On a GPU it comes last, where adding to what is there costs it next to nothing; a processor is faster otherwise.
+    x @ weight, the large product, comes last on a GPU, where accumulating costs it next to nothing. A CPU is faster
+    when it comes first.
     """
     bias = None if bias is None else bias.to(x.dtype)
     if x.is_cuda and len(narrow):
@@ -129,8 +130,8 @@ def _both_products(
 def _sum_of_products(
     large: Iterator[tuple[torch.Tensor, torch.Tensor]], small: tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
-    """The sum of each pair's product; that of the small one is the first on a GPU, the last on a processor, as in
-    ``_both_products``. A large pair is made when its turn comes, and let go of before the next."""
+    """The sum of all pairs' products; the small pair comes first on a GPU and last on a CPU, as in ``_both_products``.
+    Each large pair is made when it is needed and freed before the next."""
     total: torch.Tensor | None = None
     others = [small] if small[0].shape[1] else []
     for x, y in chain(others, large) if small[0].is_cuda else chain(large, others):
@@ -141,7 +142,7 @@ def _sum_of_products(
 
 
 def _with(kind: Kind, scales: torch.Tensor | None) -> Kind:
-    """The kind with these scales in its state; between the passes without, which checkpointing is to free."""
+    """``kind`` with these scales in its state; between the passes with None, so that checkpointing can free them."""
     if kind.state is None:
         return kind
     state = copy.copy(kind.state)
@@ -150,7 +151,7 @@ def _with(kind: Kind, scales: torch.Tensor | None) -> Kind:
 
 
 def _expanded(weight: torch.Tensor, kind: Kind, dtype: torch.dtype) -> torch.Tensor:
-    """The weight as (out, in) in ``dtype``."""
+    """The weight, dequantized if it is 4-bit, as (out, in) in ``dtype``."""
     if kind.state is not None:
         weight = expand(weight, kind.state)
     return (weight.T if kind.transposed else weight).to(dtype)

@@ -1,4 +1,4 @@
-"""What a run will need, from shapes alone; what the device has; and how it says that there is no more."""
+"""Memory: what a run needs, estimated from shapes; what the device has; how out-of-memory errors are recognized."""
 
 from __future__ import annotations
 
@@ -27,12 +27,11 @@ ALLOCATION_FAILED = (
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and numbers of malloc.h
-KEPT, LARGEST = 2**30, 2**25  # bytes; glibc takes no larger LARGEST
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and values from malloc.h
+KEPT, LARGEST = 2**30, 2**25  # bytes; glibc accepts no larger LARGEST
 
 LOGITS_AT_ONCE = 5 * 2**24
-"""Bytes that logits take where they are computed in blocks, sums with them: some tens of megabytes, whatever the
-vocabulary."""
+"""Bytes for logits that are computed in blocks, and for their sums: some tens of megabytes for any vocabulary."""
 
 
 def activation_bytes(
@@ -44,20 +43,19 @@ def activation_bytes(
     whole_logits: bool = False,
     kept: float | None = None,
 ) -> int:
-    """Bytes that one micro-batch takes beside weights and adapter, at the height of its backward pass.
+    """Bytes that one micro-batch needs beside weights and adapter, at the peak of its backward pass.
 
-    What is kept of a token in all layers is ``kept`` bytes, where that is known. Else it is counted as in Korthikanti
-    et al. 2022 (arXiv:2205.05198, section 4.1), without the attention matrices that fused attention never stores: of a
-    frozen layer the norms' inputs, queries, keys, values, the attention's result and adapters' inputs are kept, about
-    7 vectors of the hidden width a token, and 3 of the MLP's. With ``checkpointing`` a layer's input is, and one layer
-    at a time the rest. The gradients of one layer come on top, about 2 and 3 such
-    vectors at a time. Of the head its input's gradient is kept at ``positions``, or ``whole_logits`` and float32
-    copies of them for the loss.
+    All layers together keep ``kept`` bytes per token. If None, this is estimated as in Korthikanti et al. 2022
+    (arXiv:2205.05198, section 4.1), without the attention matrices, which fused attention never stores. A frozen layer
+    keeps the norms' inputs, queries, keys, values, the attention's result and the adapters' inputs: per token, about 7
+    vectors of the hidden width and 3 of the MLP's. With ``checkpointing``, each layer keeps its input, and one layer at
+    a time the rest. The gradients of one layer add about 2 and 3 such vectors. The head keeps its input's gradient at
+    ``positions`` or, with ``whole_logits``, the logits there and float32 copies of them for the loss.
     """
     text = config.get_text_config()
     hidden = int(text.hidden_size)
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
-    inner = int(max(inner) if isinstance(inner, list | tuple) else inner)  # Gemma 3n's layers have each their own
+    inner = int(max(inner) if isinstance(inner, list | tuple) else inner)  # each of Gemma 3n's layers has its own
     layers = int(text.num_hidden_layers)
     if kept is None:
         kept = layers * (7 * hidden + 3 * inner) * element_size
@@ -71,12 +69,12 @@ def activation_bytes(
 
 
 def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
-    """Memory that can still be had on the device; of a processor's, no more than this process is allowed.
+    """Bytes that can still be allocated on the device; on a CPU, no more than this process is allowed.
 
-    ``root`` is the folder that holds ``proc`` and ``sys``, where control groups tell their limits.
+    ``root`` is the folder that holds ``proc`` and ``sys``, where control groups report their limits.
     """
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of what torch holds
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of what torch has reserved
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     own = psutil.Process().memory_info()
     free = int(psutil.virtual_memory().available)
@@ -89,14 +87,14 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
 
 
 def total_bytes(device: torch.device, root: Path = Path("/")) -> int:
-    """Memory that the device has; of a processor's, no more than the control groups allow."""
+    """Bytes of memory that the device has; on a CPU, no more than the control groups allow."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     return min([int(psutil.virtual_memory().total), *(allowed for allowed, _ in memory_limits(root))])
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the processor, where torch has no error class of its own."""
+    """Whether an allocation failed, on a GPU or on the CPU, for which torch has no error class of its own."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if not isinstance(error, RuntimeError | OSError):
@@ -105,13 +103,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def asked_bytes(error: BaseException) -> int | None:
-    """How much the allocation that failed was for, when the error tells."""
+    """The bytes that the failed allocation asked for, if the error states them."""
     found = re.search(r"tried to allocate ([\d.]+) (bytes|[KMG]iB)", str(error), re.IGNORECASE)
     return int(float(found[1]) * UNITS[found[2]]) if found else None
 
 
 def describe_lack(error: BaseException) -> str:
-    """What was asked for, what its device has, and what is free there; said best while what filled it still does."""
+    """A message with the bytes requested, present and free on the device. Call it before the memory is freed."""
     told, asked = str(error), asked_bytes(error)
     is_gpus = isinstance(error, torch.OutOfMemoryError) or "CUDA" in told or "CUBLAS" in told
     device = torch.device("cuda" if is_gpus and torch.cuda.is_available() else "cpu")
@@ -121,16 +119,16 @@ def describe_lack(error: BaseException) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes for people."""
+    """A human-readable number of bytes."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def keep_freed_memory(largest: int = LARGEST) -> None:
-    """Let the memory of a tensor of up to ``largest`` bytes serve the next one, from now on; only glibc can.
+    """From now on, reuse the freed memory of tensors of up to ``largest`` bytes; works with glibc only.
 
-    Given back to the system and asked for again it would come page by page, each cleared first: a sixth of the time
-    that a merge takes, a tenth of a training step's in float32. But where large tensors come and go among small ones
-    that stay, these cut up what is kept.
+    Memory that is returned to the system and requested again comes page by page, each cleared first. This takes a sixth
+    of a merge's time, and a tenth of a float32 training step's. But where large tensors come and go among small ones
+    that stay, the small ones fragment the kept memory.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_TRIM_THRESHOLD, KEPT)

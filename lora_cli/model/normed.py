@@ -1,5 +1,5 @@
-"""A root-mean-square norm whose output knows what it was made of, so that layers need not keep it: on a GPU, where to
-make it again costs next to nothing."""
+"""An RMS norm whose output refers to its inputs, so that layers recompute the output instead of keeping it: for GPUs,
+where recomputing it costs next to nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MADE_OF = "lora_made_of"
 
 @dataclass(frozen=True)
 class Normed:
-    """rms_norm(x) weight of x (…, width), all in one dtype, to be made once more."""
+    """The inputs of rms_norm(x) * weight for x (…, width), all of one dtype, from which to recompute it."""
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -34,6 +34,6 @@ def normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def made_of(y: torch.Tensor) -> Normed | None:
-    """What ``y`` was made of, where ``normed`` has made it and nothing was written to it since."""
+    """The inputs of ``y``, if ``normed`` has computed it and it was not modified since; else None."""
     found: Normed | None = getattr(y, MADE_OF, None)
     return found if y._version == 0 else None
