@@ -139,8 +139,7 @@ def split_mlps(model: nn.Module, at_once: int) -> None:
 
 
 def numbers_per_token(model: nn.Module) -> int:
-    """How many values per token the norms and gates that ``fuse`` has inserted process. A norm over each head counts
-    for one head."""
+    """How many values per token go through the norms and gates of ``fuse``; a norm over each head counts one head."""
     norms = (each.weight.numel() for each in model.modules() if isinstance(each, FrozenRMSNorm))
     gates = (cast("int", each.gate_proj.out_features) for each in model.modules() if isinstance(each, GatedMLP))
     return sum(norms) + sum(gates)

@@ -1,5 +1,4 @@
-"""An RMS norm whose output refers to its inputs, so that layers recompute the output instead of keeping it: for GPUs,
-where recomputing it costs next to nothing."""
+"""An RMS norm whose output refers to its inputs: layers recompute it, almost for free on a GPU, and keep no copy."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Attention whose queries and keys are turned by their positions in one function each way.
+"""Attention that applies rotary position embeddings to queries and keys in one autograd function.
 
-It stands in the place of Transformers' own module, with the same names and layers, where that computes just this.
+It replaces Transformers' own module, with the same names and layers, where that module computes exactly this.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 PROJECTIONS, NORMS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_norm", "k_norm")
 RECORDED = "lora_recorded"
-"""The name under which Transformers finds the attention that only notes what it is given."""
+"""The name in Transformers of an attention function that only records its arguments."""
 
 
 class Rotate(torch.autograd.Function):
     """x cos + (-x2, x1) sin, where x1 and x2 are the halves of x: rotary position embeddings (RoFormer,
-    arXiv:2104.09864, equation 34), whose pairs lie half a width apart.
+    arXiv:2104.09864, equation 34), where the two elements of a pair are half a width apart.
 
-    x (rows, tokens, heads, width), cos and sin (rows or 1, tokens, width), which are of x's type or make the result
-    one of theirs. Where all are in 16 bits it rounds once less than Transformers does.
+    x (rows, tokens, heads, width); cos and sin (rows or 1, tokens, width). The result has the dtype to which torch
+    promotes theirs. When all are in 16 bits, it is rounded once less than in Transformers.
     """
 
     @staticmethod
@@ -57,10 +57,10 @@ def _turned(x: torch.Tensor, cos: torch.Tensor, low: torch.Tensor, high: torch.T
 
 
 class RotaryAttention(nn.Module):
-    """Attention over queries and keys which ``Rotate`` has turned, by whichever function the model's configuration
-    names; layers and attributes are those of the module that it stands for.
+    """Attention on queries and keys rotated by ``Rotate``, by the attention function that the model's configuration
+    names. It has the layers and attributes of the module that it replaces.
 
-    ``told`` is what that module tells such a function, beside its ``dropout`` while it trains.
+    ``told`` are the arguments that this module gives to the attention function, besides ``dropout`` in training.
     """
 
     config: PreTrainedConfig
@@ -104,17 +104,17 @@ class RotaryAttention(nn.Module):
 
 
 def rotary_width(model: PreTrainedModel) -> int | None:
-    """Of how many numbers of a head the positions turn pairs; None when the model has no such positions."""
+    """How many dimensions of a head are rotated; None when the model has no rotary position embeddings."""
     frequencies = (getattr(module, "inv_freq", None) for module in model.modules())
     return next((2 * each.numel() for each in frequencies if isinstance(each, torch.Tensor)), None)
 
 
 def in_one_function(module: nn.Module, width: int) -> RotaryAttention | None:
-    """What may stand for ``module``, where it computes just this with positions of ``width``; else None.
+    """The replacement of ``module``, if that computes exactly this with ``width`` rotated dimensions; else None.
 
-    Held against its class's own forward pass, of small layers which differ, for two rows of three tokens, whose numbers
-    are so large that clipping them shows: in float32, and in bfloat16 with positions in float32. One that takes
-    position ids may use them for longer rows than these, and stays.
+    The replacement is compared with the forward pass of the module's class, in float32, and in bfloat16 with float32
+    positions. The layers are small and differ; the inputs are two rows of three tokens, with values so large that
+    clipping shows. A module that takes position ids is not replaced: it might use them for longer rows than these.
     """
     children = {name for name, _ in module.named_children()}
     attributes = _attributes(module)
@@ -149,13 +149,13 @@ def in_one_function(module: nn.Module, width: int) -> RotaryAttention | None:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module has beside its parameters, buffers and children, and beside a hook of Accelerate's."""
+    """A module's attributes, except its parameters, buffers, children and the ``forward`` of a hook of Accelerate's."""
     return {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "forward"}
 
 
 def _record(forward: Any, stand_in: SimpleNamespace, x: torch.Tensor, positions: Any) -> list[torch.Tensor]:
-    """The queries, keys and values that attention is given, and what becomes of its result; ``stand_in.seen`` is then
-    what else it is told. Raises LookupError when it is not told ``added``, as whatever the module's caller adds."""
+    """The queries, keys and values passed to the attention function, and the result of ``forward``. Sets
+    ``stand_in.seen`` to the other arguments. Raises LookupError when the argument ``added`` is not passed on."""
     result, _ = forward(stand_in, hidden_states=x, position_embeddings=positions, attention_mask=None, added=True)
     *given, stand_in.seen = stand_in.recorded
     stand_in.seen.pop("added")

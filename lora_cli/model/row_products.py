@@ -1,8 +1,8 @@
-"""Attention of rows laid end to end by products of matrices, for a processor in 16 bits.
+"""Attention of packed rows by matrix products, for bfloat16 on a CPU.
 
-Forward and backward together they take about half the time of torch's own kernel, which is the faster one forward: it
-takes rows whose weights are not kept, where no window cuts them and keys and values are of one width. Short rows of
-about one length go through a product together, since a call costs what a small product does.
+Forward and backward together take about half the time of torch's own kernel. Forward alone, that kernel is faster: it
+computes rows whose weights are not kept, if no window cuts them and keys and values have one width. Short rows of
+similar length go through one product together, since a call costs as much as a small product.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from torch.nn.functional import scaled_dot_product_attention
 from lora_cli.model.shapes import rounded
 
 BLOCK = 256
-"""Tokens of a long row whose scores are made at a time, at most: later tokens than the last one's are left out."""
+"""Most tokens of a long row whose scores are computed at a time. Keys after the last of these tokens are left out."""
 WHOLE = 512
-"""Tokens of a row, at most, that is one block."""
+"""Rows of at most this many tokens are one block."""
 SHORT = 1024
-"""Tokens of a row, at most, whose weights are kept for the backward pass; those of a longer one are made again."""
+"""Rows of at most this many tokens keep their attention weights for the backward pass; longer rows recompute them."""
 SCORES = 2**24
-"""Scores that are made at a time, at most, over all heads; but never those of fewer queries than LEAST tokens'."""
+"""Most scores computed at a time, over all heads. It never limits a block to fewer than LEAST tokens."""
 LEAST = 16
 LAID = 32
-"""Rows are laid for multiples of so many tokens, so that more of them are alike, and shapes of products are few: each
-takes some of a megabyte (``shapes``)."""
+"""Rows are padded to multiples of this many tokens, so that more rows are alike and products have few shapes: each
+shape takes up to half a megabyte (``shapes``)."""
 TOGETHER = 2**22
-"""Scores of several rows that are made at a time, at most, over all heads."""
+"""Most scores of several rows computed at a time, over all heads."""
 SPARED = 2**17
-"""Scores over all heads, about, that take as long as the calls which a row needs when it goes by itself."""
+"""About how many scores, over all heads, take as long to compute as the calls that a separate row needs."""
 
 
 class RowProducts(torch.autograd.Function):
-    """softmax(scale q k^T) v within each row, causal, and within ``window`` tokens where that is one.
+    """softmax(scale q k^T) v within each row, causal, and within a sliding ``window`` of tokens unless that is None.
 
-    q (1, heads, tokens, width), k (1, key heads, tokens, width), v (1, key heads, tokens, its own width); ``lengths``
-    of the rows, which are all tokens. Returns (1, tokens, heads, v's width). Weights of long rows are made again in the
-    backward pass, as in FlashAttention (arXiv:2205.14135, section 3.1).
+    q (1, heads, tokens, width), k (1, key heads, tokens, width), v (1, key heads, tokens, v's width). The rows'
+    ``lengths`` sum to all tokens. Returns (1, tokens, heads, v's width). The backward pass recomputes the attention
+    weights of long rows, as in FlashAttention (arXiv:2205.14135, section 3.1).
     """
 
     @staticmethod
@@ -78,7 +78,7 @@ class RowProducts(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         (queries, keys), group, scale = ctx.layouts, ctx.group, ctx.scale
-        g = queries.lay(grad).index_fill_(0, queries.beyond, 0)  # so that what follows a row adds nothing to it
+        g = queries.lay(grad).index_fill_(0, queries.beyond, 0)  # so that padding adds nothing to a gradient
         grads = [torch.empty_like(each) for each in (q, k, v)]
         known = iter(kept)
         for own, seen in zip(queries.rows, keys.rows, strict=True):
@@ -100,15 +100,15 @@ class RowProducts(torch.autograd.Function):
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, scale: float) -> None:
-    """Causal attention within rows by torch's own kernel, which is the faster one forward."""
+    """Causal attention within rows by torch's own kernel, which is faster in the forward pass."""
     matrices, tokens, width = k.shape
     queries, places = (each.view(matrices, tokens, -1, width).transpose(1, 2) for each in (q, out))
-    keys, values = (each[:, None].expand_as(queries) for each in (k, v))  # each for the queries it serves
+    keys, values = (each[:, None].expand_as(queries) for each in (k, v))  # one for each query head that shares them
     places.copy_(scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale))
 
 
 class _Sum:
-    """Products of matrices summed up into ``out`` (matrices, tokens, width), in float32 where there are several."""
+    """Sums matrix products into ``out`` (matrices, tokens, width), in float32 when there are several."""
 
     def __init__(self, out: torch.Tensor, count: int) -> None:
         self.out = out
@@ -128,7 +128,7 @@ class _Sum:
 
 @dataclass(frozen=True)
 class Rows:
-    """Where some rows' vectors lie, and for how many tokens each row is laid. A matrix is a key's head in a row."""
+    """Rows that share products: their vectors' place, the padded tokens of each, and a matrix per row and key head."""
 
     place: slice
     tokens: int
@@ -137,11 +137,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Layout:
-    """The vectors of a line's tokens and heads, laid row by row, the shortest first, as (heads, tokens * group, width).
+    """How all tokens' and heads' vectors are laid out: row by row, shortest first, (key heads, tokens * group, width).
 
-    The queries of a ``group`` that share a key's head lie together, token by token, so that each product has one
-    matrix a head. A row is laid for a rounded number of tokens, so that there are few shapes of products. Behind its
-    own tokens, which do not see those, its last one is repeated: in the places ``beyond``.
+    The ``group`` of queries that share a key head lie together, token by token, so that each product has one matrix per
+    key head. Rows are padded to a rounded number of tokens, so that products have few shapes. The padding, in the
+    places ``beyond``, repeats a row's last token; the row's own tokens come before it and do not see it.
     """
 
     rows: tuple[Rows, ...]
@@ -151,7 +151,7 @@ class Layout:
     heads: int
 
     def lay(self, line: torch.Tensor) -> torch.Tensor:
-        """(1, tokens, all heads, width) as (vectors laid, width)."""
+        """Lay out ``line`` (1, tokens, all heads, width) as (vectors, width)."""
         return line[0].flatten(0, 1).index_select(0, self.sources)
 
     def take(self, laid: torch.Tensor) -> torch.Tensor:
@@ -161,7 +161,7 @@ class Layout:
 
 @lru_cache(maxsize=4)
 def _layouts(lengths: tuple[int, ...], heads: int, group: int) -> tuple[Layout, Layout]:
-    """That of queries, ``group`` to each of ``heads``, and that of keys."""
+    """The layouts of queries, ``group`` per key head, and of keys, with ``heads`` key heads."""
     together: list[list[slice]] = []
     for length, end in sorted(zip(lengths, accumulate(lengths), strict=True)):
         row = slice(end - length, end)
@@ -174,26 +174,26 @@ def _layouts(lengths: tuple[int, ...], heads: int, group: int) -> tuple[Layout, 
 
 
 def _go_together(rows: list[slice], row: slice, heads: int) -> bool:
-    """Whether ``row`` goes through a product with ``rows``, none longer than it: when the scores that it adds to theirs
-    take less time than calls of its own, and all are few."""
+    """Whether ``row`` shares products with ``rows``, none of which is longer: if all their scores are few, and those
+    added by padding ``rows`` to its length take less time than separate calls."""
     tokens = _tokens(row)
     added = heads * len(rows) * (tokens**2 - _tokens(rows[-1]) ** 2)
     return added < SPARED and heads * (len(rows) + 1) * tokens * _block(tokens) <= TOGETHER
 
 
 def _tokens(row: slice) -> int:
-    """For how many tokens a row is laid by itself."""
+    """The number of tokens to which a row is padded by itself."""
     length: int = row.stop - row.start
     return max(rounded(length), -(-length // LAID) * LAID)
 
 
 def _block(tokens: int) -> int:
-    """Tokens whose scores are made at a time, at most, of a row that is laid for so many."""
+    """The most tokens whose scores are computed at a time, for a row padded to ``tokens``."""
     return tokens if tokens <= WHOLE else BLOCK
 
 
 def _layout(together: list[list[slice]], heads: int, group: int) -> Layout:
-    """For lists of rows, each laid for as many tokens as its last one, the longest."""
+    """The layout of lists of rows. The rows of a list are padded like its last row, the longest."""
     laid, sources, beyond = [], [], []
     places = torch.empty(sum(row.stop - row.start for rows in together for row in rows), heads * group).long()
     head = torch.arange(heads * group).view(heads, 1, group)
@@ -213,14 +213,14 @@ def _layout(together: list[list[slice]], heads: int, group: int) -> Layout:
 
 
 def _matrices(*parts: tuple[torch.Tensor, Rows]) -> list[torch.Tensor]:
-    """Of vectors laid those of some rows: (matrices, tokens * group, width)."""
+    """For each pair of laid-out vectors and rows, the rows' vectors as (matrices, tokens * group, width)."""
     return [laid[rows.place].view(rows.matrices, -1, laid.shape[-1]) for laid, rows in parts]
 
 
 @dataclass(frozen=True)
 class Block:
-    """Tokens of a row: where their ``queries`` lie, and the tokens that some of them see: ``before`` ones before the
-    first, and as many as there are in the block, ``size``."""
+    """``size`` successive tokens of a row: the place of their ``queries``, and the tokens ``seen`` by some of them,
+    which are ``before`` tokens before the block and the block's own."""
 
     queries: slice
     seen: slice
@@ -229,7 +229,7 @@ class Block:
 
 
 def _blocks(tokens: int, matrices: int, group: int, window: int | None) -> Iterator[Block]:
-    """The blocks of rows, in each of whose ``matrices`` a key serves ``group`` queries."""
+    """The blocks of rows that share products, with this many ``matrices`` and ``group`` queries per key."""
     most = _block(tokens)
     most = max(LEAST, min(most, SCORES // (matrices * group * min(tokens, (window or tokens) + most))))
     for start in range(0, tokens, most):
@@ -240,37 +240,37 @@ def _blocks(tokens: int, matrices: int, group: int, window: int | None) -> Itera
 
 
 def _weights(q: torch.Tensor, k: torch.Tensor, block: Block, scale: float, window: int | None) -> torch.Tensor:
-    """softmax(scale q k^T) of a block's queries over what it sees (matrices, its queries, tokens seen). The mask is
-    laid over the two corners that have one."""
+    """softmax(scale q k^T) of a block's queries over the tokens they see: (matrices, the block's queries, tokens seen).
+    Masks are added only to the two corners that need one."""
     keys, group = k[:, block.seen].transpose(1, 2), q.shape[1] // k.shape[1]
     size, queries = block.size, q[:, block.queries]
     later = _later(group, q.dtype)[: size * group, :size]
     if block.before:
         scores = _product(queries, keys, scale)
         scores[:, :, block.before :].add_(later)
-    else:  # the corner is all there is, and the product itself adds it in less time
+    else:  # the corner is the whole block, and the product adds the mask in less time
         scores = torch.baddbmm(later, queries, keys, alpha=scale)
     near = size if window is None else window - block.before
-    if near < size:  # the queries from here on do not see the first tokens that others of the block do
+    if near < size:  # later queries of the block no longer see the first tokens
         corner = _outside(group, q.dtype)[: (size - near) * group, : size - near]
         scores[:, near * group :, : size - near] += corner
     return scores.softmax(-1)
 
 
 def _product(x: torch.Tensor, y: torch.Tensor, factor: float, out: torch.Tensor | None = None) -> torch.Tensor:
-    """factor x y, matrix by matrix, in one operation."""
+    """factor * (x @ y), matrix by matrix, in one operation."""
     return torch.baddbmm(x.new_empty(()), x, y, beta=0, alpha=factor, out=out)
 
 
 @lru_cache(maxsize=4)
 def _later(group: int, dtype: torch.dtype) -> torch.Tensor:
-    """-inf for query i and the keys after the i-th, else 0 (WHOLE * group, WHOLE)."""
+    """The mask (WHOLE * group, WHOLE): -inf for query i and the keys after the i-th, else 0."""
     return _mask(torch.ones(WHOLE, WHOLE, dtype=torch.bool).triu(1), group, dtype)
 
 
 @lru_cache(maxsize=4)
 def _outside(group: int, dtype: torch.dtype) -> torch.Tensor:
-    """-inf for query i and the keys up to the i-th, which its window has left behind, else 0 (WHOLE * group, WHOLE)."""
+    """The mask (WHOLE * group, WHOLE): -inf for query i and the keys up to the i-th, outside its window, else 0."""
     return _mask(torch.ones(WHOLE, WHOLE, dtype=torch.bool).tril(), group, dtype)
 
 

@@ -1,4 +1,4 @@
-"""Target words -> the module names of this architecture."""
+"""``adapter.target_modules`` -> the names of an architecture's modules."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ READ_PAST = {
     "correction_coefs": {"gemma3n", "gemma3n_text"},
     "o_a_proj": {"deepseek_v4"},
 }
-"""Layers by name, and the model types where their weight is read past an adapter, by Mamba's kernels or without them,
-or clipped while training (Gemma 3n), or where it is used for long rows alone (Doge): the adapter would learn nothing,
-and for some PEFT refuses it. DeepSeek-V4's multiplies parts of its input apart, and PEFT the whole."""
+"""Layer names, and the model types that read such a layer's weight past an adapter (by Mamba's kernels or without
+them), clip it in training (Gemma 3n), or use it for long rows only (Doge). The adapter would learn nothing, and PEFT
+refuses some. DeepSeek-V4's layer multiplies parts of its input separately, PEFT's adapter the whole input."""
 COEFFICIENTS = ("correction_coefs", "prediction_coefs")
 READ_AS_NUMBERS = {"mamba": ("dt_proj",), "gemma3n": COEFFICIENTS, "gemma3n_text": COEFFICIENTS}
-"""Model types whose forward pass multiplies by what a layer's weight holds, or clips it, and such layers: in 4 or 8
-bits they hold codes."""
+"""Model types whose forward pass directly multiplies by a layer's weight or clips it, and these layers. They cannot be
+quantized: in 4 or 8 bits, the weight holds codes."""
 WORDS = ("minimal", "standard", "attention", "all-linear")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A linear layer to adapt: its module name and its width in and out."""
+    """A linear layer to adapt: its module name, input width and output width."""
 
     name: str
     in_features: int
@@ -38,17 +38,17 @@ class Target:
 
 
 def is_read_past(name: str, model_type: str) -> bool:
-    """Whether the layer's weight is read past an adapter in models of this type, or is of what chooses the tokens that
-    sparse attention sees (DeepSeek-V3.2), through which no gradient comes."""
+    """Whether models of this type read the layer's weight past an adapter, or the layer belongs to the indexer that
+    selects tokens for sparse attention (DeepSeek-V3.2), through which no gradient flows."""
     return ".indexer." in name or model_type in READ_PAST.get(_leaf(name), ())
 
 
 def choose_targets(
     layers: Mapping[str, Target], wanted: str | tuple[str, ...], r: int, numbers: tuple[int, ...] | None = None
 ) -> list[Target]:
-    """Those of a model's linear layers that ``adapter.target_modules`` means, in its layers of these ``numbers``.
+    """The linear layers that ``adapter.target_modules`` selects, in the model's layers of these ``numbers`` if given.
 
-    Raises UserError for every name that matches nothing, naming what exists, and for a rank above a layer's width.
+    Raises UserError for every name that matches nothing, listing what exists, and for a rank above a layer's width.
     """
     if isinstance(wanted, str):
         names = _by_word(wanted, layers) if wanted in WORDS else _by_pattern(wanted, layers)
@@ -80,7 +80,7 @@ def _by_word(word: str, layers: Mapping[str, Target]) -> list[str]:
 
 
 def _is_of_attention(name: str, layers: Mapping[str, Target]) -> bool:
-    """By the names of what the layer is in, or of a layer beside it: Nemotron-H calls whatever mixes tokens a mixer."""
+    """By the names of the modules around the layer, or a q_proj beside it: Nemotron-H calls any token mixer a mixer."""
     within = name.rpartition(".")[0]
     return "attn" in within or "attention" in within or f"{within}.q_proj" in layers
 
@@ -99,7 +99,7 @@ def _by_pattern(pattern: str, layers: Iterable[str]) -> list[str]:
 
 
 def compile_pattern(pattern: str, layers: Iterable[str]) -> re.Pattern[str]:
-    """Raises UserError, naming the ``layers`` there are, when the pattern is no regular expression."""
+    """Raises UserError, listing the ``layers`` there are, when the pattern is not a regular expression."""
     try:
         return re.compile(pattern)
     except re.error as error:
@@ -127,7 +127,7 @@ def _by_list(wanted: Iterable[str], layers: Iterable[str]) -> list[str]:
 
 
 def _in_layers(wanted: tuple[int, ...], names: list[str]) -> list[str]:
-    """The names that lie in the model's layers of these numbers: the first number in a name is the layer's."""
+    """The names in the model's layers of these numbers: the first number in a name is the layer's."""
     found = {name: int(number[1]) for name in names if (number := re.search(r"\.(\d+)\.", name))}
     missing = sorted(set(wanted) - set(found.values()))
     if missing:
