@@ -1,4 +1,4 @@
-"""Whether two models say the same: their logits, predictions and perplexity on a few rows."""
+"""How closely two models agree: their logits, predictions and perplexity on a few rows."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What a model says beside a reference, on the same tokens.
+    """How a model's logits z' compare with a reference's, z, on the same tokens.
 
-    ``largest`` is the largest difference of a logit, ``relative`` that of all of them, |z' - z| / |z|, each position's
-    logits about their mean, which no prediction depends on. ``kl`` is KL(reference || model) in nats, the mean over
-    positions.
+    ``largest`` is the largest absolute difference of a logit; ``relative`` is |z' - z| / |z| over all logits. Both are
+    taken after subtracting each position's mean logit, on which no prediction depends. ``kl`` is KL(reference || model)
+    in nats, the mean over positions. ``perplexity`` is the model's.
     """
 
     largest: float
@@ -33,7 +33,7 @@ class Agreement:
 
 
 def logits_of(model: PeftModel | PreTrainedModel, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Each row's logits, (tokens, vocabulary) float32 in the processor's memory; ``rows`` are token ids (tokens,)."""
+    """Each row's logits, (tokens, vocabulary) float32 in host memory; ``rows`` are token ids (tokens,)."""
     device = next(model.parameters()).device
     with evaluating(model):
         return [model(input_ids=row[None].to(device), use_cache=False).logits[0].float().cpu() for row in rows]
@@ -42,7 +42,7 @@ def logits_of(model: PeftModel | PreTrainedModel, rows: Sequence[torch.Tensor]) 
 def agreement(
     reference: Sequence[torch.Tensor], found: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]
 ) -> Agreement:
-    """``found`` beside ``reference``, logits as ``logits_of`` gives them."""
+    """Compare the logits ``found`` with those of the ``reference``, both from ``logits_of``."""
     both = (torch.cat(list(logits)) for logits in (reference, found))
     wanted, got = (logits - logits.mean(dim=-1, keepdim=True) for logits in both)
     apart = got - wanted
@@ -53,7 +53,7 @@ def agreement(
 
 
 def perplexity(logits: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> float:
-    """Of every token but each row's first."""
+    """The perplexity of all tokens except each row's first."""
     told = [cross_entropy(each[:-1], row[1:], reduction="sum") for each, row in zip(logits, rows, strict=True)]
     mean = sum(map(float, told)) / max(sum(len(row) - 1 for row in rows), 1)
     return math.exp(min(mean, 709.0)) if math.isfinite(mean) else math.inf

@@ -1,4 +1,4 @@
-"""The base beside its adapter on the same rows, from one loaded model."""
+"""Compare a base with its adapter on the same rows, with one loaded model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROWS_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model's score, and for an adapter that of its base; None where that lacks words of the rows."""
+    """A model's score and its base's, which is None without an adapter or when rows hold tokens that the base lacks."""
 
     score: Score
     base: Score | None
@@ -47,15 +47,15 @@ def compare(
     attn_implementation: str = "auto",
     watch: Callable[[Sequence[Ints], str], Iterable[Ints]] = lambda groups, _: groups,
 ) -> Comparison:
-    """Score the examples with the model of ``base`` and, when there is one, with ``adapter`` put on it.
+    """Score the examples with ``model``, loaded from ``base``, and, if given, with ``adapter`` on it.
 
-    ``watch`` is given each score's batches and what is scored, and gives the batches in turn.
-    Raises RunError about the model's or adapter's place when a loss is no finite number.
+    ``watch`` takes each score's batches and the name of what is scored, and returns an iterable of the batches.
+    Raises RunError, with the path of the adapter or model, when a loss is not finite.
     """
     device = next(model.parameters()).device
     keep_freed_memory()
     config = None if adapter is None else PeftConfig.from_pretrained(str(adapter))
-    # aLoRA is at work behind its invocation tokens, which PEFT looks for once in what it is given.
+    # aLoRA is active after its invocation tokens, of which PEFT finds only the last in each sequence.
     is_activated = getattr(config, "alora_invocation_tokens", None) is not None
     packing = not is_activated and lay_end_to_end(model, device, attn_implementation)
 
@@ -73,7 +73,7 @@ def compare(
 
     if adapter is None:
         return Comparison(score(model, "the model"), None)
-    # Before PEFT puts the adapter's biases, PiSSA's remainder or new words into it, which rows may hold.
+    # Score the base before PEFT gives it the adapter's biases, PiSSA's residual or new tokens, which rows may hold.
     has_words = highest_id(examples) < model.config.get_text_config().vocab_size
     alone = score(model, "the base") if has_words else None
     return Comparison(score(load_adapter(model, adapter), "the base with its adapter"), alone)

@@ -1,7 +1,7 @@
-"""The frozen output layer and the loss behind it as one, in chunks: full logits never exist.
+"""The frozen output layer and the loss, computed together in chunks: full logits never exist.
 
-The layer is set aside in the forward pass by a hook, which takes its input and passes none on, so that every
-architecture's own way up to it stays untouched.
+In the forward pass, a hook takes the layer's input and passes on an empty one. Every architecture's own code up to the
+layer runs unchanged.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROWS, COLUMNS, LOGITS = 2048, 4096, 2**22
-"""On a processor: the most rows of logits made at a time, the fewest columns, and the logits where rows are few."""
+"""On a CPU: the most rows of logits computed at a time, the fewest columns, and the logits when rows are few."""
 LEAST = -1e30
-"""What stands for a bias of -inf: a block of words that cannot be chosen, -inf alone, would have no softmax."""
+"""Replaces a bias of -inf: a block in which every token has -inf would have no softmax."""
 BYTES_ON_GPU = 2**28
-"""Bytes of logits that a GPU makes at a time, at most, but for the rounding of rows: few make slow products."""
+"""Most bytes of logits that a GPU computes at a time, before rows are rounded up; few rows make slow products."""
 CACHED = 2**19
-"""Logits that a processor makes a softmax of at a time, in float32: what stays in its cache."""
+"""Logits of which a CPU computes the softmax at a time, in float32: as many as stay in its cache."""
 AT_ONCE_ON_GPU = 2**25
-"""Logits that a GPU makes a softmax of at a time, in float32."""
+"""Logits of which a GPU computes the softmax at a time, in float32."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class Head:
     cap: float | None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(n, width) to (n, vocabulary), float32."""
+        """The logits (n, vocabulary), float32, for ``hidden`` (n, width)."""
         return _bounded(self.module(hidden).float(), self.scale, self.cap)
 
     def summed_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Summed negative log-likelihood (float32 scalar) of ``targets`` (n,) after ``hidden`` (n, width)."""
+        """Summed negative log-likelihood (float32 scalar) of ``targets`` (n,) given ``hidden`` (n, width)."""
         weight, bias = self.module.weight, self.module.bias
         if hidden.is_cuda and bias is None and HAS_LIGER:
             from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
             scaled = (hidden if self.scale == 1 else hidden * self.scale).to(weight.dtype)
-            # Liger's own choice of chunks gives the logits the memory of the hidden states: few rows for few tokens.
+            # By default, Liger gives a chunk's logits as much memory as the hidden states: few rows for few tokens.
             budget = max(1, BYTES_ON_GPU // scaled.nbytes)
             fused: torch.Tensor = liger_fused_linear_cross_entropy(
                 scaled, weight, targets, reduction="sum", softcap=self.cap, chunk_mem_const=budget
@@ -73,9 +73,9 @@ class Head:
 
     @contextmanager
     def set_aside(self, use: Callable[[torch.Tensor], None]) -> Iterator[None]:
-        """Within, a forward pass hands this layer's input to ``use`` and gives no logits.
+        """A context in which a forward pass hands this layer's input to ``use`` and returns empty logits.
 
-        It does so inside the pass: after it, sharded weights are no longer whole.
+        ``use`` is called during the pass: after it, sharded weights are no longer gathered.
         """
 
         def take(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -90,11 +90,11 @@ class Head:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The sum of -log softmax(z_i)[t_i] over rows i, with the logits z that ``Head`` gives and W frozen.
+    """The sum of -log softmax(z_i)[t_i] over rows i, for the logits z of ``Head`` with a frozen W.
 
-    The gradient of h, (softmax(z) - onehot(t)) * dz/dh, is made block by block in the forward pass, while the block's
-    logits are there, as in Liger (arXiv:2410.10989, section 3.2). A block's columns have a softmax of their own; those
-    of several are joined by the logarithms of their sums (as in arXiv:1805.02867, section 3).
+    The forward pass computes the gradient w.r.t. h, (softmax(z) - onehot(t)) * dz/dh, block by block while the block's
+    logits exist, as in Liger (arXiv:2410.10989, section 3.2). Each block of columns has its own softmax; blocks are
+    combined by the logarithms of their sums (as in arXiv:1805.02867, section 3).
     """
 
     @staticmethod
@@ -144,7 +144,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def _rows(weight: torch.Tensor) -> int:
-    """Rows of logits to make at a time for a head's ``weight``, at most."""
+    """The most rows of logits to compute at a time for a head's ``weight``."""
     vocabulary, width = weight.shape
     if weight.device.type != "cpu":
         return rounded(max(64, BYTES_ON_GPU // (weight.itemsize * vocabulary)))
@@ -152,10 +152,10 @@ def _rows(weight: torch.Tensor) -> int:
 
 
 def _columns(weight: torch.Tensor, rows: int) -> int:
-    """Columns of the logits to make at a time for so many rows.
+    """Columns of the logits to compute at a time for this many rows.
 
-    On a processor about what its cache holds, but so many that to sum up their products, each as wide as the hidden
-    states, takes little time.
+    On a CPU, about as many as its cache holds, but enough that summing the blocks' gradients, each as wide as the
+    hidden states, takes little time.
     """
     vocabulary, width = weight.shape
     if weight.device.type != "cpu":
@@ -166,14 +166,14 @@ def _columns(weight: torch.Tensor, rows: int) -> int:
 def _make_softmax(logits: torch.Tensor, exact: torch.dtype, scale: float, cap: float | None) -> torch.Tensor:
     """log sum exp(z) of each row of ``logits`` (rows, n), as (rows, 1) in the ``exact`` dtype.
 
-    In their place comes softmax(z), times z's slope where there is a cap.
+    Overwrites ``logits`` with softmax(z), times z's slope if there is a cap.
     """
     few = max(1, (CACHED if logits.device.type == "cpu" else AT_ONCE_ON_GPU) // logits.shape[1])
     sums = []
     for each in torch.split(logits, few):
         z = _bounded(each.to(exact), scale, cap)
         shares = z.softmax(1)
-        # The highest share is 1 / sum exp(z - max): torch's own logsumexp would make the exponentials once more.
+        # The largest probability is 1 / sum exp(z - max); torch's logsumexp would compute the exponentials again.
         sums.append(z.amax(1, keepdim=True) - shares.amax(1, keepdim=True).log())
         each.copy_(shares if cap is None else shares.mul_(_slope(z, cap)))
     return torch.cat(sums)
@@ -185,17 +185,17 @@ def _slope(z: torch.Tensor, cap: float) -> torch.Tensor:
 
 
 def _bounded(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
-    """The logits as the architecture bounds them; may be in place."""
+    """The logits, scaled and capped as the architecture does; without scale and cap, ``logits`` itself."""
     if scale != 1:
         logits = logits * scale
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def frozen_head(model: PreTrainedModel | PeftModel) -> Head | None:
-    """The model's output layer, when it is a plain linear one, not adapted, whose logits are as the configuration says.
+    """The model's output layer, if it is an nn.Linear without adapter whose logits follow the configuration; else None.
 
-    Gemma caps its logits, Granite divides and Cohere multiplies them. The result is held to the model's own logits,
-    so that an architecture that does anything else there keeps its own way: None. To be called while ``evaluating``.
+    Gemma caps its logits, Granite divides and Cohere multiplies them. The result is compared with the model's own
+    logits: an architecture that does anything else there gets None. Call it within ``evaluating``.
     """
     config, module = model.config.get_text_config(), model.get_output_embeddings()
     if type(module) is not nn.Linear:

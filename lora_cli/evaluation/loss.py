@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Score:
-    """Mean negative log-likelihood (nats) of ``tokens`` predicted tokens, and its exponential.
+    """Mean negative log-likelihood (nats) of ``tokens`` predicted tokens, and its exponential, the perplexity.
 
-    The perplexity is never infinite, for which JSON has no word: e^709 is about the largest number there is.
+    The perplexity is capped at e^709, about the largest float, since JSON cannot represent infinity.
     """
 
     loss: float
@@ -42,10 +42,10 @@ def summed_loss(
 ) -> torch.Tensor:
     """Summed negative log-likelihood (float32 scalar) of the batch's supervised tokens.
 
-    The head runs on the positions that predict a supervised token alone: Transformers' ``logits_to_keep`` takes their
-    indices, so that each architecture applies its own scaling or capping of logits. With ``head``, the model's own as
-    ``frozen_head`` has found it, the loss is made in chunks and no logits are kept. With ``below`` the layers that have
-    given the batch's ``hidden``, where it has any, are not run again.
+    The head runs only on positions that predict a supervised token: Transformers' ``logits_to_keep`` takes their
+    indices, so that each architecture applies its own scaling or capping of logits. With a ``head`` from
+    ``frozen_head``, the loss is computed in chunks and no logits are kept. If the batch has ``hidden``, the layers
+    ``below`` that computed it are not run again.
     """
     if batch.input_ids.device.type == "cpu" and next(model.parameters()).dtype == torch.bfloat16:
         batch = _lengthened(batch)
@@ -59,22 +59,22 @@ def summed_loss(
         output = model(
             input_ids=batch.input_ids, logits_to_keep=batch.predict_from, use_cache=False, **rows_apart(batch)
         )
-    if losses:  # no logits sum up to 0, but through them the backward pass begins where sharded weights wait for it
+    if losses:  # empty logits sum to 0, but let the backward pass start where sharded weights expect it to
         loss: torch.Tensor = losses[0] + output.logits.sum()
         return loss
     return cross_entropy(_predicting(batch, output.logits).float(), batch.targets, reduction="sum")
 
 
 def _predicting(batch: Batch, outputs: torch.Tensor) -> torch.Tensor:
-    """Of outputs (rows, positions, n) those that predict a supervised token: (targets, n)."""
-    if outputs.shape[1] != len(batch.predict_from):  # an architecture that has no such argument gives them all
+    """The outputs (targets, n), of (rows, positions, n), that predict a supervised token."""
+    if outputs.shape[1] != len(batch.predict_from):  # an architecture without logits_to_keep returns all positions
         outputs = outputs[:, batch.predict_from]
     outputs = outputs.flatten(0, 1)
     return outputs if len(outputs) == len(batch.supervised) else outputs[batch.supervised]
 
 
 def _lengthened(batch: Batch) -> Batch:
-    """The batch, when packed, with a row of nothing behind it, up to a rounded number of tokens."""
+    """The batch; a packed one gets an unsupervised row at the end, up to a rounded number of tokens."""
     tokens = batch.input_ids.shape[1]
     more = rounded(tokens) - tokens
     if batch.cu_seq_lens is None or not more:
@@ -90,8 +90,8 @@ def _lengthened(batch: Batch) -> Batch:
 
 
 def rows_apart(batch: Batch) -> dict[str, Any]:
-    """The arguments that keep the batch's rows apart, padded or packed (those of FlashAttention)."""
-    if batch.cu_seq_lens is None:  # padded on the right, rows need no position ids, and not every model takes them
+    """The arguments that keep the batch's rows apart: a mask for padded rows, FlashAttention's for packed ones."""
+    if batch.cu_seq_lens is None:  # rows padded on the right need no position ids, which not every model takes
         return {"attention_mask": batch.attention_mask}
     starts, longest = batch.cu_seq_lens, batch.longest
     lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
@@ -100,7 +100,7 @@ def rows_apart(batch: Batch) -> dict[str, Any]:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; 16 bits under autocast, as in training. Left as it was found."""
+    """A context for evaluation: no gradients, and autocast for 16 bits as in training. Restores the model's mode."""
     training = model.training
     device, dtype = next((p.device, p.dtype) for p in model.parameters() if p.is_floating_point())
     model.eval()
@@ -120,7 +120,7 @@ def tally_loss(
 ) -> torch.Tensor:
     """Summed negative log-likelihood and number of supervised tokens: (2,) float64 on ``device``.
 
-    A batch of weight 0 is gone through and not counted. Draws no random number.
+    A batch of weight 0 is run but not counted. Draws no random numbers.
     """
     tally = torch.zeros(2, dtype=torch.float64, device=device)
     with evaluating(model):
@@ -131,7 +131,7 @@ def tally_loss(
 
 
 def mean_score(tally: torch.Tensor) -> Score:
-    """The mean loss of what ``tally_loss`` counted."""
+    """The score for a tally of ``tally_loss``."""
     total, tokens = tally.tolist()
     return Score(total / max(tokens, 1), int(tokens))
 
@@ -139,8 +139,8 @@ def mean_score(tally: torch.Tensor) -> Score:
 def evaluation_groups(
     examples: Examples, batch_size: int, max_length: int, packing: bool, bounds: Sequence[int]
 ) -> list[Ints]:
-    """The examples in packed batches, or in padded ones of like length: the loss does not depend on which. None has
-    rows of up to one of the ``bounds``, in tokens, beside longer ones."""
+    """The examples in packed batches, or in padded batches of similar lengths; the loss does not depend on the choice.
+    No batch mixes rows of up to one of the ``bounds``, in tokens, with longer rows."""
     lengths = examples.lengths
     if packing:
         order = np.arange(len(examples))

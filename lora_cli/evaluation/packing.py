@@ -1,4 +1,4 @@
-"""Whether a model computes rows that are laid end to end as it does each alone."""
+"""Whether a model computes packed rows as it computes each row alone."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 def lay_end_to_end(model: PreTrainedModel | PeftModel, device: torch.device, attn_implementation: str) -> bool:
-    """Prepare the model for packed rows, with attention by rows where it can be chosen; whether it gives them exactly.
-    That attention takes no mask from then on.
+    """Prepare the model for packed rows, if possible with attention by rows, and return whether it computes them
+    exactly. Attention by rows takes no masks from then on.
 
-    Of two rows laid end to end the second has to give what it gives behind any other row, and both what they give
-    alone. Models with a state, a convolution over time or positions of another kind do not, and are left as they were.
-    So is GPT-Neo: its masks are as long as its longest row, which many rows together may exceed.
+    Of two packed rows, the second must give the same logits behind any other row, and both the logits that they give
+    alone. Models with a state, a convolution over time or other kinds of positions fail and are left as they were. So
+    is GPT-Neo: its masks have the model's maximum length, which packed rows may exceed.
     """
     if model.config.model_type == "gpt_neo":
         return False
@@ -36,14 +36,14 @@ def lay_end_to_end(model: PreTrainedModel | PeftModel, device: torch.device, att
     ids = (torch.arange(19, device=device) * 7919 + 3) % vocabulary
     first, second, other = ids[:7], ids[7:12], ids[12:]  # the other is as long as the first
     alone = torch.cat([_logits(model, first, second)[: len(first)], _logits(model, second, first)[: len(second)]])
-    takes_rows = attn_implementation == "auto" and model._supports_flash_attn  # by FlashAttention's arguments
+    takes_rows = attn_implementation == "auto" and model._supports_flash_attn  # through FlashAttention's arguments
     for implementation in (ROWS, given) if takes_rows else (given,):
         model.set_attn_implementation(implementation)
         packed, behind = _laid(model, (first, second)), _laid(model, (other, second))
         if packed is None or behind is None:
             continue
         exact, rounding = (1e-6, 1e-3) if model.dtype == torch.float32 else (0.02, 0.05)
-        if not has_experts(model):  # whose products are of other shapes when another row stands in front
+        if not has_experts(model):  # experts' products have other shapes behind another row
             exact = 0.0
         if _distance(behind[len(first) :], packed[len(first) :]) <= exact and _distance(packed, alone) < rounding:
             if implementation == ROWS:
@@ -53,15 +53,15 @@ def lay_end_to_end(model: PreTrainedModel | PeftModel, device: torch.device, att
 
 
 def _logits(model: PreTrainedModel | PeftModel, row: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """The logits of ``row`` with ``after`` behind it, which changes nothing in it but the shape of the products: that
-    of two rows end to end, since for another one a GPU may take another kernel, which rounds otherwise."""
+    """The logits of ``row`` and ``after`` as one row. ``after`` cannot change ``row``'s logits, but gives the products
+    the shape of two packed rows: for another shape, a GPU may choose a kernel that rounds differently."""
     with evaluating(model), _expanded_from_8_bits(model):
         logits: torch.Tensor = model(input_ids=torch.cat((row, after))[None], use_cache=False).logits[0]
     return logits
 
 
 def _laid(model: PreTrainedModel | PeftModel, rows: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor | None:
-    """The logits (tokens, vocabulary) of two rows end to end; None when the architecture cannot compute them."""
+    """The logits (tokens, vocabulary) of two packed rows; None when the architecture cannot compute them."""
     ids, device = torch.cat(rows), rows[0].device
     lengths = [len(row) for row in rows]
     places = torch.cat([torch.arange(length) for length in lengths]).to(device)
@@ -71,7 +71,7 @@ def _laid(model: PreTrainedModel | PeftModel, rows: tuple[torch.Tensor, torch.Te
     with evaluating(model), _expanded_from_8_bits(model):
         try:
             logits: torch.Tensor = model(input_ids=batch.input_ids, use_cache=False, **rows_apart(batch)).logits[0]
-        except CANNOT as error:  # it takes no position ids, or has more than attention by rows knows
+        except CANNOT as error:  # no position ids, or something that attention by rows does not support
             if is_out_of_memory(error):
                 raise
             return None
@@ -80,8 +80,8 @@ def _laid(model: PreTrainedModel | PeftModel, rows: tuple[torch.Tensor, torch.Te
 
 @contextmanager
 def _expanded_from_8_bits(model: torch.nn.Module) -> Iterator[None]:
-    """Within, 8-bit layers multiply by their expanded weights. LLM.int8() (arXiv:2208.07339) itself mixes the rows of
-    any batch, packed or padded: what has an outlier in one of them is computed in 16 bits for all."""
+    """A context in which 8-bit layers multiply by their dequantized weights. LLM.int8() (arXiv:2208.07339) itself mixes
+    the rows of any batch, packed or padded: a feature with an outlier in one row is computed in 16 bits for all."""
     layers = (module for module in model.modules() if is_8_bit(module))
     hooks = [layer.register_forward_hook(_product_of_8_bits) for layer in layers]
     try:
