@@ -1,4 +1,4 @@
-"""An adapter's ``adapter_config.json``: what it says of a LoRA adapter, and what in it nobody could act upon."""
+"""Read and check ``adapter_config.json``, the configuration of a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ NO_SUM = {
     "use_bdlora": "has block-diagonal factors",
     "monteclora_config": "samples its factors at random",
 }
-"""Keys of a LoRA adapter's configuration by which its update is no product of two factors, or none at all."""
+"""Configuration keys of LoRA variants whose update is not a fixed product of two factors, and what each does."""
 KEPT_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""Values of ``init_lora_weights`` that begin with the base as it is."""
+"""Values of ``init_lora_weights`` that leave the base's weights unchanged."""
 MADE_AGAIN = ("pissa", "olora")
-"""Those that begin with another, which PEFT makes again when it loads such an adapter."""
+"""Values that change the base's weights; PEFT repeats the change when it loads such an adapter."""
 CONVERT = (
     "save it as plain LoRA where it was trained: PEFT's save_pretrained(..., "
     "path_initial_model_for_weight_conversion=...)"
@@ -37,8 +37,8 @@ CONVERT = (
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The adapter's ``adapter_config.json``. Raises UserError when the folder holds no readable adapter,
-    RunError when the file cannot be read, which may pass."""
+    """Read the adapter's ``adapter_config.json``. Raises UserError when the folder holds no valid adapter or the
+    configuration imports code (``megatron_config``), RunError when reading fails, which may be temporary."""
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         hint = newest_adapter(folder) or "give a run or an adapter folder"
@@ -57,8 +57,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def check_foldable(folder: Path) -> None:
-    """Raises UserError when a LoRA adapter's tensors are not what is to be added to its base's weights, or are for
-    another base than the one it names."""
+    """Raises UserError when a LoRA adapter's update is not a product that can be added to its base's weights, or when
+    ``check_init`` does."""
     config, where = read_adapter_config(folder), str(folder / ADAPTER_CONFIG)
     if config["peft_type"] != "LORA":
         return
@@ -70,14 +70,14 @@ def check_foldable(folder: Path) -> None:
 
 
 def check_init(folder: Path) -> None:
-    """Raises UserError when a LoRA adapter is for another base than the one it names, which PEFT cannot make again."""
+    """Raises UserError when a LoRA adapter's initialization changed its base in a way that PEFT cannot repeat."""
     config = read_adapter_config(folder)
     if config["peft_type"] == "LORA" and not keeps_base(config) and not is_relative(config):
         raise of_a_changed_base(folder, config)
 
 
 def of_a_changed_base(folder: Path, config: Mapping[str, Any]) -> UserError:
-    """What to raise for an adapter whose start has changed the base it names."""
+    """Return the error to raise for an adapter whose initialization changed its base."""
     what = (
         f"the adapter belongs to a changed copy of the base it names (init_lora_weights: {config['init_lora_weights']})"
     )
@@ -85,12 +85,12 @@ def of_a_changed_base(folder: Path, config: Mapping[str, Any]) -> UserError:
 
 
 def keeps_base(config: Mapping[str, Any]) -> bool:
-    """Whether a LoRA adapter is to be added to its base as it is."""
+    """Whether a LoRA adapter's initialization left its base unchanged."""
     return _start(config) in KEPT_BASE
 
 
 def is_relative(config: Mapping[str, Any]) -> bool:
-    """Whether a LoRA adapter is to be added to a base that PEFT first takes the adapter's first values out of."""
+    """Whether PEFT must subtract a LoRA adapter's initial update from the base before it adds the adapter."""
     return _start(config) in MADE_AGAIN
 
 
@@ -100,7 +100,7 @@ def _start(config: Mapping[str, Any]) -> Any:
 
 
 def config_faults(config: Mapping[str, Any], where: str) -> Iterator[Fault]:
-    """Values in an adapter's configuration that PEFT would fail of, or compute no numbers with."""
+    """Yield a fault for each configuration value that would make PEFT fail or compute NaN or infinity."""
     for key, pattern, is_right, expected in (
         ("r", "rank_pattern", _is_rank, "a whole number of at least 1"),
         ("lora_alpha", "alpha_pattern", _is_number, "a number"),
@@ -140,7 +140,7 @@ def _expression_faults(key: str, expression: str, where: str) -> Iterator[Fault]
 
 
 def named_layers(config: dict[str, Any], layers: Iterable[str]) -> list[str]:
-    """The layers that an adapter's configuration names by a list, as PEFT reads it."""
+    """Return the layers that a ``target_modules`` list selects in PEFT; none where other keys restrict the list."""
     names = config.get("target_modules")
     if not isinstance(names, list) or any(config.get(key) not in (None, []) for key in SOME_LAYERS):
         return []
@@ -148,13 +148,13 @@ def named_layers(config: dict[str, Any], layers: Iterable[str]) -> list[str]:
 
 
 def is_named(layer: str, names: str | list[str]) -> bool:
-    """Whether a layer is one of those named by a list or a regular expression, as PEFT reads it."""
+    """Whether PEFT matches a layer to ``names``, a list of names or a regular expression."""
     if isinstance(names, str):
         return re.fullmatch(names, layer) is not None
     return any(layer == name or layer.endswith(f".{name}") for name in names)
 
 
 def own_value(pattern: Mapping[str, Any] | None, layer: str, common: Any) -> Any:
-    """A layer's own rank or alpha by a pattern, whose keys are the ends of names, or regular expressions for them; else
-    the one they have in common."""
+    """Return a layer's own rank or alpha from ``pattern``, or else ``common``. The keys of ``pattern`` are names or
+    regular expressions, and match a layer's whole name or its last components."""
     return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", layer)), common)

@@ -1,4 +1,4 @@
-"""What adapter folders say of themselves: from their headers, configuration and provenance, without importing torch."""
+"""Describe adapter folders from their headers, configuration and provenance record, without importing torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VARIANTS = {"use_dora": "DoRA", "use_rslora": "rsLoRA"}
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """A layer with a LoRA update: its widths and the update's rank. An embedding's are its tokens and its width."""
+    """A layer with a LoRA update, and the update's rank. An embedding's ``in_features`` is its number of tokens."""
 
     name: str
     in_features: int
@@ -32,9 +32,9 @@ class AdaptedLayer:
 
 @dataclass(frozen=True)
 class Entry:
-    """An adapter in a line. ``ranks`` are the different ones it has, empty for other kinds than LoRA; ``whole`` names
-    what it holds beside LoRA's factors, such as a head that was trained with them; ``bytes`` are those of its weights,
-    ``best_loss`` its run's lowest validation loss, ``date`` when it was made, in UTC."""
+    """An adapter in a listing. ``ranks`` are its distinct ranks, empty for other kinds than LoRA. ``whole`` names what
+    it holds besides LoRA's factors, such as a fully trained head. ``bytes`` is the size of its weights file,
+    ``best_loss`` its run's lowest validation loss, and ``date`` its time of creation in UTC."""
 
     path: str
     kind: str
@@ -50,8 +50,8 @@ class Entry:
 
 
 def find_adapters(folder: Path) -> tuple[list[Entry], list[Fault]]:
-    """The adapters in a folder and those below it, in order of their paths; what is wrong with those that cannot be
-    read. Hidden folders are passed over. Raises UserError when there is no such folder."""
+    """Return the adapters in a folder and its subfolders, sorted by path, and the faults of those that cannot be read.
+    Hidden folders are skipped. Raises UserError when the folder does not exist."""
     if not folder.is_dir():
         raise UserError("no such folder", str(folder), "give a folder with runs or adapters in it")
     entries: list[Entry] = []
@@ -67,7 +67,7 @@ def find_adapters(folder: Path) -> tuple[list[Entry], list[Fault]]:
 
 
 def describe(folder: Path) -> Entry:
-    """What an adapter is. Raises UserError when its files cannot be read."""
+    """Describe an adapter. Raises UserError when its files are missing or damaged, RunError when reading them fails."""
     config, record = read_adapter_config(folder), read_record(folder)
     weights = folder / ADAPTER_WEIGHTS
     layers, headers = lora_layers(folder), read_headers([weights])
@@ -89,7 +89,7 @@ def describe(folder: Path) -> Entry:
 
 
 def lora_layers(folder: Path) -> list[AdaptedLayer]:
-    """The layers that an adapter has both factors for, by name. Raises UserError for a damaged file."""
+    """Return the layers with both factors in an adapter, sorted by name. Raises UserError for a damaged file."""
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, info in read_headers([folder / ADAPTER_WEIGHTS]).items():
         layer, _, part = name.removeprefix(PEFT_PREFIX).partition(".lora_")
@@ -104,8 +104,8 @@ def lora_layers(folder: Path) -> list[AdaptedLayer]:
 
 
 def base_state(folder: Path) -> str:
-    """Whether an adapter's base is where it says: there, not found, not readable, or changed (no longer the
-    weights that it was trained on). Nothing is fetched from the hub."""
+    """Return the state of an adapter's base: "there", "not found", "not readable", or "changed" when its fingerprint is
+    not the one recorded in training. Nothing is downloaded from the hub."""
     name, place = named_base(folder)
     if not name or not Path(place).is_dir():
         return "not found"
@@ -118,15 +118,15 @@ def base_state(folder: Path) -> str:
 
 
 def inside(record: Any, *keys: str) -> Any:
-    """What stands in nested objects under these keys; None where one of them is missing or no object."""
+    """Return the value under these keys in nested objects, or None when a key is missing or its parent is no object."""
     for key in keys:
         record = record.get(key) if isinstance(record, dict) else None
     return record
 
 
 def _short(tensor: str) -> str:
-    """The module that a weight is of; of another tensor its own name as well."""
-    plain = re.sub(r"\.(token_adapter|base_layer|modules_to_save|original_module)(?=\.)", "", tensor)  # PEFT's words
+    """Return the last part of a tensor's module name, followed by the tensor's own name unless that is ``weight``."""
+    plain = re.sub(r"\.(token_adapter|base_layer|modules_to_save|original_module)(?=\.)", "", tensor)  # PEFT's parts
     module, _, own = plain.rpartition(".")
     return module.rpartition(".")[2] + ("" if own == "weight" else f".{own}")
 

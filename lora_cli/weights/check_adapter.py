@@ -1,4 +1,4 @@
-"""Does this adapter fit this base? Answered from safetensors headers and shapes, before any weight is loaded."""
+"""Check from safetensors headers and shapes that an adapter fits its base, before the base's weights are loaded."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ from lora_cli.weights.check_model import EMBEDDINGS, is_uniform, owner, stored_l
 from lora_cli.weights.shards import is_finite, read_headers, read_tensor
 
 OTHER_TENSORS = ("bias", "modules_to_save", "trainable_token_indices", "target_parameters")
-"""Keys of an adapter's configuration that say it holds more than LoRA's own tensors."""
+"""Configuration keys of adapters that hold more than LoRA's own tensors."""
 MISFIT = "the adapter does not fit its base: it belongs to another base, or one of its files is damaged"
 PLAIN_KEYS = {
     *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
     *("r", "lora_alpha", "alpha_pattern", "lora_dropout", "target_modules", "use_rslora", "fan_in_fan_out"),
     *("init_lora_weights", "megatron_core", "qalora_group_size"),
 }
-"""Keys of an adapter's configuration beside which no other says which tensors it has."""
+"""An adapter that sets only these keys holds just the A and B matrices that ``target_modules`` and ``r`` imply."""
 UNSET: tuple[Any, ...] = (None, False, "none", [], {})
 Halves = dict[str, dict[str, tuple[int, ...]]]
-"""By layer, the shapes of A (r, in) and B (out, r)."""
+"""The shapes of A (r, in) and B (out, r) by layer."""
 
 
 def check_adapter(folder: Path, base: Path | None, other_kinds: bool = False) -> bool:
-    """Raises UserError, by tensor, when a LoRA adapter's tensors do not fit the base's layers or are missing; True
-    where the base's model, which is slow to make, had to be asked and takes them.
+    """Raises UserError, naming each tensor, when a LoRA adapter's tensors are missing or do not fit the base's layers.
+    Returns True when that took building the base's model, which is slow, and all tensors fit it.
 
-    PEFT loads such an adapter without a word and the result is the bare base. Without a ``base`` what the adapter's own
-    files tell is checked alone. Of ``other_kinds``, refused if they are not expected, only the numbers are looked at.
+    PEFT silently loads an adapter that does not fit, and the result is the plain base. Without ``base``, only the
+    adapter's own files are checked. Adapters of other kinds than LoRA are refused unless ``other_kinds`` is set, and
+    then checked only for NaN and infinity.
     """
     config = read_adapter_config(folder)
     if config["peft_type"] != "LORA":
@@ -75,7 +76,7 @@ def check_adapter(folder: Path, base: Path | None, other_kinds: bool = False) ->
 
 
 def check_in_model(folder: Path, base: Path, other_kinds: bool) -> None:
-    """``check_adapter``, and by the base's model itself where headers do not show that it has all it takes."""
+    """Run ``check_adapter``, and check in the base's model itself unless headers prove that nothing is missing."""
     if check_adapter(folder, base, other_kinds):
         return
     is_lora = read_adapter_config(folder)["peft_type"] == "LORA"
@@ -84,17 +85,16 @@ def check_in_model(folder: Path, base: Path, other_kinds: bool) -> None:
 
 
 def _faults_in_model(folder: Path, base: Path) -> list[Fault]:
-    """What is wrong with an adapter's tensors, by the base's model, which is slow to make. Raises UserError when the
-    base itself lacks tensors, or the adapter has factors of single experts."""
-    from lora_cli.weights.inventory import adapter_faults  # with torch and PEFT
+    """Run ``adapter_faults``, which is slow because it builds the base's model. Raises the same errors."""
+    from lora_cli.weights.inventory import adapter_faults  # imports torch and PEFT
 
     return adapter_faults(folder, base)
 
 
 def _unexpected(config: Mapping[str, Any], folder: Path, halves: Halves) -> Iterator[Fault]:
-    """Tensors that are not what the adapter's configuration says, which PEFT passes over or makes up in silence."""
+    """Yield tensors that contradict the adapter's configuration. PEFT silently ignores or fills in such tensors."""
     place = str(folder)
-    if not config.get("target_parameters"):  # experts have r each
+    if not config.get("target_parameters"):  # one tensor holds r for each expert
         for name, shapes in halves.items():
             rank = own_value(config.get("rank_pattern"), name, config["r"])
             if "A" in shapes and shapes["A"][0] != rank:
@@ -106,7 +106,7 @@ def _unexpected(config: Mapping[str, Any], folder: Path, halves: Halves) -> Iter
     targets = config.get("target_modules")
     if targets and targets != "all-linear" and not config.get("target_parameters"):
         for name in halves:
-            is_end = name.rpartition(".")[2] in EMBEDDINGS  # which may be there for being tied to one that is named
+            is_end = name.rpartition(".")[2] in EMBEDDINGS  # may be tied to a layer in targets
             if not is_end and not is_named(name, targets):
                 yield Fault(f"tensors {name}.lora_A and lora_B are for a layer not in {ADAPTER_CONFIG}", place)
     stored = read_headers([folder / ADAPTER_WEIGHTS])
@@ -115,13 +115,13 @@ def _unexpected(config: Mapping[str, Any], folder: Path, halves: Halves) -> Iter
         for name in sorted(set(halves) - kept):
             yield Fault(f"tensor {name}.lora_magnitude_vector is missing (use_dora)", place)
     if not any(config.get(key) not in (None, [], "none") for key in OTHER_TENSORS):
-        for name in stored:  # PEFT keeps an embedding and a head when words were added
+        for name in stored:  # PEFT saves the embedding and the head when tokens were added
             if ".lora_" not in name and owner(name.replace(".base_layer.", ".")) not in EMBEDDINGS:
                 yield Fault(f"tensor {name} does not belong in a LoRA adapter", place)
 
 
 def _check_finite(folder: Path) -> None:
-    """Raises UserError when the adapter's weights are no numbers: all that the model says would be none."""
+    """Raises UserError when the adapter's weights hold NaN or infinity, which the model's outputs would hold too."""
     from lora_cli.weights.pieces import workers
 
     stored = read_headers([folder / ADAPTER_WEIGHTS])
@@ -138,7 +138,7 @@ def _check_finite(folder: Path) -> None:
 
 
 def adapted_layers(folder: Path) -> Halves:
-    """The layers that a LoRA adapter's tensors are for."""
+    """Return the shapes of a LoRA adapter's A and B by layer, without embeddings."""
     halves: Halves = {}
     for name, info in read_headers([folder / ADAPTER_WEIGHTS]).items():
         layer, _, part = name.removeprefix(PEFT_PREFIX).partition(".lora_")
@@ -148,7 +148,7 @@ def adapted_layers(folder: Path) -> Halves:
 
 
 def check_given_once(adapters: Iterable[Path]) -> None:
-    """Raises UserError when one of these folders is another one too, by whatever path."""
+    """Raises UserError when two of these paths lead to the same folder."""
     seen: set[Path] = set()
     for folder in adapters:
         if folder.resolve() in seen:
@@ -157,10 +157,10 @@ def check_given_once(adapters: Iterable[Path]) -> None:
 
 
 def _misfits_of_base(folder: Path, base: Path, config: dict[str, Any], halves: Halves) -> tuple[list[Fault], bool]:
-    """What does not fit the layers that the base stores, and whether the model has been asked and takes it all.
+    """Return what does not fit the layers that the base stores, and whether the built model accepted all of it.
 
-    Stored layers may have other names than the model's, and be more than it takes, which the model itself tells; it is
-    slow to make, and asked only where that may be all that is wrong.
+    A checkpoint may store layers under other names than the model's, or more layers than the model uses. Only the model
+    itself shows that. Since building it is slow, this is done only where such a difference may explain the faults.
     """
     layers = stored_layers(base)
     if layers is None:
@@ -179,13 +179,13 @@ def _misfits_of_base(folder: Path, base: Path, config: dict[str, Any], halves: H
 
 
 def _in_a_layer(name: str) -> str:
-    """A module's name from its layer's number on, which is the same wherever the layers lie."""
+    """Return a module's name from its layer's number on, which does not depend on the names of its parents."""
     return re.sub(r"^.*?\.(?=\d+\.)", "", name)
 
 
 def _misfits(folder: Path, halves: Halves, layers: dict[str, Target]) -> Iterator[Fault]:
     for name, shapes in halves.items():
-        # Checkpoints may leave out the name of the model's body: h.0.attn for transformer.h.0.attn.
+        # Checkpoints may omit the base model's prefix: h.0.attn for transformer.h.0.attn.
         layer = layers.get(name) or layers.get(name.partition(".")[2])
         if layer is None:
             if name.rpartition(".")[2] not in EMBEDDINGS:
@@ -197,17 +197,17 @@ def _misfits(folder: Path, halves: Halves, layers: dict[str, Target]) -> Iterato
         found = (shapes["A"][-1], shapes["B"][0])
         wide = (layer.in_features, layer.out_features)
         if found not in (wide, wide[::-1]):
-            if wide[1] == found[0] or wide[0] == found[1]:  # a layer of GPT-2's kind, stored the other way round
+            if wide[1] == found[0] or wide[0] == found[1]:  # a Conv1D (GPT-2), stored as (in, out)
                 wide = wide[::-1]
             what = f"tensors {name}.lora_A and lora_B are for a layer of {found[0]} -> {found[1]}, the base's is "
             yield Fault(f"{what}{wide[0]} -> {wide[1]}", str(folder))
 
 
 def _is_plainly_whole(folder: Path, base: Path) -> bool:
-    """Whether it is plain, without a look at the base's modules, that the base's and a LoRA adapter's tensors are all
-    that their configurations speak of; others need not be wrong.
+    """Whether headers alone prove that a base and a LoRA adapter hold all tensors that their configurations imply.
 
-    The adapter is one with a list of layers alone, the base one whose layers are all alike.
+    This needs an adapter with only ``PLAIN_KEYS`` and a list of layers, and a base whose layers are all alike. Where it
+    is False, the tensors may still be complete.
     """
     config, layers = read_adapter_config(folder), stored_layers(base)
     names = config.get("target_modules")

@@ -1,4 +1,4 @@
-"""Are a model folder's tensors those that its configuration speaks of? Answered from headers and shapes alone."""
+"""Check that a model folder's tensors are those that its configuration implies, from headers and shapes alone."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ if TYPE_CHECKING:
 
 EMBEDDINGS = ("wte", "wpe", "embed_tokens", "embed_positions", "embed_in", "word_embeddings", "lm_head", "embed_out")
 ENDS = {"model.embed_tokens.weight", "model.norm.weight"}
-"""What most models store beside their layers, and a head where it is not tied."""
+"""The tensors that most models store outside their layers, apart from a head that is not tied."""
 
 
 def owner(tensor: str) -> str:
-    """The last part of the name of the module that has the tensor of this name; empty when the name tells of none."""
+    """Return the last part of the name of a tensor's module, empty for a name without a module."""
     return tensor.rpartition(".")[0].rpartition(".")[2]
 
 
 def check_weights(folder: Path, bare: PreTrainedModel) -> None:
-    """Raises UserError when the folder's files are damaged, or tensors are not of the shape the configuration says.
+    """Raises UserError when the folder's files are damaged or a tensor's shape is not the one the configuration gives.
 
-    Names that Transformers converts while loading are not judged here; loading reports what is missing.
+    Quantized weights and tensors that Transformers renames while loading are not compared. Missing tensors are reported
+    by loading.
     """
     tensors = read_headers(weight_files(folder))
     if stored_quantization(folder):
@@ -44,7 +45,7 @@ def check_weights(folder: Path, bare: PreTrainedModel) -> None:
 
 
 def check_mergeable(base: Path) -> None:
-    """Raises UserError when the base is stored quantized: a sum with its codes is no weight."""
+    """Raises UserError when the base is stored quantized: an update cannot be added to codes."""
     stored = stored_quantization(base)
     if stored is not None:
         hint = (
@@ -55,11 +56,10 @@ def check_mergeable(base: Path) -> None:
 
 
 def stored_layers(folder: Path) -> dict[str, Target] | None:
-    """The linear layers that a checkpoint's tensors speak of and an adapter can reach, by the names they are stored
-    under.
+    """Return a checkpoint's linear layers to which an adapter can be applied, by their stored names.
 
-    None where the tensors' names or shapes are not the model's: quantized weights, and experts that Transformers joins
-    while loading. Which of its two widths is which is not known of a layer of GPT-2's kind.
+    None where stored names or shapes are not the model's: for quantized weights, and for experts that Transformers
+    joins while loading. The two widths of a Conv1D (GPT-2) are swapped: headers do not show the kind of a layer.
     """
     config = read_config(folder)
     if stored_quantization(folder) or any("experts" in key for key in config):
@@ -67,7 +67,7 @@ def stored_layers(folder: Path) -> dict[str, Target] | None:
     layers = {}
     for name, info in read_headers(weight_files(folder)).items():
         layer, _, kind = name.rpartition(".")
-        is_other = layer.rpartition(".")[2] in EMBEDDINGS or layer.endswith("norm")  # Cohere's are (heads, width)
+        is_other = layer.rpartition(".")[2] in EMBEDDINGS or layer.endswith("norm")  # Cohere's are (heads, head_dim)
         is_linear = kind == "weight" and len(info.shape) == 2 and not is_other
         if is_linear and not is_read_past(layer, config.get("model_type", "")):
             layers[layer] = Target(layer, info.shape[1], info.shape[0])
@@ -75,8 +75,8 @@ def stored_layers(folder: Path) -> dict[str, Target] | None:
 
 
 def is_uniform(base: Path) -> bool:
-    """Whether each of a model's layers has every tensor that another has, and what most models store beside them is
-    all there is."""
+    """Whether all of a model's layers hold the same tensors, and the only others are the embedding, the final norm and
+    the head (which may be missing if it is tied)."""
     config = read_config(base)
     depth = next((config[key] for key in DEPTHS if isinstance(config.get(key), int)), 0)
     layers: dict[tuple[str, str], set[int]] = {}

@@ -1,4 +1,4 @@
-"""One weight in 4 or 8 bits: the tensors that bitsandbytes stores for it, computed a piece at a time."""
+"""Quantize one weight to 4 or 8 bits, one piece at a time, into the tensors that bitsandbytes stores for it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lora_cli.weights.four_bits import nearest_levels
 from lora_cli.weights.pieces import workers
 
 PIECE = 2**18
-"""Weights that a processor takes at a time, whole blocks: their temporaries stay in its cache."""
+"""Values that a CPU thread quantizes at a time, in complete blocks: their temporaries stay in the cache."""
 STATE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
 PARTS = ("weight", "SCB", "weight_format", *(f"weight.{part}" for part in STATE))
-"""The longest names of what a layer's weight may be stored as."""
+"""Names of the tensors that a quantized weight may be stored as; of alternative names the longest."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tensors to store, named as they are in a layer, and the Frobenius norms |Q(W) - W| and |W|."""
+    """The tensors to store, by name within the layer, and the Frobenius norms |Q(W) - W| and |W|."""
 
     tensors: dict[str, torch.Tensor]
     error: float
@@ -32,15 +32,15 @@ class Encoded:
 
 
 def encode(weight: torch.Tensor, quantization: Quantization) -> Encoded:
-    """``weight`` (out, in), of a floating-point type, as Linear4bit or Linear8bitLt would hold and save it.
+    """Quantize ``weight`` (out, in), of a floating-point dtype, as Linear4bit or Linear8bitLt would hold and save it.
 
-    ``size`` is NaN or infinite when the weight holds values that are no numbers.
+    ``size`` is NaN or infinite when the weight holds NaN or infinity.
     """
     return _eight_bits(weight) if quantization.method == "int8" else _four_bits(weight, quantization)
 
 
 def _each_on(weight: torch.Tensor) -> Callable[..., Iterable[Any]]:
-    """``map``, or one by several threads."""
+    """Return ``map``, run by several threads for a weight on the CPU."""
     return workers().map if weight.device.type == "cpu" else map
 
 
@@ -65,7 +65,7 @@ def _coded(weight: torch.Tensor, quantization: Quantization) -> tuple[torch.Tens
     codes, scales = (torch.cat(found) for found in zip(*parts, strict=True))
     levels = functional.get_4bit_type(method, device=weight.device)
     state = functional.QuantState(scales, weight.shape, levels, BLOCK, method, weight.dtype)
-    if quantization.double_quant:  # the scales in 8 bits, in blocks of their own, as quantize_4bit does it
+    if quantization.double_quant:  # the scales in 8 bits, in blocks of 256, as in quantize_4bit
         state.offset = scales.mean()
         state.absmax, state.state2 = functional.quantize_blockwise(scales - state.offset, blocksize=256)
         state.nested = True
@@ -77,7 +77,7 @@ def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _split(tensor: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
-    """Pieces of that size; on a GPU the whole, which is quickest there."""
+    """Split a tensor on the CPU into pieces of ``size``. On a GPU it stays whole, which is fastest there."""
     return torch.split(tensor, size) if tensor.device.type == "cpu" else (tensor,)
 
 
@@ -97,7 +97,7 @@ def _norms(original: torch.Tensor, expanded: torch.Tensor) -> tuple[float, float
 
 
 def _norm(vector: torch.Tensor) -> float:
-    # Over more numbers a processor's sum in float32 drifts, by up to 2e-5 of it; in float64 it takes ten times as long.
+    # Over more values a CPU's float32 sum drifts, by up to 2e-5 relative; a float64 sum takes ten times as long.
     return math.hypot(*(float(part.norm()) for part in _split(vector, 1 << 14)))
 
 
@@ -107,7 +107,7 @@ def _joined(norms: Iterable[tuple[float, float]]) -> tuple[float, float]:
 
 
 def roundtrip(weight: torch.Tensor, quantization: Quantization, turned: bool = False) -> torch.Tensor:
-    """Quantized and expanded again, as bitsandbytes does it in a layer; ``turned``: the weight lies as (in, out)."""
+    """Quantize and dequantize a weight as a bitsandbytes layer does. ``turned``: the weight is stored as (in, out)."""
     if turned:
         return roundtrip(weight.T, quantization).T
     weight = weight.contiguous()

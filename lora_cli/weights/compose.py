@@ -1,8 +1,8 @@
-"""One adapter of several, each with a weight: PEFT's ``add_weighted_adapter``, on the adapted layers alone.
+"""Combine several weighted adapters into one with PEFT's ``add_weighted_adapter``, on the adapted layers alone.
 
-It never looks at a base's weights: a tree of layers of the right names and widths, each weight a single zero seen as
-often as it has numbers, stands in for the model. The ways: Yu et al. (DARE, arXiv:2311.03099), Yadav et al. (TIES,
-arXiv:2306.01708), the others as PEFT describes them.
+PEFT gets no base model but a tree of layers with the right names and widths, whose weights are each a single zero
+expanded to the weight's shape. Methods: DARE (Yu et al., arXiv:2311.03099), TIES (Yadav et al., arXiv:2306.01708), and
+others that PEFT documents.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from lora_cli.weights.provenance import read_record, recipe_of
 from lora_cli.weights.shards import read_tensor
 
 SEED = 42
-"""Of what is dropped at random, when none is given."""
-NAME = "composed_{}"  # PEFT finds tensors by their adapter's name, which must not stand in a layer's
+"""The default seed for the values that DARE drops at random."""
+NAME = "composed_{}"  # PEFT finds tensors by their adapter's name, which must not occur in a layer's name
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a way of composing takes: equal ranks, the ``density`` that is kept of each adapter, a rank of its own; and
-    whether it draws at random."""
+    """What a method requires or accepts: equal ranks, a ``density`` (the share of values kept of each adapter), a
+    target ``rank``; and whether it is random."""
 
     equal_ranks: bool = False
     density: bool = False
@@ -67,7 +67,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Composition:
-    """How adapters are composed: the weight of each, the method and what it takes."""
+    """How adapters are composed: the weight of each, the method and its options."""
 
     weights: tuple[float, ...]
     method: str
@@ -78,7 +78,7 @@ class Composition:
 
 @dataclass(frozen=True)
 class Composed:
-    """What was written: its layers' different ranks in ascending order, its weights' bytes."""
+    """The adapter that was written: its distinct ranks in ascending order, the size of its weights file."""
 
     out: Path
     method: str
@@ -88,8 +88,8 @@ class Composed:
 
 
 def check_composition(how: Composition, adapters: Sequence[LoraAdapter]) -> None:
-    """Raises UserError when adapters cannot be composed so: they are of different bases, no plain LoRA, or the method
-    takes other values."""
+    """Raises UserError when the adapters have different bases or are not plain LoRA, or when the method takes other
+    options or needs equal ranks."""
     method = METHODS[how.method]
     given = {"rank": ("--rank", how.rank), "density": ("--density", how.density), "random": ("--seed", how.seed)}
     for taken, (name, value) in given.items():
@@ -109,7 +109,7 @@ def check_composition(how: Composition, adapters: Sequence[LoraAdapter]) -> None
 
 
 def _check_quantization(adapters: Sequence[LoraAdapter]) -> None:
-    """Raises UserError when the adapters were trained on the base in different forms: none would fit their sum."""
+    """Raises UserError when the adapters' bases were quantized differently in training: no base would fit their sum."""
     forms = [_trained_on(adapter) for adapter in adapters]
     for adapter, form in zip(adapters, forms, strict=True):
         if form != forms[0]:
@@ -118,7 +118,7 @@ def _check_quantization(adapters: Sequence[LoraAdapter]) -> None:
 
 
 def _trained_on(adapter: LoraAdapter) -> tuple[Any, Any] | None:
-    """How the base was quantized for an adapter's training, and from which type; None when it was not."""
+    """Return how the base was quantized to train an adapter, and from which dtype; None when it was not quantized."""
     recipe = recipe_of(adapter.folder)
     if recipe is None or recipe.quantization is None:
         return None
@@ -141,9 +141,9 @@ def _check_ranks(method: str, adapters: Sequence[LoraAdapter]) -> None:
 
 
 def compose(adapters: Sequence[LoraAdapter], how: Composition, out: Path) -> Composed:
-    """Write the weighted sum of adapters, as ``how`` says, to ``out``: a LoRA adapter with a scaling of 1.
+    """Compose the adapters into a LoRA adapter with a scaling of 1, and write it to ``out``.
 
-    ``check_composition`` has passed them.
+    The caller has run ``check_composition``.
     """
     embeddings = frozenset(
         layer for adapter in adapters for layer, product in adapter.products.items() if product.is_embedding
@@ -153,7 +153,7 @@ def compose(adapters: Sequence[LoraAdapter], how: Composition, out: Path) -> Com
     first = adapters[0]
     parts = [source_record(adapter) | {"weight": weight} for adapter, weight in zip(adapters, how.weights, strict=True)]
     by = {"by": "compose", "method": how.method, "rank": how.rank, "density": how.density, "seed": seed}
-    # Merging has to know which form of the base the parts were fitted to.
+    # A later merge needs to know on which form of the base the adapters were trained.
     record = read_record(first.folder) if _trained_on(first) else {}
     kept: dict[str, Any] = {key: record[key] for key in ("recipe", "dtype") if key in record}
     with whole_folder(out) as draft:
@@ -170,7 +170,7 @@ def compose(adapters: Sequence[LoraAdapter], how: Composition, out: Path) -> Com
 def _weighted(
     adapters: Sequence[LoraAdapter], how: Composition, seed: int, embeddings: frozenset[str]
 ) -> dict[str, Factors]:
-    """The composed factors by layer, with a scaling of 1."""
+    """Return the composed factors by layer, with a scaling of 1."""
     model: PeftModel | None = None
     tree = _tree(adapters)
     names = [NAME.format(number) for number in range(len(adapters))]
@@ -202,9 +202,9 @@ def _weighted(
 
 
 def _rank(adapters: Sequence[LoraAdapter], layer: str, method: str) -> int | None:
-    """The rank that a layer's composed factors have; None for all that PEFT gives them.
+    """Return the rank to keep of a layer's composed factors, or None for the rank that PEFT gives them.
 
-    PEFT pads with zeros what is put one beside the other, where an adapter does not have the layer.
+    With ``cat``, PEFT pads the concatenated factors with zeros where an adapter does not have the layer.
     """
     if method != "cat":
         return None
@@ -221,7 +221,7 @@ def _factors(state: Mapping[str, torch.Tensor], layer: str, embedding: bool, ran
 
 
 def _state(adapter: LoraAdapter) -> dict[str, torch.Tensor]:
-    """An adapter's tensors in float32, by the names PEFT loads them from."""
+    """Return an adapter's tensors in float32, under the names from which PEFT loads them."""
     return {
         f"{PEFT_PREFIX}{layer}.lora_{part}": read_tensor(info, name).float()
         for layer, product in adapter.products.items()
@@ -230,7 +230,7 @@ def _state(adapter: LoraAdapter) -> dict[str, torch.Tensor]:
 
 
 def _tree(adapters: Sequence[LoraAdapter]) -> nn.Module:
-    """Modules of the names and widths of the adapted layers. Conv1D's factors are those of a linear layer."""
+    """Build modules with the adapted layers' names and widths. A Conv1D becomes a Linear, with the same factors."""
     tree = nn.Module()
     for layer, product in {name: each for adapter in adapters for name, each in adapter.products.items()}.items():
         *parents, leaf = layer.split(".")
