@@ -1,4 +1,4 @@
-"""How alike two LoRA adapters are, layer by layer, from their factors: no update is formed."""
+"""Compare two LoRA adapters layer by layer from their factors, without forming the updates."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lora_cli.weights.spectrum import Spectrum, spectrum_of
 
 @dataclass(frozen=True)
 class LayerDiff:
-    """Two updates of a layer, both as s BA: their Frobenius norms, the cosine between them, and the overlap of what
-    they write to (columns) and read from (rows). None where one of them is zero."""
+    """Two updates s BA of a layer: their Frobenius norms, their cosine similarity, and the overlap of their column
+    spaces (out) and row spaces (in). Cosine and overlaps are None where an update is zero."""
 
     name: str
     norms: tuple[float, float]
@@ -27,7 +27,7 @@ class LayerDiff:
 
 @dataclass(frozen=True)
 class Diff:
-    """Two adapters: layers that both have, the cosine over all layers, layers that one alone has."""
+    """Two adapters: the cosine over all layers, the layers that both have, and the layers that only one has."""
 
     cosine: float | None
     layers: tuple[LayerDiff, ...]
@@ -36,7 +36,7 @@ class Diff:
 
 
 def diff(first: LoraAdapter, second: LoraAdapter) -> Diff:
-    """Compare two adapters. Raises UserError when they are of different bases, or no plain LoRA."""
+    """Compare two adapters. Raises UserError when they have different bases, are not plain LoRA, or are the same."""
     check_plain(first)
     check_plain(second)
     check_same_base([first, second])
@@ -56,7 +56,7 @@ def diff(first: LoraAdapter, second: LoraAdapter) -> Diff:
 
 
 def inner(a: Factors, b: Factors) -> float:
-    """The sum of the products of two updates' numbers: <U1 D1, U2 D2> = <U1^T U2, D1 D2^T>, both r1 x r2."""
+    """Return the Frobenius inner product of two updates: <U1 D1, U2 D2> = <U1^T U2, D1 D2^T>, both r1 x r2."""
     left = a.up.double().T @ b.up.double()
     right = a.down.double() @ b.down.double().T
     return a.scaling * b.scaling * float((left * right).sum())
@@ -74,7 +74,7 @@ def _layer(name: str, product: float, a: Spectrum, b: Spectrum) -> LayerDiff:
 
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> float | None:
-    """That of the spaces two orthonormal bases span, 0 to 1: |A^T B|^2 / min(r1, r2) (arXiv:2106.09685, equation 4)."""
+    """Return the overlap of two orthonormal bases' spans, 0 to 1: |A^T B|^2 / min(r1, r2) (arXiv:2106.09685, eq. 4)."""
     fewer = min(a.shape[1], b.shape[1])
     return float((a.T @ b).square().sum()) / fewer if fewer else None
 

@@ -1,7 +1,7 @@
-"""LoRA of experts (PEFT's ``target_parameters``): a product for each, wherever the base stores that expert.
+"""LoRA of experts (PEFT's ``target_parameters``): one product for each stored tensor that holds an expert's weights.
 
-Models hold the experts of a layer in one tensor; checkpoints hold each by itself, or the gate's and the up projection's
-apart. Which tensors a parameter is made of Transformers says, as it does when it loads them.
+Models hold the experts of a layer in one tensor. Checkpoints may store each expert, and its gate and up projections,
+separately. Transformers' loading rules say which stored tensors make up a parameter.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from lora_cli.weights.shards import TensorInfo, read_tensor
 from lora_cli.weights.stored_names import converters_of, sources_of
 
 KEPT = 4
-"""Parts of an adapter that are held: those of a layer, which a hundred stored tensors need one after another."""
+"""Factors that are cached: those of one layer, which a hundred stored tensors need one after another."""
 
 
 @dataclass(frozen=True)
 class Stacked:
-    """s U_e D_e of the experts' weights (experts, rows, columns), laid end to end as (experts * rows, columns); in
-    float32: ``up`` (experts, rows, r), ``down`` (experts, r, columns)."""
+    """The updates s U_e D_e of all experts' weights, (experts, rows, columns), flattened to (experts * rows, columns).
+    In float32: ``up`` (experts, rows, r), ``down`` (experts, r, columns)."""
 
     up: torch.Tensor
     down: torch.Tensor
     scaling: float
 
     def added_to(self, piece: torch.Tensor, rows: slice) -> torch.Tensor:
-        """W + s UD of some rows, in place."""
+        """Add s UD in place to ``piece``, these ``rows`` of W."""
         height = self.up.shape[1]
         first, last = rows.start, rows.start + len(piece)
         for expert in range(first // height, (last - 1) // height + 1):
@@ -48,11 +48,11 @@ class Stacked:
 
 @dataclass(frozen=True)
 class ExpertProduct:
-    """Where the parts of a parameter's update lie: A (experts * r, in) has an expert's rows together, B
-    (out, r * experts) its columns ``experts`` apart.
+    """Where the factors of a parameter's update are stored. In A (experts * r, in), an expert's rows are contiguous; in
+    B (out, r * experts), its columns are ``experts`` apart.
 
-    The stored tensor that it is for holds these ``rows`` of one ``expert``, or of all where that is None. ``turned``
-    says that the model holds an expert as (in, out), ``read_part`` reads a part in float32.
+    The stored tensor to update holds these ``rows`` of one ``expert``, or of all experts when that is None. ``turned``:
+    the model holds an expert as (in, out). ``read_part`` reads a factor in float32.
     """
 
     layer: str
@@ -65,7 +65,7 @@ class ExpertProduct:
     read_part: Callable[[Place], torch.Tensor]
 
     def read(self) -> Factors | Stacked:
-        """The update as it is to be added to the stored tensor."""
+        """Read the update, laid out like the stored tensor."""
         a, b = self.read_part(self.parts["A.weight"]), self.read_part(self.parts["B.weight"])
         down = a.view(self.experts, -1, a.shape[1])
         up = b.view(b.shape[0], -1, self.experts).permute(2, 0, 1)
@@ -83,8 +83,8 @@ def _read(place: Place) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Parameter:
-    """A model's parameter that an adapter is for: its shape (experts, rows, columns), one expert where it has no more;
-    ``stem`` is how the adapter's tensors for it are named."""
+    """A model's parameter that an adapter updates. ``shape`` is (experts, rows, columns), with one expert for a matrix.
+    The names of the adapter's tensors for it begin with ``stem``."""
 
     name: str
     stem: str
@@ -94,7 +94,7 @@ class _Parameter:
 
 @dataclass(frozen=True)
 class Found:
-    """The products of an adapter's experts by stored tensor, and what its own tensors for them are named by."""
+    """An adapter's products for experts by stored tensor, and the ``stem`` of each parameter that they update."""
 
     products: Mapping[str, ExpertProduct]
     stems: frozenset[str]
@@ -107,9 +107,9 @@ def find_experts(
     bare: PreTrainedModel,
     headers: Mapping[str, TensorInfo],
 ) -> Found | None:
-    """What the adapter in ``folder`` adds to stored tensors as ``target_parameters``; None where these are not the
-    parameters' parts as they stand. ``halves`` are the adapter's tensors, ``bare`` is the model on meta, which is
-    adapted.
+    """Find what the adapter in ``folder`` adds to stored tensors through ``target_parameters``. None where a stored
+    tensor is not simply a part of such a parameter. ``halves`` are the adapter's tensors. The adapter is injected into
+    ``bare``, the model on the meta device.
     """
     converters = converters_of(bare)
     sources = sources_of(bare, headers)
@@ -131,11 +131,11 @@ def find_experts(
 
 
 def _parameters(folder: Path, bare: PreTrainedModel) -> Iterator[_Parameter]:
-    """The parameters that an adapter is for, and where PEFT keeps what it has for each: wrappers inside wrappers."""
+    """Yield the parameters that an adapter updates. PEFT holds the factors of each in wrappers, which may be nested."""
     config = PeftConfig.from_pretrained(str(folder))
     assert isinstance(config, LoraConfig)
-    config.init_lora_weights = True  # there are no weights to begin from
-    config.rank_pattern, config.alpha_pattern = {}, {}  # which the names do not depend on
+    config.init_lora_weights = True  # there are no weights to initialize from
+    config.rank_pattern, config.alpha_pattern = {}, {}  # names do not depend on these
     for stem, module in inject_adapter_in_model(config, bare, low_cpu_mem_usage=True).named_modules():
         if isinstance(module, ParamWrapper):
             shape = tuple(module.get_param().shape)
@@ -150,7 +150,7 @@ def _places(
     headers: Mapping[str, TensorInfo],
     converters: list[WeightConverter],
 ) -> list[tuple[str, int | None, slice]] | None:
-    """The stored tensors of a parameter, with which expert each holds (None for all) and which of its rows."""
+    """Return a parameter's stored tensors, each with its expert (None for all) and the rows of the expert it holds."""
     count, height, width = shape
     found = {stored: headers[stored].shape for stored in sources}
     if len(sources) == 1 and None in sources.values():
@@ -172,7 +172,7 @@ def _places(
 
 
 def joins_experts(converter: WeightConverter) -> bool:
-    """Whether a converter stacks the experts and lays what is stored apart of each end to end, and nothing else."""
+    """Whether a converter only stacks experts and, if their projections are stored separately, concatenates these."""
     match converter.operations:
         case [MergeModulelist(dim=0)]:
             return len(converter.source_patterns) == 1

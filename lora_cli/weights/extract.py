@@ -1,4 +1,4 @@
-"""The LoRA adapter nearest to what full training made of a model: the SVD of each layer's difference, one at a time."""
+"""Extract the LoRA adapter nearest to a fully fine-tuned model: the SVD of each layer's difference, one at a time."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class ExtractedLayer:
 
 @dataclass(frozen=True)
 class Extracted:
-    """What was written; ``left_out`` are tensors that differ and no linear layer's weight holds: the adapter does not
-    bring them."""
+    """The adapter that was written. ``left_out`` are tensors that differ but are not a linear layer's weight: the
+    adapter does not include them."""
 
     out: Path
     layers: tuple[ExtractedLayer, ...]
@@ -56,7 +56,7 @@ class Pair:
     turned: bool
 
     def difference(self) -> torch.Tensor:
-        """Tuned less base, (out, in), in float32. Raises UserError when one of them holds NaN or infinity."""
+        """Return tuned minus base, (out, in), in float32. Raises UserError when either holds NaN or infinity."""
         found = []
         for name, info in (self.base, self.tuned):
             tensor = read_tensor(info, name).float()
@@ -68,10 +68,10 @@ class Pair:
 
 
 def extract(base: Path, name: str, tuned: Path, rank: int | None, energy: float | None, out: Path) -> Extracted:
-    """Write the adapter for ``base``, called ``name``, that is nearest to ``tuned`` to ``out``: of this rank, or each
-    layer of the smallest that keeps this share of its difference's squared norm. Its scaling is 1.
+    """Write to ``out`` the adapter for ``base`` (named ``name``) that is nearest to ``tuned``, with a scaling of 1.
+    Each layer has this rank, or the smallest rank that keeps the share ``energy`` of its difference's squared norm.
 
-    Raises UserError when the models have other layers, a tensor holds NaN or infinity, or they do not differ.
+    Raises UserError when the models' layers do not match, a tensor holds NaN or infinity, or no layer differs.
     """
     model, made = skeleton(load_config(base)), skeleton(load_config(tuned))
     check_weights(base, model)
@@ -108,7 +108,7 @@ def extract(base: Path, name: str, tuned: Path, rank: int | None, energy: float 
 def _pairs(
     model: PreTrainedModel, base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo], folder: Path
 ) -> dict[str, Pair]:
-    """The linear layers' weights in both models. Raises UserError for each that one lacks or has otherwise."""
+    """Return the linear layers' weights in both models. Raises UserError if one is missing or differs in shape."""
     pairs, faults = {}, []
     for layer in adaptable_layers(model):
         own = f"{layer}.weight"
@@ -132,8 +132,8 @@ def _pairs(
 def _other_differences(
     models: Sequence[PreTrainedModel], base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo], used: set[str]
 ) -> Iterator[str]:
-    """The tensors beside ``used`` that are not the same in both models: of those in one alone the ``models``' own,
-    which masks of older versions are not, and no copy of what the other ties it to."""
+    """Yield the tensors besides ``used`` that differ. A tensor that one model lacks is compared with the one it is tied
+    to, if stored there. Otherwise it differs if it is a parameter, which masks stored by older versions are not."""
     prefix = f"{models[-1].base_model_prefix}."
     places: list[dict[str, Place]] = [
         {name.removeprefix(prefix): (name, info) for name, info in headers.items() if name not in used}

@@ -1,4 +1,4 @@
-"""Which base this is, by a digest of all that its numbers come from, or which file; without importing torch."""
+"""Identify a base by a digest of its weights and configuration, or a file by its SHA-256, without importing torch."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from lora_cli.weights.shards import TensorInfo, read_headers, weight_files
 
 CHUNK = 1 << 22
 CHANGES_NO_NUMBER = {"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"}
-"""Keys of config.json on which what the weights compute does not depend; nor does it on those that begin with _."""
+"""Keys of config.json that do not affect the model's outputs. Neither do keys that begin with _."""
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over config.json, without what changes no number, and over every tensor's name, dtype, shape and XXH3 of
-    its bytes, in order of names: all bytes are read, gigabytes a second.
+    """Return the SHA-256 over the keys of config.json that affect outputs, and over every tensor's name, dtype, shape
+    and XXH3 digest, sorted by name. All bytes are read, at gigabytes a second.
 
-    The same however the tensors are spread over shards. It tells changes apart that come about, not those that somebody
-    has contrived. Raises UserError for a folder without a configuration or whole safetensors files, RunError for one
-    that cannot be read.
+    The result does not depend on how tensors are split into shards. It detects accidental changes, not contrived ones.
+    Raises UserError for a folder without a configuration or complete safetensors files, RunError when reading fails.
     """
     stored = sorted(read_headers(weight_files(folder)).items())
     with ThreadPoolExecutor() as pool:
@@ -54,7 +53,7 @@ def _digest(info: TensorInfo) -> str:
 
 
 def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what changes no number, at any depth."""
+    """Return a configuration without the keys that do not affect outputs, at any depth."""
     return {
         key: _deciding(value) if isinstance(value, dict) else value
         for key, value in config.items()

@@ -1,6 +1,6 @@
-"""Folders that appear whole or not at all, and where they may be made.
+"""Create output folders that appear complete or not at all, and check where they may be created.
 
-They are written beside the place they are for: no draft stays behind, however its process ended.
+A folder is written as a draft beside its destination. If its process is killed, a later one removes the draft.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from lora_cli.disk import make_folder, sync
 from lora_cli.errors import UserError, unwritable
 
 DRAFT = re.compile(r"\..+\.([a-z0-9_]{8}|old)\.draft(\.former)?")
-"""Names that are given to folders on their way in or out, and to no others."""
+"""Names of folders that are being written or removed. No other folders have such names."""
 ASIDE = ".old.draft"
 FORMER = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.draft\.former")
-"""Names of folders whose place another is about to take."""
+"""Names of folders that were moved aside to be replaced."""
 
 
 @contextmanager
 def whole_folder(out: Path, replace: bool = False, needed: int | None = None) -> Iterator[Path]:
-    """A folder to write into that becomes ``out`` when the block ends well, and vanishes when it does not.
+    """Yield a draft folder that becomes ``out`` when the block succeeds and is removed when the block raises.
 
-    ``needed`` are the bytes that will be written, as far as they are known. Raises UserError when ``out`` exists and is
-    not an empty folder, or its parent cannot be written; RunError when writing fails. To ``replace`` one, its parent
-    has to be there: a run's folder that was taken away is not made again.
+    ``needed`` is the number of bytes to be written, if known. Raises UserError when ``out`` exists and is not an empty
+    folder, or its parent cannot be written; RunError when writing fails. ``replace`` allows an existing ``out``, but
+    requires its parent: the folder of a run that was removed meanwhile is not created again.
     """
     out = out.resolve()  # a link is followed, not replaced
     if not replace:
         check_out(out)
-    with ExitStack() as stack:  # removes the draft last: a full disk is told as it was with it
+    with ExitStack() as stack:  # removes the draft last: errors report the free space while the draft exists
         try:
             if not replace:
                 make_folder(out.parent)
@@ -46,7 +46,7 @@ def whole_folder(out: Path, replace: bool = False, needed: int | None = None) ->
             draft.chmod(0o777 & ~mask)
             yield draft
             for path in (*draft.rglob("*"), draft):
-                if path.stat().st_mode & 0o777 == 0o600:  # by safetensors, which lets nobody else read its files
+                if path.stat().st_mode & 0o777 == 0o600:  # safetensors lets only the owner read its files
                     path.chmod(0o666 & ~mask)
                 sync(path)
             _put_in_place(draft, out, replace)
@@ -55,7 +55,7 @@ def whole_folder(out: Path, replace: bool = False, needed: int | None = None) ->
 
 
 def _put_in_place(draft: Path, out: Path, replace: bool) -> None:
-    """Give a whole draft its name. What stood there goes with the draft, or is put back when that cannot be done."""
+    """Rename a complete draft to ``out``. A folder already there is removed with the draft, or put back on failure."""
     former = draft.with_name(f"{draft.name}.former")
     try:
         if replace and out.exists():
@@ -66,12 +66,12 @@ def _put_in_place(draft: Path, out: Path, replace: bool) -> None:
         if former.exists() and not out.exists():
             former.replace(out)
         elif former.exists() and not draft.exists():
-            former.replace(draft)  # to be removed under a name by which no part of it is ever put back
+            former.replace(draft)  # to be removed; clear_drafts never puts back a folder of this name
 
 
 def entries(folder: Path) -> list[Path]:
-    """What lies in a folder; nothing when there is none. Raises OSError when it cannot be listed, which ``glob`` takes
-    for empty."""
+    """Return the contents of a folder, empty when there is none. Unlike ``glob``, which would return nothing, raises
+    OSError when the folder cannot be listed."""
     try:
         return list(folder.iterdir())
     except FileNotFoundError:
@@ -79,13 +79,13 @@ def entries(folder: Path) -> list[Path]:
 
 
 def set_aside(folder: Path) -> None:
-    """Take a folder out of sight at once, to be removed with the drafts: it is never seen with a part of its files."""
+    """Hide a folder by renaming it, so that nobody sees it with a part of its files. It is removed with the drafts."""
     folder.replace(folder.with_name(f".{folder.name}{ASIDE}"))
 
 
 def clear_drafts(folder: Path) -> None:
-    """Remove the folders in ``folder`` that a killed process was writing or removing; nothing of other names, and none
-    that is being written. What the process had moved out of the way of what never came is put back."""
+    """Remove the drafts that killed processes left in ``folder``, but no folder of another name and none still being
+    written. A folder that was moved aside for a replacement that never came is put back first."""
     for path in entries(folder):
         name = FORMER.fullmatch(path.name)
         if name and not (folder / name[1]).exists():
@@ -96,9 +96,9 @@ def clear_drafts(folder: Path) -> None:
 
 
 def standing(out: Path) -> Path:
-    """Where the folder ``out`` lies: elsewhere when a process was killed as it put another in its place."""
+    """Return where the folder ``out`` lies: under another name if a process was killed while replacing it."""
     if not out.exists():
-        with suppress(OSError):  # not a folder that can be listed
+        with suppress(OSError):  # its parent cannot be listed
             for path in entries(out.parent):
                 name = FORMER.fullmatch(path.name)
                 if name and name[1] == out.name:
@@ -107,17 +107,17 @@ def standing(out: Path) -> Path:
 
 
 def copy_if_there(folder: Path, *files: Path) -> None:
-    """Copy those of the files that are there into a folder."""
+    """Copy the files that exist into a folder."""
     for file in filter(Path.is_file, files):
         shutil.copyfile(file, folder / file.name)
 
 
 def check_out(out: Path, *made_from: Path) -> None:
-    """Raises UserError when a folder cannot be made at ``out``, holds something already, is the working directory, or
-    lies in one of ``made_from``."""
+    """Raises UserError when ``out`` cannot be created, is not empty, is the working directory, or lies in one of
+    ``made_from``."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError("exists already", str(out), "choose another --out, or remove it first")
-    if out.is_dir() and out.samefile("."):  # a shell there, and this process, would be left in the folder replaced
+    if out.is_dir() and out.samefile("."):  # this process and its shell would stay in the replaced folder
         raise UserError("is the folder that the command is run in, which would be replaced", str(out), "name another")
     check_writable(out)
     for folder in made_from:
@@ -126,7 +126,7 @@ def check_out(out: Path, *made_from: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises UserError when ``folder`` could not be made or written; makes nothing."""
+    """Raises UserError when ``folder`` could not be created or written. Creates nothing."""
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists() or p.is_symlink())
     if not nearest.exists():
         raise UserError(f"{nearest} is a broken symbolic link", str(folder), "choose another folder")
@@ -144,10 +144,10 @@ def _umask() -> int:
 
 @contextmanager
 def draft_folder(out: Path) -> Iterator[Path]:
-    """A new folder beside ``out``, whose parent exists; what is left of it goes when the block ends.
+    """Yield a new folder beside ``out``, whose parent exists. If still there, it is removed when the block ends.
 
-    What processes that were killed have left of the same ``out`` goes as well. A process holds a lock on its own draft,
-    which the system takes back when it ends.
+    Drafts of the same ``out`` that killed processes left are removed first. A process holds a lock on its own draft,
+    which the system releases when the process ends.
     """
     _sweep(out)
     draft, lock = _make(out)
@@ -159,12 +159,12 @@ def draft_folder(out: Path) -> Iterator[Path]:
 
 
 def _make(out: Path) -> tuple[Path, int]:
-    """A draft and the lock on it."""
+    """Create a draft and lock it."""
     while True:
         draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".draft", dir=out.parent))
-        with suppress(FileNotFoundError):  # swept by another process before it was locked
+        with suppress(FileNotFoundError):  # removed by another process before it was locked
             lock = os.open(draft, os.O_RDONLY)
-            with suppress(OSError):  # where there are no locks, nothing is swept
+            with suppress(OSError):  # without file locks, drafts are not removed
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if draft.exists():
                 return draft, lock
@@ -173,17 +173,17 @@ def _make(out: Path) -> tuple[Path, int]:
 
 def _sweep(out: Path) -> None:
     own = re.compile(rf"\.{re.escape(out.name)}\.[a-z0-9_]{{8}}\.draft")
-    with suppress(OSError):  # a folder that may not be listed is no reason to stop
+    with suppress(OSError):  # a folder that cannot be listed is no reason to stop
         for draft in [path for path in out.parent.iterdir() if own.fullmatch(path.name)]:
             _remove_unlocked(draft)
 
 
 def _remove_unlocked(draft: Path) -> None:
-    """Remove a draft, unless a process is writing it or it is somebody else's."""
+    """Remove a draft, unless a process is writing it or it belongs to another user."""
     with suppress(OSError):
         lock = os.open(draft, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            if not draft.name.endswith(ASIDE):  # which nobody writes; there may be no locks here
+            if not draft.name.endswith(ASIDE):  # nobody writes these, and locks may not be supported
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(draft, ignore_errors=True)
         finally:

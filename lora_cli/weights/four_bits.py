@@ -1,4 +1,4 @@
-"""Numbers in 4 bits, as bitsandbytes chooses them, in a tenth of the time that it takes on a CPU."""
+"""Quantize to the same 4-bit codes as bitsandbytes, in a tenth of the time that it takes on a CPU."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from lora_cli.model.linear4bit import BLOCK
 
 TINY = 1e-38
-"""Its least divisor: a block of zeros has the scale 0, which cannot divide."""
+"""The smallest divisor, used for a block of zeros, whose scale is 0."""
 
 
 def nearest_levels(numbers: torch.Tensor, method: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block-wise 4-bit quantization (arXiv:2305.14314, eq. 1, with NF4's or FP4's levels).
+    """Quantize block-wise to 4 bits (arXiv:2305.14314, eq. 1, with NF4's or FP4's levels).
 
-    ``numbers`` (n,), of a floating-point type. Returns the codes (ceil(n / 2), 1) uint8, the first of a pair in the
-    upper four bits, and the blocks' scales (ceil(n / 64),) float32: bit for bit those of ``functional.quantize_4bit``.
+    ``numbers`` (n,) has a floating-point dtype. Returns the codes (ceil(n / 2), 1) in uint8, the first of a pair in the
+    upper four bits, and the block scales (ceil(n / 64),) in float32. Bit-identical to ``functional.quantize_4bit``.
     """
     if numbers.device.type != "cpu":
         codes, state = functional.quantize_4bit(numbers, blocksize=BLOCK, quant_type=method)
@@ -28,7 +28,7 @@ def nearest_levels(numbers: torch.Tensor, method: str) -> tuple[torch.Tensor, to
     middles, order = _middles(method)
     values = scaled.numpy()
     codes, above = np.zeros(len(values), np.uint8), np.empty(len(values), np.bool_)
-    for middle in middles:  # fifteen comparisons of all numbers: a search of each takes ten times as long
+    for middle in middles:  # 15 comparisons of the whole array: a search for each value takes ten times as long
         np.greater(values, middle, out=above)
         codes += above.view(np.uint8)
     pairs = (codes if order is None else order[codes]).view("<u2")
@@ -36,8 +36,8 @@ def nearest_levels(numbers: torch.Tensor, method: str) -> tuple[torch.Tensor, to
 
 
 def _scaled(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The numbers over their block's largest, an even count of them, and the largest; a short last block is divided,
-    where the others are multiplied by the inverse, which is not the same in the last bit."""
+    """Return the numbers divided by their block's largest magnitude, padded to an even count, and those magnitudes. The
+    last bit matters: full blocks are multiplied by the inverse, a short last block is divided."""
     full = len(numbers) // BLOCK * BLOCK
     blocks, rest = numbers[:full].view(-1, BLOCK), numbers[full:]
     scales = blocks.abs().amax(dim=1)
@@ -51,7 +51,7 @@ def _scaled(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @functools.cache
 def _middles(method: str) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-    """The middles between neighbouring levels, and the levels' codes by size where these are not in order."""
+    """Return the midpoints between neighbouring levels, and the codes sorted by level, or None if already sorted."""
     levels = functional.get_4bit_type(method, device="cpu")
     order = torch.argsort(levels)
     middles = (levels[order[:-1]] + levels[order[1:]]) / 2

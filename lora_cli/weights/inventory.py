@@ -1,4 +1,4 @@
-"""Which tensors an adapter and its base have to hold, as PEFT and Transformers lay them out. No weight is loaded."""
+"""Check that an adapter and its base hold the tensors that PEFT and Transformers expect. No weight is loaded."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def adapter_faults(folder: Path, base: Path) -> list[Fault]:
-    """What is wrong with an adapter's tensors, as the base's model takes them; of other kinds than LoRA that is not
-    known. Raises UserError, by tensor, when the base itself lacks some, and for factors of single experts."""
+    """Return what is wrong with a LoRA adapter's tensors according to the base's model; empty for other kinds. Raises
+    UserError when the base lacks tensors, PEFT cannot inject the adapter, or it uses the names of Transformers 4."""
     bare = skeleton(load_config(base))
-    _check_base_tensors(base, bare)  # before it is adapted
+    _check_base_tensors(base, bare)  # before the adapter is injected
     return _lora_faults(folder, bare) if read_adapter_config(folder)["peft_type"] == "LORA" else []
 
 
 def _check_base_tensors(base: Path, bare: PreTrainedModel) -> None:
-    """Raises UserError, by tensor, when a base lacks tensors of its model: Transformers makes them up."""
+    """Raises UserError, by tensor, when a base lacks tensors, which Transformers would initialize at random."""
     if stored_quantization(base) or any(len(each.target_patterns) > 1 for each in converters_of(bare)):
-        return  # whose stored names do not tell
+        return  # stored names do not show what is missing
     sources = sources_of(bare, read_headers(weight_files(base)))
     tied: dict[int, list[str]] = {}
     for name, parameter in bare.named_parameters(remove_duplicate=False):
@@ -50,7 +50,7 @@ def _check_base_tensors(base: Path, bare: PreTrainedModel) -> None:
 
 
 def _missing_experts(bare: PreTrainedModel, sources: Mapping[str, Mapping[str, str | None]]) -> Iterator[str]:
-    """What is told of parameters that are made of a stored tensor for each expert, and not all of these are there."""
+    """Yield a message for each parameter that is made of one stored tensor per expert and lacks some of these."""
     for converter in filter(joins_experts, converters_of(bare)):
         for name, parameter in bare.named_parameters():
             stored = sources.get(name, {})
@@ -60,8 +60,8 @@ def _missing_experts(bare: PreTrainedModel, sources: Mapping[str, Mapping[str, s
 
 
 def _lora_faults(folder: Path, bare: PreTrainedModel) -> list[Fault]:
-    """The tensors that a LoRA adapter's file lacks of those its configuration speaks of, has beside them, or of other
-    shapes than its base takes. ``bare`` is adapted. Raises UserError for one with factors of single experts."""
+    """Return the tensors that a LoRA adapter's file lacks, that its configuration does not describe, or whose shapes do
+    not fit the base. The adapter is injected into ``bare``. Raises UserError for tensors named as in Transformers 4."""
     resize_words(bare, folder)
     wanted, known = _wanted(folder, bare)
     stored = read_headers([folder / ADAPTER_WEIGHTS])
@@ -85,19 +85,19 @@ def _lora_faults(folder: Path, bare: PreTrainedModel) -> list[Fault]:
 
 
 def _plain(name: str) -> str:
-    """A tensor's name without what PEFT calls a layer that it has put its own around."""
+    """Return a tensor's name without the ``base_layer`` that PEFT adds for a layer it wraps."""
     return name if ".lora_" in name else name.replace(".base_layer.", ".")
 
 
 def _wanted(folder: Path, bare: PreTrainedModel) -> tuple[Shapes, Shapes]:
-    """The tensors of the adapter in ``folder``, which is put on ``bare``; these and what PEFT may keep of the base's
-    embedding and head beside them."""
+    """Inject the adapter in ``folder`` into ``bare``. Return the tensors that its file must hold, and these with the
+    base's embedding and head, which PEFT may save too. Raises UserError when PEFT cannot inject the adapter."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of PEFT's, which are for those who train or load it
+        with warnings.catch_warnings(action="ignore"):  # PEFT's are meant for training or loading the adapter
             config = PeftConfig.from_pretrained(str(folder))
             assert isinstance(config, LoraConfig)
-            config.init_lora_weights = True  # there are no weights to begin from
-            config.alpha_pattern = {}  # which no tensor depends on
+            config.init_lora_weights = True  # there are no weights to initialize from
+            config.alpha_pattern = {}  # no tensor depends on it
             adapted = get_peft_model(bare, config, low_cpu_mem_usage=True)
             states = [get_peft_model_state_dict(adapted, save_embedding_layers=saved) for saved in (False, True)]
     except (*WRONG_VALUES, NotImplementedError) as error:
