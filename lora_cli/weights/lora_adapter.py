@@ -1,4 +1,4 @@
-"""A LoRA adapter as its updates s UD, layer by layer, read from files and written to new ones. No base is needed."""
+"""Read a LoRA adapter as its updates s UD, layer by layer, and write new adapters. No base is needed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lora_cli.weights.shards import read_headers, read_tensor, weight_files
 
 @dataclass(frozen=True)
 class Base:
-    """Which base an adapter is for: its folder when it is found, else its name; its fingerprint when it is known."""
+    """The base of an adapter: its folder if found, else its name; its fingerprint if known."""
 
     name: str
     fingerprint: str | None
@@ -41,7 +41,7 @@ class Base:
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """An adapter folder: its configuration, its layers' updates, and ``others``, tensors that are no part of these."""
+    """An adapter folder: its configuration, its layers' updates, and ``others``, tensors that are not part of these."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -51,9 +51,10 @@ class LoraAdapter:
 
 
 def read_lora(folder: Path) -> LoraAdapter:
-    """The adapter in ``folder``; its factors are left in their file.
+    """Open the adapter in ``folder``, leaving its factors in their file.
 
-    Raises UserError when it is none of LoRA's kind, tensors are missing, or hold NaN or infinity.
+    Raises UserError when it is not a LoRA adapter of linear layers and embeddings, its initialization changed its base,
+    or tensors are missing or hold NaN or infinity.
     """
     check_foldable(folder)
     check_adapter(folder, None)
@@ -69,8 +70,8 @@ def read_lora(folder: Path) -> LoraAdapter:
 
 
 def base_of(folder: Path) -> Base:
-    """The base that the adapter in ``folder`` is for. A fingerprint that its record lacks is taken from the base, where
-    that can be read: nothing else here needs it."""
+    """Return the base of the adapter in ``folder``. A fingerprint missing from the adapter's record is computed from
+    the base, if that can be read, and is None otherwise."""
     name, place = named_base(folder)
     stored = read_record(folder).get("base", {}).get("fingerprint")
     if not place or not Path(place).is_dir():
@@ -82,7 +83,7 @@ def base_of(folder: Path) -> Base:
 
 
 def check_plain(adapter: LoraAdapter) -> None:
-    """Raises UserError when an adapter is more than a sum of products: DoRA's, or one with tensors of other kinds."""
+    """Raises UserError when an adapter uses DoRA, or holds tensors other than LoRA factors and copies of the base's."""
     if adapter.config.get("use_dora"):
         what = "a DoRA adapter's update depends on the base's weights (use_dora)"
         raise UserError(what, str(adapter.folder), "merge it into its base with lora merge")
@@ -93,7 +94,7 @@ def check_plain(adapter: LoraAdapter) -> None:
 
 
 def _is_bases(base: Base, place: Place) -> bool:
-    """Whether a tensor is the base's own embedding or head, which PEFT keeps where it is adapted."""
+    """Whether a tensor is an unchanged copy of the base's embedding or head, which PEFT saves if these are adapted."""
     own, info = place
     if owner(own) not in (*EMBEDDINGS, "base_layer") or not Path(base.name).is_dir():
         return False
@@ -106,8 +107,8 @@ def _is_bases(base: Base, place: Place) -> bool:
 
 
 def check_same_base(adapters: Sequence[LoraAdapter]) -> None:
-    """Raises UserError when one is given twice, or they are of different bases: by their fingerprints, else by their
-    tensors' names and shapes, else by the bases' names."""
+    """Raises UserError when an adapter is given twice or the bases differ: in their fingerprints or, where one is
+    unknown, in both adapted layers and names. Layers that two adapters share must also have the same shape."""
     check_given_once(adapter.folder for adapter in adapters)
     first = adapters[0]
     for other in adapters[1:]:
@@ -130,7 +131,7 @@ def check_same_base(adapters: Sequence[LoraAdapter]) -> None:
 
 
 def rank_keys(ranks: Mapping[str, int], scalings: Mapping[str, float], use_rslora: bool) -> dict[str, Any]:
-    """r, lora_alpha and their patterns in an adapter's configuration, for the layers' ranks and scalings."""
+    """Return r, lora_alpha and their patterns for an adapter's configuration, from the layers' ranks and scalings."""
     alphas = {layer: _alpha(rank, scalings[layer], use_rslora) for layer, rank in ranks.items()}
     (rank, alpha), _ = Counter(zip(ranks.values(), alphas.values(), strict=True)).most_common(1)[0]
     return {
@@ -142,7 +143,7 @@ def rank_keys(ranks: Mapping[str, int], scalings: Mapping[str, float], use_rslor
 
 
 def _alpha(rank: int, scaling: float, use_rslora: bool) -> float:
-    """The alpha that gives a scaling: a short number where one does."""
+    """Return the alpha that gives ``scaling``, rounded if the rounded value gives exactly the same."""
     divisor = math.sqrt(rank) if use_rslora else rank
     exact = scaling * divisor
     return next((each for each in (round(exact), round(exact, 6)) if each / divisor == scaling), exact)
@@ -154,8 +155,8 @@ def write_tensors(
     embeddings: frozenset[str],
     others: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write an adapter's tensors by the names PEFT gives them, the layers' in float32; ``embeddings`` are the names of
-    the layers stored the other way round, ``others`` go by their own names."""
+    """Write an adapter's tensors under PEFT's names, the factors in float32. ``embeddings`` names the layers whose
+    factors are stored transposed. ``others`` keep their names."""
     tensors: dict[str, torch.Tensor] = dict(others or {})
     for layer, each in factors.items():
         stem = f"{PEFT_PREFIX}{layer}.lora_"
@@ -170,7 +171,7 @@ def write_tensors(
 
 
 def write_plain_config(draft: Path, base: str, ranks: Mapping[str, int], fan_in_fan_out: bool) -> None:
-    """Write the configuration of an adapter with layers of these ranks and a scaling of 1."""
+    """Write the configuration of an adapter whose layers have these ranks and a scaling of 1."""
     from peft import LoraConfig, TaskType
 
     config = LoraConfig(
@@ -185,15 +186,15 @@ def write_plain_config(draft: Path, base: str, ranks: Mapping[str, int], fan_in_
 
 
 def write_config(draft: Path, config: Mapping[str, Any]) -> None:
-    """Write an adapter's configuration as it stands."""
+    """Write ``config`` unchanged as an adapter's configuration."""
     (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_record(
     draft: Path, out: Path, base: Base, by: Mapping[str, Any], of: Sequence[Mapping[str, Any]], kept: Mapping[str, Any]
 ) -> None:
-    """Write what an adapter that will stand at ``out`` says of itself: how it was made, of what, and what
-    is ``kept`` of the record of that."""
+    """Write the provenance record of an adapter that will lie at ``out``: how it was made (``by``), from what (``of``),
+    and the entries ``kept`` from a source's record."""
     made = {**by, "of": [dict(part) for part in of]}
     record = {
         **kept,
@@ -206,5 +207,5 @@ def write_record(
 
 
 def source_record(adapter: LoraAdapter) -> dict[str, str]:
-    """How an adapter that another is made of is named in that one's record."""
+    """Return the entry for a source adapter in the record of an adapter made from it."""
     return {"name_or_path": str(adapter.folder.resolve()), "sha256": file_sha256(adapter.folder / ADAPTER_WEIGHTS)}

@@ -1,6 +1,6 @@
 """Fold adapters into their base: W + (alpha / r) BA for LoRA (arXiv:2106.09685, section 4.1).
 
-Tensor by tensor, from file to file; what ``find_changes`` cannot do so PEFT merges in memory.
+Works tensor by tensor, from file to file. Where ``find_changes`` returns None, PEFT merges the model in memory.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from lora_cli.weights.updates import Changes, Summed, find_changes, stored_name,
 
 Into = Literal["expanded", "original"]
 BOTH = 1.5
-"""Two tensors are held at once that have no more numbers than this, in those of the largest."""
+"""Two tensors are held at once only if they have at most this many times the values of the largest tensor."""
 IN_MEMORY = "PEFT merges this kind of adapter, with the whole model in memory in float32"
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge wrote.
+    """The model that a merge wrote.
 
-    ``into`` says which weights the adapters were added to, ``unchanged`` which share of those weights' numbers is, as
-    they are stored, what it was before; None where PEFT merged ``in_memory``.
+    ``into`` says which weights the adapters were added to. ``unchanged`` is the share of the updated weights' values
+    that are the same as before once they are stored; None where PEFT merged ``in_memory``.
     """
 
     out: Path
@@ -59,10 +59,10 @@ class Merged:
 
 @dataclass(frozen=True)
 class Sums:
-    """A merged model's tensors, by the names the base stores: each is made when it is read.
+    """A merged model's tensors, by the base's stored names. Each is computed when it is read.
 
-    ``expanded`` names the weights to be taken as their quantized form from ``seen`` stands for them, and whether they
-    are stored turned, as (in, out); ``dtype`` is None for each tensor's own.
+    ``expanded`` maps the weights to quantize from ``seen`` and dequantize before the sum to whether they are stored as
+    (in, out). Tensors are stored as ``dtype``; None keeps each tensor's own.
     """
 
     headers: dict[str, TensorInfo]
@@ -73,7 +73,7 @@ class Sums:
     dtype: torch.dtype | None
 
     def read(self, name: str) -> Summed:
-        """One tensor. Raises UserError when it, or the sum as it is stored, holds what is no number."""
+        """Return one tensor. Raises UserError when the base's tensor, or the sum as stored, holds NaN or infinity."""
         weight = read_tensor(self.headers[name], name)
         dtype = self.dtype or weight.dtype
         if name in self.expanded or name not in self.changes.products:
@@ -85,7 +85,7 @@ class Sums:
         try:
             result = summed(self.changes, name, weight, dtype)
         except UserError:
-            check_finite(weight, name, self.headers[name].file)  # whose numbers it is due to
+            check_finite(weight, name, self.headers[name].file)  # names the base's tensor if it is the cause
             raise
         if name in self.changes.taken or (name not in self.changes.products and dtype != weight.dtype):
             check_finite(result.tensor, name, self.headers[name].file)
@@ -103,13 +103,13 @@ def merge(
 ) -> Merged:
     """Write the base with the adapters folded in to ``out``: weights, tokenizer, configurations.
 
-    The sum is taken in float32 and stored as ``dtype``, None for the base's own. An adapter that was trained on a
-    quantized base is added to that base's weights as training saw them (quantized and expanded again), which is what it
-    was fitted to, or ``into`` the original ones. ``tell`` is told beforehand when PEFT has to do it; ``check`` is given
-    the whole folder before it stands at ``out``, which it does not when that raises.
+    The sum is computed in float32 and stored as ``dtype`` (None: the base's own). An adapter that was trained on a
+    quantized base is added by default to the weights as training saw them (quantized and dequantized), to which it was
+    fitted, and with ``into`` "original" to the unquantized weights. ``tell`` is called first if PEFT has to merge.
+    ``check`` gets the complete folder before it is renamed to ``out``; if ``check`` raises, the folder is removed.
 
-    Raises UserError when ``out`` will not do, the adapters are of different bases, or a sum is no number; ``trace`` has
-    checked each adapter against its base.
+    Raises UserError when ``out`` cannot be used, the adapters cannot be added up, or a sum holds NaN or infinity. The
+    caller has checked each adapter against its base (``trace``), and that all have the same base.
     """
     origin = origins[0]
     headers = read_headers(weight_files(origin.base))
@@ -149,7 +149,7 @@ def find_sums(
     seen: torch.dtype,
     dtype: torch.dtype | None,
 ) -> Sums | None:
-    """The merged model's tensors, stored as ``dtype``; None where PEFT has to make them, in memory."""
+    """Return the merged model's tensors, to be stored as ``dtype``, or None where PEFT has to merge in memory."""
     base = origins[0].base
     changes = find_changes([origin.folder for origin in origins], base, headers)
     if changes is None:
@@ -168,7 +168,7 @@ def find_sums(
 
 
 def common_quantization(origins: Sequence[AdapterOrigin]) -> Quantization | None:
-    """How the base was quantized when the adapters were trained on it. Raises UserError when not all say the same."""
+    """Return how the base was quantized to train the adapters. Raises UserError when they differ in it."""
     first, *others = ((o.recipe.quantization if o.recipe else None, o.dtype) for o in origins)
     for other, origin in zip(others, origins[1:], strict=True):
         if other[0] != first[0] or (first[0] and other[1] != first[1]):
@@ -178,24 +178,24 @@ def common_quantization(origins: Sequence[AdapterOrigin]) -> Quantization | None
 
 
 def seen_dtype(origin: AdapterOrigin, headers: Mapping[str, TensorInfo]) -> torch.dtype:
-    """The type that the base, whose stored tensors these are, was loaded in when the adapter was trained on it."""
+    """Return the dtype in which the base was loaded to train the adapter; if not recorded, its stored dtype."""
     return getattr(torch, origin.dtype) if origin.dtype else stored_dtype(headers)
 
 
 def _check_addable(sums: Sums | None, first: Path) -> None:
-    """Raises UserError where several adapters, of which this is the first, do more than add to the base's weights."""
+    """Raises UserError when several adapters, of which ``first`` is one, do more than add to the base's weights."""
     if sums is None or sums.changes.taken or sums.changes.rescaled:
         what = "only plain LoRA adapters can be added up: no DoRA, and no tensors other than LoRA's"
         raise UserError(what, str(first), "merge one, then train the others on the result")
 
 
 def _write(sums: Sums, draft: Path, max_shard: int) -> float:
-    """Write all tensors; the share of the changed weights' numbers that are stored as they were."""
+    """Write all tensors. Return the share of the updated weights' values that are stored unchanged."""
     same = numbers = before = 0
     sizes = {name: math.prod(info.shape) for name, info in sums.headers.items()}
     most = BOTH * max(sizes.values())
     found: Summed | None = None
-    # A tensor is made while the one before it is written, unless both are large: files take as long as sums.
+    # Compute a tensor while the previous one is written, unless both are large: writing takes as long as summing.
     with shard_writer(draft, sums.headers, max_shard) as write, ThreadPoolExecutor(1) as writer:
         written = writer.submit(lambda: None)
         for name, size in sizes.items():
@@ -216,7 +216,7 @@ def _write(sums: Sums, draft: Path, max_shard: int) -> float:
 def _write_config(base: Path, draft: Path, dtype: torch.dtype | None, changes: Changes) -> None:
     config = read_config(base)
     if dtype is not None:
-        config.pop("torch_dtype", None)  # the name of older versions
+        config.pop("torch_dtype", None)  # the key of older versions
         config["dtype"] = str(dtype).removeprefix("torch.")
     if changes.words is not None:
         config["vocab_size"] = changes.words

@@ -1,4 +1,4 @@
-"""Adapters folded into their base by PEFT, with the whole model in memory: whatever PEFT can merge."""
+"""Merge any adapter that PEFT can merge, with the whole model in memory."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from lora_cli.weights.quantized_layers import expand_quantized
 from lora_cli.weights.shards import TensorInfo, check_finite, read_headers, stored_dtype
 
 UNMERGED = {"POLY", "XLORA"}
-"""Kinds that PEFT lets no one merge: what they add depends on the row."""
+"""Kinds of adapters that PEFT cannot merge: their update depends on the input."""
 
 
 def check_kind(folder: Path) -> None:
-    """Raises UserError when an adapter is of a kind that changes no weights, or that PEFT does not know."""
+    """Raises UserError when an adapter is of a kind that PEFT does not support or cannot merge into the weights."""
     kind = read_adapter_config(folder)["peft_type"]
     try:
         config = PeftConfig.from_pretrained(str(folder))
@@ -44,10 +44,10 @@ def check_kind(folder: Path) -> None:
 
 
 def _load(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """The base with the adapter on it.
+    """Load the adapter onto the base.
 
-    Raises UserError when the file's tensors are not those of the adapter that PEFT has made of it, or the adapter is
-    for one of an embedding and a head that are the same numbers.
+    Raises UserError when the file's tensors are not those that PEFT expects, or when the adapter adds to a tied
+    embedding or head, or trains tokens of a tied head.
     """
     is_tied = base.get_input_embeddings().weight is base.get_output_embeddings().weight
     try:
@@ -57,7 +57,7 @@ def _load(base: PreTrainedModel, folder: Path) -> PeftModel:
             raise
         what = f"PEFT cannot load the adapter: {' '.join(str(error).split())}"
         raise UserError(what, str(folder), "it belongs to another base, or its file is damaged") from error
-    if read_adapter_config(folder)["peft_type"] != "LORA":  # whose tensors have been looked at before
+    if read_adapter_config(folder)["peft_type"] != "LORA":  # LoRA's tensors were checked before
         found = set(read_headers([folder / ADAPTER_WEIGHTS]))
         wanted, known = (
             set(get_peft_model_state_dict(adapted, save_embedding_layers=saved)) for saved in (False, True)
@@ -89,11 +89,11 @@ def merge_in_memory(
     draft: Path,
     max_shard: int,
 ) -> int:
-    """Write the merged model, its weights as ``dtype`` (None for the base's own), to ``draft``; the number of layers
-    adapted.
+    """Write the merged model to ``draft``, its weights as ``dtype`` (None: the base's own). Return the number of
+    adapted layers.
 
-    ``quantization`` and ``seen`` say what the base was quantized to and from in training. Raises UserError when a sum
-    is no number.
+    ``quantization`` says how the base was quantized in training, ``seen`` from which dtype. Raises UserError when PEFT
+    cannot load or merge the adapter, or a sum holds NaN or infinity.
     """
     folder = origin.base
     base = load_base(folder, Model(name_or_path=str(folder)), None, torch.device("cpu"), torch.float32)

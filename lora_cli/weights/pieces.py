@@ -1,4 +1,4 @@
-"""Large tensors worked on in pieces, by threads that stay."""
+"""A thread pool for work on pieces of large tensors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 @functools.cache
 def workers() -> ThreadPoolExecutor:
-    """As many threads as torch has, each to work on a piece with one thread of its own.
+    """Return a pool of as many threads as torch has. Each works on its own piece, with one torch thread.
 
-    Not all of them on each part of each operation: on a busy machine these would wait for one another.
+    Splitting each operation over all threads instead would make them wait for one another on a busy machine.
     """
     return ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))

@@ -1,4 +1,4 @@
-"""LoRA's updates as an adapter's file holds them: a product of two matrices for each layer."""
+"""LoRA's updates as an adapter's file stores them: a product of two matrices for each layer."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ LINEAR = {"A.weight", "B.weight"}
 EMBEDDING = {"embedding_A", "embedding_B"}
 MAGNITUDE = "magnitude_vector"
 COPIES = (".modules_to_save.", ".original_module.")
-"""In names of what PEFT saves once more, and as it was, of an embedding trained whole that has had words added."""
+"""Name parts of the trained and the original copy that PEFT also saves of a fully trained, resized embedding."""
 
 
 Place = tuple[str, TensorInfo]
-"""A tensor's name in its file, and where it lies there."""
+"""A tensor's name in its file, and its place there."""
 
 
 @dataclass(frozen=True)
 class Factors:
-    """s UD of a weight (rows, columns), in float32: ``up`` (rows, r), ``down`` (r, columns), DoRA's ``magnitude``
-    (rows,)."""
+    """The update s UD of a weight (rows, columns), in float32: ``up`` (rows, r), ``down`` (r, columns), and DoRA's
+    ``magnitude`` (rows,)."""
 
     up: torch.Tensor
     down: torch.Tensor
@@ -35,7 +35,7 @@ class Factors:
     magnitude: torch.Tensor | None
 
     def added_to(self, piece: torch.Tensor, rows: slice) -> torch.Tensor:
-        """W + s UD of some rows, in place; scaled to DoRA's magnitudes if there are any (arXiv:2402.09353, eq. 5)."""
+        """Add s UD in place to ``piece``, these ``rows`` of W; with DoRA, rescale (arXiv:2402.09353, eq. 5)."""
         piece.add_((self.up[rows] @ self.down).mul_(self.scaling))
         if self.magnitude is not None:
             piece.mul_((self.magnitude[rows] / piece.norm(dim=1))[:, None])
@@ -44,7 +44,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class Product:
-    """Where the parts of a layer's update lie. An embedding's are stored the other way round."""
+    """Where the factors of a layer's update are stored. An embedding's are stored transposed."""
 
     layer: str
     parts: Mapping[str, Place]
@@ -57,7 +57,7 @@ class Product:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the update: (out, in), an embedding's (tokens, width)."""
+        """The update's shape: (out, in), or (tokens, width) for an embedding."""
         shapes = {part: info.shape for part, (_, info) in self.parts.items()}
         if self.is_embedding:
             return shapes["embedding_A"][1], shapes["embedding_B"][0]
@@ -65,11 +65,11 @@ class Product:
 
     @property
     def rank(self) -> int:
-        """Of the update."""
+        """The update's rank."""
         return _rank(self.parts)
 
     def read(self) -> Factors:
-        """The update as it is to be added to the weight of its shape."""
+        """Read the update, laid out like the weight."""
         read = {part: read_tensor(info, name).float() for part, (name, info) in self.parts.items()}
         if self.is_embedding:
             return Factors(read["embedding_A"].T, read["embedding_B"].T, self.scaling, None)
@@ -77,7 +77,7 @@ class Product:
 
 
 def adapter_parts(folder: Path) -> tuple[dict[str, dict[str, Place]], dict[str, Place]] | None:
-    """The parts of an adapter's products by layer, and its other tensors; None when it holds parts of other kinds."""
+    """Return an adapter's factors by layer and its other tensors, or None when it holds factors of other kinds."""
     halves: dict[str, dict[str, Place]] = {}
     others: dict[str, Place] = {}
     for name, info in read_headers([folder / ADAPTER_WEIGHTS]).items():
@@ -91,13 +91,13 @@ def adapter_parts(folder: Path) -> tuple[dict[str, dict[str, Place]], dict[str, 
 
 
 def scaling_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732); an alpha of the layer's own in ``alpha_pattern``."""
+    """Return alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732), with a layer's alpha in ``alpha_pattern``."""
     alpha = own_value(config.get("alpha_pattern"), layer, config["lora_alpha"])
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def product_of(config: Mapping[str, Any], layer: str, parts: Mapping[str, Place]) -> Product:
-    """The product whose parts an adapter with this configuration holds for a layer."""
+    """Return a layer's product from its ``parts`` in an adapter with this configuration."""
     return Product(layer, parts, scaling_of(config, layer, _rank(parts)))
 
 

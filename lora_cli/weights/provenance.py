@@ -1,4 +1,4 @@
-"""What an adapter says of itself: its base, its data, its training; and the base found again."""
+"""An adapter's provenance record (its base, data and training), and the search for its base."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ PROVENANCE = "provenance.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
 DTYPES = ("float32", "bfloat16", "float16")
 OBJECTS = ("base", "data", "versions", "made")
-"""Keys of a record under which there are objects, if anything."""
+"""Keys of a record whose values, if present, are objects."""
 WITHOUT = "copy it again, or remove it: the adapter then counts as made by another program"
 
 
 @dataclass(frozen=True)
 class AdapterOrigin:
-    """An adapter folder, its base, the recipe and the dtype it was trained by (None for an adapter made elsewhere)."""
+    """An adapter folder, its base, and the recipe and dtype of its training (None for an adapter made elsewhere)."""
 
     folder: Path
     base: Path
@@ -44,9 +44,9 @@ class AdapterOrigin:
 
 
 def adapter_folder(target: Path) -> Path | None:
-    """The adapter that a path stands for: the folder itself, or a run's ``adapter``; None when it is neither.
+    """Return the adapter folder at a path: the folder itself or a run's ``adapter``; None when neither is an adapter.
 
-    Killed as it put another in its place, a run leaves it under another name.
+    Also finds an adapter whose run was killed while replacing it, and which therefore has another name.
     """
     for folder in map(standing, (target, target / "adapter")):
         if (folder / ADAPTER_CONFIG).is_file():
@@ -55,10 +55,10 @@ def adapter_folder(target: Path) -> Path | None:
 
 
 def trace(folder: Path, base: str | None = None, other_kinds: bool = False) -> AdapterOrigin:
-    """Find the adapter's base, or take the one given, and check that it is the one it was trained on.
+    """Find the adapter's base, or take the one given, and check that the adapter was trained on it.
 
-    Raises UserError when the base is not found, its fingerprint is another, or the adapter's tensors do not fit it or,
-    unless ``other_kinds`` will do, are not LoRA's.
+    Raises UserError when the base is not found or damaged, its fingerprint differs, or the adapter's tensors do not fit
+    it. Adapters of other kinds than LoRA are refused unless ``other_kinds`` is set.
     """
     if base is not None:
         return _checked(folder, locate(base, weights=True), base, other_kinds)
@@ -77,8 +77,8 @@ def trace(folder: Path, base: str | None = None, other_kinds: bool = False) -> A
 
 
 def named_base(folder: Path) -> tuple[str, str]:
-    """The base that an adapter names, empty when it names none, and where to look for it: it may have been moved along
-    with the adapter."""
+    """Return the base that an adapter names (empty for none) and where to look for the base, which may have been moved
+    along with the adapter."""
     stored = read_record(folder).get("base", {})
     name = str(stored.get("name_or_path") or read_adapter_config(folder).get("base_model_name_or_path") or "")
     relative = stored.get("relative_path")
@@ -87,8 +87,8 @@ def named_base(folder: Path) -> tuple[str, str]:
 
 
 def base_record(name: str, adapter: Path, digest: str | None) -> dict[str, Any]:
-    """Which base the adapter at ``adapter`` is for (a folder or hub id, its fingerprint), found again when both folders
-    are moved together."""
+    """Return the record's entry for the base of the adapter at ``adapter``: folder or hub id, fingerprint, and relative
+    path, so that the base is found when both folders are moved together."""
     base = Path(name).resolve()
     local = bool(name) and base.is_dir()
     return {
@@ -99,13 +99,13 @@ def base_record(name: str, adapter: Path, digest: str | None) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """The versions a result depends on."""
+    """Return the software versions that a result depends on."""
     found = {"lora": __version__, "python": platform.python_version()}
     return found | {name: version(name) for name in PACKAGES}
 
 
 def now() -> str:
-    """The time in UTC, to the second, as ISO 8601."""
+    """Return the current time in UTC, to the second, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -117,7 +117,7 @@ def _checked(folder: Path, base: Path, name: str, other_kinds: bool) -> AdapterO
 
 
 def check_base(folder: Path, base: Path) -> None:
-    """Raises UserError when the adapter in ``folder`` says that it was trained on another model than ``base`` holds."""
+    """Raises UserError when the adapter's record has another fingerprint than the model in ``base``."""
     stored = read_record(folder).get("base", {}).get("fingerprint")
     if stored and fingerprint(base) != stored:
         what = f"the adapter belongs to another base: weights or config.json in {base} are not those it was trained on"
@@ -125,7 +125,7 @@ def check_base(folder: Path, base: Path) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """provenance.json of an adapter or of a model made from one; empty when there is none. Raises UserError."""
+    """Read provenance.json of an adapter or a model made from one; empty when missing. Raises UserError if invalid."""
     path = folder / PROVENANCE
     record = read_json(path, WITHOUT) if path.is_file() else {}
     if not _is_record(record):
@@ -134,7 +134,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _is_record(record: Any) -> TypeGuard[dict[str, Any]]:
-    """Whether what is read of a record is of the kinds that it is written in."""
+    """Whether the values that are read from a record have the types with which they are written."""
     if not isinstance(record, dict) or not all(isinstance(record.get(key, {}), dict) for key in OBJECTS):
         return False
     if not isinstance(record.get("made", {}).get("of", []), list):
@@ -147,7 +147,7 @@ def _is_record(record: Any) -> TypeGuard[dict[str, Any]]:
 
 
 def recipe_of(folder: Path) -> Recipe | None:
-    """The recipe an adapter, or a model made from one, was trained by; None when the folder does not tell.
+    """Return the recipe by which an adapter, or a model made from one, was trained; None when it is not recorded.
 
     Keys of other versions are left out. Raises UserError for values that this version cannot read.
     """
@@ -155,7 +155,7 @@ def recipe_of(folder: Path) -> Recipe | None:
     if "recipe" not in record:
         return None
     try:
-        return Recipe.model_validate_json(json.dumps(_known(record["recipe"])))  # whose lists are the schema's tuples
+        return Recipe.model_validate_json(json.dumps(_known(record["recipe"])))  # JSON lists become tuples
     except ValidationError as error:
         where, by = str(folder / PROVENANCE), record.get("versions", {}).get("lora", "unknown")
         wrong = ((".".join(map(str, each["loc"])), each["msg"].lower()) for each in error.errors())
@@ -164,7 +164,7 @@ def recipe_of(folder: Path) -> Recipe | None:
 
 
 def _known(recipe: Any) -> Any:
-    """A stored recipe without the sections and keys that this version does not have."""
+    """Return a stored recipe without the sections and keys that this version does not have."""
     if not isinstance(recipe, dict):
         return recipe
     known = dotted_keys()
