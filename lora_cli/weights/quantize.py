@@ -1,6 +1,6 @@
-"""A model in 4 or 8 bits: written so that plain ``from_pretrained`` loads it, with the error that it cost.
+"""Write a model in 4 or 8 bits, so that plain ``from_pretrained`` loads it, and measure the quantization error.
 
-Tensor by tensor, from file to file; a model whose tensors are not the stored ones Transformers quantizes, in memory.
+Works tensor by tensor, from file to file. Models for which ``model_names`` returns None are quantized in memory.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ FLOATS = ("F64", "F32", "BF16", "F16")
 
 @dataclass(frozen=True)
 class Quantized:
-    """What a quantization wrote: sizes in bytes, and each layer's error, worst first.
+    """The model that a quantization wrote: sizes in bytes, and each layer's error, worst first.
 
-    There is none for a layer whose weight is not stored by itself. ``in_experts`` is how many numbers were left as they
-    are, being those of experts that are joined in a parameter.
+    A layer whose weight is not a stored tensor of its own has no error. ``in_experts`` counts the values that were left
+    unquantized because they belong to experts joined in one parameter.
     """
 
     out: Path
@@ -62,12 +62,12 @@ def quantize(
     max_shard: int = MAX_SHARD,
     check: Callable[[Path], None] | None = None,
 ) -> Quantized:
-    """Write the model to ``out`` with its linear layers in 4 or 8 bits, but for the head and those in ``skip``.
+    """Write the model to ``out`` with its linear layers in 4 or 8 bits, except the head and those in ``skip``.
 
-    ``check`` is given the whole folder before it stands at ``out``, which it does not when that raises.
+    ``check`` gets the complete folder before it is renamed to ``out``; if ``check`` raises, the folder is removed.
 
-    Raises UserError when its weights are damaged or no numbers, its layers could not be loaded again, it has no
-    tokenizer, a name in ``skip`` is no layer's, or ``out`` will not do; that it is not quantized has been checked.
+    The caller has checked that the model is unquantized. Raises UserError when it has no tokenizer, weights are damaged
+    or hold NaN or infinity, layers could not be loaded again, ``skip`` matches no layer, or ``out`` cannot be used.
     """
     folder, adapter = source.folder, source.adapter
     bare = skeleton(load_config(folder))
@@ -88,17 +88,17 @@ def quantize(
 
 
 def _loaded_dtype(folder: Path, bare: PreTrainedModel) -> torch.dtype:
-    """The type that Transformers loads a checkpoint in: the one of its configuration, else that of its first tensor of
-    floating-point numbers."""
+    """Return the dtype in which Transformers loads a checkpoint: its configuration's, else that of its first
+    floating-point tensor."""
     told = bare.config.dtype
     if isinstance(told, torch.dtype):
         return told
-    stored = sorted(read_headers(weight_files(folder)[:1]).items())  # the order in which safetensors tells them
+    stored = sorted(read_headers(weight_files(folder)[:1]).items())  # the order in which safetensors lists them
     return next((info.torch_dtype for _, info in stored if info.dtype in FLOATS), torch.float32)
 
 
 def _in_experts(bare: PreTrainedModel) -> int:
-    """How many numbers are in the parameters of experts that are no layers of their own: these nobody quantizes."""
+    """Count the values of joined experts, which are not layers of their own and therefore not quantized."""
     return sum(each.numel() for name, each in bare.named_parameters() if each.dim() > 2 and ".experts." in name)
 
 
@@ -111,20 +111,20 @@ def write_quantized(
     skip: Sequence[str] = (),
     max_shard: int = MAX_SHARD,
 ) -> list[LayerError]:
-    """Write configuration and weights as ``from_pretrained`` and ``save_pretrained`` would, without the model.
+    """Write configuration and weights as ``from_pretrained`` and ``save_pretrained`` would, without loading the model.
 
-    Tensors are read, quantized and written one at a time; what is not quantized is written as ``dtype``. Only a model
-    whose tensors Transformers renames, joins or splits while loading is loaded whole. Raises UserError when weights are
-    missing or no numbers.
+    Tensors are read, quantized and written one at a time; unquantized ones are written as ``dtype``. Only a model for
+    which ``model_names`` returns None, such as one with joined or split tensors, is loaded completely. Raises UserError
+    when weights are missing or hold NaN or infinity.
     """
     settings = bitsandbytes_config(quantization, best_device())
-    if quantization.method != "int8":  # not always what this machine computes best in
+    if quantization.method != "int8":  # may differ from the best dtype on this machine
         settings.bnb_4bit_compute_dtype = compute_dtype
     config = load_config(source.folder)
     if source.untied:
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     bare = skeleton(config)
-    if skip:  # in place of the default, the head
+    if skip:  # skip_modules replaces the default (the head), so keep that too
         default = AutoHfQuantizer.from_config(settings).get_modules_to_not_convert(bare)
         settings.llm_int8_skip_modules = sorted({*default, *skip})
     names = model_names(bare, source.headers)
@@ -142,7 +142,7 @@ def write_quantized(
 
 
 def is_streamed(folder: Path) -> bool:
-    """Whether ``write_quantized`` takes the model a tensor at a time."""
+    """Whether ``write_quantized`` processes the model one tensor at a time."""
     return model_names(skeleton(load_config(folder)), read_headers(weight_files(folder))) is not None
 
 
@@ -155,7 +155,7 @@ def _write_by_tensors(
     dtype: torch.dtype,
     max_shard: int,
 ) -> list[LayerError]:
-    """``names`` are the model's by those that ``source`` stores, ``turned`` the layers to quantize."""
+    """``names`` maps the names that ``source`` stores to the model's. ``turned`` holds the layers to quantize."""
     layers, headers = [], source.headers
     announced = [*names, *names.values(), *(f"{layer}.{part}" for layer in turned for part in PARTS)]
     with shard_writer(out, announced, max_shard) as write:
@@ -167,7 +167,7 @@ def _write_by_tensors(
             if kind != "weight" or layer not in turned:
                 check_finite(tensor, stored, headers[stored].file)
                 is_renamed = not name.endswith(stored) and not stored.endswith(name)
-                write(stored if is_renamed else name, tensor)  # Transformers gives these their old names back
+                write(stored if is_renamed else name, tensor)  # save_pretrained restores these names
                 continue
             weight = tensor.T.contiguous() if turned[layer] else tensor
             encoded = encode(weight.to(best_device()), quantization)

@@ -1,4 +1,4 @@
-"""A model quantized by Transformers itself, with the whole of it in memory: whatever it can load."""
+"""Quantize any model that Transformers can load, with Transformers itself and the whole model in memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora_cli.weights.stored_model import StoredModel
 from lora_cli.weights.stored_names import sources_of
 
 Sources = Mapping[str, Mapping[str, str | None]]
-"""The stored tensors that each of a model's is made of, as ``sources_of`` finds them."""
+"""The stored tensors that make up each of a model's tensors, as ``sources_of`` returns them."""
 
 
 def quantize_in_memory(
@@ -33,10 +33,9 @@ def quantize_in_memory(
     settings: BitsAndBytesConfig,
     max_shard: int,
 ) -> list[LayerError]:
-    """Write the model that ``bare`` is without weights, its layers quantized as ``settings`` and ``quantization`` both
-    say, to ``out``.
+    """Load the model in ``source``, quantized by ``quantization`` (repeated in ``settings``), and write it to ``out``.
 
-    Raises UserError when weights are missing or no numbers.
+    ``bare`` is the same model on the meta device. Raises UserError when weights are missing or hold NaN or infinity.
     """
     sources, folder, skip = sources_of(bare, source.headers), source.folder, settings.llm_int8_skip_modules
     model = load_base(folder, Model(name_or_path=str(folder)), quantization, best_device(), dtype, skip=skip)
@@ -49,8 +48,8 @@ def quantize_in_memory(
 
 
 def _errors(model: PreTrainedModel, source: StoredModel, sources: Sources, dtype: torch.dtype) -> Iterator[LayerError]:
-    """Of the layers whose weight is one stored tensor as it is, by whatever name. Raises UserError when one is not all
-    numbers as ``dtype``, as it was loaded: codes do not tell."""
+    """Yield the error of each layer whose weight is an unchanged stored tensor of any name. Raises UserError when such
+    a tensor holds NaN or infinity in ``dtype``, in which it was loaded: its codes do not show that."""
     for name, module in model.named_modules():
         if not isinstance(module, Linear4bit | Linear8bitLt):
             continue
@@ -69,7 +68,7 @@ def _errors(model: PreTrainedModel, source: StoredModel, sources: Sources, dtype
 
 
 def _check_rest(model: PreTrainedModel, source: StoredModel, sources: Sources) -> None:
-    """Raises UserError when a parameter that is not quantized is not all numbers, and tells the stored tensor."""
+    """Raises UserError, naming the stored tensor, when an unquantized parameter holds NaN or infinity."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not is_finite(parameter.data):
             for stored in sources.get(name, {}):
@@ -78,7 +77,7 @@ def _check_rest(model: PreTrainedModel, source: StoredModel, sources: Sources) -
 
 
 def _expand(module: Linear4bit | Linear8bitLt) -> torch.Tensor:
-    """The layer's weight (out, in) as a matrix product sees it."""
+    """Dequantize the layer's weight (out, in)."""
     weight: Any = module.weight
     if isinstance(module, Linear4bit):
         return expand(weight.data, weight.quant_state)

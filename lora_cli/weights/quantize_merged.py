@@ -1,4 +1,4 @@
-"""An adapter folded into its base and the sum quantized, in one pass: no merged model is written."""
+"""Merge an adapter into its base and quantize the sum in one pass, without writing the merged model."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def quantize_merged(
 ) -> Quantized:
     """Write what ``merge`` and then ``quantize``, with its ``check``, would write.
 
-    Only where one of the two needs a model in memory, a merged model lies beside ``out`` meanwhile; ``tell`` is told
-    beforehand when it is the merge. Raises UserError as both do.
+    Only if one of the two needs the model in memory, the merged model is stored beside ``out`` for a while. ``tell`` is
+    called first if the merge needs it. Raises UserError as both do.
     """
     headers = read_headers(weight_files(origin.base))
     sums = find_sums([origin], headers, common_quantization([origin]), seen_dtype(origin, headers), None)
     if sums is None or not is_streamed(origin.base):
-        check_layers(origin.base, quantization, skip)  # which merging may take long to come to
+        check_layers(origin.base, quantization, skip)  # before a merge that may take long
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         with draft_folder(out.absolute()) as place:
             merged = place / "merged"

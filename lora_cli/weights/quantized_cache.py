@@ -1,8 +1,8 @@
-"""A base once quantized is kept so: loaded from there, a run never holds the unquantized weights, nor waits for them.
+"""A cache of quantized bases: a run that loads one neither holds the unquantized weights nor waits for them.
 
-It lies in a run's cache as ``base-<key>``, the key made of all that its tensors depend on, with the SHA-256 of its
-files: a folder that does not agree with these is made again. What a run beside it has kept a run takes over into its
-own cache, since the other may remove it at any time.
+A base lies in a run's cache as ``base-<key>``, where the key is a hash of all that its tensors depend on. The folder
+also holds the SHA-256 of its files. One that does not match them is written again. A run links or copies a base from a
+neighbouring run's cache to its own, since the other run may remove it at any time.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from lora_cli.weights.stored_model import stored_model
 from lora_cli.weights.stored_names import unstorable
 
 SUMS = "sha256.json"
-SHARD = 10**9  # bytes: several files, so that their sums are taken at once
+SHARD = 10**9  # bytes: several files, so that they are hashed in parallel
 OWN_FOLDER = re.compile(r"base-[0-9a-f]{64}|\.base-[0-9a-f]{64}\..*")
-"""A kept base, or the draft of one."""
+"""The name of a cached base, or of a draft of one."""
 VERSIONS = ("bitsandbytes", "transformers", "torch")
 
 
 def kept_name(
     base: Path, digest: str, quantization: Quantization, dtype: torch.dtype, compute_dtype: torch.dtype
 ) -> str:
-    """The name of this base's folder in a cache, when it is quantized so from ``dtype``; ``digest`` is its
-    fingerprint."""
+    """Return the name of this base's folder in a cache, when quantized like this from ``dtype``. ``digest`` is the
+    base's fingerprint."""
     depends_on = [
         [__version__, *map(version, VERSIONS)],
         [digest, (base / "config.json").read_text(encoding="utf-8")],
@@ -53,21 +53,21 @@ def kept_name(
 
 
 def find_kept(cache: Path, name: str) -> Path | None:
-    """The folder of this name, whole, in a run's cache or in that of a run beside it; None when there is none."""
+    """Return the intact folder of this name in a run's cache or a neighbouring run's, or None when there is none."""
     return next((folder for folder in _places(cache, name) if _is_whole(folder)), None)
 
 
 def keep(base: Path, folder: Path, quantization: Quantization, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
-    """Write the base, quantized, to ``folder``, in place of a damaged one.
+    """Write the quantized base to ``folder``, replacing a damaged one.
 
-    Raises UserError for weights that are missing or no numbers, and where no layer is quantized; RunError when there is
-    no room, and when what would be written could not be loaded again.
+    Raises UserError when weights are missing or hold NaN or infinity, or no layer can be quantized; RunError when disk
+    space is short, or the result could not be loaded again.
     """
     bare = skeleton(load_config(base))
     layers = quantized_layers(bare, quantization)
-    if not layers:  # Falcon's are of a kind of their own
+    if not layers:  # Falcon's have their own class
         raise UserError("quantization: this model has no layer that can be quantized", str(base), "remove this section")
-    needed = sum(file.stat().st_size for file in weight_files(base))  # unquantized: the run needs room of its own
+    needed = sum(file.stat().st_size for file in weight_files(base))  # unquantized: leaves space for the run
     free = shutil.disk_usage(next(place for place in folder.absolute().parents if place.is_dir())).free
     if free < needed:
         raise RunError(f"{needed:,} bytes are wanted, {free:,} are free", str(folder))
@@ -79,8 +79,8 @@ def keep(base: Path, folder: Path, quantization: Quantization, dtype: torch.dtyp
 
 
 def take_over(found: Path, folder: Path) -> bool:
-    """Have a kept base in ``folder`` too, by links where there can be such; False when its files can be neither linked
-    nor copied, as when they have been removed meanwhile."""
+    """Hard-link a cached base to ``folder``, or copy it where links are not supported. False when neither succeeds, as
+    when its files have been removed meanwhile."""
     try:
         with _made_anew(folder) as draft:
             for name in (SUMS, *json.loads((found / SUMS).read_text(encoding="utf-8"))):
@@ -91,7 +91,7 @@ def take_over(found: Path, folder: Path) -> bool:
 
 
 def prune_kept(cache: Path, name: str | None) -> None:
-    """Remove the bases kept in a cache under other names, and drafts that a process left behind."""
+    """Remove from a cache the bases of other names, and drafts that a process left behind."""
     for folder in cache.glob("*"):
         if OWN_FOLDER.fullmatch(folder.name) and folder.name != name:
             shutil.rmtree(folder, ignore_errors=True)
@@ -99,8 +99,8 @@ def prune_kept(cache: Path, name: str | None) -> None:
 
 @contextmanager
 def _made_anew(folder: Path, needed: int | None = None) -> Iterator[Path]:
-    """A draft of ``folder``, which is damaged if it is there. Another process may make it at the same time, on another
-    machine: the first to finish leaves its own there."""
+    """Remove a damaged ``folder`` and yield a draft of a new one. If another process, perhaps on another machine,
+    writes it at the same time, the first to finish wins."""
     shutil.rmtree(folder, ignore_errors=True)
     try:
         with whole_folder(folder, needed=needed) as draft:
@@ -113,15 +113,15 @@ def _made_anew(folder: Path, needed: int | None = None) -> Iterator[Path]:
 def _link_or_copy(file: Path, target: Path) -> None:
     try:
         target.hardlink_to(file)
-    except OSError:  # another disk, or one that has no links
+    except OSError:  # another disk, or one without links
         shutil.copyfile(file, target)
 
 
 def _places(cache: Path, name: str) -> Iterator[Path]:
     yield cache / name
     for folder in sorted(cache.parent.parent.glob(f"*/{cache.name}/{name}")):
-        with suppress(FileNotFoundError):  # the run beside has removed it meanwhile
-            if folder.stat().st_uid == os.getuid():  # nobody else's: /tmp is everybody's
+        with suppress(FileNotFoundError):  # the other run has removed it meanwhile
+            if folder.stat().st_uid == os.getuid():  # no other user's: anybody can write to /tmp
                 yield folder
 
 
@@ -133,7 +133,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _sums(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but the list of them."""
+    """Return the SHA-256 of every file except ``SUMS``."""
     files = sorted(file for file in folder.iterdir() if file.name != SUMS)
     with ThreadPoolExecutor() as pool:
         return dict(zip((file.name for file in files), pool.map(file_sha256, files), strict=True))

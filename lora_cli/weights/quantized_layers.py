@@ -1,4 +1,4 @@
-"""Which layers of a model Transformers quantizes, and what that costs each."""
+"""Which layers of a model Transformers quantizes, and the error of each."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class LayerError:
 
 
 def quantized_layers(bare: PreTrainedModel, quantization: Quantization) -> dict[str, bool]:
-    """The layers of a model that Transformers quantizes, which are replaced, and whether their weight lies turned, as
+    """Replace the layers of ``bare`` that Transformers quantizes. Return each with whether its weight is stored as
     (in, out)."""
     return replace_layers(bare, bitsandbytes_config(quantization, torch.device("cpu")))
 
 
 def replace_layers(bare: PreTrainedModel, settings: BitsAndBytesConfig) -> dict[str, bool]:
-    """``quantized_layers`` of these settings, which may leave some out."""
+    """Do the same as ``quantized_layers`` with these settings, which may skip layers."""
     quantizer = AutoHfQuantizer.from_config(settings)
     quantizer.preprocess_model(model=bare, device_map=None)
     return {
@@ -50,8 +50,8 @@ def replace_layers(bare: PreTrainedModel, settings: BitsAndBytesConfig) -> dict[
 
 
 def check_layers(folder: Path, quantization: Quantization, skip: Sequence[str]) -> None:
-    """Raises UserError for a name in ``skip`` that none of the layers to quantize has, when no layer is left, and when
-    those left could not be loaded again."""
+    """Raises UserError when a name in ``skip`` matches no layer to quantize, when no layer is left, and when those left
+    could not be loaded again or the model reads their weights directly."""
     bare = skeleton(load_config(folder))
     layers = list(quantized_layers(bare, quantization))
     ends = sorted({layer.rpartition(".")[2] for layer in layers})
@@ -78,7 +78,7 @@ def check_layers(folder: Path, quantization: Quantization, skip: Sequence[str]) 
 
 
 def layer_error(layer: str, error: float, size: float, stored: str, info: TensorInfo) -> LayerError:
-    """Of the norms |Q(W) - W| and |W|. Raises UserError when W, stored as ``stored``, or Q(W) is not all numbers."""
+    """Return the error from |Q(W) - W| and |W|. Raises UserError when W (tensor ``stored``) or Q(W) is not finite."""
     if not math.isfinite(size):
         raise UserError(f"tensor {stored} holds NaN or infinity", str(info.file))
     if not math.isfinite(error):
@@ -88,9 +88,9 @@ def layer_error(layer: str, error: float, size: float, stored: str, info: Tensor
 
 
 def expand_quantized(model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype) -> None:
-    """Replace the weights that training held quantized by what their quantized form stands for, in place.
+    """Quantize and dequantize, in place, the weights that training held quantized.
 
-    ``dtype`` is the type they were quantized from. Transformers itself says which layers those are.
+    ``dtype`` is the type they were quantized from. Transformers itself selects the layers.
     """
     for name, turned in quantized_layers(skeleton(model.config), quantization).items():
         parameter = model.get_parameter(f"{name}.weight")

@@ -1,4 +1,4 @@
-"""A LoRA adapter at another rank: less by the SVD of its updates, more by padding that adds nothing."""
+"""Change a LoRA adapter's rank: decrease it by the SVD of its updates, increase it by padding that adds nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ResizedLayer:
 
 @dataclass(frozen=True)
 class Resized:
-    """What was written."""
+    """The adapter that was written."""
 
     out: Path
     layers: tuple[ResizedLayer, ...]
@@ -48,11 +48,11 @@ class Resized:
 
 
 def resize(adapter: LoraAdapter, rank: int | None, energy: float | None, out: Path) -> Resized:
-    """Write an adapter of which each layer has this rank, or the smallest that keeps this share of its update's squared
-    norm, to ``out``. Scalings, and what is no update, stay as they are.
+    """Write to ``out`` an adapter whose layers have this rank, or the smallest rank that keeps the share ``energy`` of
+    their update's squared norm. Scalings and other tensors do not change.
 
-    A layer that grows computes what it did, to the bit: new columns of B are zero and new rows of A as PEFT starts them
-    (an embedding's the other way round). Raises UserError for a rank above a layer's width.
+    The outputs of a layer whose rank grows stay bit-identical: new columns of B are zero, new rows of A are initialized
+    as in PEFT (the other way round for an embedding). Raises UserError for a rank above a layer's width.
     """
     if rank is not None:
         _check_width(adapter, rank)
@@ -70,7 +70,7 @@ def resize(adapter: LoraAdapter, rank: int | None, energy: float | None, out: Pa
     keys = rank_keys(ranks, scalings, bool(adapter.config.get("use_rslora")))
     record = read_record(adapter.folder)
     if any(layer.after < layer.before for layer in layers):
-        record.pop("result", None)  # scores hold where nothing was cut
+        record.pop("result", None)  # scores only hold if nothing was cut
     with whole_folder(out) as draft:
         write_tensors(draft, factors, embeddings, others)
         write_config(draft, {**adapter.config, **keys})
@@ -93,7 +93,7 @@ def _check_width(adapter: LoraAdapter, rank: int) -> None:
 def _resized(
     factors: Factors, rank: int | None, energy: float | None, embedding: bool, draw: torch.Generator
 ) -> tuple[Factors, float]:
-    """The layer's new factors, and the share of its squared norm that they keep."""
+    """Return the layer's new factors, and the share of the update's squared norm that they keep."""
     before = factors.down.shape[0]
     if rank is not None and rank >= before:
         return _padded(factors, rank - before, embedding, draw), 1.0
@@ -101,13 +101,13 @@ def _resized(
     after = spectrum.rank_for(energy or 1.0) if rank is None else rank
     if after == before:
         return factors, 1.0
-    held = min(after, spectrum.rank)  # of more than there is both halves would be zeros, which do not learn
+    held = min(after, spectrum.rank)  # beyond this both factors would be zero, and could not be trained
     up, down = spectrum.halves(held)
     return _padded(replace(factors, up=up, down=down), after - held, embedding, draw), spectrum.energy(after)
 
 
 def _padded(factors: Factors, more: int, embedding: bool, draw: torch.Generator) -> Factors:
-    """The factors with so many columns of zeros, and rows as PEFT starts them: what is trained comes of both."""
+    """Add ``more`` zero columns to ``up`` and rows to ``down``, initialized as in PEFT so that both can be trained."""
     rows, columns = factors.up.shape[0], factors.down.shape[1]
     new = torch.empty(more, columns)
     if embedding:
