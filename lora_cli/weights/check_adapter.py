@@ -38,7 +38,7 @@ Halves = dict[str, dict[str, tuple[int, ...]]]
 
 def check_adapter(folder: Path, base: Path | None, other_kinds: bool = False) -> bool:
     """Raises UserError, naming each tensor, when a LoRA adapter's tensors are missing or do not fit the base's layers.
-    Returns True when that took building the base's model, which is slow, and all tensors fit it.
+    Returns True when the check had to build the base's model, which is slow, and all tensors fit that model.
 
     PEFT silently loads an adapter that does not fit, and the result is the plain base. Without ``base``, only the
     adapter's own files are checked. Adapters of other kinds than LoRA are refused unless ``other_kinds`` is set, and

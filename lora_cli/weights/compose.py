@@ -88,8 +88,8 @@ class Composed:
 
 
 def check_composition(how: Composition, adapters: Sequence[LoraAdapter]) -> None:
-    """Raises UserError when the adapters have different bases or are not plain LoRA, or when the method takes other
-    options or needs equal ranks."""
+    """Raises UserError when the adapters are not plain LoRA or have different bases, or when the method does not take
+    these options or needs equal ranks."""
     method = METHODS[how.method]
     given = {"rank": ("--rank", how.rank), "density": ("--density", how.density), "random": ("--seed", how.seed)}
     for taken, (name, value) in given.items():

@@ -150,7 +150,8 @@ def _places(
     headers: Mapping[str, TensorInfo],
     converters: list[WeightConverter],
 ) -> list[tuple[str, int | None, slice]] | None:
-    """Return a parameter's stored tensors, each with its expert (None for all) and the rows of the expert it holds."""
+    """Return a parameter's stored tensors, with the expert (None for all) and the expert's rows that each holds; None
+    where stored tensors are not simply parts of the parameter."""
     count, height, width = shape
     found = {stored: headers[stored].shape for stored in sources}
     if len(sources) == 1 and None in sources.values():

@@ -35,7 +35,7 @@ from lora_cli.weights.updates import Changes, Summed, find_changes, stored_name,
 
 Into = Literal["expanded", "original"]
 BOTH = 1.5
-"""Two tensors are held at once only if they have at most this many times the values of the largest tensor."""
+"""Two tensors are held at once only if together they have at most this many times the values of the largest one."""
 IN_MEMORY = "PEFT merges this kind of adapter, with the whole model in memory in float32"
 
 

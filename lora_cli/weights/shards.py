@@ -1,4 +1,4 @@
-"""Safetensors checkpoints on disk: what tensors a folder holds, read one at a time."""
+"""Read safetensors checkpoints: list a folder's tensors from the headers, and read them one at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MAX_SHARD = 50 * 10**9
-"""Bytes of tensors in a file, as in ``save_pretrained``."""
+"""The largest number of bytes of tensors in a file, as in ``save_pretrained``."""
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 TORCH_NAMES = {
     "F64": "float64",
@@ -40,14 +40,14 @@ TORCH_NAMES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
-"""What torch calls the types that safetensors names."""
+"""Torch's names for safetensors' dtypes."""
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies, its shape and safetensors dtype ('F32', 'BF16', 'U8', …), its first byte's place and their
-    number."""
+    """A tensor's file, shape and safetensors dtype ('F32', 'BF16', 'U8', …), the offset of its first byte and its size
+    in bytes."""
 
     file: Path
     shape: tuple[int, ...]
@@ -57,7 +57,7 @@ class TensorInfo:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Its type in torch's terms. Raises KeyError when torch has none such."""
+        """The torch dtype. Raises KeyError when it is not in ``TORCH_NAMES``."""
         import torch
 
         found: torch.dtype = getattr(torch, TORCH_NAMES[self.dtype])
@@ -65,15 +65,15 @@ class TensorInfo:
 
 
 def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
-    """The tensors of these files by name, from their headers alone.
+    """Return the tensors of these files by name, from their headers alone.
 
-    Raises UserError for a damaged or missing file, RunError for one that cannot be read, which may pass.
+    Raises UserError for a damaged or missing file, RunError when reading fails, which may be temporary.
     """
     found: dict[str, TensorInfo] = {}
     for file in files:
         try:
-            file.open("rb").close()  # tells why it fails; to safetensors a file that cannot be opened is missing
-            with safe_open(file, framework="np"):  # which finds what is damaged; torch need not be there
+            file.open("rb").close()  # gives the reason; safetensors reports any file it cannot open as missing
+            with safe_open(file, framework="np"):  # detects damage, without importing torch
                 found.update(_entries(file))
         except (SafetensorError, OSError) as error:
             if isinstance(error, OSError) and file.is_file():
@@ -84,7 +84,7 @@ def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
 
 
 def _entries(file: Path) -> Iterator[tuple[str, TensorInfo]]:
-    """A safetensors file's tensors: its header is eight bytes that tell the length, and JSON."""
+    """Yield a safetensors file's tensors. The header is the JSON's length in eight bytes, and the JSON."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
@@ -97,7 +97,7 @@ def _entries(file: Path) -> Iterator[tuple[str, TensorInfo]]:
 def check_whole(folder: Path) -> None:
     """Raises UserError when a model folder holds no safetensors weights, a damaged file, or fewer tensors than layers.
 
-    Without importing torch: a model of a billion layers is not to be laid out before it is found to be none.
+    Does not import torch: a configuration of a billion layers must be refused before the model is built.
     """
     files = weight_files(folder)
     tensors = read_headers(files)
@@ -117,8 +117,8 @@ def check_whole(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: one, or those of its index. Of a folder that was written to twice, and
-    holds both, Transformers takes the one. Raises UserError when there are none."""
+    """Return the safetensors files of a model folder: the single file if there is one, as in Transformers,
+    else those of the index. Raises UserError when there are none, or the index is invalid or names missing files."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     index = folder / INDEX
@@ -140,14 +140,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def pickled(folder: Path) -> str | None:
-    """A hint naming the weights in a folder that are pickles, which run code when they are read; None without any."""
+    """Return a hint that names a folder's pickled weights, which run code when they are read; None without any."""
     names = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES) if folder.is_dir() else []
     found = ", ".join(names)
     return f"found {found}: pickled weights are not read; save the model again with safetensors" if names else None
 
 
 def bytes_of(size: str) -> int:
-    """The bytes of a size such as 500MB, 5GB or 1000. Raises UserError for any other text."""
+    """Parse a size such as 500MB, 5GB or 1000 to bytes. Raises UserError for any other text."""
     found = re.fullmatch(r"([1-9][0-9]*)(KB|MB|GB|)", size)
     if found is None:
         raise UserError(f"--max-shard-size: {size!r} is not a size", hint="write it as 5GB, 500MB, 64KB or in bytes")
@@ -155,9 +155,9 @@ def bytes_of(size: str) -> int:
 
 
 def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
-    """One tensor, copied out of its file: safetensors itself would read all the names in it for each.
+    """Read one tensor from its file. safetensors itself would parse the whole header for each tensor.
 
-    Raises UserError when its type is none of torch's or the file ends too early, RunError when it cannot be read.
+    Raises UserError when the dtype is not supported or the file ends too early, RunError when reading fails.
     """
     import torch
 
@@ -172,8 +172,8 @@ def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
 
 
 def mapped(info: TensorInfo, file: BinaryIO | None = None) -> torch.Tensor:
-    """A tensor where it lies in its file: nothing is read but what is looked at, and none of it is the process's own
-    memory, which would be left in small pieces. ``file`` is the open one, when it is not to be opened by its name."""
+    """Map a tensor's file into memory, copy-on-write. Only what is accessed is read, and none of it fragments the
+    process's own memory. ``file`` is the file if it is already open, so that it is not opened by its name."""
     import numpy as np
     import torch
 
@@ -191,9 +191,9 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
-    """Raises UserError when a tensor holds NaN or infinity: ``name``, of ``file``, as the type that it now has.
+    """Raises UserError when a tensor, ``name`` in ``file``, holds NaN or infinity in its present dtype.
 
-    A mask that old checkpoints of GPT-NeoX hold, and no model reads, is -1e9, which is infinite in float16.
+    ``masked_bias`` is exempt: old GPT-NeoX checkpoints hold it, no model reads it, and its -1e9 is infinite in float16.
     """
     if not is_finite(tensor) and not name.endswith(".masked_bias"):
         kind = str(tensor.dtype).removeprefix("torch.")
@@ -201,7 +201,7 @@ def check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
 
 
 def stored_dtype(headers: Mapping[str, TensorInfo]) -> torch.dtype:
-    """The type most of a checkpoint's floating-point numbers are stored in."""
+    """Return the dtype of most of a checkpoint's floating-point values (float32 if there are none)."""
     import torch
 
     sizes: Counter[torch.dtype] = Counter()

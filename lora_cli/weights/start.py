@@ -1,4 +1,4 @@
-"""The adapter that training starts from (``adapter.init_from``), and whether training can go on with it."""
+"""The adapter that training starts from (``adapter.init_from``), and whether training can continue it."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from lora_cli.weights.provenance import adapter_folder
 from lora_cli.weights.shards import read_headers
 
 TRAINED = ("A", "B", "magnitude_vector")
-"""What a recipe trains of a layer: LoRA's two factors, and DoRA's magnitudes."""
+"""The tensors of a layer that a recipe trains: LoRA's two factors, and DoRA's magnitudes."""
 
 MERGE = "merge it into its base with lora merge, and train a new adapter on the result"
 
 
 def start_of(adapter: Adapter) -> Path | None:
-    """The folder of the adapter that training starts from: ``init_from``, or that of the run which it names."""
+    """Return the folder of the adapter that training starts from: ``init_from``, or the adapter of the run it names."""
     return None if adapter.init_from is None else adapter_folder(Path(adapter.init_from)) or Path(adapter.init_from)
 
 
 def check_start(folder: Path, adapter: Adapter, adaptable: Iterable[str], targets: Iterable[str]) -> None:
-    """Raises UserError where the adapter that training is to start from is of another shape than the recipe says, or
-    more than training writes: layers that are not ``adaptable`` among it."""
+    """Raises UserError when the adapter to start from does not match the recipe, or has what training does not support,
+    such as layers that are not ``adaptable``."""
     config = read_adapter_config(folder)
     hint = "use the adapter's own value in the recipe"
     faults = list(_untrained(config, folder))
@@ -58,7 +58,7 @@ def check_start(folder: Path, adapter: Adapter, adaptable: Iterable[str], target
 
 
 def _untrained(config: Mapping[str, Any], folder: Path) -> Iterator[Fault]:
-    """What an adapter is beside the factors and magnitudes that a recipe trains of its base as it is."""
+    """Yield what an adapter has beyond the factors and magnitudes that a recipe trains on an unchanged base."""
     where = str(folder / ADAPTER_CONFIG)
     unsummed = [key for key in NO_SUM if config.get(key)]
     for key in unsummed:
@@ -73,7 +73,7 @@ def _untrained(config: Mapping[str, Any], folder: Path) -> Iterator[Fault]:
         yield Fault(what, where, MERGE)
     stored = read_headers([folder / ADAPTER_WEIGHTS])
     names = [name for name in stored if name.partition(".lora_")[2].partition(".")[0] not in TRAINED]
-    if names and not (unsummed or others):  # which say so already
+    if names and not (unsummed or others):  # their faults say so already
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         what = f"the adapter of init_from holds more than LoRA's A and B: tensor {names[0]}{more}"
         yield Fault(what, str(folder), MERGE)

@@ -1,4 +1,4 @@
-"""A model's stored tensors: those of its folder, or what an adapter makes of them."""
+"""A model's stored tensors: those of its folder, or these with an adapter merged in."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lora_cli.weights.shards import TensorInfo, read_headers, read_tensor, weigh
 
 @dataclass(frozen=True)
 class StoredModel:
-    """The model to quantize: the one in ``folder``, or what an adapter makes of it.
+    """The model to quantize: the one in ``folder``, or that model with ``adapter`` merged in.
 
-    ``read`` gives a tensor by the name ``folder`` stores it under; ``words`` is the size of the vocabulary where the
-    adapter has grown it, ``untied`` says that it has given the head a tensor of its own.
+    ``read`` returns a tensor by its stored name. ``words`` is the size of the vocabulary if the adapter sets it.
+    ``untied`` says that the adapter has given the head a tensor of its own.
     """
 
     folder: Path
@@ -28,6 +28,6 @@ class StoredModel:
 
 
 def stored_model(folder: Path) -> StoredModel:
-    """The model in ``folder`` as it is."""
+    """Return the model in ``folder`` without an adapter."""
     headers = read_headers(weight_files(folder))
     return StoredModel(folder, headers, lambda name: read_tensor(headers[name], name))

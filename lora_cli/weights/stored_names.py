@@ -1,4 +1,4 @@
-"""Which stored tensors a model's are, or are made of: Transformers says it, as it does when it loads them."""
+"""Which stored tensors make up a model's tensors, by the rules with which Transformers loads them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lora_cli.weights.shards import TensorInfo, read_tensor
 
 
 def model_names(bare: PreTrainedModel, headers: dict[str, TensorInfo]) -> dict[str, str] | None:
-    """The model's name for each stored tensor that it has, but for repeated tied ones.
+    """Return the model's name for each stored tensor that it uses, except for copies of tied tensors.
 
-    None when the model has other tensors than the stored ones, with or without the name of its body before them and
-    that of its head by another name, when tied ones are not the same, and when it has buffers among them, whose types
-    are its own affair.
+    Stored names may lack or add the base model's prefix, and the head may be renamed. None when a parameter is not
+    exactly one stored tensor, when copies of tied tensors differ, or when buffers are stored, whose dtypes the model
+    sets itself.
     """
     first = {id(parameter): name for name, parameter in bare.named_parameters()}
     known = {name: first[id(parameter)] for name, parameter in bare.named_parameters(remove_duplicate=False)}
@@ -40,7 +40,7 @@ def model_names(bare: PreTrainedModel, headers: dict[str, TensorInfo]) -> dict[s
 
 
 def _renamed_head(bare: PreTrainedModel, headers: dict[str, TensorInfo]) -> dict[str, str]:
-    """The model's name for a head that is stored by another one, which Transformers changes in loading."""
+    """Return the model's name, by stored name, for a head that Transformers renames while loading."""
     found = get_model_conversion_mapping(bare, add_legacy=False)
     renamings = [each for each in found if isinstance(each, WeightRenaming)]
     if len(renamings) < len(found):
@@ -56,26 +56,26 @@ def _is_same(headers: dict[str, TensorInfo], one: str, other: str) -> bool:
 
 
 def converters_of(bare: PreTrainedModel) -> list[WeightConverter]:
-    """How Transformers makes a model's tensors of stored ones that are not the same."""
+    """Return the converters with which Transformers makes a model's tensors from different stored ones."""
     return [each for each in get_model_conversion_mapping(bare) if isinstance(each, WeightConverter)]
 
 
 def sources_of(bare: PreTrainedModel, headers: Mapping[str, TensorInfo]) -> dict[str, dict[str, str | None]]:
-    """The stored tensors that each of the model's is made of, with the pattern of a converter that each goes by."""
+    """Return the stored tensors that make up each of the model's, with the converter pattern each matches or None."""
     renamings = [each for each in get_model_conversion_mapping(bare) if isinstance(each, WeightRenaming)]
     converters, known, prefix = converters_of(bare), bare.state_dict(), bare.base_model_prefix
     sources: dict[str, dict[str, str | None]] = {}
     for stored in sorted(headers, key=dot_natural_key):
         name, pattern = rename_source_key(stored, renamings, converters, prefix, known)
-        if name not in known and stored in known:  # it has the model's name, which a renaming took for another's
+        if name not in known and stored in known:  # already the model's name, which a renaming matched by mistake
             name, pattern = stored, None
         sources.setdefault(name, {})[stored] = pattern
     return sources
 
 
 def unstorable(bare: PreTrainedModel, headers: Mapping[str, TensorInfo], layers: Iterable[str]) -> list[str]:
-    """Those of the layers whose weights Transformers makes of others in loading. In saving it would make one tensor of
-    their codes again, as if these were weights, and one of their scales, and could load neither."""
+    """Return those layers whose weights Transformers converts while loading. Saving would convert their codes and their
+    scales back as if they were weights, and the result could not be loaded."""
     used = {pattern for found in sources_of(bare, headers).values() for pattern in found.values()}
     back = [each.reverse_transform() for each in converters_of(bare) if used & {*each.source_patterns}]
     return [layer for layer in layers if any(each.rename_source_key(f"{layer}.weight")[1] for each in back)]

@@ -1,4 +1,4 @@
-"""Safetensors written as a stream: each tensor goes to its file when it comes, and none is kept."""
+"""Write safetensors as a stream: each tensor goes to its file as soon as it arrives."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 from lora_cli.disk import reserve
 from lora_cli.weights.shards import INDEX, SINGLE, TORCH_NAMES
 
-ENTRY = 160  # bytes that a tensor takes in a file's header at most, beside its name
+ENTRY = 160  # most bytes that a tensor takes in a file's header, besides its name
 RESERVE = 2**26  # bytes
-ALIGNMENT = 8  # bytes: the format has no room between tensors, and readers want each where its type may lie
+ALIGNMENT = 8  # bytes: the format allows no gaps between tensors, and readers need each aligned for its dtype
 NAMES = {getattr(torch, dtype): name for name, dtype in TORCH_NAMES.items()}
 
 
 @contextmanager
 def shard_writer(folder: Path, names: Iterable[str], max_shard: int) -> Iterator[Callable[[str, torch.Tensor], None]]:
-    """A function that writes a tensor of any device under a name, into files of at most ``max_shard`` bytes of tensors
-    (one tensor at least). When the block ends well, they get their names and, if there are several, their index.
+    """Yield a function that writes a tensor on any device under a name. A file holds at most ``max_shard`` bytes of
+    tensors, but at least one tensor. When the block succeeds, the files get their names and, if several, an index.
 
-    ``names`` are those that may come, for which room is kept in the headers.
+    ``names`` are the tensors that may be written, for which the headers reserve space.
     """
     room = ENTRY + sum(len(json.dumps(name)) + ENTRY for name in names)
     shards = [_Shard(folder / f".{SINGLE}.1", room)]
@@ -53,9 +53,9 @@ def shard_writer(folder: Path, names: Iterable[str], max_shard: int) -> Iterator
 
 
 class _Shard:
-    """A file being written: room for the header, the tensors as they come, the header last.
+    """A file being written: space for the header, the tensors as they arrive, and finally the header.
 
-    Tensors that would leave the next ones unaligned, which are small but for odd shapes, wait for the end.
+    Tensors that would leave the next ones unaligned wait until the end. Except for odd shapes, these are small.
     """
 
     def __init__(self, path: Path, room: int) -> None:
@@ -84,15 +84,15 @@ class _Shard:
         self._written += len(content)
 
     def _reserve(self, size: int) -> None:
-        """Have the disk set room aside in long runs: found block by block, it may take ten times as long to write."""
+        """Preallocate disk space in long runs. Allocated block by block, writing may take ten times as long."""
         if size > self._reserved:
             more = max(RESERVE, size - self._reserved)
-            with suppress(OSError):  # a disk that has no room for a run may have it for what is written
+            with suppress(OSError):  # a disk without space for a run may have enough for what is written
                 reserve(self.file.fileno(), self._reserved, more)
             self._reserved += more
 
     def close(self) -> None:
-        """Write what has waited, and the header, padded with spaces as the format allows."""
+        """Write the waiting tensors, and the header padded with spaces, as the format allows."""
         for name, _, content in sorted(self._waiting, key=lambda waiting: -waiting[1]):
             self._write(name, content)
         self._waiting.clear()

@@ -1,8 +1,8 @@
-"""What adapters make of their base's stored tensors, a tensor at a time and in it a few rows at a time.
+"""Apply adapters to their base's stored tensors, one tensor at a time, and within a tensor a few rows at a time.
 
-No more is held than a few of the largest tensors. Only LoRA's products and tensors that an adapter holds in place of
-the base's are done so; ``find_changes`` says where PEFT has to merge a model in memory instead. Transformers and PEFT
-are imported only where they are needed: that takes longer than many a merge.
+At most a few of the largest tensors are in memory. Only LoRA products and tensors that replace the base's are
+supported; for others ``find_changes`` returns None, and PEFT has to merge the model in memory. Transformers and PEFT
+are imported only where they are needed, since importing them takes longer than many merges.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
     from lora_cli.weights.experts import ExpertProduct
 
 PIECE = 2**18
-"""Numbers of a weight at once in a thread: what is made of them stays in the processor's cache."""
+"""Values of a weight that a thread processes at a time: their temporaries stay in the CPU's cache."""
 OF_WORDS = tuple(name for name in EMBEDDINGS if name not in ("wpe", "embed_positions"))
-"""Embeddings and heads that have a row for each word."""
+"""Embeddings and heads that have a row for each token of the vocabulary."""
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Types of a number's size: their comparison takes a fraction of the time."""
+"""Integer dtypes by item size in bytes: comparing values as integers takes a fraction of the time."""
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What adapters make of a base: products to add and tensors to take instead, by the names the base stores.
+    """What adapters change in a base, by stored name: products to add, and tensors to take in place of the base's.
 
-    A product is added to what is taken where there are both. ``turned`` are the weights stored as (in, out), as GPT-2
-    has them; ``untied`` are the embedding and the head of a base that has one tensor for both, with the place of that:
-    an update of one of them is none of the other. Empty where they stay tied.
+    Where there are both, the product is added to the tensor that is taken. ``turned`` are the weights stored as
+    (in, out), as in GPT-2. ``untied`` are the embedding and the head of a tied base, each with the place of its tensor,
+    if a product updates one of them, since the other must not change too. It is empty where they stay tied.
     """
 
     products: Mapping[str, tuple[Product | ExpertProduct, ...]]
@@ -52,24 +52,24 @@ class Changes:
 
     @property
     def words(self) -> int | None:
-        """The size of the vocabulary where an adapter's embedding or head says it; None for the base's."""
+        """The size of the vocabulary, from an adapter's embedding or head; None for the base's."""
         rows = [info.shape[0] for name, (_, info) in self.taken.items() if owner(name) in OF_WORDS]
         return max(rows, default=None)
 
     @property
     def layers(self) -> int:
-        """How many layers and parameters have a product: what an adapter has of experts can be for many tensors."""
+        """The number of layers and parameters with a product. A parameter of experts may be stored as many tensors."""
         return len({product.layer for found in self.products.values() for product in found})
 
     @property
     def rescaled(self) -> bool:
-        """Whether a product is DoRA's, which changes the whole weight and not only adds to it."""
+        """Whether a product is DoRA's, which rescales the weight and does not only add to it."""
         return any(MAGNITUDE in product.parts for found in self.products.values() for product in found)
 
 
 @dataclass(frozen=True)
 class Summed:
-    """A tensor with its updates in it, and how many of its numbers these leave as they were once they are stored."""
+    """A tensor with its updates, and how many of its values are the same as before once they are stored."""
 
     tensor: torch.Tensor
     unchanged: int
@@ -77,8 +77,8 @@ class Summed:
 
 @dataclass(frozen=True)
 class _Adapter:
-    """What an adapter's files hold: by layer the parts of its products, by name the tensors to take instead of the
-    base's."""
+    """What an adapter's files hold: ``halves``, the factors of its products by layer, and ``others``, the tensors that
+    replace the base's by name."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -87,13 +87,13 @@ class _Adapter:
 
 
 class _NotByTensor(Exception):
-    """What an adapter does cannot be done a stored tensor at a time."""
+    """An adapter cannot be applied one stored tensor at a time."""
 
 
 def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, TensorInfo]) -> Changes | None:
-    """What LoRA adapters do to the tensors that a base stores; None where PEFT has to do it.
+    """Return what LoRA adapters change in a base's stored tensors, or None where PEFT has to merge in memory.
 
-    ``trace`` has seen to it that the adapters' tensors are those that the base takes.
+    ``trace`` has checked that the adapters' tensors fit the base.
     """
     skeleton = functools.cache(lambda: _skeleton(base))
     words = read_config(base).get("vocab_size")
@@ -113,9 +113,9 @@ def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, Ten
 
 
 def summed(changes: Changes, name: str, weight: torch.Tensor, dtype: torch.dtype) -> Summed:
-    """The base's tensor ``name`` with all updates, added in float32 and then rounded to ``dtype``.
+    """Return the base's tensor ``name`` with all updates, added in float32 and then rounded to ``dtype``.
 
-    Raises UserError when the sum is no number.
+    Raises UserError when the sum holds NaN or infinity.
     """
     if name in changes.taken:
         own, info = changes.taken[name]
@@ -126,7 +126,7 @@ def summed(changes: Changes, name: str, weight: torch.Tensor, dtype: torch.dtype
     factors = [product.read() for product in products]
     result = torch.empty_like(weight, dtype=dtype)
     whole, target = (weight.T, result.T) if name in changes.turned else (weight, result)
-    if weight.dim() > 2:  # experts, laid end to end
+    if weight.dim() > 2:  # experts, concatenated
         whole, target = whole.flatten(0, -2), target.flatten(0, -2)
 
     def fill(first: int) -> int:
@@ -136,7 +136,7 @@ def summed(changes: Changes, name: str, weight: torch.Tensor, dtype: torch.dtype
         for each in factors:
             piece = each.added_to(piece, rows)
         target[rows] = piece
-        if not is_finite(target[rows]):  # a sum may be too large for its type
+        if not is_finite(target[rows]):  # a sum may overflow its dtype
             where = str(next(iter(products[0].parts.values()))[1].file.parent)
             raise UserError(f"the weights cannot be merged: {products[0].layer} would hold NaN or infinity", where)
         changed = torch.bitwise_xor(target[rows].view(bits), former.to(dtype).view(bits))
@@ -147,8 +147,8 @@ def summed(changes: Changes, name: str, weight: torch.Tensor, dtype: torch.dtype
 
 
 def stored_name(name: str, headers: Mapping[str, TensorInfo]) -> str | None:
-    """The name a model's tensor is stored under, if it is; checkpoints may leave out that of the model's body, as in
-    h.0.attn for transformer.h.0.attn."""
+    """Return the name under which a model's tensor is stored, or None. Checkpoints may omit the base model's prefix, as
+    in h.0.attn for transformer.h.0.attn."""
     return next((each for each in (name, name.partition(".")[2]) if each in headers), None)
 
 
@@ -160,7 +160,7 @@ def _skeleton(base: Path) -> PreTrainedModel:
 
 def _read_adapter(folder: Path) -> _Adapter:
     config, parts = read_adapter_config(folder), adapter_parts(folder)
-    if config["peft_type"] != "LORA" or is_relative(config) or parts is None:  # no products of the base as it is stored
+    if config["peft_type"] != "LORA" or is_relative(config) or parts is None:  # not products to add to the stored base
         raise _NotByTensor
     return _Adapter(folder, config, *parts)
 
@@ -171,8 +171,8 @@ def _untied(
     words: int | None,
     skeleton: Callable[[], PreTrainedModel],
 ) -> dict[str, TensorInfo]:
-    """The embedding and the head of a base that has one tensor for both, where a product is for one of them: by the
-    names they are to be stored under, with the places of their own or of the one that the base stores."""
+    """Return the embedding and the head of a tied base if a product updates one of them, else nothing: the names under
+    which to store them, each with the place of its own stored tensor, or else of the other's."""
     layers = {f"{layer}.weight" for adapter in adapters for layer in adapter.halves}
     saved = {name for adapter in adapters for name in adapter.others}
     ends = _tied_ends(layers | saved, headers, words, skeleton)
@@ -193,8 +193,8 @@ def _tied_ends(
     words: int | None,
     skeleton: Callable[[], PreTrainedModel],
 ) -> tuple[str, ...]:
-    """The names of the embedding's and the head's weight where these are the same numbers; none where they are not,
-    whatever the configuration says, or none of ``names`` could be one of them."""
+    """Return the names of the embedding's and the head's weights if these are tied. Empty if their stored values
+    differ, whatever the configuration says, or if none of ``names`` could be one of them."""
     stored = {name: stored_name(name, headers) for name in names}
     if not any(
         owner(name) in EMBEDDINGS or place is None or words in headers[place].shape for name, place in stored.items()
@@ -215,7 +215,7 @@ def _tied_ends(
 def _find_experts(
     adapters: Sequence[_Adapter], headers: Mapping[str, TensorInfo], base: Path
 ) -> tuple[dict[str, tuple[ExpertProduct, ...]], list[_Adapter]]:
-    """The products for experts by stored tensor, and the adapters without what they have of these."""
+    """Return the products for experts by stored tensor, and the adapters without their factors for experts."""
     products: dict[str, tuple[ExpertProduct, ...]] = {}
     rest = []
     for adapter in adapters:
@@ -238,7 +238,7 @@ def _find_taken(
     untied: Mapping[str, TensorInfo],
     words: int | None,
 ) -> dict[str, Place]:
-    """The adapters' tensors that stand for the base's, by stored tensor."""
+    """Return the adapters' tensors that replace the base's, by stored name."""
     taken: dict[str, Place] = {}
     for adapter in adapters:
         for name, (own, info) in adapter.others.items():
@@ -246,13 +246,13 @@ def _find_taken(
             if stored is None or (headers[stored].shape != info.shape and not _has_more_words(name, info, words)):
                 raise _NotByTensor
             taken[stored] = (own, info)
-            if ".base_layer." in own and stored in untied:  # what was tied when it was saved
+            if ".base_layer." in own and stored in untied:  # they were tied when it was saved
                 taken |= {end: (own, info) for end in untied if end not in taken}
     return taken
 
 
 def _find_products(adapters: Sequence[_Adapter], headers: Mapping[str, TensorInfo]) -> dict[str, tuple[Product, ...]]:
-    """The adapters' products by stored tensor."""
+    """Return the adapters' products by stored tensor."""
     products: dict[str, tuple[Product, ...]] = {}
     for adapter in adapters:
         for layer, parts in adapter.halves.items():
@@ -272,7 +272,7 @@ def _turned(
     headers: Mapping[str, TensorInfo],
     skeleton: Callable[[], PreTrainedModel],
 ) -> frozenset[str]:
-    """The weights stored as (in, out). A square one's shape does not tell: it is as all the others are."""
+    """Return the weights stored as (in, out). For square ones, the other weights or else the module's class decide."""
     square = {name for name in products if headers[name].shape[0] == headers[name].shape[-1]}
     wide = products.keys() - square
     turned = {name for name in wide if headers[name].shape != products[name][0].shape}
