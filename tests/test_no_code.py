@@ -1,4 +1,4 @@
-"""Nothing that comes as data is ever run: no pickle is read, no Python file of a model's imported."""
+"""Nothing that comes as data is executed: pickles are not read, and a model's Python files are not imported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from conftest import done, edit_json
 
 @dataclass
 class Trap:
-    """Unpickled, it makes a folder; so does its code when it is imported."""
+    """Creates the folder ``mark`` when unpickled; its ``code`` does so when executed."""
 
     mark: Path
 
@@ -42,7 +42,7 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trap:
     """A trap, in a folder that Python would import from."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("sys.stdin", None)  # whoever asks to run code would ask here
+    monkeypatch.setattr("sys.stdin", None)  # a question whether to run code would be asked here
     return Trap(tmp_path / "sprung")
 
 
@@ -65,14 +65,14 @@ def test_the_trap_works(trap: Trap, tmp_path: Path) -> None:
 
 @pytest.fixture
 def run(write_recipe: Any, lora: Any, no_curves: None, tiny_gpt2: Path, tmp_path: Path) -> Path:
-    """A finished run on a base of its own: ``run`` and ``base``."""
+    """A finished run in ``run``, trained on its own copy of a base in ``base``."""
     shutil.copytree(tiny_gpt2, tmp_path / "base")
     done(lora("train", write_recipe({"model.name_or_path": tmp_path / "base", "training.max_steps": 2})))
     return tmp_path / "run"
 
 
 def commands(tmp_path: Path, write_recipe: Any, qa_file: Path) -> dict[str, list[Any]]:
-    """Every command that reads a base, each as its arguments."""
+    """The arguments of each command that reads a base."""
     base = tmp_path / "base"
     changes = {"model.name_or_path": base, "training.output_dir": tmp_path / "new"}
     return {
@@ -209,7 +209,7 @@ def test_code_in_a_base(
         else:
             done(result)
         assert not trap.sprung
-    (run / "adapter" / "provenance.json").unlink()  # by which another base would be refused before it is looked at
+    (run / "adapter" / "provenance.json").unlink()  # else the changed base would be refused unread
     result = lora("merge", run / "adapter", "--out", tmp_path / "merged")
     refused(result, "own_code.py") if kind == "unknown" else done(result)
     assert not trap.sprung

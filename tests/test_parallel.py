@@ -1,4 +1,4 @@
-"""Rows tokenized in several processes: the same tokens, the same errors, and nothing left behind."""
+"""Rows tokenized in several processes: the same tokens, the same errors, and no process left behind."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ COUNT = 3 * ROWS_AT_ONCE
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other processes are started after the first rows."""
+    """Start other processes right after the first chunk of rows."""
     monkeypatch.setattr(parallel, "ALONE", 0.0)
     monkeypatch.setattr(parallel, "usable_cores", lambda: 2)
 
 
 def mixture(folder: Path, refused: int | None = None) -> tuple[Source, ...]:
-    """Chat rows, then questions with answers; the chat row of this number is one that the template refuses."""
+    """Chat rows, then questions with answers. The chat template refuses chat row number ``refused``."""
     chat = [
         [
             {"role": "user", "content": f"Boat {number}?"},

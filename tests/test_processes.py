@@ -1,4 +1,4 @@
-"""One run on several processes: the same numbers as on one, one voice, one exit code, nothing lost when one dies."""
+"""One run on several processes: the same results as on one, one output, one exit code, no loss when a process dies."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from lora_cli.training.checkpoint import is_whole
 from lora_cli.training.zero_config import config_faults
 
 TWO = {"training.gradient_accumulation_steps": 2}
-"""Half of the recipe's accumulation, for twice the processes: the same rows in each step."""
+"""Half of the recipe's gradient accumulation, for twice the processes: each step takes the same rows."""
 ENDLESS = {"training.num_train_epochs": 100, "training.lr_scheduler_type": "constant", "training.warmup_ratio": 0.0}
-"""Longer than it takes to stop it; how long it is to be in the end has no say in the steps before."""
+"""A run too long to end before it is stopped. Its total length does not affect the steps taken until then."""
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, write_recipe: Any) -> Callable[..., Path]:
-    """A recipe whose epochs end in an odd number of uneven batches, with these changes."""
+    """Writes a recipe, with changes, whose epochs end in an odd number of uneven batches."""
     draw = random.Random(3)
     rows = tmp_path / "uneven.jsonl"
     with rows.open("w", encoding="utf-8") as file:
@@ -59,12 +59,12 @@ def recipe(tmp_path: Path, write_recipe: Any) -> Callable[..., Path]:
 
 
 def run_of(recipe: Path) -> Run:
-    """The run whose recipe has the same number."""
+    """The run of ``recipe``: its folder has the same number."""
     return Run(recipe.with_name(recipe.stem.replace("recipe", "run")))
 
 
 def assert_same_numbers(found: Run, wanted: Run) -> None:
-    """Losses to 1e-5 and counted tokens exactly, line by line; adapters as far as that carries."""
+    """Assert that each step has the same token count and a loss equal to 1e-5, and that adapters agree to 1e-3."""
     assert found.column("step") == wanted.column("step")
     assert found.column("tokens") == wanted.column("tokens")
     assert found.column("learning_rate") == wanted.column("learning_rate")
@@ -81,7 +81,7 @@ def assert_same_numbers(found: Run, wanted: Run) -> None:
 def test_two_processes_take_the_steps_of_one(
     kind: str, recipe: Callable[..., Path], lora: Any, lora_process: Any
 ) -> None:
-    changes: dict[str, Any] = {"training.seed": 2**32 - 1}  # the largest, which the second process cannot add 1 to
+    changes: dict[str, Any] = {"training.seed": 2**32 - 1}  # the largest: the second process cannot add 1 to it
     if "NF4" in kind:
         changes |= {"quantization.method": "nf4", "quantization.compute_dtype": "float32"}
     alone, shared = recipe(changes), recipe(changes | TWO | {"training.fsdp": "shards" in kind})
@@ -92,7 +92,7 @@ def test_two_processes_take_the_steps_of_one(
 
     wanted, found = run_of(alone), run_of(shared)
     assert_same_numbers(found, wanted)
-    # One process alone has spoken, each line once.
+    # Only one process has printed, and each line only once.
     assert first.json["steps"] == wanted.column("step")[-1] == 8
     assert first.stderr.count("step 8  loss") == 1
     assert all(other.stdout == "" and "loss" not in other.stderr for other in others)
@@ -119,7 +119,7 @@ def start(command: Sequence[str], *arguments: str | Path) -> subprocess.Popen[st
 
 
 def on_two_machines(*arguments: Sequence[str | Path]) -> list[subprocess.Popen[str]]:
-    """``lora`` in one process on each of two machines, with these arguments there."""
+    """Start ``lora`` as one process on each of two simulated machines. ``arguments`` are those of each machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -150,7 +150,7 @@ lora_cli.cli.app._SECONDS_FOR_THE_FIRST = 0
 def test_machines_that_would_train_otherwise_are_refused(
     differ: bool, recipe: Callable[..., Path], tiny_gpt2: Path, tmp_path: Path
 ) -> None:
-    """Rows, base and recipe are compared by what they hold: only where they lie may differ."""
+    """Rows and base are compared by content, so their paths may differ between machines."""
     shared = recipe(TWO | {"training.num_train_epochs": 1})
     rows, base = tmp_path / "there.jsonl", tmp_path / "there"
     lines = (tmp_path / "uneven.jsonl").read_text().splitlines(keepends=True)
@@ -221,7 +221,7 @@ def test_shards_by_the_launchers_own_configuration(
 
 
 def wait_for(folder: Path, step: int, child: subprocess.Popen[str]) -> None:
-    """Until the run has logged a step."""
+    """Wait until the run has logged ``step``."""
     metrics = folder / "metrics.jsonl"
     for _ in range(1200):
         if metrics.is_file() and f'"step": {step},' in metrics.read_text(encoding="utf-8"):
@@ -235,7 +235,7 @@ LORA = (sys.executable, "-m", "lora_cli")
 
 
 def test_stopped_and_gone_on_with(recipe: Callable[..., Path], lora_process: Any) -> None:
-    """Dropout, packing and shuffling on two processes: both random states and the place in the rows are kept."""
+    """Dropout, packing, shuffling: a checkpoint keeps both processes' random states and the position in the rows."""
     changes = TWO | ENDLESS | {"adapter.lora_dropout": 0.2, "data.packing": True}
     undisturbed, stopped = recipe(changes), recipe(changes)
     child = start(LORA, "train", stopped, "--num-processes", "2")
@@ -277,7 +277,7 @@ def test_shards_are_gone_on_with(recipe: Callable[..., Path]) -> None:
 def test_zero_begins_and_goes_on_as_one_process_would(
     stage: int, recipe: Callable[..., Path], lora: Any, lora_process: Any, tmp_path: Path
 ) -> None:
-    """DeepSpeed's parts come and go as whole tensors: begun by it, gone on with by it or without it."""
+    """Checkpoints hold complete tensors, not DeepSpeed's partitions: a run resumes with or without DeepSpeed."""
     pytest.importorskip("deepspeed", reason="an extra: pip install --no-build-isolation deepspeed")
     configuration = tmp_path / "zero.json"
     configuration.write_text(json.dumps({"zero_optimization": {"stage": stage}, "bf16": {"enabled": "auto"}}))
@@ -336,7 +336,7 @@ def children_of(process: int) -> list[int]:
 
 
 def test_a_process_that_dies_ends_the_run(recipe: Callable[..., Path], lora: Any) -> None:
-    """The other one does not wait for it; the checkpoints are whole, and one process goes on with what two began."""
+    """The other process does not wait for it. The checkpoints are complete, and one process resumes what two began."""
     dying = recipe(TWO | ENDLESS | {"training.save_total_limit": None})
     folder = run_of(dying).folder
     child = start(LORA, "train", dying, "--num-processes", "2")
@@ -406,7 +406,7 @@ def test_a_fault_is_told_once(recipe: Callable[..., Path], lora_process: Any) ->
 
 
 def test_the_first_is_left_time_to_tell_it(recipe: Callable[..., Path]) -> None:
-    """The first to end ends the others: a process that is ahead must not end before the fault is told."""
+    """The launcher ends all processes once one ends, so process 1 must not end before process 0 reports the fault."""
     command = [sys.executable, "-m", "lora_cli", "train", str(recipe({"adapter.target_modules": ["no_such_layer"]}))]
     launched = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     with subprocess.Popen(command, env=launched | {"RANK": "1"}, stderr=subprocess.PIPE, text=True) as second:
@@ -420,7 +420,7 @@ def test_the_first_is_left_time_to_tell_it(recipe: Callable[..., Path]) -> None:
 
 
 def test_one_of_several_processes_ends_with_the_interpreter_standing() -> None:
-    """All is said, but what is left to the interpreter's end, when threads of the group may abort it, is not done."""
+    """All output is printed, but the interpreter is not shut down: threads of the process group could abort it then."""
     script = """
 import atexit, sys
 from lora_cli.cli.app import run

@@ -1,4 +1,4 @@
-"""The proof after training: what is on disk is what was trained, and it does something; else exit code 3."""
+"""The proof after training: the adapter on disk is the trained one, and it has an effect. Otherwise, exit code 3."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SOME = "base_model.model.transformer.h.1.attn.c_attn"
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]) -> None:
-    """Let ``change`` at each adapter that PEFT has written."""
+    """Apply ``change`` to the folder of each adapter that PEFT writes."""
     original = PeftModel.save_pretrained
 
     def save(model: PeftModel, folder: str, *args: Any, **kwargs: Any) -> None:
@@ -102,7 +102,7 @@ def test_what_was_written_otherwise_than_trained_is_found(
 
 
 def held_still(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]) -> None:
-    """Let training leave the weights alone whose name holds one of ``names``."""
+    """Keep training from changing the weights whose names contain one of ``names``."""
     original = loop.take_step
 
     def step(trainer: Any, *args: Any) -> Any:
@@ -121,7 +121,7 @@ def held_still(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]) -> None:
     ("still", "changes"),
     [
         (("h.1.attn.c_attn",), {}),
-        (("h.1.attn.c_attn.lora_B",), {"training.weight_decay": 0.1}),  # A decays: the update is nothing all the same
+        (("h.1.attn.c_attn.lora_B",), {"training.weight_decay": 0.1}),  # A decays, yet the update stays zero
         (("h.1.attn.c_attn.lora_",), {"adapter.use_dora": True}),
         (("h.1.attn.c_attn",), {"adapter.init_from": "first/adapter"}),
         (("",), {"adapter.init_from": "first"}),
@@ -266,7 +266,7 @@ def test_the_proof_leaves_no_trace(dora: bool, tiny_llama: Path, tmp_path: Path)
 def test_layers_that_no_gradient_comes_to_are_told_after_the_first_step(
     tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any
 ) -> None:
-    """Zamba2 holds, for each place of a shared block, the layers of all places."""
+    """In Zamba2, each use of a shared block holds the layers of all uses, of which it runs only its own."""
     base = shutil.copytree(tiny_llama, tmp_path / "zamba", ignore=shutil.ignore_patterns("*.safetensors"))
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "attention_head_dim": 16}
     mamba = {"n_mamba_heads": 4, "mamba_headdim": 16, "mamba_d_state": 8, "mamba_ngroups": 1, "chunk_size": 8}
