@@ -1,4 +1,4 @@
-"""`lora quantize`: what it writes is what Transformers and bitsandbytes write, and what a plain quantizer computes."""
+"""`lora quantize` writes what Transformers and bitsandbytes write, and what the reference quantizers compute."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ METHODS = ["nf4", "fp4", "int8"]
 
 
 def linear_weights(name: str, folder: Path) -> dict[str, torch.Tensor]:
-    """The weights (out, in) that are to be quantized, by their name in the checkpoint."""
+    """The weights (out, in) to quantize, by name in the checkpoint."""
     found = {k: w for k, w in weights_of(folder).items() if any(f".{leaf}.weight" in k for leaf in ALL_LINEAR[name])}
     return {key: weight.T.contiguous() if name == "gpt2" else weight for key, weight in found.items()}
 
@@ -49,9 +49,9 @@ def bitsandbytes(method: str, double_quant: bool) -> BitsAndBytesConfig:
 
 
 def plain_codes(method: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes, and what they stand for, by the plain reference quantizers."""
+    """The codes and the dequantized weight, by the reference quantizers."""
     if method == "int8":
-        codes, absmax = reference.int8_codes(weight.half())  # bitsandbytes takes 8-bit weights from float16
+        codes, absmax = reference.int8_codes(weight.half())  # bitsandbytes quantizes to 8 bits from float16
         return codes, reference.int8_dequantize(codes, absmax)
     encode, decode = {
         "nf4": (reference.nf4_codes, reference.nf4_dequantize),
@@ -147,7 +147,7 @@ def test_the_text_says_what_the_record_does(tiny_llama: Path, qa_file: Path, tmp
         sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (tiny_llama, tmp_path / "out")
     ]
     before, after = (report[key] for key in ("bytes_before", "bytes_after"))
-    headers = 20_000  # of two files, at most
+    headers = 20_000  # bytes that the files' headers take, at most
     assert 0 <= sizes[0] - before < headers and 0 <= sizes[1] - after < headers
     shown = f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({round(100 * after / before)}%), nf4"
     assert first == f"{tmp_path / 'again'}: {shown}" and after < before
@@ -210,7 +210,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "
 
 @pytest.fixture
 def renamed(tokenizer: Any, tmp_path: Path) -> Path:
-    """A NemotronH of two layers: what it calls model.layers is stored as backbone.layers."""
+    """A NemotronH of two layers, whose ``model.layers`` are stored as ``backbone.layers``."""
     torch.manual_seed(3)
     kinds = ["attention", "mlp"]
     config = NemotronHConfig(vocab_size=len(tokenizer), layers_block_type=kinds, max_position_embeddings=64, **SIZES)
@@ -244,7 +244,7 @@ def test_text_report_where_no_error_is_known(
 
 @pytest.mark.parametrize("name", ["backbone.layers.0.mixer.q_proj.weight", "backbone.norm_f.weight"])
 def test_what_is_no_number_by_another_name(name: str, renamed: Path, tmp_path: Path, lora: Any) -> None:
-    """Told by the stored name."""
+    """The error gives the tensor's name in the file."""
     with edited_weights(renamed) as weights:
         weights[name].view(-1)[5] = float("nan")
     result = lora("quantize", renamed, "--out", tmp_path / "out")
@@ -273,7 +273,7 @@ def test_beside_loading_what_is_quantized_is_read_once(
 def test_a_weight_too_large_for_8_bits(
     base_name: str, name: str, request: pytest.FixtureRequest, tmp_path: Path, lora: Any
 ) -> None:
-    """bitsandbytes takes them from float16, in which it is infinite."""
+    """bitsandbytes quantizes to 8 bits from float16, in which this weight is infinite."""
     folder = shutil.copytree(request.getfixturevalue(base_name), tmp_path / "large")
     with edited_weights(folder) as weights:
         weights[name][0, 0] = 1e5
@@ -285,7 +285,7 @@ def test_a_weight_too_large_for_8_bits(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_layers_that_could_not_be_loaded_again(joined: Path, method: str, tmp_path: Path, lora: Any) -> None:
-    """Transformers saves HRM's projections joined, and so it does with codes and their scales."""
+    """Transformers saves HRM's projections joined in one tensor, and would also join their codes and scales."""
     flags = ["--method", method, "--out", tmp_path / "out"]
     result = lora("quantize", joined, *flags)
     hint = "--skip gate_proj,k_proj,q_proj,up_proj,v_proj"
@@ -332,7 +332,7 @@ def test_layers_that_could_not_be_loaded_again(joined: Path, method: str, tmp_pa
 def test_a_layer_whose_numbers_the_model_reads(
     config: Any, layers: str, tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any
 ) -> None:
-    """Mamba multiplies by dt_proj's, Gemma 3n clips two layers' while it trains: of codes they could make nothing."""
+    """Mamba multiplies by dt_proj's weight, and Gemma 3n clips two layers' weights in training. Codes would fail."""
     base = tmp_path / "base"
     shutil.copytree(tiny_llama, base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
@@ -349,13 +349,13 @@ def test_a_layer_whose_numbers_the_model_reads(
 def test_a_model_without_a_layer_to_quantize(
     tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Falcon's are of a kind of their own, which Transformers leaves as they are without a word."""
+    """Falcon's layers are a subclass of nn.Linear, which Transformers silently leaves unquantized."""
     base = tmp_path / "falcon"
     shutil.copytree(tiny_llama, base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     config = FalconConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
     recipe = write_recipe({"model.name_or_path": base, "quantization": {"method": "nf4"}})
-    for free in (shutil.disk_usage(tmp_path).free, 1):  # without room it would be quantized at load, that is: not
+    for free in (shutil.disk_usage(tmp_path).free, 1):  # without room, bases are quantized at load: this one not at all
         with monkeypatch.context() as patched:
             patched.setattr(
                 "lora_cli.weights.quantized_cache.shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free)
@@ -377,7 +377,7 @@ def test_a_missing_tokenizer_is_told_before_anything_is_quantized(
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 @pytest.mark.parametrize("guarded", [True, False])
 def test_gradients_after_an_evaluation_pass_are_those_of_the_expanded_weight(guarded: bool) -> None:
-    """Without the guard the first evaluation pass repacks weights: the gradient then points elsewhere, or is gone."""
+    """Without the guard, the first evaluation pass repacks the weights. The gradient is then wrong or missing."""
     from bitsandbytes.nn import Linear4bit
     from bitsandbytes.nn.modules import has_avx512bf16
 
@@ -413,8 +413,8 @@ def test_evaluation_leaves_gradients_as_they_are(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On processors with AVX512-BF16, bitsandbytes repacks 4-bit weights in the first evaluation pass, and gradients
-    are wrong from then on without an error. Here it takes every processor for one of them."""
+    """On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights in the first evaluation pass, and from then on
+    gradients are silently wrong. Here bitsandbytes takes every CPU for one with AVX512-BF16."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     changes = {
         "model.name_or_path": request.getfixturevalue(f"tiny_{base_name}"),

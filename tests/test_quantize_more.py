@@ -1,4 +1,4 @@
-"""`lora quantize` of runs and adapters, and with modules left out: what merging, then Transformers, would write."""
+"""`lora quantize` of runs and adapters, and with ``--skip``: the same files as from merging first, or Transformers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_
 
 
 def make_adapter(base: Path, out: Path, kind: str = "lora", **config: Any) -> Path:
-    """An adapter from PEFT alone that changes what it adapts."""
+    """An adapter made by PEFT alone, with an update that is not zero."""
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "r": 4} | config
@@ -87,7 +87,7 @@ def test_an_adapter_is_told_with_its_base_and_nothing_is_written_into_it(
 def test_a_runs_adapter_is_merged_as_lora_merge_does_and_quantized(
     trained_on: dict[str, str] | None, train: Any, qa_file: Path, tiny_llama: Path, tmp_path: Path, lora: Any
 ) -> None:
-    """Trained on a quantized base, it is merged into what that base's weights stand for, as lora merge does it."""
+    """An adapter trained on a quantized base is merged into the dequantized base, as by ``lora merge``."""
     changes = {"model.name_or_path": tiny_llama, "adapter.target_modules": "all-linear"}
     run = train(changes | ({"quantization": trained_on} if trained_on else {}))
     wanted = merged_then_quantized(lora, run.folder, tmp_path)
@@ -106,7 +106,7 @@ def test_a_runs_adapter_is_merged_as_lora_merge_does_and_quantized(
 def test_a_merged_model_is_measured_as_eval_does(
     dtype: str, train: Any, qa_file: Path, tiny_llama: Path, tmp_path: Path, lora: Any
 ) -> None:
-    """In the type that its adapter was trained in, whatever this machine would pick."""
+    """Both use the dtype that the adapter was trained in, whichever dtype this machine would choose."""
     run, merged = train({"model.name_or_path": tiny_llama, "model.dtype": dtype}), tmp_path / "merged"
     done(lora("merge", run.folder, "--out", merged, "--no-verify"))
     report = done(lora("quantize", merged, "--out", tmp_path / "out", "--data", qa_file, "--json")).json
@@ -116,7 +116,7 @@ def test_a_merged_model_is_measured_as_eval_does(
 
 
 def test_a_grown_vocabulary(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    """The words that an adapter adds come with their rows, the size in the configuration and the tokenizer."""
+    """The tokens that an adapter adds bring their embedding rows, config.json's ``vocab_size`` and the tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     tokenizer.add_tokens(["<new>", "<newer>"])
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
@@ -218,7 +218,7 @@ def test_what_cannot_be_skipped(skip: str, told: str, tiny_llama: Path, tmp_path
 def test_a_base_to_be_sharded_over_gpus_computes_as_they_can(
     has_units: bool, expected: torch.dtype, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is loaded into the memory of a processor that may have no units for 16 bits."""
+    """It is loaded into host memory. The compute dtype is the GPUs', even if the CPU has no 16-bit units."""
     monkeypatch.setattr("torch.cpu.get_capabilities", dict)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: has_units or including_emulation)
     torch.backends.cuda.enable_cudnn_sdp(True)
@@ -233,7 +233,7 @@ def test_a_base_to_be_sharded_over_gpus_computes_as_they_can(
 def test_norms_of_a_base_to_be_sharded_over_gpus_are_taken_in_host_memory(
     tokenizer: Any, write_recipe: Any, lora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU bitsandbytes expands rows of 96 numbers rightly."""
+    """bitsandbytes dequantizes rows of 96 values correctly on a GPU, but these norms are taken on the CPU."""
     config = BloomConfig(vocab_size=len(tokenizer), hidden_size=96, n_layer=1, n_head=4)
     BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
     tokenizer.save_pretrained(tmp_path / "bloom")
@@ -247,7 +247,7 @@ def test_norms_of_a_base_to_be_sharded_over_gpus_are_taken_in_host_memory(
 def test_a_base_stored_in_4_bits_is_sharded_from_host_memory(
     tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not told where to, Transformers loads it whole onto each GPU, whose place torch's meta device takes here."""
+    """Without a device map, Transformers loads the complete base onto each GPU, here replaced by the meta device."""
     done(lora("quantize", tiny_llama, "--out", tmp_path / "nf4"))
     monkeypatch.setattr(Bnb4BitHfQuantizer, "update_device_map", lambda _, told: told or {"": "meta"})
     model, device = Model(name_or_path=str(tmp_path / "nf4")), torch.device("cpu")

@@ -1,4 +1,4 @@
-"""A base quantized for a run is kept for the next, and what is trained on it is what quantizing at load would give."""
+"""A base quantized for a run is kept for the next run. Training on it equals training on a base quantized at load."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ METHODS = [("nf4", True), ("nf4", False), ("fp4", True), ("int8", True)]
 
 @pytest.fixture
 def quantized(tmp_path: Path, write_recipe: Any, lora: Any, no_curves: None) -> Callable[..., tuple[Run, bool]]:
-    """``quantized("name", changes)``: the run, and whether its base was quantized for it."""
+    """``quantized("name", changes)`` trains, and returns the run and whether its base was quantized for it."""
 
     def go(name: str, changes: dict[str, Any] | None = None) -> tuple[Run, bool]:
         folder = tmp_path / name
@@ -74,7 +74,7 @@ def test_trains_as_if_quantized_at_load(
 def test_an_adapter_starts_alike_on_a_model_that_draws_numbers_when_it_is_made(
     quantized: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Qwen3-Next does, which is made whole to be quantized, for its joined experts."""
+    """Qwen3-Next is such a model: to quantize it, its joined experts require building the complete model."""
     sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 2}
     sizes |= {"num_experts_per_tok": 1, "num_hidden_layers": 1, "vocab_size": len(tokenizer)}
     config = Qwen3NextConfig(**sizes, layer_types=["linear_attention"])
@@ -97,7 +97,7 @@ def test_a_run_beside_takes_it(quantized: Any) -> None:
 
 
 def test_what_another_user_keeps_is_not_taken(quantized: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs may lie beside one another in /tmp, which is everybody's."""
+    """Runs may be side by side in /tmp, where all users can write."""
     first, _ = quantized("first")
     (folder,) = kept_in(first)
     monkeypatch.setattr("os.getuid", lambda: folder.stat().st_uid + 1)
@@ -188,7 +188,7 @@ def test_the_adapter_is_for_the_base_itself(quantized: Any, tiny_gpt2: Path, qa_
 
 
 def test_every_other_base_or_recipe_has_its_own(quantized: Any, tiny_gpt2: Path, tmp_path: Path) -> None:
-    """And what this run no longer uses is removed."""
+    """A kept base that the run no longer uses is removed."""
     base = shutil.copytree(tiny_gpt2, tmp_path / "bases" / "base")
     own = {"model.name_or_path": base}
     names = set()
@@ -203,7 +203,7 @@ def test_every_other_base_or_recipe_has_its_own(quantized: Any, tiny_gpt2: Path,
     trained({"adapter.r": 2}, anew=False)
     for changes in ({"method": "fp4"}, {"double_quant": False}, {"compute_dtype": "bfloat16"}):
         section = {"method": "nf4", "compute_dtype": "float32"} | changes
-        if "compute_dtype" not in changes:  # a processor without units computes in float32 all the same
+        if "compute_dtype" not in changes:  # a CPU without bfloat16 units computes in float32 anyway
             trained({"quantization": section}, anew=True)
     trained({"model.dtype": "bfloat16"}, anew=True)
     with edited_weights(base) as weights:
@@ -243,7 +243,7 @@ def test_a_damaged_one_is_made_again(damage: str, quantized: Any) -> None:
 
 
 def test_of_two_that_make_it_the_first_wins(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As processes on two machines do that share a disk: the later one must not take the files from under the first."""
+    """Processes on two machines may share a disk: the later one must not replace the files of the first."""
     folder, write = tmp_path / "cache" / "base", quantized_cache.write_quantized
     settings = (tiny_llama, folder, Quantization(method="nf4"), torch.float32, torch.float32)
 
@@ -286,14 +286,14 @@ def test_without_room_it_is_quantized_at_load(
 
 
 def sparse(path: Path) -> Path:
-    """A file of 4 TB that takes no room."""
+    """A sparse file of 4 TiB, which takes no disk space."""
     with path.open("wb") as file:
         file.truncate(2**42)
     return path
 
 
 def test_nothing_stays_of_a_refused_run(tmp_path: Path, write_recipe: Any, lora: Any) -> None:
-    """That a warm-up takes the epoch's only step is known when the base is loaded."""
+    """That warm-up takes the epoch's only step is known only once the base is loaded."""
     changes = {
         "quantization.method": "nf4",
         "training.max_steps": ...,
