@@ -1,4 +1,4 @@
-"""Recipes: what is read, what is refused and where the fault is said to be."""
+"""Recipes: what is read, what is refused, and which place each fault reports."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def fault(text: str | bytes, *overrides: str) -> Fault:
 
 
 def with_key(section: str, line: str) -> str:
-    """The minimal recipe with a line put first in a section (made if need be)."""
+    """The minimal recipe with ``line`` first in ``section``, which is added if missing."""
     if f"{section}:\n" in MINIMAL:
         return MINIMAL.replace(f"{section}:\n", f"{section}:\n  {line}\n")
     return f"{MINIMAL}{section}:\n  {line}\n"
@@ -790,7 +790,7 @@ def test_a_variable_in_brackets_is_told_to_be_quoted(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("M", "q_proj")
     assert 'needs quotes: "${VAR}"' in (fault(with_key("adapter", "target_modules: [${M}]")).hint or "")
     assert load(with_key("adapter", 'target_modules: ["${M}"]')).adapter.target_modules == ("q_proj",)
-    monkeypatch.setenv("M", "7")  # which quotes would make a text
+    monkeypatch.setenv("M", "7")  # quotes would make it text
     assert "for a number give the key its own line" in (fault("adapter: {r: ${M}}\n" + MINIMAL).hint or "")
     assert load(with_key("adapter", "r: ${M}")).adapter.r == 7
 

@@ -1,4 +1,4 @@
-"""The reference itself, held against the libraries: what ``lora`` is later held against is right."""
+"""The reference, checked against the libraries before other tests check ``lora`` against it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from transformers.pytorch_utils import Conv1D
 
-# PEFT 0.21 asks Transformers 5.23 by the old name.
+# PEFT 0.21 uses a name that Transformers 5.23 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 R, ALPHA = 4, 6.0
@@ -48,7 +48,7 @@ def names(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
 
 
 def stir(layers: dict[str, LoRALinear], seed: int = 0) -> None:
-    """Move the adapter away from its start, so that every part of it counts."""
+    """Randomize the adapter in place, so that each of its tensors has an effect."""
     draw = torch.Generator().manual_seed(seed)
     for layer in layers.values():
         layer.A.data.normal_(0, 0.2, generator=draw)
@@ -68,7 +68,7 @@ def rows(vocabulary: int, seed: int = 0) -> list[Row]:
 
 
 def with_peft(folder: Path, targets: tuple[str, ...], layers: dict[str, LoRALinear], **kind: bool) -> Any:
-    """The same base with the same adapter, by PEFT."""
+    """The same base with the same adapter, as a PEFT model."""
     config = LoraConfig(
         r=R,
         lora_alpha=ALPHA,
@@ -337,7 +337,7 @@ def test_four_bit_codes_are_bitsandbytes(method: str, which: str) -> None:
     codes, absmax = {"nf4": reference.nf4_codes, "fp4": reference.fp4_codes}[method](weight)
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=method)
     theirs = reference.unpack_4bit(packed)[: weight.numel()]
-    if method == "fp4":  # two codes stand for 0, and which one is taken differs between bitsandbytes' own kernels
+    if method == "fp4":  # codes 0 and 8 both stand for 0; bitsandbytes' kernels differ in which they use
         theirs = torch.where(theirs == 8, 0, theirs)
     assert torch.equal(codes, theirs)
     assert_close(absmax, state.absmax, atol=1e-37, rtol=0)

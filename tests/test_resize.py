@@ -1,4 +1,4 @@
-"""`lora adapters resize`, `diff` and `extract`, held against singular values and products taken here in float64."""
+"""`lora adapters resize`, `diff` and `extract`, checked against float64 products and singular values computed here."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_up_changes_nothing(base: Base, kind: str, tmp_path: Path, lora: Any) ->
 
 
 def test_down_from_nothing_can_be_trained_on(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    """Of an adapter as PEFT begins it, whose B is zero, A is not zero, too."""
+    """PEFT initializes B to zero. The resized A must have no zero row, else training could not change that rank."""
     adapter, out = make_adapter("llama", tiny_llama, tmp_path / "a"), tmp_path / "out"
     tensors = load_file(adapter / "adapter_model.safetensors")
     begun = {name: tensor * ("lora_A" in name) for name, tensor in tensors.items()}
@@ -80,7 +80,7 @@ def test_down_from_nothing_can_be_trained_on(tiny_llama: Path, tmp_path: Path, l
 
 
 def test_up_can_be_trained_on(train: Callable[..., Run], tmp_path: Path, lora: Any) -> None:
-    """With the recipe's rank and alpha those of the new adapter; its new rows and columns learn."""
+    """With the new adapter's rank and alpha in the recipe, the new columns of B learn."""
     first = train({"adapter.r": 2, "adapter.lora_alpha": 6})
     done(lora("adapters", "resize", first.folder, "--rank", "5", "--out", tmp_path / "wide"))
     assert json.loads((tmp_path / "wide" / "adapter_config.json").read_text())["lora_alpha"] == 15
@@ -97,7 +97,7 @@ def test_up_can_be_trained_on(train: Callable[..., Run], tmp_path: Path, lora: A
 
 @pytest.mark.parametrize("to", [["--rank", str(R)], ["--energy", "1"]])
 def test_down_to_the_true_rank_changes_nothing(base: Base, to: list[str], tmp_path: Path, lora: Any) -> None:
-    """An adapter of rank 4 written at 9, turned in the space of its factors so that no column is zero."""
+    """An adapter of rank 4 is stored at rank 9, with A and B rotated so that no rank's row or column is zero."""
     name, folder = base
     adapter = varied(name, folder, tmp_path / "a", 1)
     done(lora("adapters", "resize", adapter, "--rank", "9", "--out", tmp_path / "wide"))
@@ -193,7 +193,7 @@ def test_diff_of_the_same_and_of_others(base: Base, tmp_path: Path, lora: Any) -
 
 
 def test_layers_that_one_adapter_alone_has_are_named(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    """Four of the first, of which three are named, and three of the second, beside the two that they share."""
+    """The first alone has four layers, of which three are named; the second alone has three; both have two."""
     a = make_adapter("llama", tiny_llama, tmp_path / "a", target_modules=["q_proj", "k_proj", "v_proj"])
     only = r"0\.self_attn\.o_proj|\d\.mlp\.up_proj|\d\.self_attn\.q_proj"
     b = make_adapter("llama", tiny_llama, tmp_path / "b", target_modules=rf".*({only})")
@@ -245,8 +245,8 @@ def test_what_was_merged_is_extracted(base: Base, to: list[str], tmp_path: Path,
 
 
 def test_extract_of_full_training(base: Base, tmp_path: Path, lora: Any) -> None:
-    """Every number of the model another: each layer by its singular values, the rest told, once where GPT-2's own names
-    leave ``transformer.`` out."""
+    """Every weight of the model differs. Layers are extracted by their singular values. The other tensors are reported,
+    each once, even where GPT-2's own names omit ``transformer.``."""
     name, folder = base[0], shutil.copytree(base[1], tmp_path / "base")
     stored = {key.removeprefix("transformer."): tensor for key, tensor in weights_of(folder).items()}
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
@@ -309,8 +309,8 @@ def test_extract_of_a_model_with_more_words(tiny_llama: Path, tmp_path: Path, lo
 
 @pytest.mark.parametrize("change", [0.0, 0.5])
 def test_extract_tells_of_no_copies_and_masks(tiny_gpt2: Path, tmp_path: Path, lora: Any, change: float) -> None:
-    """The base with the masks that GPT-2 is published with, what was made of it with a head that is the embedding's
-    copy, or is not."""
+    """The base stores the masks of published GPT-2 checkpoints. The tuned model stores a head: a copy of the embedding,
+    or a changed one."""
     base, tuned = (shutil.copytree(tiny_gpt2, tmp_path / name) for name in ("base", "tuned"))
     weights = weights_of(tiny_gpt2)
     masks = {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 8, 8).tril() for layer in range(2)}
@@ -374,7 +374,7 @@ def test_an_adapter_that_names_no_base_stays_without_one(tiny_llama: Path, tmp_p
     assert shown["provenance"]["base"] == {"name_or_path": None, "relative_path": None, "fingerprint": None}
 
 
-@pytest.mark.filterwarnings("ignore")  # PEFT's, of tied weights and of what it saves
+@pytest.mark.filterwarnings("ignore")  # PEFT's, about tied weights and about what it saves
 def test_an_embedding_that_peft_keeps_is_kept(base: Base, tmp_path: Path, lora: Any) -> None:
     name, folder = base
     end = "wte" if name == "gpt2" else "embed_tokens"
