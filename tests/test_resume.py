@@ -1,4 +1,4 @@
-"""Going on: a run stopped anywhere and taken up again ends as if it had never stopped."""
+"""Resuming: a run stopped anywhere and resumed ends as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_recipe_alone_repeats_the_run(train: Callable[..., Run], tmp_path: P
 
 
 CONSTANT = {"lr_scheduler_type": "constant"}
-WIDE = {"r": 32, "target_modules": "all-linear", "lora_dropout": 0.1}  # wide enough for state in 8 bits
+WIDE = {"r": 32, "target_modules": "all-linear", "lora_dropout": 0.1}  # large enough for 8-bit optimizer state
 EXACT: dict[str, dict[str, Any]] = {
     "adamw_torch": {"training": {"optim": "adamw_torch"}},
     "adamw_torch_fused": {"training": {"optim": "adamw_torch_fused"}},
@@ -76,7 +76,7 @@ def test_resume_is_exact_from_every_step(case: str, train: Callable[..., Run], t
     training = {"max_steps": 7, "save_steps": 1, "eval_steps": 2, "warmup_steps": 0, "save_total_limit": None}
     data = {"packing": True, "shuffle": True, "validation": 0.2}
     training |= changes.pop("training", {})
-    if case == "best at the end":  # words that training makes less and less likely
+    if case == "best at the end":  # tokens that training makes ever less likely
         rows = [{"question": "What does the lighthouse keeper do at night?", "answer": " 7 3 9 1 8 2 6 4"}] * 3
         data["validation"] = write_rows(tmp_path / "digits.jsonl", rows)
     whole = train({"adapter.lora_dropout": 0.1, "data": data, "training": training} | changes)
@@ -140,7 +140,7 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint(
 def test_a_checkpoint_that_cannot_be_read_at_the_moment_is_not_given_up(
     train: Callable[..., Run], lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk on the network, say, that is gone for a moment."""
+    """For example, on a network drive that is unavailable for a moment."""
     run = train()
     before, read_bytes = files_of(run), Path.read_bytes
 
@@ -163,7 +163,7 @@ def test_a_checkpoint_that_cannot_be_read_at_the_moment_is_not_given_up(
 
 
 def learned(run: Run) -> dict[Path, bytes]:
-    """What a run would be sorry to lose."""
+    """The contents, by path, of the files that hold a run's weights, progress and metrics."""
     kept = ("weights.safetensors", "state.json", "adapter_model.safetensors", "metrics.jsonl")
     return {path: held for path, held in files_of(run).items() if path.name in kept}
 
@@ -241,7 +241,7 @@ def test_a_checkpoint_whose_tensors_cannot_be_opened_at_the_moment_is_not_given_
 def test_a_copy_whose_metrics_reach_less_far_than_its_checkpoint_is_told_of(
     train: Callable[..., Run], lora: Any
 ) -> None:
-    """As ``cp -r`` makes one in mid-run, which takes the files one after the other."""
+    """``cp -r`` during a run makes such a copy, since it copies one file after the other."""
     steps = {"max_steps": 5, "logging_steps": 2, "eval_steps": 2, "lr_scheduler_type": "constant"}
     run = train({"training": steps, "data.validation": 0.2})
     kept = [line for split in ("train", "validation") for line in run.lines(split) if line["step"] < 3]
@@ -261,7 +261,7 @@ def test_a_copy_whose_metrics_reach_less_far_than_its_checkpoint_is_told_of(
 def test_nothing_learned_is_begun_over_unasked(
     train: Callable[..., Run], lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the run was taken for: this is the last that stands before its removal."""
+    """Even if the run is mistaken for one that has not begun, a last check prevents its removal."""
     run = train({"training.max_steps": 2})
     before = learned(run)
     monkeypatch.setattr(RunFolder, "is_begun", False)
@@ -318,7 +318,7 @@ def test_what_a_loss_of_power_leaves_of_a_line_is_cut(torn: bytes, train: Callab
 
 
 def with_its_sum(path: Path, content: str) -> None:
-    """Write a file of a checkpoint as if it had been written with it."""
+    """Write a file of a checkpoint, and its size and SHA-256 to the manifest."""
     path.write_text(content)
     manifest = path.with_name("manifest.json")
     listed = json.loads(manifest.read_text())
@@ -436,7 +436,7 @@ def test_resume_refuses_a_base_that_is_quantized_no_more(write_recipe: Any) -> N
 def test_resume_refuses_a_row_that_is_now_of_another_source(
     train: Callable[..., Run], qa_file: Path, tmp_path: Path, lora: Any
 ) -> None:
-    """The same rows in the same order, but one of them is taken twice an epoch from now on."""
+    """Rows and order are the same, but one row moves to the source that is taken twice per epoch."""
     rows = qa_file.read_text().splitlines(keepends=True)
     files = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
 
@@ -500,7 +500,7 @@ def test_resume_takes_over_what_it_can_and_says_so(train: Callable[..., Run], wr
     ):
         assert told in result.stderr
         assert told in (run.folder / "train.log").read_text()
-    assert "warning: the cosine schedule now ends" in result.stderr  # which -q leaves
+    assert "warning: the cosine schedule now ends" in result.stderr  # -q keeps warnings
     assert run.column("step") == [*range(1, 7), 9, 12]
     assert run.checkpoints == [6, 8, 10, 12]
     assert run.column("learning_rate")[-2:] == pytest.approx(
@@ -552,7 +552,7 @@ def test_resume_refuses_changed_rows_and_another_base_before_loading_it(
 
 
 def one_number(base: Path) -> None:
-    """Another number in the middle of nowhere."""
+    """Change a single element of the embedding."""
     with edited_weights(base) as weights:
         weights["transformer.wte.weight"][100, 7] = 0
 
@@ -625,7 +625,7 @@ def test_resume_begins_where_a_run_was_killed_before_it_began(
 def test_killed_between_record_and_recipe(
     train: Callable[..., Run], lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run of four batches a step was to go on in two processes: its record says so, its recipe not yet."""
+    """A run with four batches per step was to resume on two processes: run.json says so, recipe.yaml does not yet."""
     run = train({"training": {"gradient_accumulation_steps": 4, "max_steps": 2}})
     whole = train({"training": {"gradient_accumulation_steps": 4, "max_steps": 3}})
     edit_json(run.folder / "run.json", processes=2, gradient_accumulation_steps=2, finished=None)
@@ -665,7 +665,7 @@ def test_a_run_killed_as_it_replaces_another_begins_again(
         lora("train", recipe, "--overwrite")
     assert not ((run.folder / "report.html").exists() and killed_in == "RunFolder.write_recipe")
     again = lora("train", recipe, "--resume")
-    if killed_in == "clear_drafts":  # the first thing it does: the former run is as it was
+    if killed_in == "clear_drafts":  # called first: the former run is unchanged
         assert again.exit_code == 2 and "training.seed was 42 and is now 7" in again.stderr
     else:
         done(again)
@@ -710,7 +710,7 @@ def test_only_names_of_the_tools_own_are_cleared_away(
 
 @pytest.fixture
 def worsening(tmp_path: Path) -> dict[str, Any]:
-    """A run that is best at step 7 of 12 on any processor: what it learns ends up as the wrong answer elsewhere."""
+    """Changes for a run that is best at step 7 of 12 on any CPU: what it learns later is wrong on validation rows."""
     rows = [{"question": "Who mends the nets?", "answer": f" {n}{n + 1}{n + 2}"} for n in range(6)]
     file = write_rows(tmp_path / "numbers.jsonl", rows)
     steps = {"max_steps": 12, "eval_steps": 1, "learning_rate": 0.03, "save_steps": None, "warmup_steps": 0}
@@ -726,7 +726,7 @@ Twice = Callable[[dict[str, Any]], tuple[Run, Run, Path]]
 
 @pytest.fixture
 def twice(train: Callable[..., Run], write_recipe: Any, tmp_path: Path) -> Twice:
-    """A run undisturbed, and the same to be made again elsewhere: its folder and its recipe."""
+    """Trains an undisturbed run, and returns it with the folder and the recipe for a second run of the same."""
 
     def make(changes: dict[str, Any]) -> tuple[Run, Run, Path]:
         run = Run(tmp_path / "stopped")
@@ -800,7 +800,7 @@ def test_a_step_that_turns_out_to_be_the_last_is_evaluated(
     lora: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A run stopped at a step without an evaluation, to which it is gone on, and then further."""
+    """A run stops at a step without an evaluation, is resumed with this step as its last, and then resumed further."""
     changes = changed(worsening, eval_steps=2)
     whole, run, recipe = twice(changes)
 
@@ -836,7 +836,7 @@ def test_an_evaluation_stops_and_is_made_again(
     lora: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rows to evaluate on may take longer than whoever sends the signal waits. Step 6 is the last."""
+    """An evaluation may take longer than the sender of the signal waits. Step 6 is the last."""
     steps = {"max_steps": 6, "eval_steps": 2, "per_device_train_batch_size": 1, "load_best_model_at_end": True}
     whole, run, recipe = twice(changed(worsening, **steps))
     batch_of, seen = hidden_states.batch_of, []
@@ -845,7 +845,7 @@ def test_an_evaluation_stops_and_is_made_again(
         seen.append(part)
         if part == "validation" and seen.count("train") == 2 * stop and seen[-2:-1] != ["validation"]:
             signal.raise_signal(number)
-            if number == signal.SIGHUP:  # a shell that ends sends it, and so does the system
+            if number == signal.SIGHUP:  # sent by a shell that ends, and again by the system
                 signal.raise_signal(number)
         return batch_of(trainer, part, rows)
 

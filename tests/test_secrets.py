@@ -1,4 +1,4 @@
-"""What the environment keeps secret is in no file and no output, and no text of the user's is markup in a report."""
+"""Secrets of the environment are in no file and no output, and no text of the user's becomes markup in a report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_cli.recipe.load import load_recipe
 
 NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
 SECRETS = {name: f"secret-value-of-{number}" for number, name in enumerate(NAMES)}
-FOREIGN = "<script>alert(1)<|script>"  # as a file's name may be
+FOREIGN = "<script>alert(1)<|script>"  # a valid file name
 
 
 @pytest.mark.parametrize(

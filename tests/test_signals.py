@@ -1,4 +1,4 @@
-"""What a signal leaves of a verb that was writing: nothing; and of one that was killed, the next run leaves nothing."""
+"""A command stopped by a signal leaves no files. The next command removes those that a killed command left."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def adapter(tiny_llama: Path, tmp_path: Path) -> Path:
 
 
 def stopped(number: int, out: Path, *arguments: str | Path) -> tuple[int, str]:
-    """The exit code and stderr of ``lora``, sent a signal once it has begun to write."""
+    """The exit code and stderr of ``lora``, which gets the signal ``number`` once it has begun to write."""
     script = SLOWLY.format(go=str(out / "never"))
     command = [sys.executable, "-c", script, *map(str, arguments), "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -74,7 +74,7 @@ def test_what_a_killed_run_left_goes_with_the_next(adapter: Path, tmp_path: Path
 
 
 def test_a_draft_that_is_being_written_stays(adapter: Path, tmp_path: Path, lora: Any) -> None:
-    """Two runs for the same folder: one of them is first, and the other is told."""
+    """Two commands write to the same folder: the first to finish succeeds, and the other reports an error."""
     place = tmp_path / "place"
     place.mkdir()
     script = SLOWLY.format(go=str(tmp_path / "go"))
@@ -96,7 +96,7 @@ def test_a_draft_that_is_being_written_stays(adapter: Path, tmp_path: Path, lora
 def test_a_signal_that_hits_an_import_is_no_bug(
     cause: BaseException, code: int, write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As pybind11 passes it on when it comes while matplotlib is imported."""
+    """pybind11 raises such an ImportError when a signal arrives while matplotlib is imported."""
 
     def interrupted(_: Path) -> None:
         raise ImportError("initialization failed") from cause

@@ -1,4 +1,4 @@
-"""What is asked for often answers at once: help, version and a refused recipe load none of the heavy libraries."""
+"""Frequent commands answer at once: help, version and the refusal of a recipe import no heavy library."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ sys.stderr.write("\\n" + json.dumps([code, [name for name in {(*HEAVY, "pydantic
 
 
 def run(*args: str, cwd: Path | None = None) -> tuple[int, list[str], str, str]:
-    """Exit code, the heavy modules that were imported, stdout and stderr of ``lora`` in a process of its own."""
+    """Run ``lora`` in its own process. Return its exit code, the heavy modules imported, stdout and stderr."""
     repository = Path(__file__).resolve().parent.parent
     script = f"import sys; sys.path.insert(0, {str(repository)!r}); {SCRIPT}"
     done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, timeout=60, cwd=cwd)
@@ -137,7 +137,7 @@ def test_adapters_are_listed_and_shown_without_torch(tiny_gpt2: Path, tmp_path: 
 
 
 def test_a_whole_plain_adapter_is_merged_without_peft(tiny_llama: Path, tmp_path: Path) -> None:
-    """Its import takes longer than many a merge, and more memory than one of a few layers."""
+    """Importing PEFT takes longer than many merges, and more memory than a merge of a few layers."""
     adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter")
     code, modules, _, stderr = run("merge", str(adapter), "--out", str(tmp_path / "out"), "--no-verify")
     assert code == 0 and not {"peft", "transformers"} & set(modules), stderr
@@ -177,7 +177,7 @@ def test_a_control_groups_share_of_the_cores(files: dict[str, str], expected: in
 
 
 def test_training_imports_no_compiler(write_recipe: Any) -> None:
-    """bitsandbytes asks for torch's compiler as it is imported; nothing in a run uses it."""
+    """bitsandbytes calls torch.compile when it is imported. This must not import the compiler, which no step uses."""
     seen = "[name for name in ('bitsandbytes', 'torch._inductor.compile_fx') if name in sys.modules]"
     script = f"import sys; from lora_cli.cli.app import main; print(main(sys.argv[1:]), {seen})"
     arguments = ["train", str(write_recipe({})), "training.max_steps=1", "--quiet"]
