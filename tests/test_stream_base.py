@@ -1,4 +1,4 @@
-"""A base whose layers' weights come and go, and activations kept in host memory: the same run, in less memory."""
+"""A streamed base, and activations offloaded to host memory: the same run, in less memory."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def largest_away(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes of the layers' weights that are in memory after each forward pass."""
+    """Bytes of the layers' frozen weights in memory after each forward pass."""
     seen: list[int] = []
     original = step.summed_loss
 
@@ -107,7 +107,7 @@ def test_a_streamed_base_trains_as_a_resident_one(
 def test_weights_that_a_module_reads_past_their_layer_are_there(
     kind: str, write_recipe: Any, lora: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """A convolution's; in Mamba those of a linear layer as well, in Doge what scales a decoder layer's input."""
+    """These are a convolution's weights, in Mamba also a linear layer's, and in Doge the scale of a layer's input."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
     if kind != "Mamba":
         mixer = {"Lfm2": "conv", "Qwen3_5Text": "linear_attention", "Doge": "full_attention"}[kind]
@@ -153,7 +153,7 @@ def test_a_base_that_is_replaced_meanwhile_is_gone_on_with(
 def test_weights_stored_in_another_type_are_converted_on_the_way(
     tiny_llama: Path, write_recipe: Any, lora: Any, tmp_path: Path
 ) -> None:
-    """Some may be of another one than most."""
+    """A few weights may have another dtype than most."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
     model.get_submodule("model.norm").float().weight.data += torch.rand(len(model.model.norm.weight))
     shutil.copytree(tiny_llama, tmp_path / "half")
@@ -170,7 +170,7 @@ def test_weights_stored_in_another_type_are_converted_on_the_way(
 
 
 def test_what_loading_has_changed_is_kept_and_all_else_is_read_from_the_file(tiny_gpt2: Path, tmp_path: Path) -> None:
-    """Transformers turns some weights, which keep name and shape; GPT-2's own files leave ``transformer.`` out."""
+    """Transformers rearranges some weights, which keep name and shape. GPT-2's own files omit ``transformer.``."""
     folder = shutil.copytree(tiny_gpt2, tmp_path / "base")
     file, device = folder / "model.safetensors", torch.device("cpu")
     save_file(
@@ -181,7 +181,7 @@ def test_what_loading_has_changed_is_kept_and_all_else_is_read_from_the_file(tin
     first.attn.c_proj.weight.data = first.attn.c_proj.weight.data.T.contiguous()
     last.mlp.c_fc.weight.data = last.mlp.c_fc.weight.data[:, [0, 3, 2, 1, *range(4, 4 * WIDTH)]]
     wanted = {weight: weight.data.to(torch.bfloat16) for weight in model.transformer.h.parameters()}
-    sources = put_away(model, folder, device, torch.bfloat16)  # a copy of what is kept
+    sources = put_away(model, folder, device, torch.bfloat16)  # in another dtype: what is kept is a copy
     assert all(torch.equal(sources[weight](), before) for weight, before in wanted.items())
     with file.open("r+b") as stored:
         stored.seek(8 + int.from_bytes(stored.read(8), "little"))
@@ -220,7 +220,7 @@ def test_auto_streams_a_base_stored_in_4_bits_too(
 def test_what_a_base_needs_is_told_before_it_is_loaded(
     method: str | None, tiny_llama: Path, write_recipe: Any, lora: Any, tmp_path: Path
 ) -> None:
-    """As it is stored, in whatever form; what it has then is Transformers' own count."""
+    """The estimate is for the base as it is stored, and is compared with the model that Transformers loads from it."""
     folder = tiny_llama
     if method is not None:
         folder = tmp_path / "small"
@@ -239,7 +239,7 @@ def test_what_a_base_needs_is_told_before_it_is_loaded(
 
 @pytest.mark.parametrize(("optim", "moments"), [("adamw_torch", 8), ("adamw_8bit", 2)])
 def test_what_is_trained_is_counted_with_its_gradient_and_moments(optim: str, moments: int, write_recipe: Any) -> None:
-    """Of GPT-2's two layers, from WIDTH to three times as much."""
+    """The adapters are on c_attn of GPT-2's two layers, from WIDTH to 3 * WIDTH."""
     targets = {"adapter.r": 3, "adapter.target_modules": ["c_attn"]}
     job = prepare(load_recipe(write_recipe(targets | {"training.optim": optim})), resume=False, overwrite=False)
     assert estimate(job, job.recipe).optimizer == 2 * 3 * (WIDTH + 3 * WIDTH) * (4 + 4 + moments)
@@ -273,7 +273,7 @@ def test_hidden_states_are_kept_of_layers_that_stream(
 def test_nothing_holds_a_layers_codes_after_its_forward_pass(
     changes: dict[str, Any], tiny_llama: Path, write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The base is stored in 4 bits; autograd, bitsandbytes and PEFT are those that could."""
+    """The base is stored in 4 bits. Autograd, bitsandbytes and PEFT could hold the codes."""
     from bitsandbytes.nn import Params4bit
 
     made: list[weakref.ref[torch.Tensor]] = []
@@ -303,7 +303,7 @@ def test_nothing_holds_a_layers_codes_after_its_forward_pass(
         return sources
 
     monkeypatch.setattr(setup, "put_away", put_away)
-    # bfloat16, as the layers are stored to compute: they would not be fused otherwise.
+    # bfloat16, the layers' stored compute dtype: with another dtype, they would not be fused.
     stored = {"model.name_or_path": small, "model.dtype": "bfloat16", "adapter.target_modules": "all-linear"}
     done(lora("train", write_recipe(stored | {"training.stream_base": True} | changes)))
     assert len(made) > 100
@@ -325,7 +325,7 @@ def test_a_base_stored_in_8_bits_is_not_streamed(
 def test_layers_that_call_methods_of_their_parts_are_not_streamed(
     tokenizer: Any, write_recipe: Any, lora: Any, tmp_path: Path
 ) -> None:
-    """Gemma 3n's, and no word of it where it is not asked for."""
+    """Gemma 3n has such layers. Nothing is reported unless streaming is asked for."""
     sizes = {"hidden_size": 32, "intermediate_size": [64], "num_attention_heads": 2, "num_key_value_heads": 2}
     words = dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), len(tokenizer))
     alternate = {"hidden_size_per_layer_input": 8, "laurel_rank": 4, "activation_sparsity_pattern": [0.0]}
@@ -356,15 +356,15 @@ def test_a_quantized_base_that_cannot_be_kept_is_not_streamed(
 def test_a_quantized_base_comes_into_host_memory_first_where_there_is_a_gpu(
     write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not told where to, Transformers loads it onto the GPU, whose place torch's meta device takes here."""
+    """Without a device map, Transformers loads the base onto the GPU, here replaced by the meta device."""
     monkeypatch.setattr(Bnb4BitHfQuantizer, "update_device_map", lambda _, told: told or {"": "meta"})
     done(lora("train", write_recipe({"quantization": {"method": "nf4"}, "training.stream_base": True})))
 
 
 def test_streaming_is_advised_once_layers_are_checkpointed(write_recipe: Any, monkeypatch: Any) -> None:
-    """Of GPT-2's two layers of 12 x WIDTH x WIDTH weights and 13 x WIDTH biases and scales one stays."""
+    """One of GPT-2's two layers, of 12 x WIDTH x WIDTH weights and 13 x WIDTH biases and scales, stays in memory."""
     layer = 4 * (12 * WIDTH * WIDTH + 13 * WIDTH)
-    monkeypatch.setattr("lora_cli.training.out_of_memory.REMEDIES", 9)  # among so small layers others help more
+    monkeypatch.setattr("lora_cli.training.out_of_memory.REMEDIES", 9)  # with such small layers, others save more
     job = prepare(load_recipe(write_recipe({"training.gradient_checkpointing": True})), resume=False, overwrite=False)
     told = str(out_of_memory(job, MemoryError(), checkpointing=True, streams=False).faults)
     assert f"training.stream_base=true (saves about {layer / 1e6:.1f} MB)" in told
@@ -381,7 +381,7 @@ def test_streaming_is_advised_once_layers_are_checkpointed(write_recipe: Any, mo
 def test_no_advice_is_beyond_what_a_recipe_may_say(
     length: int, rows: int, shorter: list[str], fewer: list[str], write_recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of less than 2 tokens, batches of none, half a rank: a lack of memory is told all the same."""
+    """Rows under 2 tokens, empty batches, half a rank: none is advised, but the lack of memory is still reported."""
     monkeypatch.setattr("lora_cli.training.out_of_memory.REMEDIES", 9)
     small = {"data.train_on": "all", "data.max_length": length, "adapter.r": 1}
     job = prepare(
@@ -396,7 +396,7 @@ def test_no_advice_is_beyond_what_a_recipe_may_say(
 
 @pytest.mark.parametrize("units", [True, False])
 def test_bfloat16_is_advised_where_it_is_no_crawl(units: bool, write_recipe: Any, monkeypatch: Any) -> None:
-    """Without units for it a processor takes up to 250 times as long."""
+    """A CPU without bfloat16 units takes up to 250 times as long."""
     monkeypatch.setattr("lora_cli.training.out_of_memory.REMEDIES", 9)
     monkeypatch.setattr("lora_cli.training.out_of_memory.has_units_for", lambda *_: units)
     job = prepare(load_recipe(write_recipe({"model.dtype": "float32"})), resume=False, overwrite=False)
@@ -421,7 +421,7 @@ def test_what_does_not_go_with_streaming(change: dict[str, Any], write_recipe: A
 
 
 def test_offloaded_activations(write_recipe: Any, lora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a layer takes goes through host memory once a micro-batch, and nothing that it computes does."""
+    """Each layer's input goes through host memory once per micro-batch; none of its inner activations does."""
     kept: list[torch.Size] = []
     original = step.save_on_cpu
 
@@ -449,7 +449,7 @@ def test_offloaded_activations(write_recipe: Any, lora: Any, tmp_path: Path, mon
 def test_offloading_takes_mlps_in_parts(
     streams: bool, write_recipe: Any, lora: Any, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a long row what an MLP computes is there for so many tokens at a time, and the run is the same."""
+    """An MLP processes a long row in parts of ``MLP_TOKENS`` tokens, and the run is the same."""
     monkeypatch.setattr(setup, "MLP_TOKENS", 8)
     tokens: list[int] = []
     original = Gate.apply
@@ -485,7 +485,7 @@ def test_auto_offloads_when_checkpointing_alone_would_not_do(
     batch = largest_batch(schedule.lengths, schedule.supervised, 2, job.max_length, False)
     needed = {"plain": activation_bytes(job.config, *batch, 4, whole_logits=True), "none": 0}
     needed["checkpointed"] = activation_bytes(job.config, *batch, 4, True, whole_logits=True)
-    monkeypatch.setattr(activations, "free_bytes", lambda device: int(1.26 * needed[room]))  # 4/5 of it are to be used
+    monkeypatch.setattr(activations, "free_bytes", lambda device: int(1.26 * needed[room]))  # of which 4/5 may be used
     known = job, schedule, torch.float32, torch.device(device), True, True
     assert choose_checkpointing(*known)[0] == wanted
     assert choose_checkpointing(*known, kept=0.0)[0] == (wanted if room == "none" else False)
@@ -520,7 +520,7 @@ def test_an_architecture_that_cannot_recompute_activations_says_so(wanted: Any, 
 def test_auto_recomputes_nothing_where_the_architecture_cannot(
     on_gpt_1: Any, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where nothing is free by the estimate, nor to be had in the end."""
+    """No memory is free, neither for activations nor when the batch size is chosen."""
     for module in (activations, batch_size):
         monkeypatch.setattr(module, "free_bytes", lambda device: 0)
     told = " ".join(done(lora("train", on_gpt_1(max_steps=1))).stderr.split())

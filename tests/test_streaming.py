@@ -1,4 +1,4 @@
-"""`lora quantize` writes tensor by tensor what Transformers writes from a whole model."""
+"""`lora quantize` writes, tensor by tensor, what Transformers writes from a complete model in memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CASES = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False), ("int8", 
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder, and nothing in it that its index does not name."""
+    """All tensors of a folder. Asserts that its index names exactly these, and that no hidden file is left."""
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     found: dict[str, torch.Tensor] = {}
@@ -50,7 +50,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same_as_transformers(base: Path, out: Path, method: str, double_quant: bool, plain: Path) -> None:
-    """``out`` holds what from_pretrained and save_pretrained make of ``base``, in ``plain``."""
+    """Assert that ``out`` equals what from_pretrained and save_pretrained make of ``base``, written to ``plain``."""
     settings: dict[str, Any] = dict(SETTINGS[method])
     if method != "int8":
         settings |= {"bnb_4bit_use_double_quant": double_quant, "bnb_4bit_compute_dtype": torch.bfloat16}
@@ -69,7 +69,7 @@ def same_as_transformers(base: Path, out: Path, method: str, double_quant: bool,
 def test_several_shards_in_and_out(
     name: str, method: str, double_quant: bool, request: Any, tmp_path: Path, lora: Any, no_model: None
 ) -> None:
-    """GPT-2 has Conv1D layers, biases and a tied head, Llama none of these; here both lie in bfloat16 over shards."""
+    """GPT-2 has Conv1D layers, biases and a tied head, Llama none of these. Both are stored in bfloat16 shards here."""
     base = tmp_path / "base"
     tiny = request.getfixturevalue(f"tiny_{name}")
     shutil.copytree(tiny, base, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -92,7 +92,7 @@ def test_several_shards_in_and_out(
 
 
 def test_names_without_the_bodys(tiny_gpt2: Path, tmp_path: Path, lora: Any, no_model: None) -> None:
-    """Published GPT-2 checkpoints say h.0 for transformer.h.0, and hold masks that the model no longer has."""
+    """Published GPT-2 checkpoints name transformer.h.0 h.0, and hold masks that the model no longer has."""
     base = shutil.copytree(tiny_gpt2, tmp_path / "base")
     weights = {name.removeprefix("transformer."): tensor for name, tensor in tensors_of(tiny_gpt2).items()}
     save_file(weights | {"h.0.attn.masked_bias": torch.tensor(-1e4)}, base / "model.safetensors", {"format": "pt"})
@@ -101,7 +101,7 @@ def test_names_without_the_bodys(tiny_gpt2: Path, tmp_path: Path, lora: Any, no_
 
 
 def with_head(base: Path, tiny_gpt2: Path, factor: float) -> Path:
-    """A copy of GPT-2, whose head is tied, with the head stored as well: the embedding times a factor."""
+    """A copy of GPT-2, whose head is tied, that also stores a head: the embedding times ``factor``."""
     shutil.copytree(tiny_gpt2, base)
     weights = tensors_of(tiny_gpt2)
     weights["lm_head.weight"] = factor * weights["transformer.wte.weight"]
@@ -116,7 +116,7 @@ def test_a_tied_head_that_is_stored_as_well(tiny_gpt2: Path, tmp_path: Path, lor
 
 
 def test_a_tied_head_that_is_stored_as_another(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
-    """Which Transformers takes for a head of its own."""
+    """Transformers takes such a head for an untied one."""
     base = with_head(tmp_path / "base", tiny_gpt2, 0.5)
     assert "whole model in memory" in done(lora("quantize", base, "--out", tmp_path / "out")).stderr
     assert not done(lora("quantize", base, "--out", tmp_path / "quiet", "--quiet")).stderr
@@ -142,7 +142,7 @@ def test_a_head_that_is_stored_by_another_name(
 def test_the_type_is_the_one_that_transformers_loads(
     stored: torch.dtype, told: str | None, tiny_llama: Path, tmp_path: Path, lora: Any
 ) -> None:
-    """config.json's, whatever the weights are stored in; without one there, the first tensor's."""
+    """The dtype is config.json's, whatever the weights are stored in; without one there, it is the first tensor's."""
     base = shutil.copytree(tiny_llama, tmp_path / "base")
     weights = tensors_of(base)
     kept = torch.float32 if told is None else stored
@@ -167,7 +167,7 @@ def test_no_numbers_in_what_is_not_quantized(name: str, tiny_llama: Path, tmp_pa
 
 
 def mixtral(like: Path, folder: Path) -> Path:
-    """A model whose experts Transformers joins while loading, with the tokenizer of another."""
+    """A model whose experts Transformers joins while loading, with the tokenizer of the model in ``like``."""
     shutil.copytree(like, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_local_experts": 2, "max_position_embeddings": 64}
     heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -178,7 +178,7 @@ def mixtral(like: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_experts_that_transformers_joins(tiny_llama: Path, method: str, tmp_path: Path, lora: Any) -> None:
-    """Their stored tensors are not the model's; they are not quantized, the attention beside them is."""
+    """The model's expert tensors are not the stored ones, and are not quantized. The attention is."""
     base = mixtral(tiny_llama, tmp_path / "base")
     result = done(lora("quantize", base, "--out", tmp_path / "out", "--method", method, "--json"))
     assert "whole model in memory" in result.stderr
@@ -201,7 +201,7 @@ def test_experts_that_transformers_joins(tiny_llama: Path, method: str, tmp_path
 @pytest.mark.parametrize(("method", "double_quant"), CASES)
 @pytest.mark.parametrize("shape", [(1100, 1001), (1049, 1001), (2048, 1024), (3, 5)])
 def test_pieces_make_the_whole(method: str, double_quant: bool, shape: tuple[int, int]) -> None:
-    """A tensor of several pieces, its end in no whole block or byte, is what one call of bitsandbytes makes of it."""
+    """A tensor encoded in pieces, the last block or byte incomplete, equals the result of one call of bitsandbytes."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     found = encode(weight, Quantization(method=method, double_quant=double_quant))
     if method == "int8":
@@ -222,7 +222,7 @@ def test_pieces_make_the_whole(method: str, double_quant: bool, shape: tuple[int
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("method", ["nf4", "fp4"])
 def test_numbers_on_the_edge(method: str, dtype: torch.dtype) -> None:
-    """Halfway between two levels, a block of zeros, one too small to divide by, an end in no whole block or byte."""
+    """Values halfway between levels, a block of zeros, one too small to divide by, an incomplete block and byte."""
     levels = functional.get_4bit_type(method, device="cpu").sort().values
     middles = (levels[1:] + levels[:-1]) / 2
     numbers = torch.zeros(64 * 4 + 7)
@@ -237,7 +237,7 @@ def test_numbers_on_the_edge(method: str, dtype: torch.dtype) -> None:
 
 
 def test_tensors_lie_where_their_types_may(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    """Readers map the file: a float at an odd address is an error in some, slow in others."""
+    """Readers map the file into memory: a misaligned float is an error in some, and slow in others."""
     done(lora("quantize", tiny_llama, "--out", tmp_path / "out"))
     file = tmp_path / "out" / "model.safetensors"
     raw = file.read_bytes()

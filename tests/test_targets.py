@@ -1,4 +1,4 @@
-"""Words for target modules, by the names that architectures give their layers."""
+"""The words for target modules, such as ``all-linear``, in architectures with different layer names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_cli.weights.check_model import stored_layers
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
 SPLIT = {"minimal": {"q_proj", "v_proj"}, "standard": {"q_proj", "k_proj", "v_proj"}}
 ARCHITECTURES: dict[str, tuple[dict[str, Any], dict[str, set[str]], set[str]]] = {
-    # arguments of the configuration, layers by word, what "attention" adds to those of "standard"
+    # arguments of the configuration, layers by word, and the layers that "attention" adds to "standard"
     "Llama": (SIZES, SPLIT, {"o_proj"}),
     "Phi": (SIZES, SPLIT, {"dense"}),
     "OPT": (SIZES | {"ffn_dim": 24, "word_embed_proj_dim": 16}, SPLIT, {"out_proj"}),
@@ -61,8 +61,8 @@ ALL_LINEAR: dict[str, tuple[dict[str, Any], set[str]]] = {
         MIXTURE | {"num_experts": 4, "shared_expert_intermediate_size": 8},
         {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
     ),
-    # What chooses the tokens that sparse attention sees learns from no loss; DeepSeek-V4's o_a_proj multiplies parts of
-    # its input apart.
+    # The indexer that chooses the tokens for sparse attention gets no gradient. DeepSeek-V4's o_a_proj multiplies parts
+    # of its input separately.
     "DeepseekV32": (
         MIXTURE | LATENT | {"first_k_dense_replace": 2, "index_n_heads": 4, "index_head_dim": 16, "index_topk": 4},
         {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"},
@@ -74,10 +74,10 @@ ALL_LINEAR: dict[str, tuple[dict[str, Any], set[str]]] = {
         | {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
         {"q_a_proj", "q_b_proj", "kv_proj", "gate_proj", "o_b_proj", "up_proj", "down_proj"},
     ),
-    # Mamba's forward pass reads the weights of dt_proj and out_proj past an adapter.
+    # Mamba's forward pass reads the weights of dt_proj and out_proj directly, bypassing an adapter.
     "Mamba": ({"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}, {"in_proj", "x_proj"}),
     "FalconMamba": ({"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}, {"in_proj", "x_proj"}),
-    # No text goes through what sees pictures, whose layers have names of these and others (out_proj, fc1).
+    # No text goes through the vision tower, whose layers have some of these names and others (out_proj, fc1).
     "Gemma3": (
         {"text_config": SIZES | {"num_key_value_heads": 2, "vocab_size": 50}}
         | {"vision_config": SIZES | {"image_size": 28, "patch_size": 14}},
@@ -88,7 +88,7 @@ ALL_LINEAR: dict[str, tuple[dict[str, Any], set[str]]] = {
 
 @pytest.mark.parametrize("name", ALL_LINEAR)
 def test_all_linear_names_what_an_adapter_reaches(name: str) -> None:
-    """Each layer named has an adapter, nothing else has, and each learns from a loss."""
+    """Exactly the chosen layers have an adapter, and each adapter gets a gradient."""
     arguments, leaves = ALL_LINEAR[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(vocab_size=50, **arguments)
@@ -103,7 +103,7 @@ def test_all_linear_names_what_an_adapter_reaches(name: str) -> None:
 
 
 def test_a_norm_whose_weight_has_a_row_for_each_head_is_no_layer(tmp_path: Path) -> None:
-    """Command R+ has such: its rank would be bound by their number."""
+    """Command R+ has such norms. If one counted as a layer, the number of heads would limit the rank."""
     config = transformers.CohereConfig(vocab_size=50, use_qk_norm=True, **SIZES)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert stored_layers(tmp_path).keys() == adaptable_layers(skeleton(config)).keys()
