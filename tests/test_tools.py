@@ -1,5 +1,5 @@
-"""Rows with tools: what the template is handed, against Transformers' own ``apply_chat_template`` of the same row, and
-what of it is supervised, against expectations written by hand (what stands in ⟦ ⟧ is learned)."""
+"""Rows with tools. The text is checked against Transformers' own ``apply_chat_template`` of the same row, and the
+supervised tokens against expectations written by hand (text in ⟦ ⟧ is supervised)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_cli.data.tokenize import tokenize_rows
 from lora_cli.errors import UserError
 from lora_cli.recipe.schema import Data
 
-QWEN = Family(  # tools stand in the system turn, calls in the assistant's, and what tools answer in a user's
+QWEN = Family(  # tools are in the system turn, calls in the assistant's, and tool results in a user's
     "{% if tools %}<|im_start|>system\n"
     "{{ messages[0].content + '\n\n' if messages[0].role == 'system' }}# Tools\n<tools>"
     "{% for tool in tools %}{{ '\n' }}{{ tool | tojson }}{% endfor %}{{ '\n' }}</tools><|im_end|>\n"
@@ -77,7 +77,7 @@ def test_the_template_is_handed_the_rows_tools(tools: Any) -> None:
 @pytest.mark.parametrize("tools", [None, [], "", " ", "[]", "null"])
 def test_a_row_may_have_no_tools(tools: Any) -> None:
     headed = replace(QWEN, template=QWEN.template.replace("{% if tools %}", "{% if tools is not none %}"))
-    for family in (headed, MISTRAL):  # one that writes a heading for an empty list, and one that knows no tools
+    for family in (headed, MISTRAL):  # one writes a heading for an empty list, the other has no support for tools
         text = tokenizer_of(family, "").apply_chat_template(ASKED, tokenize=False)
         found = tokenized(family, {"messages": ASKED, "tools": tools}, text)
         assert "".join(token for token, _ in found) == text
@@ -131,7 +131,7 @@ def call(name: str, arguments: Any, **more: Any) -> dict[str, Any]:
 
 
 def calling(*calls: dict[str, Any], content: Any = "") -> list[dict[str, Any]]:
-    """A question, an assistant's turn that calls, what each call is answered, and an answer."""
+    """A question, an assistant's turn with these calls, a tool result for each call, and the answer."""
     answers = [{"role": "tool", "name": "weather", "content": f"sunny {n}"} for n, _ in enumerate(calls)]
     turn = {"role": "assistant", "content": content, "tool_calls": list(calls)}
     return [{"role": "user", "content": "Is it so?"}, turn, *answers, {"role": "assistant", "content": "yes"}]
@@ -178,7 +178,7 @@ def test_calls_and_their_end_are_supervised_and_answers_are_not(
         assert [learned for _, learned in found] == [bool(one) for one in marked["assistant_masks"]]
 
 
-MISTRAL_TOOLS = replace(  # turns that call no tool must alternate with questions, and each answer follow its call
+MISTRAL_TOOLS = replace(  # user turns must alternate with assistant turns that call no tool
     MISTRAL,
     template="{{ bos_token }}{% set ns = namespace(turns=0) %}{% for m in messages %}"
     "{% if m.role != 'tool' and not m.tool_calls %}{% if (m.role == 'user') != (ns.turns % 2 == 0) %}"
@@ -248,7 +248,7 @@ def test_the_template_is_told_which_call_is_answered() -> None:
         "{% if add_generation_prompt %}assistant:{% endif %}",
     )
     messages = calling(PARIS, PARIS, content="See.")
-    messages[0]["name"] = "Ada"  # as before, the name of a speaker is not handed on
+    messages[0]["name"] = "Ada"  # as without tools, a speaker's name is not passed on
     messages[2] |= {"tool_call_id": "a1", "name": None}
     expected = "user:Is it so?<|im_end|>\nassistant:⟦See.weathera1weathera1<|im_end|>⟧\n"
     expected += "toola1:sunny 0<|im_end|>\ntoolweather:sunny 1<|im_end|>\nassistant:⟦yes<|im_end|>⟧\n"
@@ -267,14 +267,14 @@ NO_WORDS = replace(
 NO_ANSWERS = replace(
     UNMARKED, template=UNMARKED.template.replace("<tool_response>\n{{ m.content }}", "<tool_response>")
 )
-NESTED = replace(  # what the tool answers stands in the turn that calls it, as with Gemma 4
+NESTED = replace(  # tool results are in the turn that calls the tool, as in Gemma 4
     CHATML,
     template="{% for m in messages %}{% if m.role != 'tool' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
     "{% for c in m.tool_calls %}{{ c.function.name }}={{ messages[loop.index0 + 2].content }}{% endfor %}"
     "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
 )
 
-UNENDED = replace(  # the next ending is that of what the tool answers
+UNENDED = replace(  # the first <|im_end|> after a call ends the tool result
     CHATML,
     template="{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
     "{% for c in m.tool_calls %}{{ c.function.name }}{% else %}<|im_end|>{% endfor %}\n{% endfor %}"

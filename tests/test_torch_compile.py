@@ -1,4 +1,4 @@
-"""``training.torch_compile``: the same numbers, where it saves more than it costs."""
+"""``training.torch_compile`` gives the same results. ``auto`` compiles where this saves at least twice its cost."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lora_cli.training.torch_compile import has_compiler
 pytestmark = pytest.mark.usefixtures("no_curves")
 
 NORMS, GATES = 2 * 2 + 1, 2
-"""Of tiny_llama; the gates are twice as wide as the norms."""
+"""Numbers of norms and gates in tiny_llama. The gates are twice as wide as the norms."""
 ON_A_PROCESSOR = pytest.mark.skipif(torch.cuda.is_available(), reason="the run would take the GPU")
 COMPILER = pytest.mark.skipif(not has_compiler(), reason="torch's compiler needs another one for C++")
 
 
 @pytest.fixture
 def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing is compiled yet, and the compiler is off, as the command line has it."""
+    """Start with nothing compiled and the compiler off, as the command line sets it."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     torch._dynamo.reset()
@@ -52,11 +52,11 @@ def results(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 @COMPILER
-@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # in what the compiler imports
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # which the compiler looks at
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # from the compiler's imports
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the compiler reads it
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_what_is_compiled_gives_the_same_numbers(dtype: torch.dtype, rounding: float, anew: None) -> None:
-    """Of a model that has norms of two widths, over vectors and over each head."""
+    """The model has norms of two widths: over hidden states and over each head."""
     model = build("Qwen3", GROUPED).to(dtype)
     fuse(model)
     model.requires_grad_(False)
@@ -64,11 +64,11 @@ def test_what_is_compiled_gives_the_same_numbers(dtype: torch.dtype, rounding: f
     compile_formulas(model, dtype)
     for found, expected in zip(results(model), wanted, strict=True):
         assert float((found - expected).norm() / expected.norm()) < rounding
-        assert dtype == torch.float32 or not torch.equal(found, expected)  # nothing is rounded in between
+        assert dtype == torch.float32 or not torch.equal(found, expected)  # intermediate results are not rounded
     assert graphs() == 4
     norm = model.get_submodule("model.norm")
     alone = torch.ones(1, 1, 32, dtype=dtype)
-    torch.testing.assert_close(norm(alone), norm(alone.expand(1, 2, 32))[:, :1])  # by another way
+    torch.testing.assert_close(norm(alone), norm(alone.expand(1, 2, 32))[:, :1])  # one vector is computed uncompiled
     assert graphs() == 4
 
 
@@ -77,7 +77,7 @@ def test_what_is_compiled_gives_the_same_numbers(dtype: torch.dtype, rounding: f
 def test_true_compiles_all_before_the_first_step_and_false_nothing(
     write_recipe: Any, lora: Any, tmp_path: Path, tiny_llama: Path, anew: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All that the run calls is compiled before its first step: whatever is not would fail here."""
+    """Everything is compiled before the first step: anything that compiles later fails here."""
     set_stance = torch.compiler.set_stance
     monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: set_stance(stance.replace("eager", "fail")))
     runs = []
@@ -97,11 +97,11 @@ def test_true_compiles_all_before_the_first_step_and_false_nothing(
 def test_auto_compiles_what_saves_twice_its_cost(
     share: float, write_recipe: Any, lora: Any, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a compiler that fails the run tells, and goes on."""
+    """When the compiler fails, the run reports it and goes on."""
     recipe = write_recipe({"model.name_or_path": tiny_llama, "training.max_steps": 9})
     without = done(lora("train", recipe, "training.torch_compile=false")).stderr
     info = Run(recipe.parent / "run").info
-    steps_in_epoch = info["data"]["rows"] / (2 * 2)  # rows of a micro-batch, micro-batches of a step
+    steps_in_epoch = info["data"]["rows"] / (2 * 2)  # rows per micro-batch, micro-batches per step
     numbers = info["data"]["tokens"] * 9 / steps_in_epoch * WIDTH * (NORMS + 2 * GATES)
     saved = 1.2e-9 * numbers / torch.get_num_threads()
     monkeypatch.setattr("lora_cli.training.torch_compile.COST", share * saved / 2)

@@ -1,4 +1,4 @@
-"""`lora train`: what the papers' equations give, repeatable, resumable, and every key does what it says."""
+"""`lora train`: the results follow from the papers' equations, and every recipe key does what it says."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from lora_cli.training.display import duration
 
 @dataclass(frozen=True)
 class Case:
-    """A run to be held against the reference."""
+    """A run to compare with the reference."""
 
     base: str = "gpt2"
     kind: str = "lora"
@@ -214,7 +214,7 @@ def test_a_single_logged_step_is_a_point_in_the_report(tmp_path: Path, write_rec
 
 
 def test_a_runs_files_are_for_whom_new_files_are(write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None) -> None:
-    """The weights too, which safetensors keeps from everybody else."""
+    """This includes the weights, which safetensors makes readable for their owner alone."""
     before = os.umask(0o027)
     try:
         done(lora("train", write_recipe({"training.max_steps": 1})))
@@ -229,7 +229,7 @@ def test_a_runs_files_are_for_whom_new_files_are(write_recipe: Any, tmp_path: Pa
 def test_what_people_are_told_of_a_run_is_what_it_measured(
     tmp_path: Path, write_recipe: Any, lora: Any, no_curves: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The summary, the model card, the report and the adapter's provenance, beside metrics and files."""
+    """Compare the summary, the model card, the report and the adapter's provenance with the metrics and files."""
     monkeypatch.setattr(Clock, "seconds", 100.0)
     changes = {"data.validation": 0.25, "quantization": {"method": "nf4"}, "adapter.target_modules": ["c_attn"]}
     result = done(lora("train", write_recipe(changes)))
@@ -269,7 +269,7 @@ def test_what_people_are_told_of_a_run_is_what_it_measured(
 
 
 def test_the_rate_is_of_training_alone(train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps and evaluations take a fifth of a second at least; the latter are no part of it."""
+    """Steps and evaluations take at least 0.2 s each. Evaluations do not count towards tokens per second."""
 
     def slowed(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *given: (time.sleep(0.2), function(*given))[1]
@@ -278,12 +278,12 @@ def test_the_rate_is_of_training_alone(train: Callable[..., Run], monkeypatch: p
     monkeypatch.setattr(loop, "take_step", slowed(loop.take_step))
     run = train({"data": {"validation": 0.2, "train_on": "all"}, "training.eval_steps": 1})
     for before, line in itertools.pairwise(run.lines()):
-        took = (line["tokens"] + 4) / line["tokens_per_second"]  # of each of its 4 rows the first is not supervised
+        took = (line["tokens"] + 4) / line["tokens_per_second"]  # its 4 rows' first tokens are not supervised
         assert 0.19 < took < line["seconds"] - before["seconds"] - 0.19
 
 
 class Terminal(io.StringIO):
-    """Takes all that is written to it, as a terminal does."""
+    """A text buffer that claims to be a terminal. ``shown`` is its text without escape sequences."""
 
     def isatty(self) -> bool:
         return True
@@ -296,7 +296,7 @@ class Terminal(io.StringIO):
 def test_a_bar_on_a_terminal_and_every_line_in_the_log(
     tmp_path: Path, write_recipe: Any, no_curves: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bar has what a line of its own would have; with --quiet there is neither; the log has all of it."""
+    """The progress bar shows what a step's line would show. With --quiet there is neither. The log has every line."""
     for name, value in {"TERM": "xterm-256color", "COLUMNS": "160"}.items():
         monkeypatch.setenv(name, value)
     recipe = str(write_recipe({"data.validation": 0.25, "training.eval_steps": 2}))
@@ -315,7 +315,7 @@ def test_a_bar_on_a_terminal_and_every_line_in_the_log(
             assert told in log and (told in terminal.shown) == (not options)
         beforehand = f"measuring the base on {run.info['data']['validation']['rows']} validation rows\n"
         assert beforehand in log and (beforehand in terminal.shown) == (not options)
-        for bar in (r"evaluating \S+ 100%", r"0/\d evaluating "):  # of the base, and of a step below the run's own
+        for bar in (r"evaluating \S+ 100%", r"0/\d evaluating "):  # of the base; of a step, below the run's bar
             assert bool(re.search(bar, terminal.shown)) == (not options)
         if options:
             assert all(line.startswith("warning: ") for line in terminal.shown.splitlines())
@@ -334,7 +334,7 @@ def test_a_terminal_shows_that_something_goes_on(
     no_curves: None,
     monkeypatch: Any,
 ) -> None:
-    """Where that may take minutes; not with --quiet."""
+    """Commands that may take minutes show a progress line, but not with --quiet."""
     monkeypatch.setenv("TERM", "xterm-256color")
     adapter, merged = tmp_path / "run" / "adapter", tmp_path / "merged"
     verbs: dict[tuple[str, ...], list[Any]] = {
@@ -386,7 +386,7 @@ def test_a_used_folder_is_refused(train: Callable[..., Run], write_recipe: Any, 
 
 @pytest.fixture
 def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What each run of the test was set up with, last run last."""
+    """The trainer of each run of the test, as ``set_up`` returned it, in order."""
     seen: list[Any] = []
     original = loop.set_up
 
@@ -431,12 +431,12 @@ THREE_COLUMNS = {
 
 @dataclass(frozen=True)
 class Key:
-    """A key, two values of it, what else the recipe says, and what each value must lead to."""
+    """A recipe key, two values for it, other changes to the recipe, and the result expected with each value."""
 
     key: str
     values: tuple[Any, Any]
     observe: Callable[[Run], Any]
-    expected: tuple[Any, Any] | None = None  # None: anything, but not the same
+    expected: tuple[Any, Any] | None = None  # None: any results that differ
     also: dict[str, Any] | None = None
 
 
@@ -523,7 +523,7 @@ KEYS = [
     Key("data.validation", (0.25, None), lambda run: len(run.lines("validation")), (2, 0), also=ONE_STEP),
     Key("data.train", ("ONE", "TWO"), lambda run: run.info["data"]["rows"], (1, 2)),
 ]
-ELSEWHERE = {  # the test, and where that is another, its file
+ELSEWHERE = {  # the test, with its file if it is another
     "model.name_or_path": "test_steps_and_adapter_equal_the_reference",
     "model.dtype": "test_bfloat16_is_computed_in_and_the_adapter_stays_in_float32",
     "model.attn_implementation": "test_what_the_model_and_the_optimizer_are",
@@ -550,7 +550,7 @@ ELSEWHERE = {  # the test, and where that is another, its file
 
 
 def test_every_key_is_tested() -> None:
-    tested = {entry.key for entry in KEYS} | set(ELSEWHERE) | {"adapter.method"}  # which has one value
+    tested = {entry.key for entry in KEYS} | set(ELSEWHERE) | {"adapter.method"}  # has one value
     assert {re.sub("^(data.template)[.].*", r"\1", key) for key in tested} == set(dotted_keys())
     for told in ELSEWHERE.values():
         test, _, file = told.removesuffix(")").partition(" (")
@@ -598,7 +598,7 @@ def test_quantized_bases_train(
 def test_codes_stored_as_numbers_of_another_type_are_left_as_they_are(
     tiny_llama: Path, tmp_path: Path, train: Callable[..., Run]
 ) -> None:
-    """As FSDP needs them: bytes of codes, two of which pass for a bfloat16."""
+    """FSDP needs such storage: two bytes of codes are stored as one bfloat16."""
     losses = []
     for storage in ("uint8", "bfloat16"):
         config = BitsAndBytesConfig(
@@ -625,7 +625,7 @@ def test_what_quantization_keys_do(
         result = done(lora("train", recipe, "--overwrite"))
         layers = [module for module in trainers[-1].model.modules() if isinstance(module, Linear4bit)]
         kinds = {layer.compute_dtype for layer in layers}
-        # A processor without bfloat16 units computes in float32, and says so.
+        # A CPU without bfloat16 units computes in float32, and the run reports it.
         assert kinds == {getattr(torch, compute)} or "compute_dtype: bfloat16 -> float32" in result.stderr
 
 
@@ -703,7 +703,7 @@ MORE = {
     "model.embed_tokens.lora_embedding_A": {"target_modules": ["embed_tokens", "q_proj"]},
     "lm_head.weight and 1 more": {"words": 4},
 }
-"""Adapters that hold more than a recipe trains, or are for another base; what is told of each."""
+"""Adapters that hold more than a recipe trains, or are for another base. The key is what is reported of each."""
 
 
 @pytest.mark.parametrize("told", [*MORE, "init_lora_weights: corda", "init_lora_weights: loftq"])
@@ -717,7 +717,7 @@ def test_init_from_takes_what_training_can_write_and_nothing_more(
         model.resize_token_embeddings(model.config.vocab_size + words)
     config = LoraConfig(**{"task_type": "CAUSAL_LM", "r": R, "target_modules": ["q_proj"], **changes})
     get_peft_model(model, config).save_pretrained(str(start), save_embedding_layers="weight" in told)
-    if told not in MORE:  # whose making needs data, or packages that are not here
+    if told not in MORE:  # to make these needs data, or packages that are not installed
         edit_json(start / "adapter_config.json", init_lora_weights=told.split()[-1])
     with monkeypatch.context() as patch:
         patch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
@@ -737,7 +737,7 @@ def test_init_from_begins_with_an_adapter_of_its_base_as_it_is(
     get_peft_model(model, config).save_pretrained(str(tmp_path / "start"))
     file = tmp_path / "start" / "adapter_config.json"
     older = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("use_dora", "use_rslora")}
-    file.write_text(json.dumps(older))  # as PEFT wrote it before there were these
+    file.write_text(json.dumps(older))  # as PEFT wrote it before these keys existed
     adapter = {"r": R, "target_modules": ["q_proj"], "init_from": tmp_path / "start"}
     assert len(train({"model.name_or_path": tiny_llama, "adapter": adapter}).tensors) == 4
 
@@ -775,7 +775,7 @@ def test_the_base_is_measured_without_the_adapter_that_training_begins_with(trai
 
 
 def test_mixture_weights(train: Callable[..., Run], tmp_path: Path) -> None:
-    """Rows of source a supervise 3 tokens each, those of b 5: how often each was taken is seen in the counts."""
+    """Rows of source a have 3 supervised tokens, those of b 5: the token counts show how often each was taken."""
     a = file_of("a.jsonl", *({"prompt": "P", "completion": "xy"} for _ in range(4)))(tmp_path)
     b = file_of("b.jsonl", *({"prompt": "P", "completion": "wxyz"} for _ in range(6)))(tmp_path)
     for weights, rows in (((1.0, 1.0), (4, 6)), ((2.0, 0.5), (8, 3)), ((1.25, 1.5), (5, 9))):
@@ -788,14 +788,14 @@ def test_mixture_weights(train: Callable[..., Run], tmp_path: Path) -> None:
 
 
 def test_tensorboard(train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its files hold what metrics.jsonl does, step by step, under the project's name."""
+    """TensorBoard's files, in a folder named after the project, hold the values of metrics.jsonl at each step."""
     events = pytest.importorskip("tensorboardX.proto.event_pb2")
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     run = train({"training.report_to": ["tensorboard"], "data.validation": 0.2})
     told = {}
     for path in (run.folder / "mine").rglob("events.out.tfevents.*"):
         data = path.read_bytes()
-        while data:  # each record: its length, a checksum, itself, a checksum
+        while data:  # each record: length, checksum, event, checksum
             size = int.from_bytes(data[:8], "little")
             event, data = events.Event.FromString(data[12 : 12 + size]), data[16 + size :]
             told |= {(event.step, each.tag): each.simple_value for each in event.summary.value}
@@ -817,7 +817,7 @@ def test_nobody_reading_along_does_not_end_a_run(write_recipe: Any, tmp_path: Pa
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
         assert child.stdout is not None
         assert "loading" in child.stdout.readline()
-        child.stdout.close()  # as of: lora train recipe.yaml 2>&1 | head -1
+        child.stdout.close()  # as with: lora train recipe.yaml 2>&1 | head -1
         assert child.wait(timeout=100) == 0
     run = Run(tmp_path / "run")
     assert run.column("step") == [1, 2, 3, 4]

@@ -1,4 +1,4 @@
-"""`lora merge --verify`: a right merge passes however little of it rounding leaves; a wrong one leaves nothing."""
+"""`lora merge --verify`: a correct merge passes however little survives rounding; a wrong merge leaves no files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "llama": ["q_proj", "v_proj", "
 
 
 def make_adapter(name: str, base: Path, out: Path, noise: float, **config: Any) -> Path:
-    """An adapter whose B is drawn with this deviation."""
+    """An adapter whose B is drawn with standard deviation ``noise``."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     wanted = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=TARGETS[name], **config)
     wanted.fan_in_fan_out = name == "gpt2"
@@ -42,7 +42,7 @@ def test_right_merges_pass(
     adapter = make_adapter(name, base, tmp_path / "adapter", noise, use_dora=noise == 0.02)
     found = done(lora("merge", adapter, "--out", tmp_path / "out", "--json")).json["verified"]
     assert found["merged"]["relative"] <= found["rounding"] + 1e-5 + 0.05 * max(found["moved"], found["rounding"])
-    if dtype == torch.bfloat16 and noise < 1e-5:  # a norm in float32, of which nothing is rounded
+    if dtype == torch.bfloat16 and noise < 1e-5:  # a norm in float32, which is not rounded
         with edited_weights(base) as weights:
             norm = next(name for name in weights if name.endswith(("ln_f.weight", "model.norm.weight")))
             weights[norm] = 1.003 * weights[norm].float()
@@ -72,7 +72,7 @@ def test_wrong_merges_leave_nothing(
 def test_the_base_is_quantized_from_what_training_saw(
     tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
 ) -> None:
-    """Stored in float32, trained in bfloat16: the adapter was fitted to the 4-bit form of the rounded weights."""
+    """The base is stored in float32 and trained on in bfloat16: the adapter fits the 4-bit codes of rounded weights."""
     recipe = write_recipe(
         model={"name_or_path": str(tiny_llama), "dtype": "bfloat16"},
         quantization={"method": "nf4", "compute_dtype": "float32"},
