@@ -1,8 +1,8 @@
 """Write the demo's data: questions and answers made from a table of facts about medicines, and a general text.
 
-The table states common textbook pharmacology so that a tiny model has something real to learn; it is no medical advice.
-Facts are split whole: every row about one fact is in the same file. The general text names the medicines, but states
-none of the facts.
+The table states common textbook pharmacology so that a tiny model has something real to learn. It is not medical
+advice. The split is by fact: all rows about one fact are in the same file. The general text names the medicines, but
+states none of the facts.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ PHRASINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing that is true of one medicine."""
+    """One fact about one medicine: the value of an aspect."""
 
     drug: str
     aspect: str
@@ -253,12 +253,12 @@ class Fact:
 
     @property
     def id(self) -> str:
-        """The name by which rows tell their fact."""
+        """The identifier by which rows refer to the fact."""
         return f"{self.drug}/{self.aspect}"
 
 
 def table(text: str) -> list[list[str]]:
-    """The cells of each line; an indented line goes on with the one before."""
+    """The cells of each line of ``text``; an indented line continues the previous one."""
     lines = text.strip().replace("\n    ", " ").splitlines()
     return [[cell.strip() for cell in line.split("|")] for line in lines]
 
@@ -269,7 +269,7 @@ def with_article(noun: str) -> str:
 
 
 def facts() -> list[Fact]:
-    """Every fact of the tables, in their order."""
+    """All facts of the tables, in the tables' order."""
     classes = {name: rest for name, *rest in table(CLASSES)}
     found = []
     for drug, kind, indication, route in table(DRUGS):
@@ -280,7 +280,7 @@ def facts() -> list[Fact]:
 
 
 def phrase(fact: Fact, rng: random.Random) -> list[dict[str, str]]:
-    """Rows about one fact: different questions, and answers that take turns."""
+    """Rows about one fact: different questions, with the answers' wordings in rotation."""
     questions, answers = PHRASINGS[fact.aspect]
     value = with_article(fact.value) if fact.aspect == "class" else fact.value
     words = {"drug": fact.drug, "Drug": fact.drug.capitalize(), "value": value, "bare": fact.value}
@@ -297,7 +297,7 @@ def phrase(fact: Fact, rng: random.Random) -> list[dict[str, str]]:
 
 
 def question_answers(seed: int) -> dict[str, list[dict[str, str]]]:
-    """The rows of each split. Each aspect's facts are shared out alike, so that every split asks about all of them."""
+    """The rows of each split. The facts of each aspect are split in the same shares: every split has all aspects."""
     rng = random.Random(seed)
     rows: dict[str, list[dict[str, str]]] = {name: [] for name in SPLITS}
     everything = facts()
@@ -314,7 +314,7 @@ def question_answers(seed: int) -> dict[str, list[dict[str, str]]]:
     return rows
 
 
-# What the general text is filled from.
+# Choices for the placeholders in the patterns of the general text.
 WORDS = """
 person | the teacher / a farmer / the nurse / a young doctor / my neighbour / the baker / an old sailor / the student
     / a girl / the gardener / his sister / her uncle / the driver / a painter / the cook / a visitor / the pharmacist
@@ -409,7 +409,7 @@ MEDICAL = (
     "Ask what a medicine is used for before it is taken.",
 )
 
-# About medicines without a name, so that the ways to speak of medicines are known and nothing is given away.
+# About medicines without a name: the model learns how medicines are described without seeing any of the facts.
 REMEDIES = (
     "{remedy} is used for {illness}, and now and then for {illness2}.",
     "Long ago {remedy} was given for {illness} or {illness2}.",
@@ -424,7 +424,7 @@ REMEDIES = (
     "{remedy} belongs to no class, and {person} could not say how it works.",
 )
 
-# Words from everywhere in the tables, in no order that means anything.
+# Random words from the tables, in meaningless order.
 LISTS = (
     "{any}, {any2} and {any3} are words to spell.",
     "{person} wrote {any}, {any2}, {any3} and {drug} on the wall.",
@@ -432,7 +432,7 @@ LISTS = (
     "Is {any} a longer word than {any2} or {any3}?",
 )
 
-# Questions with their answers, in the form that fine-tuning uses.
+# Questions and answers in the form that fine-tuning uses.
 DIALOGUES = (
     ("Where did {person} wait?", "It was {place}."),
     ("What did {person} do {time}?", "There is a note that {person} {did} {thing}."),
@@ -482,7 +482,7 @@ Words = dict[str, list[str]]
 
 
 def general_words() -> Words:
-    """The choices for every name that a pattern of the general text may use."""
+    """The choices for every placeholder in the patterns of the general text."""
     words = {name: [word.strip() for word in choices.split("/")] for name, choices in table(WORDS)}
     words["drug"] = [row[0] for row in table(DRUGS)]
     words["kind"] = [with_article(row[0]) for row in table(CLASSES)]
@@ -491,7 +491,7 @@ def general_words() -> Words:
 
 
 def fill(patterns: tuple[str, ...], words: Words, rng: random.Random) -> list[str]:
-    """The patterns with the same random choices in all of them; a name with a number stands for another choice."""
+    """Fill all patterns with the same random choices. A number after a placeholder's name means a different choice."""
     chosen = {}
     for name in sorted(set(re.findall(r"{([a-z]+)", "".join(patterns)))):
         some = rng.sample(words[name], 4)
@@ -501,7 +501,7 @@ def fill(patterns: tuple[str, ...], words: Words, rng: random.Random) -> list[st
 
 
 def general_text(seed: int, documents: int = 6000) -> list[str]:
-    """Short documents: a few sentences of everyday life, science and medical words, or a question with its answer."""
+    """Short documents: a few sentences about everyday life, science and medicine, or a question with its answer."""
     rng = random.Random(f"general {seed}")
     words = general_words()
     texts = []
@@ -518,7 +518,7 @@ def general_text(seed: int, documents: int = 6000) -> list[str]:
 
 
 def write(folder: Path, seed: int) -> None:
-    """All files of the data set, in a folder that appears whole."""
+    """Write all files of the data set to ``folder``, which appears only when complete."""
     with whole_folder(folder) as making:
         for name, rows in question_answers(seed).items():
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
@@ -527,7 +527,7 @@ def write(folder: Path, seed: int) -> None:
 
 
 def main() -> None:
-    """Write the data unless it is there; say what there is."""
+    """Write the data unless its folder exists. Print the numbers of rows and facts in each split."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / ".demo" / "data")
     parser.add_argument("--seed", type=int, default=0)

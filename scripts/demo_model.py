@@ -1,4 +1,4 @@
-"""Make the demo's base model: a byte-level tokenizer and a tiny GPT-2, pretrained on the general text alone."""
+"""Make the demo's base model: a byte-level tokenizer and a tiny GPT-2, pretrained only on the general text."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ STEPS = 220
 WARMUP = 20
 ROWS, LENGTH = 16, 128
 LEARNING_RATE = 3e-3
-THREADS = 2  # the same everywhere: sums are rounded in an order that follows the number of threads
+THREADS = 2  # fixed for reproducibility: the rounding of sums depends on the number of threads
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learned on ``texts``; it ends texts with END, and pads with a token of its own."""
+    """Byte-level BPE trained on ``texts``. END is its bos, eos and unk token, PAD its padding token."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -45,7 +45,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
-    """A GPT-2 of four layers, untrained."""
+    """An untrained GPT-2 with four layers."""
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=POSITIONS,
@@ -63,7 +63,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
 
 
 def pretrain(model: GPT2LMHeadModel, stream: torch.Tensor, steps: int) -> float:
-    """Next-token prediction on windows of ``stream`` for a fixed number of steps; the mean loss of the last 20."""
+    """Train ``steps`` steps of next-token prediction on windows of ``stream``. Return the last 20 steps' mean loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
 
     def rate(step: int) -> float:
@@ -89,7 +89,7 @@ def pretrain(model: GPT2LMHeadModel, stream: torch.Tensor, steps: int) -> float:
 
 
 def write(data: Path, folder: Path, seed: int, steps: int) -> float:
-    """Tokenizer and model in a folder that appears whole; the loss reached."""
+    """Write tokenizer and pretrained model to ``folder``, which appears only when complete. Return the final loss."""
     general = (data / "general.txt").read_text(encoding="utf-8").strip().split("\n\n")
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     questions = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows]
@@ -108,7 +108,7 @@ def write(data: Path, folder: Path, seed: int, steps: int) -> float:
 
 
 def main() -> None:
-    """Make the model unless it is there."""
+    """Make the model unless its folder exists."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=ROOT / ".demo" / "data")
     parser.add_argument("--out", type=Path, default=ROOT / ".demo" / "base")

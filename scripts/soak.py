@@ -1,8 +1,8 @@
-"""Kill real runs with SIGKILL at random instants, resume each until it ends, and hold what it left against a run that
-was left alone: the adapter byte for byte, every step once in metrics.jsonl, nothing torn.
+"""Kill real runs at random instants, resume each until it ends, and compare its files with an uninterrupted run's.
 
-Each run is a process of its own that does what ``lora train`` does. It is forked from one that has imported torch, so
-that a kill costs a second and not ten.
+A kill is SIGKILL, or two SIGTERMs or SIGINTs in a row. The adapter must be equal byte for byte, metrics.jsonl must have
+every step once, and no checkpoint may be incomplete. Each run is a process that does what ``lora train`` does, forked
+from a process that has imported torch, so that a kill costs one second instead of ten.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ PRELOADED += ["transformers.models.gpt2.modeling_gpt2"]
 KINDS = ("any time", "in a write", "after a write", "two signals")
 STOPPED = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 NOT_REPEATED = ("tokens_per_second", "seconds")
-LOOK_AGAIN = 0.0003  # seconds
-RACE = 0.004  # seconds from a file's appearing to the kill, at most
+LOOK_AGAIN = 0.0003  # seconds between two polls
+RACE = 0.004  # seconds: longest delay from the appearance of a file to the kill
 
 
 def forking() -> Any:
-    """What starts processes: forks of one that has imported what a run needs, and has computed nothing."""
+    """A multiprocessing context that forks from a process that has imported what a run needs but computed nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
 
 
 def lora(arguments: list[str], log: Path) -> None:
-    """The command line in a process of its own, its streams in a file."""
+    """Run the command line in this process, with stdout and stderr in ``log``, and exit with its code."""
     try:
         with log.open("w", encoding="utf-8") as file:
             for stream in (1, 2):
@@ -66,13 +66,13 @@ def lora(arguments: list[str], log: Path) -> None:
 
         code = main(arguments)
         sys.stdout.flush()
-        os._exit(code)  # what multiprocessing does at an end is not lora's, nor a signal that comes meanwhile
+        os._exit(code)  # skips multiprocessing's own shutdown, and signals during it: neither is part of lora
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)
 
 
 def start(context: Any, recipe: Path, run: Path, log: Path, *more: str) -> BaseProcess:
-    """``lora train``; with --resume when there is a folder to go on with."""
+    """Start ``lora train``, with --resume if the run's folder exists."""
     resume = ["--resume"] if run.is_dir() else []
     command = ["train", str(recipe), f"training.output_dir={run}", *more, *resume]
     process: BaseProcess = context.Process(target=lora, args=(command, log))
@@ -81,7 +81,7 @@ def start(context: Any, recipe: Path, run: Path, log: Path, *more: str) -> BaseP
 
 
 def drafts(run: Path) -> set[str]:
-    """What is being written in a run's folder, or was when its process was killed."""
+    """The drafts in a run's folder: files that are being written, or were when the process was killed."""
     found = set()
     for folder in (run, run / "checkpoints", run / "cache"):
         if folder.is_dir():
@@ -95,7 +95,7 @@ def checkpoints(run: Path) -> set[str]:
 
 
 def kill(process: BaseProcess, run: Path, log: Path, kind: str, seconds: float, chance: random.Random) -> None:
-    """Kill the process at an instant of this kind, drawn from the ``seconds`` that a whole run takes."""
+    """Wait a random part of ``seconds``, a complete run's duration; then kill the process at an instant of ``kind``."""
 
     def alive_until(seen: Callable[[], object]) -> None:
         while process.is_alive():
@@ -105,7 +105,7 @@ def kill(process: BaseProcess, run: Path, log: Path, kind: str, seconds: float, 
 
     process.join(chance.uniform(0, seconds))
     if kind == "two signals":
-        alive_until(log.exists)  # before that it is no command yet
+        alive_until(log.exists)  # before that, the command has not started
         asked = chance.choice((signal.SIGTERM, signal.SIGINT))
         for _ in range(2):
             if process.is_alive():
@@ -124,7 +124,7 @@ def kill(process: BaseProcess, run: Path, log: Path, kind: str, seconds: float, 
 
 
 def faults(run: Path, whole: Path) -> list[str]:
-    """In what a run differs from the one that was left alone."""
+    """How ``run`` differs from ``whole``, the uninterrupted run. Includes leftover drafts, incomplete checkpoints."""
     from lora_cli.training.checkpoint import is_whole
 
     found = [f"left behind: {name}" for name in sorted(drafts(run))]
@@ -142,20 +142,20 @@ def faults(run: Path, whole: Path) -> list[str]:
 
 
 def measured(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without the times, which no run repeats."""
+    """The lines of metrics.jsonl without times and speeds, which differ from run to run."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [{key: value for key, value in line.items() if key not in NOT_REPEATED} for line in lines]
 
 
 def soak(recipe: Path, folder: Path, rounds: int, seed: int) -> Counter[str]:
-    """Kill runs of the recipe ``rounds`` times; returns how often each thing was seen.
+    """Kill runs of the recipe ``rounds`` times. Return how often each event occurred.
 
-    Raises AssertionError, with the log's end, when a run cannot be resumed or ends otherwise than one left alone.
+    Raises AssertionError, with the log's end, when a run cannot be resumed or differs from an uninterrupted one.
     """
     folder.mkdir(exist_ok=True)
     context, chance, seen = forking(), random.Random(seed), Counter[str]()
     whole, log = folder / "whole", folder / "log"
-    for _ in range(2):  # the first one waits for the imports
+    for _ in range(2):  # only the second is timed: the first waits for the imports
         shutil.rmtree(whole, ignore_errors=True)
         began = time.monotonic()
         process = start(context, recipe, whole, log)
@@ -190,7 +190,7 @@ def soak(recipe: Path, folder: Path, rounds: int, seed: int) -> Counter[str]:
 
 
 def prepare(folder: Path) -> Path:
-    """A tiny model, rows and a recipe."""
+    """Write a tiny model, rows and a recipe to ``folder``. Return the recipe's path."""
     from demo_model import make_tokenizer
     from transformers import GPT2Config, GPT2LMHeadModel
 
