@@ -1,4 +1,4 @@
-"""Who is measured, each with what differs from its library's defaults."""
+"""The contestants that are measured, each with the options that differ from its library's defaults."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ OURS = "lora"
 
 @dataclass(frozen=True)
 class Contestant:
-    """``tool`` is lora, or the module in peers that runs another library; ``in_order`` says that its steps take the
-    rows of the file as they stand, so that losses can be held against each other step by step."""
+    """A tool with its options. ``tool`` is "lora", or the module in ``peers`` that runs another library. ``in_order``:
+    its steps take the rows in the file's order, so that losses can be compared step by step."""
 
     name: str
     tool: str
@@ -28,7 +28,7 @@ class Contestant:
 
     @property
     def packs(self) -> bool:
-        """Whether rows are laid end to end."""
+        """Whether rows are packed end to end."""
         return bool(self.options.get("packing", self.options.get("data.packing", self.tool == OURS)))
 
 
@@ -48,7 +48,7 @@ CPU = (
 
 
 def on_gpu() -> tuple[Contestant, ...]:
-    """On a GPU."""
+    """The contestants on a GPU."""
     best = _best_on_gpu()
     return (
         Contestant(OURS, OURS),
@@ -59,8 +59,8 @@ def on_gpu() -> tuple[Contestant, ...]:
 
 
 def for_context(gpu: bool, offloads: bool) -> tuple[Contestant, ...]:
-    """For the longest row that fits: TRL checkpoints by default, and on a GPU can keep activations in host memory, as
-    lora does where it has to, or at any length when it ``offloads``."""
+    """The contestants for the longest row that fits. TRL uses gradient checkpointing by default, and on a GPU can also
+    offload activations to host memory. lora does so when it must, or at every length if ``offloads``."""
     best = _best_on_gpu()
     offloading = Contestant("trl-best-offloading", "sft", best | {"activation_offloading": True}, in_order=True)
     own = Contestant(OURS, OURS, {"training.gradient_checkpointing": "offload"} if offloads else {})
@@ -69,7 +69,7 @@ def for_context(gpu: bool, offloads: bool) -> tuple[Contestant, ...]:
 
 
 def _best_on_gpu() -> dict[str, Any]:
-    """Liger and FlashAttention for TRL when they are installed."""
+    """TRL's options for Liger and FlashAttention, if they are installed."""
     options: dict[str, Any] = {"use_liger_kernel": True} if find_spec("liger_kernel") else {}
     return options | ({"attn_implementation": "flash_attention_2"} if find_spec("flash_attn") else {})
 
@@ -77,7 +77,7 @@ def _best_on_gpu() -> dict[str, Any]:
 def choose(
     all_of_them: Iterable[Contestant], only: Collection[str], work: Work, has_bf16: bool
 ) -> tuple[list[Contestant], dict[str, str]]:
-    """Those asked for that can run here, lora always, and why the others cannot."""
+    """The requested contestants that can run here, always with lora, and the reasons why the others cannot."""
     chosen, skipped = [], {}
     for each in all_of_them:
         if only and each.name not in (OURS, *only):
@@ -94,18 +94,18 @@ def choose(
 
 
 def command(contestant: Contestant, work: Work, folder: Path) -> list[str]:
-    """What starts it, as arguments of Python."""
+    """Write the contestant's recipe or job, and return the Python arguments that start it."""
     if contestant.tool == OURS:
         return ["-m", "lora_cli", "train", str(ours.write_recipe(work, folder, contestant.options))]
     return ["-m", f"bench.peers.{contestant.tool}", str(write_job(work, folder, contestant.options))]
 
 
 def start(contestant: Contestant, work: Work, folder: Path, env: dict[str, str], gpu: bool) -> Ended:
-    """One run in a fresh process; its files and ``log`` are left in ``folder``."""
+    """Run the contestant in a fresh process, which leaves its files and ``log`` in ``folder``."""
     sign = (lambda: bool(ours.metrics(folder))) if contestant.tool == OURS else None
     return run(command(contestant, work, folder), env, folder / "log", sign, gpu)
 
 
 def read(contestant: Contestant, work: Work, folder: Path, ended: Ended) -> Did:
-    """What a run that ended well did."""
+    """The report of a run that succeeded."""
     return ours.read_run(work, folder, ended) if contestant.tool == OURS else read_did(folder)

@@ -1,4 +1,4 @@
-"""Memory as a model grows tenfold in layers: lora merge and lora quantize on a model and on a deeper one."""
+"""Peak memory of lora merge and lora quantize on a model and on one with ten times as many layers."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from bench.weights import MAX_LENGTH, OURS, TOLD, contestants, one_run
 
 VERBS = ("merge", "quantize")
 ASKED = 1.1
-"""What the deeper model's peak should be at most, in that of the other."""
+"""Target: the largest ratio of the deeper model's peak memory to the other's."""
 
 Runs = Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]
-"""By verb and shape."""
+"""Runs by verb, then by shape."""
 
 
 def benchmark(options: Options, folder: Path) -> dict[str, Any]:
-    """Makes both models, and measures on them."""
+    """Make both models and measure on them."""
     env = environment(options.threads, folder / "caches", options.gpu)
     return measure(options, MODELS, folder, env)
 
 
 def measure(options: Options, models: Path, folder: Path, env: dict[str, str]) -> dict[str, Any]:
-    """Both verbs on both models once a round, in fresh processes."""
+    """Run both verbs on both models once per round, in fresh processes."""
     shapes = (options.shape, options.shape + DEEPER)
     commands, sizes = {}, {}
     for shape in shapes:
@@ -46,7 +46,7 @@ def measure(options: Options, models: Path, folder: Path, env: dict[str, str]) -
     for _ in range(options.rounds):
         for (verb, shape), command in commands.items():
             shutil.rmtree(folder / shape / OURS, ignore_errors=True)
-            os.sync()  # what the one before has left to be written
+            os.sync()  # finish the previous run's writes
             runs[verb][shape].append(one_run(command, folder / f"{verb}.log", env))
     ratio = ratios(runs)
     print(show(runs, ratio, sizes))
@@ -62,7 +62,7 @@ def measure(options: Options, models: Path, folder: Path, env: dict[str, str]) -
 
 
 def ratios(runs: Runs) -> dict[str, float]:
-    """For each verb the deeper model's peak over the other's, of medians."""
+    """For each verb, the deeper model's median peak memory over the other's."""
     found = {}
     for verb, shapes in runs.items():
         one, deeper = (median(run["peak_bytes"] for run in each) for each in shapes.values())

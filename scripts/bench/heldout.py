@@ -1,4 +1,4 @@
-"""One judge for everyone's adapter: loss on the held-out rows, row by row, through Transformers and PEFT alone;
+"""Compute every adapter's loss on the held-out rows in the same way, one row at a time with Transformers and PEFT;
 ``python -m bench.heldout job.json``."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BASE = "base"
 
 
 def main(job: str) -> None:
-    """Writes losses.json: mean negative log-likelihood of the supervised tokens for each adapter, and for the base."""
+    """Write losses.json: mean negative log-likelihood of the supervised tokens for the base and each adapter."""
     work, folder, adapters = read_job(job)
     tokenizer = AutoTokenizer.from_pretrained(work.model)
     rows = []
@@ -43,7 +43,7 @@ def main(job: str) -> None:
 
 @torch.no_grad()
 def loss(model: torch.nn.Module, rows: list[tuple[int, torch.Tensor]], device: str) -> float:
-    """Summed over tokens first, then divided by their number."""
+    """Mean negative log-likelihood over the supervised tokens of all rows, not a mean of the rows' means."""
     total, count = 0.0, 0
     for prompt, ids in rows:
         ids = ids.to(device)

@@ -1,4 +1,4 @@
-"""The bench's own work in processes of its own, so that what measures holds no model and no CUDA context."""
+"""Run the bench's own work in separate processes, so that the measuring process holds no model or CUDA context."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODELS = PLACE / "models"
 
 
 def helper(module: str, told: dict[str, Any], folder: Path, env: dict[str, str], result: str) -> dict[str, Any]:
-    """What one of the bench's own processes found out."""
+    """Write the job ``told``, run ``bench.<module>`` on it, and return what it wrote to the file ``result``."""
     job = folder / f"{module}-job.json"
     job.write_text(json.dumps(told), encoding="utf-8")
     return run_helper(module, job, env, folder / result)
@@ -22,13 +22,13 @@ def helper(module: str, told: dict[str, Any], folder: Path, env: dict[str, str],
 def prepared(
     shape: str, folder: Path, env: dict[str, str], max_length: int, rows: int, heldout_rows: int, models: Path = MODELS
 ) -> dict[str, Any]:
-    """The model of this shape, kept for the next time, and so many rows: where they are, and what they hold."""
+    """Make rows and, if it is not in ``models`` yet, the model of this shape. Return their paths and counts."""
     told = {"shape": shape, "models": str(models), "folder": str(folder), "max_length": max_length}
     return helper("prepare", told | {"rows": rows, "heldout_rows": heldout_rows}, folder, env, "rows.json")
 
 
 def run_helper(module: str, job: Path, env: dict[str, str], result: Path) -> dict[str, Any]:
-    """Runs ``module`` on ``job`` and reads what it wrote."""
+    """Run ``bench.<module>`` on ``job`` and return what it wrote to ``result``. Raises SystemExit when it fails."""
     log = job.with_suffix(".log")
     if run(["-m", f"bench.{module}", str(job)], env, log).exit_code:
         raise SystemExit(f"bench.{module} failed:\n{tail(log)}")

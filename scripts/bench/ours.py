@@ -1,4 +1,4 @@
-"""lora itself on the work, through its command line; what it did is read from the files of its run."""
+"""lora as a contestant: recipes for its command line, and its report, read from the files of the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.work import Did, Work
 
 
 def write_recipe(work: Work, folder: Path, options: dict[str, Any]) -> Path:
-    """The recipe for this work: what the work fixes and these dotted keys; all else is lora's default."""
+    """Write the recipe for ``work``. ``options`` are dotted keys to set; other settings keep lora's defaults."""
     packing = options.get("data.packing", True)
     recipe: dict[str, Any] = {
         "model": {"name_or_path": work.model},
@@ -46,7 +46,7 @@ def write_recipe(work: Work, folder: Path, options: dict[str, Any]) -> Path:
 def write_steps(
     options: Options, model: str, rows: str, folder: Path, max_length: int, r: int, training: dict[str, Any]
 ) -> Path:
-    """The recipe for some steps on ``rows``, as ``training`` says, with an adapter on the shape's layers."""
+    """Write a recipe for some steps on ``rows``, with an adapter on the shape's layers and these ``training`` keys."""
     recipe = {
         "model": {"name_or_path": model} | ({} if options.dtype == "auto" else {"dtype": options.dtype}),
         "adapter": {"r": r, "target_modules": list(SHAPES[options.shape].targets)},
@@ -69,7 +69,7 @@ def _write(recipe: dict[str, Any], folder: Path) -> Path:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The training lines that are there so far."""
+    """The training lines that metrics.jsonl has so far."""
     path = folder / "run" / "metrics.jsonl"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     whole = text[: text.rfind("\n") + 1].splitlines()
@@ -77,7 +77,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def rate(lines: list[dict[str, Any]], warmup: int) -> float:
-    """Real tokens a second after so many steps: a line's tokens_per_second are those since the line before it."""
+    """Real tokens per second after ``warmup`` steps. A line's tokens_per_second is that since the previous line."""
     ends = [0.0, *(line["seconds"] for line in lines)]
     spans = [end - start for start, end in pairwise(ends)]
     tokens = [line["tokens_per_second"] * span for line, span in zip(lines, spans, strict=True)]
@@ -85,7 +85,7 @@ def rate(lines: list[dict[str, Any]], warmup: int) -> float:
 
 
 def read_run(work: Work, folder: Path, ended: Ended) -> Did:
-    """What the run's files say."""
+    """The report of the run, from its files."""
     lines = metrics(folder)
     info = json.loads((folder / "run" / "run.json").read_text(encoding="utf-8"))
     assert ended.sign is not None

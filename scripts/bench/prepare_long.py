@@ -1,4 +1,4 @@
-"""A model, and rows that are longer than any context tried; ``python -m bench.prepare_long job.json``."""
+"""Make a model, and rows longer than any context that is tried; ``python -m bench.prepare_long job.json``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.prepare import SEED, model_folder
 
 
 def main(job: str) -> None:
-    """Writes rows.json; each row has at least ``tokens`` tokens, made of other rows laid one after the other."""
+    """Write train.jsonl, whose rows join completions to at least ``tokens`` tokens, and rows.json with the paths."""
     told = json.loads(Path(job).read_text(encoding="utf-8"))
     source, train, _ = data.texts(SEED)
     model = model_folder(told["shape"], Path(told["models"]), source, train)
@@ -23,7 +23,7 @@ def main(job: str) -> None:
     rows = []
     for _ in range(told["rows"]):
         parts, tokens = [], 0
-        while tokens <= told["tokens"] * 1.01:  # some tokens join where two texts meet
+        while tokens <= told["tokens"] * 1.01:  # 1% more: tokens can merge where two texts meet
             parts.append(next(texts))
             tokens += len(tokenizer(parts[-1])["input_ids"])
         rows.append({"prompt": train[0]["prompt"], "completion": "".join(parts)})

@@ -1,4 +1,4 @@
-"""Whether all contestants did the same work: counts exactly, losses within what order and precision allow."""
+"""Check that all contestants did the same work: equal counts, and losses as close as row order and precision allow."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from statistics import median
 from bench.contestants import Contestant
 from bench.work import Did, Work
 
-STEPS_OF_PACKED = 0.25  # share by which the steps of who packs may differ
-FIRST_LOSS = 0.02  # share by which the first loss may differ from the base's on held-out rows: the weights are random
-STEP_LOSS = {"float32": 1e-3, "default": 2e-2}  # share, step by step, of those that take the rows in the same order
-LEARNED = 0.5  # share by which the held-out loss's fall may differ from the median: other rows and steps in packed ones
-LEARNED_IN_ORDER = {"float32": 0.01, "default": 0.1}  # the same among those that take the rows in the same order
+STEPS_OF_PACKED = 0.25  # largest relative difference in the number of steps with packing
+FIRST_LOSS = 0.02  # largest relative difference of the first loss from the base's held-out loss: weights are random
+STEP_LOSS = {"float32": 1e-3, "default": 2e-2}  # largest relative difference of a step's loss, rows in the same order
+LEARNED = 0.5  # largest relative difference of the fall in held-out loss from the median: packing changes the steps
+LEARNED_IN_ORDER = {"float32": 0.01, "default": 0.1}  # the same, rows in the same order
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 def tensors(adapter: Path) -> Shapes:
-    """Names and shapes of an adapter's tensors, from the file's header."""
+    """Names and shapes of an adapter's tensors, read from the file's header."""
     with (adapter / "adapter_model.safetensors").open("rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     return {name: tuple(value["shape"]) for name, value in header.items() if name != "__metadata__"}
 
 
 def count_faults(contestant: Contestant, did: Did, shapes: Shapes, work: Work, expected: Shapes) -> list[str]:
-    """What one run did otherwise than the work says."""
+    """Where a run's counts differ from ``work``, or its adapter's ``shapes`` from ``expected``."""
     faults = [
         f"{name} {got:,}, not {wanted:,}"
         for name, got, wanted in (
@@ -49,7 +49,7 @@ def count_faults(contestant: Contestant, did: Did, shapes: Shapes, work: Work, e
 
 
 def loss_faults(dids: Mapping[Contestant, Did], falls: Mapping[str, float], base: float, work: Work) -> list[str]:
-    """What the losses of one round say; ``falls`` is by how much each adapter lowers the ``base`` held-out loss."""
+    """Losses of one round that differ too much. ``falls`` is how far each adapter lowers the ``base`` held-out loss."""
     faults = []
     model = next((each for each in dids if each.in_order), None)
     middle = median(falls.values())

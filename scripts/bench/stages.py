@@ -1,4 +1,4 @@
-"""Rows from their file to micro-batches, stage by stage, as training goes; ``python -m bench.stages job.json``."""
+"""Time each data stage of training, from a file of rows to micro-batches; ``python -m bench.stages job.json``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Found = TypeVar("Found")
 
 
 def main(job: str) -> None:
-    """Writes stages.json: each stage's seconds, and the resident memory at its highest in the course of it."""
+    """Write stages.json: rows, tokens, how full the batches are, and each stage's seconds and peak resident memory."""
     told = json.loads(Path(job).read_text(encoding="utf-8"))
     folder, max_length = Path(told["folder"]), told["max_length"]
     tokenizer = AutoTokenizer.from_pretrained(told["model"])
@@ -33,7 +33,7 @@ def main(job: str) -> None:
     stages: dict[str, dict[str, float]] = {}
 
     def stage(name: str, work: Callable[[], Found]) -> Found:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak resident memory, VmHWM
         start = time.perf_counter()
         found = work()
         stages[name] = {"seconds": time.perf_counter() - start, "peak_bytes": _high_water()}

@@ -1,4 +1,4 @@
-"""Start-up: help, a refused recipe, the first step of the demo's recipe, and what imports what."""
+"""Time the start-up: help, a rejected recipe, the first step of the demo's recipe, and the slowest imports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.options import Options
 from bench.processes import Ended, environment, run, tail
 from bench.work import Work, read_did, write_job
 
-LIMITS = {"refused recipe": 1.0, "first step": 5.0}  # seconds, asked of two cores
+LIMITS = {"refused recipe": 1.0, "first step": 5.0}  # target seconds on two cores
 LORA = ["-m", "lora_cli"]
 IMPORTS = ("import torch", "from transformers import AutoModelForCausalLM", "import peft", "import datasets")
 IMPORT = re.compile(r"import time:\s*(\d+) \|\s*(\d+) \|( *)(\S+)")
@@ -23,7 +23,7 @@ SHOWN = 20
 
 
 def benchmark(options: Options, folder: Path) -> dict[str, Any]:
-    """Each command once a round, in fresh processes; then one traced run."""
+    """Time each command once per round in a fresh process; then trace the imports of one run."""
     env = environment(options.threads, folder / "caches")
     recipe = demo_recipe(folder, env)
     bad = folder / "bad.yaml"
@@ -63,8 +63,8 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
 
 
 def demo_recipe(folder: Path, env: dict[str, str]) -> list[str]:
-    """configs/tiny-gpt2.yaml on a model and rows of its own, made by the demo's scripts; the model is pretrained for a
-    step only, which takes nothing from what is measured."""
+    """Arguments that train configs/tiny-gpt2.yaml on a model and rows made here by the demo's scripts. The model is
+    pretrained for only one step, which does not affect the times."""
     rows, model = folder / "data", folder / "base"
     for script in (
         ["scripts/demo_data.py", "--out", rows],
@@ -87,7 +87,7 @@ def timed(arguments: list[str], env: dict[str, str], folder: Path, exit_code: in
 
 
 def first_step(recipe: Sequence[str], env: dict[str, str], folder: Path) -> float:
-    """Seconds from the start of the process to the end of the first step; the run is short."""
+    """Seconds from the start of the process to the end of the first step, in a run of three steps."""
     arguments = [*LORA, "train", *recipe, "training.max_steps=3", f"training.output_dir={folder / 'run'}"]
     ended = checked(run(arguments, env, folder / "log", lambda: bool(ours.metrics(folder))), folder / "log")
     assert ended.sign is not None
@@ -95,7 +95,7 @@ def first_step(recipe: Sequence[str], env: dict[str, str], folder: Path) -> floa
 
 
 def first_step_of_trl(folder: Path, env: dict[str, str], place: Path) -> float:
-    """The same for SFTTrainer on the demo's model, adapter and first rows, without an evaluation before it."""
+    """The same for SFTTrainer with the demo's model, adapter and first 48 rows, without an evaluation before it."""
     rows = [json.loads(line) for line in (folder / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     work = Work(
         model=str(folder / "base"),
@@ -120,14 +120,14 @@ def first_step_of_trl(folder: Path, env: dict[str, str], place: Path) -> float:
 
 
 def checked(ended: Ended, log: Path, exit_code: int = 0) -> Ended:
-    """Raises SystemExit with the end of its output when it ended otherwise."""
+    """Return ``ended``. Raises SystemExit, with the end of the log, when its exit code is not ``exit_code``."""
     if ended.exit_code != exit_code:
         raise SystemExit(f"exit code {ended.exit_code}, expected {exit_code}:\n{tail(log)}")
     return ended
 
 
 def imported(recipe: Sequence[str], env: dict[str, str], folder: Path) -> list[dict[str, Any]]:
-    """What a run of one step imports, from Python's own trace."""
+    """The slowest imports between packages in a run of one step, from Python's own trace."""
     log = folder / "imports.log"
     told = ["training.max_steps=1", f"training.output_dir={folder / 'run'}"]
     checked(run(["-X", "importtime", *LORA, "train", *recipe, *told], env, log), log)
@@ -135,10 +135,10 @@ def imported(recipe: Sequence[str], env: dict[str, str], folder: Path) -> list[d
 
 
 def crossings(trace: str) -> list[dict[str, Any]]:
-    """The imports of one package by another, those that took longest first, with all that they imported in turn.
+    """The slowest imports of one package by another, slowest first. Times include all nested imports.
 
-    ``trace`` is what -X importtime wrote: a module after those it imports, so that read backwards each stands below its
-    importer.
+    ``trace`` is the output of -X importtime. It lists a module after the modules that it imports, so that read
+    backwards each module follows its importer.
     """
     found = []
     chain: list[str] = []

@@ -1,4 +1,4 @@
-"""The work that every contestant is given, and what each must say of what it did."""
+"""The work that every contestant is given, and the report that each must return."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Work:
-    """One pass over ``rows`` rows with LoRA and AdamW at a constant rate, prompts masked.
+    """One pass over ``rows`` rows with LoRA and AdamW at a constant learning rate, with prompts masked.
 
-    ``model`` is a folder, ``train`` and ``heldout`` are .jsonl files of prompts and completions. A step takes
-    ``batch_size`` rows; who packs takes ``packed_batch_size`` times ``max_length`` tokens, which comes nearest to as
-    many steps. Steps up to ``warmup_steps`` are left out of the rate. ``precision`` is float32 for all, or default:
-    what each library does by itself. ``nf4`` says that the model is stored so.
+    ``model`` is a folder; ``train`` and ``heldout`` are .jsonl files of prompts and completions. A step takes
+    ``batch_size`` rows. With packing, it takes ``packed_batch_size`` times ``max_length`` tokens, for about as many
+    steps. The first ``warmup_steps`` steps do not count for tokens per second. ``precision`` is "float32" for all, or
+    "default" for each library's own. ``nf4``: the model is stored in NF4.
     """
 
     model: str
@@ -38,16 +38,16 @@ class Work:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of who takes ``batch_size`` rows a step."""
+        """Optimizer steps of a contestant that takes ``batch_size`` rows per step."""
         return -(-self.rows // self.batch_size)
 
 
 @dataclass(frozen=True)
 class Did:
-    """What a contestant did: counts of what went through the model, times by the wall clock.
+    """What a contestant did: counts of what went through the model, and wall-clock times.
 
-    ``tokens_per_second`` counts real tokens, prompts with them, padding not, over the steps after the warm-up;
-    ``first_step_at`` is ``time.time()`` at the end of the first step; ``settings`` are those worth reading.
+    ``tokens_per_second`` counts tokens of prompts and completions, without padding, over the steps after the warm-up.
+    ``first_step_at`` is ``time.time()`` at the end of the first step. ``settings`` are those that affect the figures.
     """
 
     steps: int
@@ -63,7 +63,7 @@ class Did:
 
 
 def write_job(work: Work, folder: Path, options: dict[str, Any]) -> Path:
-    """The description that a peer's process is given: the work, where to write, and its options."""
+    """Write job.json for a peer's process: the work, the folder to write to, and the options. Return its path."""
     path = folder / "job.json"
     path.write_text(json.dumps({"work": asdict(work), "folder": str(folder), "options": options}), encoding="utf-8")
     return path
@@ -76,7 +76,7 @@ def read_job(path: str) -> tuple[Work, Path, dict[str, Any]]:
 
 
 def write_did(did: Did, folder: Path) -> None:
-    """A peer's report."""
+    """Write a peer's report to did.json."""
     (folder / "did.json").write_text(json.dumps(asdict(did)), encoding="utf-8")
 
 

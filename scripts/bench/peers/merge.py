@@ -1,4 +1,4 @@
-"""An adapter merged as PEFT's documentation does it: ``python -m bench.peers.merge ADAPTER OUT``."""
+"""Merge an adapter as PEFT's documentation does: ``python -m bench.peers.merge ADAPTER OUT``."""
 
 from __future__ import annotations
 

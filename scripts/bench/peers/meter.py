@@ -1,4 +1,4 @@
-"""What a Transformers trainer did, counted at the model's door and at the end of each step."""
+"""Count what a Transformers trainer does, at the model's input and at the end of each step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bench.work import Did, Work
 
 
 class Meter(TrainerCallback):
-    """Counts what goes into the model and when steps end; a callback and a hook, so that no trainer is changed."""
+    """Counts the model's inputs and times the ends of steps with a hook and a callback, so that no trainer changes."""
 
     def __init__(self) -> None:
         self.counts: list[torch.Tensor] = []  # per forward pass: real tokens, supervised tokens, rows
-        self.passes: list[int] = []  # forward passes by the end of each step
+        self.passes: list[int] = []  # forward passes so far, at the end of each step
         self.ends: list[float] = []
         self.losses: list[float] = []
         self.first_step_at = 0.0
@@ -47,7 +47,7 @@ class Meter(TrainerCallback):
             self.losses.append(float(logs["loss"]))
 
     def did(self, work: Work, model: torch.nn.Module, adapter: Path, settings: dict[str, Any]) -> Did:
-        """The report."""
+        """The report of the training."""
         counts = torch.stack(self.counts).cpu()
         tokens, supervised, rows = counts.sum(dim=0).tolist()
         after = counts[self.passes[work.warmup_steps - 1] :, 0].sum().item()
@@ -66,8 +66,8 @@ class Meter(TrainerCallback):
 
 
 def common_arguments(work: Work, folder: Path, packing: bool) -> dict[str, Any]:
-    """What the work fixes, in TrainingArguments' names. The rows' order is the file's, but for packed ones, which TRL
-    sorts by length: there it is the library's draw."""
+    """The settings that the work fixes, as TrainingArguments. Rows keep the file's order. Only packed rows are
+    shuffled by the library, since TRL sorts them by length."""
     return {
         "output_dir": str(folder),
         "num_train_epochs": 1,
@@ -80,13 +80,13 @@ def common_arguments(work: Work, folder: Path, packing: bool) -> dict[str, Any]:
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
-        "use_cpu": not torch.cuda.is_available(),  # without it bf16 is refused on a CPU
+        "use_cpu": not torch.cuda.is_available(),  # without it, bf16 is rejected on a CPU
         "disable_tqdm": True,
     }
 
 
 def settings_of(arguments: TrainingArguments, model: torch.nn.Module) -> dict[str, Any]:
-    """What came of the library's defaults."""
+    """The settings in effect, including the library's defaults."""
     names = ("bf16", "gradient_checkpointing", "optim", "use_liger_kernel", "packing", "padding_free")
     found = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     dtypes = {str(weight.dtype).removeprefix("torch.") for weight in model.parameters()}

@@ -1,4 +1,4 @@
-"""A model stored in NF4 by Transformers: ``python -m bench.peers.quantize MODEL OUT``."""
+"""Store a model in NF4 with Transformers: ``python -m bench.peers.quantize MODEL OUT``."""
 
 from __future__ import annotations
 

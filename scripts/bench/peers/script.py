@@ -1,5 +1,5 @@
-"""A script as people write it with Transformers' Trainer: dynamic padding, no gradient checkpointing;
-``python -m bench.peers.script job.json``. Option: bf16, weights and autocast."""
+"""A typical script with Transformers' Trainer: dynamic padding, no gradient checkpointing;
+``python -m bench.peers.script job.json``. The option ``bf16`` applies to weights and autocast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer on the work; ``python -m bench.peers.sft job.json``. Options are SFTConfig's."""
+"""TRL's SFTTrainer on the work; ``python -m bench.peers.sft job.json``. Options: SFTConfig's, attn_implementation."""
 
 from __future__ import annotations
 
