@@ -1,7 +1,7 @@
-"""Measure lora beside other tools on the same work.
+"""Compare lora with other tools on the same work.
 
-Every figure is from a fresh process; rounds are interleaved, so that a busy machine is busy for all. What is printed is
-kept as JSON under scripts/bench/results, with the chip and the versions.
+Every figure is from a fresh process. Rounds are interleaved, so that a busy machine affects all tools alike. Results
+are also written as JSON to scripts/bench/results, with the chip and the package versions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHAPE_FOR = {"merge": "llama-500m", "quantize": "llama-500m", "flat": "llama-40m
 
 
 def parse(arguments: list[str]) -> tuple[list[str], Options]:
-    """The benchmarks asked for and their options."""
+    """The requested benchmarks and their options."""
     parser = argparse.ArgumentParser(
         prog="scripts/bench/run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,7 +82,7 @@ def parse(arguments: list[str]) -> tuple[list[str], Options]:
 
 
 def main(arguments: list[str]) -> int:
-    """0 when it was measured; 1 when contestants failed or did not do the same work."""
+    """Return 0 when all was measured, 1 when contestants failed or did not do the same work."""
     names, options = parse(arguments)
     records = {name: measured(name, options) for name in names}
     folder = options.out or (None if options.quick else RESULTS)
@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> int:
 
 
 def measured(name: str, options: Options) -> dict[str, Any]:
-    """A benchmark's record, with the machine and the versions; what it writes meanwhile goes when it ends."""
+    """Run a benchmark in a temporary folder. Return its record with the machine and the package versions."""
     PLACE.mkdir(exist_ok=True)
     before = machine.describe(options.threads)
     with tempfile.TemporaryDirectory(dir=PLACE) as folder:

@@ -1,7 +1,7 @@
-"""The longest context that trains on this card: rows of one length, batch 1, lengths searched in fresh processes.
+"""Find the longest context that trains on this device: rows of one length, batch size 1, each in a fresh process.
 
-Or what memory given lengths take with activations offloaded: from a few short ones follows what a longer one will,
-which would take hours to find, attention being most of the work there.
+Or measure the memory at given lengths, with lora offloading activations. A few short lengths predict the memory of a
+longer one. Measuring that would take hours, because attention is most of the work there.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from bench.work import Work
 
 R, QUICK_R = 32, 8
 FIRST, QUICK_LIMIT = 2048, 256
-GRAIN = 0.01  # share of the length to which the search goes
-MULTIPLE = 64  # of which lengths are
-ROWS = 2  # a step each: the second has the optimizer's state in memory
+GRAIN = 0.01  # relative precision of the search
+MULTIPLE = 64  # every length is a multiple of this
+ROWS = 2  # one per step: the second step has the optimizer's state in memory
 OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "CUBLAS_STATUS_ALLOC_FAILED")
 PUBLISHED = {"unsloth": 342_733, "huggingface-flash-attention-2": 28_454}  # 8B, NF4, r=32, all linear layers, 80 GB
 
 
 def benchmark(options: Options, folder: Path) -> dict[str, Any]:
-    """The search for each contestant."""
+    """Search for the longest context of each contestant, or try ``options.lengths``."""
     limit = QUICK_LIMIT if options.quick else SHAPES[options.shape].config["max_position_embeddings"]
     env = environment(options.threads, folder / "caches", options.gpu)
     told = {"shape": options.shape, "models": str(MODELS), "folder": str(folder), "tokens": limit}
@@ -71,7 +71,7 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
 
 
 def long_work(options: Options, rows: dict[str, Any]) -> Work:
-    """Rows longer than any length that is tried: each is cut to it."""
+    """The work on rows longer than any length tried. ``benchmark`` sets each length as ``max_length``: rows are cut."""
     return Work(
         model=rows["model"],
         train=rows["train"],
@@ -93,9 +93,9 @@ def long_work(options: Options, rows: dict[str, Any]) -> Work:
 
 
 def probe(contestant: Contestant, work: Work, folder: Path, options: Options) -> dict[str, Any]:
-    """Whether two steps of one row of ``work.max_length`` tokens go through.
+    """Run two steps of one row of ``work.max_length`` tokens. Return whether they fit, and their speed and memory.
 
-    Raises SystemExit when they fail for another reason than memory, or when other rows were trained on.
+    Raises SystemExit when they fail for another reason than memory, or with other numbers of steps or tokens.
     """
     place = fresh_folder(folder / contestant.name)
     ended = start(contestant, work, place, environment(options.threads, place / "caches", options.gpu), options.gpu)
@@ -117,8 +117,8 @@ def probe(contestant: Contestant, work: Work, folder: Path, options: Options) ->
 
 
 def search(fits: Callable[[int], bool], first: int, limit: int) -> int:
-    """The greatest length up to ``limit`` that fits, to within GRAIN below: doubled from ``first`` until one does not
-    fit, then halved; 0 when no multiple of MULTIPLE fits."""
+    """The longest length up to ``limit`` that fits, too short by at most GRAIN of it or MULTIPLE. Double from ``first``
+    until a length does not fit, then bisect. Return 0 when no multiple of MULTIPLE fits."""
     good, bad, length = 0, limit + MULTIPLE, first
     while good < limit and bad > limit:
         if fits(length):

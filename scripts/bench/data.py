@@ -1,4 +1,4 @@
-"""Rows to train on: MedQuAD where it stands beside the checkout, else rows of the same lengths, generated."""
+"""Rows to train on: MedQuAD if it is next to the checkout, otherwise generated rows of similar lengths."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from bench.processes import ROOT
 
 MEDQUAD = ROOT.parent / "shared" / "data" / "medquad"
 WORDS = 4000
-MEDIAN_WORDS, SPREAD, MOST_WORDS = 140, 0.95, 4000  # of an answer in MedQuAD: log-normal, roughly
+MEDIAN_WORDS, SPREAD, MOST_WORDS = 140, 0.95, 4000  # words of a MedQuAD answer, roughly log-normal
 
 
 def texts(seed: int) -> tuple[str, list[dict[str, str]], list[dict[str, str]]]:
-    """Where the rows come from, those to train on and those held out: ``prompt`` and ``completion``."""
+    """The source's name, the training rows and the held-out rows. Rows have ``prompt`` and ``completion``."""
     if MEDQUAD.is_dir():
         return "MedQuAD", _medquad("train"), _medquad("validation")
     draw = random.Random(seed)
@@ -30,7 +30,7 @@ def _medquad(split: str) -> list[dict[str, str]]:
 
 
 def _generate(draw: random.Random, words: list[str], count: int) -> list[dict[str, str]]:
-    """Words drawn with the frequencies of language (Zipf), so that byte pairs are worth merging."""
+    """Rows of words drawn with the frequencies of natural language (Zipf), so that BPE has pairs worth merging."""
     summed = list(accumulate(1 / rank for rank in range(1, len(words) + 1)))
 
     def text(length: int) -> str:
@@ -46,6 +46,6 @@ def row(question: str, answer: str) -> dict[str, str]:
 
 
 def write(path: Path, rows: list[dict[str, str]], count: int) -> str:
-    """The first ``count`` rows as .jsonl."""
+    """Write the first ``count`` rows as .jsonl. Return the path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in islice(rows, count)), encoding="utf-8")
     return str(path)

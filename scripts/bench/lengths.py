@@ -1,4 +1,4 @@
-"""Short rows and long: the cost of a token as a row's length grows and the tokens of a step stay."""
+"""The cost per token as rows get longer while the tokens per step stay the same."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from bench.scale import SEED, TOKENS, one_run, write_recipe
 from bench.shapes import SHAPES
 
 LENGTHS, QUICK_LENGTHS = (128, 256, 512, 1024), (64, 128)
-CHARACTERS = 10  # of a row for each token that it is cut to: more than any tokenizer needs
-ROWS = 64  # that ``prepare`` learns a vocabulary from
+CHARACTERS = 10  # of text per token that a row is truncated to: more than any tokenizer needs
+ROWS = 64  # training and held-out rows that ``prepare`` writes
 
 
 def benchmark(options: Options, folder: Path) -> dict[str, Any]:
-    """Runs on the same texts, all cut to one length and then to another; rounds are interleaved."""
+    """Run once per length in each round, with rows from the same texts truncated to that length."""
     env = environment(options.threads, folder / "caches", options.gpu)
     lengths = QUICK_LENGTHS if options.quick else LENGTHS
     made = prepared(options.shape, folder, env, lengths[-1], ROWS, ROWS)
@@ -49,7 +49,7 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
 
 
 def write_rows(texts: list[dict[str, str]], count: int, characters: int, path: Path) -> None:
-    """So many rows, each of one text after the other until it is as long as asked."""
+    """Write ``count`` rows to ``path``, each with a completion of ``characters`` characters joined from ``texts``."""
     pieces = cycle(texts)
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
@@ -62,8 +62,8 @@ def write_rows(texts: list[dict[str, str]], count: int, characters: int, path: P
 
 
 def arithmetic(shape: str, length: int) -> float:
-    """Multiplications that training on a token takes: twice a frozen layer's, forward and to its input, and thrice
-    attention's over the tokens before it, both of whose products are of two inputs with a slope."""
+    """Multiplications to train on a token: two passes of each frozen layer (forward, and gradient w.r.t. its input) and
+    three of causal attention, whose two products need the gradients w.r.t. both their inputs."""
     config = SHAPES[shape].config
     if "n_embd" in config:
         width, layers = config["n_embd"], config["n_layer"]
@@ -76,7 +76,7 @@ def arithmetic(shape: str, length: int) -> float:
 
 
 def show(record: dict[str, Any]) -> str:
-    """The table in Markdown: the time of a token, and what its arithmetic would have it be, over the shortest rows'."""
+    """The table in Markdown: the time per token, measured and by ``arithmetic``, relative to the shortest rows."""
     runs = record["runs"]
     shortest = min(runs)
     base = median(each["tokens_per_second"] for each in runs[shortest])

@@ -1,4 +1,4 @@
-"""The chip, the versions, and how fast its products are on a model's shapes; ``python -m bench.machine job.json``."""
+"""The chip, package versions, and the speed of matmuls with a model's shapes; ``python -m bench.machine job.json``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROUNDS = 5
 
 
 def versions() -> dict[str, str]:
-    """What is installed of what matters here."""
+    """The versions of Python and of the installed PACKAGES."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -43,7 +43,7 @@ def versions() -> dict[str, str]:
 
 
 def describe(threads: int) -> dict[str, Any]:
-    """The machine in words and numbers; ``load`` is the last minute's average, other work with it."""
+    """Describe the machine. ``load`` is the last minute's load average, including other processes."""
     return {
         "chip": _chip(),
         "cores": len(os.sched_getaffinity(0)),
@@ -55,7 +55,7 @@ def describe(threads: int) -> dict[str, Any]:
 
 
 def gpu_name() -> str:
-    """What nvidia-smi calls the card."""
+    """The GPU's name and total memory, from nvidia-smi."""
     command = ["nvidia-smi", f"--id={gpu_number()}", "--query-gpu=name,memory.total", "--format=csv,noheader"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -66,7 +66,7 @@ def _chip() -> str:
 
 
 def main(job: str) -> None:
-    """Writes ceiling.json: whether the chip has bfloat16 units, and what the model's layers allow in each type."""
+    """Write ceiling.json: whether the chip has bfloat16 units, and the model's ``ceiling`` in each dtype."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -77,7 +77,7 @@ def main(job: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(told["model"]))
     layers: dict[tuple[int, int], int] = {}
-    for module in model.modules():  # linear layers and GPT-2's Conv1D, a tied head with them
+    for module in model.modules():  # linear layers and GPT-2's Conv1D, including a tied head
         if type(module).__name__ in ("Linear", "Conv1D"):
             wide, out = sorted(module.weight.shape)
             layers[wide, out] = layers.get((wide, out), 0) + 1
@@ -96,9 +96,9 @@ def main(job: str) -> None:
 
 
 def ceiling(layers: dict[tuple[int, int], int], tokens: int, dtype: Any, device: str) -> dict[str, float]:
-    """Each layer's product forward, and backward to its input, on a step's tokens: the least that LoRA computes.
+    """Time each layer's forward and input-gradient matmuls on a step's tokens: the least that LoRA has to compute.
 
-    ``tokens_per_second`` is the rate if nothing else took time: 2 FLOP a weight and token in each direction, 4N in all.
+    ``tokens_per_second`` is the rate if nothing else took time. Each direction takes 2 FLOP per weight and token: 4N.
     """
     import torch
 

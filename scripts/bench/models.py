@@ -1,4 +1,4 @@
-"""A shape -> a folder with random weights and a tokenizer learned on the rows, as from_pretrained loads it."""
+"""Make a model folder for from_pretrained from a shape: random weights, and a tokenizer trained on the rows."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from bench.shapes import Shape
 END, PAD = "<|endoftext|>", "<|pad|>"
 STD = 0.02
 SHARD = 4 * 2**30  # bytes
-NF4 = BitsAndBytesConfig(  # QLoRA's, as TRL's documentation writes it
+NF4 = BitsAndBytesConfig(  # QLoRA's settings, as in TRL's documentation
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
     bnb_4bit_use_double_quant=True,
     bnb_4bit_compute_dtype=torch.bfloat16,
 )
-TAUGHT = 600  # characters that the tokenizer learns from for each token it may have
+TAUGHT = 600  # characters of text to train the tokenizer on, per token of its vocabulary
 
 
 def make(shape: Shape, texts: Iterable[str], folder: Path, seed: int) -> None:
-    """Write the model into a folder that appears whole."""
+    """Write model and tokenizer to ``folder``, which appears only when complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     making = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     tokenizer = make_tokenizer(texts, shape.config["vocab_size"])
@@ -51,7 +51,7 @@ def make(shape: Shape, texts: Iterable[str], folder: Path, seed: int) -> None:
 
 
 def make_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most ``vocabulary`` tokens; it adds nothing to a text, and has tokens to end and to pad."""
+    """Byte-level BPE of at most ``vocabulary`` tokens: END ends a text, PAD pads. Encoding adds no special tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -74,8 +74,8 @@ def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
 
 
 def write_weights(model: PreTrainedModel, dtype: torch.dtype, folder: Path, seed: int, nf4: bool) -> None:
-    """Weights drawn as Transformers initializes them, shard by shard: ``model`` is on the meta device, and memory holds
-    one shard."""
+    """Write random weights shard by shard, drawn as most models in Transformers are initialized. ``model`` is on the
+    meta device, and memory holds only one shard."""
     shards: list[dict[str, torch.Tensor]] = [{}]
     places: dict[str, str] = {}
     used = 0
@@ -101,7 +101,7 @@ def write_weights(model: PreTrainedModel, dtype: torch.dtype, folder: Path, seed
 def drawn_weights(
     model: PreTrainedModel, dtype: torch.dtype, seed: int, nf4: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every stored tensor by name; of a layer that is quantized its codes and what bitsandbytes stores beside them."""
+    """Every stored tensor with its name: for a quantized layer, its codes and bitsandbytes' quantization state."""
     from bitsandbytes.functional import quantize_4bit
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,5 +1,5 @@
-"""Make a model and its rows, and count what is in them; ``python -m bench.prepare job.json``, in a process of its own
-so that the bench itself stays small."""
+"""Make a model and rows, and count their tokens; ``python -m bench.prepare job.json``. It runs in its own process, so
+that the bench's own process stays small."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SEED = 0
 
 
 def main(job: str) -> None:
-    """Writes rows.json: where the files are, and what a pass over the training rows holds."""
+    """Write the rows, and rows.json: the files' paths, and the rows and tokens of a pass over the training rows."""
     told = json.loads(Path(job).read_text(encoding="utf-8"))
     folder, max_length = Path(told["folder"]), told["max_length"]
     source, train, heldout = data.texts(SEED)
@@ -46,7 +46,7 @@ def main(job: str) -> None:
 
 
 def model_folder(name: str, models: Path, source: str, rows: list[dict[str, str]]) -> Path:
-    """The model of this shape, made unless it is there; its folder is named after what it is made from."""
+    """The folder of this shape's model, made unless it exists. Its name has a hash of the shape and ``source``."""
     made_from = hashlib.sha256(json.dumps([source, asdict(SHAPES[name])]).encode()).hexdigest()
     folder = models / f"{name}-{made_from[:8]}"
     if not folder.exists():

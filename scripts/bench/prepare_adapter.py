@@ -1,4 +1,4 @@
-"""A LoRA adapter that changes its base, made by PEFT; ``python -m bench.prepare_adapter job.json``."""
+"""Make a LoRA adapter with PEFT that changes its base (B is not 0); ``python -m bench.prepare_adapter job.json``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STD = 0.02
 
 
 def main(job: str) -> None:
-    """Writes the adapter, and adapter.json, which says where it is."""
+    """Write the adapter, and adapter.json with its path."""
     told = json.loads(Path(job).read_text(encoding="utf-8"))
     model = AutoModelForCausalLM.from_pretrained(told["model"], dtype="auto")
     config = LoraConfig(

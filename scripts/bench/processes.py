@@ -1,4 +1,4 @@
-"""A command in a fresh process: how long it took, when it gave a sign, and the memory it needed at most."""
+"""Run a command in a fresh process: how long it takes, when an awaited sign appears, and its peak memory."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from typing import IO
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-LOOK = 0.02  # seconds between two looks for the sign
-COUNT = 0.2  # seconds between two counts of the children's memory
+LOOK = 0.02  # seconds between two polls for the sign and the process's memory
+COUNT = 0.2  # seconds between two measurements of the children's memory
 
 
 @dataclass(frozen=True)
 class Ended:
-    """``sign`` is the seconds from the start to the sign, None when it never came; ``own_bytes`` the most of the memory
-    that is of no file; ``device_bytes`` the GPU memory that came into use, 0 without one."""
+    """How a process ended. ``sign`` is the seconds from the start to the sign, None if it never appeared. ``own_bytes``
+    is the peak memory without mapped files, ``device_bytes`` the peak increase of GPU memory (0 without a GPU)."""
 
     exit_code: int
     began: float
@@ -36,7 +36,7 @@ class Ended:
 
 
 def environment(threads: int, cache: Path, gpu: bool = False) -> dict[str, str]:
-    """This environment with the same threads for everyone, one GPU or none, no network, and the caches of libraries
+    """This process's environment with ``threads`` threads, one GPU or none, the Hub offline, and the libraries' caches
     under ``cache``."""
     path = os.pathsep.join(filter(None, [str(ROOT / "scripts"), str(ROOT), os.environ.get("PYTHONPATH")]))
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -47,7 +47,7 @@ def environment(threads: int, cache: Path, gpu: bool = False) -> dict[str, str]:
 
 
 def gpu_number() -> str:
-    """The GPU that is measured on, as nvidia-smi and CUDA both number it: the first that may be used."""
+    """The number of the GPU to measure on, for nvidia-smi and CUDA alike: the first in CUDA_VISIBLE_DEVICES, or 0."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 
@@ -59,10 +59,10 @@ def run(
     gpu: bool = False,
     cwd: Path = ROOT,
 ) -> Ended:
-    """Python with these ``arguments``, its streams in ``log``.
+    """Run Python with ``arguments``, with stdout and stderr in ``log``.
 
-    Memory is the process's resident memory at its highest, as Linux counts it (VmHWM), and what its children hold for
-    themselves alone at the time.
+    Peak memory is the process's peak resident memory (VmHWM in Linux) plus the memory that only its children hold at
+    the time. ``own_bytes`` has RssAnon in place of VmHWM.
     """
     with log.open("w", encoding="utf-8") as stream, _DeviceMemory(gpu) as device:
         began, start = time.time(), time.perf_counter()
@@ -86,7 +86,7 @@ def run(
 
 
 def _held_by_children(pid: int) -> int:
-    """Bytes that the children of a process share with nobody."""
+    """Bytes that a process's descendants share with no other process (USS)."""
     total = 0
     with suppress(psutil.NoSuchProcess):
         for child in psutil.Process(pid).children(recursive=True):
@@ -104,8 +104,8 @@ def _memory(pid: int, kind: str) -> int:
 
 
 class _DeviceMemory:
-    """The most GPU memory in use over what was in use before, as nvidia-smi tells it ten times a second: the same
-    measure for every tool, caches of its allocator and the driver's context with it."""
+    """Peak GPU memory in use above what was in use before, read from nvidia-smi ten times a second. This measure is the
+    same for every tool: it includes the allocator's cache and the CUDA context."""
 
     def __init__(self, watch: bool) -> None:
         self.used = 0
@@ -140,5 +140,5 @@ def fresh_folder(parent: Path) -> Path:
 
 
 def tail(log: Path, lines: int = 15) -> str:
-    """The end of what a process wrote."""
+    """The last ``lines`` lines of a log."""
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

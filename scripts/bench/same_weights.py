@@ -11,15 +11,15 @@ from safetensors import safe_open
 
 
 def main(job: str) -> None:
-    """Writes same.json: how many tensors there are, and the one that is farthest from what it should be."""
+    """Write same.json, the result of ``compare``."""
     told = json.loads(Path(job).read_text(encoding="utf-8"))
     same = compare(Path(told["found"]), Path(told["wanted"]))
     (Path(told["folder"]) / "same.json").write_text(json.dumps(same), encoding="utf-8")
 
 
 def compare(found: Path, wanted: Path) -> dict[str, Any]:
-    """``largest`` is |a - b| / |b| of the tensor ``of`` that name, in the Frobenius norm; other names, types and shapes
-    are ``faults``."""
+    """Compare all tensors. ``largest`` is the largest |a - b| / |b| (Frobenius norm) and ``of`` the tensor that has it.
+    ``faults`` are tensors that one folder lacks, or that differ in dtype or shape."""
     ours, theirs = places(found), places(wanted)
     faults = [f"tensor {name} is in one of them only" for name in sorted(ours.keys() ^ theirs.keys())]
     largest, of = 0.0, "none differs"

@@ -1,4 +1,4 @@
-"""Few rows and many: time and memory of each stage before the first step, and the cost of a token in the steps."""
+"""Time and memory as the number of rows grows: each data stage before the first step, and the speed of the steps."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from bench.options import Options
 from bench.processes import environment, run, tail
 
 ROWS, QUICK_ROWS = (1_000, 10_000, 100_000), (40, 80)
-MOST_ROWS, QUICK_MOST_ROWS = 1_000_000, 160  # through the stages alone
+MOST_ROWS, QUICK_MOST_ROWS = 1_000_000, 160  # only for the data stages
 MAX_LENGTH = 256
-TOKENS = 4096  # a step
-WARMUP = 4  # steps that are left out of the rate
-TOLD = 16  # rows that ``prepare`` counts
+TOKENS = 4096  # per step
+WARMUP = 4  # steps that do not count for tokens per second
+TOLD = 16  # training and held-out rows that ``prepare`` writes
 SEED = 0
 
 
 def benchmark(options: Options, folder: Path) -> dict[str, Any]:
-    """The stages once and the runs each round, in fresh processes: new rows, and the same ones read from the cache.
+    """Measure the stages once, and in each round two runs: on new rows, and on the same rows read from the cache.
 
-    Rounds are interleaved over the numbers of rows.
+    Each is a fresh process. Rounds are interleaved over the numbers of rows.
     """
     env = environment(options.threads, folder / "caches", options.gpu)
     made = prepared(options.shape, folder, env, MAX_LENGTH, TOLD, TOLD)
@@ -62,20 +62,20 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
 
 
 def write_rows(texts: list[dict[str, str]], count: int, path: Path) -> None:
-    """So many rows, each by its number another."""
+    """Write ``count`` rows to ``path``. The number in its prompt makes each row distinct."""
     with path.open("w", encoding="utf-8") as file:
         for number, row in enumerate(islice(cycle(texts), count)):
             file.write(json.dumps({**row, "prompt": f"{number}. {row['prompt']}"}) + "\n")
 
 
 def write_recipe(folder: Path, model: str, options: Options, max_length: int = MAX_LENGTH) -> Path:
-    """Some steps on these rows, packed to a budget that is the same for all."""
+    """Write a recipe for some steps on the folder's rows, packed to TOKENS tokens per step for every ``max_length``."""
     told = {"max_steps": options.steps + WARMUP, "per_device_train_batch_size": TOKENS // max_length}
     return ours.write_steps(options, model, str(folder / "rows.jsonl"), folder, max_length, r=8, training=told)
 
 
 def one_run(recipe: Path, env: dict[str, str]) -> dict[str, float]:
-    """One ``lora train``: seconds to its first step, real tokens a second after the warm-up, peak resident memory."""
+    """Run ``lora train``: seconds to the first step, real tokens per second after the warm-up, peak resident memory."""
     folder, log = recipe.parent, recipe.parent / "log"
     (folder / "run" / "metrics.jsonl").unlink(missing_ok=True)
     ended = run(["-m", "lora_cli", "train", str(recipe), "--overwrite"], env, log, lambda: bool(ours.metrics(folder)))

@@ -1,4 +1,4 @@
-"""The models that are measured on: shapes with random weights, nothing to download."""
+"""The models to measure on: configurations that get random weights, so that nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shape:
-    """A configuration in Transformers' terms and the layers that get an adapter; ``nf4``: the body's layers are stored
-    quantized, as bitsandbytes does it."""
+    """A Transformers configuration and the layers that get an adapter. ``nf4``: the linear layers except the head are
+    stored in NF4, in bitsandbytes' format."""
 
     model_type: str
     config: dict[str, Any]
@@ -24,7 +24,7 @@ GPT2_ATTENTION = ("attn.c_attn", "attn.c_proj")
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 SHAPES = {
-    "llama": Shape(  # 40M in the body with its embedding, 16M in the head
+    "llama": Shape(  # 40M parameters in body and embedding, 16M in the head
         "llama",
         {
             "vocab_size": 32_000,
@@ -43,7 +43,7 @@ SHAPES = {
         {"vocab_size": 50_257, "n_embd": 256, "n_layer": 6, "n_head": 4, "n_positions": 1024, **NO_DROPOUT},
         GPT2_ATTENTION,
     ),
-    "tiny": Shape(  # to try the bench itself
+    "tiny": Shape(  # to test the bench itself
         "llama",
         {
             "vocab_size": 1000,
@@ -57,7 +57,7 @@ SHAPES = {
         },
         LLAMA_ATTENTION,
     ),
-    "llama-500m": Shape(  # 518M, for work on weights
+    "llama-500m": Shape(  # 518M parameters, to merge and quantize
         "llama",
         {
             "vocab_size": 32_000,
@@ -72,7 +72,7 @@ SHAPES = {
         LLAMA_LINEAR,
         "bfloat16",
     ),
-    "llama-40m": Shape(  # to be grown in layers
+    "llama-40m": Shape(  # also with ten times as many layers: llama-40m-10x
         "llama",
         {
             "vocab_size": 8000,
@@ -87,7 +87,7 @@ SHAPES = {
         LLAMA_LINEAR,
         "bfloat16",
     ),
-    "llama-8b": Shape(  # Llama 3.1 8B, with positions for the search of the longest context
+    "llama-8b": Shape(  # Llama 3.1 8B, with more positions to search for the longest context
         "llama",
         {
             "vocab_size": 128_256,
@@ -105,9 +105,9 @@ SHAPES = {
         nf4=True,
     ),
 }
-TWO_LAYERS = {"num_hidden_layers": 2, "vocab_size": 8000}  # the head's share of the work is about that of the whole
+TWO_LAYERS = {"num_hidden_layers": 2, "vocab_size": 8000}  # the head's share of the work is about as in llama-8b
 SHAPES["llama-8b-2-layers"] = replace(SHAPES["llama-8b"], config=SHAPES["llama-8b"].config | TWO_LAYERS, nf4=False)
-NF4_BLOCKS = {"hidden_size": 64, "intermediate_size": 128}  # whole ones in each row, for bitsandbytes on a processor
+NF4_BLOCKS = {"hidden_size": 64, "intermediate_size": 128}  # each row is whole NF4 blocks, for bitsandbytes on a CPU
 SHAPES["tiny-nf4"] = replace(SHAPES["tiny"], config=SHAPES["tiny"].config | NF4_BLOCKS, dtype="bfloat16", nf4=True)
 
 
@@ -116,5 +116,5 @@ def _deeper(shape: Shape) -> Shape:
 
 
 DEEPER = "-10x"
-"""What the name of a shape ends in that has ten times the layers."""
+"""The suffix of names of shapes with ten times as many layers."""
 SHAPES |= {name + DEEPER: _deeper(SHAPES[name]) for name in ("tiny", "llama-40m")}

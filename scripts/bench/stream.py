@@ -1,4 +1,4 @@
-"""A frozen base in memory, and one whose layers come from disk as they run: memory, time, the same losses."""
+"""Compare a frozen base in memory with one whose layers are read from disk as they run: memory, time, losses."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from bench.shapes import SHAPES
 MAX_LENGTH = 256
 ROWS = 192
 CLOSE = 1e-3
-"""How far the losses may be apart: the products are the same, in 16 bits."""
+"""Largest absolute difference between losses: the matrix products are the same, in 16 bits."""
 KINDS = {"resident": False, "streamed": True}
 
 
 def benchmark(options: Options, folder: Path) -> dict[str, Any]:
-    """Both once a round, in fresh processes, with activations recomputed in both."""
+    """Run both once per round in fresh processes, both with gradient checkpointing."""
     env = environment(options.threads, folder / "caches", options.gpu)
     made = prepared(options.shape, folder, env, MAX_LENGTH, ROWS, heldout_rows=1)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in KINDS}
@@ -42,7 +42,7 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
 
 
 def write_recipe(folder: Path, made: dict[str, Any], options: Options, streams: bool) -> Path:
-    """Some steps of one line of rows each, with an adapter of rank 16 on the shape's layers."""
+    """Write a recipe for some steps with a batch size of 1 and an adapter of rank 16 on the shape's layers."""
     told = {
         "max_steps": options.steps,
         "per_device_train_batch_size": 1,
@@ -54,7 +54,7 @@ def write_recipe(folder: Path, made: dict[str, Any], options: Options, streams: 
 
 
 def one_run(recipe: Path, env: dict[str, str]) -> dict[str, Any]:
-    """One ``lora train``: its losses, the seconds of its later steps, and its peak memory, all and its own."""
+    """Run ``lora train``: losses, seconds per step after the first, and peak memory with and without mapped files."""
     folder, log = recipe.parent, recipe.parent / "log"
     shutil.rmtree(folder / "run", ignore_errors=True)
     ended = run(["-m", "lora_cli", "train", str(recipe)], env, log)
@@ -72,7 +72,7 @@ def one_run(recipe: Path, env: dict[str, str]) -> dict[str, Any]:
 
 
 def faults(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """What tells that not all runs have learned the same."""
+    """The runs whose losses differ from the first resident run's."""
     first = runs["resident"][0]["losses"]
     return [
         f"{name}: losses {each['losses']}, not {first}"

@@ -10,7 +10,7 @@ FIGURES = ("tokens_per_second", "peak_bytes", "device_bytes", "first_step_second
 
 
 def summary(runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """For each figure its median, least and most over a contestant's runs."""
+    """The median, minimum and maximum of each figure over a contestant's runs."""
     columns = {name: [run[name] for run in runs] for name in FIGURES}
     return {
         name: {"median": median(values), "least": min(values), "most": max(values)} for name, values in columns.items()
@@ -18,7 +18,7 @@ def summary(runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def ratios(summaries: Mapping[str, dict[str, dict[str, float]]], ours: str) -> dict[str, dict[str, float]]:
-    """Our median over each contestant's: above 1 is faster for tokens, more for bytes, later for the first step."""
+    """Our median over each contestant's. Above 1 means more tokens per second, more memory, or a later first step."""
     own = summaries[ours]
     return {
         name: {
@@ -32,7 +32,7 @@ def ratios(summaries: Mapping[str, dict[str, dict[str, float]]], ours: str) -> d
 
 
 def show(summaries: Mapping[str, dict[str, dict[str, float]]], ours: str) -> str:
-    """The table in Markdown: ratios say how many times as fast ``ours`` is, and what share of the memory it takes."""
+    """The table in Markdown. Its ratios are ``ours`` over each contestant, for speed and for memory."""
     compared = ratios(summaries, ours)
     gpu = any(each["device_bytes"]["median"] for each in summaries.values())
     memory = "device_bytes" if gpu else "peak_bytes"
@@ -58,7 +58,7 @@ def show(summaries: Mapping[str, dict[str, dict[str, float]]], ours: str) -> str
 
 
 def markdown(rows: Sequence[Sequence[Any]]) -> str:
-    """Rows as a table, the first of them its head; columns but the first are aligned to the right."""
+    """Rows as a Markdown table. The first row is the header; all columns except the first are right-aligned."""
     widths = [max(len(str(row[column])) for row in rows) for column in range(len(rows[0]))]
     rule = ["-" * max(widths[0], 1), *(f"{'-' * max(width - 1, 1)}:" for width in widths[1:])]
     lines = [

@@ -1,4 +1,4 @@
-"""Training: every contestant on the same work, in fresh processes, one after the other in each round."""
+"""Measure training: each round runs every contestant on the same work in a fresh process, one after another."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from bench.same_work import count_faults, loss_faults, tensors
 from bench.shapes import SHAPES
 from bench.work import Did, Work, write_job
 
-BASE = "base"  # the judge's name for the model without an adapter
+BASE = "base"  # the name of the model without an adapter in ``heldout``
 WARMUP_STEPS = 3
 HELDOUT_ROWS = 32
-SIZES = {  # rows a step, max_length, r, lora_alpha, learning rate
+SIZES = {  # rows per step, max_length, r, lora_alpha, learning rate
     "tiny": (8, 128, 4, 8, 1e-2),
     "tiny-nf4": (8, 128, 4, 8, 1e-2),
     "gpt2": (8, 512, 8, 16, 2e-3),
@@ -29,7 +29,7 @@ SIZES = {  # rows a step, max_length, r, lora_alpha, learning rate
 
 
 def benchmark(options: Options, folder: Path) -> dict[str, Any]:
-    """All rounds, the judge, the check, the table; the record that is kept as JSON."""
+    """Run all rounds, compute held-out losses, check the work, print the table. Return the record for the JSON file."""
     env = environment(options.threads, folder / "caches", options.gpu)
     size, max_length, *_ = SIZES[options.shape]
     rows = prepared(options.shape, folder, env, max_length, options.steps * size, HELDOUT_ROWS)
@@ -43,7 +43,7 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     for number in range(options.rounds):
         rounds.append(one_round(number, contestants, work, folder / f"round{number}", options, failed))
         contestants = [each for each in contestants if each.name not in failed]
-        if not options.gpu:  # which is nobody else's meanwhile
+        if not options.gpu:  # on a CPU, other work may have lowered the first one; a GPU is not shared
             ceiling = higher(ceiling, measure_ceiling(options, rows, folder, env))
     rounds = [{each: round_[each] for each in contestants} for round_ in rounds]
     losses = judge(work, rounds, folder, env)
@@ -84,19 +84,19 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
 
 
 def measure_ceiling(options: Options, rows: dict[str, Any], folder: Path, env: dict[str, str]) -> dict[str, Any]:
-    """What the chip's matmuls allow on a step's tokens."""
+    """Measure the speed that the chip's matmuls allow on a step's tokens."""
     told = {"model": rows["model"], "folder": str(folder), "tokens": rows["tokens"] // options.steps}
     return helper("machine", told, folder, env, "ceiling.json")
 
 
 def higher(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Of two measured ceilings the higher, type by type: what disturbs a measurement lowers it."""
+    """The higher of two measured ceilings for each dtype: disturbances only lower a measurement."""
     pairs = ((name, one["ceilings"][name], other["ceilings"][name]) for name in one["ceilings"])
     return one | {"ceilings": {name: max(a, b, key=lambda each: each["tflops"]) for name, a, b in pairs}}
 
 
 def make_work(options: Options, rows: dict[str, Any], has_bf16: bool) -> Work:
-    """The work as every contestant is told it."""
+    """The work that every contestant is given."""
     batch_size, max_length, r, lora_alpha, learning_rate = SIZES[options.shape]
     if options.dtype == "auto" and not has_bf16:
         print("this chip has no units for bfloat16: float32 for everyone")
@@ -126,7 +126,7 @@ Round = dict[Contestant, tuple[Did, dict[str, float]]]
 def one_round(
     number: int, contestants: list[Contestant], work: Work, folder: Path, options: Options, failed: dict[str, str]
 ) -> Round:
-    """Each contestant once, beginning with another one each round; who fails is named in ``failed``.
+    """Run each contestant once, starting with a different one each round. Add those that fail to ``failed``.
 
     Raises SystemExit when lora itself fails.
     """
@@ -159,13 +159,13 @@ def one_round(
 
 
 def judge(work: Work, rounds: list[Round], folder: Path, env: dict[str, str]) -> dict[str, float]:
-    """Held-out loss of the base and of every adapter, by the one judge."""
+    """The held-out loss of the base and of every adapter, all computed by ``heldout``."""
     adapters = {f"{each.name}-{n}": did.adapter for n, round_ in enumerate(rounds) for each, (did, _) in round_.items()}
     return run_helper("heldout", write_job(work, folder, adapters), env, folder / "losses.json")
 
 
 def check(work: Work, rounds: list[Round], losses: dict[str, float]) -> list[str]:
-    """Every way in which the work was not the same."""
+    """All ways in which a contestant's work differs too much from ``work`` or from that of the others."""
     expected = tensors(Path(next(iter(rounds[0].values()))[0].adapter))
     faults = []
     for number, round_ in enumerate(rounds):

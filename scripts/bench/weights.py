@@ -1,4 +1,4 @@
-"""Weights on disk: lora merge beside PEFT, lora quantize beside Transformers, on a model made on the spot."""
+"""Compare lora merge with PEFT, and lora quantize with Transformers, on a model with random weights."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ from bench.shapes import SHAPES
 OURS = "lora"
 PEERS = {"merge": "PEFT", "quantize": "Transformers"}
 ASKED = {"merge": {"seconds": 0.4, "peak_bytes": 0.25}, "quantize": {}}
-"""What ratios should be at most."""
+"""Targets: the largest ratios of lora's medians to the peer's."""
 APART = {"merge": 2**-8, "quantize": 0.0}
-"""How far a tensor may be from the peer's, relative to its norm: a merge is rounded to bfloat16 in other places."""
+"""Largest difference of a tensor from the peer's, relative to its norm: merges round to bfloat16 at other points."""
 RANK, ALPHA = 16, 32
-TOLD = 16  # rows that ``prepare`` counts
+TOLD = 16  # training and held-out rows that ``prepare`` writes
 MAX_LENGTH = 256
 
 
 def merge(options: Options, folder: Path) -> dict[str, Any]:
-    """lora merge, beside PEFT's load, merge_and_unload and save_pretrained."""
+    """Compare lora merge with PEFT's loading, merge_and_unload and save_pretrained."""
     return benchmark("merge", options, folder)
 
 
 def quantize(options: Options, folder: Path) -> dict[str, Any]:
-    """lora quantize to NF4, beside from_pretrained with a BitsAndBytesConfig and save_pretrained."""
+    """Compare lora quantize to NF4 with from_pretrained, given a BitsAndBytesConfig, and save_pretrained."""
     return benchmark("quantize", options, folder)
 
 
 def benchmark(verb: str, options: Options, folder: Path) -> dict[str, Any]:
-    """Both once a round, in fresh processes; then whether they wrote the same."""
+    """Make the model, run both tools once per round in fresh processes, then compare the tensors that they wrote."""
     env = environment(options.threads, folder / "caches", options.gpu)
     made = prepared(options.shape, folder, env, MAX_LENGTH, TOLD, TOLD)
     return measure(verb, options, made["model"], folder, env)
 
 
 def measure(verb: str, options: Options, model: str, folder: Path, env: dict[str, str]) -> dict[str, Any]:
-    """All rounds; who goes first changes from one to the next."""
+    """Run all rounds, alternating which tool goes first, then compare the tensors that they wrote."""
     commands = contestants(verb, options, model, folder, env)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for number in range(options.rounds):
         for name in list(commands)[:: -1 if number % 2 else 1]:
             shutil.rmtree(folder / name, ignore_errors=True)
-            os.sync()  # what the one before has left to be written
+            os.sync()  # finish the previous run's writes
             runs[name].append(one_run(commands[name], folder / f"{name}.log", env))
     told = {"found": str(folder / OURS), "wanted": str(folder / PEERS[verb]), "folder": str(folder)}
     same = helper("same_weights", told, folder, env, "same.json")
@@ -75,7 +75,7 @@ def measure(verb: str, options: Options, model: str, folder: Path, env: dict[str
 
 
 def contestants(verb: str, options: Options, model: str, folder: Path, env: dict[str, str]) -> dict[str, list[str]]:
-    """Python's arguments for each, who writes to a folder of its name. For a merge an adapter is made on the spot."""
+    """The Python arguments that start each tool, which writes to a folder of its name. Makes the adapter to merge."""
     target = model
     if verb == "merge":
         job = {"model": model, "targets": SHAPES[options.shape].targets, "r": RANK, "lora_alpha": ALPHA}
@@ -88,7 +88,7 @@ def contestants(verb: str, options: Options, model: str, folder: Path, env: dict
 
 
 def one_run(arguments: list[str], log: Path, env: dict[str, str]) -> dict[str, float]:
-    """Seconds of the whole process, and its memory at most. Raises SystemExit when it failed."""
+    """Seconds and peak memory of the whole process. Raises SystemExit when it fails."""
     ended = run(arguments, env, log)
     if ended.exit_code:
         raise SystemExit(f"exit code {ended.exit_code}:\n{tail(log)}")
@@ -96,7 +96,7 @@ def one_run(arguments: list[str], log: Path, env: dict[str, str]) -> dict[str, f
 
 
 def ratios(runs: Mapping[str, Sequence[Mapping[str, float]]], peer: str) -> dict[str, float]:
-    """Our median over the peer's."""
+    """lora's median over the peer's, for each figure."""
     medians = {name: {key: median(run[key] for run in each) for key in each[0]} for name, each in runs.items()}
     return {key: value / medians[peer][key] for key, value in medians[OURS].items()}
 
