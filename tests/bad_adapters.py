@@ -48,7 +48,7 @@ def merge_of_no_adapter(w: World) -> Arguments:
 
 
 def trainers(w: World) -> None:
-    """A folder in which a Trainer has left two checkpoints of an adapter, the newer one first by name."""
+    """Write a Trainer's output folder with two checkpoints of an adapter. The newer one comes first by name."""
     for number, name in enumerate(("checkpoint-90", "checkpoint-100")):
         w.file(f"trainer/{name}/adapter_config.json", "{}")
         os.utime(w.root / f"trainer/{name}/adapter_config.json", (number, number))
@@ -140,7 +140,7 @@ def base_changed_before_eval(w: World) -> Arguments:
 
 
 def _forget_base(w: World) -> None:
-    """An adapter made elsewhere says no more of its base than a name."""
+    """Remove the adapter's record: an adapter made by another tool states only its base's name."""
     (w.root / "run" / "adapter" / "provenance.json").unlink()
 
 
@@ -432,7 +432,7 @@ def pickled_adapter(w: World) -> Arguments:
 
 
 def made(w: World, kind: str = "llama", drop: str = "", grown: str = "", **config: Any) -> str:
-    """An adapter from PEFT alone for a tiny model, without the tensors of these names, or with a row more in them."""
+    """Save an adapter made by PEFT alone. Tensors named ``drop`` are left out; those named ``grown`` get a row more."""
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM
 
@@ -446,7 +446,7 @@ def made(w: World, kind: str = "llama", drop: str = "", grown: str = "", **confi
 def _saved(w: World, base: Any, config: Any, drop: str = "", grown: str = "") -> str:
     from peft import get_peft_model
 
-    with warnings.catch_warnings(action="ignore"):  # PEFT's, of what is to be refused
+    with warnings.catch_warnings(action="ignore"):  # PEFT warns about some adapters that lora has to refuse
         get_peft_model(base, config).save_pretrained(str(w.root / "adapter"), save_embedding_layers=False)
 
     def change(tensors: dict[str, Any]) -> None:
@@ -461,7 +461,7 @@ def _saved(w: World, base: Any, config: Any, drop: str = "", grown: str = "") ->
 
 
 def experts(w: World) -> None:
-    """A model whose experts are stored one by one, in ``mixtral``, with the tokenizer of another."""
+    """Save a model whose experts are stored one by one to ``mixtral``, with tiny_llama's tokenizer."""
     from transformers import AutoModelForCausalLM, MixtralConfig
 
     sizes = {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 12, "num_local_experts": 3}

@@ -1,4 +1,4 @@
-"""How to go wrong: a folder to do it in, and the cases as a table. ``tests/test_bad_input.py`` runs them."""
+"""The classes and the decorator that define cases of wrong input; ``tests/test_bad_input.py`` runs the cases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 123
 
 @dataclass
 class World:
-    """A folder to go wrong in: what a case needs is put there, then the command's arguments are returned."""
+    """The folder of a case: a case writes the files that it needs there, then returns the command's arguments."""
 
     root: Path
     gpt2: Path
@@ -35,12 +35,12 @@ class World:
         return self.file(name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def model(self, kind: str = "gpt2", name: str = "model") -> Path:
-        """A copy of a tiny model, to damage."""
+        """Copy a tiny model, to be damaged."""
         shutil.copytree(getattr(self, kind), self.root / name)
         return Path(name)
 
     def run(self) -> Path:
-        """A finished run beside its base, to damage: run/ and base/."""
+        """Copy a finished run and its base, to be damaged: run/ and base/."""
         home = self.trained()
         for part in ("base", "run"):
             shutil.copytree(home / part, self.root / part)
@@ -66,7 +66,7 @@ class World:
         file.write_text(json.dumps(content))
 
     def tensors(self, path: str | Path, change: Callable[[dict[str, Any]], None]) -> None:
-        """Rewrite a safetensors file after ``change`` had its way with the tensors."""
+        """Rewrite a safetensors file with its tensors as modified by ``change``."""
         from safetensors.torch import load_file, save_file
 
         tensors = load_file(self.root / path)
@@ -79,7 +79,7 @@ class World:
 
 @dataclass(frozen=True)
 class Case:
-    """A way to go wrong: ``arguments`` lays it out and returns the command line; stderr must hold what it ``says``."""
+    """A wrong input. ``arguments`` sets it up and returns the command line; stderr must contain each of ``says``."""
 
     name: str
     arguments: Callable[[World], Arguments]
@@ -88,7 +88,7 @@ class Case:
 
 
 def case(*says: str, loads: bool = False) -> Callable[[Callable[[World], Arguments]], Case]:
-    """Make a function a case of its name; ``loads`` says that weights may be read before the fault is found."""
+    """Turn a function into a case with its name. With ``loads``, weights may be loaded before the fault is found."""
 
     def make(arguments: Callable[[World], Arguments]) -> Case:
         return Case(arguments.__name__, arguments, says, loads)

@@ -1,4 +1,4 @@
-"""Model folders that are damaged, of another kind, or not there."""
+"""Model folders that are damaged, of another kind, or missing."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def missing_shard(w: World) -> Arguments:
 
 
 def indexed(w: World, index: str) -> None:
-    """A model's folder with this index, and without the one file that would be read in its stead."""
+    """Write a model folder with this index. Rename the single weight file, which would be read instead."""
     (w.root / w.model() / "model.safetensors").rename(w.root / "model" / "model-00001-of-00001.safetensors")
     w.file("model/model.safetensors.index.json", index)
 
@@ -300,7 +300,7 @@ def weights_without_a_tensor(w: World) -> Arguments:
 
 
 def header(w: World, changes: dict[str, Any] | bytes) -> Arguments:
-    """Train on a model whose first tensor is described otherwise in the header of its file."""
+    """Train on a model whose weight file's header has ``changes`` to the first tensor's entry, or is these bytes."""
     file = w.root / w.model() / "model.safetensors"
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")

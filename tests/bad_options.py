@@ -1,4 +1,4 @@
-"""Command lines that ask for what cannot be, and places that cannot be written to."""
+"""Command lines that ask for something impossible, and output paths that cannot be written to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes that are wrong, in themselves or for the model they name. tests/test_recipe.py has many more."""
+"""Recipes that are wrong by themselves or for their model. tests/test_recipe.py has many more."""
 
 from __future__ import annotations
 

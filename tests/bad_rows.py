@@ -1,4 +1,4 @@
-"""Data that cannot be read, or nothing be learned from."""
+"""Data that cannot be read, or from which nothing can be learned."""
 
 from __future__ import annotations
 

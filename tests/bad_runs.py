@@ -1,4 +1,4 @@
-"""Run folders that cannot be written, or gone on with."""
+"""Run folders that cannot be written or resumed."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def output_holds_the_adapter_to_start_from(w: World) -> Arguments:
 
 
 def resume(w: World, file: str, content: str | bytes) -> Arguments:
-    """Go on with a run one of whose files holds something else."""
+    """Resume a run whose ``file`` has been replaced by ``content``."""
     w.file(f"{w.run()}/{file}", content)
     w.rows(*[ROW] * 4)
     return ["train", "run/recipe.yaml", "--resume", "training.max_steps=3"]

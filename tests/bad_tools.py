@@ -1,4 +1,4 @@
-"""What `lora adapters` is to list, show or make adapters of, and cannot."""
+"""Input from which `lora adapters` cannot list, show or make adapters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def show_of_a_truncated_adapter(w: World) -> Arguments:
 
 
 def pair(w: World) -> None:
-    """Two finished runs' adapters of the same base: run and other."""
+    """Write two finished runs on the same base: run and other."""
     w.run()
     shutil.copytree(w.root / "run", w.root / "other")
 
@@ -108,7 +108,7 @@ def compose_linear_of_different_ranks(w: World) -> Arguments:
 
 
 def _cut(w: World, adapter: str) -> None:
-    """Leave an adapter half its rank."""
+    """Halve an adapter's rank from 4 to 2."""
 
     def cut(tensors: dict[str, Any]) -> None:
         for name, tensor in tensors.items():
@@ -260,7 +260,7 @@ def extract_of_another_shape(w: World) -> Arguments:
     w.model(name="tuned")
 
     def cut(tensors: dict[str, Any]) -> None:
-        for name in list(tensors):  # without the body's name, as GPT-2's own files are
+        for name in list(tensors):  # as in GPT-2's original files, whose names lack the prefix
             tensors[name.removeprefix("transformer.")] = tensors.pop(name)
         tensors["h.1.mlp.c_fc.weight"] = tensors["h.1.mlp.c_fc.weight"][:, :128]
 

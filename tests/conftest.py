@@ -1,4 +1,4 @@
-"""Tiny models made on the spot, a recipe to vary, and ``lora`` as a user runs it."""
+"""Shared fixtures: tiny models, a recipe to vary, and ``lora`` run as a user runs it."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-# Before torch and the hub's client are imported: they read these once. Nothing is fetched, no cache of the user's is
-# read, and a worker keeps to one core.
+# Set before torch and huggingface_hub are imported, which read these variables once. Nothing is downloaded, the user's
+# caches are not read, and each worker uses one core.
 _home = tempfile.mkdtemp(prefix="lora-tests-")
 atexit.register(shutil.rmtree, _home, ignore_errors=True)
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": _home, "TOKENIZERS_PARALLELISM": "false"}
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
-# Nobody pulls the plug: what is written waits for no disk, in this process.
+# Tests do not cut the power, so this process need not wait for the disk.
 os.fsync = os.fstat
 
-# Typer builds a command line's tree anew each time, which is most of the time of a command that is refused.
+# Typer rebuilds the command tree for each call, which takes most of the time of a command that is refused.
 typer.main.get_command = functools.cache(typer.main.get_command)
 
-# Under nohup, too, a run stops when a test sends the signal of a closing terminal.
+# nohup ignores SIGHUP; a run must stop when a test sends it.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# The same examples each time, so that a failure seen once is seen again; --hypothesis-profile=explore draws new ones.
+# Use the same examples in each run, so that failures repeat; --hypothesis-profile=explore draws new ones.
 settings.register_profile("repeat", derandomize=True)
 settings.register_profile("explore", derandomize=False)
 settings.load_profile("repeat")
@@ -76,12 +76,12 @@ SENTENCES = (
 )
 QUESTIONS = tuple(tuple(sentence.split("? ")) for sentence in SENTENCES)
 Base = tuple[str, Path]
-"""What kind a model is of, gpt2 or llama, and its folder."""
+"""A model's kind, gpt2 or llama, and its folder."""
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of about 400 tokens, learned on a few sentences; no BOS is added, no chat template."""
+    """Byte-level BPE of about 400 tokens, trained on a few sentences. It adds no BOS and has no chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -106,7 +106,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The tokenizer with a BOS of its own that it puts before every text."""
+    """The tokenizer with a separate BOS token, which it puts before every text."""
     from tokenizers.processors import TemplateProcessing
 
     changed = copy.deepcopy(tokenizer)
@@ -119,7 +119,7 @@ def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tiny_gpt2(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GPT-2 of two layers: Conv1D layers, learned positions (128), tied head, no chat template. Not to be changed."""
+    """A GPT-2 of two layers: Conv1D layers, 128 learned positions, tied head, no chat template. Do not modify it."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -141,9 +141,9 @@ def tiny_gpt2(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="session")
 def tiny_llama(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of two layers: grouped queries, rotary positions (256), its own head, ChatML without generation marks.
+    """A Llama of two layers: grouped queries, 256 rotary positions, untied head, ChatML without generation marks.
 
-    Not to be changed.
+    Do not modify it.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -167,7 +167,7 @@ def tiny_llama(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.Temp
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, seed: int, stop: list[str]) -> Path:
-    """Give the model weights large enough that no logit is near another, and write it out whole."""
+    """Give the model weights so large that its logits differ clearly, and save it with its tokenizer."""
     import torch
 
     draw = torch.Generator().manual_seed(seed)
@@ -177,7 +177,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pa
             if parameter.ndim == 2:
                 parameter.copy_(0.2 * noise)
             else:
-                around = 0.0 if name.endswith("bias") else 1.0  # else the scale of a norm
+                around = 0.0 if name.endswith("bias") else 1.0  # otherwise it is the scale of a norm
                 parameter.copy_(around + 0.1 * noise)
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(stop)
     model.generation_config.max_new_tokens = 16
@@ -194,7 +194,7 @@ def base(request: pytest.FixtureRequest) -> Base:
 
 @pytest.fixture
 def joined(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
-    """An HRM of one layer of each kind, whose projections are stored in one tensor, and loaded each by itself."""
+    """An HRM with one layer of each kind. Its projections are stored as one tensor and loaded as separate ones."""
     import torch
     from transformers import HrmTextConfig, HrmTextForCausalLM
 
@@ -208,14 +208,14 @@ def joined(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows as JSON lines; returns the file's name."""
+    """Write rows as JSON lines and return the file's path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
 @pytest.fixture
 def qa_file(tmp_path: Path) -> Path:
-    """24 rows of question and answer, of very different lengths."""
+    """A file of 24 question-answer rows of very different lengths."""
     path = tmp_path / "qa.jsonl"
     rows = []
     for number in range(24):
@@ -229,10 +229,10 @@ def qa_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def write_recipe(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Path]:
-    """``write_recipe({"adapter.r": 8, …}, name="recipe.yaml")``: a recipe that trains quickly, with these changes.
+    """``write_recipe({"adapter.r": 8, …}, name="recipe.yaml")`` writes a recipe that trains quickly, with changes.
 
-    Keys are dotted, and so are keywords with ``__`` for the dot; a mapping as a value is merged into its section, the
-    value ``...`` takes a key out. The base is tiny_gpt2, the rows qa_file, unless the changes say otherwise.
+    Keys are dotted; keywords have ``__`` for the dot. A mapping is merged into its section, and ``...`` removes a key.
+    Unless changed, the base is tiny_gpt2 and the rows are qa_file.
     """
 
     def write(changes: Mapping[str, Any] | None = None, *, name: str = "recipe.yaml", **keywords: Any) -> Path:
@@ -276,7 +276,7 @@ def _change(recipe: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Only what YAML has words for."""
+    """Convert a value to types that YAML can represent."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -286,7 +286,7 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Result:
-    """How a command ended and what it wrote."""
+    """A command's exit code and output."""
 
     exit_code: int
     stdout: str
@@ -294,12 +294,12 @@ class Result:
 
     @property
     def json(self) -> Any:
-        """stdout as the one JSON value that ``--json`` promises."""
+        """stdout, parsed as the single JSON value that ``--json`` prints."""
         return json.loads(self.stdout)
 
 
 def run_lora(*args: str | Path) -> Result:
-    """``lora`` with these arguments, in this process."""
+    """Run ``lora`` with these arguments in this process."""
     from lora_cli.cli.app import main
 
     stdout, stderr = io.StringIO(), io.StringIO()
@@ -309,7 +309,7 @@ def run_lora(*args: str | Path) -> Result:
 
 
 def run_lora_process(*args: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Result:
-    """``lora`` with these arguments in a process of its own; ``env`` is added to this one's environment."""
+    """Run ``lora`` with these arguments in a new process; ``env`` is added to this process's environment."""
     repository = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [repository, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
@@ -325,10 +325,10 @@ def run_lora_process(*args: str | Path, env: Mapping[str, str] | None = None, cw
 
 
 def fork_lora(*commands: Sequence[str | Path], first: str = "") -> list[Result]:
-    """``lora`` with the arguments of each, in processes forked from one that has imported what a run needs: real ones,
-    without the seconds of a start. Several are those of one run, told of each other as a launcher does it. Each runs
-    the Python of ``first`` before."""
-    import soak  # which a process started by a test does not find
+    """Run ``lora`` with the arguments of each command in real processes, forked from one that has already imported what
+    a run needs, which saves seconds. Several commands are the ranks of one run, with a launcher's environment
+    variables. Each process first runs the Python code ``first``."""
+    import soak  # not at the top: processes that a test starts cannot find it
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -370,13 +370,13 @@ def lora_process() -> Callable[..., Result]:
 
 @pytest.fixture
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the plots out of reports: most of a short run's time."""
+    """Leave the plots out of reports; they take most of a short run's time."""
     monkeypatch.setattr("lora_cli.study.report._curves", lambda _: "")
 
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever would load a whole model to merge or to quantize it fails."""
+    """Fail if a complete model is loaded to merge or quantize it."""
 
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
@@ -386,19 +386,19 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def done(result: Any) -> Any:
-    """The result of a command that has to succeed."""
+    """Return the result of a command, which must have succeeded."""
     assert result.exit_code == 0, result.stderr
     return result
 
 
 def edit_json(file: Path, **changes: Any) -> None:
-    """Give a JSON object, an empty one where there is no file, these values."""
+    """Set these values in a file's JSON object, which is empty if there is no file."""
     content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     file.write_text(json.dumps(content | changes), encoding="utf-8")
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a model in one file."""
+    """The tensors of a model stored in one file."""
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors")
@@ -406,7 +406,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def edited_weights(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of a model in one file, stored as the block leaves them."""
+    """Yield the tensors of a model stored in one file, and save them as the block leaves them."""
     from safetensors.torch import save_file
 
     weights = weights_of(folder)
@@ -416,7 +416,7 @@ def edited_weights(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
 
 @pytest.fixture
 def quick_collections() -> Iterator[None]:
-    """Have the garbage collector go through what the test makes alone: through all there is takes it a second."""
+    """Let the garbage collector scan only the test's own objects: scanning all takes a second."""
     gc.collect()
     gc.freeze()
     yield
@@ -426,7 +426,7 @@ def quick_collections() -> Iterator[None]:
 
 @pytest.fixture
 def living_tensors(quick_collections: None) -> Callable[[], list[torch.Tensor]]:
-    """Lists the tensors made since the test began that hold memory; torch's compiler leaves some that do not."""
+    """A function that lists the CPU tensors created since the test began, except fake ones, which hold no memory."""
     import torch
     from torch._subclasses.fake_tensor import is_fake
 
@@ -440,7 +440,7 @@ def living_tensors(quick_collections: None) -> Callable[[], list[torch.Tensor]]:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left."""
+    """A run's folder, and what its files hold."""
 
     folder: Path
 
@@ -479,7 +479,7 @@ class Run:
 
 
 def check_goes_on_alike(whole: Run, stopped: int, folder: Path) -> Run:
-    """Copies a finished run, as it was after a step, to ``folder`` and resumes it: it has to come to the same."""
+    """Copy a finished run to ``folder`` as it was after step ``stopped``, resume it, and compare the results."""
     shutil.copytree(whole.folder, folder)
     for step in range(stopped + 1, whole.info["result"]["steps"] + 1):
         shutil.rmtree(folder / "checkpoints" / f"step-{step:08d}")
@@ -494,7 +494,7 @@ def check_goes_on_alike(whole: Run, stopped: int, folder: Path) -> Run:
 
 @pytest.fixture
 def train(tmp_path: Path, write_recipe: Any, lora: Any, no_curves: None) -> Callable[..., Run]:
-    """Writes the recipe with these changes, trains from it and returns the run."""
+    """Write the recipe with these changes, train with it and return the run."""
     count = iter(range(100))
 
     def go(changes: dict[str, Any] | None = None) -> Run:

@@ -1,4 +1,4 @@
-"""What a fork does that ``fork_lora`` starts; it imports nothing of the tests'."""
+"""What the processes that ``fork_lora`` forks execute. It imports none of the tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def lora(arguments: list[str], environment: Mapping[str, str], first: str, streams: Sequence[Path]) -> None:
-    """The command line, its streams in files, in an environment with more and after the Python of ``first``."""
+    """Run the Python code ``first``, then the command line, with ``environment`` added and the streams in files."""
     os.environ |= environment
     for number, path in enumerate(streams, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
@@ -19,4 +19,4 @@ def lora(arguments: list[str], environment: Mapping[str, str], first: str, strea
     code = main(arguments)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(code)  # what multiprocessing does at an end is not lora's
+    os._exit(code)  # without multiprocessing's own work at exit, which is not part of lora

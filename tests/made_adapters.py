@@ -1,4 +1,4 @@
-"""Models and adapters that Transformers and PEFT alone have made, and what they say."""
+"""Models and adapters made by Transformers and PEFT alone, and their logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ R, ALPHA = 4, 6.0
 
 
 def in_dtype(folder: Path, dtype: torch.dtype, out: Path) -> Path:
-    """A copy of a model with its weights in another type."""
+    """Save a copy of a model with its weights in another dtype."""
     shutil.copytree(folder, out)
     AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(out)
     return out
@@ -27,7 +27,7 @@ def in_dtype(folder: Path, dtype: torch.dtype, out: Path) -> Path:
 def make_adapter(
     name: str, folder: Path, out: Path, save_embedding_layers: bool | str = False, seed: int = 5, **config: Any
 ) -> Path:
-    """An adapter from PEFT alone, every tensor of it away from where it starts."""
+    """Save an adapter made by PEFT alone, with random changes to its LoRA tensors, trained modules and tokens."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     wanted = LoraConfig(
         task_type="CAUSAL_LM",
@@ -49,7 +49,7 @@ def make_adapter(
 
 
 def answers(folder: Path, adapter: Path | None = None) -> torch.Tensor:
-    """What the model in a folder says, with an adapter on it as PEFT loads it."""
+    """The logits of the model in a folder, with an adapter loaded by PEFT if given."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     adapted = model if adapter is None else PeftModel.from_pretrained(model, str(adapter))
     return logits(adapted, AutoTokenizer.from_pretrained(folder))

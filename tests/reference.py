@@ -1,7 +1,7 @@
 """The project's from-scratch reference: LoRA, its training and the quantizers in plain torch, from the papers.
 
-Nothing here uses PEFT, bitsandbytes, Transformers or ``lora_cli``; ``test_reference.py`` holds it against those
-libraries, other tests hold ``lora`` against it. A row goes through the model by itself: no padding, no packing.
+Nothing here uses PEFT, bitsandbytes, Transformers or ``lora_cli``. ``test_reference.py`` compares it with those
+libraries; other tests compare ``lora`` with it. Each row goes through the model alone: no padding, no packing.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 Row = tuple[Sequence[int], Sequence[int]]
-"""A row's ids and its labels: the id itself where it is supervised, -100 elsewhere (not shifted)."""
+"""A row's token ids and its labels: the id for supervised tokens, -100 for others (not shifted)."""
 
 IGNORED = -100
 
 
 def rows_of(file: Path, tokenizer: Any, max_length: int) -> list[Row]:
-    """A file's rows of question and answer: a token is learned when the text up to it reaches into the answer.
+    """Read a file's question-answer rows. A token is supervised if the text up to its end reaches into the answer.
 
-    What lies beyond ``max_length`` is cut; rows of which nothing is learned are left out.
+    Rows are cut to ``max_length`` tokens; rows without a supervised token are left out.
     """
     rows = []
     for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
@@ -45,9 +45,9 @@ class LoRALinear(nn.Module):
     h = W x + b + s B A x, with A (r, in), B (out, r) and s = alpha / r, or alpha / sqrt(r) for rsLoRA
     (arXiv:2312.03732, theorem 3.2). B starts at 0, so that training starts from the base.
 
-    DoRA (arXiv:2402.09353, eq. 5): W' = m (W + s B A) / ||W + s B A||, the norm taken over each output's row (a column
-    in the paper, which writes W as (out, in) applied from the left); m starts at ||W||. The backward pass takes the
-    norm for a constant (section 4.3).
+    DoRA (arXiv:2402.09353, eq. 5): W' = m (W + s B A) / ||W + s B A||, with the norm of each output's row (a column in
+    the paper, which writes W as (out, in) applied from the left). m starts at ||W||. The backward pass treats the norm
+    as a constant (section 4.3).
 
     ``base`` is nn.Linear, or GPT-2's Conv1D, which stores W transposed: (in, out).
     """
@@ -68,7 +68,7 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W as (out, in), whichever way it is stored; a view, so that writing to it writes to the base."""
+        """W as (out, in), however it is stored. It is a view: writing to it changes the base."""
         stored: Tensor = self.base.weight.data
         return stored if isinstance(self.base, nn.Linear) else stored.T
 
@@ -88,7 +88,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the update into the base's weight, in place."""
+        """Add the update to the base's weight in place."""
         if self.merged:
             raise RuntimeError("merged already")
         self.weight.add_(self.delta())
@@ -99,7 +99,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take the update out again, in place: the weight as before, up to rounding."""
+        """Subtract the update again in place, which restores the weight up to rounding."""
         if not self.merged:
             raise RuntimeError("not merged")
         if self._rescaled_by is not None:
@@ -111,7 +111,7 @@ class LoRALinear(nn.Module):
 def inject(
     model: nn.Module, names: Iterable[str], r: int, alpha: float, rslora: bool = False, dora: bool = False
 ) -> dict[str, LoRALinear]:
-    """Freeze ``model`` and put a LoRALinear in the place of each module of these exact names."""
+    """Freeze ``model`` and replace each module with one of these exact names by a LoRALinear."""
     model.requires_grad_(False)
     layers = {}
     for name in names:
@@ -128,7 +128,7 @@ def adapter_tensors(layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_adapter_tensors(layers: Mapping[str, LoRALinear], tensors: Mapping[str, Tensor]) -> None:
-    """Take over the tensors of an adapter_model.safetensors: all of them, and no others."""
+    """Load the tensors of an adapter_model.safetensors. Raises KeyError if some are missing or unknown."""
     parameters = _under_peft_names(layers)
     if parameters.keys() != tensors.keys():
         raise KeyError(sorted(parameters.keys() ^ tensors.keys()))
@@ -151,8 +151,8 @@ def _under_peft_names(layers: Mapping[str, LoRALinear]) -> dict[str, nn.Paramete
 def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     """Summed negative log-likelihood (nats) of a row's supervised tokens, and their number.
 
-    ``logits`` (tokens, vocabulary), ``labels`` (tokens): position t predicts label t + 1, so that the first label
-    counts for nothing, supervised or not.
+    ``logits`` (tokens, vocabulary), ``labels`` (tokens,): position t predicts label t + 1, so the first label is never
+    counted.
     """
     predictions, wanted = logits[:-1], labels[1:]
     supervised = wanted != IGNORED
@@ -161,14 +161,14 @@ def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
 
 
 def row_loss(model: nn.Module, row: Row) -> tuple[Tensor, int]:
-    """``token_loss`` of one row, by itself in a batch of one."""
+    """``token_loss`` of one row, computed in a batch of one."""
     ids, labels = (torch.as_tensor(values, dtype=torch.long) for values in row)
     return token_loss(model(input_ids=ids[None]).logits[0], labels)
 
 
 @torch.no_grad()
 def perplexity_row_by_row(model: nn.Module, rows: Iterable[Row]) -> float:
-    """exp of the summed negative log-likelihood of every supervised token over their number."""
+    """exp of the mean negative log-likelihood of all supervised tokens."""
     losses, counts = zip(*((float(nll), count) for nll, count in (row_loss(model, row) for row in rows)), strict=True)
     return math.exp(math.fsum(losses) / sum(counts))
 
@@ -190,7 +190,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], learning_rate: float) -> None:
-        """Move the parameters, in place."""
+        """Update the parameters in place."""
         self.t += 1
         beta1, beta2 = self.betas
         for parameter, g, m, v in zip(self.parameters, gradients, self.first, self.second, strict=True):
@@ -203,7 +203,7 @@ class AdamW:
 
 
 def clip(gradients: Sequence[Tensor], max_norm: float | None) -> tuple[list[Tensor], float]:
-    """The gradients scaled down so that their joint norm is at most ``max_norm``, and the norm before.
+    """Scale the gradients so that their joint norm is at most ``max_norm``. Return them and the norm before.
 
     The 1e-6 in the divisor is torch's.
     """
@@ -213,23 +213,23 @@ def clip(gradients: Sequence[Tensor], max_norm: float | None) -> tuple[list[Tens
 
 
 def constant(t: int, total: int, warmup: int) -> float:
-    """Share of the peak learning rate at step index t = 0, 1, …: up from 0 over ``warmup`` steps, then 1."""
+    """Fraction of the peak learning rate at step index t = 0, 1, …: up from 0 over ``warmup`` steps, then 1."""
     return t / warmup if t < warmup else 1.0
 
 
 def linear_decay(t: int, total: int, warmup: int) -> float:
-    """Up from 0 over ``warmup`` steps, then straight down to 0 at ``total``."""
+    """Up from 0 over ``warmup`` steps, then linearly down to 0 at ``total``."""
     return t / warmup if t < warmup else max(0.0, (total - t) / max(1, total - warmup))
 
 
 def cosine(t: int, total: int, warmup: int) -> float:
-    """Up from 0 over ``warmup`` steps, then down half a cosine to 0 at ``total``."""
+    """Up from 0 over ``warmup`` steps, then down along half a cosine to 0 at ``total``."""
     return t / warmup if t < warmup else (1 + math.cos(math.pi * (t - warmup) / max(1, total - warmup))) / 2
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step's line in metrics.jsonl should say; ``grad_norm`` is from before clipping."""
+    """The expected values of a step's line in metrics.jsonl. ``grad_norm`` is the norm before clipping."""
 
     loss: float
     tokens: int
@@ -247,10 +247,10 @@ def train_reference(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> list[StepResult]:
-    """Train what requires a gradient, in place; ``steps`` holds all rows of each optimizer step.
+    """Train the parameters that require a gradient, in place. ``steps`` holds all rows of each optimizer step.
 
-    A step's loss is the summed negative log-likelihood of its supervised tokens over their number; ``lr_at`` gives the
-    learning rate itself at step index 0, 1, ….
+    A step's loss is the mean negative log-likelihood of its supervised tokens. ``lr_at`` returns the learning rate
+    itself, not a fraction, at step index 0, 1, ….
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW(parameters, betas, eps, weight_decay)
@@ -280,14 +280,14 @@ NF4 = torch.tensor([
 """NormalFloat's 16 levels by code, as printed in QLoRA (arXiv:2305.14314, appendix E)."""
 
 FP4 = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3]) / 12
-"""bitsandbytes' 4-bit float by code: a sign, two bits of exponent, one of mantissa. Codes 0 and 8 both stand for 0."""
+"""bitsandbytes' 4-bit float by code: a sign bit, two exponent bits, one mantissa bit. Codes 0 and 8 both mean 0."""
 
 
 def nf4_quantiles() -> Tensor:
     """NF4's levels from their definition (QLoRA, section 3 and eq. 4), in float64.
 
-    Quantiles of N(0, 1), evenly spaced in probability: 8 levels above 0 and 7 below, each side reaching out to the mean
-    of 1 - 1/32 and 1 - 1/30, and 0 itself; divided by the largest.
+    They are quantiles of N(0, 1), evenly spaced in probability: 8 levels above 0, 7 below, and 0 itself. Each side ends
+    at the mean of 1 - 1/32 and 1 - 1/30. All are divided by the largest.
     """
     outermost = 1 - (1 / 32 + 1 / 30) / 2
 
@@ -299,37 +299,37 @@ def nf4_quantiles() -> Tensor:
 
 
 def nf4_codes(weight: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
-    """Codes (elements, uint8) and each block's absmax (blocks, float32) of a weight in NF4."""
+    """Quantize a weight to NF4. Return the codes (elements, uint8) and each block's absmax (blocks, float32)."""
     return _four_bit_codes(weight, NF4, blocksize)
 
 
 def fp4_codes(weight: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
-    """The same in FP4."""
+    """Like ``nf4_codes``, in FP4."""
     return _four_bit_codes(weight, FP4, blocksize)
 
 
 def nf4_dequantize(codes: Tensor, absmax: Tensor, shape: Sequence[int], blocksize: int = 64) -> Tensor:
-    """What NF4 codes stand for, in float32."""
+    """Dequantize NF4 codes to float32."""
     return _four_bit_dequantize(codes, absmax, NF4, blocksize).reshape(*shape)
 
 
 def fp4_dequantize(codes: Tensor, absmax: Tensor, shape: Sequence[int], blocksize: int = 64) -> Tensor:
-    """What FP4 codes stand for, in float32."""
+    """Dequantize FP4 codes to float32."""
     return _four_bit_dequantize(codes, absmax, FP4, blocksize).reshape(*shape)
 
 
 def _four_bit_codes(weight: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Block-wise absmax quantization (QLoRA, eq. 1): the nearest level to w / absmax, the lower one of a tie.
+    """Block-wise absmax quantization (QLoRA, eq. 1): the level nearest to w / absmax, and the lower one for a tie.
 
-    Blocks run through the weight in the order it is stored; the last may be short. A block of zeros has absmax 0.
+    Blocks are consecutive values in storage order; the last may be short. A block of zeros has absmax 0.
     """
     flat = weight.detach().float().flatten()
     blocks = pad(flat, (0, -len(flat) % blocksize)).view(-1, blocksize)
     absmax = blocks.abs().amax(dim=1)
-    scaled = blocks * torch.where(absmax > 0, 1 / absmax, 0)[:, None]  # times 1 / absmax, as the kernels round it
+    scaled = blocks * torch.where(absmax > 0, 1 / absmax, 0)[:, None]  # the kernels multiply, which rounds differently
     ascending, code = levels.unique(return_inverse=True)
     code_of = torch.empty(len(ascending), dtype=torch.uint8)
-    code_of[code.flip(0)] = torch.arange(len(levels) - 1, -1, -1, dtype=torch.uint8)  # of equal levels the first code
+    code_of[code.flip(0)] = torch.arange(len(levels) - 1, -1, -1, dtype=torch.uint8)  # equal levels: the first code
     midpoints = (ascending[:-1] + ascending[1:]) / 2
     nearest = (scaled[..., None] > midpoints).sum(dim=-1)
     return code_of[nearest].flatten()[: len(flat)], absmax
@@ -340,13 +340,13 @@ def _four_bit_dequantize(codes: Tensor, absmax: Tensor, levels: Tensor, blocksiz
 
 
 def unpack_4bit(packed: Tensor) -> Tensor:
-    """Codes from bytes that hold two each, the first in the high half."""
+    """Unpack the codes from bytes of two codes each; the high four bits are the first."""
     flat = packed.flatten().view(torch.uint8)
     return torch.stack([flat >> 4, flat & 15], dim=1).flatten()
 
 
 def int8_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Row-wise absmax quantization (LLM.int8(), arXiv:2208.07339, section 2.1): codes -127 … 127, each row's absmax."""
+    """Row-wise absmax quantization (LLM.int8(), arXiv:2208.07339, section 2.1): codes in ±127, each row's absmax."""
     values = weight.detach().float()
     absmax = values.abs().amax(dim=1)
     scale = torch.where(absmax > 0, 127 / absmax, 0)
@@ -354,15 +354,15 @@ def int8_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int8_dequantize(codes: Tensor, absmax: Tensor) -> Tensor:
-    """What INT8 codes stand for, in float32."""
+    """Dequantize INT8 codes to float32."""
     return codes.float() * (absmax / 127)[:, None]
 
 
 def first_fit(sizes: Sequence[int], budget: int, most_open: int) -> list[list[int]]:
-    """Rows (by index) put into batches first-fit, in the order in which the batches close.
+    """Pack rows (by index) into batches first-fit. Return the batches in the order in which they close.
 
-    A row goes into the oldest open batch with room for it. A batch closes when not even the smallest row fits it, or
-    when it is the oldest of ``most_open`` and another has to be opened; at the end the rest close, oldest first.
+    A row goes into the oldest open batch with room for it. A batch closes when not even the smallest row fits, or when
+    it is the oldest of ``most_open`` and another must be opened. At the end, the rest close, oldest first.
     """
     batches: list[list[int]] = []  # in the order in which they are opened
     closed: list[int] = []
@@ -384,7 +384,7 @@ def first_fit(sizes: Sequence[int], budget: int, most_open: int) -> list[list[in
 
 
 def next_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Rows (by index) in batches, the next one opened when a row does not fit any more."""
+    """Pack rows (by index) into batches in order; a row that does not fit opens the next batch."""
     batches: list[list[int]] = [[]]
     for row, size in enumerate(sizes):
         if sum(sizes[other] for other in batches[-1]) + size > budget:
@@ -394,5 +394,5 @@ def next_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
-    """|found - wanted| as a share of |wanted|."""
+    """The relative error |found - wanted| / |wanted|."""
     return float((found - wanted).norm() / wanted.norm())

@@ -1,4 +1,4 @@
-"""Wrong input: told in a short block with its place and a remedy, exit code 2, nothing written, no weights loaded."""
+"""Wrong input is reported in a few lines with place and remedy; exit code 2, nothing written, no weights loaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CASES = [case for module in MODULES for case in vars(module).values() if isinsta
 
 @pytest.fixture(scope="session")
 def trained(tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory, lora: Any) -> Callable[[], Path]:
-    """Trains once, when first asked: a folder with ``base`` and ``run``."""
+    """A function that trains on its first call, and returns a folder with ``base`` and ``run``."""
     home = tmp_path_factory.mktemp("trained")
 
     def train() -> Path:
@@ -62,7 +62,7 @@ def world(
 
 
 def everything_in(root: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file and folder below ``root`` with the time it was last changed and its content."""
+    """Every file and folder below ``root``, with its modification time and content."""
     return {
         str(path.relative_to(root)): (
             path.lstat().st_mtime_ns,
@@ -102,7 +102,7 @@ def test_it_is_refused(case: Case, world: World, lora: Any, no_curves: None, mon
 
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_run_writes_in_its_folder_alone(processes: str, write_recipe: Any, lora_process: Any, tmp_path: Path) -> None:
-    """Neither in the working directory, nor at home, nor where programs put what is temporary."""
+    """Nothing is written to the working directory, the home folder, or folders for temporary or cached files."""
     places = {"HOME": "home", "TMPDIR": "tmp", "HF_HOME": "home/hub", "XDG_CACHE_HOME": "home/cache"}
     for place in ("here", *places.values()):
         (tmp_path / place).mkdir()
@@ -113,7 +113,7 @@ def test_a_run_writes_in_its_folder_alone(processes: str, write_recipe: Any, lor
     assert result.exit_code == 0, result.stderr
     after = everything_in(tmp_path)
     assert "here/run/adapter/adapter_model.safetensors" in after
-    fonts = ("home/.config", "home/cache/matplotlib")  # the list that matplotlib keeps for itself
+    fonts = ("home/.config", "home/cache/matplotlib")  # matplotlib's own list of fonts
     outside = {name: kept for name, (_, kept) in after.items() if not name.startswith(("here/run", *fonts))}
     assert outside == {name: kept for name, (_, kept) in before.items()}
 
