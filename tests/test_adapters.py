@@ -1,4 +1,4 @@
-"""`lora adapters list` and `show`: what adapter folders say of themselves."""
+"""`lora adapters list` and `show`: the facts that they report about adapter folders."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_list_and_show_a_run(
 ) -> None:
     run = train({"data.validation": 0.25, "adapter.target_modules": ["c_attn"], "training.eval_steps": 1})
     weights = run.folder / "adapter" / "adapter_model.safetensors"
-    os.utime(weights, (0, 0))  # as a copy may have it: when it was made its record says
+    os.utime(weights, (0, 0))  # as in a copy: the date must come from the adapter's record
     listed = done(lora("adapters", "list", tmp_path, "--json")).json
     (entry,) = listed["adapters"]
     assert listed["warnings"] == []
@@ -64,7 +64,7 @@ def test_list_and_show_a_run(
 
 
 def test_what_is_shown_is_told_in_words(train: Callable[..., Run], tmp_path: Path, lora: Any) -> None:
-    """The same numbers as files and records hold, of a run and of what is made of it."""
+    """The text shows the same figures as the files and records, for a run and for a composition."""
     run = train(
         {
             "data.validation": 0.25,

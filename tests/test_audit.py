@@ -1,4 +1,4 @@
-"""What is counted, told and refused of the rows before training, against counts made by hand."""
+"""What the audit counts, reports and refuses before training, compared with counts made by hand."""
 
 from __future__ import annotations
 
@@ -311,7 +311,7 @@ def test_bos_is_told_before_training(
 
 
 def with_bos_in_vocabulary(base: Path, config: dict[str, Any]) -> None:
-    """Give the model one more row of embeddings."""
+    """Add one token to the model's embedding, head and vocabulary size."""
     import torch
 
     with edited_weights(base) as weights:
@@ -375,11 +375,11 @@ def test_one_of_a_kind_is_told_in_the_singular(write_recipe: Any, tmp_path: Path
 def test_rows_too_long_for_the_model_are_told_by_its_positions(
     tokenizer: Any, write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
 ) -> None:
-    """Of 1,024 tokens asked for the model has positions for 128; what is lost of the rows is told quietly as well."""
+    """The recipe asks for 1,024 tokens, the model has 128 positions. Dropped rows are reported even with --quiet."""
     wordy = {"question": "Why?", "answer": " Because they mend the nets in winter." * 20}
     rows = [LONG, wordy, SHORT, SHORT | {"question": "Who?"}, LONG | {"answer": " Nobody."}]
     write_rows(tmp_path / "rows.jsonl", rows)
-    lengths = [len(tokenizer(row["question"] + row["answer"]).input_ids) + 1 for row in rows]  # and the end
+    lengths = [len(tokenizer(row["question"] + row["answer"]).input_ids) + 1 for row in rows]  # +1: the end of text
     long = sum(length > 128 for length in lengths)
     assert long == 3 and max(lengths) < 1024
     changes = {"data.train": tmp_path / "rows.jsonl", "data.max_length": 1024, "training.max_steps": 1}

@@ -1,4 +1,4 @@
-"""``per_device_train_batch_size: auto``: numbers that fit, the step's rows as asked, and the run those numbers make."""
+"""``per_device_train_batch_size: auto``: it finds a size that fits, keeps a step's rows, and trains like that size."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_two_processes_take_the_same_numbers(write_recipe: Any, tmp_path: Path, 
 def test_activations_are_recomputed_where_nothing_else_fits(
     whole_logits: bool, fits: bool, write_recipe: Any, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where an architecture's head is of another kind, the logits are kept whole."""
+    """With a head that ``frozen_head`` does not support, the full logits are counted."""
     if whole_logits:
         monkeypatch.setattr("lora_cli.training.setup.frozen_head", lambda _: None)
     recipe = write_recipe(auto(1, max_steps=1) | {"data": {"packing": False, "train_on": "all"}})
@@ -121,7 +121,7 @@ def test_activations_are_recomputed_where_nothing_else_fits(
 
 
 def test_the_process_with_the_least_room_decides(write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_cli.training.batch_size.highest", lambda own, _: max(own, -2))  # another one found 2
+    monkeypatch.setattr("lora_cli.training.batch_size.highest", lambda own, _: max(own, -2))  # another process found 2
     told = done(lora("train", write_recipe(auto(6, max_steps=1)))).stderr
     assert "auto -> 2, gradient_accumulation_steps: 3, a step of 6 rows" in " ".join(told.split())
 

@@ -1,4 +1,4 @@
-"""The bench's plumbing: lora alone goes through it whole, and it tells who did other work. No peer, no timed claim."""
+"""The benchmarks' code: lora alone goes through all of it; unequal work is reported. No other tool, no timed claim."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LORA = contestants.CPU[0]
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The tiny model and 16 rows, made as the bench makes them."""
+    """The tiny model and 16 rows, prepared by the benchmark's own code."""
     folder = tmp_path_factory.mktemp("bench")
     return helpers.prepared("tiny", folder, environment(1, folder), 128, 16, heldout_rows=8, models=folder)
 
@@ -54,7 +54,7 @@ def work(rows: dict[str, Any]) -> Work:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a benchmark prepares is made in this process, and nothing waits for the disk."""
+    """Run the benchmark's helpers in this process, and do not wait for the disk."""
 
     def run_helper(module: str, job: Path, _: Any, result: Path) -> Any:
         import_module(f"bench.{module}").main(str(job))
@@ -74,7 +74,7 @@ def test_a_round_is_run_judged_and_checked(work: Work, tmp_path: Path) -> None:
 
     assert did.tokens_per_second > 0
     assert 0 < figures["first_step_seconds"] < figures["seconds"]
-    assert figures["peak_bytes"] > 100e6  # torch is in there
+    assert figures["peak_bytes"] > 100e6  # includes torch
     summary = table.summary([{**figures, "heldout_loss": losses["lora-0"]}])
     assert f"{did.tokens_per_second:,.0f}" in table.show({"lora": summary, "other": summary}, "lora")
 
@@ -114,7 +114,7 @@ def test_losses_that_disagree_are_told(work: Work) -> None:
     assert fault.startswith(f"{other.name}: a step's loss is 1.5e-02 from {one.name}'s")
     (fault,) = same_work.loss_faults(same, falls | {other.name: 0.11}, 6.9, work)
     assert fault == f"{other.name}: held-out loss fell by 0.1100, {one.name}'s by 0.1000"
-    assert same_work.loss_faults(same | {LORA: GOOD}, falls | {"lora": 0.11}, 6.9, work) == []  # packed
+    assert same_work.loss_faults(same | {LORA: GOOD}, falls | {"lora": 0.11}, 6.9, work) == []  # packed: a looser bound
     (fault,) = same_work.loss_faults(same | {LORA: GOOD}, falls | {"lora": 0.2}, 6.9, work)
     assert fault.startswith("lora: held-out loss fell by 0.2000, the median")
     assert len(same_work.loss_faults(same, falls, 5.0, work)) == 2

@@ -1,4 +1,4 @@
-"""Tokenized rows kept by content: read where nothing changed, anew where anything did, never trusted when damaged."""
+"""The cache of tokenized rows, by content: read if nothing changed, rebuilt if anything did, not trusted if damaged."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_what_is_read_is_what_was_tokenized(tokenizer: Any, tmp_path: Path, rows
 
 
 def resident(file: Path) -> int:
-    """Bytes of the mapped file that count as this process's memory."""
+    """Bytes of the mapped file that are resident in this process's memory."""
     found, ours = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
@@ -90,8 +90,8 @@ def resident(file: Path) -> int:
 def test_many_tokens_go_to_the_disk_as_they_come(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No more than are held are in memory, the rows are the same ones, and their files have no names."""
-    texts = [{"text": f"{n}: boats in the harbour. " * (n % 7 + 1)} for n in range(800)]  # the last part is small
+    """Only few tokens are held in memory at a time, the rows are unchanged, and their files have no names."""
+    texts = [{"text": f"{n}: boats in the harbour. " * (n % 7 + 1)} for n in range(800)]  # leaves a small last part
     rows = write_rows(tmp_path / "rows.jsonl", texts)
 
     wanted = cached(tokenizer, tmp_path, rows).tokenized.examples
@@ -104,7 +104,7 @@ def test_many_tokens_go_to_the_disk_as_they_come(
         write(parts, *others)
 
     monkeypatch.setattr(gather, "_write", watched)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "full"))  # they lie with the run's own files
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "full"))  # not used: they go into the run's folder
     before = set(tmp_path.rglob("*"))
     part = cached(tokenizer, tmp_path, rows)
     found = part.tokenized.examples
@@ -181,7 +181,7 @@ def other_tokenizer(tokenizer: Any, change: str) -> Any:
         other.chat_template = "{{ messages }}"
     elif change == "a token":
         other.add_tokens(["Because"])
-    elif change == "split tokens":  # split_special_tokens in tokenizer_config.json, as it is loaded
+    elif change == "split tokens":  # the effect of split_special_tokens in tokenizer_config.json
         other.backend_tokenizer.encode_special_tokens = True
     else:
         other.eos_token = "<|pad|>"
@@ -226,7 +226,7 @@ def flip(content: bytearray, at: int) -> bytes:
 
 
 def put(file: Path, content: bytes) -> None:
-    """A new file in its place: the old one is mapped."""
+    """Replace the file by a new one, since the old one is memory-mapped."""
     file.unlink()
     file.write_bytes(content)
 

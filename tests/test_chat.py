@@ -1,5 +1,5 @@
-"""The templates of well-known families, rebuilt here in small with their own tokens and oddities: which tokens are
-supervised, token for token, in expectations written by hand (what stands in ⟦ ⟧ is learned)."""
+"""Which tokens are supervised with the chat templates of well-known families, rebuilt here in small with their own
+tokens and oddities. Expectations are written by hand, token by token; the tokens in ⟦ ⟧ are supervised."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lora_cli.recipe.schema import Data
 
 @dataclass(frozen=True)
 class Family:
-    """A chat template and its tokenizer's special tokens; ``adds_bos``: the tokenizer puts it before every text."""
+    """A chat template and its tokenizer's special tokens. ``adds_bos``: the tokenizer puts the BOS before each text."""
 
     template: str
     specials: tuple[str, ...]
@@ -34,7 +34,7 @@ class Family:
     adds_bos: bool = False
 
 
-LLAMA_3 = Family(  # the BOS is glued to the first message, contents are trimmed
+LLAMA_3 = Family(  # the BOS is part of the first message; contents are trimmed
     "{% for m in messages %}{% set text = '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim"
     " + '<|eot_id|>' %}{% if loop.first %}{% set text = bos_token + text %}{% endif %}{{ text }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
@@ -43,7 +43,7 @@ LLAMA_3 = Family(  # the BOS is glued to the first message, contents are trimmed
     bos="<|begin_of_text|>",
     adds_bos=True,
 )
-LLAMA_3_2 = Family(  # a system turn is always written, today's date in it
+LLAMA_3_2 = Family(  # always writes a system turn, with today's date
     "{{ bos_token }}{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
     "{% set system = messages[0].content | trim if messages[0].role == 'system' else '' %}"
     "<|start_header_id|>system<|end_header_id|>\n\nToday Date: {{ date_string }}\n\n{{ system }}<|eot_id|>"
@@ -61,13 +61,13 @@ CHATML = Family(
     ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
     eos="<|im_end|>",
 )
-QWEN_2_5 = Family(  # who gives no system turn gets one; there is no BOS
+QWEN_2_5 = Family(  # adds a system turn if there is none; has no BOS
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Qwen, a helpful assistant.<|im_end|>\n{% endif %}"
     + CHATML.template,
     CHATML.specials,
     eos="<|im_end|>",
 )
-QWEN_3 = Family(  # reasoning stays in the turns after the last question; these have it always, if need be empty
+QWEN_3 = Family(  # keeps reasoning only in turns after the last question, which always have it, even if empty
     "{% set ns = namespace(last=-1) %}{% for m in messages if m.role == 'user' %}{% endfor %}"
     "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
@@ -79,17 +79,17 @@ QWEN_3 = Family(  # reasoning stays in the turns after the last question; these 
     (*CHATML.specials, "<think>", "</think>"),
     eos="<|im_end|>",
 )
-NO_THINKING = Family(  # answers are asked for behind reasoning that is closed at once, and written without it
+NO_THINKING = Family(  # the generation prompt contains empty reasoning, rendered answers do not
     CHATML.template + "{% if add_generation_prompt %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
     QWEN_3.specials,
     eos="<|im_end|>",
 )
-THINKING = Family(  # answers are asked for behind the beginning of reasoning
+THINKING = Family(  # the generation prompt opens the reasoning
     CHATML.template + "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}",
     QWEN_3.specials,
     eos="<|im_end|>",
 )
-GEMMA = Family(  # roles user and model in turns, no system; contents are trimmed
+GEMMA = Family(  # roles user and model alternate, no system turn; contents are trimmed
     "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
@@ -101,7 +101,7 @@ GEMMA = Family(  # roles user and model in turns, no system; contents are trimme
     bos="<bos>",
     adds_bos=True,
 )
-GEMMA_3 = Family(  # the system's words stand before those of the first user turn
+GEMMA_3 = Family(  # puts the system text before that of the first user turn
     "{{ bos_token }}{% set first = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
     "{% for m in (messages[1:] if first else messages) %}"
     "{% set role = 'model' if m.role == 'assistant' else m.role %}"
@@ -112,7 +112,7 @@ GEMMA_3 = Family(  # the system's words stand before those of the first user tur
     bos="<bos>",
     adds_bos=True,
 )
-MISTRAL = Family(  # the system's words stand in the last user turn; there is no generation prompt
+MISTRAL = Family(  # puts the system text into the last user turn; has no generation prompt
     "{{ bos_token }}{% set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
     "{% for m in (messages[1:] if system else messages) %}{% if m.role == 'user' %}"
     "{% set last = loop.index0 >= loop.length - 2 and loop.index0 % 2 == 0 %}"
@@ -123,13 +123,13 @@ MISTRAL = Family(  # the system's words stand in the last user turn; there is no
     bos="<s>",
     adds_bos=True,
 )
-PHI_3 = Family(  # ends each turn, and the conversation with another token
+PHI_3 = Family(  # one token ends each turn, another one the conversation
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}",
     ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"),
     eos="<|endoftext|>",
 )
-MARKED = Family(  # says itself what is generated, its header left out and its end put in
+MARKED = Family(  # marks what is generated: without the turn's header, with its end
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}"
     "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
@@ -291,7 +291,7 @@ CASES = [
         "<s>[INST] Is the answer yes or no? [/INST]⟦ no</s>⟧[INST] say yes [/INST]⟦ yes</s>⟧",
     ),
     (
-        MISTRAL,  # the system's words move on with the conversation, and the first turn cannot be asked for as written
+        MISTRAL,  # the system text moves to the last user turn, so the first answer's prompt is no prefix of the text
         (SYSTEM, *TWICE),
         "<s>[INST] Is the answer yes or no? [/INST] ⟦no</s>⟧[INST] Say yes or no.\n\nsay yes [/INST]⟦ yes</s>⟧",
     ),
@@ -325,7 +325,7 @@ NAMES = {id(value): name for name, value in list(globals().items()) if isinstanc
 
 
 def tokens_of(family: Family, expected: str) -> list[tuple[str, bool]]:
-    """The expectation, token for token, each with whether it is supervised."""
+    """The tokens of an expectation, each with whether it is supervised."""
     pattern = "|".join([*map(re.escape, family.specials), "⟦|⟧", r"\w+", r"[^\w]"])
     tokens, learned = [], False
     for token in re.findall(pattern, expected):
@@ -337,7 +337,7 @@ def tokens_of(family: Family, expected: str) -> list[tuple[str, bool]]:
 
 
 def tokenizer_of(family: Family, expected: str) -> Any:
-    """Every word, space and mark of the expectation is a token of its own."""
+    """A tokenizer for which each word, space and punctuation mark of the expectation is one token."""
     words = sorted({token for token, _ in tokens_of(family, expected)} - set(family.specials))
     vocabulary = {word: index for index, word in enumerate(["<unk>", *words])}
     words_alone = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

@@ -1,4 +1,4 @@
-"""`lora adapters compose`, held against sums of s BA taken here in float64."""
+"""`lora adapters compose`, compared with sums of s BA computed here in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def products(folder: Path) -> dict[str, torch.Tensor]:
-    """Each layer's update of its weight as (out, in), an embedding's as (tokens, width), from the files alone."""
+    """Each layer's weight update (out, in), or an embedding's (tokens, width), computed from the files alone."""
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = {
         name.removeprefix("base_model.model."): tensor.double()
@@ -41,7 +41,7 @@ def products(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def varied(name: str, folder: Path, out: Path, seed: int, **config: Any) -> Path:
-    """An adapter like no other."""
+    """Save an adapter with random weights drawn from ``seed``."""
     make_adapter(name, folder, out, **config)
     draw = torch.Generator().manual_seed(seed)
     file = out / "adapter_model.safetensors"
@@ -51,7 +51,7 @@ def varied(name: str, folder: Path, out: Path, seed: int, **config: Any) -> Path
 
 
 def ranks(folder: Path) -> Counter[str]:
-    """Each layer's rank, from the file alone."""
+    """Each layer's rank, read from the file alone."""
     tensors = load_file(folder / "adapter_model.safetensors")
     return Counter({name.partition(".lora_")[0]: a.shape[0] for name, a in tensors.items() if "_A" in name})
 
@@ -74,7 +74,7 @@ SECOND = {
 @pytest.mark.parametrize("method", ["cat", "svd"])
 @pytest.mark.parametrize("swapped", [False, True], ids=["", "swapped"])
 def test_the_sum_of_products(base: Base, method: str, swapped: bool, tmp_path: Path, lora: Any) -> None:
-    """Of adapters of other ranks, layers and scalings; whichever is first."""
+    """The adapters differ in ranks, layers and scalings, and are given in either order."""
     name, folder = base
     parts = list(zip(two(name, folder, tmp_path, **SECOND[name]), (0.7, -0.3), strict=True))
     if swapped:
@@ -104,7 +104,7 @@ def test_the_sum_of_products(base: Base, method: str, swapped: bool, tmp_path: P
 
 
 def test_cat_is_exact_to_the_bit(base: Base, tmp_path: Path, lora: Any) -> None:
-    """Weights and scalings that are powers of two round nothing: the factors stand one beside the other."""
+    """Weights and scalings that are powers of two cause no rounding: the factors are concatenated."""
     name, folder = base
     a, b = (
         varied(name, folder, tmp_path / "a", 1, lora_alpha=R),
@@ -133,7 +133,7 @@ def test_svd_is_the_nearest_of_its_rank(tiny_llama: Path, tmp_path: Path, lora: 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "dare_linear", "magnitude_prune", "ties_svd"])
 def test_the_other_methods_are_pefts(method: str, tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    """The same as PEFT on the whole model, loaded; the seed decides what is dropped."""
+    """The results equal PEFT's on the loaded model. For DARE, the seed decides what is dropped."""
     a, b = two("llama", tiny_llama, tmp_path)
     density = [] if method == "linear" else ["--density", "0.4"]
     given = ["adapters", "compose", f"{a}=0.6", f"{b}=0.4", "--method", method, *density]
@@ -152,7 +152,7 @@ def test_the_other_methods_are_pefts(method: str, tiny_llama: Path, tmp_path: Pa
         assert distance(product, module.get_delta_weight("both").double()) < 1e-5 or "dare" in method, layer
     if "dare" in method:
         again = {}
-        for seed in ("0", "42"):  # 42 is taken where none is given
+        for seed in ("0", "42"):  # 42 is the default
             done(lora(*given, "--out", tmp_path / seed, "--seed", seed))
             again[seed] = load_file(tmp_path / seed / "adapter_model.safetensors")
         assert all(torch.equal(again["0"][key], found[key]) for key in found)
@@ -174,7 +174,7 @@ def test_a_layer_that_the_second_alone_has(tiny_llama: Path, tmp_path: Path, lor
 
 
 def test_what_was_composed_is_told(train: Any, tmp_path: Path, lora: Any) -> None:
-    """Of two runs: the base is known by its fingerprint, the parts by theirs; merge takes the result."""
+    """A composition of two runs records the base's fingerprint and the parts; merge accepts the result."""
     runs = [train({"training.seed": seed, "training.max_steps": 1}) for seed in (1, 2)]
     given = [f"{run.folder}={weight}" for run, weight in zip(runs, (1, 0.5), strict=True)]
     done(lora("adapters", "compose", *given, "--out", tmp_path / "out"))
@@ -212,7 +212,7 @@ def test_a_composition_of_quantized_runs_knows_what_they_saw(train: Any, tmp_pat
 
 
 def test_bases_are_told_apart_without_a_record(tiny_llama: Path, tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
-    """By their weights while these are there, else by the names of layers and of the bases."""
+    """By the bases' weights while they can be found, else by the names of layers and bases."""
     other = shutil.copytree(tiny_llama, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     save_file({key: value + 1 for key, value in tensors.items()}, other / "model.safetensors", {"format": "pt"})
@@ -239,7 +239,7 @@ def test_every_method_is_known_to_the_command_line() -> None:
     assert get_args(kind) == tuple(METHODS)
 
 
-@pytest.mark.filterwarnings("ignore")  # PEFT's, of tied weights and of what it saves
+@pytest.mark.filterwarnings("ignore")  # PEFT warns about tied weights and the embeddings that it saves
 def test_an_embedding_that_peft_keeps_is_no_update(base: Base, tmp_path: Path, lora: Any) -> None:
     name, folder = base
     ends = ["wte" if name == "gpt2" else "embed_tokens", "lm_head"]

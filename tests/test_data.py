@@ -1,4 +1,4 @@
-"""Rows from files, formats, tokens and their supervision, batches: each against expectations written out by hand."""
+"""Reading files, formats, tokens and their supervision, batches: compared with expectations written by hand."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 
 def test_parquet_fills_no_objects(tmp_path: Path) -> None:
-    """Arrow gives all objects of a column the keys of any; a null of its own it has not."""
+    """Arrow gives each object of a column the keys of all, as nulls. They are removed, and so are an object's own."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -510,12 +510,12 @@ def test_ids_are_those_of_the_joint_text(
     prompt: str, completion: str, trimmed: bool, tokenizer: Any, tmp_path: Path
 ) -> None:
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trimmed)  # white space is left out of offsets
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trimmed)  # offsets with or without white space
     examples = examples_of(tokenizer, tmp_path, {"prompt": prompt, "completion": completion})
     ids, mask = examples.row(0)
     joint = tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
     assert ids.tolist() == [*joint, tokenizer.eos_token_id]
-    ends = np.cumsum([len(token) for token in tokenizer.convert_ids_to_tokens(joint)])  # a byte-level letter is a byte
+    ends = np.cumsum([len(token) for token in tokenizer.convert_ids_to_tokens(joint)])  # each letter stands for a byte
     first = max(1, int((ends > len(prompt.encode())).argmax()))
     assert mask.tolist() == [False] * first + [True] * (len(ids) - first)
 
@@ -548,7 +548,7 @@ def test_one_end_of_text_closes_each_row_and_is_supervised(tokenizer: Any, tmp_p
 def test_an_end_of_text_that_the_tokenizer_puts_there_is_supervised(
     row: dict[str, Any], tokenizer: Any, tmp_path: Path
 ) -> None:
-    """It stands for no character, as where tokenizer_config.json says add_eos_token."""
+    """The tokenizer's own end of text covers no character, as with add_eos_token in tokenizer_config.json."""
     closing = copy.deepcopy(tokenizer)
     closing.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, tokenizer.eos_token_id)]
@@ -695,14 +695,14 @@ GEMMA = (
     "{{ (first if loop.first else '') + m.content | trim }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-MISTRAL = (  # the system's words go into the last user turn, and there is no generation prompt
+MISTRAL = (  # puts the system text into the last user turn; has no generation prompt
     "{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}"
     "{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}<s>"
     "{% for m in rest %}{% if m.role == 'user' %}"
     "[INST] {{ (system if loop.index >= loop.length - 1 else '') + m.content }}[/INST]"
     "{% else %} {{ m.content | trim }}</s>{% endif %}{% endfor %}"
 )
-QWEN3 = (  # reasoning is kept in the turns after the last question alone
+QWEN3 = (  # keeps reasoning only in turns after the last question
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
     "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'assistant' %}"
     "{% set said = m.content.split('</think>')[-1].lstrip('\n') %}"
@@ -754,7 +754,7 @@ def test_the_assistant_alone_is_supervised(
     examples = examples_of(chatty, tmp_path, {"messages": messages})
     text = chatty.apply_chat_template(messages, tokenize=False)
     assert examples.row(0)[0].tolist() == chatty(text, add_special_tokens=False)["input_ids"]
-    if learned is None:  # the conversation opens with the assistant: its header is no prompt, and is not asked for
+    if learned is None:  # the assistant begins: whether its first header is supervised is not tested
         assert [run[-13:] for run in supervised_text(chatty, examples)] == ["yes<|im_end|>"] * 2
     else:
         assert supervised_text(chatty, examples) == learned
@@ -845,7 +845,7 @@ def shuffled(lengths: list[int]) -> tuple[Any, Any]:
 
 @settings(max_examples=200, deadline=None)
 @given(lengths=st.lists(st.integers(1, 16), min_size=1, max_size=200), budget=st.integers(16, 64))
-@example(lengths=[*[9] * 40, 1], budget=16)  # more batches stay open than may
+@example(lengths=[*[9] * 40, 1], budget=16)  # would leave more batches open than allowed
 def test_whole_rows_are_packed(lengths: list[int], budget: int) -> None:
     order, sizes = shuffled(lengths)
     in_order = [lengths[row] for row in order]
@@ -864,7 +864,7 @@ def test_first_fit_fills_batches_and_keeps_rows_near_their_place() -> None:
     full = [sizes.sum() / 2048 / len(pack(order, sizes, 2048)) for pack in (pack_first_fit, pack_in_order)]
     assert full[0] > 0.985 and full[1] < 0.95
     batches = pack_first_fit(order, sizes, 2048)
-    place = np.argsort(np.concatenate(batches))[order]  # of the row at each place in the order
+    place = np.argsort(np.concatenate(batches))[order]  # the position in the batches of each row of ``order``
     assert np.abs(place - np.arange(len(order))).max() < 3 * OPEN * len(order) / len(batches)
 
 
@@ -916,7 +916,7 @@ def test_without_shuffle_the_files_order_stays() -> None:
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_rows_beyond_a_bound_are_not_all_at_the_beginning(packing: bool) -> None:
-    """One of their batches is, which takes the most memory."""
+    """Only one of their batches comes first, since it takes the most memory."""
     bounded = schedule(packing=packing, bounds=(4,))
     drawn = [[bool(LENGTHS[rows].max() > 4) for rows in bounded.epoch_batches(epoch)] for epoch in range(6)]
     assert all(sides[0] for sides in drawn)
@@ -935,7 +935,7 @@ def test_no_batch_has_rows_on_both_sides_of_a_bound(packing: bool, shuffle: bool
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_weights_repeat_and_thin_out(shuffle: bool) -> None:
     source = np.asarray([0] * 10 + [1] * 10 + [2] * 10, np.int32)
-    weights = (1.0, 0.3, 2.8)  # 10 x (2.8 - 2) is less than 8
+    weights = (1.0, 0.3, 2.8)  # in floating point, 10 x (2.8 - 2) is less than 8
     order = epoch_order(source, weights, 1, 0, shuffle)
     counts = Counter(order.tolist())
     assert all(counts[row] == 1 for row in range(10))
@@ -1020,7 +1020,7 @@ def few(tokenizer: Any, tmp_path: Path) -> Examples:
 
 def test_padded_batches(few: Examples) -> None:
     batch = collate(few, [2, 0], packing=False, pad_token_id=1)
-    assert few.lengths[2] < few.lengths[0] < few.lengths[1]  # which is in no row's place here
+    assert few.lengths[2] < few.lengths[0] < few.lengths[1]  # sorting by length moves every row
     assert batch.attention_mask is not None
     assert batch.input_ids.shape == batch.attention_mask.shape == (2, few.lengths[0])
     for at, row in enumerate((2, 0)):

@@ -1,4 +1,4 @@
-"""The demo's data: split by fact, the same every time, and enough of it."""
+"""The demo's data: split by fact, reproducible, and large enough."""
 
 from __future__ import annotations
 
