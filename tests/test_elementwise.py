@@ -1,5 +1,5 @@
-"""Norms, gated MLPs and rotary positions in one autograd function: the formulas, in the places of the modules that
-compute just these."""
+"""Norms, gated MLPs and rotary positions, each as one autograd function: they compute the formulas, and replace only
+modules that compute the same."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_cli.model.elementwise import FrozenRMSNorm, Gate, GatedMLP, Normalize,
 from lora_cli.model.rotary import RotaryAttention, Rotate
 
 MIXED = {"num_local_experts": 2, "num_experts_per_tok": 1}
-REPLACED = {  # norms, MLPs, attention
+REPLACED = {  # the numbers of norms, MLPs and attention modules that are replaced
     "Llama": (GROUPED, 5, 2, 2),
     "Mistral, with a window": (GROUPED | {"sliding_window": 4}, 5, 2, 2),
     "Qwen3, which has norms over heads": (GROUPED, 9, 2, 2),
@@ -53,7 +53,7 @@ def test_in_16_bits_a_norm_rounds_where_llamas_does() -> None:
     x = torch.randn(3, 50, 64).bfloat16().requires_grad_()
     grad = torch.randn(3, 50, 64).bfloat16()
     wanted, found = own(x), FrozenRMSNorm(own.weight, own.variance_epsilon)(x)
-    assert float((found == wanted).float().mean()) > 0.99  # the sums before may differ in their last bit
+    assert float((found == wanted).float().mean()) > 0.99  # the float32 sums may differ in their last bit
     torch.testing.assert_close(found, wanted, rtol=2**-7, atol=0)
     exact = x.detach().double().requires_grad_()
     (slope,) = torch.autograd.grad(
@@ -72,7 +72,7 @@ def test_a_gate_is_the_formula() -> None:
 
 
 def test_positions_turn_pairs() -> None:
-    """Each pair is a complex number, which cos + i sin multiplies."""
+    """Each pair of features is a complex number, which is multiplied by cos + i sin."""
     torch.manual_seed(0)
     x, angles = doubles(2, 3, 4, 8).requires_grad_(), doubles(2, 3, 4)
     pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)[:, :, None]
@@ -80,7 +80,7 @@ def test_positions_turn_pairs() -> None:
     torch.testing.assert_close(Rotate.apply(x, cos, sin), torch.cat((pairs.real, pairs.imag), dim=-1))
     assert torch.autograd.gradcheck(lambda x: Rotate.apply(x, cos, sin), (x,))
     one, other = doubles(1, 3, 8), doubles(1, 3, 8)
-    assert torch.autograd.gradcheck(lambda x: Rotate.apply(x, one, other), (x,))  # whatever they hold
+    assert torch.autograd.gradcheck(lambda x: Rotate.apply(x, one, other), (x,))  # for any values
 
 
 def test_in_16_bits_positions_turn_no_less_exactly_than_in_transformers() -> None:
@@ -171,7 +171,7 @@ def test_attention_continues_a_cache() -> None:
 
 
 def test_eager_attention_stays() -> None:
-    """Each architecture has an eager function of its own."""
+    """Each architecture has its own eager attention function."""
     model = build("Llama", GROUPED)
     model.set_attn_implementation("eager")
     fuse(model)

@@ -1,4 +1,4 @@
-"""`lora eval`: perplexity equal to a row-by-row loop, the base beside the adapter, the base found again."""
+"""`lora eval`: its perplexity equals a row-by-row loop's, for the adapter and its base, which is found when moved."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def base(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def run_of(write_recipe: Any, lora: Any, tmp_path: Path, no_curves: None) -> Callable[..., Path]:
-    """Trains a little on a base, with these changes, and returns the run's folder."""
+    """Train a few steps on a base, with these changes to the recipe, and return the run's folder."""
 
     def train(folder: Path, name: str = "run", **changes: Any) -> Path:
         settings = {"model.name_or_path": folder, "training.output_dir": tmp_path / name, "training.warmup_steps": 0}
@@ -82,14 +82,14 @@ def test_run_adapter_and_model_equal_a_row_by_row_loop(
 
     whole = reference.rows_of(qa_file, AutoTokenizer.from_pretrained(base), 1000)
     found = done(lora("eval", base, "--data", qa_file, "--json")).json
-    in_16_bits = has_units_for(torch.bfloat16, torch.device("cpu"))  # a model alone has no recipe that says float32
+    in_16_bits = has_units_for(torch.bfloat16, torch.device("cpu"))  # a bare model has no recipe that sets float32
     wanted = reference.perplexity_row_by_row(load(base), whole)
     assert found["perplexity"] == pytest.approx(wanted, rel=0.01 if in_16_bits else 1e-6)
     assert set(found) == {"target", "data", "tokens", "loss", "perplexity"}
 
 
 def made(folder: Path, out: Path, words: int = 0, **config: Any) -> Path:
-    """An adapter from PEFT alone, moved by chance, of a base with so many words more and other embeddings for all."""
+    """Save a randomly changed adapter made by PEFT alone; ``words``: tokens added to its base, with new embeddings."""
     torch.manual_seed(0)
     model = load(folder)
     if words:
@@ -140,7 +140,7 @@ WORDS = {
     "whole": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "some": {"trainable_token_indices": [5, 6]},
 }
-"""How an adapter has the words that were added to its base: as PEFT saves all then, trained whole, and some of them."""
+"""How an adapter holds tokens added to its base: in embeddings that PEFT saves, in trained ones, or token by token."""
 
 
 @pytest.mark.parametrize("how", WORDS)
@@ -173,7 +173,7 @@ def test_rows_may_hold_words_that_an_adapter_has_added(how: str, tiny_llama: Pat
 def test_an_adapter_is_at_work_behind_each_rows_invocation(
     tiny_llama: Path, qa_file: Path, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """aLoRA's: rows laid end to end would have one such place."""
+    """aLoRA: PEFT finds one invocation in each sequence, but packed rows need one each."""
     monkeypatch.setattr("lora_cli.model.base.has_units_for", lambda *_: False)  # in float32
     rows = reference.rows_of(qa_file, AutoTokenizer.from_pretrained(tiny_llama), 1000)
     invocation = rows[0][0][:1]
@@ -201,7 +201,7 @@ def test_an_adapter_of_a_base_that_is_not_there_is_refused(
 
 
 def conversed(file: Path, tokenizer: Any, max_length: int) -> list[tuple[list[int], list[int]]]:
-    """Each conversation's ids and labels in ChatML: the assistant's words and the end of its turn are learned."""
+    """Each conversation's ids and labels in ChatML. The assistant's text and its end of turn are supervised."""
     rows = []
     for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
         text, learned = "", []
@@ -258,7 +258,7 @@ def test_a_merged_model_scores_as_its_adapter(
 
 
 def score_windows(model: Any, tokenizer: Any, length: int) -> tuple[float, int]:
-    """Windows of ``length`` that move on by half: of each, what no window before it has scored."""
+    """The summed loss and token count of windows of ``length``, with a stride of half that. Each token counts once."""
     total, count = 0.0, 0
     for text in TEXTS:
         ids = torch.tensor([*tokenizer(text).input_ids, tokenizer.eos_token_id])
@@ -286,7 +286,7 @@ def test_plain_text_is_scored_in_windows_each_token_once(
     found = done(lora("eval", run, "--data", file, "--json")).json
     model, tokenizer = load(base), AutoTokenizer.from_pretrained(base)
     total, count = score_windows(model, tokenizer, min(length, model.config.max_position_embeddings))
-    every = sum(len(tokenizer(text).input_ids) for text in TEXTS)  # with the end-of-text, less each text's first token
+    every = sum(len(tokenizer(text).input_ids) for text in TEXTS)  # +1 for the end of text, -1 for the first token
     assert found["tokens"] == count == every
     assert found["base"]["loss"] == pytest.approx(total / count, rel=1e-6)
     adapted, _ = score_windows(
@@ -312,9 +312,9 @@ def test_a_share_held_out_is_found_again(
 def test_validation_rows_of_their_own(
     tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, tmp_path: Path, lora: Any
 ) -> None:
-    """Wherever the rows of training are meanwhile."""
+    """The training rows may be gone."""
     file = tmp_path / "held_out.jsonl"
-    # many tokens: of few, the rounding of 32 bits alone moves a perplexity by 1e-6
+    # many tokens: with few, float32 rounding alone changes the perplexity by 1e-6
     rows = [{"question": f"Who mends the nets of boat {n}?", "answer": f" The family of house {n}."} for n in range(24)]
     write_rows(file, rows)
     run = run_of(tiny_gpt2, **{"data.validation": file})
@@ -344,7 +344,7 @@ def test_the_newest_finished_run_is_the_default(
 def test_the_table_is_of_the_same_numbers(
     tiny_gpt2: Path, run_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: Any
 ) -> None:
-    """The base above its adapter, or a model alone; which run is measured is told unless --quiet says not to."""
+    """It lists the base and then the adapter, or a model alone. stderr names the run, unless --quiet is given."""
     monkeypatch.chdir(tmp_path)
     run_of(tiny_gpt2, "runs/a", **{"data.validation": 0.2, "training.max_steps": 2})
     found = done(lora("eval", "--json")).json
@@ -381,7 +381,7 @@ def test_base_and_adapter_moved_together_are_found(
 def test_a_copy_of_an_adapter_is_for_the_base_that_it_was_trained_on(
     tiny_gpt2: Path, run_of: Callable[..., Path], qa_file: Path, tmp_path: Path, lora: Any
 ) -> None:
-    """While that is where it was: what lies where a copy of it would lie may be another."""
+    """While that base is in its place, it is used: the folder at the copy's relative path may hold another base."""
     home, copy = tmp_path / "home", tmp_path / "copy"
     shutil.copytree(tiny_gpt2, home / "base")
     before = done(lora("eval", run_of(home / "base", "home/runs/one"), "--data", qa_file, "--json")).json
@@ -460,7 +460,7 @@ def test_unreadable_runs_are_passed_over(
 
 
 def edited(adapter: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Rewrite what the adapter says of itself."""
+    """Rewrite the adapter's provenance.json."""
     record = json.loads((adapter / "provenance.json").read_text(encoding="utf-8"))
     change(record)
     (adapter / "provenance.json").write_text(json.dumps(record), encoding="utf-8")

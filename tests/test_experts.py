@@ -1,4 +1,4 @@
-"""Adapters of experts' parameters (PEFT's target_parameters), merged tensor by tensor however a base stores them."""
+"""Adapters of experts' parameters (PEFT's target_parameters), merged tensor by tensor for any layout in the base."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ SIZES = {
 LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
 ROUTED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 8}
 CONFIGS: dict[str, PreTrainedConfig] = {
-    # Stored as the model holds them, (experts, in, out); PEFT takes that of the second for (experts, out, in):
+    # Stored in the model's own layout, (experts, in, out); PEFT takes Llama 4's for (experts, out, in):
     "gpt_oss": GptOssConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2, head_dim=4, num_key_value_heads=2),
     "llama4": Llama4TextConfig(
         **SIZES, num_local_experts=3, num_experts_per_tok=1, head_dim=4, num_key_value_heads=2, intermediate_size_mlp=12
     ),
     # (experts, out, in):
     "granite": GraniteMoeConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2, num_key_value_heads=2),
-    # Each by itself, gate and up apart, under other names, and more of them than sort by their digits:
+    # Experts stored one by one, gate and up apart, under other names; numbers above 9 do not sort as text:
     "mixtral": MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2, num_key_value_heads=2),
     "qwen3": Qwen3MoeConfig(
         **SIZES, num_experts=12, num_experts_per_tok=2, head_dim=4, num_key_value_heads=2, moe_intermediate_size=8
@@ -54,12 +54,12 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 TURNED = {"gpt_oss"}
 PLAIN = {"mixtral": "q_proj", "deepseek": "o_proj"}
-"""A linear layer adapted beside the experts."""
+"""The linear layer that is adapted besides the experts, if not q_proj."""
 
 
 @pytest.fixture(autouse=True)
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever merges in memory fails."""
+    """Fail if a merge loads the complete model."""
 
     def load(*_: Any) -> None:
         raise AssertionError("a model was loaded to merge")
@@ -68,7 +68,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_base(kind: str, tiny_llama: Path, folder: Path) -> Path:
-    """A model with experts, its routing wide apart, and the tokenizer of another."""
+    """Save a randomly initialized model with experts, and tiny_llama's tokenizer."""
     shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(CONFIGS[kind]).save_pretrained(folder)
@@ -76,7 +76,7 @@ def make_base(kind: str, tiny_llama: Path, folder: Path) -> Path:
 
 
 def make_adapter(base: Path, folder: Path, seed: int = 1, **changes: Any) -> Path:
-    """An adapter from PEFT alone, every tensor of it away from where it starts."""
+    """Save an adapter made by PEFT alone, with random values in every trained tensor."""
     wanted = LoraConfig(task_type="CAUSAL_LM", **{"r": R, "lora_alpha": ALPHA, **changes})
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), wanted)
     draw = torch.Generator().manual_seed(seed)
@@ -94,7 +94,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def delta(adapter: Path, stem: str, shape: torch.Size, scaling: float, turned: bool) -> torch.Tensor:
-    """What an adapter adds to a parameter of experts: for each, s B_e A_e, B_e each experts-th column of B."""
+    """The stacked updates s B_e A_e of all experts. A_e is a block of A's rows, B_e every ``count``-th column of B."""
     tensors = load_file(adapter / "adapter_model.safetensors")
     a, b = (tensors[f"base_model.model.{stem}.lora_{part}.weight"].double() for part in "AB")
     count = shape[0]
@@ -103,7 +103,7 @@ def delta(adapter: Path, stem: str, shape: torch.Size, scaling: float, turned: b
     return torch.stack([update.T if turned else update for update in each])
 
 
-@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match")  # PEFT: it looks at modules alone
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match")  # PEFT only looks at modules
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_each_expert_gets_its_own(kind: str, tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
     base = make_base(kind, tiny_llama, tmp_path / "base")
@@ -137,7 +137,7 @@ def test_each_expert_gets_its_own(kind: str, tiny_llama: Path, tmp_path: Path, l
 
 
 def test_a_router_beside_its_experts(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    """A parameter of two dimensions, stored under another name than the model's."""
+    """The router is a two-dimensional parameter, stored under another name than the model's."""
     base = make_base("mixtral", tiny_llama, tmp_path / "base")
     targets = {"target_modules": [], "target_parameters": ["mlp.gate.weight", DOWN], "use_rslora": True}
     adapter = make_adapter(base, tmp_path / "adapter", **targets)
@@ -191,7 +191,7 @@ def damaged(adapter: Path, change: str) -> None:
 
 
 def test_several_of_other_parameters_add_up_unverified(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    """PEFT runs none such beside each other, where they could be held against their sum."""
+    """PEFT cannot run such adapters together, so their sum cannot be verified."""
     base = make_base("granite", tiny_llama, tmp_path / "base")
     one = make_adapter(base, tmp_path / "one", target_modules=[], target_parameters=[DOWN])
     other = make_adapter(base, tmp_path / "other", target_modules=[], target_parameters=[GATE_UP])
@@ -230,7 +230,7 @@ def test_what_does_not_fit_is_refused(change: str, told: str, tiny_llama: Path, 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
 def test_factors_of_single_experts_are_told(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    """As PEFT wrote them for Transformers 4; it reads them still, and writes them as they are today."""
+    """PEFT wrote such factors for Transformers 4. It still reads them, and saves them in today's layout."""
     base = make_base("mixtral", tiny_llama, tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
     edit_json(adapter / "adapter_config.json", target_modules=["q_proj", "w1", "w2", "w3"])

@@ -1,4 +1,4 @@
-"""Attention by rows, the loss in chunks and fused LoRA: the numbers of rows taken one at a time."""
+"""Attention by rows, the loss in chunks and fused LoRA give the results of rows run one at a time."""
 
 from __future__ import annotations
 
@@ -96,15 +96,15 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str | None, bool]] = {
         False,
     ),
 }
-"""Configuration class, its arguments, the attention that packed rows get (None: they are padded), and whether the
-loss is made in chunks."""
+"""Configuration class, its arguments, the attention of packed rows (None: rows are padded instead), and whether the
+loss is computed in chunks."""
 
 
 def build(name: str, arguments: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**arguments)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for parameter in model.parameters():  # random starts are too near to zero to tell two ways apart
+    for parameter in model.parameters():  # initial weights are so near to zero that differences would not show
         nn.init.normal_(parameter, std=0.2) if parameter.dim() > 1 else nn.init.normal_(parameter, mean=0.5, std=0.2)
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -117,7 +117,7 @@ def rows_of(lengths: Sequence[int]) -> list[torch.Tensor]:
 
 
 def packed(rows: list[torch.Tensor]) -> Batch:
-    """The rows end to end, each token but a row's first supervised: put together apart from ``collate``."""
+    """The packed batch of the rows, all tokens but each row's first supervised. It is built without ``collate``."""
     starts = np.cumsum([0, *map(len, rows)])
     ids = torch.cat(rows)
     predict = torch.tensor([at for at in range(len(ids) - 1) if at + 1 not in starts])
@@ -135,7 +135,7 @@ def packed(rows: list[torch.Tensor]) -> Batch:
 
 
 def one_at_a_time(model: Any, rows: list[torch.Tensor]) -> torch.Tensor:
-    """Summed loss by the model's own forward pass and logits, row after row."""
+    """The summed loss of the rows, each run alone, from the model's own forward pass and logits."""
     logits = (model(input_ids=row[None]).logits[0, :-1].float() for row in rows)
     pairs = zip(logits, rows, strict=True)
     losses = (nn.functional.cross_entropy(each, row[1:], reduction="sum") for each, row in pairs)
@@ -149,7 +149,7 @@ def learned(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def made_by(result: torch.Tensor) -> Any:
-    """The function that has made what ``result`` is a view of."""
+    """The autograd function that computed the tensor of which ``result`` is a view."""
     return result.grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
 
@@ -164,7 +164,7 @@ def test_an_architecture_gives_what_its_rows_give_one_at_a_time(kind: str) -> No
     for weight_name, weight in model.named_parameters():
         if "lora_B" in weight_name:
             nn.init.normal_(weight, std=0.3)
-    model.eval()  # some of these drop out in training
+    model.eval()  # some architectures have dropout in training
     expected = one_at_a_time(model, rows)
     wanted = learned(model, expected)
 
@@ -201,8 +201,8 @@ def test_an_architecture_gives_what_its_rows_give_one_at_a_time(kind: str) -> No
     ],
 )
 def test_layers_that_are_not_adapted(name: str, more: dict[str, Any], left_out: set[str]) -> None:
-    """A gate of one number can have no rank, PEFT refuses what Mamba's kernels read, and Gemma 3n clips a weight itself
-    while it trains."""
+    """A gate with one output is too narrow for a rank. PEFT refuses layers whose weights Mamba's kernels read. Gemma 3n
+    reads and clips one weight itself in training."""
     model = build(name, more)
     linear = {key for key, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert {key.rpartition(".")[2] for key in linear - adaptable_layers(model).keys()} == left_out
@@ -238,7 +238,7 @@ def test_a_model_may_write_over_what_fused_layers_give_it(name: str, more: dict[
 
 
 def test_rows_do_not_see_each_other() -> None:
-    """Another first row changes nothing in the second one's loss."""
+    """The second row's loss does not depend on the first row."""
     model = build("Llama", GROUPED)
     assert lay_end_to_end(model, torch.device("cpu"), "auto")
     first, other, second = rows_of((6, 6, 8))
@@ -251,7 +251,7 @@ def test_rows_do_not_see_each_other() -> None:
 
 
 def test_products_that_round_otherwise_for_another_number_of_tokens_do_not_count_as_mixing() -> None:
-    """As on a GPU: in 4 bits a few rows go through another kernel than many, and a deep model is 6% off for it."""
+    """In 4 bits, a GPU uses another kernel for few tokens than for many. A deep model's results then differ by 6%."""
     model = build("Llama", GROUPED).bfloat16()
     mlp = model.get_submodule("model.layers.1.mlp")
     mlp.register_forward_hook(lambda _, __, output: output * (1.5 if output.shape[1] < 12 else 1))
@@ -259,7 +259,7 @@ def test_products_that_round_otherwise_for_another_number_of_tokens_do_not_count
 
 
 def test_places_that_are_counted_through_count_as_mixing() -> None:
-    """The second row gives the same behind any row of that length, and something else alone."""
+    """The second row's results are the same behind any row of the first's length, but differ when it is alone."""
     model = build("Llama", GROUPED)
     mlp = model.get_submodule("model.layers.1.mlp")
     mlp.register_forward_hook(lambda _, __, output: output + 0.1 * torch.arange(output.shape[1])[:, None])
@@ -267,8 +267,8 @@ def test_places_that_are_counted_through_count_as_mixing() -> None:
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """37 rows by 31 words go in chunks of 20 and of 17, which is no rounded number, by 12 or 13 words, a last 7 or 5,
-    and a few rows of these at a time."""
+    """Cut the logits of 37 rows and 31 tokens into chunks of 20 and 17 rows (17 is not a rounded size). Cut each chunk
+    into blocks of 12 or 13 tokens, the last of 7 or 5. Take the softmax of a few rows at a time."""
     for name, value in {"ROWS": 20, "COLUMNS": 4, "LOGITS": 20 * 12, "CACHED": 3 * 12}.items():
         monkeypatch.setattr(f"lora_cli.evaluation.head.{name}", value)
 
@@ -278,7 +278,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_words_that_cannot_be_had_take_no_part_in_the_loss(
     scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole blocks of them, the first and the last, by a bias of -inf."""
+    """The bias is -inf for whole blocks of the vocabulary, the first and the last."""
     small_blocks(monkeypatch)
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(37, 6, generator=draw).to(dtype).requires_grad_()
@@ -334,7 +334,7 @@ def test_in_16_bits_the_loss_in_chunks_is_as_near_as_its_logits(
     targets = torch.randint(31, (37,), generator=draw)
     exact = hidden.detach().double().requires_grad_()
     logits = exact @ head.weight.double().T
-    logits = logits + (logits.detach().bfloat16() - logits.detach())  # rounded as a product in 16 bits is
+    logits = logits + (logits.detach().bfloat16() - logits.detach())  # rounded like a product in 16 bits
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
     wanted = (logits.logsumexp(1) - logits[torch.arange(37), targets]).sum()
@@ -345,7 +345,7 @@ def test_in_16_bits_the_loss_in_chunks_is_as_near_as_its_logits(
 
 
 def test_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 40 supervised positions among 62 no more than a chunk's meet the vocabulary at once, and no other does."""
+    """Only the 40 supervised of 62 positions are multiplied by the head, and only one chunk's logits exist at once."""
     monkeypatch.setattr("lora_cli.evaluation.head.ROWS", 16)
     model = build("Llama", GROUPED)
     assert lay_end_to_end(model, torch.device("cpu"), "auto")
@@ -395,7 +395,7 @@ def test_fused_lora_is_the_formula(device: str, transposed: bool, bias: bool) ->
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_fused_layers_of_one_input_are_the_formula_each(device: str) -> None:
-    """One of rank 2 and with a bias, one without an adapter, one of rank 1 and transposed."""
+    """One layer has rank 2 and a bias, one has no adapter, one has rank 1 and a transposed weight."""
     draw = torch.Generator().manual_seed(0)
     sizes = ((6, 5), (2, 5), (4, 2), (1, 5), (6, 1), (4, 5), (3, 5), (5, 6), (4,))
     drawn = [torch.randn(*size, generator=draw, dtype=torch.float64).to(device) for size in sizes]
@@ -417,7 +417,7 @@ def test_fused_layers_of_one_input_are_the_formula_each(device: str) -> None:
 
 
 def test_layers_of_one_input_go_together_but_for_a_hook() -> None:
-    """As they do in attention and in a gated MLP; what they give then is what each gives by itself."""
+    """As in attention and gated MLPs. The results are those of each layer alone."""
     torch.manual_seed(0)
     base = build("Llama", GROUPED | {"num_hidden_layers": 1})
     model = adapt(base, Adapter(r=2), ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"], True)
@@ -594,7 +594,7 @@ def test_the_loss_on_a_gpu_is_the_plain_one(cap: float | None) -> None:
     wanted = nn.functional.cross_entropy(z if cap is None else cap * torch.tanh(z / cap), targets, reduction="sum")
     (slope,) = torch.autograd.grad(wanted, hidden)
     torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-4)
-    assert float((found - slope).norm() / slope.norm()) < 1e-2  # Liger's products take float32 as the GPU has them
+    assert float((found - slope).norm() / slope.norm()) < 1e-2  # Liger multiplies float32 in the GPU's precision
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "nf4"])
@@ -678,11 +678,11 @@ def test_pefts_own_layers_stand_where_fused_ones_are_off() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 4, 9])
 def test_a_sink_takes_its_share_of_each_rows_attention(window: int | None, dtype: torch.dtype) -> None:
-    """Its score stands beside those of the tokens that are seen, however far away, and no value with it."""
+    """Its score takes part in the softmax over the visible tokens, whatever the window, but it has no value."""
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 16, 8, generator=draw).to(dtype) for heads in (4, 2, 2))
     q[..., 0], k[..., 0] = 10, 13
-    sinks = (39 + torch.randn(4, generator=draw)).to(dtype)  # 0.3 * 130 as the scores: rounding it would show
+    sinks = (39 + torch.randn(4, generator=draw)).to(dtype)  # near the scores, 0.3 * 130: rounding would show
     lengths = (9, 1, 6)
     starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     found, _ = attend_by_rows(nn.Module(), q, k, v, None, 0.3, 0.0, window, starts, s_aux=sinks)
@@ -706,8 +706,8 @@ def test_a_sink_takes_its_share_of_each_rows_attention(window: int | None, dtype
 def test_attention_in_16_bits_is_that_of_each_row_alone(
     window: int | None, key_heads: int, width: int, scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights kept, made again and not made, over blocks and beyond, of rows alone and of several together;
-    softmax(q k^T / sqrt(8)) v in float64, as read."""
+    """Attention weights are kept, recomputed or never stored; rows have one block or several, alone or together.
+    Expected is softmax(q k^T / sqrt(8)) v, written out in float64."""
     monkeypatch.setattr("lora_cli.model.row_products.SCORES", scores)
     torch.manual_seed(0)
     lengths = (300, 1, 40, SHORT, 30, SHORT + 1, 310, WHOLE, 1100)
@@ -748,7 +748,7 @@ def test_attention_in_16_bits_is_that_of_each_row_alone(
 def test_attention_by_products_has_the_slope_of_its_numbers(
     window: int | None, short: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights kept and made again, of rows alone and together, in several blocks."""
+    """Attention weights are kept or recomputed, in several blocks of rows that share products."""
     for name, value in (("BLOCK", 8), ("WHOLE", 8), ("LEAST", 8), ("SHORT", short)):
         monkeypatch.setattr(f"lora_cli.model.row_products.{name}", value)
     lengths = (17, 1, 5)
@@ -758,9 +758,9 @@ def test_attention_by_products_has_the_slope_of_its_numbers(
 
 
 def test_rows_go_through_a_product_together_while_their_scores_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of one length, and shorter ones, while that adds fewer scores than a product is worth."""
+    """Rows of one padded length, and shorter ones while the padding adds fewer scores than separate calls are worth."""
     lengths, heads, group = (40, 33, 300, 7, 47, 3, 48, 290), 2, 3
-    added = heads * group * 2 * (64**2 - 32**2)  # by the two shortest, laid for 64 tokens
+    added = heads * group * 2 * (64**2 - 32**2)  # when the two shortest are padded to 64 tokens
     for together, spared, groups in (
         (2**22, 1, [2, 4, 2]),
         (heads * group * 64 * 64 * 3, 1, [2, 3, 1, 1, 1]),
@@ -792,7 +792,7 @@ def test_sizes_are_rounded_up_by_an_eighth_at_most_to_eight_between_powers_of_tw
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["Llama", "GPT2"])
 def test_in_16_bits_a_processor_takes_lines_of_few_lengths(name: str, dtype: torch.dtype) -> None:
-    """For 69 tokens 72, of which the last 3 add nothing to the loss and its slope."""
+    """69 tokens are padded to 72; the last 3 add nothing to the loss and its gradient."""
     model = build(name, GROUPED if name == "Llama" else {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 70})
     targets = list(adaptable_layers(model))
     assert lay_end_to_end(model, torch.device("cpu"), "auto")
@@ -817,7 +817,7 @@ def test_in_16_bits_a_processor_takes_lines_of_few_lengths(name: str, dtype: tor
 def test_a_model_that_mixes_rows_is_padded_and_says_so(
     dtype: str, method: str | None, tokenizer: Any, write_recipe: Any, lora: Any, tmp_path: Any, no_curves: None
 ) -> None:
-    """Bloom counts positions along the line; with weights of a usual size 16 bits round over most of the difference."""
+    """Bloom counts positions across packed rows. With usual weights, 16-bit rounding hides most of the difference."""
     config = transformers.BloomConfig(vocab_size=len(tokenizer), hidden_size=64, n_layer=2, n_head=4)
     torch.manual_seed(0)
     transformers.BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
@@ -832,7 +832,7 @@ def test_a_model_that_mixes_rows_is_padded_and_says_so(
 def test_rows_whose_line_would_be_longer_than_a_models_masks_are_padded(
     tokenizer: Any, write_recipe: Any, lora: Any, tmp_path: Any
 ) -> None:
-    """GPT-Neo's masks are of its longest row, and four rows of that length are a line by default."""
+    """GPT-Neo's masks have the length of its longest row, which packed rows exceed."""
     config = transformers.GPTNeoConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -851,7 +851,7 @@ def test_rows_whose_line_would_be_longer_than_a_models_masks_are_padded(
 def test_rows_are_packed_in_8_bits_which_mix_those_of_any_batch_for_their_outliers(
     tiny_llama: Any, train: Any, tmp_path: Any
 ) -> None:
-    """Of the first layer's inputs 4 or so in each row are beyond 6, from where LLM.int8() computes in 16 bits."""
+    """In each row, about 4 of the first layer's inputs exceed 6, the threshold from which LLM.int8() uses 16 bits."""
     base = shutil.copytree(tiny_llama, tmp_path / "base")
     weights = load_file(base / "model.safetensors")
     weights["model.layers.0.input_layernorm.weight"] *= 4
@@ -865,7 +865,7 @@ def test_rows_are_packed_in_8_bits_which_mix_those_of_any_batch_for_their_outlie
 
 
 def test_attention_whose_layers_get_four_dimensions_trains_in_8_bits(tokenizer: Any, train: Any, tmp_path: Any) -> None:
-    """DeepSeek-V3's."""
+    """DeepSeek-V3's attention."""
     heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "q_lora_rank": 24, "kv_lora_rank": 16}
     sizes = GROUPED | heads | {"num_key_value_heads": 4, "vocab_size": len(tokenizer), "first_k_dense_replace": 2}
     build("DeepseekV3", sizes).save_pretrained(tmp_path / "base")
@@ -895,7 +895,7 @@ LONGROPE = {
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_longrope_has_no_row_beside_one_that_turns_its_positions(packing: bool, tokenizer: Any) -> None:
-    """One row longer than the model was first made for does so for all of its batch."""
+    """One row longer than the original context changes the position embeddings of its whole batch."""
     model = build("Phi3", GROUPED | LONGROPE).eval()
     assert lay_end_to_end(model, torch.device("cpu"), "auto")
     bounds = longrope_bounds(model.config)
@@ -926,7 +926,7 @@ def test_longrope_has_no_row_beside_one_that_turns_its_positions(packing: bool, 
 
 
 def test_a_window_that_the_mask_alone_tells_of_is_kept() -> None:
-    """PhiMoE and Qwen2-MoE hand no window to attention."""
+    """PhiMoE and Qwen2-MoE do not pass their window to attention."""
     model = build("Phimoe", GROUPED | {"sliding_window": 6, "num_local_experts": 2}).eval()
     rows = rows_of((20, 5, 15))
     assert lay_end_to_end(model, torch.device("cpu"), "auto")
@@ -935,7 +935,7 @@ def test_a_window_that_the_mask_alone_tells_of_is_kept() -> None:
 
 @pytest.mark.parametrize("width", [64, 80, 96, 688])
 def test_rows_of_any_width_are_expanded_rightly(width: int) -> None:
-    """bitsandbytes (0.50.2) takes wrong scales on processors with AVX512 where a row is no multiple of 64."""
+    """On CPUs with AVX512, bitsandbytes 0.50.2 uses wrong scales if a row's width is not a multiple of 64."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     torch.manual_seed(0)
@@ -958,7 +958,7 @@ def test_rows_of_any_width_are_expanded_rightly(width: int) -> None:
 
 
 def test_dora_of_rows_whose_norms_would_be_wrong(tmp_path: Any, tokenizer: Any, write_recipe: Any, lora: Any) -> None:
-    """PEFT expands a weight itself for its norms: refused where bitsandbytes does it wrongly."""
+    """PEFT dequantizes weights itself for DoRA's norms. It is refused where bitsandbytes does so wrongly."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     weight = torch.randn(8, 80, generator=torch.Generator().manual_seed(0))
