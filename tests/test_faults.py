@@ -1,4 +1,4 @@
-"""Trouble: signals, kills, failing writes; the folder stays whole and the run can be gone on with."""
+"""Signals, kills, failing writes and non-finite values: the folder stays intact and the run can be resumed."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_signal_in_the_last_step_lets_the_run_end(
     no_curves: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Once there is nothing left to compute, the adapter is a matter of a moment."""
+    """With nothing left to compute, writing the adapter takes only a moment."""
     end_step = loop.end_step
 
     def signalled(trainer: Any, step: Any, progress: Any, *others: Any) -> Any:
@@ -151,7 +151,7 @@ def test_a_second_signal_stops_at_once_with_nothing_torn(
 
 @pytest.fixture
 def after_preparing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
-    """Does something else once, when the next run has passed its checks and has begun nothing yet."""
+    """Call a function once, after the checks of the next run and before it begins anything."""
     from lora_cli.training import prepare as module
 
     def then(do: Callable[[], object]) -> None:
@@ -205,7 +205,7 @@ def test_a_run_that_began_and_ended_meanwhile_is_not_replaced(
 def test_who_is_refused_leaves_the_others_folder_empty_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both saw that there was none; the one who made it came second to the lock."""
+    """Both runs found no folder. The one that is refused believes that it made the folder, but must not remove it."""
     folder = tmp_path / "run"
     with locked(folder) as held:
         with monkeypatch.context() as before:
@@ -237,7 +237,7 @@ def test_killed_between_two_adapters_a_run_has_the_former_one(
     def kill(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    def full(path: Path, target: Path) -> Path:  # what was moved out of its way is put back
+    def full(path: Path, target: Path) -> Path:  # the former adapter, moved out of the way, is put back
         if target.name == "adapter" and path.suffix == ".draft":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return replace(path, target)
@@ -247,7 +247,7 @@ def test_killed_between_two_adapters_a_run_has_the_former_one(
         assert lora("train", run.folder / "recipe.yaml", "--resume").exit_code == 3
     assert run.adapter_bytes == before
 
-    def killed(path: Path, target: Path) -> Path:  # nor is anything put back any more
+    def killed(path: Path, target: Path) -> Path:  # it is not put back either
         return kill() if target.name == "adapter" else replace(path, target)
 
     with monkeypatch.context() as patch:
@@ -384,7 +384,7 @@ def test_the_names_of_new_folders_and_of_the_metrics_are_on_the_disk(
 
 @contextmanager
 def files_up_to(size: int) -> Iterator[None]:
-    """Let no file grow beyond so many bytes: the system then fails a write as on a full disk."""
+    """Let no file grow beyond ``size`` bytes: the system then fails writes as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -395,7 +395,7 @@ def files_up_to(size: int) -> Iterator[None]:
 
 @pytest.fixture
 def many_words(tiny_gpt2: Path, tmp_path: Path) -> Path:
-    """tiny_gpt2 with so many tokens more that its tokenizer is the largest file a verb writes."""
+    """tiny_gpt2 with so many added tokens that its tokenizer is the largest file that a command writes."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
     tokenizer.add_tokens([f"<word-{number}>" for number in range(1600)])
     shutil.copytree(tiny_gpt2, tmp_path / "base")
@@ -403,7 +403,7 @@ def many_words(tiny_gpt2: Path, tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-FAILING = {  # what can be written no more: the file that is too large (or a size), and where it is told
+FAILING = {  # what cannot be written: the file that becomes too large (or a size limit), and the path reported
     "run.json": (500, "run.json"),
     "checkpoint": ("checkpoints/step-00000004/state.json", "checkpoints/step-00000004"),
     "adapter": ("adapter/tokenizer.json", "adapter"),
@@ -482,7 +482,7 @@ def test_a_disk_without_room_for_a_librarys_files_is_told_with_what_is_free(
 def test_a_folder_that_a_disk_has_no_room_for_is_told_with_what_was_free(
     tiny_gpt2: Path, tmp_path: Path, lora: Any
 ) -> None:
-    """And not with what is free again once the part that was written is gone."""
+    """Not with what is free again after the partial output has been removed."""
     disk = tmp_path / "disk"
     with small_disk(disk, "size=30m,nr_inodes=4"):
         result = lora("quantize", tiny_gpt2, "--out", disk / "out")
@@ -520,7 +520,7 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_whole(
 def test_what_takes_its_place_is_on_the_disk_before_and_its_name_after(
     write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine that loses its power may else be left with a name for a file that holds nothing."""
+    """Otherwise, a power failure could leave a file's name without its content."""
     fsync, replace = os.fsync, Path.replace
     synced: list[Path] = []
     placed: list[tuple[Path, int]] = []
@@ -574,7 +574,7 @@ def test_a_tracker_that_does_not_start_is_told_and_the_run_goes_on_without(
 ) -> None:
     recipe = write_recipe({"training.max_steps": 2})
     done(lora("train", recipe))
-    (tmp_path / "run" / "lora").touch()  # where its folder is to be
+    (tmp_path / "run" / "lora").touch()  # in the place of the tracker's folder
     further = (recipe, "--resume", "training.max_steps=3")
     result = lora("train", *further, "training.report_to=[tensorboard]")
     assert result.exit_code == 2 and "continue with --resume" in result.stderr
@@ -599,14 +599,14 @@ def test_a_tracker_that_fails_ends_its_reports_and_not_the_run(
     assert Run(tmp_path / "run").column("step") == [1, 2, 3, 4]
 
 
-# --- numbers that are none -------------------------------------------------------------------------------------------
+# --- non-finite values -----------------------------------------------------------------------------------------------
 
-SHORT, LONG = 30, 60  # tokens: a row up to SHORT is harmless, one of LONG reaches the position that overflows
+SHORT, LONG = 30, 60  # tokens: rows up to SHORT are harmless, rows above LONG reach the positions that overflow
 
 
 @pytest.fixture(scope="module")
 def overflowing(tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tiny_gpt2 whose positions beyond SHORT are so large that their sum is no float32 any more."""
+    """tiny_gpt2 with position embeddings beyond SHORT that are so large that their sum overflows float32."""
     folder = shutil.copytree(tiny_gpt2, tmp_path_factory.mktemp("models") / "overflowing")
     with edited_weights(folder) as weights:
         weights["transformer.wpe.weight"][SHORT + 1 :] = 3e38
@@ -615,7 +615,7 @@ def overflowing(tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def rows(tmp_path: Path, tokenizer: Any) -> Callable[..., Path]:
-    """Writes rows of plain text, "s" for a short one and "l" for one that overflows."""
+    """Write rows of plain text: "s" for a short one, "l" for one that overflows."""
 
     def write(kinds: str) -> Path:
         path = tmp_path / f"{kinds}.jsonl"
@@ -633,7 +633,7 @@ def rows(tmp_path: Path, tokenizer: Any) -> Callable[..., Path]:
 
 @pytest.fixture
 def overflow(overflowing: Path, rows: Any, write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None) -> Any:
-    """Trains one row a step, in the file's order, on rows of these kinds; gives the result and the run."""
+    """Train on rows of these kinds, one per step, in the file's order. Return the command's result and the run."""
 
     def go(kinds: str, name: str, *overrides: str) -> tuple[Any, Run]:
         run = Run(tmp_path / name)
@@ -667,7 +667,7 @@ def test_a_step_that_overflows_ends_the_run_before_the_optimizer_sees_it(overflo
 def test_a_gradient_that_overflows_by_itself_ends_the_run_too(
     tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any
 ) -> None:
-    """Of numbers of some 1e20, as the loss is, the squares are no float32."""
+    """The loss and the gradients are about 1e20, and their squares overflow float32."""
     base = shutil.copytree(tiny_llama, tmp_path / "base")
     with edited_weights(base) as weights:
         weights["lm_head.weight"] *= 1e20
@@ -713,7 +713,7 @@ def test_a_skipped_step_leaves_every_weight_and_moment_alone(overflow: Any) -> N
 
 
 def test_a_skipped_step_is_no_better_than_the_one_before_it(overflow: Any, rows: Any) -> None:
-    """The first of equal losses is the best, and patience comes to its end."""
+    """Of equal losses, the first is the best; the others use up early stopping's patience."""
     watching = (f"data.validation={rows('ss')}", "training.eval_steps=1", "training.early_stopping_patience=2")
     result, run = overflow("sllss", "skip", "training.on_nonfinite=skip", *watching)
     done(result)
@@ -756,8 +756,8 @@ def test_a_broken_step_that_is_not_logged_ends_the_run_before_anything_is_made_o
 
 
 class Noted(TorchDispatchMode):
-    """Notes operations: who asks for a number of a tensor waits until a GPU has come to it. (On a processor this sees
-    ``item`` and whatever decides by a tensor, but not ``tolist``.)"""
+    """Records operations. One that reads a tensor's value on the host waits until the GPU has computed it. On a CPU,
+    this sees ``item`` and conditions on tensors, but not ``tolist``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -799,7 +799,7 @@ def test_skipping_gives_up_after_five_in_a_row_also_across_a_resume(overflow: An
 
 
 def test_weights_that_the_last_step_breaks_are_not_kept(write_recipe: Any, tmp_path: Path, lora: Any) -> None:
-    """Its loss and its gradient are those of the weights before it."""
+    """The step's loss and gradient are those of the weights before the step, and are finite."""
     run = Run(tmp_path / "run")
     wild = {"learning_rate": 1e30, "warmup_steps": 0, "max_steps": 1}
     result = lora("train", write_recipe({"training": wild}))

@@ -1,4 +1,4 @@
-"""Layers below the lowest adapted one: no gradient goes there; their output is computed once, for the same numbers."""
+"""Layers below the lowest adapted one get no gradient; computing their output only once gives the same results."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ UPPER = (2, 3)
 
 
 def build(kind: str, vocabulary: int = 97, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A model of four layers whose weights are large enough that a wrong one shows."""
+    """A model of four layers, with weights large enough that errors show."""
     name, arguments = ARCHITECTURES[kind]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**arguments | changes, vocab_size=vocabulary)
@@ -79,7 +79,7 @@ def build(kind: str, vocabulary: int = 97, dtype: torch.dtype = torch.float32, *
 
 
 def adapted(base: Any, layers: tuple[int, ...] = UPPER) -> Any:
-    """The base with an adapter away from its start, on these layers."""
+    """The base with an adapter on these layers, whose B is not zero."""
     targets = [target.name for target in choose_targets(adaptable_layers(base), "all-linear", 2, layers)]
     model = adapt(base, Adapter(r=2), targets, fused=False)
     for name, weight in model.named_parameters():
@@ -89,7 +89,7 @@ def adapted(base: Any, layers: tuple[int, ...] = UPPER) -> Any:
 
 
 def laid_out(rows: list[torch.Tensor], packing: bool) -> Batch:
-    """The rows end to end or one under the other, every token but a first one supervised; made apart from collate."""
+    """The packed or padded batch, all tokens but each row's first supervised. It is built without ``collate``."""
     lengths = [len(row) for row in rows]
     positions = [torch.arange(length) for length in lengths]
     if packing:
@@ -114,7 +114,7 @@ def gradients_of(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def broken(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Within, to run these layers is an error."""
+    """A context in which running these layers is an error."""
 
     def fail(*_: Any) -> None:
         raise AssertionError("this layer was run")
@@ -127,7 +127,7 @@ def broken(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_the_upper_half_alone_gives_what_the_whole_model_gives(kind: str) -> None:
-    # In float64, as layers make much of a last bit; Mixtral's experts know no float64.
+    # In float64, since layers amplify differences in the last bit; Mixtral's experts do not support it.
     base = build(kind, dtype=torch.float32 if kind == "mixtral" else torch.float64)
     model = adapted(base)
     packs = lay_end_to_end(base, torch.device("cpu"), "auto")
@@ -177,7 +177,7 @@ def test_dropout_below_is_seen_and_draws_nothing_from_the_runs_random_state(key:
 
 @pytest.mark.parametrize("shared", [2, 0])
 def test_an_architecture_whose_layers_pass_on_more_than_a_vector_a_token_is_left_alone(shared: int) -> None:
-    """Keys and values, or four vectors a token."""
+    """Gemma 3n's layers pass on four vectors per token and, if ``shared``, keys and values."""
     ARCHITECTURES["gemma3n"] = (
         "Gemma3nText",
         GROUPED
@@ -195,7 +195,7 @@ def test_an_architecture_whose_layers_pass_on_more_than_a_vector_a_token_is_left
 
 @pytest.fixture(scope="session")
 def model_of(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The folder of a model of this kind."""
+    """Save a model of this kind and return its folder."""
 
     def make(kind: str, **changes: Any) -> Path:
         folder = tmp_path_factory.mktemp("models") / "deep"
@@ -208,7 +208,7 @@ def model_of(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 @pytest.fixture
 def upper(model_of: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
-    """Changes to the recipe: three passes over the rows with the upper half of such a model adapted."""
+    """Recipe changes: adapt the upper half of a model of this kind, for three epochs."""
 
     def changes(kind: str = "llama", **of_model: Any) -> dict[str, Any]:
         return {
@@ -224,7 +224,7 @@ def upper(model_of: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def tokens_below(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The tokens that went through the first layer of each run of the test, last run last."""
+    """The number of tokens that went through the first layer, for each run of the test in order."""
     seen: list[int] = []
     original = loop.set_up
 
@@ -344,7 +344,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 def test_the_last_evaluation_stopped_is_made_again_from_what_is_kept(
     train: Callable[..., Run], upper: Callable[..., Any], write_recipe: Any, lora: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """In bfloat16 what is computed anew may round otherwise."""
+    """In bfloat16, evaluating without the kept hidden states may round differently."""
     changes = with_cache(upper(), "memory") | {"model.dtype": "bfloat16"}
     whole, evaluate_step = train(changes), loop.evaluate_step
 
@@ -397,7 +397,7 @@ def test_a_signal_stops_the_computing(
 
 
 def test_a_run_goes_on_as_it_began(train: Callable[..., Run], upper: Callable[..., Any], lora: Any) -> None:
-    """With more epochs auto would keep the training rows' hidden states; the run began without."""
+    """With more epochs, auto would keep the training rows' hidden states, but the run began without them."""
     changes = upper()
     run = train(changes | {"training": changes["training"] | {"num_train_epochs": 1.0}})
     recipe = run.folder / "recipe.yaml"

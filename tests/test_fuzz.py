@@ -1,6 +1,6 @@
-"""Anything at all as a recipe or a data file: it is read, or refused with a place, in a few lines, and nothing else.
+"""Arbitrary recipes, data files and files of a run: each is read, or refused with its place in a few lines.
 
-``LORA_FUZZ=20000 pytest tests/test_fuzz.py --hypothesis-profile=explore`` looks longer, at other examples each time.
+``LORA_FUZZ=20000 pytest tests/test_fuzz.py --hypothesis-profile=explore`` tries more examples, other ones each time.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ ODD = (
 
 @st.composite
 def mutated(draw: st.DrawFn, good: Sequence[bytes], odd: Sequence[bytes]) -> bytes:
-    """One of ``good`` with a few pieces taken out, put in, doubled, swapped or overwritten."""
+    """One of ``good`` with a few pieces removed, inserted, repeated, moved or overwritten."""
     content = bytearray(draw(st.sampled_from(good)))
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(content)))
@@ -122,7 +122,7 @@ def mutated(draw: st.DrawFn, good: Sequence[bytes], odd: Sequence[bytes]) -> byt
 
 
 def told_well(faults: Sequence[Fault]) -> None:
-    """Every fault has a place, can be printed as it is, and fits on a screen."""
+    """Check that every fault names a place, is printable, and fits on a screen."""
     assert faults
     for fault in faults:
         text = str(fault)
@@ -345,7 +345,7 @@ def trained(tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @st.composite
 def altered(draw: st.DrawFn, document: Any) -> Any:
-    """The document with one of its values, at any depth, taken out or put in the place of another."""
+    """The document with one of its values, at any depth, removed or replaced."""
     if not isinstance(document, dict | list) or not document or draw(st.integers(0, 5)) == 0:
         return draw(_JSON | _LEAVES | st.just([document]) | st.just({"a": document}))
     keys = list(document) if isinstance(document, dict) else list(range(len(document)))
@@ -359,7 +359,7 @@ def altered(draw: st.DrawFn, document: Any) -> Any:
 
 @st.composite
 def spoilt(draw: st.DrawFn, content: bytes) -> bytes:
-    """A file of JSON lines, or of one document, changed in what it says or byte by byte."""
+    """A file of one JSON document or of JSON lines, with changed values or changed bytes."""
     if draw(st.booleans()):
         return draw(mutated([content], ODD))
     lines = content.splitlines() if content.count(b"\n{") else [content]
@@ -377,7 +377,7 @@ def test_any_content_of_a_runs_own_files(folder: Path, trained: Path, name: str,
     shutil.copytree(trained / "run", run)
     content = draw.draw(spoilt((run / name).read_bytes()))
     (run / name).write_bytes(content)
-    if name.endswith("state.json"):  # so that it is looked at
+    if name.endswith("state.json"):  # with a wrong checksum it would not be read
         listed = json.loads((run / LAST / "manifest.json").read_text())
         listed["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         (run / LAST / "manifest.json").write_text(json.dumps(listed))

@@ -1,4 +1,4 @@
-"""A lack of memory is recognised, told with its numbers, and loses nothing."""
+"""Running out of memory is recognized, reported with figures, and loses nothing."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_what_is_a_lack_of_memory(error: Exception, is_one: bool, asked: int | N
 
 
 GROUPS: dict[str, tuple[str, str, dict[str, int], int, int]] = {
-    # proc/self/cgroup, folder under sys/fs/cgroup, limits by group, wanted total, wanted free
+    # proc/self/cgroup, folder under sys/fs/cgroup, limits by group, expected total, expected free
     "version 2": ("0::/a/b", "", {"a/b": 1000}, 1000, 1000 - 60),
     "version 2, a group above": ("0::/a/b", "", {"a": 500, "a/b": 1000}, 500, 500 - 60),
     "version 2, a container's own": ("0::/", "", {"": 700}, 700, 700 - 60),
@@ -145,7 +145,7 @@ def test_the_largest_batch() -> None:
 
 
 def highest(step: Callable[[], None], trace: Path) -> int:
-    """Bytes that ``step`` has allocated at its height, beyond what there was."""
+    """The peak of the bytes allocated during ``step``, beyond those allocated before."""
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
         step()
@@ -178,7 +178,7 @@ def test_a_small_llamas_backward_pass_takes_what_is_estimated(
     def step() -> None:
         model(input_ids=ids, use_cache=False, logits_to_keep=1).logits.sum().backward()
 
-    step()  # the adapter's gradients are there afterwards
+    step()  # allocates the adapter's gradients
     measured = highest(step, tmp_path / "trace.json")
     whole = activation_bytes(config, 4 * 128, 0, 4, checkpointing)
     assert whole - activation_bytes(config, 0, 0, 4, checkpointing) == pytest.approx(measured, rel=0.15)
@@ -221,7 +221,7 @@ def test_a_width_for_each_layer_counts_as_the_largest() -> None:
 
 
 def wide_llama(folder: Path, tokenizer: Any, width: int, layers: int) -> Path:
-    """A model whose MLPs are ``width`` wide, and all else is small."""
+    """Save a model with MLPs of this ``width``, small in everything else."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -236,8 +236,8 @@ def wide_llama(folder: Path, tokenizer: Any, width: int, layers: int) -> Path:
 
 
 def limited(when: str, more: int, *arguments: str | Path) -> tuple[Result, str]:
-    """``lora`` in a process that the system refuses more than so many bytes beyond what it has: how it ended, and what
-    it told in one line."""
+    """Run ``lora`` in a process that may allocate at most ``more`` bytes from the point ``when`` on. Return its result,
+    and its stderr as one line."""
     (ended,) = fork_lora(arguments, first=LIMIT.format(more=more) + when)
     return ended, " ".join(ended.stderr.split())
 

@@ -1,4 +1,4 @@
-"""`lora merge`: the folder it writes is W + scale * BA, and any program can load it."""
+"""`lora merge`: the folder that it writes holds W + scale * BA, and any program can load it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ EXPLICIT_BITS = {torch.float32: 23, torch.bfloat16: 7}
 
 
 def stored_name(module: str, weights: dict[str, torch.Tensor]) -> str:
-    """The name a module's weight has on disk: GPT-2 checkpoints may leave `transformer.` out."""
+    """The name of a module's weight on disk; GPT-2 checkpoints may leave `transformer.` out."""
     return next(
         name for name in (f"{module}.weight", f"{module.removeprefix('transformer.')}.weight") if name in weights
     )
@@ -66,7 +66,7 @@ def stored_name(module: str, weights: dict[str, torch.Tensor]) -> str:
 def expected(
     name: str, weights: dict[str, torch.Tensor], adapter: dict[str, torch.Tensor], scale: float, dora: bool
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Each adapted tensor's sum in float64, and the size of the numbers that went into it."""
+    """Each adapted tensor's merged value in float64, and the magnitude of its terms, which bounds rounding errors."""
     found = {}
     for key in adapter:
         if not key.endswith(".lora_A.weight"):
@@ -106,7 +106,7 @@ def test_merged_weights_are_the_sum(base: Base, kind: str, dtype: torch.dtype, t
             continue
         exact, size = wanted[key]
         assert distance(exact, before[key].double()) > 0.01, "the adapter must change something"
-        # One rounding to the dtype, and on the way what float32 may lose in the r + 3 operations.
+        # One rounding to the dtype, after the rounding of r + 3 operations in float32.
         half_ulp = torch.exp2(torch.floor(torch.log2(exact.abs().clamp_min(1e-30))) - EXPLICIT_BITS[dtype] - 1)
         assert ((weight.double() - exact).abs() <= half_ulp + (R + 3) * 2.0**-24 * size).all(), key
         if dtype == torch.bfloat16:
@@ -160,7 +160,7 @@ def test_a_template_changed_for_training_travels(tiny_llama: Path, tmp_path: Pat
 
 @pytest.fixture
 def trained_in_4_bits(base: Base, tmp_path: Path, write_recipe: Any, lora: Any, no_curves: None) -> Callable[..., Path]:
-    """Trains an adapter on the base in NF4 and returns the run's folder."""
+    """Train an adapter on the base in NF4 and return the run's folder."""
 
     def train(**quantization: Any) -> Path:
         recipe = write_recipe(
@@ -176,7 +176,7 @@ def trained_in_4_bits(base: Base, tmp_path: Path, write_recipe: Any, lora: Any, 
 
 
 def in_4_bits(folder: Path, double_quant: bool, compute: torch.dtype) -> Any:
-    """The model as QLoRA's own scripts load it."""
+    """Load the model as QLoRA's own scripts do."""
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -187,7 +187,7 @@ def in_4_bits(folder: Path, double_quant: bool, compute: torch.dtype) -> Any:
 
 
 def unpacked(model: Any) -> Any:
-    """Kept from what bitsandbytes does to 4-bit weights in an evaluation pass on some processors."""
+    """Stop bitsandbytes from repacking the 4-bit weights in an evaluation pass on CPUs with AVX512."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -280,7 +280,7 @@ def test_a_failure_while_writing_leaves_nothing(
 def test_weights_that_the_disk_does_not_give_are_told_by_their_file(
     verb: str, tiny_gpt2: Path, tmp_path: Path, write_recipe: Any, monkeypatch: pytest.MonkeyPatch, lora: Any
 ) -> None:
-    """Of what fails in the middle of a file the system tells no name, and a merge is writing at that time."""
+    """The system's error for a failing read names no file, and a merge writes another one at that time."""
     adapter, weights = make_adapter("gpt2", tiny_gpt2, tmp_path / "adapter"), tiny_gpt2 / "model.safetensors"
     command = ("merge", adapter, "--out", tmp_path / "merged") if verb == "merge" else ("train", write_recipe())
     before, unchanged = sorted(tmp_path.rglob("*")), Path.open
@@ -317,7 +317,7 @@ def test_a_file_that_the_system_cannot_read_is_not_told_as_damaged(
         (base / "model.safetensors").unlink()
     file = (adapter if of_adapter else base) / name
     file.unlink(missing_ok=True)
-    file.symlink_to("/proc/self/mem")  # nothing is mapped where it begins: to read there is an error of the system
+    file.symlink_to("/proc/self/mem")  # nothing is mapped at address 0, so that the system fails the read
     recipe = write_recipe({"model.name_or_path": base})
     result = lora(*(("merge", adapter, "--out", tmp_path / "out") if of_adapter else ("train", recipe)))
     assert result.exit_code == 3, result.stderr
@@ -333,7 +333,7 @@ def test_a_file_that_the_system_cannot_read_is_not_told_as_damaged(
 def test_what_is_written_is_on_the_disk_before_it_gets_its_name(
     tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: Any
 ) -> None:
-    """All files and their folder, while there is nothing at ``out``; then the folder that holds the name."""
+    """All files and their folder are synced before ``out`` exists, then the folder that holds its name."""
     adapter, out = make_adapter("llama", tiny_llama, tmp_path / "adapter"), tmp_path / "merged"
     synced: list[tuple[Path, bool]] = []
     sync = os.fsync
@@ -374,7 +374,7 @@ def test_a_base_stored_quantized_is_refused(tiny_llama: Path, write_recipe: Any,
     ids=["plain", "patterns", "start", "dora", "norms", "head", "embedding", "tokens"],
 )
 def test_to_the_bit_what_peft_merges(config: dict[str, Any], tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    """From a base of several shards; what is no plain product PEFT itself merges."""
+    """The base has several shards. PEFT itself merges what is not a plain product."""
     folder = shutil.copytree(tiny_llama, tmp_path / "base")
     (folder / "model.safetensors").unlink()
     AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).save_pretrained(folder, max_shard_size="40KB")
@@ -391,7 +391,7 @@ def test_to_the_bit_what_peft_merges(config: dict[str, Any], tiny_llama: Path, t
 
 
 def test_a_layers_number_is_not_the_end_of_another(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    """Of twelve layers, what is said of the second does not hold for the last, which is 11."""
+    """In a model of twelve layers, patterns for layer 1 do not apply to layer 11."""
     folder = shutil.copytree(tiny_llama, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
     sizes = {"num_hidden_layers": 12, "hidden_size": 16, "intermediate_size": 8}
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_llama, **sizes)).save_pretrained(folder)
@@ -502,7 +502,7 @@ def test_into_is_for_a_quantized_base_and_quantized_for_one_adapter(
 def test_of_many_faults_of_one_kind_five_are_told(
     layers: int, more: int, tiny_llama: Path, tmp_path: Path, lora: Any
 ) -> None:
-    """Each layer has rank R, and the configuration says another; what to do is told once, with how many more."""
+    """Each layer has rank R, the configuration states another. The hint is printed once, with the number of others."""
     leaves = ALL_LINEAR["llama"]
     named = rf".*0\..*({'|'.join(leaves[:layers])})|.*1\..*({'|'.join(leaves[: max(layers - 7, 0)] or ['none'])})"
     adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter", target_modules=named)
@@ -518,7 +518,7 @@ def test_of_many_faults_of_one_kind_five_are_told(
 def test_adapters_that_saw_the_base_otherwise_are_not_added(
     train: Callable[..., Any], tmp_path: Path, tiny_gpt2: Path, lora: Any
 ) -> None:
-    """One was fitted to 4 bits of the base, another to the base itself, a third to 4 bits of it in bfloat16."""
+    """One was trained on the base in NF4, one on the base itself, one on the base in NF4 after rounding to bfloat16."""
     quick = {"training.max_steps": 1}
     seen = quick | {"quantization": {"method": "nf4", "compute_dtype": "float32"}}
     small, plain, rounded = train(seen), train(quick), train(seen | {"model.dtype": "bfloat16"})
@@ -540,9 +540,9 @@ def test_adapters_that_saw_the_base_otherwise_are_not_added(
 
 def test_the_type_and_the_size_of_files_can_be_chosen(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
     folder = in_dtype(tiny_llama, torch.bfloat16, tmp_path / "base")
-    edit_json(folder / "config.json", torch_dtype="bfloat16")  # the name that older versions write, and read
+    edit_json(folder / "config.json", torch_dtype="bfloat16")  # the key that older versions write and read
     with edited_weights(folder) as weights:
-        weights["model.layers.0.mask"] = torch.ones(3, dtype=torch.uint8)  # as old files hold beside the weights
+        weights["model.layers.0.mask"] = torch.ones(3, dtype=torch.uint8)  # old files hold such masks
     adapter = make_adapter("llama", folder, tmp_path / "adapter")
     out = tmp_path / "merged"
     done(lora("merge", adapter, "--out", out, "--dtype", "float32", "--max-shard-size", "60KB"))
@@ -562,7 +562,7 @@ def test_the_type_and_the_size_of_files_can_be_chosen(tiny_llama: Path, tmp_path
 
 
 def test_what_rounding_swallows_is_told(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    """The share of numbers that a merge in bfloat16 leaves as they were, counted here from the files."""
+    """The fraction of weights that a merge in bfloat16 leaves unchanged, counted here from the files."""
     folder = in_dtype(tiny_llama, torch.bfloat16, tmp_path / "base")
     adapter = make_adapter("llama", folder, tmp_path / "adapter")
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -608,7 +608,7 @@ def shown(logits: torch.Tensor) -> torch.Tensor:
 def test_the_choice_of_a_base_is_seen(
     into: str, tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
 ) -> None:
-    """Differences, divergence and perplexity of both candidates, computed here from the models and the rows."""
+    """Differences, KL divergence and perplexity of the candidates, computed here from the models and the rows."""
     recipe = write_recipe(
         model={"name_or_path": str(tiny_llama)},
         quantization={"method": "nf4", "compute_dtype": "float32"},
@@ -793,7 +793,7 @@ def test_words_that_were_added_travel(tied: bool, tiny_llama: Path, tmp_path: Pa
 
 @pytest.fixture(params=["gpt2", "llama"])
 def tied(request: pytest.FixtureRequest, tmp_path: Path) -> Base:
-    """A model with one tensor for its embedding and its head."""
+    """A model whose embedding and head are one stored tensor."""
     folder: Path = request.getfixturevalue(f"tiny_{request.param}")
     if request.param == "gpt2":
         return "gpt2", folder
@@ -814,7 +814,7 @@ ENDS = {
 def test_ends_that_are_stored_apart_are_not_tied(
     tiny_llama: Path, tmp_path: Path, lora: Any, no_model: None, recwarn: Any
 ) -> None:
-    """Whatever the configuration says: Transformers takes both as they are stored."""
+    """Transformers loads both as they are stored, whatever the configuration says."""
     folder = shutil.copytree(tiny_llama, tmp_path / "base")
     edit_json(folder / "config.json", tie_word_embeddings=True)
     adapter = make_adapter("llama", folder, tmp_path / "adapter", "auto", target_modules=["lm_head", "q_proj"])
@@ -940,7 +940,7 @@ def test_dora_of_a_tied_tensor_is_refused(verb: str, tied: Base, tmp_path: Path,
 
 
 def test_both_of_two_that_could_have_been_tied(tiny_llama: Path, tmp_path: Path, lora: Any, recwarn: Any) -> None:
-    """A checkpoint that holds two tensors whose configuration says one: Transformers ties them where they are equal."""
+    """The checkpoint has two tensors, the configuration says that they are tied. Transformers ties them if equal."""
     folder = shutil.copytree(tiny_llama, tmp_path / "base")
     edit_json(folder / "config.json", tie_word_embeddings=True)
     adapter = make_adapter("llama", folder, tmp_path / "adapter", target_modules=["embed_tokens"])
@@ -978,7 +978,7 @@ def test_an_embedding_that_peft_saves_by_itself(
 
 
 def started_from(start: str, folder: Path, out: Path) -> Any:
-    """A model that PEFT adapts from where ``start`` puts it, trained a little and saved."""
+    """Save the adapter of a model that PEFT initializes by ``start``, after a random change. Return the model."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = LoraConfig(task_type="CAUSAL_LM", r=R, target_modules=["q_proj", "v_proj"], init_lora_weights=start)  # type: ignore[arg-type]
@@ -1012,7 +1012,7 @@ def test_an_adapter_of_another_start_merges_as_peft_has_it(
 
 
 def test_what_an_adapter_changes_is_told_against_its_base_as_it_is(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    """Before it is trained PiSSA's changes nothing: what it begins with has been taken out of the base."""
+    """An untrained PiSSA adapter changes nothing: its initial product has been subtracted from the base."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     config = LoraConfig(task_type="CAUSAL_LM", r=R, target_modules=["q_proj"], init_lora_weights="pissa")
     get_peft_model(model, config).save_pretrained(str(tmp_path / "adapter"))
@@ -1036,7 +1036,7 @@ def test_a_double_in_the_base_is_added_to(tiny_llama: Path, tmp_path: Path, lora
 
 
 def test_the_type_is_that_of_most_numbers(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
-    """Vectors are more of its tensors, and of another."""
+    """More of its tensors are vectors, which have another dtype."""
     folder = in_dtype(tiny_gpt2, torch.bfloat16, tmp_path / "base")
     with edited_weights(folder) as weights:
         weights |= {name: each.float() for name, each in weights.items() if each.dim() == 1}
@@ -1056,7 +1056,7 @@ def test_an_empty_tensor_in_the_base_is_copied(tiny_llama: Path, tmp_path: Path,
 def test_of_a_model_written_twice_that_is_read_which_transformers_reads(
     tiny_llama: Path, tmp_path: Path, lora: Any
 ) -> None:
-    """It leaves the one file when it writes several, and their index when it writes one."""
+    """Transformers does not remove a single file when it saves shards, or the shards' index when it saves one file."""
     folder, adapter = in_dtype(tiny_llama, torch.float32, tmp_path / "base"), tmp_path / "adapter"
     whole = (folder / "model.safetensors").read_bytes()
     other = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
@@ -1168,8 +1168,8 @@ def test_an_embedding_that_peft_saves_by_itself_is_quantized(
 def test_a_base_may_store_other_names_and_more_than_the_model_has(
     more: bool, tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Gemma 3's layers are language_model.model's in the file, and model.language_model's when they are loaded; layers
-    that predict further words are stored and not loaded. The model is laid out once to tell if the adapter fits."""
+    """Gemma 3's layers are in language_model.model in the file, and in model.language_model once loaded. Layers that
+    predict further tokens are stored but not loaded. One model skeleton is built to check whether the adapter fits."""
     folder = tmp_path / "base"
     if more:
         folder = in_dtype(tiny_llama, torch.float32, folder)
@@ -1212,8 +1212,8 @@ MIXED |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_siz
 def test_architectures_of_their_own_ways(
     name: str, more: dict[str, Any], layer: str, tiny_llama: Path, tmp_path: Path, lora: Any
 ) -> None:
-    """DeepSeek-V4's norm of all layers is stored by a name that Transformers takes for another's, and leaves; Inkling's
-    configuration does not say whether embedding and head are tied."""
+    """Transformers mistakes the stored name of DeepSeek-V4's final norm for another norm's, and keeps it. Inkling's
+    configuration does not state whether embedding and head are tied."""
     words = AutoConfig.from_pretrained(tiny_llama).vocab_size
     config = getattr(transformers, f"{name}Config")(vocab_size=words, **MIXED, **more)
     torch.manual_seed(0)
