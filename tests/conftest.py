@@ -45,7 +45,7 @@ os.fsync = os.fstat
 # Typer rebuilds the command tree for each call, which takes most of the time of a command that is refused.
 typer.main.get_command = functools.cache(typer.main.get_command)
 
-# nohup ignores SIGHUP; a run must stop when a test sends it.
+# nohup makes processes ignore SIGHUP, but a run must stop when a test sends it.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Use the same examples in each run, so that failures repeat; --hypothesis-profile=explore draws new ones.

@@ -916,7 +916,7 @@ def test_without_shuffle_the_files_order_stays() -> None:
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_rows_beyond_a_bound_are_not_all_at_the_beginning(packing: bool) -> None:
-    """Only one of their batches comes first, since it takes the most memory."""
+    """One of their batches comes first, since it takes the most memory."""
     bounded = schedule(packing=packing, bounds=(4,))
     drawn = [[bool(LENGTHS[rows].max() > 4) for rows in bounded.epoch_batches(epoch)] for epoch in range(6)]
     assert all(sides[0] for sides in drawn)

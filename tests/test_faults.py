@@ -310,7 +310,7 @@ def test_a_run_whose_folder_is_taken_away_writes_nothing_into_what_is_there_now(
 def test_a_folder_that_is_replaced_between_two_writes_is_left_alone(
     during: str, write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the base is loaded, and while the adapter is proven."""
+    """The folder is replaced while the base is loaded, or while the adapter is verified."""
     run, slow = tmp_path / "run", getattr(loop, during)
 
     def replaced(*given: Any) -> Any:

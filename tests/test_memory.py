@@ -236,8 +236,8 @@ def wide_llama(folder: Path, tokenizer: Any, width: int, layers: int) -> Path:
 
 
 def limited(when: str, more: int, *arguments: str | Path) -> tuple[Result, str]:
-    """Run ``lora`` in a process that may allocate at most ``more`` bytes from the point ``when`` on. Return its result,
-    and its stderr as one line."""
+    """Run ``lora`` in a process that may allocate at most ``more`` further bytes from the point ``when`` on. Return its
+    result, and its stderr as one line."""
     (ended,) = fork_lora(arguments, first=LIMIT.format(more=more) + when)
     return ended, " ".join(ended.stderr.split())
 
