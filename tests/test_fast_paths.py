@@ -748,10 +748,12 @@ def test_attention_in_16_bits_is_that_of_each_row_alone(
 def test_attention_by_products_has_the_slope_of_its_numbers(
     window: int | None, short: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Attention weights are kept or recomputed, in several blocks of rows that share products."""
-    for name, value in (("BLOCK", 8), ("WHOLE", 8), ("LEAST", 8), ("SHORT", short)):
+    """Attention weights are kept or recomputed, in several blocks of a row alone, and of two rows in one product."""
+    for name, value in (("BLOCK", 8), ("WHOLE", 8), ("LEAST", 8), ("LAID", 8), ("SPARED", 1), ("SHORT", short)):
         monkeypatch.setattr(f"lora_cli.model.row_products.{name}", value)
     lengths = (17, 1, 5)
+    _layouts.cache_clear()
+    assert [rows.matrices for rows in _layouts(lengths, 2, 2)[0].rows] == [2 * 2, 2]
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, 23, 2, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
     assert torch.autograd.gradcheck(lambda *given: RowProducts.apply(*given, lengths, 0.6, window), (q, k, v))
