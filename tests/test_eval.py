@@ -200,6 +200,18 @@ def test_an_adapter_of_a_base_that_is_not_there_is_refused(
         assert f"init_lora_weights: {start}" in result.stderr and str(path) in result.stderr
 
 
+def test_pissa_on_a_quantized_base(tiny_llama: Path, qa_file: Path, tmp_path: Path, lora: Any) -> None:
+    """PEFT cannot take its first values out of codes; OLoRA's it can."""
+    done(lora("quantize", tiny_llama, "--out", tmp_path / "nf4"))
+    for start in ("pissa", "olora"):
+        adapter = made(tiny_llama, tmp_path / start, init_lora_weights=start)
+        edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "nf4"))
+    result = lora("eval", tmp_path / "pissa", "--data", qa_file)
+    assert result.exit_code == 2 and "init_lora_weights: pissa" in result.stderr
+    assert "measuring" not in result.stderr, "before weights are loaded"
+    done(lora("eval", tmp_path / "olora", "--data", qa_file))
+
+
 def conversed(file: Path, tokenizer: Any, max_length: int) -> list[tuple[list[int], list[int]]]:
     """Each conversation's ids and labels in ChatML. The assistant's text and its end of turn are supervised."""
     rows = []

@@ -48,8 +48,8 @@ def command(
         base = locate(target, weights=True)
         check_whole(base)
     else:
-        check_init(adapter)
         base = trace(adapter).base
+        check_init(adapter, base)
     display = Display(quiet)
     with display.waiting("checking base and rows"):
         rows = measure.rows_for(base, adapter, section, recipe)

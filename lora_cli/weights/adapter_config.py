@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import Fault, UserError
-from lora_cli.model.files import nearest_folder, newest_adapter, read_json
+from lora_cli.model.files import nearest_folder, newest_adapter, read_json, stored_quantization
 from lora_cli.weights.shards import pickled
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -69,10 +69,12 @@ def check_foldable(folder: Path) -> None:
     check_init(folder)
 
 
-def check_init(folder: Path) -> None:
-    """Raises UserError when a LoRA adapter's initialization changed its base in a way that PEFT cannot repeat."""
+def check_init(folder: Path, base: Path | None = None) -> None:
+    """Raises UserError when a LoRA adapter's initialization changed its base in a way that PEFT cannot repeat. PEFT
+    cannot repeat PiSSA's on a quantized ``base``."""
     config = read_adapter_config(folder)
-    if config["peft_type"] == "LORA" and not keeps_base(config) and not is_relative(config):
+    is_possible = _start(config) != "pissa" or base is None or stored_quantization(base) is None
+    if config["peft_type"] == "LORA" and not keeps_base(config) and not (is_relative(config) and is_possible):
         raise of_a_changed_base(folder, config)
 
 
