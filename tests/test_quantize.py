@@ -345,6 +345,11 @@ def test_a_layer_whose_numbers_the_model_reads(
     result = lora("train", write_recipe(changes))
     assert result.exit_code == 2 and f"reads {layers}'s weights directly" in result.stderr
 
+    stored = AutoModelForCausalLM.from_pretrained(base, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    stored.save_pretrained(tmp_path / "out")  # over what was quantized before
+    result = lora("train", write_recipe(changes | {"model.name_or_path": tmp_path / "out", "quantization": ...}))
+    assert result.exit_code == 2 and f"reads {layers.split(', ')[0]}'s weights directly" in result.stderr
+
 
 def test_a_model_without_a_layer_to_quantize(
     tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch

@@ -27,7 +27,7 @@ from lora_cli.training.run import RunFolder
 from lora_cli.training.same_run import as_begun
 from lora_cli.training.zero_config import deepspeed_faults
 from lora_cli.weights.check_adapter import check_adapter
-from lora_cli.weights.check_model import check_weights, stored_layers
+from lora_cli.weights.check_model import check_read_as_numbers, check_weights, stored_layers
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.provenance import check_base
 from lora_cli.weights.shards import check_whole
@@ -173,6 +173,7 @@ def _check_model(recipe: Recipe) -> None:
 
 def _check_weights_without_torch(recipe: Recipe, base: Path) -> None:
     check_whole(base)
+    check_read_as_numbers(base)
     layers = stored_layers(base)
     wanted = recipe.adapter.target_modules
     # Stored names may lack the base model's prefix: full names and patterns are checked later, on the model itself.

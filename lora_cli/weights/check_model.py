@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_cli.errors import Fault, UserError, alike
 from lora_cli.model.files import read_config, stored_quantization
-from lora_cli.model.targets import Target, is_read_past
+from lora_cli.model.targets import READ_AS_NUMBERS, Target, is_read_past
 from lora_cli.weights.shards import DEPTHS, read_headers, weight_files
 
 if TYPE_CHECKING:
@@ -53,6 +53,15 @@ def check_mergeable(base: Path) -> None:
             "can be merged"
         )
         raise UserError(f"the base is stored quantized ({stored}), so nothing can be merged into it", str(base), hint)
+
+
+def check_read_as_numbers(base: Path) -> None:
+    """Raises UserError when weights that the model reads directly are stored in 4 or 8 bits: as codes."""
+    read = READ_AS_NUMBERS.get(read_config(base).get("model_type", ""), ())
+    for name, info in read_headers(weight_files(base)).items():
+        if owner(name) in read and info.dtype in ("I8", "U8"):
+            what = f"the model reads {owner(name)}'s weights directly, and they are stored quantized"
+            raise UserError(what, str(base), "start from the unquantized model")
 
 
 def stored_layers(folder: Path) -> dict[str, Target] | None:
