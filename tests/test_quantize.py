@@ -131,7 +131,9 @@ def test_any_program_loads_it(base: Base, method: str, qa_file: Path, tmp_path: 
 @pytest.mark.parametrize("method", METHODS)
 def test_perplexity_before_and_after(tiny_llama: Path, method: str, qa_file: Path, tmp_path: Path, lora: Any) -> None:
     out = tmp_path / "out"
-    report = done(lora("quantize", tiny_llama, "--out", out, "--method", method, "--data", qa_file, "--json")).json
+    result = done(lora("quantize", tiny_llama, "--out", out, "--method", method, "--data", qa_file, "--json"))
+    assert result.stderr == "measuring the model on 24 rows\nmeasuring the quantized model on 24 rows\n"
+    report = result.json
     for key, folder in (("before", tiny_llama), ("after", out)):
         alone = done(lora("eval", folder, "--data", qa_file, "--json")).json
         assert report[key] == {name: alone[name] for name in ("loss", "perplexity", "tokens")}

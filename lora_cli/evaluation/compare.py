@@ -18,6 +18,7 @@ from lora_cli.evaluation.loss import Score, evaluating, evaluation_groups, mean_
 from lora_cli.evaluation.packing import lay_end_to_end
 from lora_cli.model.adapters import load_adapter
 from lora_cli.model.base import longrope_bounds, pad_token_id
+from lora_cli.model.files import stored_quantization
 from lora_cli.model.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def compare(
         return found
 
     if adapter is None:
-        return Comparison(score(model, "the model"), None)
+        return Comparison(score(model, "the quantized model" if stored_quantization(base) else "the model"), None)
     # Score the base before PEFT gives it the adapter's biases, PiSSA's residual or new tokens, which rows may hold.
     has_words = highest_id(examples) < model.config.get_text_config().vocab_size
     alone = score(model, "the base") if has_words else None
