@@ -692,6 +692,23 @@ def adapter_that_is_drawn_at_random(w: World) -> Arguments:
     return merge("adapter")
 
 
+@case("the adapter samples its factors at random (monteclora_config)")
+def eval_of_an_adapter_drawn_at_random(w: World) -> Arguments:
+    from peft import MontecloraConfig
+
+    return ["eval", made(w, monteclora_config=MontecloraConfig()), "--data", w.rows(ROW)]
+
+
+@case("tensor base_model.model.score.weight", "trained for another task", "task_type: SEQ_CLS")
+def adapter_that_classifies(w: World) -> Arguments:
+    from peft import LoraConfig
+    from transformers import AutoModelForSequenceClassification
+
+    base = AutoModelForSequenceClassification.from_pretrained(w.llama)
+    _saved(w, base, LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj"]))
+    return ["eval", "adapter", "--data", w.rows(ROW)]
+
+
 @case("layer_replication", "use it unmerged, with PEFT")
 def adapter_that_repeats_layers(w: World) -> Arguments:
     return quantize(made(w, layer_replication=[[0, 2], [1, 2]]))

@@ -12,6 +12,7 @@ from lora_cli.model.targets import Target
 from lora_cli.weights.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    NO_SUM,
     PEFT_PREFIX,
     config_faults,
     is_named,
@@ -70,7 +71,7 @@ def check_adapter(folder: Path, base: Path | None, other_kinds: bool = False) ->
     if not any(".lora_" in name for name in names):
         faults.append(Fault("the adapter holds no LoRA tensors", str(folder)))
     if faults:
-        raise alike(faults, MISFIT)
+        raise alike(faults, _why_it_does_not_fit(config))
     _check_finite(folder)
     return model_takes_them
 
@@ -79,9 +80,20 @@ def check_in_model(folder: Path, base: Path, other_kinds: bool) -> None:
     """Run ``check_adapter``, and check in the base's model itself unless headers prove that nothing is missing."""
     if check_adapter(folder, base, other_kinds):
         return
-    is_lora = read_adapter_config(folder)["peft_type"] == "LORA"
-    if not (is_lora and _is_plainly_whole(folder, base)) and (faults := _faults_in_model(folder, base)):
-        raise alike(faults, MISFIT)
+    config = read_adapter_config(folder)
+    is_plain = config["peft_type"] == "LORA" and _is_plainly_whole(folder, base)
+    if not is_plain and (faults := _faults_in_model(folder, base)):
+        raise alike(faults, _why_it_does_not_fit(config))
+
+
+def _why_it_does_not_fit(config: Mapping[str, Any]) -> str:
+    """Where the adapter is for another model than its base makes here, or of a kind with other tensors: that."""
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        return f"the adapter was trained for another task than generating text (task_type: {config['task_type']})"
+    for key in ("use_bdlora", "monteclora_config"):
+        if config.get(key):
+            return f"the adapter {NO_SUM[key]} ({key}), which is not supported here"
+    return MISFIT
 
 
 def _faults_in_model(folder: Path, base: Path) -> list[Fault]:
