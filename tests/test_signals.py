@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -106,3 +107,13 @@ def test_a_signal_that_hits_an_import_is_no_bug(
     assert result.exit_code == code
     assert ("bug in lora" in result.stderr) is (code == 1)
     assert result.stderr.splitlines()[-1] == "stopped" or code == 1
+
+
+@pytest.mark.parametrize("arguments", [["explain"], ["explain", "--schema"], ["train", "--help"]], ids=" ".join)
+def test_output_that_nobody_reads_ends_a_command_as_sigpipe_does(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as of: lora explain | true
+    command = [sys.executable, "-m", "lora_cli", *arguments]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")

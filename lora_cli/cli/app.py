@@ -81,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as ended:
         if ended.code in _STOPPED:
             _say("stopped")
+        if isinstance(ended.__context__, BrokenPipeError):  # of which typer makes a 1
+            return 128 + signal.SIGPIPE
         return ended.code if isinstance(ended.code, int) else 0
     except Exception as error:
         if debug:
