@@ -665,10 +665,17 @@ def parquet_of_other_columns(w: World) -> Arguments:
     return w.train(data="rows.parquet")
 
 
-@case("loop.jsonl", "no such data file")
+@case("loop.jsonl: cannot be read", "symbolic links")
 def rows_that_are_a_link_to_themselves(w: World) -> Arguments:
     (w.root / "loop.jsonl").symlink_to("loop.jsonl")
     return w.train(data="loop.jsonl")
+
+
+@case("folder/gone.jsonl: cannot be read", "No such file")
+def rows_beside_a_link_to_nothing(w: World) -> Arguments:
+    w.rows(ROW, name="folder/rows.jsonl")
+    (w.root / "folder/gone.jsonl").symlink_to("nowhere.jsonl")
+    return w.train(data="folder")
 
 
 @case("rows.jsonl", "cannot be read", "Permission denied")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -109,7 +110,7 @@ def _records(source: Source) -> Iterator[Record | Fault]:
 def _files(path: str) -> list[Path] | None:
     """The data files that a path names, sorted; None for a hub id. Raises UserError when there is no data file."""
     here = Path(path)
-    if here.is_file():
+    if _is_file(here):
         if here.suffix.lower() not in READERS:
             hint = f"types read: {', '.join(READERS)}"
             raise UserError(f"cannot read files of type '{here.suffix or here.name}'", path, hint)
@@ -130,17 +131,22 @@ def _files(path: str) -> list[Path] | None:
 def _readable(found: list[Path], path: str) -> list[Path]:
     """The data files in ``found``, sorted; a file with several names appears once. Raises UserError when there is none,
     or when there are data files of unsupported types."""
-    files = sorted(each for each in found if each.is_file())
+    files = sorted(filter(_is_file, found))
     unread = [each for each in files if each.suffix.lower() in UNREAD_DATA]
     if unread:
         more = f" and {len(unread) - 1:,} more" if len(unread) > 1 else ""
         hint = f"types read: {', '.join(READERS)}; convert it, or select the others with a glob such as *.jsonl"
         raise UserError(f"cannot read {unread[0]}{more}", path, hint)
-    readable = {each.resolve(): each for each in reversed(files) if each.suffix.lower() in READERS}
+    readable = {os.path.realpath(each): each for each in reversed(files) if each.suffix.lower() in READERS}
     if not readable:
         what = "the folder holds no data file" if Path(path).is_dir() else "no data file matches"
         raise UserError(what, path, f"types read: {', '.join(READERS)}")
     return sorted(readable.values())
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file, or a broken link, which reading will report."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def _kind_of_path(path: str) -> str:
