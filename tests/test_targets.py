@@ -74,6 +74,19 @@ ALL_LINEAR: dict[str, tuple[dict[str, Any], set[str]]] = {
         | {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
         {"q_a_proj", "q_b_proj", "kv_proj", "gate_proj", "o_b_proj", "up_proj", "down_proj"},
     ),
+    # This router's weight is read past an adapter. PEFT would not find the shared experts' factors again.
+    "LongcatFlash": (
+        MIXTURE
+        | LATENT
+        | {"num_layers": 1, "head_dim": 8, "ffn_hidden_size": 24, "expert_ffn_hidden_size": 8, "moe_topk": 2}
+        | {"n_routed_experts": 4, "zero_expert_num": 2},
+        {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"},
+    ),
+    "Laguna": (
+        MIXTURE
+        | {"num_experts": 4, "head_dim": 8, "shared_expert_intermediate_size": 8, "mlp_layer_types": ["sparse"] * 2},
+        {"q_proj", "k_proj", "v_proj", "o_proj", "g_proj"},
+    ),
     # Mamba's forward pass reads the weights of dt_proj and out_proj directly, bypassing an adapter.
     "Mamba": ({"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}, {"in_proj", "x_proj"}),
     "FalconMamba": ({"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}, {"in_proj", "x_proj"}),

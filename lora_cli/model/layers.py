@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -30,8 +31,9 @@ def linear_layers(model: PreTrainedModel) -> dict[str, Target]:
 
 
 def adaptable_layers(model: PreTrainedModel) -> dict[str, Target]:
-    """The ``linear_layers`` that an adapter can train: not those whose weight the model reads past the adapter or whose
-    names PEFT takes for experts', and not those of vision or audio towers (Gemma 3), which no text goes through."""
+    """The ``linear_layers`` that an adapter can train: not those whose weight the model reads past the adapter, whose
+    names PEFT takes for experts' or does not find again, or that are in vision or audio towers (Gemma 3), which no text
+    goes through."""
     config, kind = model.config, model.config.model_type
     text = model if config.get_text_config() is config else model.get_decoder()
     within = set(text.modules())
@@ -40,7 +42,7 @@ def adaptable_layers(model: PreTrainedModel) -> dict[str, Target]:
         for name, target in linear_layers(model).items()
         if model.get_submodule(name) in within and not is_read_past(name, kind)
     }
-    return _not_for_experts(layers, model) if has_experts(model) else layers
+    return _loadable(_not_for_experts(layers, model), model) if has_experts(model) else layers
 
 
 def _not_for_experts(layers: dict[str, Target], model: PreTrainedModel) -> dict[str, Target]:
@@ -53,6 +55,18 @@ def _not_for_experts(layers: dict[str, Target], model: PreTrainedModel) -> dict[
     config = LoraConfig(target_modules=list(layers))
     convert_peft_config_for_transformers(config, model, None)
     return {name: target for name, target in layers.items() if name in (config.target_modules or ())}
+
+
+def _loadable(layers: dict[str, Target], model: PreTrainedModel) -> dict[str, Target]:
+    """Those under whose names PEFT finds their factors again: Transformers' patterns for older names match some that
+    are not (Laguna's shared_experts)."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    factors = {name: f"base_model.model.{name}.lora_A.weight" for name in layers}
+    stored = {factor: torch.empty(1, layers[name].in_features, device="meta") for name, factor in factors.items()}
+    found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), stored)
+    return {name: target for name, target in layers.items() if factors[name] in found}
 
 
 def checkpointed_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -87,7 +101,9 @@ def has_experts(model: PreTrainedModel | PeftModel) -> bool:
 
 
 def _is_router(name: str, out_features: int, model: PreTrainedModel) -> bool:
-    return name.rpartition(".")[2] in ("gate", "router") and out_features == _experts(model)
+    within, _, own = name.rpartition(".")
+    is_inside = "Router" in type(model.get_submodule(within)).__name__
+    return is_inside or (own in ("gate", "router") and out_features == _experts(model))
 
 
 def _experts(model: PreTrainedModel | PeftModel) -> int | None:
