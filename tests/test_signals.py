@@ -109,6 +109,19 @@ def test_a_signal_that_hits_an_import_is_no_bug(
     assert result.stderr.splitlines()[-1] == "stopped" or code == 1
 
 
+def test_a_signal_while_lora_is_imported_ends_it_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n", encoding="utf-8")
+    script = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from lora_cli.__main__ import run\n"
+        "run()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, b"")
+
+
 @pytest.mark.parametrize("arguments", [["explain"], ["explain", "--schema"], ["train", "--help"]], ids=" ".join)
 def test_output_that_nobody_reads_ends_a_command_as_sigpipe_does(arguments: list[str]) -> None:
     reader, writer = os.pipe()
