@@ -235,10 +235,13 @@ LORA = (sys.executable, "-m", "lora_cli")
 
 
 def test_stopped_and_gone_on_with(recipe: Callable[..., Path], lora_process: Any) -> None:
-    """Dropout, packing, shuffling: a checkpoint keeps both processes' random states and the position in the rows."""
+    """Dropout, packing, shuffling: a checkpoint keeps both processes' random states and the position in the rows. Under
+    nohup the run continues when the terminal closes."""
     changes = TWO | ENDLESS | {"adapter.lora_dropout": 0.2, "data.packing": True}
     undisturbed, stopped = recipe(changes), recipe(changes)
-    child = start(LORA, "train", stopped, "--num-processes", "2")
+    child = start(("nohup", *LORA), "train", stopped, "--num-processes", "2")
+    wait_for(run_of(stopped).folder, 3, child)
+    child.send_signal(signal.SIGHUP)
     wait_for(run_of(stopped).folder, 5, child)
     child.send_signal(signal.SIGTERM)
     _, errors = child.communicate(timeout=100)

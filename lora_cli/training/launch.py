@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
 from collections.abc import Sequence
 
@@ -27,6 +28,8 @@ def launch(arguments: Sequence[str], processes: int, folder: RunFolder) -> int:
     The processes report their own errors. Raises RunError about the run's ``folder`` when one was killed.
     """
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_STOP))
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup, which the launcher would undo
+        os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     threads = max(1, usable_cores() // processes)
     options = ["--multi_gpu", "--num_machines=1", "--main_process_port=0", f"--num_processes={processes}"]
     options += ["--mixed_precision=no", "--dynamo_backend=no"]
