@@ -247,6 +247,7 @@ def test_stopped_and_gone_on_with(recipe: Callable[..., Path], lora_process: Any
     _, errors = child.communicate(timeout=100)
     assert child.returncode == 143, errors
     assert errors.count("checkpoint written") == 1
+    assert "torch/" not in errors, "the launcher says nothing of its own"
 
     found, wanted = run_of(stopped), run_of(undisturbed)
     steps = f"training.max_steps={len(found.losses) + 4}"

@@ -34,7 +34,9 @@ def launch(arguments: Sequence[str], processes: int, folder: RunFolder) -> int:
     options = ["--multi_gpu", "--num_machines=1", "--main_process_port=0", f"--num_processes={processes}"]
     options += ["--mixed_precision=no", "--dynamo_backend=no"]
     options += [f"--num_cpu_threads_per_process={os.environ.get('OMP_NUM_THREADS', threads)}", "--module", "lora_cli"]
-    for name in ("torch.distributed.elastic", "accelerate"):  # the failing process reports its error itself
+    # The failing process reports its error itself.
+    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # for torch's loggers that have a level of their own
+    for name in ("torch.distributed.elastic", "accelerate"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         with tempfile.TemporaryDirectory() as logs:  # otherwise the launcher creates one and leaves it
