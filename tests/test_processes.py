@@ -400,7 +400,13 @@ def test_processes_end_with_their_launcher(recipe: Callable[..., Path]) -> None:
     assert run_of(shared).column("step") == list(range(1, steps + 1))
 
 
-def test_a_fault_is_told_once(recipe: Callable[..., Path], lora_process: Any) -> None:
+def test_a_fault_is_told_once(
+    recipe: Callable[..., Path], lora_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing of a configuration file that Accelerate would refuse here."""
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate" / "default_config.yaml").write_text("{distributed_type: 'NO', gpu_ids: '0'}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
     broken = recipe({"adapter.target_modules": ["no_such_layer"]})
     result = lora_process("train", broken, "--num-processes", "2")
     assert result.exit_code == 2

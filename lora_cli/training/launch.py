@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 
 import psutil
-from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.commands.launch import launch_command_parser, multi_gpu_launcher
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -31,7 +31,7 @@ def launch(arguments: Sequence[str], processes: int, folder: RunFolder) -> int:
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup, which the launcher would undo
         os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     threads = max(1, usable_cores() // processes)
-    options = ["--multi_gpu", "--num_machines=1", "--main_process_port=0", f"--num_processes={processes}"]
+    options = ["--num_machines=1", "--main_process_port=0", f"--num_processes={processes}"]
     options += ["--mixed_precision=no", "--dynamo_backend=no"]
     options += [f"--num_cpu_threads_per_process={os.environ.get('OMP_NUM_THREADS', threads)}", "--module", "lora_cli"]
     # The failing process reports its error itself.
@@ -40,7 +40,8 @@ def launch(arguments: Sequence[str], processes: int, folder: RunFolder) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         with tempfile.TemporaryDirectory() as logs:  # otherwise the launcher creates one and leaves it
-            launch_command(launch_command_parser().parse_args([f"--log_dir={logs}", *options, *arguments]))
+            # launch_command would take other settings from the user's Accelerate configuration file.
+            multi_gpu_launcher(launch_command_parser().parse_args([f"--log_dir={logs}", *options, *arguments]))
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     except ChildFailedError as failed:
