@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import Run, done, edit_json, fork_lora
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lora_cli.training.checkpoint import is_whole
 from lora_cli.training.zero_config import config_faults
@@ -427,6 +428,23 @@ def test_the_first_is_left_time_to_tell_it(recipe: Callable[..., Path]) -> None:
         assert second.poll() is None
         second.terminate()
         assert second.communicate()[1] == ""
+
+
+def test_who_waits_for_the_first_ones_rows_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    places = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in places.items():
+        monkeypatch.setenv(name, value)
+    script = "from lora_cli.training.announced import announced; print('waits', flush=True); announced()"
+    child = start([sys.executable, "-c", script])
+    assert child.stdout is not None and child.stdout.readline() == "waits\n"
+    time.sleep(1)
+    assert child.poll() is None
+    child.send_signal(signal.SIGINT)
+    try:
+        assert "KeyboardInterrupt" in child.communicate(timeout=20)[1]
+    finally:
+        child.kill()
 
 
 def test_one_of_several_processes_ends_with_the_interpreter_standing() -> None:

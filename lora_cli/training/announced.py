@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Collection
 from datetime import timedelta
 
@@ -27,7 +28,10 @@ def announce(keys: Collection[str]) -> Store | None:
 
 def announced() -> Collection[str]:
     """Wait for the keys that ``announce`` sent on this machine, and return them."""
-    return _store().get(_machine()).decode().split(",")
+    store = _store()
+    while not store.check([_machine()]):  # no signal could end a blocking `get`
+        time.sleep(0.1)
+    return store.get(_machine()).decode().split(",")
 
 
 def _store() -> Store:
