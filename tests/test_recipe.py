@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -15,6 +16,8 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
+from transformers import TrainingArguments
 
 from lora_cli.errors import Fault, UserError
 from lora_cli.recipe.explain import dotted_keys, expected, explain, json_schema, schema_at
@@ -603,6 +606,12 @@ def test_a_wrong_key_or_value(section: str, line: str, where: str, what: str, hi
         ("template: {completion: x}", "template belongs in data: write data.template"),
         ("model_type: LlamaForCausalLM", "leave it out: the model's and the data's files tell it"),
         ("do_train: true", "leave it out: nothing here needs it"),
+        ("local_rank:", "leave it out: nothing here needs it"),
+        ("pretraining_dataset: c4", "here it is data.train"),
+        ("max_samples: 9", "leave it out: give fewer rows, or a source in data.train a weight below 1"),
+        ("use_4bit_quantization: true", "here it is quantization.method: nf4"),
+        ("max_steps_per_epoch: 9", "here it is training.max_steps, of the whole run"),
+        ("export_dir: out", "leave it out: use lora merge ADAPTER --out FOLDER"),
     ],
 )
 def test_unknown_top_level_keys(line: str, hint: str) -> None:
@@ -619,6 +628,8 @@ def test_unknown_top_level_keys(line: str, hint: str) -> None:
         ("quantization.method=4bit", "quantization.method: nf4"),
         ("quantization.method=int4", "quantization.method: nf4"),
         ("data.format=chat_template", "data.format: chat"),
+        ("data.format=completion", "data.format: text"),
+        ("training.warmup_steps=0.1", "training.warmup_ratio"),
         ("training.lr_scheduler_type=cosine_with_restarts", "training.lr_scheduler_type: cosine, without restarts"),
         ("training.optim=adamw", "training.optim: adamw_torch"),
         ("training.gradient_checkpointing=unsloth", "training.gradient_checkpointing: offload"),
@@ -628,6 +639,18 @@ def test_unknown_top_level_keys(line: str, hint: str) -> None:
 )
 def test_a_peers_value_is_not_told_the_one_spelt_most_like_it(override: str, hint: str) -> None:
     assert fault(MINIMAL, override).hint == f"here it is {hint}"
+
+
+@pytest.mark.parametrize("known", [LoraConfig, TrainingArguments])
+def test_a_field_of_peft_and_transformers_is_told_what_it_is_here(known: Any) -> None:
+    hints = {field.name: fault(MINIMAL + f"{field.name}: true\n").hint for field in dataclasses.fields(known)}
+    told = {name for name, hint in hints.items() if re.match(rf"{name} belongs in|here it is|leave it out", hint or "")}
+    assert hints.keys() - told == set()
+
+
+def test_a_data_sets_configuration_is_told_how_to_go_without() -> None:
+    hint = fault(MINIMAL, "data.train=[{path: openai/gsm8k, name: main}]").hint
+    assert hint == "leave it out: download the data set, and give the paths of its files"
 
 
 def test_what_is_told_for_a_peers_key_is_a_key_here() -> None:

@@ -146,7 +146,8 @@ def _tell_wrong_value(path: KeyPath, node: Node, faults: Faults) -> None:
     wanted = expected({"anyOf": same_kind}) if same_kind else expected(schema)
     what = f"{_dotted(path)}: expected {wanted}, found {found(node.value)}"
     keys = f"lora explain {path[0]} lists its keys" if len(path) == 1 else None
-    own = WRITTEN_HERE.get(f"{_dotted(path)}: {node.value}")
+    share = isinstance(node.value, float) and 0 < node.value < 1
+    own = WRITTEN_HERE.get(f"{_dotted(path)}: {'a share' if share else node.value}")
     faults.add(node.place, what, f"here it is {own}" if own else _remedy(node.value, schema) or keys)
 
 

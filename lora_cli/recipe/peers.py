@@ -1,11 +1,14 @@
-"""The names that axolotl, LLaMA-Factory, TRL, Transformers and bitsandbytes use for a recipe's keys and values."""
+"""The names that PEFT, Transformers, TRL, axolotl, LLaMA-Factory, torchtune, LitGPT, MLX and others use for a recipe's
+keys and values."""
 
 from __future__ import annotations
 
 WRITTEN_HERE = {
     "base_model": "model.name_or_path",
     "model_name_or_path": "model.name_or_path",
+    "base_model_name_or_path": "model.name_or_path",
     "model_name": "model.name_or_path",
+    "checkpoint_dir": "model.name_or_path",
     "torch_dtype": "model.dtype",
     "mixed_precision": "model.dtype",
     "precision": "model.dtype",
@@ -13,18 +16,26 @@ WRITTEN_HERE = {
     "fp16": "model.dtype: float16",
     "flash_attention": "model.attn_implementation: flash_attention_2",
     "flash_attn": "model.attn_implementation: flash_attention_2",
+    "use_flash_attn": "model.attn_implementation: flash_attention_2",
+    "xformers_attention": "model.attn_implementation",
+    "sdp_attention": "model.attn_implementation: sdpa",
     "load_in_4bit": "quantization.method: nf4",
     "load_in_8bit": "quantization.method: int8",
+    "use_4bit_quantization": "quantization.method: nf4",
+    "use_8bit_quantization": "quantization.method: int8",
+    "quantize": "quantization.method",
     "quantization_bit": "quantization.method",
     "bits": "quantization.method",
     "quantization_method": "quantization.method",
     "bnb_4bit_quant_type": "quantization.method",
     "bnb_4bit_compute_dtype": "quantization.compute_dtype",
     "bnb_4bit_use_double_quant": "quantization.double_quant",
+    "use_nested_quant": "quantization.double_quant",
     "double_quantization": "quantization.double_quant",
     "adapter.type": "adapter.method",
     "peft_type": "adapter.method",
     "finetuning_type": "adapter.method",
+    "fine_tune_type": "adapter.method",
     "lora_r": "adapter.r",
     "lora_rank": "adapter.r",
     "rank": "adapter.r",
@@ -32,12 +43,27 @@ WRITTEN_HERE = {
     "lora_attn_modules": "adapter.target_modules",
     "lora_target_modules": "adapter.target_modules",
     "lora_target_linear": "adapter.target_modules: all-linear",
+    **dict.fromkeys(("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp"), "adapter.target_modules"),
+    "apply_lora_to_mlp": "adapter.target_modules",
+    "exclude_modules": "adapter.target_modules, a list of those that are left",
+    "lora_parameters": "adapter.r, adapter.target_modules and adapter.lora_alpha, which is scale times r",
+    "target_parameters": "adapter.target_modules, of linear layers alone",
+    "num_layers": "adapter.layers_to_transform, the layers' numbers",
     "lora_model_dir": "adapter.init_from",
     "adapter_name_or_path": "adapter.init_from",
+    "resume_adapter_file": "adapter.init_from",
+    "adapter_path": "training.output_dir, or adapter.init_from to start from one",
     "dataset": "data.train",
     "data.path": "data.train",
     "data.files": "data.train",
     "datasets": "data.train",
+    "pretraining_dataset": "data.train",
+    "dataset_dir": "data.train, with its folder",
+    "data_files": "data.train, a path or a glob of the files themselves",
+    "splits": "data.train, a mapping of path and split",
+    "dataset_split": "data.train, a mapping of path and split",
+    "mix_strategy": "data.train, a list with weights",
+    "interleave_probs": "data.train, a list with weights",
     "dataset_name": "data.train",
     "dataset_mixer": "data.train",
     "dataset_mixture": "data.train",
@@ -58,22 +84,42 @@ WRITTEN_HERE = {
     "neat_packing": "data.packing",
     "train_on_inputs": "data.train_on: all",
     "train_on_prompt": "data.train_on: all",
+    **dict.fromkeys(("mask_prompt", "completion_only_loss", "assistant_only_loss", "roles_to_train"), "data.train_on"),
     "num_epochs": "training.num_train_epochs",
     "epochs": "training.num_train_epochs",
+    "iters": "training.max_steps",
+    "max_steps_per_epoch": "training.max_steps, of the whole run",
     "micro_batch_size": "training.per_device_train_batch_size",
     "per_device_eval_batch_size": "training.per_device_train_batch_size, for validation as well",
     "eval_batch_size": "training.per_device_train_batch_size, for validation as well",
     "batch_size": "training.per_device_train_batch_size",
+    "global_batch_size": "training.gradient_accumulation_steps, times the batch size",
+    "auto_find_batch_size": "training.per_device_train_batch_size: auto",
     "lr": "training.learning_rate",
     "lr_scheduler": "training.lr_scheduler_type",
+    "lr_schedule": "training.lr_scheduler_type",
+    "lr_warmup_steps": "training.warmup_steps",
+    "num_warmup_steps": "training.warmup_steps",
     "optimizer": "training.optim",
     "eval_strategy": "training.eval_steps, in steps",
     "evaluation_strategy": "training.eval_steps, in steps",
     "evals_per_epoch": "training.eval_steps, in steps",
+    "steps_per_eval": "training.eval_steps",
     "save_strategy": "training.save_steps, in steps",
     "saves_per_epoch": "training.save_steps, in steps",
+    "save_every": "training.save_steps",
     "log_every_n_steps": "training.logging_steps",
+    "steps_per_report": "training.logging_steps",
+    "logger_name": "training.report_to",
+    "metric_logger": "training.report_to",
     "enable_activation_checkpointing": "training.gradient_checkpointing",
+    "activation_checkpointing": "training.gradient_checkpointing",
+    "use_gradient_checkpointing": "training.gradient_checkpointing",
+    "enable_activation_offloading": "training.gradient_checkpointing: offload",
+    "activation_offloading": "training.gradient_checkpointing: offload",
+    "torch_compile_backend": "training.torch_compile",
+    "torch_compile_mode": "training.torch_compile",
+    "fsdp_config": "training.fsdp: true",
     "random_state": "training.seed",
     "adapter: qlora": "quantization.method: nf4",
     "adapter.method: dora": "adapter.use_dora: true",
@@ -82,6 +128,10 @@ WRITTEN_HERE = {
     "quantization.method: 4bit": "quantization.method: nf4",
     "quantization.method: int4": "quantization.method: nf4",
     "data.format: chat_template": "data.format: chat",
+    "data.format: messages": "data.format: chat",
+    "data.format: conversation": "data.format: chat",
+    "data.format: completion": "data.format: text",
+    "data.format: pretrain": "data.format: text",
     "training.lr_scheduler_type: cosine_with_restarts": "training.lr_scheduler_type: cosine, without restarts",
     "training.lr_scheduler_type: constant_with_warmup": "training.lr_scheduler_type: constant, with its warmup_ratio",
     "training.lr_scheduler_type: cosine_with_min_lr": "training.lr_scheduler_type: cosine, down to 0",
@@ -91,30 +141,105 @@ WRITTEN_HERE = {
     "training.optim: adamw_hf": "training.optim: adamw_torch",
     "training.optim: adamw_torch_8bit": "training.optim: adamw_8bit",
     "training.optim: paged_adamw_32bit": "training.optim: adamw_torch, which is not paged",
+    "training.warmup_steps: a share": "training.warmup_ratio",
 }
 """Another tool's key, with or without a section, or our key with another tool's value → our key or value."""
 
 NOT_HERE = {
     name: f"leave it out: {why}"
-    for names, why in (
-        ("chat_template template", "a chat goes through the tokenizer's own template"),
-        ("model_type tokenizer_type ds_type", "the model's and the data's files tell it"),
-        ("rl stage", "lora trains on text (sft, pt), and not on preferences or rewards"),
-        ("pad_to_sequence_len eval_sample_packing group_by_length", "data.packing decides how rows make batches"),
-        ("dataset_prepared_path overwrite_cache", "rows are kept in the run's cache"),
-        ("preprocessing_num_workers dataset_num_proc dataloader_num_workers", "all available cores are used"),
-        ("overwrite_output_dir", "use lora train --overwrite"),
-        ("resume_from_checkpoint", "use lora train --resume"),
-        ("bias", "an adapter trains no biases"),
-        ("modules_to_save", "an adapter trains LoRA's own weights only"),
-        ("fan_in_fan_out", "the model's layers tell it"),
-        ("device device_map", "a GPU is used if there is one"),
-        ("do_train do_eval use_peft strict tf32 ddp_timeout gradient_checkpointing_kwargs", "nothing here needs it"),
-        ("trust_remote_code logging_strategy plot_loss task_type inference_mode", "nothing here needs it"),
+    for why, names in (
+        (
+            "a chat goes through the tokenizer's own template",
+            "chat_template chat_template_format chat_template_path template",
+        ),
+        ("write it into the rows, as their first turn", "default_system"),
+        ("the model's and the data's files tell it", "model_type tokenizer_type ds_type rope_scaling tokenizer"),
+        ("the model's tokenizer tells it", "special_tokens eos_token pad_token eot_tokens add_special_tokens"),
+        ("a row that is too long loses its end", "truncation_mode"),
+        ("the output layer is not adapted", "lora_head apply_lora_to_output"),
+        ("every row and turn ends with its token, which is learned", "append_concat_token train_on_eos"),
+        ("download that revision, and give its folder", "revision model_revision"),
+        ("download the data set, and give the paths of its files", "data.name data.config data.subset dataset_config"),
+        ("give fewer rows, or a source in data.train a weight below 1", "max_samples max_train_samples num_samples"),
+        ("in the rows, give a turn that is not to be learned weight: 0", "mask_history"),
+        ("lora trains on text (sft, pt), and not on preferences or rewards", "rl stage"),
+        (
+            "data.packing decides how rows make batches",
+            "pad_to_sequence_len eval_sample_packing eval_packing group_by_length packing_strategy padding_free "
+            "pad_to_multiple_of max_packed_sequence_len train_sampling_strategy length_column_name "
+            "dataloader_drop_last",
+        ),
+        ("rows are kept in the run's cache", "dataset_prepared_path overwrite_cache"),
+        ("all available cores are used", "preprocessing_num_workers dataset_num_proc dataloader_num_workers"),
+        ("use lora train --overwrite", "overwrite_output_dir"),
+        ("use lora train --resume", "resume_from_checkpoint"),
+        (
+            "use lora train --num-processes, or accelerate launch",
+            "devices num_nodes num_processes accelerator_config parallelism_config",
+        ),
+        ("use lora merge ADAPTER --out FOLDER", "export_dir export_size export_device export_legacy_format"),
+        (
+            "lora uploads nothing; hf upload does",
+            "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision "
+            "push_dataset_to_hub",
+        ),
+        (
+            "training.report_to names a tracked run after its folder; its project is in WANDB_PROJECT",
+            "run_name project wandb_name wandb_run_id wandb_project wandb_entity wandb_watch wandb_log_model "
+            "trackio_space_id trackio_bucket_id trackio_static_space_id",
+        ),
+        ("an adapter trains no biases", "bias lora_bias"),
+        (
+            "an adapter trains LoRA's own weights only",
+            "modules_to_save additional_target unfrozen_parameters trainable_token_indices resize_vocab "
+            "ensure_weight_tying",
+        ),
+        ("all layers have the same adapter.r and adapter.lora_alpha", "rank_pattern alpha_pattern"),
+        (
+            "an adapter begins with PEFT's own start, B at 0",
+            "init_lora_weights pissa_init pissa_iter pissa_convert loftq_config eva_config corda_config lora_ga_config",
+        ),
+        (
+            "of LoRA's variants adapter.use_dora and adapter.use_rslora are here",
+            "velora_config alora_invocation_tokens use_qalora qalora_group_size use_bdlora layer_replication "
+            "arrow_config kasa_config monteclora_config megatron_config megatron_core",
+        ),
+        ("the model's layers tell it", "fan_in_fan_out layers_pattern"),
+        ("all of the adapter has training.learning_rate", "loraplus_lr_ratio optim_target_modules"),
+        (
+            "the loss is plain cross-entropy, of rows as they are",
+            "neftune_noise_alpha label_smoothing_factor router_aux_loss_coef loss_type",
+        ),
+        ("AdamW has its usual 0.9, 0.999 and 1e-8", "adam_beta1 adam_beta2 adam_epsilon optim_args"),
+        ("a schedule has no settings but its warm-up", "lr_scheduler_kwargs min_lr cosine_min_lr_ratio"),
+        ("a step's loss is the mean over all its tokens", "average_tokens_across_devices"),
+        (
+            "the validation loss is measured, of all rows, and before the first step too",
+            "metric_for_best_model greater_is_better compute_accuracy predict_with_generate do_predict val_batches "
+            "include_for_metrics batch_eval_metrics eval_delay eval_on_start",
+        ),
+        ("a GPU is used if there is one", "device device_map use_cpu"),
+        (
+            "adapter.fused does the like",
+            "use_liger_kernel enable_liger_kernel liger_kernel_config use_unsloth plugins",
+        ),
+        (
+            "nothing here needs it",
+            "do_train do_eval use_peft use_peft_lora strict tf32 bf16_full_eval fp16_full_eval trust_remote_code "
+            "logging_strategy plot_loss task_type inference_mode auto_mapping peft_version runtime_config local_rank "
+            "gradient_checkpointing_kwargs activation_checkpointing_kwargs use_reentrant use_cache log_level_replica "
+            "torch_empty_cache_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level disable_tqdm "
+            "include_num_input_tokens_seen prediction_loss_only eval_do_concat_batches eval_use_gather_object "
+            "eval_accumulation_steps save_only_model save_on_each_node save_safetensors enable_jit_checkpoint "
+            "ignore_data_skip restore_callback_states_from_checkpoint full_determinism remove_unused_columns "
+            "label_names dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor debug "
+            "dataloader_multiprocessing_context dataloader_in_order skip_memory_metrics ddp_find_unused_parameters "
+            "ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend",
+        ),
     )
     for name in names.split()
 }
-"""Another tool's key that has no counterpart in a recipe → a hint that says why."""
+"""Another tool's key, with or without a section, that has no counterpart in a recipe → a hint that says why."""
 
 PEERS_KEYS = [name for name in (*WRITTEN_HERE, *NOT_HERE) if name.isidentifier()]
 """The entries above that are keys alone, without a section or value."""
@@ -124,6 +249,6 @@ def peers_hint(section: str, name: str, value: object = True) -> str | None:
     """Return a hint for another tool's key ``name`` in a section, or None when the key is unknown."""
     own = WRITTEN_HERE.get(f"{section}.{name}") or WRITTEN_HERE.get(name)
     if own is None:
-        return NOT_HERE.get(name)
+        return NOT_HERE.get(f"{section}.{name}") or NOT_HERE.get(name)
     left_out = value in (False, None) and ": " in own
     return f"leave it out: true is {own} here" if left_out else f"here it is {own}"
