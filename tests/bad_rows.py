@@ -218,6 +218,13 @@ def streaming_of_a_folder(w: World) -> Arguments:
     return w.train({"data.train": [{"path": "data", "streaming": True}]})
 
 
+@case("data", "holds several splits: deep/train-00000-of-00001.jsonl and test.jsonl", "such as data/deep/train-0")
+def folder_with_a_held_out_split(w: World) -> Arguments:
+    for name in ("a.jsonl", "test.jsonl", "deep/train-00000-of-00001.jsonl"):
+        w.file(f"data/{name}", json.dumps(ROW))
+    return w.train({"data.train": "data"})
+
+
 @case("data", "cannot read data/a.jsonl.gz and 1 more", "types read: .jsonl", "convert it")
 def folder_with_rows_of_an_unread_type(w: World) -> Arguments:
     w.file("data/rows.jsonl", json.dumps(ROW))

@@ -226,6 +226,25 @@ def test_hub_rows_take_the_split_and_name_the_row(tmp_path: Path) -> None:
         list(hub_records(Source(path=str(tmp_path / "set"), split="nosuch")))
 
 
+def test_a_data_set_without_a_default_configuration_is_told_them(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", {"text": "a"})
+    configs = [{"config_name": name, "data_files": "a.jsonl"} for name in ("main", "socratic")]
+    (tmp_path / "README.md").write_text(f"---\n{json.dumps({'configs': configs})}\n---\n")
+    with pytest.raises(UserError, match=r"available configs: \['main', 'socratic'\]") as caught:
+        list(hub_records(Source(path=str(tmp_path))))
+    assert f"hf download {tmp_path} --repo-type dataset" in str(caught.value)
+
+
+def test_a_folder_is_read_whole_unless_it_holds_two_splits(tmp_path: Path) -> None:
+    for name in ("latest.jsonl", "training-1.jsonl", "train_and_test.jsonl", "devices.jsonl"):
+        write_jsonl(tmp_path / name, {"text": name})
+    assert len(columns_of(str(tmp_path))) == 4
+    write_jsonl(tmp_path / "VAL.jsonl", {"text": "held out"})
+    with pytest.raises(UserError, match="holds several splits"):
+        columns_of(str(tmp_path))
+    assert len(columns_of(f"{tmp_path}/*.jsonl")) == 5
+
+
 def test_hub_rows_that_stream_leave_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_jsonl(tmp_path / "set" / "train.jsonl", *({"text": f"row {number}"} for number in range(30)))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "copies")

@@ -20,6 +20,10 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 UNREAD_DATA = {".arrow", ".feather", ".orc", ".avro", ".xlsx", ".gz", ".bz2", ".xz", ".zst", ".zip"}
 """Data file types that are not supported. A folder that has one is refused, so that no data is skipped silently."""
 
+TRAINED = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
+HELD_OUT = re.compile(r"(?<![a-z])(val(id(ation)?)?|dev|test(ing)?|eval(uation)?)(?![a-z])", re.IGNORECASE)
+"""How ``datasets`` recognizes the split of a file, from its name or that of a folder around it."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -116,7 +120,9 @@ def _files(path: str) -> list[Path] | None:
             raise UserError(f"cannot read files of type '{here.suffix or here.name}'", path, hint)
         return [here]
     if here.is_dir():
-        return _readable([here / name for name in glob.glob("**", root_dir=here, recursive=True)], path)  # noqa: PTH207 (before Python 3.13, Path.rglob follows no link)
+        files = _readable([here / name for name in glob.glob("**", root_dir=here, recursive=True)], path)  # noqa: PTH207 (before Python 3.13, Path.rglob follows no link)
+        _check_split(files, here)
+        return files
     if glob.has_magic(path):
         return _readable([Path(name) for name in glob.glob(path, recursive=True)], path)  # noqa: PTH207 (Path.glob accepts no absolute pattern)
     if HUB_ID.fullmatch(path) and here.suffix.lower() not in READERS and not here.parent.exists():
@@ -149,6 +155,17 @@ def _is_file(path: Path) -> bool:
     return path.is_file() or (path.is_symlink() and not path.exists())
 
 
+def _check_split(files: Sequence[Path], folder: Path) -> None:
+    """Raises UserError when the folder holds a data set's held-out split beside its training split. Text files may have
+    any names: they are documents."""
+    names = [str(file.relative_to(folder)) for file in files if file.suffix.lower() != ".txt"]
+    trained = next((name for name in names if TRAINED.search(name)), None)
+    held_out = next((name for name in names if HELD_OUT.search(name) and not TRAINED.search(name)), None)
+    if trained and held_out:
+        hint = f"give the files of one, such as {folder / trained}, or all of them by a glob"
+        raise UserError(f"holds several splits: {trained} and {held_out}", str(folder), hint)
+
+
 def _kind_of_path(path: str) -> str:
     return "file" if Path(path).is_file() else "folder" if Path(path).is_dir() else "glob"
 
@@ -172,6 +189,9 @@ def hub_records(source: Source) -> Iterator[Record]:
         for number, columns in enumerate(rows, 1):
             yield _hub_place(source, number), without_filling(columns)
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
-        what = f"the data set could not be loaded from the hub: {str(error).splitlines()[0]}"
+        told = " ".join(str(error).splitlines()[:2])
+        what = f"the data set could not be loaded from the hub: {told}"
         hint = "give a path that exists, or a hub id that can be reached from here"
+        if told.startswith("Config name is missing"):
+            hint = f"hf download {source.path} --repo-type dataset --local-dir FOLDER, and give the paths of the files"
         raise UserError(what, source.path, hint) from error
