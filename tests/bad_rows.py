@@ -322,6 +322,17 @@ def alpaca_with_earlier_turns(w: World) -> Arguments:
     return w.train(data=w.rows(row, row | {"history": [["Hi", "Hello"]]}))
 
 
+@case("rows.jsonl:1", "column 'history' is not empty", "chat does not read it\n    give the rows as messages")
+def alpaca_with_earlier_turns_as_chat(w: World) -> Arguments:
+    row = {"instruction": "Add", "output": "2", "system": "Be kind.", "history": [["Hi", "Hello"]]}
+    return w.train({"model.name_or_path": w.llama, "data.format": "chat"}, data=w.rows(row))
+
+
+@case("rows.jsonl:1", "column 'system' is not empty", "format alpaca does not read it", "set data.format: chat")
+def alpaca_with_a_system_prompt(w: World) -> Arguments:
+    return w.train(data=w.rows({"instruction": "Add", "output": "2", "system": "Be kind."}))
+
+
 @case(
     "rows.jsonl:2", "column 'system' is not empty", "format prompt_completion does not read it", "set data.format: chat"
 )

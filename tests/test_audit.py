@@ -58,6 +58,23 @@ def chatty(tokenizer: Any) -> Callable[[str], Any]:
     return make
 
 
+def test_alpacas_rows_are_learned_as_chat_when_asked_to(
+    write_recipe: Any, tiny_llama: Path, tmp_path: Path, lora: Any, no_curves: None
+) -> None:
+    rows = [{"instruction": "Add", "input": f"1 {n}", "output": str(1 + n)} for n in range(4)]
+    chats = [chat(f"Add\n1 {n}", str(1 + n)) for n in range(4)]
+    files = [write_rows(tmp_path / "rows.jsonl", rows), write_rows(tmp_path / "chats.jsonl", chats)]
+    told, losses = [], []
+    for name, train, format in (("a", files, "auto"), ("b", files[0], "chat"), ("c", files[1], "chat")):
+        changes = {"data.train": train, "data.format": format, "model.name_or_path": tiny_llama}
+        changes |= {"training.max_steps": 1, "training.logging_steps": 1, "training.output_dir": tmp_path / name}
+        stderr = done(lora("train", write_recipe(changes))).stderr
+        told.append("the rows do not go through the model's chat template" in stderr)
+        losses.append(json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+    assert told == [True, False, False]
+    assert losses[1] == losses[2]
+
+
 # Copies and leaks.
 
 

@@ -361,6 +361,12 @@ GIVEN = (TURNS[0], Message("assistant", "Hello", learned=False))
         ),
         ({"talk": HI}, {"columns": {"messages": "talk"}}, Conversation(TURNS)),
         ({"question": "Hi", "answer": "Hello"}, {"format": "chat"}, Conversation(TURNS)),
+        ({"instruction": "Hi", "input": "", "output": "Hello"}, {"format": "chat"}, Conversation(TURNS)),
+        (
+            {"instruction": "Add", "context": "1 1", "response": "2", "system": "Be kind"},
+            {"format": "chat", "columns": {"input": "context", "output": "response"}},
+            Conversation((Message("system", "Be kind"), Message("user", "Add\n1 1"), Message("assistant", "2"))),
+        ),
         (
             {"instruction": "a", "output": "b"},
             {"columns": {"prompt": "instruction", "completion": "output"}},
@@ -419,6 +425,7 @@ COLUMNS_OF: dict[str, list[dict[str, Any]]] = {
         {"messages": HI, "system": "S", "tools": [{"name": "clock"}]},
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
         {"prompt": "P", "completion": "C"},
+        {"instruction": "I", "input": "N", "output": "O"},
     ],
 }
 

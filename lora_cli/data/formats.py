@@ -95,7 +95,7 @@ def text(row: Columns) -> Content:
 
 def prompt_completion(row: Columns) -> Content:
     """A prompt and a completion, joined without a separator."""
-    _check_place(row, "prompt_completion", "set data.format: chat, which reads 'system', or ")
+    _check_place(row, "prompt_completion")
     return ((row.text("prompt"), False), (row.text("completion"), True))
 
 
@@ -108,30 +108,42 @@ def alpaca(row: Columns) -> Content:
     return ((prompt, False), (row.text("output"), True))
 
 
-def _check_place(row: Columns, format_name: str, way: str = "") -> None:
+def _check_place(row: Columns, format_name: str) -> None:
     """Raises UserError when the row has a system prompt or history, which the format does not read."""
-    unread = {"system", "history"} - set(row.data.columns.values())
+    unread = {"system", "history"} - set(row.data.columns.values()) - row.read
     if lost := next((name for name in sorted(unread) if row.row.columns.get(name)), None):
         hint = "give the rows as messages"
         if lost == "system":
-            hint = f"{way}use data.template with {{system}} in it, or {hint}"
+            hint = f"set data.format: chat, which reads 'system', or use data.template with {{system}} in it, or {hint}"
         raise UserError(f"column '{lost}' is not empty, but format {format_name} does not read it", row.row.where, hint)
 
 
 def chat(row: Columns) -> Content:
-    """``messages`` (role, content), ShareGPT's ``conversations`` (from, value), or a prompt and a completion, each one
-    text or a list of turns; the prompt is not learned. Optional columns are ``system`` and ``tools``."""
+    """``messages`` (role, content), ShareGPT's ``conversations`` (from, value), a prompt and a completion, each one
+    text or a list of turns, of which the prompt is not learned, or Alpaca's columns. Optional columns are ``system``
+    and ``tools``."""
+    system = row.text("system", default="")
     for name in ("messages", "conversations"):
         if row.column(name) is not None:
             turns = read_turns(row.value(name), f"{row.row.where}: {row.column(name)}")
             break
     else:
-        turns = (*_side(row, "prompt", "user"), *_side(row, "completion", "assistant"))
-    system = row.text("system", default="")
+        is_alpaca = row.column("prompt") is None and row.column("instruction") is not None
+        turns = _alpaca_turns(row) if is_alpaca else _prompt_turns(row)
     if system and turns[0].role != "system":
         turns = (Message("system", system), *turns)
     tools = read_tools(row.optional("tools"), f"{row.row.where}: {row.column('tools')}")
     return Conversation(turns, tools)
+
+
+def _prompt_turns(row: Columns) -> tuple[Message, ...]:
+    return (*_side(row, "prompt", "user"), *_side(row, "completion", "assistant"))
+
+
+def _alpaca_turns(row: Columns) -> tuple[Message, ...]:
+    _check_place(row, "chat")
+    asked = [row.text("instruction"), row.text("input", default="")]
+    return (Message("user", "\n".join(filter(None, asked))), Message("assistant", row.text("output")))
 
 
 def _side(row: Columns, name: str, role: str) -> tuple[Message, ...]:
@@ -197,7 +209,7 @@ class Format:
 FORMATS: dict[str, Format] = {
     "chat": Format(
         chat,
-        ("messages", "conversations", "prompt", "completion", "system", "tools"),
+        ("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system", "tools"),
         (("messages",), ("conversations",)),
     ),
     "alpaca": Format(alpaca, ("instruction", "input", "output"), (("instruction", "output"),)),

@@ -57,6 +57,8 @@ def tell_rows(job: Prepared, display: Display) -> None:
         f"of {kept:,} training rows {report.ends_supervised:,} have their end supervised; "
         f"{fewest if fewest == most else f'{fewest} to {most}'} BOS per row"
     )
+    if job.tokenizer.chat_template and {"alpaca", "prompt_completion"}.intersection(counts.examples.format.split("+")):
+        display.note("the rows do not go through the model's chat template; with data.format: chat they would")
     if counts.truncated:
         told = counted(counts.truncated, "was", "were")
         display.note(f"of {counted(counts.rows, 'row')} {told} cut to {job.max_length} tokens")
