@@ -113,6 +113,11 @@ def targets_of_another_architecture(w: World) -> Arguments:
     return w.train({"adapter.target_modules": ["q_proj"]})
 
 
+@case("'c_attn,c_proj' matches no whole module name", "in brackets it is a list: [c_attn,c_proj]; linear layers here")
+def targets_as_a_text_with_commas(w: World) -> Arguments:
+    return w.train({"adapter.target_modules": "c_attn,c_proj"})
+
+
 @case("adapter.target_modules: 'c_atn'", "did you mean 'c_attn'?")
 def misspelt_target(w: World) -> Arguments:
     return w.train({"adapter.target_modules": ["c_fc", "c_atn"]})

@@ -218,6 +218,16 @@ def streaming_of_a_folder(w: World) -> Arguments:
     return w.train({"data.train": [{"path": "data", "streaming": True}]})
 
 
+@case("a.jsonl, b.jsonl: no such data file", "in brackets it is a list: [a.jsonl, b.jsonl]")
+def files_as_a_text_with_commas(w: World) -> Arguments:
+    return w.train({"data.train": "a.jsonl, b.jsonl"})
+
+
+@case("rows.jsonl:1", "tokenized rows, and lora tokenizes rows itself: input_ids, labels", "give their text")
+def rows_that_are_tokenized(w: World) -> Arguments:
+    return w.train(data=w.rows({"input_ids": [5, 6], "labels": [-100, 6]}))
+
+
 @case("data", "holds several splits: deep/train-00000-of-00001.jsonl and test.jsonl", "such as data/deep/train-0")
 def folder_with_a_held_out_split(w: World) -> Arguments:
     for name in ("a.jsonl", "test.jsonl", "deep/train-00000-of-00001.jsonl"):
@@ -384,12 +394,12 @@ def chat_with_a_tool_that_is_text(w: World) -> Arguments:
     return w.train({"model.name_or_path": w.llama}, data=w.rows({"messages": turns, "tools": tools}))
 
 
-@case("chat template", "instruct model", "data.format")
+@case("chat template", "instruct model", "chat_template.jinja into the model's folder", "data.format")
 def chat_without_a_template(w: World) -> Arguments:
     return chat(w, model="gpt2")
 
 
-@case("rows.jsonl:1", "no chat template", "instruct model")
+@case("rows.jsonl:1", "no chat template", "instruct model", "chat_template.jinja into the model's folder")
 def rows_of_chat_by_their_columns_without_a_template(w: World) -> Arguments:
     return w.train(data=w.rows({"messages": [{"role": "user", "content": "Hi"}]}))
 

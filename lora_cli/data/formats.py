@@ -270,6 +270,8 @@ def _unknown(columns: Columns) -> UserError:
         what = f"preference rows, and lora does no preference training: {seen}"
         hint = f"to train on the chosen answers, set data.columns: {{{_name_of_chosen(columns)}: chosen}}"
         return UserError(what, row.where, hint)
+    if "input_ids" in row.columns:
+        return UserError(f"tokenized rows, and lora tokenizes rows itself: {seen}", row.where, "give their text")
     known = "; ".join(
         f"{name}: {' or '.join(' + '.join('/'.join(ALIASES.get(c, (c,))) for c in names) for names in entry.known_by)}"
         for name, entry in FORMATS.items()

@@ -131,7 +131,8 @@ def _files(path: str) -> list[Path] | None:
         raise UserError("not a file or a folder: rows are read more than once", path, "write the rows to a file")
     siblings = [f.name for f in here.parent.iterdir() if f.suffix.lower() in READERS] if here.parent.is_dir() else []
     relative = None if here.is_absolute() else f"paths are relative to {Path.cwd()}"
-    raise UserError("no such data file", path, nearest(here.name, siblings) or relative)
+    listed = f"in brackets it is a list: [{path}]" if "," in path else None
+    raise UserError("no such data file", path, listed or nearest(here.name, siblings) or relative)
 
 
 def _readable(found: list[Path], path: str) -> list[Path]:

@@ -95,7 +95,7 @@ def read_chunks(data: Data, rows: Iterable[Row], tokenizer: PreTrainedTokenizerB
 
 def _closing(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
     if not tokenizer.chat_template:
-        hint = "use an instruct model, or another data.format (template: a layout of your own)"
+        hint = "use an instruct model, write a chat_template.jinja into the model's folder, or set another data.format"
         raise UserError("the tokenizer has no chat template, which format: chat needs", where, hint)
     return end_of_turn(tokenizer)
 

@@ -17,7 +17,10 @@ SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 TOKENIZER_FILES = ["tokenizer.json", "*.model", "vocab.*", "tekken.json"]
 TOKENIZER_EXTRAS = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "*.tiktoken"]
 TYPES = "models/auto"
-NO_TEMPLATE = "use an instruct model, or another data.format (template: a layout of your own)"
+NO_TEMPLATE = (
+    "use an instruct model, write a chat_template.jinja into the model's folder, or set another data.format "
+    "(template: a layout of your own)"
+)
 MODEL_FOLDER = "a model folder holds config.json, a tokenizer and weights in safetensors"
 
 

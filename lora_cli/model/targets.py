@@ -91,10 +91,11 @@ def _by_pattern(pattern: str, layers: Iterable[str]) -> list[str]:
     expression = compile_pattern(pattern, layers)
     names = [name for name in layers if expression.fullmatch(name)]
     if not names:
-        raise UserError(
-            f"adapter.target_modules: '{pattern}' matches no whole module name",
-            hint=f"a whole name is, for example, {next(iter(layers))}; {_what_exists(layers)}",
-        )
+        way = f"a whole name is, for example, {next(iter(layers))}"
+        if "," in pattern:
+            way = f"in brackets it is a list: [{pattern}]"
+        what = f"adapter.target_modules: '{pattern}' matches no whole module name"
+        raise UserError(what, hint=f"{way}; {_what_exists(layers)}")
     return names
 
 
