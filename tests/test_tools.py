@@ -220,15 +220,25 @@ def test_a_call_may_end_a_conversation_and_needs_no_tools() -> None:
             "tool_calls": [call("weather", json.dumps(PARIS["function"]["arguments"]))],
         },
         {"from": "gpt", "value": "", "tool_calls": [PARIS]},
+        {"from": "function_call", "value": json.dumps(PARIS["function"])},
+        {"from": "function_call", "value": json.dumps([PARIS["function"]])},
     ],
-    ids=["null", "missing", "flat", "text", "sharegpt"],
+    ids=["null", "missing", "flat", "text", "sharegpt", "llama-factory", "llama-factory-list"],
 )
 def test_calls_may_be_written_in_other_ways(turn: dict[str, Any]) -> None:
     messages = calling(PARIS)
     text = tokenizer_of(QWEN, "").apply_chat_template(messages, tokenize=False)
-    found = tokenized(QWEN, {"messages": [messages[0], turn, *messages[2:]]}, text)
+    answer = {"from": "observation", "value": messages[2]["content"]} if "from" in turn else messages[2]
+    found = tokenized(QWEN, {"messages": [messages[0], turn, answer, *messages[3:]]}, text)
     assert found == tokenized(QWEN, {"messages": messages}, text)
     assert "".join(token for token, _ in found) == text
+
+
+@pytest.mark.parametrize("value", ["weather(Paris)", '{"city": "Paris"}', "[]", None])
+def test_a_function_call_that_is_none_is_told(value: Any) -> None:
+    row = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": value}]}
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: conversations\[1\]"):
+        tokenized(QWEN, row, "")
 
 
 @pytest.mark.parametrize("arguments", ["", " ", "{}"])

@@ -13,7 +13,8 @@ from typing import Any
 from lora_cli.data.readers import keys_once, kind_of
 from lora_cli.errors import UserError
 
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+"""ShareGPT's names, with LLaMA-Factory's two for the calls of tools, as JSON text, and for what a tool answers."""
 HALF = "holds half a character (a lone surrogate, written \\ud800 to \\udfff)"
 HALF_HINT = "write the character itself, or both its halves"
 ROLES = ("system", "user", "assistant", "tool")
@@ -81,9 +82,13 @@ def read_turns(value: Any, where: str) -> tuple[Message, ...]:
             raise UserError(f"expected a turn, found {kind_of(turn)}", place, TURNS_HINT)
         sharegpt = "from" in turn
         role, content = (turn.get("from"), turn.get("value")) if sharegpt else (turn.get("role"), turn.get("content"))
+        if sharegpt and role == "function_call" and isinstance(content, str):
+            calls = _from_json(content, place, CALLS_HINT)
+            turn, content = turn | {"tool_calls": calls if isinstance(calls, list) else [calls]}, None
         role = SHAREGPT_ROLES.get(str(role), role) if sharegpt else role
         if role not in ROLES:
-            raise UserError(f"unknown role {role!r}", place, f"roles: {', '.join(ROLES)} (ShareGPT: human, gpt)")
+            hint = f"roles: {', '.join(ROLES)} (ShareGPT: {', '.join(SHAREGPT_ROLES)})"
+            raise UserError(f"unknown role {role!r}", place, hint)
         _check_unread(turn, role, place)
         extra = _extra(turn, role, place)
         content = "" if content is None and "tool_calls" in extra else _text(content, place)
