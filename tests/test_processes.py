@@ -112,7 +112,8 @@ def launched(*options: str) -> list[str]:
 
 def start(command: Sequence[str], *arguments: str | Path) -> subprocess.Popen[str]:
     repository = str(Path(__file__).resolve().parent.parent)
-    environment = os.environ | {"PYTHONPATH": repository, "OMP_NUM_THREADS": "1"}
+    temporary = os.environ["HF_HOME"]  # which goes with the tests, and with it what Accelerate's own launcher leaves
+    environment = os.environ | {"PYTHONPATH": repository, "OMP_NUM_THREADS": "1", "TMPDIR": temporary}
     pipe = subprocess.PIPE
     return subprocess.Popen(
         [*command, *map(str, arguments)], env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
