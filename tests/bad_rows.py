@@ -212,6 +212,11 @@ def split_of_a_file(w: World) -> Arguments:
     return w.train({"data.train": [{"path": w.rows(ROW), "split": "test"}]})
 
 
+@case("rows.jsonl", "name: main is for a hub id only, and this is a file", "the configuration's own files")
+def configuration_of_a_file(w: World) -> Arguments:
+    return w.train({"data.train": [{"path": w.rows(ROW), "name": "main"}]})
+
+
 @case("data", "streaming is for a hub id only, and this is a folder", "remove it")
 def streaming_of_a_folder(w: World) -> Arguments:
     w.file("data/rows.jsonl", json.dumps(ROW))

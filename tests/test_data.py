@@ -226,13 +226,16 @@ def test_hub_rows_take_the_split_and_name_the_row(tmp_path: Path) -> None:
         list(hub_records(Source(path=str(tmp_path / "set"), split="nosuch")))
 
 
-def test_a_data_set_without_a_default_configuration_is_told_them(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", {"text": "a"})
-    configs = [{"config_name": name, "data_files": "a.jsonl"} for name in ("main", "socratic")]
+def test_the_configuration_of_a_data_set_is_chosen_by_its_name(tmp_path: Path) -> None:
+    for name in ("main", "socratic"):
+        write_jsonl(tmp_path / f"{name}.jsonl", {"text": name})
+    configs = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("main", "socratic")]
     (tmp_path / "README.md").write_text(f"---\n{json.dumps({'configs': configs})}\n---\n")
     with pytest.raises(UserError, match=r"available configs: \['main', 'socratic'\]") as caught:
         list(hub_records(Source(path=str(tmp_path))))
-    assert f"hf download {tmp_path} --repo-type dataset" in str(caught.value)
+    assert f"choose one: {{path: {tmp_path}, name: ...}}" in str(caught.value)
+    for name in ("main", "socratic"):
+        assert [columns for _, columns in hub_records(Source(path=str(tmp_path), name=name))] == [{"text": name}]
 
 
 def test_a_folder_is_read_whole_unless_it_holds_two_splits(tmp_path: Path) -> None:

@@ -147,7 +147,8 @@ def test_sequences_anchors_and_flow() -> None:
     assert data.validation == data.train
     assert isinstance(data.train, tuple)
     assert data.train[0] == "a.jsonl"
-    assert data.train[1].model_dump() == {"path": "b.jsonl", "weight": 2.0, "split": "train", "streaming": False}  # type: ignore[union-attr]
+    wanted = {"path": "b.jsonl", "weight": 2.0, "name": None, "split": "train", "streaming": False}
+    assert data.train[1].model_dump() == wanted  # type: ignore[union-attr]
 
 
 def test_byte_order_mark_and_crlf_are_fine() -> None:
@@ -497,7 +498,7 @@ def test_an_unreadable_file() -> None:
             "validation: true",
             "4:15",
             "data.validation: expected a number above 0 and below 1, text, "
-            "a list (each text or a mapping of path, weight, split, streaming) or null, found true",
+            "a list (each text or a mapping of path, weight, name, split, streaming) or null, found true",
             None,
         ),
         (
@@ -526,7 +527,7 @@ def test_an_unreadable_file() -> None:
             "data",
             "validation: [[a]]",
             "4:16",
-            "data.validation[0]: expected text or a mapping of path, weight, split, streaming, found a list",
+            "data.validation[0]: expected text or a mapping of path, weight, name, split, streaming, found a list",
             None,
         ),
         ("data", "columns: {prompt: 3}", "4:21", "data.columns.prompt: expected text, found the number 3", ...),
@@ -648,9 +649,9 @@ def test_a_field_of_peft_and_transformers_is_told_what_it_is_here(known: Any) ->
     assert hints.keys() - told == set()
 
 
-def test_a_data_sets_configuration_is_told_how_to_go_without() -> None:
-    hint = fault(MINIMAL, "data.train=[{path: openai/gsm8k, name: main}]").hint
-    assert hint == "leave it out: download the data set, and give the paths of its files"
+def test_a_data_sets_configuration_belongs_to_its_source() -> None:
+    hint = fault(with_key("data", "name: main")).hint
+    assert hint == "here it is data.train, a mapping of path and name"
 
 
 def test_what_is_told_for_a_peers_key_is_a_key_here() -> None:
@@ -1216,7 +1217,7 @@ def test_lines_of_the_reference_fit_a_terminal() -> None:
         (("training", "gradient_checkpointing"), "true, false, auto or offload"),
         (("adapter", "method"), None),
         (("data", "columns"), "a mapping of names to text"),
-        (("data", "train", 0), "text or a mapping of path, weight, split, streaming"),
+        (("data", "train", 0), "text or a mapping of path, weight, name, split, streaming"),
         (("data", "train", 0, "weight"), "a number above 0 and up to 100000"),
     ],
 )

@@ -52,6 +52,9 @@ def source_faults(sources: Iterable[Source]) -> list[Fault]:
         if files is None:
             continue
         told = f"is for a hub id only, and this is a {_kind_of_path(source.path)}"
+        if source.name is not None:
+            hint = "give the path of the configuration's own files"
+            faults.append(Fault(f"name: {source.name} {told}", source.path, hint))
         if source.split != "train":
             hint = "give the path of the split's own files"
             faults.append(Fault(f"split: {source.split} {told}", source.path, hint))
@@ -186,7 +189,7 @@ def hub_records(source: Source) -> Iterator[Record]:
 
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(source.path, split=source.split, streaming=source.streaming)
+        rows = datasets.load_dataset(source.path, source.name, split=source.split, streaming=source.streaming)
         for number, columns in enumerate(rows, 1):
             yield _hub_place(source, number), without_filling(columns)
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
@@ -194,5 +197,5 @@ def hub_records(source: Source) -> Iterator[Record]:
         what = f"the data set could not be loaded from the hub: {told}"
         hint = "give a path that exists, or a hub id that can be reached from here"
         if told.startswith("Config name is missing"):
-            hint = f"hf download {source.path} --repo-type dataset --local-dir FOLDER, and give the paths of the files"
+            hint = f"choose one: {{path: {source.path}, name: ...}} as an item of the list"
         raise UserError(what, source.path, hint) from error

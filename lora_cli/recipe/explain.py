@@ -15,7 +15,7 @@ from lora_cli.recipe.schema import Recipe
 
 JsonSchema = dict[str, Any]
 
-_LISTED = 4  # a message lists the keys of a mapping only up to this many
+_LISTED = 5  # a message lists the keys of a mapping only up to this many
 
 _BASE = {
     "type": "string",

@@ -62,6 +62,9 @@ WRITTEN_HERE = {
     "data_files": "data.train, a path or a glob of the files themselves",
     "splits": "data.train, a mapping of path and split",
     "dataset_split": "data.train, a mapping of path and split",
+    **dict.fromkeys(
+        ("data.name", "data.config", "data.subset", "dataset_config"), "data.train, a mapping of path and name"
+    ),
     "mix_strategy": "data.train, a list with weights",
     "interleave_probs": "data.train, a list with weights",
     "dataset_name": "data.train",
@@ -159,7 +162,6 @@ NOT_HERE = {
         ("the output layer is not adapted", "lora_head apply_lora_to_output"),
         ("every row and turn ends with its token, which is learned", "append_concat_token train_on_eos"),
         ("download that revision, and give its folder", "revision model_revision"),
-        ("download the data set, and give the paths of its files", "data.name data.config data.subset dataset_config"),
         ("give fewer rows, or a source in data.train a weight below 1", "max_samples max_train_samples num_samples"),
         ("in the rows, give a turn that is not to be learned weight: 0", "mask_history"),
         ("lora trains on text (sft, pt), and not on preferences or rewards", "rl stage"),

@@ -102,6 +102,9 @@ class Source(Section):
         description="How often an epoch takes this source: 2 takes each row twice, 0.5 half of the rows. "
         "data.validation ignores it: each row counts once.",
     )
+    name: str | None = Field(
+        None, min_length=1, description="Configuration of the hub data set, e.g. main; null: its default."
+    )
     split: str = Field("train", min_length=1, description="Split of the hub data set.")
     streaming: bool = Field(
         False,
@@ -125,7 +128,7 @@ class Data(Section):
     train: Text | Sources = Field(
         description="Rows to train on: a .jsonl (.ndjson), .json, .csv, .tsv, .parquet or .txt file (one row per "
         "paragraph; blank lines separate paragraphs), a folder or glob of these, a hub id, or a list of these, "
-        "each given as text or as a mapping with path, weight and split."
+        "each given as text or as a mapping with path, weight, name and split."
     )
     validation: Share | Text | Sources | None = Field(
         None, description="A share of the training rows to hold out (e.g. 0.05), or rows given as in train; null: none."
