@@ -35,7 +35,7 @@ from lora_cli.data.tokenize import tokenize
 from lora_cli.errors import RunError, UserError
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Data, Source
-from lora_cli.training.announced import announce
+from lora_cli.training.cache_keys import announce
 from lora_cli.training.lock import check_unlocked, locked
 from lora_cli.training.prepare import prepare
 

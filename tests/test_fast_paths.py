@@ -31,7 +31,7 @@ from lora_cli.model.fused_lora import side_by_side
 from lora_cli.model.layers import adaptable_layers, linear_layers
 from lora_cli.model.linear4bit import compute_right, expand
 from lora_cli.model.lora_products import Kind, LoraProducts
-from lora_cli.model.normed import made_of, normed
+from lora_cli.model.norm_inputs import made_of, normed
 from lora_cli.model.row_products import SHORT, WHOLE, RowProducts, _layouts
 from lora_cli.model.shapes import rounded
 from lora_cli.recipe.schema import Adapter, Quantization

@@ -18,7 +18,7 @@ from conftest import Result, Run, fork_lora
 from peft import LoraConfig, get_peft_model
 from transformers import Gemma3nTextConfig, LlamaConfig, LlamaForCausalLM
 
-from lora_cli.data import bounds
+from lora_cli.data import resource_limits
 from lora_cli.model.adapters import adapt
 from lora_cli.model.base import load_base
 from lora_cli.model.elementwise import fuse
@@ -120,19 +120,19 @@ def test_a_limit_of_the_process_is_the_memory_there_is(kind: int, used: str, tmp
     assert free == pytest.approx(2**28, abs=2**26)
 
 
-@pytest.mark.parametrize("room", [bounds.BYTES // 2, 2 * bounds.BYTES])
+@pytest.mark.parametrize("room", [resource_limits.BYTES // 2, 2 * resource_limits.BYTES])
 def test_a_template_takes_no_more_than_the_process_may(room: int) -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = psutil.Process().memory_info().vms
     own = (used + room, before[1])
     resource.setrlimit(resource.RLIMIT_AS, own)
     try:
-        with bounds.bounded():
+        with resource_limits.bounded():
             most = resource.getrlimit(resource.RLIMIT_AS)[0]
         after = resource.getrlimit(resource.RLIMIT_AS)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
-    assert most - used == pytest.approx(min(room, bounds.BYTES), abs=2**24) and after == own
+    assert most - used == pytest.approx(min(room, resource_limits.BYTES), abs=2**24) and after == own
 
 
 def test_the_largest_batch() -> None:

@@ -436,7 +436,7 @@ def test_who_waits_for_the_first_ones_rows_can_be_stopped(monkeypatch: pytest.Mo
     places = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for name, value in places.items():
         monkeypatch.setenv(name, value)
-    script = "from lora_cli.training.announced import announced; print('waits', flush=True); announced()"
+    script = "from lora_cli.training.cache_keys import announced; print('waits', flush=True); announced()"
     child = start([sys.executable, "-c", script])
     assert child.stdout is not None and child.stdout.readline() == "waits\n"
     time.sleep(1)

@@ -26,7 +26,7 @@ from lora_cli.model.base import has_units_for
 from lora_cli.recipe.load import load_recipe
 from lora_cli.training import checkpoint, hidden_states, loop
 from lora_cli.training.display import Display
-from lora_cli.training.run import RunFolder
+from lora_cli.training.run_folder import RunFolder
 from lora_cli.training.same_run import check_same_keys
 from lora_cli.weights import shards
 from lora_cli.weights.folders import draft_folder
@@ -661,7 +661,7 @@ def test_a_run_killed_as_it_replaces_another_begins_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as killing:
-        killing.setattr(f"lora_cli.training.run.{killed_in}", kill)
+        killing.setattr(f"lora_cli.training.run_folder.{killed_in}", kill)
         lora("train", recipe, "--overwrite")
     assert not ((run.folder / "report.html").exists() and killed_in == "RunFolder.write_recipe")
     again = lora("train", recipe, "--resume")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lora_cli.cli.adapter_words import entry_row, facts, layer_rows, print_table, rank_range
+from lora_cli.cli.adapter_text import entry_row, facts, layer_rows, print_table, rank_range
 from lora_cli.cli.options import Debug, Json, Once, Quiet
 from lora_cli.errors import UserError, counted
 

@@ -26,7 +26,7 @@ from lora_cli import __version__
 from lora_cli.cli import adapters, evaluate, explain, merge, quantize, train
 from lora_cli.cli.options import Once
 from lora_cli.errors import Aftermath, Interrupted, LoraError, RunError, UserError, is_lack_of_room, unwritable
-from lora_cli.training.launched import process_count, process_index
+from lora_cli.training.launch_environment import process_count, process_index
 
 # Without this default, typer (0.29) imports pydantic to convert a --help that was not given.
 _NO_HELP = {"help": False}

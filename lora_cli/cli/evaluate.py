@@ -24,10 +24,10 @@ def command(
     debug: Debug = False,
 ) -> None:
     """Measure perplexity, the base model beside the adapter."""
-    from lora_cli.cli import measure
     from lora_cli.model.files import check_model_type, locate
+    from lora_cli.study import measure
     from lora_cli.training.display import Display
-    from lora_cli.training.run import newest_finished, unfinished
+    from lora_cli.training.run_folder import newest_finished, unfinished
     from lora_cli.weights.adapter_config import check_init
     from lora_cli.weights.provenance import adapter_folder, read_record, recipe_of, trace
 

@@ -77,8 +77,8 @@ def command(
     check_mergeable(origins[0].base)
     _check_together(origins, into)
 
-    from lora_cli.cli import verify as checking
     from lora_cli.model.memory import keep_freed_memory
+    from lora_cli.study import verify as checking
     from lora_cli.training.display import Display
 
     keep_freed_memory()
@@ -112,7 +112,7 @@ def command(
 def find_adapter(adapter: Path, base: str | None = None) -> AdapterOrigin:
     """Find the adapter of a run or folder, and its base. Print a warning if the run has not finished. Raises UserError
     when the adapter cannot be merged."""
-    from lora_cli.training.run import unfinished
+    from lora_cli.training.run_folder import unfinished
     from lora_cli.weights.adapter_config import check_foldable, read_adapter_config
     from lora_cli.weights.provenance import adapter_folder, trace
 

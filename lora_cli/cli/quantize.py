@@ -53,8 +53,8 @@ def command(
     debug: Debug = False,
 ) -> None:
     """Store a model's linear layers in 4 or 8 bits."""
-    from lora_cli.cli import measure
     from lora_cli.recipe.schema import Quantization
+    from lora_cli.study import measure
     from lora_cli.weights.folders import check_out
     from lora_cli.weights.provenance import recipe_of
     from lora_cli.weights.shards import bytes_of

@@ -27,7 +27,7 @@ def command(
 ) -> None:
     """Fine-tune a model as a recipe says."""
     from lora_cli.recipe.load import load_recipe
-    from lora_cli.training.launched import end_with_launcher, process_count, process_index
+    from lora_cli.training.launch_environment import end_with_launcher, process_count, process_index
 
     end_with_launcher()
     if resume and overwrite:
@@ -36,7 +36,7 @@ def command(
 
     if num_processes > 1 and process_count() == 1:
         from lora_cli.training.launch import launch
-        from lora_cli.training.run import RunFolder
+        from lora_cli.training.run_folder import RunFolder
 
         flags = {"--resume": resume, "--overwrite": overwrite, "--json": json, "--quiet": quiet, "--debug": debug}
         folder = RunFolder(loaded.training.output_dir)

@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.bounds import BYTES, SECONDS, bounded
 from lora_cli.data.formats import Segment
+from lora_cli.data.resource_limits import BYTES, SECONDS, bounded
 from lora_cli.data.turns import Conversation, Message
 from lora_cli.errors import UserError
 

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from lora_cli.model.gate import HAS_LIGER
 from lora_cli.model.shapes import rounded
+from lora_cli.model.swiglu import HAS_LIGER
 
 if TYPE_CHECKING:
     from peft import PeftModel

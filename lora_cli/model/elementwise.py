@@ -15,10 +15,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_cli.model.fused_lora import Fused, side_by_side
-from lora_cli.model.gate import GATED, Formula, Gate, vectors
 from lora_cli.model.layers import CANNOT
-from lora_cli.model.normed import normed
+from lora_cli.model.norm_inputs import normed
 from lora_cli.model.rotary import in_one_function, rotary_width
+from lora_cli.model.swiglu import GATED, Formula, Gate, vectors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,11 +10,11 @@ from peft.tuners import lora
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.model.gate import Gate, gated
 from lora_cli.model.layers import widths
 from lora_cli.model.linear4bit import state_of
 from lora_cli.model.lora_products import Kind, LoraProducts
-from lora_cli.model.normed import made_of
+from lora_cli.model.norm_inputs import made_of
+from lora_cli.model.swiglu import Gate, gated
 
 if TYPE_CHECKING:
     from peft import LoraConfig

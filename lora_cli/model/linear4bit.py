@@ -36,10 +36,10 @@ def expand(weight: torch.Tensor, state: Any) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     if weight.is_cuda and HAS_TRITON:
-        from lora_cli.model import expand4bit
+        from lora_cli.model import dequantize4bit
 
-        if expand4bit.is_expandable(weight, state):
-            return expand4bit.expand(weight, state)
+        if dequantize4bit.is_expandable(weight, state):
+            return dequantize4bit.expand(weight, state)
     if weight.is_cuda:
         return cast("torch.Tensor", dequantize_4bit(weight, state))
     blocks, rest = divmod(state.shape.numel(), state.blocksize)

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from lora_cli.model.gate import gated, gated_slopes
 from lora_cli.model.linear4bit import expand
-from lora_cli.model.normed import Normed
+from lora_cli.model.norm_inputs import Normed
+from lora_cli.model.swiglu import gated, gated_slopes
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_cli.errors import counted
 from lora_cli.training.display import pace
-from lora_cli.training.run import RunFolder, write_whole
+from lora_cli.training.run_folder import RunFolder, write_whole
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2733}"

@@ -26,8 +26,8 @@ from lora_cli.evaluation.loss import evaluating, evaluation_groups, rows_apart
 from lora_cli.model.base import pad_token_id
 from lora_cli.model.frozen_layers import FrozenLayers, draws_random_numbers, frozen_layers, gives_the_same, some_ids
 from lora_cli.model.memory import free_bytes
+from lora_cli.training.cached_states import HiddenStates, Kept, token_places
 from lora_cli.training.interrupt import stopped_after
-from lora_cli.training.kept_states import HiddenStates, Kept, token_places
 from lora_cli.training.processes import firsts, own_share
 from lora_cli.training.setup import Trainer, unwrap
 from lora_cli.training.sharding import is_sharded

@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from lora_cli.cores import usable_cores
 from lora_cli.errors import RunError
 from lora_cli.training.checkpoint import GO_ON, kept
-from lora_cli.training.run import RunFolder
+from lora_cli.training.run_folder import RunFolder
 
 SECONDS_TO_STOP = 120
 """How long processes may take to finish a step and write its checkpoint once a signal asks them to stop."""

@@ -19,13 +19,13 @@ from lora_cli.data.cache import prune, publish, withdraw
 from lora_cli.errors import Aftermath, RunError, UserError, is_lack_of_room, unwritable
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.training import hidden_states
-from lora_cli.training.announced import announce
 from lora_cli.training.artifacts import write_adapter
+from lora_cli.training.cache_keys import announce
 from lora_cli.training.checkpoint import GO_ON, Progress, host_copy, kept
 from lora_cli.training.clock import Clock
 from lora_cli.training.display import Display
 from lora_cli.training.interrupt import catch_signals, stopped_after
-from lora_cli.training.launched import is_first_here, process_count, process_index
+from lora_cli.training.launch_environment import is_first_here, process_count, process_index
 from lora_cli.training.lock import locked
 from lora_cli.training.metrics import finish_trackers, log_step, start_trackers
 from lora_cli.training.nonfinite import check_finite, count_skipped, weight_norm

@@ -15,7 +15,7 @@ from lora_cli.recipe.load import changed
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.checkpoint import kept
 from lora_cli.training.estimate import estimate
-from lora_cli.training.launched import process_count
+from lora_cli.training.launch_environment import process_count
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.same_run import told, with_numbers
 from lora_cli.training.streaming import obstacle

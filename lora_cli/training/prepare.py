@@ -22,16 +22,16 @@ from lora_cli.model.files import (
 )
 from lora_cli.model.targets import READ_AS_NUMBERS, Target, choose_targets, compile_pattern
 from lora_cli.recipe.schema import Data, Recipe
-from lora_cli.training.launched import is_first_here, process_index
-from lora_cli.training.run import RunFolder
+from lora_cli.training.launch_environment import is_first_here, process_index
+from lora_cli.training.run_folder import RunFolder
 from lora_cli.training.same_run import as_begun
 from lora_cli.training.zero_config import deepspeed_faults
 from lora_cli.weights.check_adapter import check_adapter
 from lora_cli.weights.check_model import check_read_as_numbers, check_weights, stored_layers
 from lora_cli.weights.fingerprint import fingerprint
+from lora_cli.weights.init_from import check_start, start_of
 from lora_cli.weights.provenance import check_base
 from lora_cli.weights.shards import check_whole
-from lora_cli.weights.start import check_start, start_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -242,7 +242,7 @@ def data_faults(data: Data, unread: set[str], every_column: bool = False) -> lis
 def _tokenized(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache: Path) -> list[Cached]:
     """Return the tokenized training rows and, if they have their own file, the validation rows."""
     from lora_cli.data.cache import tokenize_cached
-    from lora_cli.training.announced import announced
+    from lora_cli.training.cache_keys import announced
 
     data = recipe.data
     specs = (data.train, data.own_validation)

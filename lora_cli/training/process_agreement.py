@@ -18,7 +18,7 @@ from lora_cli.training.prepare import Prepared
 from lora_cli.training.same_run import flat_keys
 from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS
 from lora_cli.weights.fingerprint import file_sha256
-from lora_cli.weights.start import start_of
+from lora_cli.weights.init_from import start_of
 
 PLACES = {
     "model.name_or_path",

@@ -23,9 +23,9 @@ from lora_cli.model.elementwise import fuse, split_mlps
 from lora_cli.model.memory import keep_freed_memory
 from lora_cli.training.activations import choose_checkpointing, kept_bytes, recompute_activations
 from lora_cli.training.batch_size import resolve_batch_size
+from lora_cli.training.cached_states import HiddenStates
 from lora_cli.training.display import Display
 from lora_cli.training.interrupt import Interrupt
-from lora_cli.training.kept_states import HiddenStates
 from lora_cli.training.optimizer import check_warmup, make_optimizer
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.process_agreement import check_agreement
@@ -34,9 +34,9 @@ from lora_cli.training.sharding import is_sharded, make_accelerator, prepare_mod
 from lora_cli.training.streaming import Sources, needs_streaming, put_away, stream
 from lora_cli.training.torch_compile import compile_elementwise
 from lora_cli.training.zero import is_zero
+from lora_cli.weights.init_from import start_of
 from lora_cli.weights.quantized_cache import find_kept, keep, kept_name, take_over
 from lora_cli.weights.shards import read_headers, stored_dtype, weight_files
-from lora_cli.weights.start import start_of
 
 if TYPE_CHECKING:
     from peft import PeftModel

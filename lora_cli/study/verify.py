@@ -164,11 +164,11 @@ def sample_for(origin: AdapterOrigin, data: str | None) -> Sample:
     Raises UserError when ``data`` is given but cannot be used."""
     import torch
 
-    from lora_cli.cli import measure
     from lora_cli.data.sources import whole_rows
     from lora_cli.data.tokenize import tokenize_rows
     from lora_cli.model.base import load_tokenizer
     from lora_cli.model.files import tokenizer_folder
+    from lora_cli.study import measure
 
     tokenizer = load_tokenizer(tokenizer_folder(origin.base, origin.folder))
     section = origin.recipe.data if data is None and origin.recipe else None

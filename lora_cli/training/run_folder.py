@@ -13,7 +13,7 @@ from lora_cli.disk import sync, sync_open
 from lora_cli.errors import Fault, RunError, UserError, unwritable
 from lora_cli.recipe.load import changed, dump_recipe, load_recipe
 from lora_cli.recipe.schema import Recipe
-from lora_cli.training.launched import process_count
+from lora_cli.training.launch_environment import process_count
 from lora_cli.training.lock import Held, check_unlocked
 from lora_cli.training.same_run import MAY_CHANGE_TOGETHER, changed_keys, check_same_keys, told
 from lora_cli.weights.folders import check_writable, clear_drafts, entries, set_aside

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from lora_cli.training.launched import is_first_here, process_count, process_index
+from lora_cli.training.launch_environment import is_first_here, process_count, process_index
 
 PATIENCE = timedelta(days=7)
 """Tokenizing may take long; when the first process fails, the launcher ends the others."""
