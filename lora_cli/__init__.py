@@ -8,7 +8,7 @@ The layers, lowest first. A layer imports only from lower ones (import-linter en
     data         rows -> examples -> batches          model   base, targets, adapters
     evaluation   loss and perplexity                  weights safetensors files: merge, quantize, fingerprints
     training     the loop, its optimizer, checkpoints, run folder and display
-    study        reads finished runs
+    study        reads finished runs and models: reports, perplexity, verified merges
     cli          one small file per command: parse, call one function, print
 
 At module level ``recipe`` and ``cli`` import neither torch nor anything that imports torch, so that ``--help`` and

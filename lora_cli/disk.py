@@ -24,7 +24,7 @@ def make_folder(folder: Path, parents: bool = True) -> None:
         sync(folder.absolute().parent)
 
 
-def reserve(handle: int, start: int, size: int) -> None:
+def preallocate(handle: int, start: int, size: int) -> None:
     """Reserve disk space for ``size`` bytes of an open file, from ``start``, if the system can (macOS cannot).
 
     Raises OSError when there is not enough space."""
@@ -36,12 +36,12 @@ def sync(path: Path) -> None:
     """Make a file's or folder's content survive a crash."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        sync_open(handle)
+        sync_fd(handle)
     finally:
         os.close(handle)
 
 
-def sync_open(handle: int) -> None:
+def sync_fd(handle: int) -> None:
     """Make the content of an open file or folder survive a crash, if its file system supports that."""
     try:
         os.fsync(handle)

@@ -57,7 +57,7 @@ class UserError(LoraError):
     exit_code = 2
 
 
-def alike(faults: Sequence[Fault], hint: str) -> UserError:
+def grouped_error(faults: Sequence[Fault], hint: str) -> UserError:
     """Return an error with the first few ``faults`` of one kind, the number of the others and their common ``hint``."""
     *first, last = faults[:_ALIKE]
     more = f"{len(faults) - _ALIKE} more like these: " if len(faults) > _ALIKE else ""
@@ -70,7 +70,7 @@ class RunError(LoraError):
     exit_code = 3
 
 
-class Aftermath(RunError):
+class SecondaryError(RunError):
     """A failure in this process whose cause another process of the run reports. Exit code 3."""
 
 
@@ -88,7 +88,7 @@ class Interrupted(LoraError):
         self.exit_code = 128 + signal_number
 
 
-def is_lack_of_room(error: Exception) -> bool:
+def is_out_of_space(error: Exception) -> bool:
     """Whether a write failed for lack of room: the disk or quota is full, or the file is too large."""
     return isinstance(error, OSError) and error.errno in (*_FULL, errno.EFBIG)
 
@@ -99,7 +99,7 @@ def unwritable(path: Path, error: Exception, needed: int | None = None) -> RunEr
     folder = next(folder for folder in path.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(folder).free
     room = f"{free:,} bytes are free there" if needed is None else f"{needed:,} bytes are needed, {free:,} are free"
-    if is_lack_of_room(error) and os.statvfs(folder).f_favail == 0:
+    if is_out_of_space(error) and os.statvfs(folder).f_favail == 0:
         room += ", but no more files can be made"
     what = f"could not be written: {reason} ({room})"
     is_full = getattr(error, "errno", None) in _FULL or any(f"(os error {number})" in reason for number in _FULL)
@@ -126,7 +126,7 @@ def reading(path: Path) -> Iterator[None]:
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-def is_pointer(path: Path) -> bool:
+def is_lfs_pointer(path: Path) -> bool:
     """Whether ``path`` holds a git-LFS pointer instead of the file itself."""
     try:
         with path.open("rb") as file:
@@ -135,19 +135,19 @@ def is_pointer(path: Path) -> bool:
         return False
 
 
-def mend(path: Path) -> str:
+def repair_hint(path: Path) -> str:
     """Return a hint on what to do about a file with invalid content."""
-    if is_pointer(path):
+    if is_lfs_pointer(path):
         return "this is a git-LFS pointer, not the file: 'git lfs pull' fetches it"
     return "copy or download it again"
 
 
-def counted(number: int, one: str, many: str | None = None) -> str:
+def pluralize(number: int, one: str, many: str | None = None) -> str:
     """Return a number with its noun: ``one`` in the singular, ``many`` in the plural (default: ``one`` with an s)."""
     return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+def nearest_hint(name: str, known: Iterable[str]) -> str | None:
     """A hint naming the nearest known name, or None when none is near."""
     near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
     return f"did you mean '{near[0]}'?" if near else None
@@ -156,4 +156,4 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """A hint naming the nearest known name, or all of them when none is near."""
     known = sorted(known)
-    return nearest(name, known) or (f"known: {', '.join(known)}" if known else None)
+    return nearest_hint(name, known) or (f"known: {', '.join(known)}" if known else None)

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_cli.weights.folders import whole_folder
+from lora_cli.weights.folders import atomic_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}
@@ -519,7 +519,7 @@ def general_text(seed: int, documents: int = 6000) -> list[str]:
 
 def write(folder: Path, seed: int) -> None:
     """Write all files of the data set to ``folder``, which appears only when complete."""
-    with whole_folder(folder) as making:
+    with atomic_folder(folder) as making:
         for name, rows in question_answers(seed).items():
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             (making / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from lora_cli.weights.folders import whole_folder
+from lora_cli.weights.folders import atomic_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -100,7 +100,7 @@ def write(data: Path, folder: Path, seed: int, steps: int) -> float:
     model = make_model(tokenizer)
     loss = pretrain(model, torch.tensor(stream), steps)
 
-    with whole_folder(folder) as making:
+    with atomic_folder(folder) as making:
         model.save_pretrained(making)
         tokenizer.save_pretrained(making)
         (making / "model.safetensors").chmod(0o644)

@@ -125,7 +125,7 @@ def kill(process: BaseProcess, run: Path, log: Path, kind: str, seconds: float, 
 
 def faults(run: Path, whole: Path) -> list[str]:
     """How ``run`` differs from ``whole``, the uninterrupted run. Includes leftover drafts, incomplete checkpoints."""
-    from lora_cli.training.checkpoint import is_whole
+    from lora_cli.training.checkpoint import is_complete
 
     found = [f"left behind: {name}" for name in sorted(drafts(run))]
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -135,7 +135,7 @@ def faults(run: Path, whole: Path) -> list[str]:
         found.append("other lines in metrics.jsonl")
     if checkpoints(run) != checkpoints(whole):
         found.append(f"checkpoints {sorted(checkpoints(run))}, not {sorted(checkpoints(whole))}")
-    found += [f"{name} is torn" for name in sorted(checkpoints(run)) if not is_whole(run / "checkpoints" / name)]
+    found += [f"{name} is torn" for name in sorted(checkpoints(run)) if not is_complete(run / "checkpoints" / name)]
     if not json.loads((run / "run.json").read_text(encoding="utf-8"))["finished"]:
         found.append("run.json is not finished")
     return found

@@ -35,7 +35,7 @@ from lora_cli.data.tokenize import tokenize
 from lora_cli.errors import RunError, UserError
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Data, Source
-from lora_cli.training.cache_keys import announce
+from lora_cli.training.cache_keys import publish_keys
 from lora_cli.training.lock import check_unlocked, locked
 from lora_cli.training.prepare import prepare
 
@@ -96,7 +96,7 @@ def test_many_tokens_go_to_the_disk_as_they_come(
 
     wanted = cached(tokenizer, tmp_path, rows).tokenized.examples
     held: list[int] = []
-    monkeypatch.setattr("lora_cli.data.gather.HELD", 5000)
+    monkeypatch.setattr("lora_cli.data.gather.BUFFER_TOKENS", 5000)
     write = gather._write
 
     def watched(parts: list[Examples], *others: Any) -> None:
@@ -122,7 +122,7 @@ def test_a_disk_too_small_for_many_tokens_is_told(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"{n}: boats in the harbour. " * 9} for n in range(900)])
-    monkeypatch.setattr("lora_cli.data.gather.HELD", 5000)
+    monkeypatch.setattr("lora_cli.data.gather.BUFFER_TOKENS", 5000)
     limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, most))
@@ -321,7 +321,7 @@ def test_a_machines_other_processes_take_what_its_first_has_read(
     for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     publish(first.folder.cache, first.tokenized)
-    store = announce(first.cache_keys)
+    store = publish_keys(first.cache_keys)
     assert store is not None
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "1")
@@ -331,7 +331,7 @@ def test_a_machines_other_processes_take_what_its_first_has_read(
     assert found.validation and first.validation
     assert found.validation.fingerprint == first.validation.fingerprint
     assert publish(found.folder.cache, found.tokenized) == []
-    assert announce(found.cache_keys) is None
+    assert publish_keys(found.cache_keys) is None
 
     qa_file.write_text(qa_file.read_text().replace("lamp", "lamb", 1))
     with pytest.raises(UserError, match=r"qa\.jsonl: this process has other rows"):

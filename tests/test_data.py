@@ -33,9 +33,9 @@ from lora_cli.data.examples import (
     sliding_windows,
 )
 from lora_cli.data.formats import FORMATS, column_faults, read_content, row_faults
-from lora_cli.data.grouping import OPEN, POOL, pack_first_fit, pack_in_order, pad_by_length
+from lora_cli.data.grouping import BATCHES_PER_POOL, MAX_OPEN_BATCHES, pack_first_fit, pack_in_order, pad_by_length
 from lora_cli.data.readers import READERS, Record
-from lora_cli.data.sources import Row, hub_records, places, read_rows, sources_of
+from lora_cli.data.sources import Row, hub_records, read_rows, row_places, sources_of
 from lora_cli.data.tokenize import tokenize
 from lora_cli.data.turns import Conversation, Message
 from lora_cli.errors import Fault, LoraError, UserError
@@ -221,7 +221,7 @@ def test_hub_rows_take_the_split_and_name_the_row(tmp_path: Path) -> None:
         ("/set[train] (row 1)", {"text": "a"}),
         ("/set[train] (row 2)", {"text": "b"}),
     ]
-    assert places([Source(path="owner/set", split="test")], [(0, 1)]) == ["owner/set[test] (row 2)"]
+    assert row_places([Source(path="owner/set", split="test")], [(0, 1)]) == ["owner/set[test] (row 2)"]
     with pytest.raises(UserError, match="nosuch"):
         list(hub_records(Source(path=str(tmp_path / "set"), split="nosuch")))
 
@@ -384,11 +384,11 @@ GIVEN = (TURNS[0], Message("assistant", "Hello", learned=False))
     ],
 )
 def test_each_format_is_detected_and_read(columns: dict[str, Any], data: dict[str, Any], content: Any) -> None:
-    from lora_cli.data.formats import detect
+    from lora_cli.data.formats import detect_format
 
     settings = Data(train="rows.jsonl", **data)
     row = Row(columns, "rows.jsonl:1")
-    name = detect(row, settings) if settings.format == "auto" else settings.format
+    name = detect_format(row, settings) if settings.format == "auto" else settings.format
     assert read_content(row, name, settings) == content
 
 
@@ -879,7 +879,7 @@ def test_whole_rows_are_packed(lengths: list[int], budget: int) -> None:
     order, sizes = shuffled(lengths)
     in_order = [lengths[row] for row in order]
     first, following = pack_first_fit(order, sizes, budget), pack_in_order(order, sizes, budget)
-    wanted = reference.first_fit(in_order, budget, OPEN)
+    wanted = reference.first_fit(in_order, budget, MAX_OPEN_BATCHES)
     assert rows_of(first) == [order[batch].tolist() for batch in wanted]
     assert rows_of(following) == [order[batch].tolist() for batch in reference.next_fit(in_order, budget)]
     assert max(sizes[batch].sum() for batch in (*first, *following)) <= budget
@@ -894,7 +894,7 @@ def test_first_fit_fills_batches_and_keeps_rows_near_their_place() -> None:
     assert full[0] > 0.985 and full[1] < 0.95
     batches = pack_first_fit(order, sizes, 2048)
     place = np.argsort(np.concatenate(batches))[order]  # the position in the batches of each row of ``order``
-    assert np.abs(place - np.arange(len(order))).max() < 3 * OPEN * len(order) / len(batches)
+    assert np.abs(place - np.arange(len(order))).max() < 3 * MAX_OPEN_BATCHES * len(order) / len(batches)
 
 
 @settings(max_examples=100, deadline=None)
@@ -904,7 +904,7 @@ def test_rows_of_like_length_are_padded_together(lengths: list[int], batch_size:
     batches = pad_by_length(order, sizes, batch_size, np.random.default_rng(1))
     assert sorted(np.concatenate(batches)) == sorted(order)
     assert sizes[batches[0]].max() == max(lengths)
-    pool = POOL * batch_size
+    pool = BATCHES_PER_POOL * batch_size
     for start in range(0, len(order), pool):
         sorted_rows = sorted(order[start : start + pool].tolist(), key=lambda row: -lengths[row])
         for at in range(0, len(sorted_rows), batch_size):

@@ -12,7 +12,7 @@ from conftest import Run, done
 from test_fast_paths import GROUPED, build
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
 
-from lora_cli.model.elementwise import FrozenRMSNorm, Gate, GatedMLP, Normalize, fuse
+from lora_cli.model.elementwise import FrozenRMSNorm, GatedMLP, RMSNormFunction, SwiGLU, fuse
 from lora_cli.model.rotary import RotaryAttention, Rotate
 
 MIXED = {"num_local_experts": 2, "num_experts_per_tok": 1}
@@ -42,8 +42,8 @@ def test_a_norm_is_the_formula() -> None:
     torch.manual_seed(0)
     x, weight, eps = doubles(2, 3, 8).requires_grad_(), doubles(8), 0.1
     wanted = x / (x.square().sum(-1, keepdim=True) / 8 + eps).sqrt() * weight
-    torch.testing.assert_close(Normalize.apply(x, weight, eps), wanted.flatten(0, 1))
-    assert torch.autograd.gradcheck(lambda x: Normalize.apply(x, weight, eps), (x,))
+    torch.testing.assert_close(RMSNormFunction.apply(x, weight, eps), wanted.flatten(0, 1))
+    assert torch.autograd.gradcheck(lambda x: RMSNormFunction.apply(x, weight, eps), (x,))
 
 
 def test_in_16_bits_a_norm_rounds_where_llamas_does() -> None:
@@ -57,7 +57,7 @@ def test_in_16_bits_a_norm_rounds_where_llamas_does() -> None:
     torch.testing.assert_close(found, wanted, rtol=2**-7, atol=0)
     exact = x.detach().double().requires_grad_()
     (slope,) = torch.autograd.grad(
-        Normalize.apply(exact, own.weight.double(), own.variance_epsilon), exact, grad.double().flatten(0, 1)
+        RMSNormFunction.apply(exact, own.weight.double(), own.variance_epsilon), exact, grad.double().flatten(0, 1)
     )
     for result in (found, wanted):
         (given,) = torch.autograd.grad(result, x, grad)
@@ -67,8 +67,8 @@ def test_in_16_bits_a_norm_rounds_where_llamas_does() -> None:
 def test_a_gate_is_the_formula() -> None:
     torch.manual_seed(0)
     gate, up = doubles(2, 3, 8).requires_grad_(), doubles(2, 3, 8).requires_grad_()
-    torch.testing.assert_close(Gate.apply(gate, up), (gate / (1 + (-gate).exp()) * up).flatten(0, 1))
-    assert torch.autograd.gradcheck(Gate.apply, (gate, up))
+    torch.testing.assert_close(SwiGLU.apply(gate, up), (gate / (1 + (-gate).exp()) * up).flatten(0, 1))
+    assert torch.autograd.gradcheck(SwiGLU.apply, (gate, up))
 
 
 def test_positions_turn_pairs() -> None:
@@ -182,7 +182,7 @@ def test_adapter_fused_takes_our_formulas_or_leaves_the_models(
     write_recipe: Any, lora: Any, tmp_path: Any, tiny_llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: Counter[str] = Counter()
-    for function in (Normalize, Gate, Rotate):
+    for function in (RMSNormFunction, SwiGLU, Rotate):
 
         def counted(*arguments: Any, original: Any = function.apply, name: str = function.__name__) -> Any:
             calls[name] += 1
@@ -199,5 +199,5 @@ def test_adapter_fused_takes_our_formulas_or_leaves_the_models(
         }
         done(lora("train", write_recipe(changes)))
         runs.append(Run(tmp_path / str(fused)))
-        assert bool(calls["Normalize"]) == bool(calls["Gate"]) == bool(calls["Rotate"]) == fused
+        assert bool(calls["RMSNormFunction"]) == bool(calls["SwiGLU"]) == bool(calls["Rotate"]) == fused
     assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-5)

@@ -22,20 +22,20 @@ from lora_cli.data.examples import Store, end_to_end
 from lora_cli.evaluation.compare import compare
 from lora_cli.evaluation.head import Head, LinearCrossEntropy, frozen_head
 from lora_cli.evaluation.loss import evaluating, evaluation_groups, summed_loss
-from lora_cli.evaluation.packing import lay_end_to_end
+from lora_cli.evaluation.packing import enable_packing
 from lora_cli.model.adapters import adapt
 from lora_cli.model.attention import ROWS, ROWS_ALONE, attend_by_rows
 from lora_cli.model.base import best_device, longrope_bounds
 from lora_cli.model.elementwise import PROJECTIONS, fuse
-from lora_cli.model.fused_lora import side_by_side
+from lora_cli.model.fused_lora import apply_layers
 from lora_cli.model.layers import adaptable_layers, linear_layers
-from lora_cli.model.linear4bit import compute_right, expand
-from lora_cli.model.lora_products import Kind, LoraProducts
-from lora_cli.model.norm_inputs import made_of, normed
-from lora_cli.model.row_products import SHORT, WHOLE, RowProducts, _layouts
-from lora_cli.model.shapes import rounded
+from lora_cli.model.linear4bit import dequantize, patch_4bit_layers
+from lora_cli.model.lora_products import LayerSpec, LoraProducts
+from lora_cli.model.norm_inputs import norm_inputs_of, normed
+from lora_cli.model.row_products import MAX_SAVED_TOKENS, MAX_UNBLOCKED_TOKENS, RowProducts, _layouts
+from lora_cli.model.shapes import rounded_size
 from lora_cli.recipe.schema import Adapter, Quantization
-from lora_cli.weights.codes import encode, roundtrip
+from lora_cli.weights.codes import encode, quantize_dequantize
 from tests import reference
 from tests.conftest import Run, done
 
@@ -169,7 +169,7 @@ def test_an_architecture_gives_what_its_rows_give_one_at_a_time(kind: str) -> No
     wanted = learned(model, expected)
 
     fuse(base)
-    assert lay_end_to_end(model, torch.device("cpu"), "auto") is (attention is not None)
+    assert enable_packing(model, torch.device("cpu"), "auto") is (attention is not None)
     assert base.config._attn_implementation == (ROWS_ALONE if attention == ROWS else own)
     with evaluating(model):
         head = frozen_head(model)
@@ -240,7 +240,7 @@ def test_a_model_may_write_over_what_fused_layers_give_it(name: str, more: dict[
 def test_rows_do_not_see_each_other() -> None:
     """The second row's loss does not depend on the first row."""
     model = build("Llama", GROUPED)
-    assert lay_end_to_end(model, torch.device("cpu"), "auto")
+    assert enable_packing(model, torch.device("cpu"), "auto")
     first, other, second = rows_of((6, 6, 8))
 
     def loss(*rows: torch.Tensor) -> float:
@@ -255,7 +255,7 @@ def test_products_that_round_otherwise_for_another_number_of_tokens_do_not_count
     model = build("Llama", GROUPED).bfloat16()
     mlp = model.get_submodule("model.layers.1.mlp")
     mlp.register_forward_hook(lambda _, __, output: output * (1.5 if output.shape[1] < 12 else 1))
-    assert lay_end_to_end(model, torch.device("cpu"), "auto")
+    assert enable_packing(model, torch.device("cpu"), "auto")
 
 
 def test_places_that_are_counted_through_count_as_mixing() -> None:
@@ -263,7 +263,7 @@ def test_places_that_are_counted_through_count_as_mixing() -> None:
     model = build("Llama", GROUPED)
     mlp = model.get_submodule("model.layers.1.mlp")
     mlp.register_forward_hook(lambda _, __, output: output + 0.1 * torch.arange(output.shape[1])[:, None])
-    assert not lay_end_to_end(model, torch.device("cpu"), "auto")
+    assert not enable_packing(model, torch.device("cpu"), "auto")
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +348,7 @@ def test_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the 40 supervised of 62 positions are multiplied by the head, and only one chunk's logits exist at once."""
     monkeypatch.setattr("lora_cli.evaluation.head.ROWS", 16)
     model = build("Llama", GROUPED)
-    assert lay_end_to_end(model, torch.device("cpu"), "auto")
+    assert enable_packing(model, torch.device("cpu"), "auto")
     with evaluating(model.eval()):
         head = frozen_head(model)
     batch = packed(rows_of((30, 32)))
@@ -386,7 +386,7 @@ def test_fused_lora_is_the_formula(device: str, transposed: bool, bias: bool) ->
     offset = normal(4) if bias else None
 
     def fused(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return LoraProducts.apply(x, None, None, (Kind(0.7, transposed, None),), weight, offset, a, b)[0]
+        return LoraProducts.apply(x, None, None, (LayerSpec(0.7, transposed, None),), weight, offset, a, b)[0]
 
     wanted = x @ (weight if transposed else weight.T) + 0.7 * x @ a.T @ b.T + (0 if offset is None else offset)
     torch.testing.assert_close(fused(x, a, b), wanted)
@@ -401,7 +401,7 @@ def test_fused_layers_of_one_input_are_the_formula_each(device: str) -> None:
     drawn = [torch.randn(*size, generator=draw, dtype=torch.float64).to(device) for size in sizes]
     (x, *adapters), weights, bias = [each.requires_grad_() for each in drawn[:5]], drawn[5:8], drawn[8]
     empty = x.new_empty(0, 5), x.new_empty(3, 0)
-    kinds = (Kind(0.7, False, None), Kind(1, False, None), Kind(1.3, True, None))
+    kinds = (LayerSpec(0.7, False, None), LayerSpec(1, False, None), LayerSpec(1.3, True, None))
 
     def fused(x: torch.Tensor, *adapters: torch.Tensor) -> tuple[torch.Tensor, ...]:
         layers = ((bias, *adapters[:2]), (None, *empty), (None, *adapters[2:]))
@@ -432,7 +432,7 @@ def test_layers_of_one_input_go_together_but_for_a_hook() -> None:
         if hooked:
             attention.k_proj.register_forward_pre_hook(lambda *_: calls.append(1))
         inputs = x.clone().requires_grad_()
-        made = side_by_side(layers, inputs)
+        made = apply_layers(layers, inputs)
         assert (made_by(made[0]) is made_by(made[1]) is made_by(made[2])) is not hooked
         sum(each.square().sum() for each in made).backward()
         weights = [each for each in model.parameters() if each.requires_grad]
@@ -448,7 +448,7 @@ def test_frozen_layers_of_one_input_do_not_keep_it() -> None:
     x = torch.randn(2, 5, requires_grad=True)
     kept: list[torch.Size] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor.shape), tensor)[1], lambda t: t):
-        made = side_by_side(layers, x)
+        made = apply_layers(layers, x)
     assert made_by(made[0]) is made_by(made[1])
     assert x.shape not in kept
     sum(each.sum() for each in made).backward()
@@ -462,7 +462,7 @@ def test_a_gate_before_fused_lora_is_the_formula() -> None:
     weight = torch.randn(4, 5, generator=draw, dtype=torch.float64)
 
     def fused(gate: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return LoraProducts.apply(x, gate, None, (Kind(0.7, False, None),), weight, None, a, b)[0]
+        return LoraProducts.apply(x, gate, None, (LayerSpec(0.7, False, None),), weight, None, a, b)[0]
 
     gated = gate / (1 + (-gate).exp()) * x
     torch.testing.assert_close(fused(gate, x, a, b), gated @ weight.T + 0.7 * gated @ a.T @ b.T)
@@ -479,9 +479,9 @@ def test_a_norm_before_fused_lora_is_the_formula_and_made_again(device: str) -> 
     kept = []
 
     def fused(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        y, kinds = normed(x, scale, 0.1), (Kind(0.7, False, None),)
+        y, kinds = normed(x, scale, 0.1), (LayerSpec(0.7, False, None),)
         with torch.autograd.graph.saved_tensors_hooks(lambda each: (kept.append(each), each)[1], lambda each: each):
-            return LoraProducts.apply(y.flatten(0, 1), None, made_of(y), kinds, weight, None, a, b)[0]
+            return LoraProducts.apply(y.flatten(0, 1), None, norm_inputs_of(y), kinds, weight, None, a, b)[0]
 
     y = (x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * scale).flatten(0, 1)
     torch.testing.assert_close(fused(x, a, b), y @ weight.T + 0.7 * y @ a.T @ b.T)
@@ -509,14 +509,14 @@ def test_layers_need_not_keep_what_a_norm_has_made() -> None:
     for given in (y, y.clone()):
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            outputs = side_by_side(layers, given)
+            outputs = apply_layers(layers, given)
         assert (given.data_ptr() in kept) == (given is not y)
         trained = [x, *(weight for weight in model.parameters() if weight.requires_grad)]
         gradients.append(torch.autograd.grad(sum(each.sum() for each in outputs), trained, retain_graph=True))
     torch.testing.assert_close(*gradients)
-    assert made_of(y) is not None
+    assert norm_inputs_of(y) is not None
     y.mul_(2)
-    assert made_of(y) is None, "it is no longer what it was made to be"
+    assert norm_inputs_of(y) is None, "it is no longer what it was made to be"
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -560,7 +560,9 @@ def test_fused_lora_in_16_bits_is_the_formula_to_its_rounding(device: str) -> No
     x, a, b, weight, along = (torch.randn(*size, generator=draw).to(device) for size in sizes)
     leaves = [x.bfloat16().requires_grad_(), a.requires_grad_(), b.requires_grad_()]
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    y = LoraProducts.apply(leaves[0], None, None, (Kind(0.7, False, None),), weight.bfloat16(), None, *leaves[1:])[0]
+    y = LoraProducts.apply(leaves[0], None, None, (LayerSpec(0.7, False, None),), weight.bfloat16(), None, *leaves[1:])[
+        0
+    ]
     wanted = exact[0] @ weight.bfloat16().double().T + 0.7 * exact[0] @ exact[1].T @ exact[2].T
     assert float((y.detach() - wanted.detach()).norm() / wanted.detach().norm()) < 0.01
     y.backward(along.bfloat16())
@@ -579,7 +581,7 @@ def test_codes_expand_on_a_gpu_to_the_numbers_of_bitsandbytes(shape: tuple[int, 
     torch.manual_seed(0)
     weight = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
     codes, state = quantize_4bit(weight, quant_type=kind, compress_statistics=True)
-    assert torch.equal(expand(codes, state), dequantize_4bit(codes, state))
+    assert torch.equal(dequantize(codes, state), dequantize_4bit(codes, state))
 
 
 @NEEDS_GPU
@@ -611,7 +613,7 @@ def test_fused_layers_give_what_pefts_give(kind: str) -> None:
             holder.proj = Linear4bit(16, 24, compute_dtype=torch.float32, quant_type="nf4")
             holder.proj.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")
             holder.proj.to("cpu")
-            compute_right(holder)
+            patch_4bit_layers(holder)
             holder.is_loaded_in_4bit = True  # type: ignore[assignment]
         holder.requires_grad_(False)
         holder.prepare_inputs_for_generation = None  # type: ignore[assignment]
@@ -708,9 +710,9 @@ def test_attention_in_16_bits_is_that_of_each_row_alone(
 ) -> None:
     """Attention weights are kept, recomputed or never stored; rows have one block or several, alone or together.
     Expected is softmax(q k^T / sqrt(8)) v, written out in float64."""
-    monkeypatch.setattr("lora_cli.model.row_products.SCORES", scores)
+    monkeypatch.setattr("lora_cli.model.row_products.MAX_SCORES", scores)
     torch.manual_seed(0)
-    lengths = (300, 1, 40, SHORT, 30, SHORT + 1, 310, WHOLE, 1100)
+    lengths = (300, 1, 40, MAX_SAVED_TOKENS, 30, MAX_SAVED_TOKENS + 1, 310, MAX_UNBLOCKED_TOKENS, 1100)
     total = sum(lengths)
     shapes = ((4, total, 8), (key_heads, total, 8), (key_heads, total, width))
     given = [torch.randn(1, *shape).bfloat16() for shape in shapes]
@@ -749,7 +751,14 @@ def test_attention_by_products_has_the_slope_of_its_numbers(
     window: int | None, short: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attention weights are kept or recomputed, in several blocks of a row alone, and of two rows in one product."""
-    for name, value in (("BLOCK", 8), ("WHOLE", 8), ("LEAST", 8), ("LAID", 8), ("SPARED", 1), ("SHORT", short)):
+    for name, value in (
+        ("BLOCK_TOKENS", 8),
+        ("MAX_UNBLOCKED_TOKENS", 8),
+        ("MIN_BLOCK_TOKENS", 8),
+        ("PAD_MULTIPLE", 8),
+        ("MAX_PADDING_SCORES", 1),
+        ("MAX_SAVED_TOKENS", short),
+    ):
         monkeypatch.setattr(f"lora_cli.model.row_products.{name}", value)
     lengths = (17, 1, 5)
     _layouts.cache_clear()
@@ -770,25 +779,25 @@ def test_rows_go_through_a_product_together_while_their_scores_are_few(monkeypat
         (2**22, added, [2, 4, 2]),
         (2**22, added + 1, [6, 2]),
     ):
-        monkeypatch.setattr("lora_cli.model.row_products.TOGETHER", together)
-        monkeypatch.setattr("lora_cli.model.row_products.SPARED", spared)
+        monkeypatch.setattr("lora_cli.model.row_products.MAX_SHARED_SCORES", together)
+        monkeypatch.setattr("lora_cli.model.row_products.MAX_PADDING_SCORES", spared)
         _layouts.cache_clear()
         queries, keys = _layouts(lengths, heads, group)
         for layout in (queries, keys):
             assert [rows.matrices for rows in layout.rows] == [heads * count for count in groups]
         line = torch.arange(sum(lengths) * heads * group).view(1, sum(lengths), heads * group, 1)
-        laid = queries.lay(line)
-        assert torch.equal(queries.take(laid), line)
+        laid = queries.gather(line)
+        assert torch.equal(queries.ungather(laid), line)
         assert len(laid) == heads * group * ((6 * 64 if groups[0] == 6 else 2 * 32 + 4 * 64) + 2 * 320)
     _layouts.cache_clear()
 
 
 def test_sizes_are_rounded_up_by_an_eighth_at_most_to_eight_between_powers_of_two() -> None:
     sizes = np.arange(1, 5000)
-    up = np.array([rounded(int(size)) for size in sizes])
+    up = np.array([rounded_size(int(size)) for size in sizes])
     assert (up >= sizes).all() and (up - sizes < np.minimum(64, np.maximum(1, sizes / 8 + 1e-9))).all()
     assert sorted(set(up[(sizes > 128) & (sizes <= 256)].tolist())) == list(range(144, 257, 16))
-    assert [rounded(size) for size in (9, 17, 1479, 1536)] == [9, 18, 1536, 1536]
+    assert [rounded_size(size) for size in (9, 17, 1479, 1536)] == [9, 18, 1536, 1536]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -797,7 +806,7 @@ def test_in_16_bits_a_processor_takes_lines_of_few_lengths(name: str, dtype: tor
     """69 tokens are padded to 72; the last 3 add nothing to the loss and its gradient."""
     model = build(name, GROUPED if name == "Llama" else {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 70})
     targets = list(adaptable_layers(model))
-    assert lay_end_to_end(model, torch.device("cpu"), "auto")
+    assert enable_packing(model, torch.device("cpu"), "auto")
     base = model.to(dtype)
     adapted = adapt(base, Adapter(r=2), targets, fused=True).eval()
     for weight in adapted.parameters():
@@ -862,7 +871,7 @@ def test_rows_are_packed_in_8_bits_which_mix_those_of_any_batch_for_their_outlie
     assert train(changes | {"quantization": {"method": "int8"}}).info["data"]["packed"] is True
     quantized = transformers.BitsAndBytesConfig(load_in_8bit=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, quantization_config=quantized)
-    assert lay_end_to_end(model, torch.device("cpu"), "auto")
+    assert enable_packing(model, torch.device("cpu"), "auto")
     assert not any(module._forward_hooks for module in model.modules()), "but to look, nothing is computed otherwise"
 
 
@@ -899,7 +908,7 @@ LONGROPE = {
 def test_longrope_has_no_row_beside_one_that_turns_its_positions(packing: bool, tokenizer: Any) -> None:
     """One row longer than the original context changes the position embeddings of its whole batch."""
     model = build("Phi3", GROUPED | LONGROPE).eval()
-    assert lay_end_to_end(model, torch.device("cpu"), "auto")
+    assert enable_packing(model, torch.device("cpu"), "auto")
     bounds = longrope_bounds(model.config)
     assert bounds == [16]
     rows = rows_of((4, 30, 16, 17, 9, 18, 12, 3))
@@ -931,7 +940,7 @@ def test_a_window_that_the_mask_alone_tells_of_is_kept() -> None:
     """PhiMoE and Qwen2-MoE do not pass their window to attention."""
     model = build("Phimoe", GROUPED | {"sliding_window": 6, "num_local_experts": 2}).eval()
     rows = rows_of((20, 5, 15))
-    assert lay_end_to_end(model, torch.device("cpu"), "auto")
+    assert enable_packing(model, torch.device("cpu"), "auto")
     assert float(summed_loss(model, packed(rows))) == pytest.approx(float(one_at_a_time(model, rows)), rel=1e-5)
 
 
@@ -946,16 +955,16 @@ def test_rows_of_any_width_are_expanded_rightly(width: int) -> None:
     layer = Linear4bit(width, 24, bias=False, compute_dtype=torch.float32, quant_type="nf4")
     layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=False)
     layer.to("cpu").eval()
-    compute_right(layer)
+    patch_4bit_layers(layer)
     for wants_gradient in (False, True):
         given = x.clone().requires_grad_(wants_gradient)
         with torch.set_grad_enabled(wants_gradient):
             torch.testing.assert_close(layer(given), x @ seen.T)
     layer(given).sum().backward()
     torch.testing.assert_close(given.grad, seen.sum(0).expand(5, -1))
-    torch.testing.assert_close(expand(layer.weight.data, layer.weight.quant_state), seen)
+    torch.testing.assert_close(dequantize(layer.weight.data, layer.weight.quant_state), seen)
     nf4 = Quantization(method="nf4", double_quant=False)
-    torch.testing.assert_close(roundtrip(weight, nf4), seen)
+    torch.testing.assert_close(quantize_dequantize(weight, nf4), seen)
     assert encode(weight, nf4).error == pytest.approx(float((seen - weight).norm()), rel=1e-5)
 
 

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 
 from lora_cli.errors import RunError, UserError
 from lora_cli.training import loop
-from lora_cli.training.checkpoint import is_whole
+from lora_cli.training.checkpoint import is_complete
 from lora_cli.training.lock import locked
 
 ENDLESS = {"max_steps": 1_000_000, "save_steps": 2, "lr_scheduler_type": "constant", "warmup_steps": 0}
@@ -144,7 +144,7 @@ def test_a_second_signal_stops_at_once_with_nothing_torn(
     finally:
         child.kill()
         child.join()
-    assert run.checkpoints == [1] and is_whole(run.folder / "checkpoints" / "step-00000001")
+    assert run.checkpoints == [1] and is_complete(run.folder / "checkpoints" / "step-00000001")
     done(lora("train", recipe, "training.max_steps=2", "--resume"))
     assert run.column("step") == [1, 2]
 
@@ -431,7 +431,7 @@ def test_a_failing_write_is_told_with_the_bytes_it_needs_and_leaves_what_was_who
     assert f"{run.folder / place}: could not be written: " in result.stderr and "File too large" in result.stderr
     assert re.search(r"[(][1-9][0-9,]* bytes are needed, [0-9,]+ are free", result.stderr)
     assert "run the command again when it can be written" in result.stderr and "free disk space" not in result.stderr
-    assert 2 in run.checkpoints and all(is_whole(path) for path in (run.folder / "checkpoints").iterdir())
+    assert 2 in run.checkpoints and all(is_complete(path) for path in (run.folder / "checkpoints").iterdir())
 
     done(lora("train", recipe, steps, "--resume"))
     assert soak.measured(run.folder) == soak.measured(whole.folder)
@@ -506,7 +506,7 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_whole(
             and "free disk space and run the command again" in result.stderr
         )
         assert 1 < len(run.checkpoints) < 20
-        assert all(is_whole(path) for path in (run.folder / "checkpoints").iterdir())
+        assert all(is_complete(path) for path in (run.folder / "checkpoints").iterdir())
         assert not soak.drafts(run.folder)
 
         kept = len(run.checkpoints)

@@ -19,15 +19,15 @@ from torch import nn
 
 from lora_cli.data.batches import Batch
 from lora_cli.errors import RunError
-from lora_cli.evaluation.loss import evaluating, rows_apart, summed_loss
-from lora_cli.evaluation.packing import lay_end_to_end
+from lora_cli.evaluation.loss import evaluating, row_boundary_arguments, summed_loss
+from lora_cli.evaluation.packing import enable_packing
 from lora_cli.model.adapters import adapt
-from lora_cli.model.frozen_layers import draws_random_numbers, frozen_layers, gives_the_same
+from lora_cli.model.frozen_layers import can_be_skipped, draws_random_numbers, frozen_layers
 from lora_cli.model.layers import adaptable_layers
 from lora_cli.model.targets import choose_targets
 from lora_cli.recipe.schema import Adapter
 from lora_cli.training import loop
-from lora_cli.training.hidden_states import choose_places, make_room
+from lora_cli.training.hidden_states import allocate, choose_places
 
 SMALL = {
     "hidden_size": 32,
@@ -130,11 +130,11 @@ def test_the_upper_half_alone_gives_what_the_whole_model_gives(kind: str) -> Non
     # In float64, since layers amplify differences in the last bit; Mixtral's experts do not support it.
     base = build(kind, dtype=torch.float32 if kind == "mixtral" else torch.float64)
     model = adapted(base)
-    packs = lay_end_to_end(base, torch.device("cpu"), "auto")
+    packs = enable_packing(base, torch.device("cpu"), "auto")
     model.eval()
     below = frozen_layers(model)
     assert below is not None and below.count == 2
-    assert gives_the_same(model, below) and not draws_random_numbers(model, below)
+    assert can_be_skipped(model, below) and not draws_random_numbers(model, below)
     draw = torch.Generator().manual_seed(1)
     rows = [torch.randint(2, 97, (length,), generator=draw) for length in (9, 3, 12, 6)]
     losses = [model(input_ids=row[None], labels=row[None]).loss * (len(row) - 1) for row in rows]
@@ -144,7 +144,7 @@ def test_the_upper_half_alone_gives_what_the_whole_model_gives(kind: str) -> Non
     for packing in (True, False) if packs else (False,):
         batch = laid_out(rows, packing)
         with evaluating(model):
-            hidden = below.states({"input_ids": batch.input_ids, **rows_apart(batch)})
+            hidden = below.states({"input_ids": batch.input_ids, **row_boundary_arguments(batch)})
         given = Batch(**{**vars(batch), "hidden": hidden})
         with broken(below.layers[:2]):
             found = summed_loss(model, given, None, below)
@@ -187,7 +187,7 @@ def test_an_architecture_whose_layers_pass_on_more_than_a_vector_a_token_is_left
     )
     model = adapted(build("gemma3n")).eval()
     below = frozen_layers(model)
-    assert below is None or not gives_the_same(model, below)
+    assert below is None or not can_be_skipped(model, below)
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
@@ -444,17 +444,17 @@ def test_memory_first_then_disk_then_nowhere() -> None:
 
 def test_the_file_on_disk_has_no_name_and_room_from_the_start(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
-    states = make_room("disk", (2**16, 64), torch.bfloat16, tmp_path)
+    states = allocate("disk", (2**16, 64), torch.bfloat16, tmp_path)
     assert not list(tmp_path.iterdir())
     assert free - shutil.disk_usage(tmp_path).free >= states.nbytes / 2
     states[5] = 3.0
     assert states[4:7, 0].tolist() == [0.0, 3.0, 0.0]
     with pytest.raises(RunError, match="bytes are needed"):
-        make_room("disk", (2**34, 2**10), torch.float32, tmp_path)
+        allocate("disk", (2**34, 2**10), torch.float32, tmp_path)
 
 
 def test_a_system_that_sets_no_room_aside_has_the_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "posix_fallocate")  # as on macOS
-    states = make_room("disk", (8, 64), torch.float32, tmp_path)
+    states = allocate("disk", (8, 64), torch.float32, tmp_path)
     states[7] = 3.0
     assert states[6:, 0].tolist() == [0.0, 3.0]

@@ -23,9 +23,9 @@ from lora_cli.model.adapters import adapt
 from lora_cli.model.base import load_base
 from lora_cli.model.elementwise import fuse
 from lora_cli.model.layers import linear_layers
-from lora_cli.model.memory import activation_bytes, asked_bytes, free_bytes, is_out_of_memory, total_bytes
+from lora_cli.model.memory import activation_bytes, free_bytes, is_out_of_memory, requested_bytes, total_bytes
 from lora_cli.recipe.schema import Adapter, Model, Quantization
-from lora_cli.training.activations import kept_bytes, recompute_activations
+from lora_cli.training.activations import recompute_activations, saved_bytes_per_token
 from lora_cli.training.estimate import largest_batch
 
 LIMIT = """
@@ -55,7 +55,7 @@ def test_an_allocation_the_processor_refuses_is_a_lack_of_memory() -> None:
     with pytest.raises(RuntimeError) as refused:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(refused.value)
-    assert asked_bytes(refused.value) == 2**60
+    assert requested_bytes(refused.value) == 2**60
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_an_allocation_the_processor_refuses_is_a_lack_of_memory() -> None:
 )
 def test_what_is_a_lack_of_memory(error: Exception, is_one: bool, asked: int | None) -> None:
     assert is_out_of_memory(error) is is_one
-    assert asked_bytes(error) == asked
+    assert requested_bytes(error) == asked
 
 
 GROUPS: dict[str, tuple[str, str, dict[str, int], int, int]] = {
@@ -120,19 +120,19 @@ def test_a_limit_of_the_process_is_the_memory_there_is(kind: int, used: str, tmp
     assert free == pytest.approx(2**28, abs=2**26)
 
 
-@pytest.mark.parametrize("room", [resource_limits.BYTES // 2, 2 * resource_limits.BYTES])
+@pytest.mark.parametrize("room", [resource_limits.MAX_EXTRA_BYTES // 2, 2 * resource_limits.MAX_EXTRA_BYTES])
 def test_a_template_takes_no_more_than_the_process_may(room: int) -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = psutil.Process().memory_info().vms
     own = (used + room, before[1])
     resource.setrlimit(resource.RLIMIT_AS, own)
     try:
-        with resource_limits.bounded():
+        with resource_limits.resource_limits():
             most = resource.getrlimit(resource.RLIMIT_AS)[0]
         after = resource.getrlimit(resource.RLIMIT_AS)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
-    assert most - used == pytest.approx(min(room, resource_limits.BYTES), abs=2**24) and after == own
+    assert most - used == pytest.approx(min(room, resource_limits.MAX_EXTRA_BYTES), abs=2**24) and after == own
 
 
 def test_the_largest_batch() -> None:
@@ -208,7 +208,7 @@ def test_what_is_kept_of_a_token_is_found_out_whatever_the_adapter(
         model(input_ids=ids, use_cache=False, logits_to_keep=1).logits.sum().backward()
 
     accelerator = Accelerator(cpu=True)
-    kept = kept_bytes(model, None, accelerator, False, 512)
+    kept = saved_bytes_per_token(model, None, accelerator, False, 512)
     step()
     whole = activation_bytes(config, 512, 0, 4, kept=kept)
     assert whole - activation_bytes(config, 0, 0, 4) == pytest.approx(highest(step, tmp_path / "trace.json"), rel=0.15)

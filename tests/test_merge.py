@@ -44,9 +44,9 @@ from transformers import (
     Gemma4ForConditionalGeneration,
 )
 
-from lora_cli.model.base import skeleton
+from lora_cli.model.base import meta_model
 from lora_cli.weights import inventory, merge
-from lora_cli.weights.provenance import trace
+from lora_cli.weights.provenance import find_origin
 
 GEMMA_3 = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
 GEMMA_3 |= {"num_key_value_heads": 2, "sliding_window": 32, "max_position_embeddings": 64}
@@ -1185,8 +1185,8 @@ def test_a_base_may_store_other_names_and_more_than_the_model_has(
     if not more:
         assert "language_model.model.layers.0.self_attn.q_proj.weight" in weights_of(folder)
     laid_out: list[Any] = []
-    monkeypatch.setattr(inventory, "skeleton", lambda config: laid_out.append(config) or skeleton(config))
-    trace(adapter)
+    monkeypatch.setattr(inventory, "meta_model", lambda config: laid_out.append(config) or meta_model(config))
+    find_origin(adapter)
     assert len(laid_out) == 1
     done(lora("merge", adapter, "--out", tmp_path / "merged"))
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

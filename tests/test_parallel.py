@@ -30,7 +30,7 @@ COUNT = 3 * ROWS_AT_ONCE
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start other processes right after the first chunk of rows."""
-    monkeypatch.setattr(parallel, "ALONE", 0.0)
+    monkeypatch.setattr(parallel, "SERIAL_SECONDS", 0.0)
     monkeypatch.setattr(parallel, "usable_cores", lambda: 2)
 
 
@@ -60,7 +60,7 @@ def test_tokens_are_those_of_one_process(tokenizer: Any, tmp_path: Path, monkeyp
         return original(pool, function, chunk)
 
     monkeypatch.setattr(parallel.ProcessPoolExecutor, "submit", submit)
-    monkeypatch.setattr(parallel, "ALONE", 0.0)
+    monkeypatch.setattr(parallel, "SERIAL_SECONDS", 0.0)
     monkeypatch.setattr(parallel, "usable_cores", lambda: 2)
     together = tokenize(data, sources_of(data.train), tokenizer)
     assert sum(submitted) == 2 * COUNT + 1 - ROWS_AT_ONCE, "the first rows are not waited with"
@@ -115,7 +115,7 @@ def test_little_work_and_one_core_start_no_process(
     def refuse(*_: Any) -> None:
         raise AssertionError("a process is started")
 
-    monkeypatch.setattr(parallel, "ALONE", alone)
+    monkeypatch.setattr(parallel, "SERIAL_SECONDS", alone)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
     monkeypatch.setattr(parallel, "ProcessPoolExecutor", refuse)
     assert list(parallel.in_order(double, iter(range(9)))) == list(range(0, 18, 2))
@@ -126,7 +126,7 @@ import itertools, os, sys
 os.sched_getaffinity = lambda _: {0, 1}
 from lora_cli.data import parallel
 import test_parallel
-parallel.ALONE = 0.0
+parallel.SERIAL_SECONDS = 0.0
 for number in parallel.in_order(test_parallel.double, itertools.count()):
     print(number, flush=True)
 """

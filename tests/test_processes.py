@@ -19,7 +19,7 @@ import pytest
 from conftest import Run, done, edit_json, fork_lora
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from lora_cli.training.checkpoint import is_whole
+from lora_cli.training.checkpoint import is_complete
 from lora_cli.training.zero_config import config_faults
 
 TWO = {"training.gradient_accumulation_steps": 2}
@@ -357,7 +357,7 @@ def test_a_process_that_dies_ends_the_run(recipe: Callable[..., Path], lora: Any
     assert "--resume" in errors
     kept = sorted((folder / "checkpoints").glob("step-*"))
     assert kept
-    assert all(map(is_whole, kept))
+    assert all(map(is_complete, kept))
     assert not (folder / "adapter").exists()
 
     refused = lora("train", dying, "--resume", "training.num_train_epochs=4")
@@ -394,7 +394,7 @@ def test_processes_end_with_their_launcher(recipe: Callable[..., Path]) -> None:
             break
         time.sleep(0.1)
     assert not any(map(is_alive, ranks))
-    assert all(is_whole(path) for path in (folder / "checkpoints").glob("step-*"))
+    assert all(is_complete(path) for path in (folder / "checkpoints").glob("step-*"))
     steps = max(run_of(shared).column("step")) + 1
     more = ["train", shared, "--resume", f"training.max_steps={steps}"]
     for process in fork_lora(more, more):
@@ -436,7 +436,7 @@ def test_who_waits_for_the_first_ones_rows_can_be_stopped(monkeypatch: pytest.Mo
     places = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for name, value in places.items():
         monkeypatch.setenv(name, value)
-    script = "from lora_cli.training.cache_keys import announced; print('waits', flush=True); announced()"
+    script = "from lora_cli.training.cache_keys import wait_for_keys; print('waits', flush=True); wait_for_keys()"
     child = start([sys.executable, "-c", script])
     assert child.stdout is not None and child.stdout.readline() == "waits\n"
     time.sleep(1)

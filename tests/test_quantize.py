@@ -25,7 +25,7 @@ from transformers import (
     NemotronHForCausalLM,
 )
 
-from lora_cli.model.linear4bit import compute_right, expand
+from lora_cli.model.linear4bit import dequantize, patch_4bit_layers
 from lora_cli.weights.shards import TensorInfo, read_tensor
 
 METHODS = ["nf4", "fp4", "int8"]
@@ -392,9 +392,9 @@ def test_gradients_after_an_evaluation_pass_are_those_of_the_expanded_weight(gua
         pytest.skip("this processor has no AVX512-BF16, for which weights are repacked")
     torch.manual_seed(0)
     layer = Linear4bit(256, 512, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
-    expanded = expand(layer.weight.data, layer.weight.quant_state).float().clone()
+    expanded = dequantize(layer.weight.data, layer.weight.quant_state).float().clone()
     if guarded:
-        compute_right(layer)
+        patch_4bit_layers(layer)
     else:
         assert layer.support_avx512bf16_for_cpu, "what the guard turns off"
     with torch.no_grad():

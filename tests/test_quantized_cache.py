@@ -66,7 +66,7 @@ def test_trains_as_if_quantized_at_load(
     again, made_again = quantized("first/run", changes)
     assert made and not made_again
     with monkeypatch.context() as patch:
-        patch.setattr("lora_cli.training.setup.kept_base", lambda *_: None)
+        patch.setattr("lora_cli.training.setup.cached_base", lambda *_: None)
         plain, _ = quantized("second/run", changes)
     assert learned == (again.losses, again.adapter_bytes) == (plain.losses, plain.adapter_bytes)
 
@@ -123,7 +123,7 @@ def test_one_that_is_removed_while_it_is_looked_for_is_made(quantized: Any, monk
     assert first.losses == second.losses
 
 
-@pytest.mark.parametrize(("once", "stream"), [((setup, "find_kept"), True), ((Path, "hardlink_to"), False)])
+@pytest.mark.parametrize(("once", "stream"), [((setup, "find_cached"), True), ((Path, "hardlink_to"), False)])
 def test_one_that_is_removed_once_it_is_found_or_half_taken_over_is_made(
     once: tuple[Any, str], stream: bool, quantized: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +156,7 @@ def test_one_that_is_streamed_from_a_run_beside_outlives_it(
 
     def set_up_and_remove(*args: Any) -> Any:
         trainer = set_up(*args)
-        linked.append((source / "model.safetensors").samefile(trainer.kept_base / "model.safetensors"))
+        linked.append((source / "model.safetensors").samefile(trainer.cached_base / "model.safetensors"))
         shutil.rmtree(source)
         return trainer
 
@@ -250,13 +250,13 @@ def test_of_two_that_make_it_the_first_wins(tiny_llama: Path, tmp_path: Path, mo
     def overtaken(*args: Any, **keywords: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(quantized_cache, "write_quantized", write)
-            quantized_cache.keep(*settings)
+            quantized_cache.write_cached(*settings)
         firsts.extend(file.stat().st_ino for file in sorted(folder.iterdir()))
         return write(*args, **keywords)
 
     firsts: list[int] = []
     monkeypatch.setattr(quantized_cache, "write_quantized", overtaken)
-    quantized_cache.keep(*settings)
+    quantized_cache.write_cached(*settings)
     assert [file.stat().st_ino for file in sorted(folder.iterdir())] == firsts
     assert [path.name for path in folder.parent.iterdir()] == ["base"]
 
@@ -334,7 +334,7 @@ def test_what_could_not_be_loaded_again_is_quantized_at_load(
     run, _ = quantized("run", changes)
     assert not kept_in(run)
     with monkeypatch.context() as patch:
-        patch.setattr("lora_cli.training.setup.kept_base", lambda *_: None)
+        patch.setattr("lora_cli.training.setup.cached_base", lambda *_: None)
         plain, _ = quantized("plain", changes)
     assert run.losses == plain.losses and run.adapter_bytes == plain.adapter_bytes
     streamed = {"training.output_dir": tmp_path / "streamed", "training.stream_base": True}

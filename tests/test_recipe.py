@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 from lora_cli.errors import Fault, UserError
 from lora_cli.recipe.explain import dotted_keys, expected, explain, json_schema, schema_at
 from lora_cli.recipe.load import dump_recipe, load_recipe
-from lora_cli.recipe.peers import WRITTEN_HERE
+from lora_cli.recipe.peers import EQUIVALENTS
 from lora_cli.recipe.schema import Data, Recipe, Section
 from lora_cli.recipe.yaml12 import Place, plain_scalar
 
@@ -655,7 +655,7 @@ def test_a_data_sets_configuration_belongs_to_its_source() -> None:
 
 
 def test_what_is_told_for_a_peers_key_is_a_key_here() -> None:
-    homes = {re.split("[:,]", here)[0] for here in WRITTEN_HERE.values()}
+    homes = {re.split("[:,]", here)[0] for here in EQUIVALENTS.values()}
     assert homes <= set(dotted_keys())
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, Gemma3nTextConfig, OpenAIGPTConfi
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from lora_cli.errors import RunError
-from lora_cli.model.elementwise import Gate
+from lora_cli.model.elementwise import SwiGLU
 from lora_cli.model.memory import activation_bytes
 from lora_cli.recipe.load import load_recipe
 from lora_cli.training import activations, batch_size, setup, step
@@ -29,7 +29,7 @@ from lora_cli.training.display import Display
 from lora_cli.training.estimate import estimate, largest_batch
 from lora_cli.training.out_of_memory import out_of_memory
 from lora_cli.training.prepare import prepare
-from lora_cli.training.streaming import put_away
+from lora_cli.training.streaming import detach_weights
 from lora_cli.weights.shards import read_headers, weight_files
 
 pytestmark = pytest.mark.usefixtures("no_curves", "quick_collections")
@@ -181,7 +181,7 @@ def test_what_loading_has_changed_is_kept_and_all_else_is_read_from_the_file(tin
     first.attn.c_proj.weight.data = first.attn.c_proj.weight.data.T.contiguous()
     last.mlp.c_fc.weight.data = last.mlp.c_fc.weight.data[:, [0, 3, 2, 1, *range(4, 4 * WIDTH)]]
     wanted = {weight: weight.data.to(torch.bfloat16) for weight in model.transformer.h.parameters()}
-    sources = put_away(model, folder, device, torch.bfloat16)  # in another dtype: what is kept is a copy
+    sources = detach_weights(model, folder, device, torch.bfloat16)  # in another dtype: what is kept is a copy
     assert all(torch.equal(sources[weight](), before) for weight, before in wanted.items())
     with file.open("r+b") as stored:
         stored.seek(8 + int.from_bytes(stored.read(8), "little"))
@@ -295,14 +295,14 @@ def test_nothing_holds_a_layers_codes_after_its_forward_pass(
     if not small.exists():
         done(lora("quantize", tiny_llama, "--out", small))
     monkeypatch.setattr(step, "summed_loss", take)
-    original = setup.put_away
+    original = setup.detach_weights
 
     def put_away(*args: Any) -> Any:
         sources = original(*args)
         monkeypatch.setattr(Params4bit, "from_prequantized", bring)
         return sources
 
-    monkeypatch.setattr(setup, "put_away", put_away)
+    monkeypatch.setattr(setup, "detach_weights", put_away)
     # bfloat16, the layers' stored compute dtype: with another dtype, they would not be fused.
     stored = {"model.name_or_path": small, "model.dtype": "bfloat16", "adapter.target_modules": "all-linear"}
     done(lora("train", write_recipe(stored | {"training.stream_base": True} | changes)))
@@ -346,7 +346,7 @@ def test_a_quantized_base_that_cannot_be_kept_is_not_streamed(
     def no_room(*_: Any) -> None:
         raise RunError("9 bytes are wanted, 1 are free", "cache")
 
-    monkeypatch.setattr(setup, "keep", no_room)
+    monkeypatch.setattr(setup, "write_cached", no_room)
     result = lora("train", write_recipe({"quantization": {"method": "nf4"}, "training.stream_base": True}))
     assert result.exit_code == 3
     told = " ".join(result.stderr.split())
@@ -452,14 +452,14 @@ def test_offloading_takes_mlps_in_parts(
     """An MLP processes a long row in parts of ``MLP_TOKENS`` tokens, and the run is the same."""
     monkeypatch.setattr(setup, "MLP_TOKENS", 8)
     tokens: list[int] = []
-    original = Gate.apply
+    original = SwiGLU.apply
 
     def watched(gate: torch.Tensor, *others: Any) -> torch.Tensor:
         tokens.append(gate.shape[:-1].numel())
         product: torch.Tensor = original(gate, *others)
         return product
 
-    monkeypatch.setattr(Gate, "apply", watched)
+    monkeypatch.setattr(SwiGLU, "apply", watched)
     runs, most = [], []
     for value in (True, "offload"):
         tokens.clear()

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from lora_cli.model.adapters import adapt, trainable_parameters
-from lora_cli.model.base import skeleton
+from lora_cli.model.base import meta_model
 from lora_cli.model.layers import adaptable_layers
 from lora_cli.model.targets import choose_targets
 from lora_cli.recipe.schema import Adapter
@@ -40,7 +40,7 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], dict[str, set[str]], set[str]]] =
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_words_name_the_layers_of_attention(name: str) -> None:
     arguments, wanted, outputs = ARCHITECTURES[name]
-    layers = adaptable_layers(skeleton(getattr(transformers, f"{name}Config")(vocab_size=50, **arguments)))
+    layers = adaptable_layers(meta_model(getattr(transformers, f"{name}Config")(vocab_size=50, **arguments)))
     for word, leaves in (wanted | {"attention": wanted["standard"] | outputs}).items():
         found = [target.name for target in choose_targets(layers, word, 2)]
         assert {layer.rpartition(".")[2] for layer in found} == leaves, word
@@ -106,7 +106,7 @@ def test_all_linear_names_what_an_adapter_reaches(name: str) -> None:
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(vocab_size=50, **arguments)
     base = transformers.AutoModelForCausalLM.from_config(config)
-    found = [target.name for target in choose_targets(adaptable_layers(skeleton(config)), "all-linear", 1)]
+    found = [target.name for target in choose_targets(adaptable_layers(meta_model(config)), "all-linear", 1)]
     assert {layer.rpartition(".")[2] for layer in found} == leaves
     model = adapt(base, Adapter(r=1), found, fused=False)
     ids = torch.arange(48).view(4, 12)
@@ -119,4 +119,4 @@ def test_a_norm_whose_weight_has_a_row_for_each_head_is_no_layer(tmp_path: Path)
     """Command R+ has such norms. If one counted as a layer, the number of heads would limit the rank."""
     config = transformers.CohereConfig(vocab_size=50, use_qk_norm=True, **SIZES)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    assert stored_layers(tmp_path).keys() == adaptable_layers(skeleton(config)).keys()
+    assert stored_layers(tmp_path).keys() == adaptable_layers(meta_model(config)).keys()

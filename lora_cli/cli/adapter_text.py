@@ -30,12 +30,12 @@ def entry_row(entry: Entry) -> list[str]:
 
 def facts(result: dict[str, Any]) -> dict[str, str]:
     """Return the known facts about an adapter, from label to text, in the order of printing."""
-    from lora_cli.weights.catalogue import inside
+    from lora_cli.weights.catalogue import nested_value
 
     config, record = result["config"], result["provenance"]
-    scores = {name: inside(record, "result", name, "loss") for name in ("validation", "base", "best")}
+    scores = {name: nested_value(record, "result", name, "loss") for name in ("validation", "base", "best")}
     losses = [f"{name} {loss:.4f}" for name, loss in scores.items() if isinstance(loss, float)]
-    versions = inside(record, "versions")
+    versions = nested_value(record, "versions")
     pattern = " in part" if config.get("alpha_pattern") else ""
     known = {
         "adapter": result["path"],
@@ -44,13 +44,13 @@ def facts(result: dict[str, Any]) -> dict[str, str]:
         "beside LoRA": ", ".join(result["whole"]),
         "size": f"{result['parameters']:,} parameters, {result['bytes'] / 1e6:,.1f} MB",
         "base": f"{result['base']} ({result['base_state']})" if result["base"] else None,
-        "base fingerprint": inside(record, "base", "fingerprint"),
+        "base fingerprint": nested_value(record, "base", "fingerprint"),
         "data": result["data"],
-        "data fingerprint": inside(record, "data", "fingerprint"),
+        "data fingerprint": nested_value(record, "data", "fingerprint"),
         "validation loss": ", ".join(losses),
-        "best step": inside(record, "result", "best", "step"),
+        "best step": nested_value(record, "result", "best", "step"),
         "made": result["date"],
-        "made of": _origin(inside(record, "made")),
+        "made of": _origin(nested_value(record, "made")),
         "with": ", ".join(f"{name} {number}" for name, number in versions.items()) if versions else None,
     }
     return {name: str(value) for name, value in known.items() if value not in (None, "")}

@@ -12,7 +12,7 @@ import typer
 
 from lora_cli.cli.adapter_text import entry_row, facts, layer_rows, print_table, rank_range
 from lora_cli.cli.options import Debug, Json, Once, Quiet
-from lora_cli.errors import UserError, counted
+from lora_cli.errors import UserError, pluralize
 
 if TYPE_CHECKING:
     from lora_cli.weights.lora_adapter import LoraAdapter
@@ -41,8 +41,8 @@ def list_command(
     for fault in faults:
         typer.echo(f"warning: {fault}", err=True)
     if json:
-        told = [str(fault) for fault in faults]
-        typer.echo(jsonlib.dumps({"adapters": [dataclasses.asdict(entry) for entry in entries], "warnings": told}))
+        messages = [str(fault) for fault in faults]
+        typer.echo(jsonlib.dumps({"adapters": [dataclasses.asdict(entry) for entry in entries], "warnings": messages}))
     elif entries:
         print_table(
             ["adapter", "kind", "r", "MB", "base", "data", "best loss", "date", "layers"], map(entry_row, entries)
@@ -128,7 +128,7 @@ def compose_command(
     check_composition(how, adapters)
     result = compose(adapters, how, out)
     ranks = rank_range(result.ranks)
-    text = f"{out}: {counted(result.layers, 'layer')} of rank {ranks} by {method}, {result.bytes / 1e6:,.1f} MB"
+    text = f"{out}: {pluralize(result.layers, 'layer')} of rank {ranks} by {method}, {result.bytes / 1e6:,.1f} MB"
     typer.echo(jsonlib.dumps(dataclasses.asdict(result), default=str) if json else text)
 
 
@@ -159,7 +159,7 @@ def resize_command(
         rows = [[each.name, f"{each.before} -> {each.after}", f"{each.energy:.2%}"] for each in result.layers]
         print_table(["layer", "r", "energy kept"], rows)
     ranks = [rank_range(tuple(getattr(each, key) for each in result.layers)) for key in ("before", "after")]
-    layers = counted(len(result.layers), "layer")
+    layers = pluralize(len(result.layers), "layer")
     typer.echo(f"{out}: {layers}, rank {ranks[0]} -> {ranks[1]}, {result.bytes / 1e6:,.1f} MB")
 
 
@@ -182,8 +182,8 @@ def diff_command(
     )
     for folder, names in ((first, result.only_first), (second, result.only_second)):
         if names:
-            told = counted(len(names), "layer is", "layers are")
-            typer.echo(f"{told} in {folder} only: {', '.join(names[:3])}{' ...' * (len(names) > 3)}")
+            message = pluralize(len(names), "layer is", "layers are")
+            typer.echo(f"{message} in {folder} only: {', '.join(names[:3])}{' ...' * (len(names) > 3)}")
 
 
 @app.command("extract", cls=Once)
@@ -200,7 +200,7 @@ def extract_command(
     """Make the adapter nearest to the difference of two models."""
     from lora_cli.model.files import check_model_type, locate, stored_quantization
     from lora_cli.weights.folders import check_out
-    from lora_cli.weights.shards import check_whole
+    from lora_cli.weights.shards import check_complete
 
     _check_size(rank, energy)
     check_out(out)
@@ -208,7 +208,7 @@ def extract_command(
     for folder in folders:
         check_out(out, folder)
         check_model_type(folder)
-        check_whole(folder)
+        check_complete(folder)
         if stored := stored_quantization(folder):
             what = f"the model is stored quantized ({stored}), and only unquantized weights can be compared"
             raise UserError(what, str(folder), "give the unquantized model")
@@ -224,11 +224,13 @@ def extract_command(
     if not quiet:
         print_table(["layer", "r", "energy kept"], [[x.name, str(x.rank), f"{x.energy:.2%}"] for x in result.layers])
     if result.left_out:
-        told = counted(len(result.left_out), "other tensor differs", "other tensors differ")
-        told += " and cannot go into the adapter"
-        typer.echo(f"warning: {told}: {', '.join(result.left_out[:5])}{' ...' * (len(result.left_out) > 5)}", err=True)
+        message = pluralize(len(result.left_out), "other tensor differs", "other tensors differ")
+        message += " and cannot go into the adapter"
+        typer.echo(
+            f"warning: {message}: {', '.join(result.left_out[:5])}{' ...' * (len(result.left_out) > 5)}", err=True
+        )
     ranks = rank_range(tuple(each.rank for each in result.layers))
-    typer.echo(f"{out}: {counted(len(result.layers), 'layer')} of rank {ranks}, {result.bytes / 1e6:,.1f} MB")
+    typer.echo(f"{out}: {pluralize(len(result.layers), 'layer')} of rank {ranks}, {result.bytes / 1e6:,.1f} MB")
 
 
 def _check_size(rank: int | None, energy: float | None) -> None:

@@ -25,7 +25,7 @@ import typer
 from lora_cli import __version__
 from lora_cli.cli import adapters, evaluate, explain, merge, quantize, train
 from lora_cli.cli.options import Once
-from lora_cli.errors import Aftermath, Interrupted, LoraError, RunError, UserError, is_lack_of_room, unwritable
+from lora_cli.errors import Interrupted, LoraError, RunError, SecondaryError, UserError, is_out_of_space, unwritable
 from lora_cli.training.launch_environment import process_count, process_index
 
 # Without this default, typer (0.29) imports pydantic to convert a --help that was not given.
@@ -49,7 +49,7 @@ app.command("explain", cls=Once)(explain.command)
 
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP)
 _SHOWN = 12  # faults that are reported; more would fill the screen
-_SECONDS_FOR_THE_FIRST = 30  # during which another process of the run may report the same fault or its cause
+_SECONDS_FOR_OTHERS = 30  # during which another process of the run may report the same fault or its cause
 
 
 def _version(asked: bool) -> None:
@@ -74,35 +74,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings(), _unwound_by_sigterm(given), _signals_out_of_imports():
             if not debug:
-                _hush_libraries()
+                _silence_libraries()
             # Otherwise bitsandbytes imports torch's compiler, which takes 1.5 s, for functions that are not used here.
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
             app(given, prog_name="lora")  # reports wrong options itself, and always raises SystemExit
     except SystemExit as ended:
         if ended.code in _STOPPED:
-            _say("stopped")
+            _print_stderr("stopped")
         if isinstance(ended.__context__, BrokenPipeError):  # of which typer makes a 1
             return 128 + signal.SIGPIPE
         return ended.code if isinstance(ended.code, int) else 0
     except Exception as error:
         if debug:
             traceback.print_exc()
-        failure = _in_our_words(error, given)
+        failure = _as_lora_error(error, given)
         if failure is None:
-            _say(f"bug in lora: {type(error).__name__}: {error}\n  --debug shows where; please report it")
+            _print_stderr(f"bug in lora: {type(error).__name__}: {error}\n  --debug shows where; please report it")
             return 1
-        _tell(failure)
+        _report(failure)
         return failure.exit_code
     return 0
 
 
-def _in_our_words(error: Exception, given: Sequence[str]) -> LoraError | None:
+def _as_lora_error(error: Exception, given: Sequence[str]) -> LoraError | None:
     """Return the error to report for ``error``, or None when ``error`` is a bug in lora."""
     if isinstance(error, LoraError):
         return error
     if isinstance(error, OSError):
         return _refused_by_the_system(error)
-    return _lack_of_memory(error, given) if isinstance(error, RuntimeError | MemoryError) else None
+    return _out_of_memory_error(error, given) if isinstance(error, RuntimeError | MemoryError) else None
 
 
 def _refused_by_the_system(error: OSError) -> LoraError:
@@ -110,7 +110,7 @@ def _refused_by_the_system(error: OSError) -> LoraError:
     where = None if error.filename is None else str(error.filename)
     if error.errno == errno.ENAMETOOLONG:
         return UserError(what, where, "choose another name")
-    if where is not None and is_lack_of_room(error):
+    if where is not None and is_out_of_space(error):
         return unwritable(Path(where), error)
     return RunError(what, where, "files that were complete are intact")
 
@@ -147,22 +147,22 @@ def _signals_out_of_imports() -> Iterator[None]:
         raise
 
 
-def _lack_of_memory(error: RuntimeError | MemoryError, given: Sequence[str]) -> RunError | None:
+def _out_of_memory_error(error: RuntimeError | MemoryError, given: Sequence[str]) -> RunError | None:
     """Return the error to report when memory ran out, else None. Training reports its own, with its checkpoints."""
     what = "out of memory"
     if "torch" in sys.modules:
-        from lora_cli.model.memory import describe_lack, is_out_of_memory
+        from lora_cli.model.memory import describe_out_of_memory, is_out_of_memory
 
         if not is_out_of_memory(error):
             return None
-        what = describe_lack(error)
+        what = describe_out_of_memory(error)
     elif not isinstance(error, MemoryError):
         return None
     smaller = "shorter rows, a smaller model (lora quantize makes one), " if "eval" in given[:1] else ""
     return RunError(what, hint=f"files that were complete are intact; what helps: {smaller}more free memory")
 
 
-def _hush_libraries() -> None:
+def _silence_libraries() -> None:
     """Hide the libraries' warnings and logs, which are meant for developers. With --debug they are shown."""
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -170,21 +170,21 @@ def _hush_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _tell(error: LoraError) -> None:
+def _report(error: LoraError) -> None:
     if process_index() > 0 and isinstance(error, Interrupted):
         return  # process 0 reports it
-    if isinstance(error, Aftermath) or (process_index() > 0 and not isinstance(error, RunError)):
+    if isinstance(error, SecondaryError) or (process_index() > 0 and not isinstance(error, RunError)):
         # Another process reports the cause or the same fault, and the launcher ends all processes once one has ended.
-        time.sleep(_SECONDS_FOR_THE_FIRST)
+        time.sleep(_SECONDS_FOR_OTHERS)
     shown = error.faults[:_SHOWN]
     for fault, following in zip_longest(shown, shown[1:]):
         once = replace(fault, hint=None) if following and following.hint == fault.hint else fault
-        _say(f"{typer.style('error: ', fg='red', bold=True)}{once}")
+        _print_stderr(f"{typer.style('error: ', fg='red', bold=True)}{once}")
     if (more := len(error.faults) - _SHOWN) > 0:
-        _say(f"... and {more:,} more")
+        _print_stderr(f"... and {more:,} more")
 
 
-def _say(text: str) -> None:
+def _print_stderr(text: str) -> None:
     """Print on stderr, or nothing if that fails: the exit code reports the failure in any case."""
     with suppress(OSError):
         typer.echo(text, err=True)
@@ -195,11 +195,11 @@ def run() -> None:
     gc.set_threshold(100_000)  # libraries create a million lasting objects; scanning them delays the start
     code = main()
     if process_count() > 1:
-        _leave_at_once(code)
+        _exit_without_shutdown(code)
     sys.exit(code)
 
 
-def _leave_at_once(code: int) -> NoReturn:
+def _exit_without_shutdown(code: int) -> NoReturn:
     """End one of several processes without shutting down the interpreter. All its files are closed by now.
 
     During a shutdown, a thread of the process group that requests the GIL would abort the process. The launcher would

@@ -29,7 +29,7 @@ def command(
     from lora_cli.training.display import Display
     from lora_cli.training.run_folder import newest_finished, unfinished
     from lora_cli.weights.adapter_config import check_init
-    from lora_cli.weights.provenance import adapter_folder, read_record, recipe_of, trace
+    from lora_cli.weights.provenance import adapter_folder, find_origin, read_record, recipe_of
 
     if target is None:
         target = str(newest_finished())
@@ -41,14 +41,14 @@ def command(
         check_model_type(locate(target))
     recipe = recipe_of(adapter or Path(target))
     section = measure.data_section(data, recipe)
-    measure.check(section)
+    measure.check_rows(section)
     if adapter is None:
-        from lora_cli.weights.shards import check_whole
+        from lora_cli.weights.shards import check_complete
 
         base = locate(target, weights=True)
-        check_whole(base)
+        check_complete(base)
     else:
-        base = trace(adapter).base
+        base = find_origin(adapter).base
         check_init(adapter, base)
     display = Display(quiet)
     with display.waiting("checking base and rows"):
@@ -57,14 +57,14 @@ def command(
         note = f"rows are cut to {rows.max_length:,} tokens: the adapter has no record of its data.max_length"
         typer.echo(note, err=True)
     if data is None:
-        warnings.append(measure.changed(rows, read_record(adapter or base)))
-    told = [warning for warning in warnings if warning]
-    for warning in told:
+        warnings.append(measure.changed_rows_warning(rows, read_record(adapter or base)))
+    shown = [warning for warning in warnings if warning]
+    for warning in shown:
         typer.echo(f"warning: {warning}", err=True)
     found = measure.measure(base, adapter, rows, recipe, display)
     if adapter is not None and found.base is None:
-        told.append("the base is not measured: these rows have tokens that the adapter has added to the vocabulary")
-        typer.echo(f"warning: {told[-1]}", err=True)
+        shown.append("the base is not measured: these rows have tokens that the adapter has added to the vocabulary")
+        typer.echo(f"warning: {shown[-1]}", err=True)
     result: dict[str, Any] = {
         "target": target,
         "data": measure.describe(section),
@@ -74,8 +74,8 @@ def command(
     }
     if found.base is not None:
         result["base"] = {"loss": found.base.loss, "perplexity": found.base.perplexity}
-    if told:
-        result["warnings"] = told
+    if shown:
+        result["warnings"] = shown
     typer.echo(jsonlib.dumps(result) if json else _table(result, "with adapter" if adapter else "model"))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet
-from lora_cli.errors import UserError, counted
+from lora_cli.errors import UserError, pluralize
 
 if TYPE_CHECKING:
     from lora_cli.weights.merge import Merged
@@ -75,7 +75,7 @@ def command(
         check_out(out, origin.base, origin.folder)
     check_model_type(origins[0].base)
     check_mergeable(origins[0].base)
-    _check_together(origins, into)
+    _check_compatible(origins, into)
 
     from lora_cli.model.memory import keep_freed_memory
     from lora_cli.study import verify as checking
@@ -83,9 +83,9 @@ def command(
 
     keep_freed_memory()
     found: list[checking.Verified] = []
-    verified = verify or (verify is None and checking.fits(origins[0].base))
+    verified = verify or (verify is None and checking.fits_in_memory(origins[0].base))
     sample = checking.sample_for(origins[0], data) if verified else None
-    tell = None if quiet else tell_beforehand
+    tell = None if quiet else print_note
 
     def check(draft: Path) -> None:
         if sample is not None:
@@ -103,7 +103,7 @@ def command(
     report, lines = dataclasses.asdict(result), _lines(result)
     for each in found:
         report["verified"] = dataclasses.asdict(each)
-        lines.extend(checking.text(each))
+        lines.extend(checking.report_lines(each))
     if verify is None and not verified:
         lines.append("not verified: base and adapter do not fit into this machine's memory in float32")
     typer.echo(jsonlib.dumps(report, default=str) if json else "\n".join(lines))
@@ -113,15 +113,15 @@ def find_adapter(adapter: Path, base: str | None = None) -> AdapterOrigin:
     """Find the adapter of a run or folder, and its base. Print a warning if the run has not finished. Raises UserError
     when the adapter cannot be merged."""
     from lora_cli.training.run_folder import unfinished
-    from lora_cli.weights.adapter_config import check_foldable, read_adapter_config
-    from lora_cli.weights.provenance import adapter_folder, trace
+    from lora_cli.weights.adapter_config import check_mergeable_lora, read_adapter_config
+    from lora_cli.weights.provenance import adapter_folder, find_origin
 
     found = adapter_folder(adapter)
     warning = unfinished(adapter, found)
     if warning:
         typer.echo(f"warning: {warning}", err=True)
-    check_foldable(found or adapter)
-    origin = trace(found or adapter, base, other_kinds=True)
+    check_mergeable_lora(found or adapter)
+    origin = find_origin(found or adapter, base, other_kinds=True)
     if read_adapter_config(origin.folder)["peft_type"] != "LORA":
         from lora_cli.weights.merge_in_memory import check_kind
 
@@ -129,7 +129,7 @@ def find_adapter(adapter: Path, base: str | None = None) -> AdapterOrigin:
     return origin
 
 
-def tell_beforehand(note: str) -> None:
+def print_note(note: str) -> None:
     """Print on stderr what is about to be done."""
     typer.echo(f"note: {note}", err=True)
 
@@ -152,12 +152,12 @@ def _quantize(
         raise UserError(what, str(origin.folder), "remove the other adapters and --dtype")
     assert origin.recipe is not None and origin.recipe.quantization is not None
     result = quantize_merged(origin, out, origin.recipe.quantization, max_shard=max_shard, tell=tell, check=check)
-    told = f"the base in {result.method}, quantized again"
+    target = f"the base in {result.method}, quantized again"
     layers = len(adapted_layers(origin.folder))  # result.layers holds all quantized layers, adapted or not
-    return Merged(out, origin.base_name, layers, told, result.method, result.bytes_after, None, False)
+    return Merged(out, origin.base_name, layers, target, result.method, result.bytes_after, None, False)
 
 
-def _check_together(origins: list[AdapterOrigin], into: str | None) -> None:
+def _check_compatible(origins: list[AdapterOrigin], into: str | None) -> None:
     """Raises UserError when an adapter is given twice, the adapters have different bases, or ``into`` is given but no
     adapter's recipe quantizes the base."""
     from lora_cli.weights.check_adapter import check_given_once
@@ -169,20 +169,20 @@ def _check_together(origins: list[AdapterOrigin], into: str | None) -> None:
         if origin.base != first.base and fingerprint(origin.base) != fingerprint(first.base):
             raise UserError(f"another base than that of {first.folder}", str(origin.folder), f"it is for {origin.base}")
     if into is not None and not any(origin.recipe and origin.recipe.quantization for origin in origins):
-        told = "the adapter's recipe does not say that its base was quantized"
-        raise UserError(f"--into {into}: {told}", str(first.folder), "remove --into")
+        reason = "the adapter's recipe does not say that its base was quantized"
+        raise UserError(f"--into {into}: {reason}", str(first.folder), "remove --into")
 
 
 def _lines(result: Merged) -> list[str]:
     lines = [
-        f"merged {counted(result.modules, 'layer')} into {result.into} ({result.base})",
+        f"merged {pluralize(result.modules, 'layer')} into {result.into} ({result.base})",
         f"{result.out}: {result.bytes / 1e6:,.1f} MB in {result.dtype}",
     ]
     if result.in_memory:
         lines.insert(0, "PEFT merged this kind of adapter, with the whole model in memory")
     if result.unchanged and result.unchanged >= WORTH_TELLING:
-        told = f"rounded to {result.dtype}, {result.unchanged:.1%} of the weights in these layers are unchanged"
+        message = f"rounded to {result.dtype}, {result.unchanged:.1%} of the weights in these layers are unchanged"
         could_keep = result.unchanged > MANY_UNCHANGED and result.dtype != "float32"
         advice = "; --dtype float32 would keep what the adapter adds" if could_keep else ""
-        lines.append(f"{told}{advice}")
+        lines.append(f"{message}{advice}")
     return lines

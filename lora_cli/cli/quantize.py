@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lora_cli.cli.merge import find_adapter, tell_beforehand
+from lora_cli.cli.merge import find_adapter, print_note
 from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet
-from lora_cli.errors import UserError, counted
+from lora_cli.errors import UserError, pluralize
 
 if TYPE_CHECKING:
     from lora_cli.weights.provenance import AdapterOrigin
@@ -71,7 +71,7 @@ def command(
     if data is not None:
         recipe = origin.recipe if origin else recipe_of(folder)
         section = measure.data_section(data, recipe)
-        measure.check(section)
+        measure.check_rows(section)
         rows = measure.rows_for(folder, adapter, section, recipe)
 
     from lora_cli.model.memory import keep_freed_memory
@@ -81,7 +81,7 @@ def command(
     from lora_cli.weights.stored_model import stored_model
 
     keep_freed_memory()
-    tell = None if quiet else tell_beforehand
+    tell = None if quiet else print_note
     if tell is not None and not is_streamed(folder):
         tell(WHOLE)
     skipped = _split(skip)
@@ -113,7 +113,7 @@ def _find(target: str) -> tuple[Path, AdapterOrigin | None]:
     from lora_cli.model.files import check_model_type, check_quantizable, locate
     from lora_cli.weights.check_model import check_mergeable
     from lora_cli.weights.provenance import adapter_folder
-    from lora_cli.weights.shards import check_whole
+    from lora_cli.weights.shards import check_complete
 
     if adapter_folder(Path(target)) is not None:
         origin = find_adapter(Path(target))
@@ -123,7 +123,7 @@ def _find(target: str) -> tuple[Path, AdapterOrigin | None]:
     check_model_type(locate(target))
     check_quantizable(locate(target))
     folder = locate(target, weights=True)
-    check_whole(folder)
+    check_complete(folder)
     return folder, None
 
 
@@ -143,7 +143,7 @@ def _text(report: dict[str, Any]) -> str:
     )
     if layers:
         mean = sum(layers.values()) / len(layers)
-        lines.append(f"relative error of {counted(len(layers), 'layer')}: mean {mean:.4f}; the largest:")
+        lines.append(f"relative error of {pluralize(len(layers), 'layer')}: mean {mean:.4f}; the largest:")
         lines += [f"  {error:.4f}  {name}" for name, error in list(layers.items())[:WORST]]
     if report["in_experts"]:
         lines.append(f"not quantized: {report['in_experts']:,} expert weights, which are stored joined")

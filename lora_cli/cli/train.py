@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lora_cli.cli.options import Debug, Json, Quiet
-from lora_cli.errors import UserError, counted
+from lora_cli.errors import UserError, pluralize
 
 
 def command(
@@ -67,13 +67,13 @@ def command(
 
 
 def _summarize(run: str, result: dict[str, Any]) -> None:
-    from lora_cli.training.display import pace
+    from lora_cli.training.display import format_steps
 
     loss = "" if result["loss"] is None else f", last loss {result['loss']:.4f}"
-    typer.echo(f"{pace(result)}{loss}")
+    typer.echo(f"{format_steps(result)}{loss}")
     if result["skipped_steps"]:
-        told = counted(result["skipped_steps"], "step was", "steps were")
-        typer.echo(f"{told} skipped: loss or gradient was not finite")
+        message = pluralize(result["skipped_steps"], "step was", "steps were")
+        typer.echo(f"{message} skipped: loss or gradient was not finite")
     if result["adapter_step"] != result["steps"]:
         typer.echo(f"the adapter has the weights of step {result['adapter_step']:,}, the best")
     base, tuned = result["base"], result["validation"]

@@ -10,8 +10,15 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.chat import DAY, end_of_turn, endings, marked, written_after_words, written_otherwise
-from lora_cli.data.examples import Examples, Fitted, Mask, per_row
+from lora_cli.data.chat import (
+    TEMPLATE_DATE,
+    end_of_turn,
+    generation_marked_text,
+    generation_prompt_extra,
+    text_after_content,
+    turn_endings,
+)
+from lora_cli.data.examples import Examples, Fitted, Mask, count_per_row
 from lora_cli.errors import UserError
 
 
@@ -98,7 +105,7 @@ def _bos_counts(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> tuple
         is_bos = flat.ids == bos
         if bos == tokenizer.eos_token_id:
             is_bos[ends - 1] = False  # the last token is the EOS
-        counts.append(per_row(is_bos, flat.offsets))
+        counts.append(count_per_row(is_bos, flat.offsets))
         second = np.minimum(starts + 1, len(flat.ids) - 1)
         doubled += int((is_bos[starts] & is_bos[second] & (ends - starts > 1)).sum())
     return min(int(each.min()) for each in counts), max(int(each.max()) for each in counts), doubled
@@ -111,8 +118,8 @@ def _ends_supervised(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> 
     """
     ends, behind = [tokenizer.eos_token_id], 0
     if "chat" in examples.formats and (closing := end_of_turn(tokenizer)):
-        ends += [_ids(tokenizer, each)[-1] for each in endings(tokenizer, closing)]
-        behind = len(_ids(tokenizer, written_after_words(tokenizer).partition(closing)[2]))
+        ends += [_ids(tokenizer, each)[-1] for each in turn_endings(tokenizer, closing)]
+        behind = len(_ids(tokenizer, text_after_content(tokenizer).partition(closing)[2]))
     ended = []
     for flat in examples.chunks():
         supervised = np.flatnonzero(flat.supervised)
@@ -134,7 +141,11 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _template_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """What the chat template lacks or does unexpectedly, and how training deals with that."""
-    closing, answer, extra = end_of_turn(tokenizer), marked(tokenizer), written_otherwise(tokenizer)
+    closing, answer, extra = (
+        end_of_turn(tokenizer),
+        generation_marked_text(tokenizer),
+        generation_prompt_extra(tokenizer),
+    )
     notes = []
     if not closing:
         notes.append("the chat template writes no end of turn: the end-of-text token is added after the last turn")
@@ -146,6 +157,10 @@ def _template_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
         notes.append(f"the chat template ends a prompt in {extra!r}, but does not write it before given answers")
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:
-        told = f"{DAY} here" if "date_string" in template else "the same rows give different tokens on another day"
-        notes.append(f"the chat template writes today's date: {told}")
+        message = (
+            f"{TEMPLATE_DATE} here"
+            if "date_string" in template
+            else "the same rows give different tokens on another day"
+        )
+        notes.append(f"the chat template writes today's date: {message}")
     return tuple(notes)

@@ -11,8 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_cli.data.examples import Examples, Ints, offsets_of
-from lora_cli.data.grouping import apart, apart_in_order, pack_first_fit, pack_in_order, pad_by_length, pad_in_order
-from lora_cli.errors import Fault, UserError, counted
+from lora_cli.data.grouping import (
+    group_by_length_range,
+    group_by_length_range_in_order,
+    pack_first_fit,
+    pack_in_order,
+    pad_by_length,
+    pad_in_order,
+)
+from lora_cli.errors import Fault, UserError, pluralize
 from lora_cli.recipe.schema import Source
 
 if TYPE_CHECKING:
@@ -83,13 +90,13 @@ def check_drawn(source: npt.NDArray[np.int32], parts: Sequence[Source]) -> None:
     faults = []
     for part, count in zip(parts, np.bincount(source, minlength=len(parts)).tolist(), strict=True):
         if not count:
-            told = f"{part.path}: none of its rows is left to train on"
+            message = f"{part.path}: none of its rows is left to train on"
             hint = "all were held out for validation, or have no supervised token within data.max_length"
-            faults.append(Fault(told, "data.train", hint))
+            faults.append(Fault(message, "data.train", hint))
         elif not any(_passes(part.weight, count)):
-            told = f"{part.path}: with weight {part.weight:g} an epoch takes none of its {counted(count, 'row')}"
+            message = f"{part.path}: with weight {part.weight:g} an epoch takes none of its {pluralize(count, 'row')}"
             hint = f"raise the weight to {math.ceil(1000 / count) / 1000:g}, or leave it out"
-            faults.append(Fault(told, "data.train", hint))
+            faults.append(Fault(message, "data.train", hint))
     if faults:
         raise UserError(faults)
 
@@ -176,7 +183,9 @@ class Schedule:
                 return pad_by_length(rows, self.lengths, self.batch_size, draw)
             return pad_in_order(rows, self.batch_size)
 
-        batches = (apart if self.shuffle else apart_in_order)(order, self.lengths, self.bounds, group)
+        batches = (group_by_length_range if self.shuffle else group_by_length_range_in_order)(
+            order, self.lengths, self.bounds, group
+        )
         if self.shuffle and self.bounds:  # otherwise all long rows would come first
             batches = [batches[0], *(batches[1 + index] for index in draw.permutation(len(batches) - 1))]
         self._counts[epoch] = len(batches)

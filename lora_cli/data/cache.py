@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli import __version__
 from lora_cli.data.examples import CHUNK, Store, end_to_end
-from lora_cli.data.sources import Row, whole_rows
+from lora_cli.data.sources import Row, valid_rows
 from lora_cli.data.tokenize import Tokenized, check_usable, tokenize_rows
 from lora_cli.disk import make_folder, sync
 from lora_cli.errors import RunError, UserError, unwritable
@@ -72,7 +72,7 @@ def tokenize_cached(
     settings = _settings_digest(data, tokenizer)
     if published is not None or any(cache.glob("*.safetensors")):
         digest = settings.copy()
-        for _ in _counted_in(digest, whole_rows(sources)):
+        for _ in _counted_in(digest, valid_rows(sources)):
             pass
         key = digest.hexdigest()
         if published is not None and key not in published():
@@ -86,7 +86,7 @@ def tokenize_cached(
             return Cached(found, key, fresh=False)
     digest = settings.copy()
     folder = next(place for place in (cache, *cache.absolute().parents) if place.is_dir())
-    tokenized = tokenize_rows(data, _counted_in(digest, whole_rows(sources)), tokenizer, folder)
+    tokenized = tokenize_rows(data, _counted_in(digest, valid_rows(sources)), tokenizer, folder)
     return Cached(tokenized, digest.hexdigest(), fresh=True)
 
 

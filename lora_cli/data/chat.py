@@ -10,15 +10,15 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.formats import Segment
-from lora_cli.data.resource_limits import BYTES, SECONDS, bounded
+from lora_cli.data.resource_limits import MAX_CPU_SECONDS, MAX_EXTRA_BYTES, resource_limits
 from lora_cli.data.turns import Conversation, Message
 from lora_cli.errors import UserError
 
 PROBE = "lora-probe-7f3a"
 PROBES = Conversation((Message("user", PROBE), Message("assistant", PROBE)))
-DAY = "26 Jul 2024"
+TEMPLATE_DATE = "26 Jul 2024"
 """Today's date for templates that ask for it (Llama's own default), so that rows give the same tokens on any day."""
-MEND = "correct the model's chat_template.jinja, or chat_template in its tokenizer_config.json"
+TEMPLATE_HINT = "correct the model's chat_template.jinja, or chat_template in its tokenizer_config.json"
 CALLS_AS_TEXT = "write the calls into the turn's text in the model's own syntax, and remove tool_calls"
 MOST_ADDED, MOST_REPEATED = 1_000_000, 10
 """Limits of a rendering: characters that a template may add, and how often it may repeat the conversation."""
@@ -28,66 +28,67 @@ GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 def render(
     tokenizer: PreTrainedTokenizerBase, talk: Conversation, where: str | None, add_generation_prompt: bool = False
 ) -> str:
-    """The conversation as text, special tokens included. A template that takes a ``date_string`` gets ``DAY``.
+    """The conversation as text, special tokens included. Templates that take a ``date_string`` get ``TEMPLATE_DATE``.
 
     Raises UserError when the template is broken and, with the row's place, when it refuses the row or exceeds a limit.
     """
     try:
-        with bounded():
+        with resource_limits():
             text = str(
                 tokenizer.apply_chat_template(
                     talk.messages(),
                     tools=list(talk.tools) or None,  # for an empty list some templates write a heading
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
-                    date_string=DAY,
+                    date_string=TEMPLATE_DATE,
                 )
             )
     except TemplateSyntaxError as error:
         what = f"the tokenizer's chat template has an error in line {error.lineno}: {error.message}"
-        raise UserError(what, hint=MEND) from error
+        raise UserError(what, hint=TEMPLATE_HINT) from error
     except (MemoryError, TimeoutError) as error:
-        what = f"the chat template takes more than {SECONDS:g} s or {BYTES >> 20} MiB for one conversation"
-        raise UserError(what, where, MEND) from error
+        limits = f"{MAX_CPU_SECONDS:g} s or {MAX_EXTRA_BYTES >> 20} MiB"
+        what = f"the chat template takes more than {limits} for one conversation"
+        raise UserError(what, where, TEMPLATE_HINT) from error
     except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         hint = "check which roles this model's chat template accepts, and in which order"
         raise UserError(f"the chat template refuses the conversation: {error}", where, hint) from error
     if len(text) > MOST_ADDED + MOST_REPEATED * len(str(talk)):
-        raise UserError(f"the chat template makes {len(text):,} characters of one conversation", where, MEND)
+        raise UserError(f"the chat template makes {len(text):,} characters of one conversation", where, TEMPLATE_HINT)
     return text
 
 
-def written_after_words(tokenizer: PreTrainedTokenizerBase) -> str:
+def text_after_content(tokenizer: PreTrainedTokenizerBase) -> str:
     """The text that the template writes after an assistant's content ('<|im_end|>\\n', '<|eot_id|>', …).
 
     Raises UserError when the template leaves the content out.
     """
     text = render(tokenizer, PROBES, None)
     if PROBE not in text:
-        raise UserError("the tokenizer's chat template leaves out what the assistant says", hint=MEND)
+        raise UserError("the tokenizer's chat template leaves out what the assistant says", hint=TEMPLATE_HINT)
     return text[text.rindex(PROBE) + len(PROBE) :]
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
     """How the template ends an assistant's turn ('<|im_end|>', '<|eot_id|>', …), or ''."""
-    return written_after_words(tokenizer).strip()
+    return text_after_content(tokenizer).strip()
 
 
-def endings(tokenizer: PreTrainedTokenizerBase, closing: str) -> tuple[str, ...]:
+def turn_endings(tokenizer: PreTrainedTokenizerBase, closing: str) -> tuple[str, ...]:
     """The possible ends of a turn when the last one ends in ``closing``: ``closing``, or ``closing`` without the EOS
     token that a template writes only after the whole conversation (Phi's '<|end|>\\n<|endoftext|>')."""
     alone = closing.removesuffix(str(tokenizer.eos_token or "")).rstrip()
     return tuple(dict.fromkeys(each for each in (closing, alone) if each))
 
 
-def written_otherwise(tokenizer: PreTrainedTokenizerBase) -> str:
+def generation_prompt_extra(tokenizer: PreTrainedTokenizerBase) -> str:
     """The end of the generation prompt that the template does not write before a given answer ('<think>…'), or ''."""
     asked, written = render(tokenizer, PROBES.before(1), None, True), render(tokenizer, PROBES, None)
     shared = next(n for n in range(len(asked), -1, -1) if written.startswith(asked[:n]))
     return asked[shared:]
 
 
-def marked(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def generation_marked_text(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The part of an answer inside the template's ``{% generation %}`` marks; None when it has no such marks."""
     if not GENERATION_MARK.search(tokenizer.get_chat_template()):
         return None
@@ -105,10 +106,10 @@ def conversation_segments(
     tools, a tool's turn or an assistant's turn.
     """
     full = render(tokenizer, talk, where)
-    if talk.tools and full == _attempt(tokenizer, replace(talk, tools=())):
+    if talk.tools and full == _render_or_empty(tokenizer, replace(talk, tools=())):
         hint = "remove the column from the rows, or use a model whose chat template writes tools"
         raise UserError("the chat template leaves out the row's tools", where, hint)
-    written = _Written(tokenizer, talk, full, endings(tokenizer, closing))
+    written = _Written(tokenizer, talk, full, turn_endings(tokenizer, closing))
     segments: list[Segment] = []
     at = 0
     for index, turn in enumerate(talk.turns):
@@ -127,7 +128,9 @@ def conversation_segments(
     return (*segments, (full[at:], False))
 
 
-def _attempt(tokenizer: PreTrainedTokenizerBase, talk: Conversation, add_generation_prompt: bool = False) -> str:
+def _render_or_empty(
+    tokenizer: PreTrainedTokenizerBase, talk: Conversation, add_generation_prompt: bool = False
+) -> str:
     """The conversation as text, or '' when the template refuses it, as it may refuse a part of a valid one."""
     try:
         return render(tokenizer, talk, None, add_generation_prompt)
@@ -157,7 +160,7 @@ class _Written:
         input when it is to answer. If the text does not start with that rendering (a prompt may end in an empty
         reasoning block; a system message may move to a later turn), the turn begins with its content.
         """
-        given = _attempt(self.tokenizer, self.talk.before(index), add_generation_prompt=True)
+        given = _render_or_empty(self.tokenizer, self.talk.before(index), add_generation_prompt=True)
         if given and len(given) >= at and self.full.startswith(given):
             return len(given)
         around = self._around(index)
@@ -186,7 +189,7 @@ class _Written:
             closed = self._closed(around[1])
         else:
             # Some templates reject any other turn in place of one with tool calls, but render it as the last turn.
-            until = _attempt(self.tokenizer, self.talk.before(index + 1))
+            until = _render_or_empty(self.tokenizer, self.talk.before(index + 1))
             end = until.rfind(self.closings[-1]) if self.closings and full.startswith(until) else -1
             closed = self._closed(until[end:])
             if end < start or until[end + closed :].strip():
@@ -200,7 +203,7 @@ class _Written:
 
     def _around(self, index: int, probe: Message = PROBES.turns[1]) -> tuple[str, str] | None:
         """The text before and after a turn's content, with ``probe`` in its place; None when PROBE is missing."""
-        head, found, tail = _attempt(self.tokenizer, self.talk.with_turn(index, probe)).partition(PROBE)
+        head, found, tail = _render_or_empty(self.tokenizer, self.talk.with_turn(index, probe)).partition(PROBE)
         return (head, tail) if found else None
 
     def _before_calls(self, index: int, start: int, end: int) -> str | None:

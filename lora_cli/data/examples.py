@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from lora_cli.errors import UserError, counted
+from lora_cli.errors import UserError, pluralize
 
 Ints = npt.NDArray[np.int64]
 Tokens = npt.NDArray[np.int32]
@@ -80,7 +80,7 @@ class Examples:
 
     @cached_property
     def supervised_per_row(self) -> Ints:
-        counts = [per_row(flat.supervised, flat.offsets) for flat in self.chunks()]
+        counts = [count_per_row(flat.supervised, flat.offsets) for flat in self.chunks()]
         return np.concatenate([np.zeros(0, np.int64), *counts])
 
     @cached_property
@@ -141,7 +141,7 @@ def offsets_of(lengths: Ints) -> Ints:
     return np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
 
 
-def per_row(flags: Mask, offsets: Ints) -> Ints:
+def count_per_row(flags: Mask, offsets: Ints) -> Ints:
     """The number of flagged tokens of each row, (rows,); ``flags`` is (total tokens,)."""
     running = np.concatenate(([0], np.cumsum(flags, dtype=np.int64)))
     return running[offsets[1:]] - running[offsets[:-1]]
@@ -180,7 +180,7 @@ def fit(examples: Examples, max_length: int, what: str) -> Fitted:
     learned = cut.supervised_per_row > 0
     if not learned.any():
         raise UserError(
-            f"nothing to learn or measure: none of {counted(len(examples), 'row')} has a supervised token among its "
+            f"nothing to learn or measure: none of {pluralize(len(examples), 'row')} has a supervised token among its "
             f"first {max_length}",
             what,
             "check that the rows have answers; raise data.max_length, or set data.train_on: all",

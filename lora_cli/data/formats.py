@@ -13,7 +13,15 @@ from typing import Any
 
 from lora_cli.data.readers import kind_of
 from lora_cli.data.sources import Row, read_rows
-from lora_cli.data.turns import HALF, HALF_HINT, Conversation, Message, is_broken, read_tools, read_turns
+from lora_cli.data.turns import (
+    LONE_SURROGATE,
+    LONE_SURROGATE_HINT,
+    Conversation,
+    Message,
+    has_lone_surrogate,
+    read_tools,
+    read_turns,
+)
 from lora_cli.errors import Fault, UserError, did_you_mean
 from lora_cli.recipe.schema import Data, Source, Template
 
@@ -80,8 +88,8 @@ class Columns:
         if not isinstance(value, str):
             what = f"column '{self.column(name)}' holds {kind_of(value)}, expected text"
             raise UserError(what, self.row.where, self._seen())
-        if is_broken(value):
-            raise UserError(f"column '{self.column(name)}' {HALF}", self.row.where, HALF_HINT)
+        if has_lone_surrogate(value):
+            raise UserError(f"column '{self.column(name)}' {LONE_SURROGATE}", self.row.where, LONE_SURROGATE_HINT)
         return value
 
     def _seen(self) -> str:
@@ -223,18 +231,18 @@ def column_faults(data: Data) -> list[Fault]:
     """The names in ``data.columns`` that the format does not use."""
     if data.template is not None:
         known = {name for pattern in (data.template.prompt, data.template.completion) for name in _fields(pattern)}
-        told = "the patterns have no such field"
+        problem = "the patterns have no such field"
     else:
         wanted = FORMATS if data.format == "auto" else (data.format,)
         known = {name for format_name in wanted for name in FORMATS[format_name].names}
-        told = "no format uses" if data.format == "auto" else f"format: {data.format} does not use"
-        told = f"{told} this name"
+        problem = "no format uses" if data.format == "auto" else f"format: {data.format} does not use"
+        problem = f"{problem} this name"
     return [
-        Fault(told, f"data.columns.{name}", did_you_mean(name, known)) for name in data.columns if name not in known
+        Fault(problem, f"data.columns.{name}", did_you_mean(name, known)) for name in data.columns if name not in known
     ]
 
 
-def detect(row: Row, data: Data) -> str:
+def detect_format(row: Row, data: Data) -> str:
     """``data.format``, or for ``auto`` the format that matches the row's columns.
 
     Raises UserError, naming the columns, when none matches, or when it does not use a name in ``data.columns``.
@@ -326,20 +334,20 @@ def _faults_in(row: Row, data: Data, formats: dict[int, str], unread: set[str]) 
     try:
         if row.source not in formats:
             formats[row.source] = ""  # reported only once when no format matches
-            formats[row.source] = detect(row, data)
+            formats[row.source] = detect_format(row, data)
         if format_name := formats[row.source]:
             columns = Columns(row, data)
             FORMATS[format_name].read(columns)
             unread.update(c for c in row.columns.keys() - columns.read - unread if row.columns[c])
     except UserError as error:
-        return _of_another_format(row, formats[row.source], data) or error.faults
+        return _mixed_format_faults(row, formats[row.source], data) or error.faults
     return ()
 
 
-def _of_another_format(row: Row, format_name: str, data: Data) -> list[Fault]:
+def _mixed_format_faults(row: Row, format_name: str, data: Data) -> list[Fault]:
     """The fault that the row has another format than its source's first row, if it has."""
     try:
-        own = detect(row, data)
+        own = detect_format(row, data)
         read_content(row, own, data)
     except UserError:
         return []

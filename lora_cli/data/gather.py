@@ -13,7 +13,7 @@ import numpy as np
 from lora_cli.data.examples import Examples, Ints, Store, Tokens, end_to_end, offsets_of
 from lora_cli.errors import unwritable
 
-HELD = 1 << 24
+BUFFER_TOKENS = 1 << 24
 """Tokens held in memory before they are written to files: 84 MB."""
 
 
@@ -37,7 +37,7 @@ def gather(parts: Iterable[Examples], folder: Path | None) -> Examples:
             sources.append(part.source)
             formats |= {index: part.formats[index] for index in np.unique(part.source).tolist()}
             waiting += part.tokens
-            if waiting >= HELD:
+            if waiting >= BUFFER_TOKENS:
                 _write(held, files, place)
                 waiting = 0
         if files:

@@ -19,9 +19,9 @@ from lora_cli.errors import RunError, UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-ALONE = 4.0
+SERIAL_SECONDS = 4.0
 """Seconds of work before other processes are started; starting them takes about as long."""
-MOST = 12
+MAX_WORKERS = 12
 """Maximum number of processes: reading the items cannot keep more of them busy."""
 _given: list[Callable[[Any], Any]] = []
 """The function, in a worker process. Sent with each item instead, its tokenizer would be most of the data sent."""
@@ -40,9 +40,9 @@ def in_order(work: Callable[[Item], Result], items: Iterator[Item]) -> Iterator[
         result = work(item)
         spent += time.perf_counter() - began
         yield result
-        if spent >= ALONE and cores > 1:
+        if spent >= SERIAL_SECONDS and cores > 1:
             break
-    yield from _in_processes(work, items, min(cores, MOST))
+    yield from _in_processes(work, items, min(cores, MAX_WORKERS))
 
 
 def _in_processes(work: Callable[[Item], Result], items: Iterator[Item], count: int) -> Iterator[Result]:

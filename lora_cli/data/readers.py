@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import Fault, UserError, counted
+from lora_cli.errors import Fault, UserError, pluralize
 
 
 def kind_of(value: Any) -> str:
@@ -58,7 +58,7 @@ def _jsonl(path: Path) -> Iterator[Record | Fault]:
 
 def _json_object(text: str, where: str) -> Record | Fault:
     try:
-        value = json.loads(text, object_pairs_hook=keys_once)
+        value = json.loads(text, object_pairs_hook=dict_without_duplicates)
     except json.JSONDecodeError as error:
         return Fault(f"not valid JSON: {error.msg} (column {error.colno})", where, "write one JSON object per line")
     except (ValueError, RecursionError) as error:
@@ -68,7 +68,7 @@ def _json_object(text: str, where: str) -> Record | Fault:
     return where, value
 
 
-def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def dict_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The pairs as a dict. Raises ValueError for a duplicate key, of which ``json`` would keep only the last value."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -89,7 +89,7 @@ def _check_named_once(columns: Sequence[str], where: str) -> None:
 def _json(path: Path) -> Iterator[Record | Fault]:
     text = "".join(_decoded(path, newline=""))
     try:
-        value = json.loads(text, object_pairs_hook=keys_once) if text.strip() else []
+        value = json.loads(text, object_pairs_hook=dict_without_duplicates) if text.strip() else []
     except json.JSONDecodeError as error:
         what, place = f"not valid JSON: {error.msg} (column {error.colno})", f"{path}:{error.lineno}"
         raise UserError(what, place, "a .json file is one list of objects, a .jsonl file an object a line") from error
@@ -120,8 +120,8 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[Record | Fault]:
                 _check_delimiter(header, where, delimiter)
                 _check_named_once(header, where)
             elif len(cells) != len(header):
-                told = f"{counted(len(cells), 'cell')} for {counted(len(header), 'column')}"
-                yield Fault(told, where, f"columns: {', '.join(header)}")
+                message = f"{pluralize(len(cells), 'cell')} for {pluralize(len(header), 'column')}"
+                yield Fault(message, where, f"columns: {', '.join(header)}")
             else:
                 yield where, dict(zip(header, cells, strict=True))
     except csv.Error as error:
@@ -149,14 +149,14 @@ def _parquet(path: Path) -> Iterator[Record | Fault]:
             for batch in file.iter_batches():
                 for columns in batch.to_pylist():
                     number += 1
-                    yield f"{path} (row {number})", without_filling(columns)
+                    yield f"{path} (row {number})", without_arrow_nulls(columns)
     # OverflowError, ValueError, KeyError: a date or a time zone that Python cannot represent.
     except (pa.ArrowException, OSError, OverflowError, ValueError, KeyError) as error:
         what = f"not a readable Parquet file: {str(error).splitlines()[0]}"
         raise UserError(what, str(path), "copy or write it again") from error
 
 
-def without_filling(columns: Mapping[str, Any]) -> dict[str, Any]:
+def without_arrow_nulls(columns: Mapping[str, Any]) -> dict[str, Any]:
     """The row without the nulls that Arrow adds to objects for keys that only other objects in the column have. A chat
     template would write them into a tool call."""
 

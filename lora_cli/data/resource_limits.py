@@ -10,22 +10,24 @@ from types import FrameType
 
 import psutil
 
-SECONDS = 1.0
-BYTES = 1 << 28
+MAX_CPU_SECONDS = 1.0
+MAX_EXTRA_BYTES = 1 << 28
 
 
 @contextmanager
-def bounded() -> Iterator[None]:
+def resource_limits() -> Iterator[None]:
     """In the block, raise TimeoutError after SECONDS of CPU time, MemoryError above BYTES of additional memory.
 
     Enter it in the main thread: the timer uses a signal.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = psutil.Process().memory_info().vms + BYTES
+    most = psutil.Process().memory_info().vms + MAX_EXTRA_BYTES
     former = signal.signal(signal.SIGVTALRM, _stop)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (most if soft == resource.RLIM_INFINITY else min(soft, most), hard))
-        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, SECONDS)  # repeats, because Jinja swallows the first error
+        signal.setitimer(
+            signal.ITIMER_VIRTUAL, MAX_CPU_SECONDS, MAX_CPU_SECONDS
+        )  # repeats, because Jinja swallows the first error
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)

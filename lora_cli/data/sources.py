@@ -12,16 +12,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lora_cli.data.readers import READERS, Record, without_filling
-from lora_cli.errors import Fault, UserError, is_pointer, mend, nearest
+from lora_cli.data.readers import READERS, Record, without_arrow_nulls
+from lora_cli.errors import Fault, UserError, is_lfs_pointer, nearest_hint, repair_hint
 from lora_cli.recipe.schema import Source
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 UNREAD_DATA = {".arrow", ".feather", ".orc", ".avro", ".xlsx", ".gz", ".bz2", ".xz", ".zst", ".zip"}
 """Data file types that are not supported. A folder that has one is refused, so that no data is skipped silently."""
 
-TRAINED = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
-HELD_OUT = re.compile(r"(?<![a-z])(val(id(ation)?)?|dev|test(ing)?|eval(uation)?)(?![a-z])", re.IGNORECASE)
+TRAIN_SPLIT = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
+HELD_OUT_SPLIT = re.compile(r"(?<![a-z])(val(id(ation)?)?|dev|test(ing)?|eval(uation)?)(?![a-z])", re.IGNORECASE)
 """How ``datasets`` recognizes the split of a file, from its name or that of a folder around it."""
 
 
@@ -51,16 +51,16 @@ def source_faults(sources: Iterable[Source]) -> list[Fault]:
             continue
         if files is None:
             continue
-        told = f"is for a hub id only, and this is a {_kind_of_path(source.path)}"
+        message = f"is for a hub id only, and this is a {_kind_of_path(source.path)}"
         if source.name is not None:
             hint = "give the path of the configuration's own files"
-            faults.append(Fault(f"name: {source.name} {told}", source.path, hint))
+            faults.append(Fault(f"name: {source.name} {message}", source.path, hint))
         if source.split != "train":
             hint = "give the path of the split's own files"
-            faults.append(Fault(f"split: {source.split} {told}", source.path, hint))
+            faults.append(Fault(f"split: {source.split} {message}", source.path, hint))
         if source.streaming:
             hint = "remove it: files are always read row by row"
-            faults.append(Fault(f"streaming {told}", source.path, hint))
+            faults.append(Fault(f"streaming {message}", source.path, hint))
     return faults
 
 
@@ -78,7 +78,7 @@ def read_rows(sources: Iterable[Source]) -> Iterator[Row | Fault]:
             yield Fault("holds no rows", where=source.path, hint="every source must have at least one row")
 
 
-def whole_rows(sources: Iterable[Source]) -> Iterator[Row]:
+def valid_rows(sources: Iterable[Source]) -> Iterator[Row]:
     """Yield every row of every source in order. Raises UserError at the first Fault of ``read_rows``."""
     for item in read_rows(sources):
         if isinstance(item, Fault):
@@ -86,7 +86,7 @@ def whole_rows(sources: Iterable[Source]) -> Iterator[Row]:
         yield item
 
 
-def places(sources: Sequence[Source], rows: Collection[tuple[int, int]]) -> list[str]:
+def row_places(sources: Sequence[Source], rows: Collection[tuple[int, int]]) -> list[str]:
     """The places of rows given as (source, index in it from 0). Reads the files again.
 
     For a row that can no longer be read, the place is the source's path and the row's number.
@@ -98,7 +98,7 @@ def places(sources: Sequence[Source], rows: Collection[tuple[int, int]]) -> list
             if _files(sources[at].path) is None:
                 found |= {(at, number): _hub_place(sources[at], number + 1) for number in wanted}
                 continue
-            read = islice(whole_rows([sources[at]]), max(wanted) + 1)
+            read = islice(valid_rows([sources[at]]), max(wanted) + 1)
             found |= {(at, number): row.where for number, row in enumerate(read) if number in wanted}
     return [found[row] for row in rows]
 
@@ -109,8 +109,8 @@ def _records(source: Source) -> Iterator[Record | Fault]:
         yield from hub_records(source)
         return
     for file in files:
-        if is_pointer(file):
-            raise UserError("not the file itself", str(file), mend(file))
+        if is_lfs_pointer(file):
+            raise UserError("not the file itself", str(file), repair_hint(file))
         yield from READERS[file.suffix.lower()](file)
 
 
@@ -135,7 +135,7 @@ def _files(path: str) -> list[Path] | None:
     siblings = [f.name for f in here.parent.iterdir() if f.suffix.lower() in READERS] if here.parent.is_dir() else []
     relative = None if here.is_absolute() else f"paths are relative to {Path.cwd()}"
     listed = f"in brackets it is a list: [{path}]" if "," in path else None
-    raise UserError("no such data file", path, listed or nearest(here.name, siblings) or relative)
+    raise UserError("no such data file", path, listed or nearest_hint(here.name, siblings) or relative)
 
 
 def _readable(found: list[Path], path: str) -> list[Path]:
@@ -163,8 +163,8 @@ def _check_split(files: Sequence[Path], folder: Path) -> None:
     """Raises UserError when the folder holds a data set's held-out split beside its training split. Text files may have
     any names: they are documents."""
     names = [str(file.relative_to(folder)) for file in files if file.suffix.lower() != ".txt"]
-    trained = next((name for name in names if TRAINED.search(name)), None)
-    held_out = next((name for name in names if HELD_OUT.search(name) and not TRAINED.search(name)), None)
+    trained = next((name for name in names if TRAIN_SPLIT.search(name)), None)
+    held_out = next((name for name in names if HELD_OUT_SPLIT.search(name) and not TRAIN_SPLIT.search(name)), None)
     if trained and held_out:
         hint = f"give the files of one, such as {folder / trained}, or all of them by a glob"
         raise UserError(f"holds several splits: {trained} and {held_out}", str(folder), hint)
@@ -191,11 +191,11 @@ def hub_records(source: Source) -> Iterator[Record]:
     try:
         rows = datasets.load_dataset(source.path, source.name, split=source.split, streaming=source.streaming)
         for number, columns in enumerate(rows, 1):
-            yield _hub_place(source, number), without_filling(columns)
+            yield _hub_place(source, number), without_arrow_nulls(columns)
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
-        told = " ".join(str(error).splitlines()[:2])
-        what = f"the data set could not be loaded from the hub: {told}"
+        message = " ".join(str(error).splitlines()[:2])
+        what = f"the data set could not be loaded from the hub: {message}"
         hint = "give a path that exists, or a hub id that can be reached from here"
-        if told.startswith("Config name is missing"):
+        if message.startswith("Config name is missing"):
             hint = f"choose one: {{path: {source.path}, name: ...}} as an item of the list"
         raise UserError(what, source.path, hint) from error

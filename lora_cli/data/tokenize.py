@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.chat import conversation_segments, end_of_turn
 from lora_cli.data.examples import Examples, Ints, Mask, Piece, Tokens, join_pieces
-from lora_cli.data.formats import Content, Segment, detect, read_content
+from lora_cli.data.formats import Content, Segment, detect_format, read_content
 from lora_cli.data.gather import gather
 from lora_cli.data.parallel import in_order
-from lora_cli.data.sources import Row, whole_rows
+from lora_cli.data.sources import Row, valid_rows
 from lora_cli.data.turns import Conversation
 from lora_cli.errors import UserError
 from lora_cli.recipe.schema import Data, Source
@@ -43,7 +43,7 @@ class Chunk:
 
 def tokenize(data: Data, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> Examples:
     """Read, format and tokenize every row of the sources, uncut. Raises UserError as ``tokenize_rows`` does."""
-    return tokenize_rows(data, whole_rows(sources), tokenizer).examples
+    return tokenize_rows(data, valid_rows(sources), tokenizer).examples
 
 
 def tokenize_rows(
@@ -82,7 +82,7 @@ def read_chunks(data: Data, rows: Iterable[Row], tokenizer: PreTrainedTokenizerB
 
     def format_of(row: Row) -> str:
         if row.source not in formats:
-            formats[row.source] = detect(row, data)
+            formats[row.source] = detect_format(row, data)
         return formats[row.source]
 
     for format_name, alike in groupby(rows, format_of):
@@ -119,27 +119,27 @@ def encode_chunk(tokenizer: PreTrainedTokenizerBase, supervise_all: bool, chunk:
     )
     pieces: list[Piece] = []
     removed = 0
-    told = zip(batch, chunk.rows, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    for segments, (_, _, source), numbers, places in told:
+    encoded_rows = zip(batch, chunk.rows, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    for segments, (_, _, source), numbers, places in encoded_rows:
         ids, offsets = np.asarray(numbers, np.int32), np.asarray(places, np.int64).reshape(-1, 2)
-        if _doubles_bos(tokenizer.bos_token_id, ids, offsets):
+        if _has_double_bos(tokenizer.bos_token_id, ids, offsets):
             ids, offsets = ids[1:], offsets[1:]
             removed += 1
         mask = _supervised(segments, offsets)
         if not is_chat or not chunk.closing:
-            ids, mask = _close(tokenizer.eos_token_id, ids, mask, segments)
+            ids, mask = _append_eos(tokenizer.eos_token_id, ids, mask, segments)
         mask[:1] = False
         pieces.append((ids, mask, source))
     parts = 1 + max(source for _, _, source in pieces)
     return Tokenized(join_pieces(pieces, (chunk.format,) * parts), removed)
 
 
-def _doubles_bos(bos: int | None, ids: Tokens, offsets: Ints) -> bool:
+def _has_double_bos(bos: int | None, ids: Tokens, offsets: Ints) -> bool:
     """Whether the tokenizer added its BOS (an empty character span) before a text that begins with a BOS."""
     return bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos and not offsets[0].any()
 
 
-def _close(eos: int, ids: Tokens, mask: Mask, segments: tuple[Segment, ...]) -> tuple[Tokens, Mask]:
+def _append_eos(eos: int, ids: Tokens, mask: Mask, segments: tuple[Segment, ...]) -> tuple[Tokens, Mask]:
     """End the row with the EOS token, supervised when the text before it is."""
     last = next((wanted for text, wanted in reversed(segments) if wanted or text.strip()), False)
     if len(ids) and ids[-1] == eos:

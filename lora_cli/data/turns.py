@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lora_cli.data.readers import keys_once, kind_of
+from lora_cli.data.readers import dict_without_duplicates, kind_of
 from lora_cli.errors import UserError
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 """ShareGPT's names, with LLaMA-Factory's two for the calls of tools, as JSON text, and for what a tool answers."""
-HALF = "holds half a character (a lone surrogate, written \\ud800 to \\udfff)"
-HALF_HINT = "write the character itself, or both its halves"
+LONE_SURROGATE = "holds half a character (a lone surrogate, written \\ud800 to \\udfff)"
+LONE_SURROGATE_HINT = "write the character itself, or both its halves"
 ROLES = ("system", "user", "assistant", "tool")
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
 """Keys of a turn with content beyond its text. Only an assistant's ``tool_calls`` are read."""
@@ -103,8 +103,8 @@ def _text(content: Any, place: str) -> str:
     if not isinstance(content, str):
         found = "null or missing" if content is None else kind_of(content)
         raise UserError(f"the turn's text is {found}", place, "content (or value) must be text")
-    if is_broken(content):
-        raise UserError(f"the turn's text {HALF}", place, HALF_HINT)
+    if has_lone_surrogate(content):
+        raise UserError(f"the turn's text {LONE_SURROGATE}", place, LONE_SURROGATE_HINT)
     return content
 
 
@@ -192,7 +192,7 @@ def read_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
 
 def _from_json(text: str, where: str, hint: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=keys_once)
+        return json.loads(text, object_pairs_hook=dict_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise UserError(f"not valid JSON: {error}", where, hint) from error
 
@@ -203,10 +203,10 @@ def _check_json(value: Any, where: str) -> None:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"cannot be written as JSON: {error}", where) from error
-    if is_broken(text):
-        raise UserError(HALF, where, HALF_HINT)
+    if has_lone_surrogate(text):
+        raise UserError(LONE_SURROGATE, where, LONE_SURROGATE_HINT)
 
 
-def is_broken(text: str) -> bool:
+def has_lone_surrogate(text: str) -> bool:
     """Whether the text holds a lone surrogate, which JSON can escape but UTF-8 cannot encode."""
     return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)

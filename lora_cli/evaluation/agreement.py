@@ -54,6 +54,6 @@ def agreement(
 
 def perplexity(logits: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> float:
     """The perplexity of all tokens except each row's first."""
-    told = [cross_entropy(each[:-1], row[1:], reduction="sum") for each, row in zip(logits, rows, strict=True)]
-    mean = sum(map(float, told)) / max(sum(len(row) - 1 for row in rows), 1)
+    losses = [cross_entropy(each[:-1], row[1:], reduction="sum") for each, row in zip(logits, rows, strict=True)]
+    mean = sum(map(float, losses)) / max(sum(len(row) - 1 for row in rows), 1)
     return math.exp(min(mean, 709.0)) if math.isfinite(mean) else math.inf

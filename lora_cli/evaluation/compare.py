@@ -15,10 +15,9 @@ from lora_cli.data.examples import highest_id
 from lora_cli.errors import RunError
 from lora_cli.evaluation.head import frozen_head
 from lora_cli.evaluation.loss import Score, evaluating, evaluation_groups, mean_score, tally_loss
-from lora_cli.evaluation.packing import lay_end_to_end
+from lora_cli.evaluation.packing import enable_packing
 from lora_cli.model.adapters import load_adapter
 from lora_cli.model.base import longrope_bounds, pad_token_id
-from lora_cli.model.files import stored_quantization
 from lora_cli.model.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def compare(
     config = None if adapter is None else PeftConfig.from_pretrained(str(adapter))
     # aLoRA is active after its invocation tokens, of which PEFT finds only the last in each sequence.
     is_activated = getattr(config, "alora_invocation_tokens", None) is not None
-    packing = not is_activated and lay_end_to_end(model, device, attn_implementation)
+    packing = not is_activated and enable_packing(model, device, attn_implementation)
 
     def score(model: PreTrainedModel | PeftModel, what: str) -> Score:
         with evaluating(model):
@@ -73,7 +72,8 @@ def compare(
         return found
 
     if adapter is None:
-        return Comparison(score(model, "the quantized model" if stored_quantization(base) else "the model"), None)
+        is_quantized = getattr(model.config, "quantization_config", None) is not None
+        return Comparison(score(model, "the quantized model" if is_quantized else "the model"), None)
     # Score the base before PEFT gives it the adapter's biases, PiSSA's residual or new tokens, which rows may hold.
     has_words = highest_id(examples) < model.config.get_text_config().vocab_size
     alone = score(model, "the base") if has_words else None

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from lora_cli.model.shapes import rounded
+from lora_cli.model.shapes import rounded_size
 from lora_cli.model.swiglu import HAS_LIGER
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ROWS, COLUMNS, LOGITS = 2048, 4096, 2**22
 """On a CPU: the most rows of logits computed at a time, the fewest columns, and the logits when rows are few."""
-LEAST = -1e30
+FINITE_MINUS_INF = -1e30
 """Replaces a bias of -inf: a block in which every token has -inf would have no softmax."""
 BYTES_ON_GPU = 2**28
 """Most bytes of logits that a GPU computes at a time, before rows are rounded up; few rows make slow products."""
@@ -72,7 +72,7 @@ class Head:
         return torch.stack(losses).sum()
 
     @contextmanager
-    def set_aside(self, use: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    def intercept_input(self, use: Callable[[torch.Tensor], None]) -> Iterator[None]:
         """A context in which a forward pass hands this layer's input to ``use`` and returns empty logits.
 
         ``use`` is called during the pass: after it, sharded weights are no longer gathered.
@@ -110,7 +110,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         rows, columns = len(hidden), _columns(weight, len(hidden))
-        lengthened = pad(hidden, (0, 0, 0, rounded(rows) - rows))
+        lengthened = pad(hidden, (0, 0, 0, rounded_size(rows) - rows))
         memory = hidden.new_empty(len(lengthened) * columns)
         total = hidden.new_full((rows, 1), -torch.inf, dtype=exact)  # log sum exp(z) over the columns so far
         picked = torch.zeros_like(total)
@@ -121,11 +121,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = torch.mm(lengthened, some.T, out=whole)[:rows]
             if bias is not None:
                 logits += bias[first : first + columns]
-                logits.clamp_(min=max(LEAST, torch.finfo(logits.dtype).min))
+                logits.clamp_(min=max(FINITE_MINUS_INF, torch.finfo(logits.dtype).min))
             place = targets[:, None] - first
             is_here = (place >= 0) & (place < len(some))
             picked = torch.where(is_here, logits.gather(1, place.clamp(0, len(some) - 1)).to(exact), picked)
-            own = _make_softmax(logits, exact, scale, cap)
+            own = _softmax_and_logsumexp(logits, exact, scale, cap)
             total = torch.logaddexp(total, own)
             if wants_gradient:
                 slopes.lerp_(torch.mm(whole, some)[:rows].to(exact), own.sub_(total).exp_())
@@ -147,8 +147,8 @@ def _rows(weight: torch.Tensor) -> int:
     """The most rows of logits to compute at a time for a head's ``weight``."""
     vocabulary, width = weight.shape
     if weight.device.type != "cpu":
-        return rounded(max(64, BYTES_ON_GPU // (weight.itemsize * vocabulary)))
-    return rounded(min(ROWS, LOGITS // width))
+        return rounded_size(max(64, BYTES_ON_GPU // (weight.itemsize * vocabulary)))
+    return rounded_size(min(ROWS, LOGITS // width))
 
 
 def _columns(weight: torch.Tensor, rows: int) -> int:
@@ -160,10 +160,10 @@ def _columns(weight: torch.Tensor, rows: int) -> int:
     vocabulary, width = weight.shape
     if weight.device.type != "cpu":
         return vocabulary
-    return min(vocabulary, max(COLUMNS, 2 * width, rounded(LOGITS // rounded(max(1, rows)))))
+    return min(vocabulary, max(COLUMNS, 2 * width, rounded_size(LOGITS // rounded_size(max(1, rows)))))
 
 
-def _make_softmax(logits: torch.Tensor, exact: torch.dtype, scale: float, cap: float | None) -> torch.Tensor:
+def _softmax_and_logsumexp(logits: torch.Tensor, exact: torch.dtype, scale: float, cap: float | None) -> torch.Tensor:
     """log sum exp(z) of each row of ``logits`` (rows, n), as (rows, 1) in the ``exact`` dtype.
 
     Overwrites ``logits`` with softmax(z), times z's slope if there is a cap.
@@ -205,7 +205,7 @@ def frozen_head(model: PreTrainedModel | PeftModel) -> Head | None:
     ids = (torch.arange(8, device=module.weight.device) * 7919 + 3)[None] % config.vocab_size
     taken: list[torch.Tensor] = []
     wanted = model(input_ids=ids, use_cache=False).logits[0].float()
-    with head.set_aside(taken.append):
+    with head.intercept_input(taken.append):
         model(input_ids=ids, use_cache=False)
     found = head.logits(taken[0][0]) if taken else wanted[:0]
     if found.shape != wanted.shape:

@@ -13,9 +13,9 @@ import torch
 from torch.nn.functional import cross_entropy, pad
 
 from lora_cli.data.batches import Batch
-from lora_cli.data.grouping import apart, pack_first_fit, pad_in_order
+from lora_cli.data.grouping import group_by_length_range, pack_first_fit, pad_in_order
 from lora_cli.evaluation.head import Head
-from lora_cli.model.shapes import rounded
+from lora_cli.model.shapes import rounded_size
 
 if TYPE_CHECKING:
     from lora_cli.data.examples import Examples, Ints
@@ -52,12 +52,15 @@ def summed_loss(
     losses: list[torch.Tensor] = []
     aside: AbstractContextManager[None] = nullcontext()
     if head is not None:
-        aside = head.set_aside(
+        aside = head.intercept_input(
             lambda hidden: losses.append(head.summed_loss(_predicting(batch, hidden), batch.targets))
         )
-    with aside, below.giving(batch.hidden) if below is not None and batch.hidden is not None else nullcontext():
+    with aside, below.skipped_with(batch.hidden) if below is not None and batch.hidden is not None else nullcontext():
         output = model(
-            input_ids=batch.input_ids, logits_to_keep=batch.predict_from, use_cache=False, **rows_apart(batch)
+            input_ids=batch.input_ids,
+            logits_to_keep=batch.predict_from,
+            use_cache=False,
+            **row_boundary_arguments(batch),
         )
     if losses:  # empty logits sum to 0, but let the backward pass start where sharded weights expect it to
         loss: torch.Tensor = losses[0] + output.logits.sum()
@@ -76,7 +79,7 @@ def _predicting(batch: Batch, outputs: torch.Tensor) -> torch.Tensor:
 def _lengthened(batch: Batch) -> Batch:
     """The batch; a packed one gets an unsupervised row at the end, up to a rounded number of tokens."""
     tokens = batch.input_ids.shape[1]
-    more = rounded(tokens) - tokens
+    more = rounded_size(tokens) - tokens
     if batch.cu_seq_lens is None or not more:
         return batch
     return replace(
@@ -89,7 +92,7 @@ def _lengthened(batch: Batch) -> Batch:
     )
 
 
-def rows_apart(batch: Batch) -> dict[str, Any]:
+def row_boundary_arguments(batch: Batch) -> dict[str, Any]:
     """The arguments that keep the batch's rows apart: a mask for padded rows, FlashAttention's for packed ones."""
     if batch.cu_seq_lens is None:  # rows padded on the right need no position ids, which not every model takes
         return {"attention_mask": batch.attention_mask}
@@ -144,5 +147,9 @@ def evaluation_groups(
     lengths = examples.lengths
     if packing:
         order = np.arange(len(examples))
-        return apart(order, lengths, bounds, lambda rows: pack_first_fit(rows, lengths, batch_size * max_length))
-    return apart(np.argsort(-lengths, kind="stable"), lengths, bounds, lambda rows: pad_in_order(rows, batch_size))
+        return group_by_length_range(
+            order, lengths, bounds, lambda rows: pack_first_fit(rows, lengths, batch_size * max_length)
+        )
+    return group_by_length_range(
+        np.argsort(-lengths, kind="stable"), lengths, bounds, lambda rows: pad_in_order(rows, batch_size)
+    )

@@ -11,9 +11,9 @@ import torch
 from torch.nn.functional import linear
 
 from lora_cli.data.batches import Batch
-from lora_cli.evaluation.loss import evaluating, rows_apart
+from lora_cli.evaluation.loss import evaluating, row_boundary_arguments
 from lora_cli.model.attention import ROWS, ROWS_ALONE
-from lora_cli.model.layers import CANNOT, has_experts, is_8_bit
+from lora_cli.model.layers import FORWARD_ERRORS, has_experts, is_8_bit
 from lora_cli.model.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def lay_end_to_end(model: PreTrainedModel | PeftModel, device: torch.device, attn_implementation: str) -> bool:
+def enable_packing(model: PreTrainedModel | PeftModel, device: torch.device, attn_implementation: str) -> bool:
     """Prepare the model for packed rows, if possible with attention by rows, and return whether it computes them
     exactly. Attention by rows takes no masks from then on.
 
@@ -39,7 +39,7 @@ def lay_end_to_end(model: PreTrainedModel | PeftModel, device: torch.device, att
     takes_rows = attn_implementation == "auto" and model._supports_flash_attn  # through FlashAttention's arguments
     for implementation in (ROWS, given) if takes_rows else (given,):
         model.set_attn_implementation(implementation)
-        packed, behind = _laid(model, (first, second)), _laid(model, (other, second))
+        packed, behind = _packed_logits(model, (first, second)), _packed_logits(model, (other, second))
         if packed is None or behind is None:
             continue
         exact, rounding = (1e-6, 1e-3) if model.dtype == torch.float32 else (0.02, 0.05)
@@ -60,7 +60,7 @@ def _logits(model: PreTrainedModel | PeftModel, row: torch.Tensor, after: torch.
     return logits
 
 
-def _laid(model: PreTrainedModel | PeftModel, rows: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor | None:
+def _packed_logits(model: PreTrainedModel | PeftModel, rows: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor | None:
     """The logits (tokens, vocabulary) of two packed rows; None when the architecture cannot compute them."""
     ids, device = torch.cat(rows), rows[0].device
     lengths = [len(row) for row in rows]
@@ -70,8 +70,10 @@ def _laid(model: PreTrainedModel | PeftModel, rows: tuple[torch.Tensor, torch.Te
     batch = Batch(ids[None], places[None], None, starts, max(lengths), nothing, nothing, nothing)
     with evaluating(model), _expanded_from_8_bits(model):
         try:
-            logits: torch.Tensor = model(input_ids=batch.input_ids, use_cache=False, **rows_apart(batch)).logits[0]
-        except CANNOT as error:  # no position ids, or something that attention by rows does not support
+            logits: torch.Tensor = model(
+                input_ids=batch.input_ids, use_cache=False, **row_boundary_arguments(batch)
+            ).logits[0]
+        except FORWARD_ERRORS as error:  # no position ids, or something that attention by rows does not support
             if is_out_of_memory(error):
                 raise
             return None

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.errors import RunError, UserError
-from lora_cli.model.base import ties_words
+from lora_cli.model.base import ties_embeddings
 from lora_cli.model.fused_lora import register
 from lora_cli.recipe.schema import Adapter
 
@@ -62,14 +62,14 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     The base's embeddings are resized to those stored with the adapter, to which tokens may have been added. Without a
     safetensors file PEFT would read a pickle; check_adapter has made sure that there is one.
     """
-    resize_words(base, folder)
+    resize_embeddings(base, folder)
     return PeftModel.from_pretrained(base, str(folder))
 
 
-def resize_words(base: PreTrainedModel, folder: Path) -> None:
+def resize_embeddings(base: PreTrainedModel, folder: Path) -> None:
     """Resize the base's embeddings to the size of those stored with the adapter in ``folder``, if any are."""
     ends = [base.get_input_embeddings()]
-    if ties_words(base.config):
+    if ties_embeddings(base.config):
         ends.append(base.get_output_embeddings())
     names = [f"base_model.model.{name}" for name, module in base.named_modules() if module in ends]
     with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as stored:

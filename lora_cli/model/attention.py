@@ -67,7 +67,7 @@ def attend_by_rows(
     plain_16_bits = query.dtype != torch.float32 and not dropout and s_aux is None
     if cu_seq_lens_q is not None and plain_16_bits and query.is_cuda and _has_flash(query.device):
         assert max_length_q is not None
-        return _together(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
+        return _varlen_attention(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
     lengths = [query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and plain_16_bits:
@@ -130,7 +130,7 @@ def _after_sink(
     return query, key, value
 
 
-def _together(
+def _varlen_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -143,7 +143,7 @@ def _together(
     from torch.nn.attention.varlen import varlen_attn
 
     # torch 2.11 accepts fewer key heads than query heads as they are; later releases need enable_gqa.
-    told: dict[str, Any] = (
+    grouped: dict[str, Any] = (
         {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in signature(varlen_attn).parameters else {}
     )
     attended = varlen_attn(
@@ -156,7 +156,7 @@ def _together(
         longest,
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        **told,
+        **grouped,
     )
     assert isinstance(attended, torch.Tensor)
     return attended[None]

@@ -15,9 +15,16 @@ from transformers.utils import logging as transformers_logging
 
 from lora_cli.cores import usable_cores
 from lora_cli.errors import UserError, unreadable
-from lora_cli.model.files import check_tokenizer, hub_kernels, own_code, read_config, stored_quantization, unknown_type
-from lora_cli.model.linear4bit import compute_right, store_as
-from lora_cli.model.linear8bit import compute_8_bits_right
+from lora_cli.model.files import (
+    check_tokenizer,
+    custom_code,
+    hub_kernels,
+    read_config,
+    stored_quantization,
+    unknown_type,
+)
+from lora_cli.model.linear4bit import patch_4bit_layers, set_quant_storage
+from lora_cli.model.linear8bit import patch_8bit_layers
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.recipe.schema import Model, Quantization
 
@@ -25,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WRONG_VALUES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+CONFIG_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Errors that Transformers raises for a configuration with impossible values."""
 transformers_logging.disable_progress_bar()
 
@@ -43,7 +50,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise UserError(what, where, "remove its *_implementation keys")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (*WRONG_VALUES, StrictDataclassError, OSError) as error:
+    except (*CONFIG_ERRORS, StrictDataclassError, OSError) as error:
         raise _unusable(error, where) from error
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(
@@ -63,7 +70,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         if isinstance(error, OSError) and error.errno:  # from the system: Transformers sets no errno
             raise unreadable(Path(error.filename or folder), error) from error
         file = "tokenizer_config.json"
-        own = ", ".join(own_code(read_config(folder, file))) if (folder / file).is_file() else ""
+        own = ", ".join(custom_code(read_config(folder, file))) if (folder / file).is_file() else ""
         if own:
             what = f"the tokenizer needs its own code ({own}), which lora does not run (trust_remote_code)"
             raise UserError(what, str(folder), "use a model with a tokenizer.json") from error
@@ -91,7 +98,7 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     return int(value) if value else None
 
 
-def ties_words(config: PreTrainedConfig) -> bool:
+def ties_embeddings(config: PreTrainedConfig) -> bool:
     """Whether the output layer shares its weight with the input embeddings."""
     return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))  # Inkling's lacks the key
 
@@ -107,7 +114,7 @@ def longrope_bounds(config: PreTrainedConfig) -> list[int]:
     return [each["original_max_position_embeddings"] for each in kinds if each.get("rope_type") == "longrope"]
 
 
-def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model without weights: every module and shape, on the meta device.
 
     Raises UserError when no model can be built from the configuration.
@@ -115,7 +122,7 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except WRONG_VALUES as error:
+    except CONFIG_ERRORS as error:
         raise _unusable(error, str(Path(config.name_or_path or "") / "config.json")) from error
     return model
 
@@ -227,17 +234,17 @@ def load_base(
         names = sorted(info["missing_keys"])
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise UserError(f"the weights lack {', '.join(names[:3])}{more}", str(folder), "copy or download them again")
-    compute_right(base)
-    compute_8_bits_right(base)
+    patch_4bit_layers(base)
+    patch_8bit_layers(base)
     if sharded:
-        store_as(base, dtype)
-    _hold_as(base, dtype)
+        set_quant_storage(base, dtype)
+    _cast_parameters(base, dtype)
     base.requires_grad_(False)
     base.config.use_cache = False
     return base
 
 
-def _hold_as(base: PreTrainedModel, dtype: torch.dtype) -> None:
+def _cast_parameters(base: PreTrainedModel, dtype: torch.dtype) -> None:
     """Cast all parameters except quantized codes and their scales to ``dtype``: Transformers (5.23) leaves some
     parameters of a stored quantized base in their stored dtype."""
     for module in base.modules():

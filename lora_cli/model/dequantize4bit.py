@@ -15,7 +15,7 @@ CODES = 1024
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _expand(
+def _dequantize(
     codes: tl.tensor,
     scales: tl.tensor,
     scale_table: tl.tensor,
@@ -41,17 +41,17 @@ def _expand(
     tl.store(out + program * 2 * size + tl.arange(0, 2 * size), numbers)
 
 
-def is_expandable(weight: torch.Tensor, state: Any) -> bool:
-    """Whether ``expand`` supports these codes: bytes that fill whole programs, with doubly quantized scales."""
+def is_supported(weight: torch.Tensor, state: Any) -> bool:
+    """Whether ``dequantize`` supports these codes: bytes that fill whole programs, with doubly quantized scales."""
     in_bytes = weight.dtype == torch.uint8  # for sharding, codes are stored as another dtype
     return in_bytes and bool(state.nested) and weight.numel() % CODES == 0 and 2 * CODES % state.blocksize == 0
 
 
-def expand(weight: torch.Tensor, state: Any) -> torch.Tensor:
+def dequantize(weight: torch.Tensor, state: Any) -> torch.Tensor:
     """The dequantized weight, in the shape and dtype of bitsandbytes' QuantState."""
     out = torch.empty(state.shape, dtype=state.dtype, device=weight.device)
     inner = state.state2
-    _expand[(weight.numel() // CODES,)](
+    _dequantize[(weight.numel() // CODES,)](
         weight,
         state.absmax,
         inner.code,

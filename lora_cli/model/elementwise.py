@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_cli.model.fused_lora import Fused, side_by_side
-from lora_cli.model.layers import CANNOT
+from lora_cli.model.fused_lora import Fused, apply_layers
+from lora_cli.model.layers import FORWARD_ERRORS
 from lora_cli.model.norm_inputs import normed
-from lora_cli.model.rotary import in_one_function, rotary_width
-from lora_cli.model.swiglu import GATED, Formula, Gate, vectors
+from lora_cli.model.rotary import fused_replacement, rotary_dim
+from lora_cli.model.swiglu import SWIGLU, Formula, SwiGLU, flatten_detached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-def normal(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return y = w x / sqrt(mean(x^2) + eps) (RMSNorm, arXiv:1910.07467, equation 4) and the inverse root, (n, 1).
 
     x (n, width), w (width). Computed in float32 and rounded to x's dtype before the product with w, as in Llama.
@@ -37,8 +37,8 @@ def normal(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Ten
     return torch.mul(wide, inverse, out=own).to(x.dtype) * weight, inverse
 
 
-def normal_slopes(x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """The gradient of the loss w.r.t. ``normal``'s x, from ``grad`` w.r.t. its y.
+def rms_norm_backward(x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """The gradient of the loss w.r.t. ``rms_norm``'s x, from ``grad`` w.r.t. its y.
 
     Uses layer norm's kernel with a mean of 0. The kernel subtracts inverse * mean(w grad), the gradient through layer
     norm's mean; this term is added back.
@@ -52,15 +52,17 @@ def normal_slopes(x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, 
     return (centred + means.to(dtype)).to(x.dtype)
 
 
-NORMAL = Formula(normal, normal_slopes)
+RMS_NORM = Formula(rms_norm, rms_norm_backward)
 
 
-class Normalize(torch.autograd.Function):
-    """``normal`` of x (…, width) with a frozen w. Returns y (n, width): not a view, so it can be modified in place."""
+class RMSNormFunction(torch.autograd.Function):
+    """``rms_norm`` of x (…, width) with a frozen w. Returns y (n, width), no view, which can be modified in place."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, formula: Formula = NORMAL) -> torch.Tensor:
-        y, inverse = formula.value(vectors(x), weight.detach(), eps)
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, formula: Formula = RMS_NORM
+    ) -> torch.Tensor:
+        y, inverse = formula.forward(flatten_detached(x), weight.detach(), eps)
         ctx.save_for_backward(x, weight, inverse)
         ctx.formula = formula
         return cast("torch.Tensor", y)
@@ -68,7 +70,7 @@ class Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        grad_x = ctx.formula.slopes(vectors(x), weight.detach(), inverse, grad.detach())
+        grad_x = ctx.formula.backward(flatten_detached(x), weight.detach(), inverse, grad.detach())
         return grad_x.reshape(x.shape), None, None, None
 
 
@@ -79,40 +81,40 @@ class FrozenRMSNorm(nn.Module):
         super().__init__()
         self.weight = weight
         self.eps = eps
-        self.formula = NORMAL
+        self.formula = RMS_NORM
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
             if x.is_cuda and x.dtype == self.weight.dtype:
                 return normed(x, self.weight, self.eps)  # one kernel each way
-            y = Normalize.apply(x, self.weight, self.eps, self.formula)  # type: ignore[no-untyped-call]
+            y = RMSNormFunction.apply(x, self.weight, self.eps, self.formula)  # type: ignore[no-untyped-call]
             return cast("torch.Tensor", y).view(x.shape)
 
 
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), with the layers of the module that it replaces.
 
-    More than ``at_once`` tokens, if set, are computed in parts; the backward pass recomputes each part.
+    More than ``chunk_tokens`` tokens, if set, are computed in parts; the backward pass recomputes each part.
     """
 
-    at_once: int | None = None
+    chunk_tokens: int | None = None
 
     def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
-        self.formula = GATED
+        self.formula = SWIGLU
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(0, -2)
-        if self.at_once is not None and len(rows) > self.at_once:
+        if self.chunk_tokens is not None and len(rows) > self.chunk_tokens:
             # Call the module itself, so that its hooks, which may load and free weights, run for each part.
-            parts = (checkpoint(self, part, use_reentrant=False) for part in torch.split(rows, self.at_once))
+            parts = (checkpoint(self, part, use_reentrant=False) for part in torch.split(rows, self.chunk_tokens))
             return torch.cat(list(parts)).view(x.shape)
-        gate, up = side_by_side((self.gate_proj, self.up_proj), x)
+        gate, up = apply_layers((self.gate_proj, self.up_proj), x)
         if gate.is_cuda and isinstance(self.down_proj, Fused):  # a CPU takes too long to compute the product twice
             return cast("torch.Tensor", self.down_proj(up, gate=gate))
         with torch.autocast(gate.device.type, enabled=False):  # only the compiler would act on it here
-            product = Gate.apply(gate, up, self.formula).view(up.shape)  # type: ignore[no-untyped-call]
+            product = SwiGLU.apply(gate, up, self.formula).view(up.shape)  # type: ignore[no-untyped-call]
         del gate, up
         return cast("torch.Tensor", self.down_proj(product))
 
@@ -120,25 +122,25 @@ class GatedMLP(nn.Module):
 def fuse(model: PreTrainedModel) -> None:
     """Replace, in place, those norms, MLPs and attention modules of a frozen base whose own forward pass gives the same
     results as the modules here and in ``rotary``."""
-    width = None if model.config._attn_implementation == "eager" else rotary_width(model)
+    width = None if model.config._attn_implementation == "eager" else rotary_dim(model)
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm") and _is_norm(module):
             model.set_submodule(name, FrozenRMSNorm(cast("nn.Parameter", module.weight), _eps(module)))
         elif {each for each, _ in module.named_children()} >= set(PROJECTIONS) and _is_gated(module):
             model.set_submodule(name, GatedMLP(*(module.get_submodule(each) for each in PROJECTIONS)))
-        elif width is not None and (attention := in_one_function(module, width)) is not None:
+        elif width is not None and (attention := fused_replacement(module, width)) is not None:
             model.set_submodule(name, attention)
 
 
-def split_mlps(model: nn.Module, at_once: int) -> None:
-    """Make the gated MLPs that ``fuse`` has inserted compute ``at_once`` tokens at a time. On long rows, an MLP's
+def chunk_mlps(model: nn.Module, chunk_tokens: int) -> None:
+    """Make the gated MLPs that ``fuse`` has inserted compute ``chunk_tokens`` tokens at a time. On long rows, an MLP's
     activations take several times the memory of the rest of its layer."""
     for module in model.modules():
         if isinstance(module, GatedMLP):
-            module.at_once = at_once
+            module.chunk_tokens = chunk_tokens
 
 
-def numbers_per_token(model: nn.Module) -> int:
+def elementwise_values_per_token(model: nn.Module) -> int:
     """How many values per token go through the norms and gates of ``fuse``; a norm over each head counts one head."""
     norms = (each.weight.numel() for each in model.modules() if isinstance(each, FrozenRMSNorm))
     gates = (cast("int", each.gate_proj.out_features) for each in model.modules() if isinstance(each, GatedMLP))
@@ -165,14 +167,14 @@ def compile_formulas(model: nn.Module, dtype: torch.dtype) -> None:
         torch.compiler.set_stance("default")
         compiled = {
             formula: Formula(
-                *(torch.compile(each, dynamic=True, options=options) for each in (formula.value, formula.slopes))
+                *(torch.compile(each, dynamic=True, options=options) for each in (formula.forward, formula.backward))
             )
-            for formula in (NORMAL, GATED)
+            for formula in (RMS_NORM, SWIGLU)
         }
         x, y = (torch.ones(64, 256, dtype=dtype, requires_grad=True) for _ in range(2))
         results = (
-            Normalize.apply(x, torch.ones(256, dtype=dtype), 1e-6, compiled[NORMAL]),  # type: ignore[no-untyped-call]
-            Gate.apply(x, y, compiled[GATED]),  # type: ignore[no-untyped-call]
+            RMSNormFunction.apply(x, torch.ones(256, dtype=dtype), 1e-6, compiled[RMS_NORM]),  # type: ignore[no-untyped-call]
+            SwiGLU.apply(x, y, compiled[SWIGLU]),  # type: ignore[no-untyped-call]
         )
         for result in results:  # each function is compiled when it is first called
             result.backward(torch.ones_like(result))
@@ -193,7 +195,7 @@ def _is_norm(module: nn.Module) -> bool:
     weight, eps = torch.linspace(-1, 2, 16), _eps(module)
     stand_in = SimpleNamespace(weight=weight, variance_epsilon=eps, eps=eps)
     x = 1e-3 * torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
-    wanted = Normalize.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    wanted = RMSNormFunction.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return {each for each, _ in module.named_parameters()} == {"weight"} and _agrees(module, stand_in, x, wanted)
 
 
@@ -202,13 +204,13 @@ def _is_gated(module: nn.Module) -> bool:
     layers = dict(zip(PROJECTIONS, (lambda x: 2 * x, lambda x: 3 * x, lambda x: 5 * x), strict=True))
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     stand_in = SimpleNamespace(act_fn=getattr(module, "act_fn", None), **layers)
-    return _agrees(module, stand_in, x, 5 * Gate.apply(2 * x, 3 * x))  # type: ignore[no-untyped-call]
+    return _agrees(module, stand_in, x, 5 * SwiGLU.apply(2 * x, 3 * x))  # type: ignore[no-untyped-call]
 
 
 def _agrees(module: nn.Module, stand_in: SimpleNamespace, x: torch.Tensor, wanted: torch.Tensor) -> bool:
     """Whether the forward pass of the module's class, with ``stand_in`` as ``self``, returns ``wanted``."""
     try:
         found = type(module).forward(cast("Any", stand_in), x)
-    except CANNOT:
+    except FORWARD_ERRORS:
         return False
     return isinstance(found, torch.Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-5)

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import UserError, is_pointer, mend, nearest, reading
+from lora_cli.errors import UserError, is_lfs_pointer, nearest_hint, reading, repair_hint
 
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 TOKENIZER_FILES = ["tokenizer.json", "*.model", "vocab.*", "tekken.json"]
@@ -68,7 +68,7 @@ def _snapshot(hub_id: str, weights: bool, revision: str | None) -> Path:
 def nearest_folder(folder: Path) -> str:
     """A hint for a folder that does not exist."""
     siblings = [f.name for f in folder.parent.iterdir() if f.is_dir()] if folder.parent.is_dir() else []
-    return nearest(folder.name, siblings) or f"paths are relative to {Path.cwd()}"
+    return nearest_hint(folder.name, siblings) or f"paths are relative to {Path.cwd()}"
 
 
 def newest_adapter(folder: Path) -> str | None:
@@ -85,8 +85,8 @@ def check_tokenizer(folder: Path, chat: bool = False) -> None:
     if not any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern)):
         raise UserError("the folder holds no tokenizer (no tokenizer.json)", str(folder), MODEL_FOLDER)
     for path in sorted(file for pattern in SMALL_FILES for file in folder.glob(pattern)):
-        if is_pointer(path):
-            raise UserError("not the file itself", str(path), mend(path))
+        if is_lfs_pointer(path):
+            raise UserError("not the file itself", str(path), repair_hint(path))
     config = folder / "tokenizer_config.json"
     with reading(config):
         inside = config.is_file() and b'"chat_template"' in config.read_bytes()
@@ -125,7 +125,7 @@ def read_json(path: Path, hint: str | None = None) -> Any:
         with reading(path):
             return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"not readable: {error}", str(path), hint or mend(path)) from error
+        raise UserError(f"not readable: {error}", str(path), hint or repair_hint(path)) from error
 
 
 def check_model_type(folder: Path) -> None:
@@ -144,14 +144,14 @@ def check_model_type(folder: Path) -> None:
 
 def unknown_type(config: Mapping[str, Any], folder: Path) -> UserError:
     """The error for a model type that Transformers does not support."""
-    own = ", ".join(own_code(config))
+    own = ", ".join(custom_code(config))
     what = f"model type '{config.get('model_type')}' is unknown to transformers {version('transformers')}"
     needs = f" and needs its own code ({own}), which lora does not run (trust_remote_code)" if own else ""
     hint = "use a model that transformers supports; a newer release of it may do"
     return UserError(what + needs, str(folder / "config.json"), hint)
 
 
-def own_code(config: Mapping[str, Any]) -> list[str]:
+def custom_code(config: Mapping[str, Any]) -> list[str]:
     """The custom Python files that the ``auto_map`` of a model's or tokenizer's configuration names."""
     auto_map = config.get("auto_map")
     entries = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
@@ -177,7 +177,7 @@ def stored_quantization(folder: Path) -> str | None:
     return str(section.get("quant_method", "unknown")) if isinstance(section, dict) else None
 
 
-def is_stored_in_other_codes(folder: Path) -> bool:
+def has_unsupported_quantization(folder: Path) -> bool:
     """Whether the weights are stored quantized, but not in bitsandbytes' 4 bits: only these can be sharded or streamed.
 
     Raises UserError when config.json is not readable.

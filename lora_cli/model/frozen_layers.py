@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lora_cli.model.layers import CANNOT
+from lora_cli.model.layers import FORWARD_ERRORS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -60,7 +60,7 @@ class FrozenLayers:
         assert above[0].taken is not None
         return above[0].taken
 
-    def giving(self, hidden: torch.Tensor) -> AbstractContextManager[object]:
+    def skipped_with(self, hidden: torch.Tensor) -> AbstractContextManager[object]:
         """A context in which a forward pass skips them and uses ``hidden`` (rows, tokens, width) as their output."""
         return self._replaced(range(self.count), hidden)
 
@@ -98,7 +98,7 @@ def frozen_layers(model: PeftModel) -> FrozenLayers | None:
     hook = layers[0].register_forward_hook(lambda *passed: returned.append(passed[-1]))
     try:
         with torch.no_grad():
-            decoder(input_ids=some_ids(model), use_cache=False)
+            decoder(input_ids=sample_ids(model), use_cache=False)
     finally:
         hook.remove()
     if not returned:
@@ -114,24 +114,24 @@ def draws_random_numbers(model: PeftModel, below: FrozenLayers) -> bool:
     with torch.random.fork_rng(cuda), torch.no_grad():
         before = _random_state(device)
         model.train()
-        below.states({"input_ids": some_ids(model)})
+        below.states({"input_ids": sample_ids(model)})
         model.train(was_training)
         return not torch.equal(before, _random_state(device))
 
 
-def gives_the_same(model: PeftModel, below: FrozenLayers) -> bool:
+def can_be_skipped(model: PeftModel, below: FrozenLayers) -> bool:
     """Whether the frozen layers output one vector per token, and the model's logits stay the same when this output is
     computed separately and passed in."""
-    ids = some_ids(model)
+    ids = sample_ids(model)
     with torch.no_grad():
         wanted = model(input_ids=ids, use_cache=False).logits.float()
         try:
             hidden = below.states({"input_ids": ids})
             if hidden.shape[:-1] != ids.shape:
                 return False
-            with below.giving(hidden):
+            with below.skipped_with(hidden):
                 found = model(input_ids=ids, use_cache=False).logits.float()
-        except CANNOT:
+        except FORWARD_ERRORS:
             return False
     return float((found - wanted).norm() / wanted.norm()) < (1e-5 if model.dtype == torch.float32 else 0.02)
 
@@ -141,7 +141,7 @@ def _random_state(device: torch.device) -> torch.Tensor:
     return torch.cat([own, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else own
 
 
-def some_ids(model: PeftModel) -> torch.Tensor:
+def sample_ids(model: PeftModel) -> torch.Tensor:
     """Token ids for a trial: two rows of 8 tokens, (2, 8) int64."""
     vocabulary: int = model.config.get_text_config().vocab_size
     return ((torch.arange(16, device=next(model.parameters()).device) * 7919 + 3) % vocabulary).view(2, 8)

@@ -10,25 +10,25 @@ from peft.tuners import lora
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.model.layers import widths
-from lora_cli.model.linear4bit import state_of
-from lora_cli.model.lora_products import Kind, LoraProducts
-from lora_cli.model.norm_inputs import made_of
-from lora_cli.model.swiglu import Gate, gated
+from lora_cli.model.layers import in_out_features
+from lora_cli.model.linear4bit import quant_state_of
+from lora_cli.model.lora_products import LayerSpec, LoraProducts
+from lora_cli.model.norm_inputs import norm_inputs_of
+from lora_cli.model.swiglu import SwiGLU, swiglu
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-def side_by_side(layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor) -> Sequence[torch.Tensor]:
+def apply_layers(layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor) -> Sequence[torch.Tensor]:
     """The outputs (…, out) of several layers for one x (…, in). Uses one autograd function when all layers allow it and
     none has a forward hook, which that function would skip."""
     modules = [layer for layer in layers if isinstance(layer, nn.Module) and not _is_hooked(layer)]
-    results = together(modules, x) if len(modules) == len(layers) else None
+    results = fused_lora_forward(modules, x) if len(modules) == len(layers) else None
     return [layer(x) for layer in layers] if results is None else results
 
 
-def together(
+def fused_lora_forward(
     layers: Sequence[nn.Module | Fused], x: torch.Tensor, gate: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...] | None:
     """The layers' outputs (…, out) for x (…, in) from one autograd function; None unless gradients are enabled and each
@@ -45,26 +45,26 @@ def together(
     tensors = (tensor for _, its in parts for tensor in its)
     places = x.shape[:-1]
     rows, gates = (None if each is None else each.to(dtype).reshape(-1, each.shape[-1]) for each in (x, gate))
-    source = made_of(x) if gate is None and x.dtype == dtype else None
+    source = norm_inputs_of(x) if gate is None and x.dtype == dtype else None
     with torch.autocast(device, enabled=False):
         results = LoraProducts.apply(rows, gates, source, kinds, *tensors)  # type: ignore[no-untyped-call]
     # Outside the function: views that an autograd function returns cannot be modified in place, as some models do.
     return tuple(y.view(*places, y.shape[1]) for y in results)
 
 
-def _part(layer: Any, dtype: torch.dtype) -> tuple[Kind, tuple[torch.Tensor | None, ...]] | None:
+def _part(layer: Any, dtype: torch.dtype) -> tuple[LayerSpec, tuple[torch.Tensor | None, ...]] | None:
     """The layer as arguments of ``LoraProducts`` for products in ``dtype``; None when it is not supported."""
     adapter: tuple[torch.Tensor, torch.Tensor, float] | None = None
     if isinstance(layer, Fused):
         base, adapter = layer.base_layer, _adapter(layer)
-    elif type(layer) in (nn.Linear, Conv1D) and (wide := widths(layer)):
+    elif type(layer) in (nn.Linear, Conv1D) and (wide := in_out_features(layer)):
         base, adapter = layer, (layer.weight.new_empty(0, wide[0]), layer.weight.new_empty(wide[1], 0), 1.0)
     if adapter is None:
         return None
     if getattr(base, "compute_dtype", None) not in (None, dtype):
         return None
     a, b, scaling = adapter
-    return Kind(scaling, isinstance(base, Conv1D), state_of(base)), (base.weight, base.bias, a, b)
+    return LayerSpec(scaling, isinstance(base, Conv1D), quant_state_of(base)), (base.weight, base.bias, a, b)
 
 
 def _adapter(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float] | None:
@@ -92,11 +92,11 @@ class Fused:
 
     def forward(self, x: torch.Tensor, *args: Any, gate: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         if gate is not None and not (x.requires_grad or gate.requires_grad):
-            x, gate = gated(gate, x), None  # one tensor to keep instead of two
-        results = None if args or kwargs else together([self], x, gate)
+            x, gate = swiglu(gate, x), None  # one tensor to keep instead of two
+        results = None if args or kwargs else fused_lora_forward([self], x, gate)
         if results is not None:
             return results[0]
-        whole = x if gate is None else Gate.apply(gate, x).view(x.shape)  # type: ignore[no-untyped-call]
+        whole = x if gate is None else SwiGLU.apply(gate, x).view(x.shape)  # type: ignore[no-untyped-call]
         return cast("torch.Tensor", super().forward(whole, *args, **kwargs))  # type: ignore[misc]
 
 

@@ -10,13 +10,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.errors import UserError
-from lora_cli.model.targets import Target, is_read_past
+from lora_cli.model.targets import Target, bypasses_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-CANNOT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+FORWARD_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Errors that an architecture's forward pass raises for arguments that it does not support."""
 
 
@@ -24,7 +24,7 @@ def linear_layers(model: PreTrainedModel) -> dict[str, Target]:
     """Every linear layer, GPT-2's Conv1D included, except the output head, expert routers and gates with one output."""
     head, layers = model.get_output_embeddings(), {}
     for name, module in model.named_modules():
-        wide = widths(module)
+        wide = in_out_features(module)
         if wide is not None and module is not head and wide[1] > 1 and not _is_router(name, wide[1], model):
             layers[name] = Target(name, *wide)
     return layers
@@ -40,7 +40,7 @@ def adaptable_layers(model: PreTrainedModel) -> dict[str, Target]:
     layers = {
         name: target
         for name, target in linear_layers(model).items()
-        if model.get_submodule(name) in within and not is_read_past(name, kind)
+        if model.get_submodule(name) in within and not bypasses_adapter(name, kind)
     }
     return _loadable(_not_for_experts(layers, model), model) if has_experts(model) else layers
 
@@ -76,14 +76,14 @@ def checkpointed_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {name: part for name, part in model.named_modules() if isinstance(part, GradientCheckpointingLayer)}
 
 
-def check_recomputes(model: PreTrainedModel | PeftModel) -> None:
+def check_checkpointing(model: PreTrainedModel | PeftModel) -> None:
     """Raises UserError when the architecture does not support gradient checkpointing."""
     if not model.supports_gradient_checkpointing:
         what = "training.gradient_checkpointing: this architecture cannot recompute its activations"
         raise UserError(what, hint="set it to false; a smaller batch or a lower data.max_length keeps fewer of them")
 
 
-def widths(module: nn.Module) -> tuple[int, int] | None:
+def in_out_features(module: nn.Module) -> tuple[int, int] | None:
     """The input and output features of a linear layer; None for any other module."""
     if isinstance(module, Conv1D):
         return int(module.weight.shape[0]), int(module.weight.shape[1])

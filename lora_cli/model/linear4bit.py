@@ -28,7 +28,7 @@ BLOCK = 64
 """Values of a weight that share a scale: the default of bitsandbytes and Transformers."""
 
 
-def expand(weight: torch.Tensor, state: Any) -> torch.Tensor:
+def dequantize(weight: torch.Tensor, state: Any) -> torch.Tensor:
     """Dequantize 4-bit codes to the shape and dtype of bitsandbytes' QuantState.
 
     On a CPU, dequantizes rows of one block each, for which bitsandbytes uses the right scales and all cores.
@@ -38,8 +38,8 @@ def expand(weight: torch.Tensor, state: Any) -> torch.Tensor:
     if weight.is_cuda and HAS_TRITON:
         from lora_cli.model import dequantize4bit
 
-        if dequantize4bit.is_expandable(weight, state):
-            return dequantize4bit.expand(weight, state)
+        if dequantize4bit.is_supported(weight, state):
+            return dequantize4bit.dequantize(weight, state)
     if weight.is_cuda:
         return cast("torch.Tensor", dequantize_4bit(weight, state))
     blocks, rest = divmod(state.shape.numel(), state.blocksize)
@@ -48,15 +48,15 @@ def expand(weight: torch.Tensor, state: Any) -> torch.Tensor:
     return cast("torch.Tensor", dequantize_4bit(weight, rows)).view(state.shape)
 
 
-def compute_right(model: torch.nn.Module) -> None:
+def patch_4bit_layers(model: torch.nn.Module) -> None:
     """Work around both faults in the model's 4-bit layers. Call before their first forward pass."""
     for layer in _layers(model):
         layer.support_avx512bf16_for_cpu = False
-        if layer.in_features % state_of(layer).blocksize:
+        if layer.in_features % quant_state_of(layer).blocksize:
             layer.forward = partial(_forward, layer)
 
 
-def expand_always(model: torch.nn.Module) -> None:
+def dequantize_in_forward(model: torch.nn.Module) -> None:
     """Make the 4-bit layers multiply by their dequantized weights, which gradient checkpointing frees. bitsandbytes'
     own product keeps the codes for the backward pass where checkpointing cannot free them."""
     for layer in _layers(model):
@@ -64,7 +64,7 @@ def expand_always(model: torch.nn.Module) -> None:
         layer.forward = partial(_forward, layer)
 
 
-def store_as(model: torch.nn.Module, dtype: torch.dtype) -> None:
+def set_quant_storage(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Reinterpret the bytes of the 4-bit layers' codes as ``dtype``: torch does not shard integer tensors."""
     for layer in _layers(model):
         weight = layer.weight
@@ -72,7 +72,7 @@ def store_as(model: torch.nn.Module, dtype: torch.dtype) -> None:
         weight.quant_storage = layer.quant_storage = dtype
 
 
-def state_of(layer: Any) -> Any:
+def quant_state_of(layer: Any) -> Any:
     """The QuantState of a 4-bit layer, from its weight or, once sharding has taken it from the weight, from the layer;
     None for other layers."""
     return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
@@ -88,7 +88,7 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     dtype = layer.compute_dtype or x.dtype
     bias = None if layer.bias is None else layer.bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return linear(x.to(dtype), expand(layer.weight.data, state_of(layer)).to(dtype), bias).to(x.dtype)
+        return linear(x.to(dtype), dequantize(layer.weight.data, quant_state_of(layer)).to(dtype), bias).to(x.dtype)
 
 
 def check_dora(targets: Iterable[Target], device: torch.device) -> None:
@@ -108,4 +108,4 @@ def _takes_wrong_scales() -> bool:
 
     rows = torch.arange(1.0, 1 + 4 * 96).view(4, 96)
     codes, state = quantize_4bit(rows, blocksize=BLOCK, quant_type="nf4")
-    return not torch.equal(dequantize_4bit(codes, state), expand(codes, state))
+    return not torch.equal(dequantize_4bit(codes, state), dequantize(codes, state))

@@ -10,7 +10,7 @@ import torch
 from lora_cli.model.layers import is_8_bit
 
 
-def compute_8_bits_right(model: torch.nn.Module) -> None:
+def patch_8bit_layers(model: torch.nn.Module) -> None:
     """Work around both faults in the model's 8-bit layers. Call before their first forward pass."""
     for layer in filter(is_8_bit, model.modules()):
         cast("Any", layer).forward = partial(_as_vectors, layer)

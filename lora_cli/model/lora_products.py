@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from lora_cli.model.linear4bit import expand
-from lora_cli.model.norm_inputs import Normed
-from lora_cli.model.swiglu import gated, gated_slopes
+from lora_cli.model.linear4bit import dequantize
+from lora_cli.model.norm_inputs import NormInputs
+from lora_cli.model.swiglu import swiglu, swiglu_backward
 
 
 @dataclass(frozen=True)
-class Kind:
+class LayerSpec:
     """How to compute a layer: ``scaling`` is its adapter's s. The frozen weight is (out, in), or (in, out) if
     ``transposed``. A 4-bit weight is dequantized by bitsandbytes' ``state``, which is None for others."""
 
@@ -45,12 +45,12 @@ class LoraProducts(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         gate: torch.Tensor | None,
-        source: Normed | None,
-        kinds: tuple[Kind, ...],
+        source: NormInputs | None,
+        kinds: tuple[LayerSpec, ...],
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         weights, biases, a, b = (tensors[number::4] for number in range(4))
-        rows = x if gate is None else gated(gate, x)
+        rows = x if gate is None else swiglu(gate, x)
         a_low, b_low = _joined([each.to(x.dtype) for each in a]), [each.to(x.dtype) for each in b]
         down = rows @ a_low.T
         lows = torch.split(down, [len(each) for each in a], dim=1)
@@ -77,8 +77,8 @@ class LoraProducts(torch.autograd.Function):
         adapters: list[torch.Tensor | None] = [None] * (2 * count)
         if up.numel():
             if ctx.eps is not None:
-                x = Normed(source, norm, ctx.eps).make().flatten(0, -2)
-            rows = x if gate is None else gated(gate, x)
+                x = NormInputs(source, norm, ctx.eps).recompute().flatten(0, -2)
+            rows = x if gate is None else swiglu(gate, x)
             grads_a = torch.split(up.T @ rows, ranks)
             del rows
             lows = zip(torch.split(down, ranks, dim=1), grads, kinds, strict=True)
@@ -92,7 +92,7 @@ class LoraProducts(torch.autograd.Function):
             large = ((g, _expanded(w, kind, g.dtype)) for g, w, kind in zip(grads, weights, kinds, strict=True))
             grad_x = _sum_of_products(large, (up, a_low))
             if gate is not None:
-                grad_gate, grad_x = gated_slopes(gate, x, grad_x)
+                grad_gate, grad_x = swiglu_backward(gate, x, grad_x)
         of_layers = [(None, None, *both) for both in zip(adapters[:count], adapters[count:], strict=True)]
         return grad_x, grad_gate, None, None, *chain.from_iterable(of_layers)
 
@@ -141,7 +141,7 @@ def _sum_of_products(
     return total
 
 
-def _with(kind: Kind, scales: torch.Tensor | None) -> Kind:
+def _with(kind: LayerSpec, scales: torch.Tensor | None) -> LayerSpec:
     """``kind`` with these scales in its state; between the passes with None, so that checkpointing can free them."""
     if kind.state is None:
         return kind
@@ -150,8 +150,8 @@ def _with(kind: Kind, scales: torch.Tensor | None) -> Kind:
     return replace(kind, state=state)
 
 
-def _expanded(weight: torch.Tensor, kind: Kind, dtype: torch.dtype) -> torch.Tensor:
+def _expanded(weight: torch.Tensor, kind: LayerSpec, dtype: torch.dtype) -> torch.Tensor:
     """The weight, dequantized if it is 4-bit, as (out, in) in ``dtype``."""
     if kind.state is not None:
-        weight = expand(weight, kind.state)
+        weight = dequantize(weight, kind.state)
     return (weight.T if kind.transposed else weight).to(dtype)

@@ -30,7 +30,7 @@ ALLOCATION_FAILED = (
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and values from malloc.h
 KEPT, LARGEST = 2**30, 2**25  # bytes; glibc accepts no larger LARGEST
 
-LOGITS_AT_ONCE = 5 * 2**24
+LOGITS_BLOCK_BYTES = 5 * 2**24
 """Bytes for logits that are computed in blocks, and for their sums: some tens of megabytes for any vocabulary."""
 
 
@@ -62,7 +62,7 @@ def activation_bytes(
     if checkpointing:
         kept = layers * hidden * element_size + kept / layers
     body = int(tokens * (kept + (2 * hidden + 3 * inner) * element_size))
-    head = positions * hidden * element_size + LOGITS_AT_ONCE
+    head = positions * hidden * element_size + LOGITS_BLOCK_BYTES
     if whole_logits:
         head = positions * int(text.vocab_size) * (element_size + 8)
     return body + head
@@ -102,23 +102,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(words in str(error) for words in ALLOCATION_FAILED)
 
 
-def asked_bytes(error: BaseException) -> int | None:
+def requested_bytes(error: BaseException) -> int | None:
     """The bytes that the failed allocation asked for, if the error states them."""
     found = re.search(r"tried to allocate ([\d.]+) (bytes|[KMG]iB)", str(error), re.IGNORECASE)
     return int(float(found[1]) * UNITS[found[2]]) if found else None
 
 
-def describe_lack(error: BaseException) -> str:
+def describe_out_of_memory(error: BaseException) -> str:
     """A message with the bytes requested, present and free on the device. Call it before the memory is freed."""
-    told, asked = str(error), asked_bytes(error)
-    is_gpus = isinstance(error, torch.OutOfMemoryError) or "CUDA" in told or "CUBLAS" in told
+    text, asked = str(error), requested_bytes(error)
+    is_gpus = isinstance(error, torch.OutOfMemoryError) or "CUDA" in text or "CUBLAS" in text
     device = torch.device("cuda" if is_gpus and torch.cuda.is_available() else "cpu")
-    wanted = "an allocation failed" if asked is None else f"{size(asked)} more were asked for"
+    wanted = "an allocation failed" if asked is None else f"{format_bytes(asked)} more were asked for"
     free, total = free_bytes(device), total_bytes(device)
-    return f"out of memory: {wanted}; {device.type} has {size(total)}, of which {size(free)} were free"
+    return f"out of memory: {wanted}; {device.type} has {format_bytes(total)}, of which {format_bytes(free)} were free"
 
 
-def size(count: int) -> str:
+def format_bytes(count: int) -> str:
     """A human-readable number of bytes."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 

@@ -7,32 +7,32 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import rms_norm
 
-MADE_OF = "lora_made_of"
-"""The attribute of a norm's output that holds its ``Normed``."""
+NORM_INPUTS = "lora_made_of"
+"""The attribute of a norm's output that holds its ``NormInputs``."""
 
 
 @dataclass(frozen=True)
-class Normed:
+class NormInputs:
     """The inputs of rms_norm(x) * weight for x (…, width), all of one dtype, from which to recompute it."""
 
     x: torch.Tensor
     weight: torch.Tensor
     eps: float
 
-    def make(self) -> torch.Tensor:
+    def recompute(self) -> torch.Tensor:
         with torch.autocast(self.x.device.type, enabled=False):
             return rms_norm(self.x, self.weight.shape, self.weight, self.eps)
 
 
 def normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm (arXiv:1910.07467, equation 4) of x (…, width) by torch's own kernel."""
-    y = Normed(x, weight, eps).make()
+    y = NormInputs(x, weight, eps).recompute()
     if torch.is_grad_enabled():
-        setattr(y, MADE_OF, Normed(x.detach(), weight.detach(), eps))
+        setattr(y, NORM_INPUTS, NormInputs(x.detach(), weight.detach(), eps))
     return y
 
 
-def made_of(y: torch.Tensor) -> Normed | None:
+def norm_inputs_of(y: torch.Tensor) -> NormInputs | None:
     """The inputs of ``y``, if ``normed`` has computed it and it was not modified since; else None."""
-    found: Normed | None = getattr(y, MADE_OF, None)
+    found: NormInputs | None = getattr(y, NORM_INPUTS, None)
     return found if y._version == 0 else None

@@ -15,14 +15,14 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_cli.model.fused_lora import side_by_side
-from lora_cli.model.layers import CANNOT
+from lora_cli.model.fused_lora import apply_layers
+from lora_cli.model.layers import FORWARD_ERRORS
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 PROJECTIONS, NORMS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_norm", "k_norm")
-RECORDED = "lora_recorded"
+RECORDING = "lora_recorded"
 """The name in Transformers of an attention function that only records its arguments."""
 
 
@@ -38,16 +38,16 @@ class Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
         low, high = sin.chunk(2, dim=-1)
-        return _turned(x, cos, low, high, 1)
+        return _rotated(x, cos, low, high, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         low, high = sin.chunk(2, dim=-1)
-        return _turned(grad, cos, high, low, -1), None, None
+        return _rotated(grad, cos, high, low, -1), None, None
 
 
-def _turned(x: torch.Tensor, cos: torch.Tensor, low: torch.Tensor, high: torch.Tensor, sign: int) -> torch.Tensor:
+def _rotated(x: torch.Tensor, cos: torch.Tensor, low: torch.Tensor, high: torch.Tensor, sign: int) -> torch.Tensor:
     """x cos + sign (-x2 low, x1 high)."""
     result = x * cos[:, :, None]
     (first, second), (x1, x2) = result.chunk(2, dim=-1), x.chunk(2, dim=-1)
@@ -60,7 +60,8 @@ class RotaryAttention(nn.Module):
     """Attention on queries and keys rotated by ``Rotate``, by the attention function that the model's configuration
     names. It has the layers and attributes of the module that it replaces.
 
-    ``told`` are the arguments that this module gives to the attention function, besides ``dropout`` in training.
+    ``attention_kwargs`` are the arguments that this module gives to the attention function, besides ``dropout`` in
+    training.
     """
 
     config: PreTrainedConfig
@@ -73,13 +74,13 @@ class RotaryAttention(nn.Module):
     q_norm: nn.Module
     k_norm: nn.Module
 
-    def __init__(self, original: nn.Module, dropout: float, told: dict[str, Any]) -> None:
+    def __init__(self, original: nn.Module, dropout: float, attention_kwargs: dict[str, Any]) -> None:
         super().__init__()
         for name, value in _attributes(original).items():
             setattr(self, name, value)
         for name in (*PROJECTIONS, *NORMS):
             self.add_module(name, getattr(original, name, nn.Identity()))
-        self.dropout, self.told = dropout, told
+        self.dropout, self.attention_kwargs = dropout, attention_kwargs
 
     def forward(
         self,
@@ -90,7 +91,7 @@ class RotaryAttention(nn.Module):
         **others: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         places = hidden_states.shape[:-1]
-        made = side_by_side((self.q_proj, self.k_proj, self.v_proj), hidden_states)
+        made = apply_layers((self.q_proj, self.k_proj, self.v_proj), hidden_states)
         query, key, value = (each.view(*places, -1, self.head_dim) for each in made)
         query = Rotate.apply(self.q_norm(query), *position_embeddings)  # type: ignore[no-untyped-call]
         key = Rotate.apply(self.k_norm(key), *position_embeddings)  # type: ignore[no-untyped-call]
@@ -99,17 +100,19 @@ class RotaryAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         dropout = self.dropout if self.training else 0.0
-        attended, weights = attend(self, query, key, value, attention_mask, dropout=dropout, **self.told, **others)
+        attended, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, **self.attention_kwargs, **others
+        )
         return self.o_proj(attended.reshape(*places, -1)), weights
 
 
-def rotary_width(model: PreTrainedModel) -> int | None:
+def rotary_dim(model: PreTrainedModel) -> int | None:
     """How many dimensions of a head are rotated; None when the model has no rotary position embeddings."""
     frequencies = (getattr(module, "inv_freq", None) for module in model.modules())
     return next((2 * each.numel() for each in frequencies if isinstance(each, torch.Tensor)), None)
 
 
-def in_one_function(module: nn.Module, width: int) -> RotaryAttention | None:
+def fused_replacement(module: nn.Module, width: int) -> RotaryAttention | None:
     """The replacement of ``module``, if that computes exactly this with ``width`` rotated dimensions; else None.
 
     The replacement is compared with the forward pass of the module's class, in float32, and in bfloat16 with float32
@@ -123,7 +126,7 @@ def in_one_function(module: nn.Module, width: int) -> RotaryAttention | None:
     if not is_alike or own or "position_ids" in signature(type(module).forward).parameters:
         return None
     attributes["config"] = deepcopy(attributes["config"])
-    attributes["config"]._attn_implementation = RECORDED
+    attributes["config"]._attn_implementation = RECORDING
     random = torch.Generator().manual_seed(0)
     x, *weights = (100 * torch.randn(*shape, generator=random) for shape in ((2, 3, 4), (4, 2 * width), (4, width)))
     positions = tuple(torch.randn(2, 3, width, generator=random) for _ in range(2))
@@ -138,14 +141,14 @@ def in_one_function(module: nn.Module, width: int) -> RotaryAttention | None:
     for dtype in (torch.float32, torch.bfloat16):
         try:
             wanted = _record(type(module).forward, stand_in, x.to(dtype), positions)
-            told = stand_in.seen
-            stand_in.dropout, stand_in.told = told.pop("dropout"), told
+            attention_kwargs = stand_in.seen
+            stand_in.dropout, stand_in.attention_kwargs = attention_kwargs.pop("dropout"), attention_kwargs
             found = _record(RotaryAttention.forward, stand_in, x.to(dtype), positions)
-        except CANNOT:
+        except FORWARD_ERRORS:
             return None
         if not all(map(_agree, found, wanted)):
             return None
-    return RotaryAttention(module, stand_in.dropout, stand_in.told)
+    return RotaryAttention(module, stand_in.dropout, stand_in.attention_kwargs)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -168,10 +171,15 @@ def _agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 
 def _note(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **told: Any
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    **attention_kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    module.recorded = query, key, value, told
+    module.recorded = query, key, value, attention_kwargs
     return query.transpose(1, 2), None
 
 
-AttentionInterface.register(RECORDED, _note)
+AttentionInterface.register(RECORDING, _note)

@@ -16,23 +16,23 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from lora_cli.model.shapes import rounded
+from lora_cli.model.shapes import rounded_size
 
-BLOCK = 256
+BLOCK_TOKENS = 256
 """Most tokens of a long row whose scores are computed at a time. Keys after the last of these tokens are left out."""
-WHOLE = 512
+MAX_UNBLOCKED_TOKENS = 512
 """Rows of at most this many tokens are one block."""
-SHORT = 1024
+MAX_SAVED_TOKENS = 1024
 """Rows of at most this many tokens keep their attention weights for the backward pass; longer rows recompute them."""
-SCORES = 2**24
+MAX_SCORES = 2**24
 """Most scores computed at a time, over all heads. It never limits a block to fewer than LEAST tokens."""
-LEAST = 16
-LAID = 32
+MIN_BLOCK_TOKENS = 16
+PAD_MULTIPLE = 32
 """Rows are padded to multiples of this many tokens, so that more rows are alike and products have few shapes: each
 shape takes up to half a megabyte (``shapes``)."""
-TOGETHER = 2**22
+MAX_SHARED_SCORES = 2**22
 """Most scores of several rows computed at a time, over all heads."""
-SPARED = 2**17
+MAX_PADDING_SCORES = 2**17
 """About how many scores, over all heads, take as long to compute as the calls that a separate row needs."""
 
 
@@ -56,12 +56,16 @@ class RowProducts(torch.autograd.Function):
     ) -> torch.Tensor:
         group = query.shape[1] // key.shape[1]
         queries, keys = _layouts(lengths, key.shape[1], group)
-        q, k, v = queries.lay(query.transpose(1, 2)), keys.lay(key.transpose(1, 2)), keys.lay(value.transpose(1, 2))
+        q, k, v = (
+            queries.gather(query.transpose(1, 2)),
+            keys.gather(key.transpose(1, 2)),
+            keys.gather(value.transpose(1, 2)),
+        )
         attended = v.new_empty(len(q), v.shape[-1])
         kept: list[torch.Tensor] = []
         for own, seen in zip(queries.rows, keys.rows, strict=True):
             q_row, k_row, v_row, out = _matrices((q, own), (k, seen), (v, seen), (attended, own))
-            keeps = own.tokens <= SHORT and any(ctx.needs_input_grad)
+            keeps = own.tokens <= MAX_SAVED_TOKENS and any(ctx.needs_input_grad)
             if not keeps and (window is None or window >= own.tokens) and q.shape[-1] == v.shape[-1]:
                 _attend(q_row, k_row, v_row, out, scale)
                 continue
@@ -72,13 +76,13 @@ class RowProducts(torch.autograd.Function):
                     kept.append(weights)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.layouts, ctx.scale, ctx.window, ctx.group = (queries, keys), scale, window, group
-        return queries.take(attended)
+        return queries.ungather(attended)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         (queries, keys), group, scale = ctx.layouts, ctx.group, ctx.scale
-        g = queries.lay(grad).index_fill_(0, queries.beyond, 0)  # so that padding adds nothing to a gradient
+        g = queries.gather(grad).index_fill_(0, queries.padding, 0)  # so that padding adds nothing to a gradient
         grads = [torch.empty_like(each) for each in (q, k, v)]
         known = iter(kept)
         for own, seen in zip(queries.rows, keys.rows, strict=True):
@@ -87,7 +91,9 @@ class RowProducts(torch.autograd.Function):
             blocks = list(_blocks(own.tokens, own.matrices, group, ctx.window))
             sums = [_Sum(each, len(blocks)) for each in others]
             for block in blocks:
-                weights = next(known) if own.tokens <= SHORT else _weights(q_row, k_row, block, scale, ctx.window)
+                weights = (
+                    next(known) if own.tokens <= MAX_SAVED_TOKENS else _weights(q_row, k_row, block, scale, ctx.window)
+                )
                 by_weights = torch.bmm(g_row[:, block.queries], v_row[:, block.seen].transpose(1, 2))
                 slope = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)
                 _product(slope, k_row[:, block.seen], scale, grad_q[:, block.queries])
@@ -95,7 +101,7 @@ class RowProducts(torch.autograd.Function):
                 sums[1].add(block.seen, weights.transpose(1, 2), g_row[:, block.queries], 1)
             for total in sums:
                 total.end()
-        taken = (layout.take(each) for layout, each in zip((queries, keys, keys), grads, strict=True))
+        taken = (layout.ungather(each) for layout, each in zip((queries, keys, keys), grads, strict=True))
         return *(each.transpose(1, 2) for each in taken), None, None, None
 
 
@@ -141,21 +147,21 @@ class Layout:
 
     The ``group`` of queries that share a key head lie together, token by token, so that each product has one matrix per
     key head. Rows are padded to a rounded number of tokens, so that products have few shapes. The padding, in the
-    places ``beyond``, repeats a row's last token; the row's own tokens come before it and do not see it.
+    places ``padding``, repeats a row's last token; the row's own tokens come before it and do not see it.
     """
 
     rows: tuple[Rows, ...]
     sources: torch.Tensor
     places: torch.Tensor
-    beyond: torch.Tensor
+    padding: torch.Tensor
     heads: int
 
-    def lay(self, line: torch.Tensor) -> torch.Tensor:
+    def gather(self, line: torch.Tensor) -> torch.Tensor:
         """Lay out ``line`` (1, tokens, all heads, width) as (vectors, width)."""
         return line[0].flatten(0, 1).index_select(0, self.sources)
 
-    def take(self, laid: torch.Tensor) -> torch.Tensor:
-        """The reverse of ``lay``."""
+    def ungather(self, laid: torch.Tensor) -> torch.Tensor:
+        """The reverse of ``gather``."""
         return laid.index_select(0, self.places).view(1, -1, self.heads, laid.shape[-1])
 
 
@@ -178,18 +184,18 @@ def _go_together(rows: list[slice], row: slice, heads: int) -> bool:
     added by padding ``rows`` to its length take less time than separate calls."""
     tokens = _tokens(row)
     added = heads * len(rows) * (tokens**2 - _tokens(rows[-1]) ** 2)
-    return added < SPARED and heads * (len(rows) + 1) * tokens * _block(tokens) <= TOGETHER
+    return added < MAX_PADDING_SCORES and heads * (len(rows) + 1) * tokens * _block(tokens) <= MAX_SHARED_SCORES
 
 
 def _tokens(row: slice) -> int:
     """The number of tokens to which a row is padded by itself."""
     length: int = row.stop - row.start
-    return max(rounded(length), -(-length // LAID) * LAID)
+    return max(rounded_size(length), -(-length // PAD_MULTIPLE) * PAD_MULTIPLE)
 
 
 def _block(tokens: int) -> int:
     """The most tokens whose scores are computed at a time, for a row padded to ``tokens``."""
-    return tokens if tokens <= WHOLE else BLOCK
+    return tokens if tokens <= MAX_UNBLOCKED_TOKENS else BLOCK_TOKENS
 
 
 def _layout(together: list[list[slice]], heads: int, group: int) -> Layout:
@@ -231,7 +237,7 @@ class Block:
 def _blocks(tokens: int, matrices: int, group: int, window: int | None) -> Iterator[Block]:
     """The blocks of rows that share products, with this many ``matrices`` and ``group`` queries per key."""
     most = _block(tokens)
-    most = max(LEAST, min(most, SCORES // (matrices * group * min(tokens, (window or tokens) + most))))
+    most = max(MIN_BLOCK_TOKENS, min(most, MAX_SCORES // (matrices * group * min(tokens, (window or tokens) + most))))
     for start in range(0, tokens, most):
         size = min(most, tokens - start)
         before = start if window is None else min(start, window - 1)
@@ -265,13 +271,13 @@ def _product(x: torch.Tensor, y: torch.Tensor, factor: float, out: torch.Tensor 
 @lru_cache(maxsize=4)
 def _later(group: int, dtype: torch.dtype) -> torch.Tensor:
     """The mask (WHOLE * group, WHOLE): -inf for query i and the keys after the i-th, else 0."""
-    return _mask(torch.ones(WHOLE, WHOLE, dtype=torch.bool).triu(1), group, dtype)
+    return _mask(torch.ones(MAX_UNBLOCKED_TOKENS, MAX_UNBLOCKED_TOKENS, dtype=torch.bool).triu(1), group, dtype)
 
 
 @lru_cache(maxsize=4)
 def _outside(group: int, dtype: torch.dtype) -> torch.Tensor:
     """The mask (WHOLE * group, WHOLE): -inf for query i and the keys up to the i-th, outside its window, else 0."""
-    return _mask(torch.ones(WHOLE, WHOLE, dtype=torch.bool).tril(), group, dtype)
+    return _mask(torch.ones(MAX_UNBLOCKED_TOKENS, MAX_UNBLOCKED_TOKENS, dtype=torch.bool).tril(), group, dtype)
 
 
 def _mask(hidden: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:

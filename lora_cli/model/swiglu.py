@@ -16,7 +16,7 @@ HAS_LIGER = find_spec("liger_kernel") is not None and Version(version("liger-ker
 """Whether Liger is installed, in a version whose loss takes a chunk size."""
 
 
-def gated(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def swiglu(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """silu(gate) * x (SwiGLU, arXiv:2002.05202, equation 6 with beta = 1) of two tensors of one shape."""
     if gate.is_cuda and HAS_LIGER:
         from liger_kernel.ops.swiglu import swiglu_forward
@@ -26,8 +26,8 @@ def gated(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return own * x if own.itemsize == 2 else own.mul_(x)  # in 16 bits, mul_ takes nearly twice as long on a CPU
 
 
-def gated_slopes(gate: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients w.r.t. ``gate`` and ``x``, given ``grad`` w.r.t. ``gated``'s result. May overwrite the inputs."""
+def swiglu_backward(gate: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients w.r.t. ``gate`` and ``x``, given ``grad`` w.r.t. ``swiglu``'s result. May overwrite the inputs."""
     if gate.is_cuda and HAS_LIGER:
         from liger_kernel.ops.swiglu import swiglu_backward
 
@@ -35,56 +35,59 @@ def gated_slopes(gate: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> tup
     return torch.ops.aten.silu_backward(grad * x, gate), silu(gate) * grad
 
 
-def gated_and_kept(gate: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``gated``, and two tensors of its size for ``kept_slopes``: on a CPU the derivatives, which take as much memory
-    as the inputs and leave less to compute; on a GPU, where memory traffic takes the time, the inputs."""
+def swiglu_and_saved(gate: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``swiglu``, and two tensors of its size for ``swiglu_backward_from_saved``: on a CPU the derivatives, which take
+    as much memory as the inputs and leave less to compute; on a GPU, where memory traffic takes the time, the
+    inputs."""
     if gate.is_cuda:
-        return gated(gate, x), gate, x
+        return swiglu(gate, x), gate, x
     own = silu(gate)
     return own * x, torch.ops.aten.silu_backward(x, gate), own
 
 
-def kept_slopes(first: torch.Tensor, second: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients w.r.t. ``gate`` and ``x``, given ``grad`` w.r.t. ``gated``'s result and the two tensors to keep of
-    ``gated_and_kept``. May overwrite these two."""
-    return gated_slopes(first, second, grad) if grad.is_cuda else (grad * first, grad * second)
+def swiglu_backward_from_saved(
+    first: torch.Tensor, second: torch.Tensor, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients w.r.t. ``gate`` and ``x``, given ``grad`` w.r.t. ``swiglu``'s result and the two tensors saved
+    by ``swiglu_and_saved``. May overwrite these two."""
+    return swiglu_backward(first, second, grad) if grad.is_cuda else (grad * first, grad * second)
 
 
 @dataclass(frozen=True)
 class Formula:
-    """A function and its gradient, eager or compiled: ``value`` returns a result and what to keep; ``slopes`` returns
-    the inputs' gradients from what was kept and the result's gradient.
+    """A function and its gradient, eager or compiled: ``forward`` returns a result and what to keep, ``backward`` the
+    inputs' gradients from what was kept and the result's gradient.
 
     Both take plain tensors (n, width) that need no gradient: the compiler would compile another function for each other
     kind of tensor.
     """
 
-    value: Callable[..., Any]
-    slopes: Callable[..., Any]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
 
 
-GATED = Formula(gated_and_kept, kept_slopes)
+SWIGLU = Formula(swiglu_and_saved, swiglu_backward_from_saved)
 
 
-class Gate(torch.autograd.Function):
-    """``gated`` of two tensors (…, width), as (n, width): not a view, so it can be modified in place. Keeps as much as
+class SwiGLU(torch.autograd.Function):
+    """``swiglu`` of two tensors (…, width), as (n, width): not a view, so it can be modified in place. Keeps as much as
     its inputs. The backward pass may overwrite what was kept and the inputs, which nothing else reads by then."""
 
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, x: torch.Tensor, formula: Formula = GATED) -> torch.Tensor:
+    def forward(ctx: Any, gate: torch.Tensor, x: torch.Tensor, formula: Formula = SWIGLU) -> torch.Tensor:
         if not any(ctx.needs_input_grad):
-            return gated(vectors(gate), vectors(x))
-        y, *kept = formula.value(vectors(gate), vectors(x))
+            return swiglu(flatten_detached(gate), flatten_detached(x))
+        y, *kept = formula.forward(flatten_detached(gate), flatten_detached(x))
         ctx.save_for_backward(*kept)
         ctx.formula, ctx.shape = formula, x.shape
         return cast("torch.Tensor", y)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        slopes = ctx.formula.slopes(*ctx.saved_tensors, grad.detach())
+        slopes = ctx.formula.backward(*ctx.saved_tensors, grad.detach())
         return *(each.reshape(ctx.shape) for each in slopes), None
 
 
-def vectors(x: torch.Tensor) -> torch.Tensor:
+def flatten_detached(x: torch.Tensor) -> torch.Tensor:
     """x (…, width) as (n, width) without gradient; detached last, so that autograd sees no view of ``x``."""
     return x.reshape(-1, x.shape[-1]).detach()

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lora_cli.errors import Fault, UserError, nearest
+from lora_cli.errors import Fault, UserError, nearest_hint
 
 FUSED = {"c_attn", "qkv_proj", "query_key_value", "Wqkv", "qkv"}
 QUERY_VALUE = {"q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "wq", "wv"} | FUSED
 OUTPUT = {"o_proj", "out_proj", "c_proj", "dense", "out_lin", "wo"}
-READ_PAST = {
+BYPASSED_WEIGHTS = {
     "out_proj": {"bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h", "zamba2"},
     "dt_proj": {"doge", "falcon_mamba", "jamba", "mamba"},
     "correction_coefs": {"gemma3n", "gemma3n_text"},
@@ -22,7 +22,7 @@ READ_PAST = {
 them), clip it in training (Gemma 3n), or use it for long rows only (Doge). The adapter would learn nothing, and PEFT
 refuses some. DeepSeek-V4's layer multiplies parts of its input separately, PEFT's adapter the whole input."""
 COEFFICIENTS = ("correction_coefs", "prediction_coefs")
-READ_AS_NUMBERS = {"mamba": ("dt_proj",), "gemma3n": COEFFICIENTS, "gemma3n_text": COEFFICIENTS}
+UNQUANTIZABLE_LAYERS = {"mamba": ("dt_proj",), "gemma3n": COEFFICIENTS, "gemma3n_text": COEFFICIENTS}
 """Model types whose forward pass directly multiplies by a layer's weight or clips it, and these layers. They cannot be
 quantized: in 4 or 8 bits, the weight holds codes."""
 WORDS = ("minimal", "standard", "attention", "all-linear")
@@ -37,10 +37,10 @@ class Target:
     out_features: int
 
 
-def is_read_past(name: str, model_type: str) -> bool:
+def bypasses_adapter(name: str, model_type: str) -> bool:
     """Whether models of this type read the layer's weight past an adapter, or the layer belongs to the indexer that
     selects tokens for sparse attention (DeepSeek-V3.2), through which no gradient flows."""
-    return ".indexer." in name or model_type in READ_PAST.get(_leaf(name), ())
+    return ".indexer." in name or model_type in BYPASSED_WEIGHTS.get(_leaf(name), ())
 
 
 def choose_targets(
@@ -116,7 +116,7 @@ def _by_list(wanted: Iterable[str], layers: Iterable[str]) -> list[str]:
         found = {name for name in layers if name == item or name.endswith(f".{item}")}
         chosen |= found
         if not found:
-            near = "write it without brackets;" if item in WORDS else nearest(item, [*leaves, *WORDS])
+            near = "write it without brackets;" if item in WORDS else nearest_hint(item, [*leaves, *WORDS])
             hint = f"{near} {_what_exists(layers)}" if near else _what_exists(layers)
             what = f"adapter.target_modules: '{item}' names no linear layer of this model that can be adapted"
             faults.append(Fault(what, hint=hint))

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from lora_cli.errors import UserError, nearest
+from lora_cli.errors import UserError, nearest_hint
 from lora_cli.recipe.peers import peers_hint
 from lora_cli.recipe.schema import Recipe
 
@@ -42,18 +42,18 @@ def explain(key: str | None = None) -> str:
     if key is None:
         return "\n\n".join([*texts.values(), _NOTES])
     if key not in texts:
-        raise UserError(f"a recipe has no key {key!r}", hint=_where_it_is(key, texts))
+        raise UserError(f"a recipe has no key {key!r}", hint=_unknown_key_hint(key, texts))
     below = (f"{key}.", f"{key}[].")
     return "\n\n".join(text for name, text in texts.items() if name == key or name.startswith(below))
 
 
-def _where_it_is(key: str, names: Collection[str]) -> str:
+def _unknown_key_hint(key: str, names: Collection[str]) -> str:
     """Return a hint for an unknown ``key``: the sections that have it, its name here, or the nearest of ``names``."""
     homes = [name for name in names if name.rpartition(".")[2] == key]
     if homes:
         return f"did you mean {' or '.join(map(repr, homes))}?"
     peers = peers_hint(key.partition(".")[0], key.rpartition(".")[2])
-    return peers or nearest(key, names) or "'lora explain' lists them all"
+    return peers or nearest_hint(key, names) or "'lora explain' lists them all"
 
 
 def json_schema() -> JsonSchema:

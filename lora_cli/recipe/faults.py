@@ -18,15 +18,15 @@ from lora_cli.recipe.explain import (
     required_at,
     schema_at,
 )
-from lora_cli.recipe.peers import NOT_HERE, PEERS_KEYS, WRITTEN_HERE, peers_hint
-from lora_cli.recipe.yaml12 import BROKEN, Broken, Faults, Node, Scalar, brief, plain_scalar
+from lora_cli.recipe.peers import EQUIVALENTS, PEERS_KEYS, UNSUPPORTED, peers_hint
+from lora_cli.recipe.yaml12 import BROKEN, Broken, Faults, Node, Scalar, plain_scalar, quoted
 
 KeyPath = tuple[str | int, ...]
 
 _KINDS: dict[type, set[str]] = {int: {"integer", "number"}, float: {"number"}, tuple: {"array"}}
 
 
-def tell_errors(error: ValidationError, root: Node, faults: Faults, complete: bool) -> None:
+def add_faults(error: ValidationError, root: Node, faults: Faults, complete: bool) -> None:
     """Add a fault for every error. The errors of a union, one for each alternative, become one fault.
 
     ``complete`` is False when a base could not be read. Missing keys may then be in that base and are not reported.
@@ -45,15 +45,15 @@ def tell_errors(error: ValidationError, root: Node, faults: Faults, complete: bo
             continue
         match detail["type"]:
             case "extra_forbidden":
-                faults.add(node.key or node.place, f"{_dotted(path)}: unknown key", _where_it_belongs(path, node.value))
+                faults.add(node.key or node.place, f"{_dotted(path)}: unknown key", _unknown_key_hint(path, node.value))
             case "missing":
                 if complete:
-                    _tell_missing(path, node, faults)
+                    _add_missing(path, node, faults)
             case "value_error":
                 if readable:
-                    _tell_broken_rule(path, detail, root, faults)
+                    _add_broken_rule(path, detail, root, faults)
             case _:
-                _tell_wrong_value(path, node, faults)
+                _add_wrong_value(path, node, faults)
 
 
 def _key_path(root: Node, detail: ErrorDetails) -> KeyPath:
@@ -95,16 +95,16 @@ def _dotted(path: KeyPath) -> str:
 
 
 def _shown(key: str) -> str:
-    return key if key.isprintable() and key and len(key) <= 60 else brief(key)
+    return key if key.isprintable() and key and len(key) <= 60 else quoted(key)
 
 
-def _where_it_belongs(path: KeyPath, value: object) -> str:
+def _unknown_key_hint(path: KeyPath, value: object) -> str:
     *section, key = path
     if section == [] and key == "base":
         return "base is written in the recipe's file"
     name = str(key)
     homes = [home for home in dotted_keys() if home.partition(".")[2] == name]
-    if homes and not (name in NOT_HERE and isinstance(value, str)):  # template: llama3 is not our data.template
+    if homes and not (name in UNSUPPORTED and isinstance(value, str)):  # template: llama3 is not our data.template
         return f"{name} belongs in {' or '.join(home.partition('.')[0] for home in homes)}: write {' or '.join(homes)}"
     if hint := peers_hint(str(path[0]), name, value):
         return hint
@@ -121,7 +121,7 @@ def _where_it_belongs(path: KeyPath, value: object) -> str:
     return f"known: {', '.join(sorted(here))}"
 
 
-def _tell_missing(path: KeyPath, around: Node, faults: Faults) -> None:
+def _add_missing(path: KeyPath, around: Node, faults: Faults) -> None:
     place, name = around.key or around.place, _dotted(path)
     needed = [f"{name}.{key}" for key in required_at(path)]
     schema = schema_at(path)
@@ -131,7 +131,7 @@ def _tell_missing(path: KeyPath, around: Node, faults: Faults) -> None:
         faults.add(place, f"{name}: missing, expected {expected(schema)}", schema.get("description"))
 
 
-def _tell_broken_rule(path: KeyPath, detail: ErrorDetails, root: Node, faults: Faults) -> None:
+def _add_broken_rule(path: KeyPath, detail: ErrorDetails, root: Node, faults: Faults) -> None:
     """Add a validator's message at the dotted key it begins with, as in ``data.format: template needs …``."""
     message = str(detail["ctx"]["error"])
     about = message.partition(":")[0]
@@ -139,24 +139,24 @@ def _tell_broken_rule(path: KeyPath, detail: ErrorDetails, root: Node, faults: F
     faults.add(_nearest(root, path).place, message)
 
 
-def _tell_wrong_value(path: KeyPath, node: Node, faults: Faults) -> None:
+def _add_wrong_value(path: KeyPath, node: Node, faults: Faults) -> None:
     schema = schema_at(path)
     # For a number out of range, report the valid range, not the text and lists that the key accepts as well.
     same_kind = [option for option in options(schema) if option.get("type") in _KINDS.get(type(node.value), ())]
     wanted = expected({"anyOf": same_kind}) if same_kind else expected(schema)
-    what = f"{_dotted(path)}: expected {wanted}, found {found(node.value)}"
+    what = f"{_dotted(path)}: expected {wanted}, found {describe_value(node.value)}"
     keys = f"lora explain {path[0]} lists its keys" if len(path) == 1 else None
     share = isinstance(node.value, float) and 0 < node.value < 1
-    own = WRITTEN_HERE.get(f"{_dotted(path)}: {'a share' if share else node.value}")
+    own = EQUIVALENTS.get(f"{_dotted(path)}: {'a share' if share else node.value}")
     faults.add(node.place, what, f"here it is {own}" if own else _remedy(node.value, schema) or keys)
 
 
-def found(value: Scalar | Broken | dict[str, Node] | tuple[Node, ...]) -> str:
+def describe_value(value: Scalar | Broken | dict[str, Node] | tuple[Node, ...]) -> str:
     match value:
         case None:
             return "nothing (null)"
         case str():
-            return f"the text {brief(value)}" if value else "empty text"
+            return f"the text {quoted(value)}" if value else "empty text"
         case bool():
             return str(value).lower()
         case int() | float():

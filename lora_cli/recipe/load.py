@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from lora_cli.recipe.faults import found, tell_errors
+from lora_cli.recipe.faults import add_faults, describe_value
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.yaml12 import BROKEN, Faults, Node, Place, parse, plain_scalar
 
@@ -29,13 +29,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     layers, complete = _layers(str(path), faults)
     root = layers[0]
     for layer in layers[1:]:
-        root = _merge(root, _without_headers(layer))
+        root = _merge(root, _drop_empty_sections(layer))
     for override in overrides:
         root = _merge(root, _override(override, faults))
     try:
-        recipe = Recipe.model_validate(_plain(_without_headers(root)))
+        recipe = Recipe.model_validate(_plain(_drop_empty_sections(root)))
     except ValidationError as error:
-        tell_errors(error, root, faults, complete)
+        add_faults(error, root, faults, complete)
         raise faults.error() from None
     faults.raise_any()
     return recipe
@@ -46,7 +46,7 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.dump(_escaped(recipe.model_dump()), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
 
 
-def changed(recipe: Recipe, changes: Mapping[str, object]) -> Recipe:
+def with_changes(recipe: Recipe, changes: Mapping[str, object]) -> Recipe:
     """Return a copy of the recipe with ``changes``: dotted keys and their new values."""
     dumped = recipe.model_dump()
     for dotted, value in changes.items():
@@ -100,7 +100,7 @@ def _layers(path: str, faults: Faults) -> tuple[list[Node], bool]:
             return layers, True
         if not isinstance(base.value, str):
             if base.value is not BROKEN:
-                faults.add(base.place, f"base: expected a recipe's file name, found {found(base.value)}")
+                faults.add(base.place, f"base: expected a recipe's file name, found {describe_value(base.value)}")
             break
         file, named_at = str(Path(file).parent / base.value), base.place
     if not layers:
@@ -150,7 +150,9 @@ def _top_level(file: str, text: str, faults: Faults) -> dict[str, Node] | None:
         faults.add(Place(file, 1, 1), "the recipe is empty", "'lora explain' lists its keys")
     elif root.value is not BROKEN:
         hint = ROWS_GO_IN if isinstance(root.value, tuple) else None
-        faults.add(root.place, f"expected a recipe's sections (model, data, …), found {found(root.value)}", hint)
+        faults.add(
+            root.place, f"expected a recipe's sections (model, data, …), found {describe_value(root.value)}", hint
+        )
     return None
 
 
@@ -168,7 +170,7 @@ def _override(text: str, faults: Faults) -> Node:
     return node
 
 
-def _without_headers(layer: Node) -> Node:
+def _drop_empty_sections(layer: Node) -> Node:
     """Drop sections that are empty (null): they count as missing, so the base's section applies. Keep a null that is
     the default, as in ``quantization``: it means that there is no such section."""
     assert isinstance(layer.value, dict)

@@ -3,7 +3,7 @@ keys and values."""
 
 from __future__ import annotations
 
-WRITTEN_HERE = {
+EQUIVALENTS = {
     "base_model": "model.name_or_path",
     "model_name_or_path": "model.name_or_path",
     "base_model_name_or_path": "model.name_or_path",
@@ -148,7 +148,7 @@ WRITTEN_HERE = {
 }
 """Another tool's key, with or without a section, or our key with another tool's value → our key or value."""
 
-NOT_HERE = {
+UNSUPPORTED = {
     name: f"leave it out: {why}"
     for why, names in (
         (
@@ -243,14 +243,14 @@ NOT_HERE = {
 }
 """Another tool's key, with or without a section, that has no counterpart in a recipe → a hint that says why."""
 
-PEERS_KEYS = [name for name in (*WRITTEN_HERE, *NOT_HERE) if name.isidentifier()]
+PEERS_KEYS = [name for name in (*EQUIVALENTS, *UNSUPPORTED) if name.isidentifier()]
 """The entries above that are keys alone, without a section or value."""
 
 
 def peers_hint(section: str, name: str, value: object = True) -> str | None:
     """Return a hint for another tool's key ``name`` in a section, or None when the key is unknown."""
-    own = WRITTEN_HERE.get(f"{section}.{name}") or WRITTEN_HERE.get(name)
+    own = EQUIVALENTS.get(f"{section}.{name}") or EQUIVALENTS.get(name)
     if own is None:
-        return NOT_HERE.get(f"{section}.{name}") or NOT_HERE.get(name)
+        return UNSUPPORTED.get(f"{section}.{name}") or UNSUPPORTED.get(name)
     left_out = value in (False, None) and ": " in own
     return f"leave it out: true is {own} here" if left_out else f"here it is {own}"

@@ -97,7 +97,7 @@ def parse(text: str, locate: Callable[[int, int], Place], env: Mapping[str, str]
     except _Stop:
         return Node(BROKEN, locate(1, 1))
     except yaml.MarkedYAMLError as error:
-        mark, what, hint = _in_our_words(error, text)
+        mark, what, hint = _translate_error(error, text)
         place = locate(mark.line + 1, mark.column + 1) if mark else locate(1, 1)
         faults.add(place, what, hint)
     except (ValueError, OverflowError):  # PyYAML passes "\UFFFFFFFF" to chr and a huge %YAML version to int unchecked
@@ -158,7 +158,7 @@ class _Reader:
             raise self._stop(event, f"more than {MAX_VALUES:,} values, those that aliases repeat included")
         if event.tag is not None:
             hint = "a recipe holds plain values; quotes make text of a number"
-            self._faults.add(place, f"tags such as {brief(event.tag.replace(_YAML_TAG, '!!'))} are not allowed", hint)
+            self._faults.add(place, f"tags such as {quoted(event.tag.replace(_YAML_TAG, '!!'))} are not allowed", hint)
             node = Node(BROKEN, place)
         if event.anchor is not None:
             self._anchors[event.anchor] = node
@@ -184,7 +184,7 @@ class _Reader:
             node = self._node(next(self._events), depth + 1)
             if event.value in entries:
                 first = entries[event.value].key
-                self._faults.add(place, f"duplicate key {brief(event.value)}: it is already at {first}")
+                self._faults.add(place, f"duplicate key {quoted(event.value)}: it is already at {first}")
             elif self._encodable(event.value, place):
                 entries[event.value] = replace(node, key=place)
         return entries
@@ -225,7 +225,7 @@ class _Reader:
         try:
             text.encode()
         except UnicodeEncodeError:
-            self._faults.add(place, f"{brief(text)} is not valid Unicode")
+            self._faults.add(place, f"{quoted(text)} is not valid Unicode")
             return False
         return True
 
@@ -270,7 +270,7 @@ def plain_scalar(text: str) -> Scalar:
     return float(text) if _FLOAT.fullmatch(text) else text
 
 
-def brief(text: str) -> str:
+def quoted(text: str) -> str:
     """Return ``text`` quoted, cut to 60 characters and with unprintable characters escaped."""
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
@@ -305,7 +305,7 @@ _AT_CONTEXT: dict[str, tuple[str, str | None]] = {
 _VARIABLE_IN_BRACKETS = re.compile(r"[\[{, ]\$\{")
 
 
-def _in_our_words(error: yaml.MarkedYAMLError, text: str) -> tuple[yaml.Mark | None, str, str | None]:
+def _translate_error(error: yaml.MarkedYAMLError, text: str) -> tuple[yaml.Mark | None, str, str | None]:
     problem = error.problem or "it cannot be read"
     for theirs, (what, hint) in _AT_CONTEXT.items():
         if problem.startswith(theirs):

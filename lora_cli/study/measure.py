@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.errors import UserError, counted
+from lora_cli.errors import UserError, pluralize
 from lora_cli.recipe.schema import Data, Recipe, Source
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def data_section(data: str | None, recipe: Recipe | None) -> Data:
     return recipe.data
 
 
-def check(data: Data) -> None:
+def check_rows(data: Data) -> None:
     """Raises UserError with every fault in the rows to measure on. Other training rows may be missing here."""
     from lora_cli.training.prepare import data_faults
 
@@ -57,16 +57,16 @@ def rows_for(base: Path, adapter: Path | None, data: Data, recipe: Recipe | None
     Raises UserError for every fault found that would make the measurement fail.
     """
     from lora_cli.data.examples import check_ids
-    from lora_cli.model.adapters import resize_words
-    from lora_cli.model.base import load_config, load_tokenizer, max_positions, skeleton
+    from lora_cli.model.adapters import resize_embeddings
+    from lora_cli.model.base import load_config, load_tokenizer, max_positions, meta_model
     from lora_cli.model.files import tokenizer_folder
     from lora_cli.weights.check_model import check_weights
 
     config = load_config(base)
-    bare = skeleton(config)
+    bare = meta_model(config)
     check_weights(base, bare)
     if adapter is not None:
-        resize_words(bare, adapter)
+        resize_embeddings(bare, adapter)
     tokenizer = load_tokenizer(tokenizer_folder(base, *([adapter] if adapter else [])))
     max_length = min(data.max_length, max_positions(config) or data.max_length)
     examples = _examples(data, tokenizer, max_length, recipe.training.seed if recipe else 0)
@@ -93,7 +93,7 @@ def sources(data: Data) -> tuple[Source, ...]:
     return sources_of(data.own_validation or data.train)
 
 
-def changed(rows: Rows, record: dict[str, Any]) -> str | None:
+def changed_rows_warning(rows: Rows, record: dict[str, Any]) -> str | None:
     """Return a warning if ``rows`` are not the validation rows that the adapter's record names, else None."""
     recorded = (record.get("data") or {}).get("validation") or {}
     if recorded.get("fingerprint") in (None, rows.examples.fingerprint):
@@ -127,7 +127,7 @@ def measure(base: Path, adapter: Path | None, rows: Rows, recipe: Recipe | None,
     model = load_base(base, settings, quantization, device, resolve_dtype(settings.dtype, device))
 
     def watch(groups: Sequence[Ints], what: str) -> Iterator[Ints]:
-        display.note(f"measuring {what} on {counted(len(rows.examples), 'row')}")
+        display.note(f"measuring {what} on {pluralize(len(rows.examples), 'row')}")
         return display.through(groups, "measuring")
 
     attention = settings.attn_implementation

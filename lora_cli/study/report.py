@@ -6,9 +6,9 @@ import html
 import io
 from typing import Any
 
-from lora_cli.errors import counted
-from lora_cli.training.display import pace
-from lora_cli.training.run_folder import RunFolder, write_whole
+from lora_cli.errors import pluralize
+from lora_cli.training.display import format_steps
+from lora_cli.training.run_folder import RunFolder, write_atomic
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2733}"
@@ -27,9 +27,9 @@ def write_report(folder: RunFolder) -> None:
     facts = [
         ("base", base["name_or_path"]),
         ("base fingerprint", base["fingerprint"][:16]),
-        ("data", f"{counted(info['data']['rows'], 'row')}, {info['data']['supervised_tokens']:,} supervised tokens"),
+        ("data", f"{pluralize(info['data']['rows'], 'row')}, {info['data']['supervised_tokens']:,} supervised tokens"),
         ("trained", f"{result['trainable_parameters']:,} of {result['total_parameters']:,} parameters"),
-        ("steps", pace(result)),
+        ("steps", format_steps(result)),
         ("adapter", f"weights of step {result['adapter_step']:,}"),
         ("peak memory", f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB"),
         ("device", info["device"]),
@@ -49,7 +49,7 @@ def write_report(folder: RunFolder) -> None:
         f"<h2>The recipe</h2><pre>{recipe}</pre>",
         "</body></html>",
     ]
-    write_whole(folder.report, "\n".join(page) + "\n")
+    write_atomic(folder.report, "\n".join(page) + "\n")
 
 
 def _scores(result: dict[str, Any]) -> str:

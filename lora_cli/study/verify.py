@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.errors import CheckError, UserError, counted
+from lora_cli.errors import CheckError, UserError, pluralize
 from lora_cli.recipe.schema import Model, Quantization
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Expected:
     rounded: list[torch.Tensor]
 
 
-def fits(base: Path) -> bool:
+def fits_in_memory(base: Path) -> bool:
     """Whether the base in float32, with a reserve of 25%, fits into the device's free memory."""
     from lora_cli.model.base import best_device
     from lora_cli.model.memory import free_bytes
@@ -143,11 +143,11 @@ def _check_explained(
     )
 
 
-def text(found: Verified) -> Iterator[str]:
+def report_lines(found: Verified) -> Iterator[str]:
     """Yield the lines of the report for the user."""
     merged = found.merged
     yield (
-        f"checked on {counted(found.rows, 'row')} ({found.tokens} tokens) of {found.of}: logits differ by at most "
+        f"checked on {pluralize(found.rows, 'row')} ({found.tokens} tokens) of {found.of}: logits differ by at most "
         f"{merged.largest:.2g} (relative difference {merged.relative:.2g}), perplexity {found.apart:.3f} unmerged, "
         f"{merged.perplexity:.3f} merged"
     )
@@ -164,7 +164,7 @@ def sample_for(origin: AdapterOrigin, data: str | None) -> Sample:
     Raises UserError when ``data`` is given but cannot be used."""
     import torch
 
-    from lora_cli.data.sources import whole_rows
+    from lora_cli.data.sources import valid_rows
     from lora_cli.data.tokenize import tokenize_rows
     from lora_cli.model.base import load_tokenizer
     from lora_cli.model.files import tokenizer_folder
@@ -177,7 +177,7 @@ def sample_for(origin: AdapterOrigin, data: str | None) -> Sample:
     ids, of = [tokenizer(sentence).input_ids for sentence in SENTENCES], "plain text"
     if section is not None:
         try:
-            rows = islice(whole_rows(measure.sources(section)), ROWS)
+            rows = islice(valid_rows(measure.sources(section)), ROWS)
             examples = tokenize_rows(section, rows, tokenizer).examples
             if examples.lengths.max() < 2:
                 raise UserError("no token to predict in the first rows", measure.describe(section), "give others")
@@ -213,11 +213,11 @@ def _adapted(base: Any, origins: Sequence[AdapterOrigin]) -> Any:
 
 def _base(origins: Sequence[AdapterOrigin], quantization: Quantization | None, expanded: Quantization | None) -> Any:
     """Load the base: quantized, or quantized as ``expanded`` and dequantized again, or unquantized."""
-    from lora_cli.weights.merge import seen_dtype
+    from lora_cli.weights.merge import training_dtype
     from lora_cli.weights.quantized_layers import expand_quantized
     from lora_cli.weights.shards import read_headers, weight_files
 
-    seen = seen_dtype(origins[0], read_headers(weight_files(origins[0].base)))
+    seen = training_dtype(origins[0], read_headers(weight_files(origins[0].base)))
     base = _load(origins[0].base, quantization, seen if quantization else None)
     if expanded is not None:
         expand_quantized(base, expanded, seen)
@@ -229,10 +229,10 @@ def _expected(
 ) -> Expected:
     """Compute the logits that a merge into this base must reproduce. ``stored`` are the merged model's tensors."""
     from lora_cli.evaluation.agreement import logits_of
-    from lora_cli.model.adapters import resize_words
+    from lora_cli.model.adapters import resize_embeddings
 
     alone = _base(origins, None, expanded)
-    resize_words(alone, origins[0].folder)  # so that all logits have the same size
+    resize_embeddings(alone, origins[0].folder)  # so that all logits have the same size
     base = logits_of(alone, sample.ids)  # before PEFT writes an adapter's biases or PiSSA's residual into the base
     model = _adapted(alone, origins)
     unmerged = logits_of(model, sample.ids)

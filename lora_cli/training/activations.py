@@ -12,17 +12,17 @@ from torch.nn.modules.module import register_module_forward_hook
 from lora_cli.data.batches import Batch, Schedule
 from lora_cli.evaluation.head import Head
 from lora_cli.evaluation.loss import summed_loss
-from lora_cli.model.layers import check_recomputes, is_8_bit
-from lora_cli.model.memory import activation_bytes, free_bytes, is_out_of_memory, size
+from lora_cli.model.layers import check_checkpointing, is_8_bit
+from lora_cli.model.memory import activation_bytes, format_bytes, free_bytes, is_out_of_memory
 from lora_cli.training.estimate import largest_batch
 from lora_cli.training.prepare import Prepared
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-SHARE = 0.8
+MEMORY_FRACTION = 0.8
 """Fraction of the free memory that the estimated activations may take; the rest is for what the estimate leaves out."""
-TRIED = 128
+PROBE_TOKENS = 128
 """Maximum length, in tokens, of the longer of the two rows that measure the memory kept per token."""
 
 
@@ -42,20 +42,22 @@ def choose_checkpointing(
     if wanted != "auto":
         return wanted, ""
     batch = largest_batch(schedule.lengths, schedule.supervised, schedule.batch_size, job.max_length, schedule.packing)
-    free = SHARE * free_bytes(device)
+    free = MEMORY_FRACTION * free_bytes(device)
     plain, checkpointed = (
         activation_bytes(job.config, *batch, dtype.itemsize, checkpointing, whole_logits, kept)
         for checkpointing in (False, True)
     )
     if plain <= free:
         return False, ""
-    why = f"a batch's activations would take about {size(plain)}, more than {SHARE:.0%} of what is free"
+    why = (
+        f"a batch's activations would take about {format_bytes(plain)}, more than {MEMORY_FRACTION:.0%} of what is free"
+    )
     if not recomputes:
         return False, f"{why}, and this architecture cannot recompute them"
     return checkpointed <= free or device.type == "cpu" or "offload", why
 
 
-def kept_bytes(
+def saved_bytes_per_token(
     model: PeftModel, head: Head | None, accelerator: Accelerator, packing: bool, max_length: int
 ) -> float | None:
     """Return the bytes per token that the model, without its head, keeps for the backward pass; None if memory does not
@@ -63,11 +65,11 @@ def kept_bytes(
 
     The random state is unchanged.
     """
-    device, most = accelerator.device, min(TRIED, max_length)
+    device, most = accelerator.device, min(PROBE_TOKENS, max_length)
     model.train()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), accelerator.autocast():
-            short, long = (_kept(model, head, _row(tokens, packing).to(device)) for tokens in (most // 2, most))
+            short, long = (_saved_bytes(model, head, _row(tokens, packing).to(device)) for tokens in (most // 2, most))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -78,13 +80,13 @@ def kept_bytes(
 def recompute_activations(model: PeftModel) -> None:
     """Enable gradient checkpointing: the backward pass runs each layer's forward pass again. Raises UserError when the
     architecture does not support it."""
-    check_recomputes(model)
+    check_checkpointing(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     # Only reentrant checkpoints need this hook, which extends the backward pass down to the embeddings.
     model.get_base_model().disable_input_require_grads()  # type: ignore[operator]
 
 
-def _kept(model: PeftModel, head: Head | None, batch: Batch) -> int:
+def _saved_bytes(model: PeftModel, head: Head | None, batch: Batch) -> int:
     """Return the bytes of the storages that hold what a forward pass saves for the backward pass."""
     memory: dict[int, torch.UntypedStorage] = {}  # held, so that no address is reused
 

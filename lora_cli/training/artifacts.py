@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.errors import counted
+from lora_cli.errors import pluralize
 from lora_cli.model.base import save_tokenizer
 from lora_cli.recipe.schema import Recipe
 from lora_cli.weights.provenance import PROVENANCE
@@ -50,10 +50,10 @@ def model_card(recipe: Recipe, provenance: dict[str, Any]) -> str:
         f"# LoRA adapter for {Path(base).name}",
         "",
         f"Rank {adapter.r}, alpha {adapter.lora_alpha:g}{quantized}; {result['trainable_parameters']:,} trained "
-        f"parameters, {counted(result['steps'], 'step')} at a peak learning rate of {training.learning_rate:g}.",
+        f"parameters, {pluralize(result['steps'], 'step')} at a peak learning rate of {training.learning_rate:g}.",
         "",
-        f"Base fingerprint: `{provenance['base']['fingerprint'][:16]}`. Training data: {counted(data['rows'], 'row')} "
-        f"({data['supervised_tokens']:,} supervised tokens).",
+        f"Base fingerprint: `{provenance['base']['fingerprint'][:16]}`. Training data: "
+        f"{pluralize(data['rows'], 'row')} ({data['supervised_tokens']:,} supervised tokens).",
     ]
     if result["adapter_step"] != result["steps"]:
         body[-1] += f" The weights are those of step {result['adapter_step']:,}, which had the lowest validation loss."

@@ -18,14 +18,14 @@ from lora_cli.evaluation.head import Head
 from lora_cli.evaluation.loss import summed_loss
 from lora_cli.model.adapters import trainable_parameters
 from lora_cli.model.base import pad_token_id
-from lora_cli.model.memory import activation_bytes, free_bytes, is_out_of_memory, size
-from lora_cli.recipe.load import changed
+from lora_cli.model.memory import activation_bytes, format_bytes, free_bytes, is_out_of_memory
+from lora_cli.recipe.load import with_changes
 from lora_cli.recipe.schema import Recipe
-from lora_cli.training.activations import SHARE, recompute_activations
+from lora_cli.training.activations import MEMORY_FRACTION, recompute_activations
 from lora_cli.training.display import Display
 from lora_cli.training.estimate import largest_batch
 from lora_cli.training.prepare import Prepared
-from lora_cli.training.processes import highest
+from lora_cli.training.processes import all_reduce_max
 from lora_cli.training.same_run import with_batch_size
 from lora_cli.training.sharding import is_sharded
 
@@ -67,19 +67,19 @@ def resolve_batch_size(
     else:
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
         free = free_bytes(device) // sharing
-        fits = _by_estimate(job, head, packing, element_size, int(SHARE * free))
-        why = f"the largest whose activations are estimated to fit {SHARE:.0%} of {size(free)} free"
+        fits = _by_estimate(job, head, packing, element_size, int(MEMORY_FRACTION * free))
+        why = f"the largest whose activations are estimated to fit {MEMORY_FRACTION:.0%} of {format_bytes(free)} free"
     found = next(((count, way) for way in ways for count in divisors(rows) if fits(count, way)), None)
     if found is None:
         why = "continuing with 1, although even that may not fit"
     count, checkpointing = found or (1, ways[-1])
-    count = -highest(-count, accelerator)
-    checkpointing = bool(highest(int(checkpointing), accelerator))
-    told = f"training.per_device_train_batch_size: auto -> {count}, gradient_accumulation_steps: {rows // count}"
+    count = -all_reduce_max(-count, accelerator)
+    checkpointing = bool(all_reduce_max(int(checkpointing), accelerator))
+    message = f"training.per_device_train_batch_size: auto -> {count}, gradient_accumulation_steps: {rows // count}"
     recomputing = ", activations recomputed" if checkpointing else ""
-    display.note(f"{told}{recomputing}, a step of {rows} rows a process ({why})", warning=found is None)
+    display.note(f"{message}{recomputing}, a step of {rows} rows a process ({why})", warning=found is None)
     found_out = {"training.gradient_checkpointing": checkpointing} if wanted == "auto" and not streams else {}
-    return changed(with_batch_size(recipe, count), found_out)
+    return with_changes(with_batch_size(recipe, count), found_out)
 
 
 def divisors(number: int) -> list[int]:

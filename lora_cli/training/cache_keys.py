@@ -12,11 +12,11 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from lora_cli.training.launch_environment import is_first_here, process_count, process_index
 
-PATIENCE = timedelta(days=7)
+STORE_TIMEOUT = timedelta(days=7)
 """Tokenizing may take long; when the first process fails, the launcher ends the others."""
 
 
-def announce(keys: Collection[str]) -> Store | None:
+def publish_keys(keys: Collection[str]) -> Store | None:
     """Send this machine's other processes the keys of the published rows. Keep the returned store until the process
     group has begun."""
     if process_count() == 1 or not is_first_here():
@@ -26,8 +26,8 @@ def announce(keys: Collection[str]) -> Store | None:
     return store
 
 
-def announced() -> Collection[str]:
-    """Wait for the keys that ``announce`` sent on this machine, and return them."""
+def wait_for_keys() -> Collection[str]:
+    """Wait for the keys that ``publish_keys`` sent on this machine, and return them."""
     store = _store()
     while not store.check([_machine()]):  # no signal could end a blocking `get`
         time.sleep(0.1)
@@ -39,7 +39,9 @@ def _store() -> Store:
     is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     own = process_index() == 0 and not is_launchers
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return PrefixStore("lora", TCPStore(host, port, None, own, PATIENCE, wait_for_workers=False, multi_tenant=True))
+    return PrefixStore(
+        "lora", TCPStore(host, port, None, own, STORE_TIMEOUT, wait_for_workers=False, multi_tenant=True)
+    )
 
 
 def _machine() -> str:

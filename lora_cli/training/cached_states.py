@@ -13,7 +13,7 @@ from lora_cli.model.frozen_layers import FrozenLayers
 
 
 @dataclass(frozen=True)
-class Kept:
+class CachedStates:
     """Hidden states of some rows' tokens: ``states`` (tokens, width), in which row i begins at ``offsets[i]``."""
 
     states: torch.Tensor
@@ -44,4 +44,4 @@ class HiddenStates:
     width: int
     dtype: torch.dtype
     places: Mapping[str, str]
-    kept: dict[str, Kept] = field(default_factory=dict)
+    kept: dict[str, CachedStates] = field(default_factory=dict)

@@ -22,8 +22,8 @@ from torch.amp.grad_scaler import GradScaler
 from lora_cli.disk import make_folder
 from lora_cli.errors import UserError, unreadable
 from lora_cli.model.memory import is_out_of_memory
-from lora_cli.training.processes import fill, laid_out_as, shape_of, whole
-from lora_cli.weights.folders import clear_drafts, entries, set_aside, whole_folder
+from lora_cli.training.processes import fill_parameter, full_tensor, shape_of, sharded_like
+from lora_cli.weights.folders import atomic_folder, clear_drafts, entries, mark_for_removal
 from lora_cli.weights.shards import read_headers
 
 MANIFEST = "manifest.json"
@@ -31,7 +31,7 @@ DOCUMENT = "state.json"
 FILES = ("weights", "optimizer", "random")
 NAMES = (DOCUMENT, *(f"{name}.safetensors" for name in FILES))
 NAME = re.compile(r"step-(\d{8})")
-GO_ON = "; --resume continues from the newest"
+RESUME_HINT = "; --resume continues from the newest"
 NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
 Tensors = dict[str, torch.Tensor]
 
@@ -104,7 +104,7 @@ def capture(
 def host_copy(tensor: torch.Tensor) -> torch.Tensor:
     """Return a complete, contiguous copy in host memory; every process must call this to gather sharded tensors."""
     # Each is cloned: 8-bit optimizers share one table of levels, and safetensors refuses shared storage.
-    return whole(tensor).detach().cpu().clone().contiguous()
+    return full_tensor(tensor).detach().cpu().clone().contiguous()
 
 
 def write(folder: Path, state: State) -> Path:
@@ -112,7 +112,7 @@ def write(folder: Path, state: State) -> Path:
     make_folder(folder, parents=False)  # the run's folder must exist
     target = path_of(folder, state.document.progress.step)
     tensors = [tensor for name in FILES for tensor in getattr(state, name).values()]
-    with whole_folder(target, replace=True, needed=sum(tensor.nbytes for tensor in tensors)) as draft:
+    with atomic_folder(target, replace=True, needed=sum(tensor.nbytes for tensor in tensors)) as draft:
         for name in FILES:
             save_file(getattr(state, name), draft / f"{name}.safetensors")
         (draft / DOCUMENT).write_text(json.dumps(asdict(state.document)), encoding="utf-8")
@@ -121,8 +121,8 @@ def write(folder: Path, state: State) -> Path:
 
 
 def read(path: Path) -> State:
-    """Read a checkpoint that ``is_whole`` into host memory. Raises RunError or OSError for a read error, which may be
-    temporary."""
+    """Read a checkpoint that ``is_complete`` into host memory. Raises RunError or OSError for a read error, which may
+    be temporary."""
     weights, optimizer, random_states = (_load(path / f"{name}.safetensors") for name in FILES)
     return State(weights, optimizer, random_states, _read_document(path))
 
@@ -157,12 +157,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in entries(folder) if NAME.fullmatch(path.name) and path.is_dir())
 
 
-def kept(folder: Path, then: str = "") -> str:
+def checkpoint_hint(folder: Path, then: str = "") -> str:
     """Return what an error message says about the checkpoints in a folder, and ``then`` if there are any."""
     return f"the checkpoints are kept{then}" if checkpoints(folder) else "there was no checkpoint yet"
 
 
-def is_whole(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
     """Whether all files of a checkpoint match the sizes and SHA-256 in its manifest, and its step matches its name.
 
     A file that is not in safetensors format, such as a pickle, is never loaded. Raises OSError or RunError when an
@@ -194,7 +194,7 @@ def rotate(folder: Path, newest: int, keep: int | None, best: int | None) -> Non
     spared = {*earlier[-keep if keep else 0 :], best}
     for step in steps:
         if step not in spared:
-            set_aside(path_of(folder, step))
+            mark_for_removal(path_of(folder, step))
     clear_drafts(folder)
 
 
@@ -231,7 +231,7 @@ def _restore_optimizer(state: State, parameters: NamedParameters, optimizer: tor
         index, _, name = key.partition(".")
         parameter = parameters[int(index)][1]
         if isinstance(value, torch.Tensor) and value.shape == shape_of(parameter):
-            value = laid_out_as(value, parameter)
+            value = sharded_like(value, parameter)
         by_parameter.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": by_parameter, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -245,7 +245,7 @@ def restore_weights(state: State, parameters: NamedParameters) -> None:
         for name, parameter in parameters:
             if shape_of(parameter) != state.weights[name].shape:
                 raise UserError(f"{name} has another shape in the checkpoint")
-            fill(parameter, state.weights[name])
+            fill_parameter(parameter, state.weights[name])
 
 
 def _split_state(state: dict[int, dict[str, Any]]) -> tuple[Tensors, dict[str, Any]]:

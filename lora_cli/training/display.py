@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 
-from lora_cli.errors import counted, unwritable
+from lora_cli.errors import pluralize, unwritable
 
 Item = TypeVar("Item")
 
 
-class _Lasting:
+class _FaultTolerantStream:
     """A stream that goes silent when a write fails. A closed reader or a full disk must not end a run, which also keeps
     its own log."""
 
@@ -60,7 +60,7 @@ class Display:
 
     def __init__(self, quiet: bool = False, silent: bool = False) -> None:
         self.quiet = quiet
-        stream = cast("TextIO", _Lasting(sys.stderr))
+        stream = cast("TextIO", _FaultTolerantStream(sys.stderr))
         self.console = Console(file=stream, highlight=False, soft_wrap=not sys.stderr.isatty(), quiet=silent)
         self._log: Path | None = None
         self._progress: Progress | None = None
@@ -161,9 +161,9 @@ def describe(line: Mapping[str, Any]) -> str:
     )
 
 
-def pace(result: Mapping[str, Any]) -> str:
+def format_steps(result: Mapping[str, Any]) -> str:
     """Return the number of steps of a run and the time of those taken since it was resumed, as text."""
-    steps, taken = counted(result["steps"], "step"), result["steps"] - result["resumed_step"]
+    steps, taken = pluralize(result["steps"], "step"), result["steps"] - result["resumed_step"]
     if not taken:
         return f"{steps}, all taken before"
     return f"{steps}{f', the last {taken:,}' if result['resumed_step'] else ''} in {result['seconds']:,.1f} s"

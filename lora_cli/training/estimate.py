@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_cli.data.examples import Ints
-from lora_cli.model.base import best_device, resolve_dtype, skeleton
+from lora_cli.model.base import best_device, meta_model, resolve_dtype
 from lora_cli.model.files import stored_quantization
 from lora_cli.model.layers import checkpointed_layers, linear_layers
 from lora_cli.model.memory import activation_bytes
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryEstimate:
     """Estimated bytes: frozen base, trained weights with gradients and optimizer state, one batch's activations."""
 
     weights: int
@@ -37,9 +37,9 @@ class Need:
         return self.weights + self.optimizer + self.activations
 
 
-def estimate(job: Prepared, recipe: Recipe) -> Need:
+def estimate(job: Prepared, recipe: Recipe) -> MemoryEstimate:
     """Estimate the memory for a run of ``recipe`` from shapes alone; ``job`` has those of the base and the rows."""
-    bare = skeleton(job.config)
+    bare = meta_model(job.config)
     dtype = resolve_dtype(recipe.model.dtype, best_device())
     linear, parameters = _numbers(bare)
     if recipe.training.stream_base is True:  # one layer is in memory at a time
@@ -55,7 +55,7 @@ def estimate(job: Prepared, recipe: Recipe) -> Need:
     batch = largest_batch(examples.lengths, examples.supervised_per_row, training.batch_size, limit, packing)
     checkpointing = training.gradient_checkpointing is True
     activations = activation_bytes(job.config, *batch, dtype.itemsize, checkpointing)
-    return Need(int(weights), trained * (8 + state), activations)
+    return MemoryEstimate(int(weights), trained * (8 + state), activations)
 
 
 def _bits(folder: Path, bare: PreTrainedModel, recipe: Recipe, dtype: torch.dtype) -> float:

@@ -20,15 +20,15 @@ from accelerate.utils import broadcast
 
 from lora_cli.data.batches import Batch, collate
 from lora_cli.data.examples import offsets_of
-from lora_cli.disk import reserve
+from lora_cli.disk import preallocate
 from lora_cli.errors import unwritable
-from lora_cli.evaluation.loss import evaluating, evaluation_groups, rows_apart
+from lora_cli.evaluation.loss import evaluating, evaluation_groups, row_boundary_arguments
 from lora_cli.model.base import pad_token_id
-from lora_cli.model.frozen_layers import FrozenLayers, draws_random_numbers, frozen_layers, gives_the_same, some_ids
+from lora_cli.model.frozen_layers import FrozenLayers, can_be_skipped, draws_random_numbers, frozen_layers, sample_ids
 from lora_cli.model.memory import free_bytes
-from lora_cli.training.cached_states import HiddenStates, Kept, token_places
+from lora_cli.training.cached_states import CachedStates, HiddenStates, token_places
 from lora_cli.training.interrupt import stopped_after
-from lora_cli.training.processes import firsts, own_share
+from lora_cli.training.processes import broadcast_from_first, own_share
 from lora_cli.training.setup import Trainer, unwrap
 from lora_cli.training.sharding import is_sharded
 from lora_cli.training.zero import is_zero
@@ -56,11 +56,11 @@ def plan(trainer: Trainer) -> HiddenStates | None:
                 why = why or "no whole layer lies below the lowest adapted one"
                 trainer.display.note(f"training.cache_frozen: {wanted} -> false: {why}", warning=wanted != "auto")
             return None
-        like = below.states({"input_ids": some_ids(unwrap(trainer))})
-    sizes = {part: rows.tokens * like.shape[-1] * like.itemsize for part, rows in parts(trainer).items()}
+        like = below.states({"input_ids": sample_ids(unwrap(trainer))})
+    sizes = {part: rows.tokens * like.shape[-1] * like.itemsize for part, rows in splits(trainer).items()}
     if wanted == "auto":
-        sizes = {part: size for part, size in sizes.items() if is_gone_through_again(trainer, part)}
-    places = firsts(choose_places(sizes, wanted, room(trainer)))
+        sizes = {part: size for part, size in sizes.items() if is_reused(trainer, part)}
+    places = broadcast_from_first(choose_places(sizes, wanted, free_space(trainer)))
     left_out = [f"{size:,} bytes ({part})" for part, size in sizes.items() if part not in places]
     if left_out:
         trainer.display.note(f"training.cache_frozen: no room to spare for {' and '.join(left_out)}")
@@ -77,25 +77,27 @@ def usable_layers(trainer: Trainer) -> tuple[FrozenLayers | None, str]:
         return None, ""
     if draws_random_numbers(model, below):
         return None, f"below layer {below.count}, the lowest adapted one, dropout or something else is random"
-    if not gives_the_same(model, below):
+    if not can_be_skipped(model, below):
         return None, "layers of this architecture get more from those below than hidden states"
     return below, ""
 
 
-def parts(trainer: Trainer) -> dict[str, Examples]:
+def splits(trainer: Trainer) -> dict[str, Examples]:
     """Return the rows that the run processes: those for training and, if there are any, those for validation."""
     validation = trainer.job.validation
     return {"train": trainer.job.train.examples} | ({} if validation is None else {"validation": validation})
 
 
-def is_gone_through_again(trainer: Trainer, part: str) -> bool:
+def is_reused(trainer: Trainer, part: str) -> bool:
     """Whether the run uses the part's rows more than once; a resumed run: whether run.json records them as kept."""
     if trainer.job.resume:
-        return part in firsts(trainer.job.folder.read_info().get("cache_frozen", {}) if trainer.writes else {})
+        return part in broadcast_from_first(
+            trainer.job.folder.read_info().get("cache_frozen", {}) if trainer.writes else {}
+        )
     return part == "validation" or trainer.total_steps > trainer.schedule.steps_in(0)
 
 
-def room(trainer: Trainer) -> dict[str, int]:
+def free_space(trainer: Trainer) -> dict[str, int]:
     """Return the bytes that each process may take, in memory and on disk."""
     free = {
         "memory": MEMORY_SHARE * free_bytes(torch.device("cpu")),
@@ -127,18 +129,18 @@ def compute(trainer: Trainer, step: int) -> None:
         return
     for part, place in planned.places.items():
         began = time.perf_counter()
-        examples = parts(trainer)[part]
+        examples = splits(trainer)[part]
         offsets = offsets_of(examples.lengths)
-        states = make_room(place, (examples.tokens, planned.width), planned.dtype, trainer.job.folder.cache)
-        planned.kept[part] = Kept(states, offsets)
-        fill(trainer, part, step)
+        states = allocate(place, (examples.tokens, planned.width), planned.dtype, trainer.job.folder.cache)
+        planned.kept[part] = CachedStates(states, offsets)
+        compute_split(trainer, part, step)
         trainer.display.note(
             f"{part} rows: hidden states below layer {planned.layers.count} computed once in "
             f"{time.perf_counter() - began:.1f} s ({states.nbytes:,} bytes, {place})"
         )
 
 
-def make_room(place: str, shape: tuple[int, int], dtype: torch.dtype, folder: Path) -> torch.Tensor:
+def allocate(place: str, shape: tuple[int, int], dtype: torch.dtype, folder: Path) -> torch.Tensor:
     """Return an empty tensor in memory, or in a file in ``folder``. Raises RunError when the disk is full.
 
     The file has no name: it disappears when the process ends, however it ends, and no other process can use it.
@@ -148,16 +150,16 @@ def make_room(place: str, shape: tuple[int, int], dtype: torch.dtype, folder: Pa
     size = shape[0] * shape[1] * dtype.itemsize
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            reserve(file.fileno(), 0, size)  # a write to a mapped file on a full disk would kill the process
+            preallocate(file.fileno(), 0, size)  # a write to a mapped file on a full disk would kill the process
             file.truncate(size)  # if nothing was reserved, it is empty and cannot be mapped
             return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype).view(shape)
     except OSError as error:
         raise unwritable(folder / "hidden states", error, size) from error
 
 
-def fill(trainer: Trainer, part: str, step: int) -> None:
+def compute_split(trainer: Trainer, part: str, step: int) -> None:
     """Compute the part's hidden states: each process its share of the batches, which it broadcasts to the others."""
-    accelerator, planned, examples = trainer.accelerator, trainer.hidden_states, parts(trainer)[part]
+    accelerator, planned, examples = trainer.accelerator, trainer.hidden_states, splits(trainer)[part]
     assert planned is not None
     kept = planned.kept[part]
     groups = groups_of(trainer, part)
@@ -166,7 +168,7 @@ def fill(trainer: Trainer, part: str, step: int) -> None:
         for at, (rows, _) in enumerate(own_share(groups, accelerator)):
             batch = collate(examples, rows, trainer.schedule.packing, pad_token_id(trainer.job.tokenizer))
             batch = batch.to(accelerator.device)
-            found = planned.layers.states({"input_ids": batch.input_ids, **rows_apart(batch)})
+            found = planned.layers.states({"input_ids": batch.input_ids, **row_boundary_arguments(batch)})
             found = found[0] if batch.attention_mask is None else found[batch.attention_mask.bool()]
             for process, shared in enumerate(groups[at * count : (at + 1) * count]):
                 places = token_places(kept.offsets, shared)
@@ -180,12 +182,12 @@ def fill(trainer: Trainer, part: str, step: int) -> None:
 def groups_of(trainer: Trainer, part: str) -> list[Ints]:
     """Return the rows of a part, grouped into the batches for evaluation."""
     order = trainer.schedule
-    return evaluation_groups(parts(trainer)[part], order.batch_size, order.max_length, order.packing, order.bounds)
+    return evaluation_groups(splits(trainer)[part], order.batch_size, order.max_length, order.packing, order.bounds)
 
 
 def batch_of(trainer: Trainer, part: str, rows: Ints) -> Batch:
     """Return rows of a part as a batch, with their hidden states if these are kept."""
     packing = trainer.schedule.packing
-    batch = collate(parts(trainer)[part], rows, packing, pad_token_id(trainer.job.tokenizer))
+    batch = collate(splits(trainer)[part], rows, packing, pad_token_id(trainer.job.tokenizer))
     kept = trainer.hidden_states.kept.get(part) if trainer.hidden_states else None
     return replace(batch, hidden=kept.of(rows, packing)) if kept else batch

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from lora_cli.cores import usable_cores
 from lora_cli.errors import RunError
-from lora_cli.training.checkpoint import GO_ON, kept
+from lora_cli.training.checkpoint import RESUME_HINT, checkpoint_hint
 from lora_cli.training.run_folder import RunFolder
 
 SECONDS_TO_STOP = 120
@@ -48,7 +48,7 @@ def launch(arguments: Sequence[str], processes: int, folder: RunFolder) -> int:
         process, first = failed.get_first_failure()
         if first.exitcode < 0:
             what = f"process {process} was killed (signal {-first.exitcode})"
-            raise RunError(what, str(folder.root), kept(folder.checkpoints, GO_ON)) from failed
+            raise RunError(what, str(folder.root), checkpoint_hint(folder.checkpoints, RESUME_HINT)) from failed
         return int(first.exitcode)
     finally:
         for child in psutil.Process().children(recursive=True):  # after a second signal, the launcher does not end them

@@ -18,7 +18,7 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True)
-class Held:
+class FolderLock:
     """The open folder of a run in progress; ``locked`` is whether a lock keeps other runs out."""
 
     folder: Path
@@ -47,7 +47,7 @@ class Held:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[Held]:
+def locked(folder: Path) -> Iterator[FolderLock]:
     """Hold a lock on the folder, which is created if missing, while the block runs.
 
     A folder created here is removed again if it is left empty, except when the lock is refused: by then it may belong
@@ -62,7 +62,7 @@ def locked(folder: Path) -> Iterator[Held]:
         except UserError:
             made.clear()
             raise
-        yield Held(folder, handle, keeps_out)
+        yield FolderLock(folder, handle, keeps_out)
     finally:
         for path in made:
             with suppress(OSError):

@@ -16,12 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lora_cli.data.batches import Step
 from lora_cli.data.cache import prune, publish, withdraw
-from lora_cli.errors import Aftermath, RunError, UserError, is_lack_of_room, unwritable
+from lora_cli.errors import RunError, SecondaryError, UserError, is_out_of_space, unwritable
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.training import hidden_states
 from lora_cli.training.artifacts import write_adapter
-from lora_cli.training.cache_keys import announce
-from lora_cli.training.checkpoint import GO_ON, Progress, host_copy, kept
+from lora_cli.training.cache_keys import publish_keys
+from lora_cli.training.checkpoint import RESUME_HINT, Progress, checkpoint_hint, host_copy
 from lora_cli.training.clock import Clock
 from lora_cli.training.display import Display
 from lora_cli.training.interrupt import catch_signals, stopped_after
@@ -32,21 +32,21 @@ from lora_cli.training.nonfinite import check_finite, count_skipped, weight_norm
 from lora_cli.training.optimizer import learning_rate_at
 from lora_cli.training.out_of_memory import out_of_memory
 from lora_cli.training.prepare import Prepared
-from lora_cli.training.processes import firsts, is_broken_connection
-from lora_cli.training.proof import digests, prove, unreached
-from lora_cli.training.record import provenance, result_record, run_record, tell
-from lora_cli.training.resume import choose_weights, go_on, keeps_best, restore, save
+from lora_cli.training.processes import broadcast_from_first, is_broken_connection
+from lora_cli.training.proof import digests, missing_gradient_warning, prove
+from lora_cli.training.record import provenance, report_setup, result_record, run_record
+from lora_cli.training.resume import choose_weights, continue_run, keeps_best, restore, save
 from lora_cli.training.setup import Trainer, set_up, unwrap
 from lora_cli.training.sharding import is_sharded
 from lora_cli.training.step import take_step, waits_each_step
-from lora_cli.training.validation import evaluate_base, evaluate_reached, evaluate_step, is_evaluated, reached
-from lora_cli.weights.folders import whole_folder
+from lora_cli.training.validation import evaluate_base, evaluate_last_step, evaluate_step, is_evaluated, last_step
+from lora_cli.weights.folders import atomic_folder
 from lora_cli.weights.provenance import now
-from lora_cli.weights.quantized_cache import prune_kept
+from lora_cli.weights.quantized_cache import prune_cached
 
 PROOF_TOKENS = 64
 READ_EVERY = 1.0  # maximum seconds between two readings of the losses
-Unread = list[tuple[Step, torch.Tensor]]
+PendingOutcomes = list[tuple[Step, torch.Tensor]]
 """Steps, each with the result of ``take_step``, which is still on the device."""
 
 
@@ -80,7 +80,7 @@ def train_alone(job: Prepared, display: Display, began: float) -> dict[str, Any]
     made = publish(job.folder.cache, job.tokenized)
     trainer = None
     try:
-        store = announce(job.cache_keys)
+        store = publish_keys(job.cache_keys)
         trainer = set_up(job, display)
         del store
         trainer.hidden_states = hidden_states.plan(trainer)
@@ -88,11 +88,11 @@ def train_alone(job: Prepared, display: Display, began: float) -> dict[str, Any]
             info = run(trainer, began)
         finally:
             finish_trackers(trainer)
-        end(trainer)
+        close_process_group(trainer)
         return info
     except UserError:
         if is_first_here() and not job.folder.holds_run:
-            prune_kept(job.folder.cache, None)
+            prune_cached(job.folder.cache, None)
         withdraw(made)
         raise
     except (RuntimeError, MemoryError, OSError) as error:
@@ -100,12 +100,14 @@ def train_alone(job: Prepared, display: Display, began: float) -> dict[str, Any]
             checkpointing = bool(trainer and unwrap(trainer).base_model.is_gradient_checkpointing)
             streams = trainer.streams if trainer else job.recipe.training.stream_base is True
             raise out_of_memory(trainer.job if trainer else job, error, checkpointing, streams) from error
-        if is_lack_of_room(error):  # from a library's own write, such as a tracker's
+        if is_out_of_space(error):  # from a library's own write, such as a tracker's
             raise unwritable(Path(getattr(error, "filename", None) or job.folder.root), error) from error
         if process_count() == 1 or not isinstance(error, RuntimeError) or not is_broken_connection(error):
             raise
         what = "the connection to another process of this run broke"
-        raise Aftermath(what, str(job.folder.root), kept(job.folder.checkpoints, GO_ON)) from error
+        raise SecondaryError(
+            what, str(job.folder.root), checkpoint_hint(job.folder.checkpoints, RESUME_HINT)
+        ) from error
 
 
 def run(trainer: Trainer, began: float) -> dict[str, Any]:
@@ -118,12 +120,12 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
             folder.check_held()
             display.log_to(folder.log)
             if job.resume:
-                go_on(trainer, info)
+                continue_run(trainer, info)
             else:
                 folder.begin(job.recipe, info, job.overwrite)
             prune(folder.cache, job.cache_keys)
-            prune_kept(folder.cache, trainer.kept_base.name if trainer.kept_base else None)
-        tell(trainer)
+            prune_cached(folder.cache, trainer.cached_base.name if trainer.cached_base else None)
+        report_setup(trainer)
         start_trackers(trainer)
         restored = restore(trainer) if job.resume else None
         resumed_step = restored.step if restored else 0
@@ -131,7 +133,7 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
             hidden_states.compute(trainer, resumed_step)
         progress = restored or evaluate_base(trainer)
         with display.steps(progress.step, trainer.total_steps):
-            progress = evaluate_reached(trainer, run_steps(trainer, progress))
+            progress = evaluate_last_step(trainer, run_steps(trainer, progress))
 
     adapter_step = choose_weights(trainer, progress)
     result = result_record(trainer, progress, adapter_step, resumed_step, time.perf_counter() - began)
@@ -142,7 +144,7 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
     return info
 
 
-def end(trainer: Trainer) -> None:
+def close_process_group(trainer: Trainer) -> None:
     """Close the process group.
 
     DistributedDataParallel is released first. If it were the last to hold the group, it would keep the GIL while
@@ -163,10 +165,10 @@ def save_adapter(trainer: Trainer, info: dict[str, Any], untrained: dict[str, st
     row = torch.tensor(job.train.examples.row(0)[0][:PROOF_TOKENS], dtype=torch.long)
     needed = sum(weight.nbytes for weight in weights.values())
     job.folder.check_held()
-    with whole_folder(job.folder.adapter, True, needed) if trainer.writes else reading_along() as draft:
+    with atomic_folder(job.folder.adapter, True, needed) if trainer.writes else follower_errors() as draft:
         if draft is not None:
             write_adapter(draft, unwrap(trainer), weights, job.tokenizer, provenance(trainer, info), job.recipe)
-        written = firsts(draft)
+        written = broadcast_from_first(draft)
         if draft is not None or is_sharded(trainer.accelerator):  # a sharded model's forward pass needs all processes
             assert written is not None
             prove(written, str(job.folder.root), unwrap(trainer), weights, untrained, row)
@@ -175,12 +177,12 @@ def save_adapter(trainer: Trainer, info: dict[str, Any], untrained: dict[str, st
 
 
 @contextmanager
-def reading_along() -> Iterator[None]:
+def follower_errors() -> Iterator[None]:
     """For processes that do not write: raise Aftermath for a failure, whose cause the first process reports."""
     try:
         yield
     except (RunError, OSError, SafetensorError) as error:
-        raise Aftermath(f"the adapter could not be verified: {error}") from error
+        raise SecondaryError(f"the adapter could not be verified: {error}") from error
 
 
 def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -194,16 +196,16 @@ def run_steps(trainer: Trainer, progress: Progress) -> Progress:
     rate = learning_rate_at(training, trainer.optimizer, trainer.total_steps)
     clock = Clock()
     read_at = 0.0
-    unread: Unread = []
+    unread: PendingOutcomes = []
     waits = waits_each_step(trainer)
     if was_stopped_in_evaluation(trainer, progress):
-        step = reached(trainer, progress)
+        step = last_step(trainer, progress)
         progress = evaluate_step(trainer, step, progress, clock)
         progress = end_step(trainer, step, progress, unread)
     for step in remaining(trainer, progress):
         outcome = take_step(trainer, step, rate(step.number))
-        if step.number == 1 and (told := unreached(trainer.trained, trainer.optimizer)):
-            trainer.display.note(told, warning=True)
+        if step.number == 1 and (message := missing_gradient_warning(trainer.trained, trainer.optimizer)):
+            trainer.display.note(message, warning=True)
         unread.append((step, outcome))
         clock.count(step)
         progress = replace(progress, step=step.number)
@@ -211,7 +213,7 @@ def run_steps(trainer: Trainer, progress: Progress) -> Progress:
         logs = last or due(step.number, training.logging_steps)
         evaluates = trainer.job.validation is not None and (last or due(step.number, training.eval_steps))
         if logs or evaluates or waits or clock.seconds > read_at + READ_EVERY:
-            progress, read_at = read(trainer, unread, progress), clock.seconds
+            progress, read_at = read_outcomes(trainer, unread, progress), clock.seconds
         if logs:
             log_step(trainer, step, outcome, rate(step.number), clock)
             progress = replace(progress, logged_step=step.number)
@@ -224,7 +226,7 @@ def run_steps(trainer: Trainer, progress: Progress) -> Progress:
     return progress
 
 
-def end_step(trainer: Trainer, step: Step, progress: Progress, unread: Unread) -> Progress:
+def end_step(trainer: Trainer, step: Step, progress: Progress, unread: PendingOutcomes) -> Progress:
     """Save a checkpoint when it is due. Raises Interrupted when a signal asks to stop and the run is not finished."""
     training = trainer.job.recipe.training
     last = step.number == trainer.total_steps
@@ -232,7 +234,7 @@ def end_step(trainer: Trainer, step: Step, progress: Progress, unread: Unread) -
     asked_to_stop = trainer.asked_to_stop()
     is_best = progress.best_step == step.number and keeps_best(training)
     if last or stop_early or asked_to_stop or is_best or due(step.number, training.save_steps):
-        progress = read(trainer, unread, progress)
+        progress = read_outcomes(trainer, unread, progress)
         check_finite(trainer, step.number, weight_norm=weight_norm(trainer))
         save(trainer, progress)
     if asked_to_stop and not stop_early and not (last and is_evaluated(trainer, progress)):
@@ -242,7 +244,7 @@ def end_step(trainer: Trainer, step: Step, progress: Progress, unread: Unread) -
     return progress
 
 
-def read(trainer: Trainer, unread: Unread, progress: Progress) -> Progress:
+def read_outcomes(trainer: Trainer, unread: PendingOutcomes, progress: Progress) -> Progress:
     """Read the results in ``unread`` (a GPU must finish its work first), count skipped steps and clear the list."""
     for step, outcome in unread:
         loss, grad_norm = outcome.tolist()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lora_cli.data.batches import Step
-from lora_cli.errors import UserError, is_lack_of_room
+from lora_cli.errors import UserError, is_out_of_space
 from lora_cli.evaluation.loss import Score
 from lora_cli.training.clock import Clock
 from lora_cli.training.same_run import flat_keys
@@ -34,10 +34,10 @@ def start_trackers(trainer: Trainer) -> None:
     try:
         trainer.accelerator.init_trackers(os.environ.get("WANDB_PROJECT") or "lora", config, names)
     except Exception as error:
-        if is_lack_of_room(error):
+        if is_out_of_space(error):
             raise
         hint = "do as it says, or remove the tracker, and continue with --resume"
-        raise UserError(f"training.report_to: a tracker does not start: {_told(error)}", hint=hint) from error
+        raise UserError(f"training.report_to: a tracker does not start: {_first_line(error)}", hint=hint) from error
 
 
 def finish_trackers(trainer: Trainer) -> None:
@@ -77,17 +77,17 @@ def log(trainer: Trainer, line: dict[str, Any], seconds_left: float | None = Non
         trainer.job.folder.append_metrics(line)
     trainer.display.metrics(line, seconds_left)
     if trainer.accelerator.trackers:
-        told = {key: value for key, value in line.items() if key not in ("step", "split") and value is not None}
-        values = {f"{line['split']}/{key}": value for key, value in told.items()}
+        numbers = {key: value for key, value in line.items() if key not in ("step", "split") and value is not None}
+        values = {f"{line['split']}/{key}": value for key, value in numbers.items()}
         try:
             trainer.accelerator.log(values, step=line["step"])
         except Exception as error:
-            if is_lack_of_room(error):
+            if is_out_of_space(error):
                 raise
-            what = f"no more metrics are sent: {_told(error)}; metrics.jsonl still gets them"
+            what = f"no more metrics are sent: {_first_line(error)}; metrics.jsonl still gets them"
             trainer.display.note(f"training.report_to: {what}", warning=True)
             finish_trackers(trainer)
 
 
-def _told(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]

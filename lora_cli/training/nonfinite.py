@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from lora_cli.data.batches import Step
-from lora_cli.data.sources import places, sources_of
+from lora_cli.data.sources import row_places, sources_of
 from lora_cli.errors import RunError
-from lora_cli.training.checkpoint import Progress, kept
-from lora_cli.training.processes import whole
+from lora_cli.training.checkpoint import Progress, checkpoint_hint
+from lora_cli.training.processes import full_tensor
 from lora_cli.training.setup import Trainer
 
 GIVE_UP_AFTER = 5
@@ -35,10 +35,11 @@ def count_skipped(trainer: Trainer, step: Step, loss: float, grad_norm: float, p
     scaler = trainer.accelerator.scaler
     if math.isfinite(loss) and scaler is not None and scaler.get_scale() >= 1:
         return progress  # the scaled loss overflowed float16's gradient; the scaler halves its scale
-    what = f"step {step.number} was not taken: {_told(loss=loss, grad_norm=grad_norm)}; {describe_rows(trainer, step)}"
+    problem = _describe_nonfinite(loss=loss, grad_norm=grad_norm)
+    what = f"step {step.number} was not taken: {problem}; {describe_rows(trainer, step)}"
     skipped = progress.skipped_in_a_row + 1
     folder = trainer.job.folder
-    hint = f"this step did not change the weights; {kept(folder.checkpoints)}; {CAUSES}"
+    hint = f"this step did not change the weights; {checkpoint_hint(folder.checkpoints)}; {CAUSES}"
     if trainer.job.recipe.training.on_nonfinite == "stop":
         raise RunError(what, str(folder.root), hint)
     if skipped == GIVE_UP_AFTER:
@@ -52,7 +53,7 @@ def describe_rows(trainer: Trainer, step: Step) -> str:
     examples, tokenizer = trainer.job.train.examples, trainer.job.tokenizer
     rows = np.concatenate(step.micro_batches).tolist()
     shown = rows[:ROWS_NAMED]
-    where = places(
+    where = row_places(
         sources_of(trainer.job.recipe.data.train), [(examples.source[row], examples.number[row]) for row in shown]
     )
     named = []
@@ -65,17 +66,19 @@ def describe_rows(trainer: Trainer, step: Step) -> str:
 
 def check_finite(trainer: Trainer, step: int, **values: float) -> None:
     """Raises RunError when one of the values is not finite."""
-    told = _told(**values)
-    if told:
+    problem = _describe_nonfinite(**values)
+    if problem:
         folder = trainer.job.folder
-        raise RunError(f"step {step}: {told}", str(folder.root), f"{kept(folder.checkpoints)}; {DIVERGED}")
+        raise RunError(
+            f"step {step}: {problem}", str(folder.root), f"{checkpoint_hint(folder.checkpoints)}; {DIVERGED}"
+        )
 
 
 def weight_norm(trainer: Trainer) -> float:
     """The norm of all trained weights; infinite or NaN when one of them is."""
-    return float(torch.nn.utils.get_total_norm([whole(parameter).detach() for _, parameter in trainer.trained]))
+    return float(torch.nn.utils.get_total_norm([full_tensor(parameter).detach() for _, parameter in trainer.trained]))
 
 
-def _told(**values: float) -> str:
+def _describe_nonfinite(**values: float) -> str:
     wrong = {name.replace("_", " "): value for name, value in values.items() if not math.isfinite(value)}
     return ", ".join(f"{name} is {value}" for name, value in wrong.items())

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 
 from lora_cli.errors import RunError
-from lora_cli.model.base import best_device, has_units_for, resolve_dtype, skeleton
+from lora_cli.model.base import best_device, has_units_for, meta_model, resolve_dtype
 from lora_cli.model.files import stored_quantization
-from lora_cli.model.memory import describe_lack, size
-from lora_cli.recipe.load import changed
+from lora_cli.model.memory import describe_out_of_memory, format_bytes
+from lora_cli.recipe.load import with_changes
 from lora_cli.recipe.schema import Recipe
-from lora_cli.training.checkpoint import kept
+from lora_cli.training.checkpoint import checkpoint_hint
 from lora_cli.training.estimate import estimate
 from lora_cli.training.launch_environment import process_count
 from lora_cli.training.prepare import Prepared
-from lora_cli.training.same_run import told, with_numbers
-from lora_cli.training.streaming import obstacle
+from lora_cli.training.same_run import format_value, with_resolved_batch
+from lora_cli.training.streaming import why_not_streamable
 
 REMEDIES = 3
 
@@ -29,39 +29,43 @@ def out_of_memory(job: Prepared, error: BaseException, checkpointing: bool, stre
     ``checkpointing`` is whether activations were recomputed, ``streams`` whether the base's layers were streamed.
     """
     now = {"training.gradient_checkpointing": checkpointing or streams, "training.stream_base": streams}
-    recipe = changed(with_numbers(job.recipe), now)
+    recipe = with_changes(with_resolved_batch(job.recipe), now)
     need = estimate(job, recipe)
     lines = [
-        f"this recipe needs about {size(need.total)}: {size(need.weights)} for the base, {size(need.optimizer)} for "
-        f"the adapter and its optimizer, {size(need.activations)} for the activations of a batch",
+        f"this recipe needs about {format_bytes(need.total)}: {format_bytes(need.weights)} for the base, "
+        f"{format_bytes(need.optimizer)} for the adapter and its optimizer, {format_bytes(need.activations)} for the "
+        "activations of a batch",
         "what helps most:",
-        *(f"  {words} (saves about {size(saved)})" for words, saved in remedies(job, recipe)),
-        kept(job.folder.checkpoints),
+        *(f"  {words} (saves about {format_bytes(saved)})" for words, saved in remedies(job, recipe)),
+        checkpoint_hint(job.folder.checkpoints),
     ]
-    return RunError(describe_lack(error), str(job.folder.root), tuple(lines))
+    return RunError(describe_out_of_memory(error), str(job.folder.root), tuple(lines))
 
 
 def remedies(job: Prepared, recipe: Recipe) -> list[tuple[str, int]]:
     """Return the changes to the recipe that would save most, as overrides, each with the bytes it would save."""
     now = estimate(job, recipe).total
     saved = [
-        (_overrides(changes), now - estimate(job, changed(recipe, changes)).total) for changes in _changes(recipe, job)
+        (_overrides(changes), now - estimate(job, with_changes(recipe, changes)).total)
+        for changes in _changes(recipe, job)
     ]
     return sorted((item for item in saved if item[1] > 0), key=lambda item: -item[1])[:REMEDIES]
 
 
 def _overrides(changes: Mapping[str, Any]) -> str:
     """Format the changes as they are written on the command line."""
-    return " ".join(f"{key}={value if isinstance(value, str) else told(value)}" for key, value in changes.items())
+    return " ".join(
+        f"{key}={value if isinstance(value, str) else format_value(value)}" for key, value in changes.items()
+    )
 
 
 def _changes(recipe: Recipe, job: Prepared) -> Iterator[dict[str, Any]]:
     training = recipe.training
     rows, batches = training.batch_size, training.gradient_accumulation_steps
     if not training.gradient_checkpointing:
-        if skeleton(job.config).supports_gradient_checkpointing:
+        if meta_model(job.config).supports_gradient_checkpointing:
             yield {"training.gradient_checkpointing": True}
-    elif not (training.stream_base or obstacle(job, recipe, process_count())):
+    elif not (training.stream_base or why_not_streamable(job, recipe, process_count())):
         yield {"training.stream_base": True}
     if rows > 1:
         same_step = {"training.gradient_accumulation_steps": batches * 2} if rows % 2 == 0 else {}

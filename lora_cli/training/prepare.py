@@ -16,22 +16,22 @@ from lora_cli.model.files import (
     check_model_type,
     check_quantizable,
     check_tokenizer,
-    is_stored_in_other_codes,
+    has_unsupported_quantization,
     locate,
     read_config,
 )
-from lora_cli.model.targets import READ_AS_NUMBERS, Target, choose_targets, compile_pattern
+from lora_cli.model.targets import UNQUANTIZABLE_LAYERS, Target, choose_targets, compile_pattern
 from lora_cli.recipe.schema import Data, Recipe
 from lora_cli.training.launch_environment import is_first_here, process_index
 from lora_cli.training.run_folder import RunFolder
 from lora_cli.training.same_run import as_begun
 from lora_cli.training.zero_config import deepspeed_faults
 from lora_cli.weights.check_adapter import check_adapter
-from lora_cli.weights.check_model import check_read_as_numbers, check_weights, stored_layers
+from lora_cli.weights.check_model import check_directly_read_weights, check_weights, stored_layers
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.init_from import check_start, start_of
 from lora_cli.weights.provenance import check_base
-from lora_cli.weights.shards import check_whole
+from lora_cli.weights.shards import check_complete
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -46,8 +46,8 @@ FLASH_PACKAGES = ("flash_attn", "flash_attn_interface", "kernels")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has passed every check. ``resume`` is whether there is a run to continue, ``unread`` the rows' columns
-    that no format reads, ``tokenized`` the rows that are still to be published."""
+    """A run that has passed every check. ``resume`` is whether there is a run to continue, ``unused_columns`` the rows'
+    columns that no format reads, ``tokenized`` the rows that are still to be published."""
 
     recipe: Recipe
     resume: bool
@@ -61,7 +61,7 @@ class Prepared:
     max_length: int
     train: Fitted
     validation: Examples | None
-    unread: list[str]
+    unused_columns: list[str]
     report: Report
     tokenized: list[Cached]
     cache_keys: frozenset[str]
@@ -107,7 +107,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
         max_length=max_length,
         train=train,
         validation=validation,
-        unread=unread,
+        unused_columns=unread,
         report=report,
         tokenized=tokenized,
         cache_keys=frozenset(part.key for part in tokenized),
@@ -161,10 +161,10 @@ def _check_model(recipe: Recipe) -> None:
     if recipe.quantization is not None:
         check_quantizable(base)
         kind = str(read_config(base).get("model_type"))
-        if layers := READ_AS_NUMBERS.get(kind):
+        if layers := UNQUANTIZABLE_LAYERS.get(kind):
             what = f"a model of type {kind} reads {', '.join(layers)}'s weights directly: they cannot be quantized"
             raise UserError(what, "quantization", "remove this section")
-    if recipe.training.fsdp and is_stored_in_other_codes(base):
+    if recipe.training.fsdp and has_unsupported_quantization(base):
         what = "training.fsdp: of quantized bases, only those in bitsandbytes' 4 bits can be sharded"
         raise UserError(what, str(base), "start from the unquantized model, with quantization.method nf4")
     if Path(recipe.model.name_or_path).is_dir():
@@ -172,8 +172,8 @@ def _check_model(recipe: Recipe) -> None:
 
 
 def _check_weights_without_torch(recipe: Recipe, base: Path) -> None:
-    check_whole(base)
-    check_read_as_numbers(base)
+    check_complete(base)
+    check_directly_read_weights(base)
     layers = stored_layers(base)
     wanted = recipe.adapter.target_modules
     # Stored names may lack the base model's prefix: full names and patterns are checked later, on the model itself.
@@ -207,11 +207,11 @@ def _targets(recipe: Recipe, base: Path, config: PreTrainedConfig) -> list[Targe
     the recipe and the adapter to start from do not match."""
     import torch
 
-    from lora_cli.model.base import best_device, check_attention, skeleton
-    from lora_cli.model.layers import adaptable_layers, check_recomputes
+    from lora_cli.model.base import best_device, check_attention, meta_model
+    from lora_cli.model.layers import adaptable_layers, check_checkpointing
     from lora_cli.model.linear4bit import check_dora
 
-    adapter, bare = recipe.adapter, skeleton(config)
+    adapter, bare = recipe.adapter, meta_model(config)
     layers = adaptable_layers(bare)
     targets = choose_targets(layers, adapter.target_modules, adapter.r, adapter.layers_to_transform)
     if adapter.use_dora and recipe.quantization is not None and recipe.quantization.method != "int8":
@@ -219,7 +219,7 @@ def _targets(recipe: Recipe, base: Path, config: PreTrainedConfig) -> list[Targe
         check_dora(targets, torch.device("cpu") if recipe.training.fsdp else best_device())
     check_weights(base, bare)
     if recipe.training.gradient_checkpointing in (True, "offload"):
-        check_recomputes(bare)
+        check_checkpointing(bare)
     check_attention(config, recipe.model.attn_implementation, best_device())
     start = start_of(adapter)
     if start is not None:
@@ -242,11 +242,11 @@ def data_faults(data: Data, unread: set[str], every_column: bool = False) -> lis
 def _tokenized(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache: Path) -> list[Cached]:
     """Return the tokenized training rows and, if they have their own file, the validation rows."""
     from lora_cli.data.cache import tokenize_cached
-    from lora_cli.training.cache_keys import announced
+    from lora_cli.training.cache_keys import wait_for_keys
 
     data = recipe.data
     specs = (data.train, data.own_validation)
-    published = None if is_first_here() else announced
+    published = None if is_first_here() else wait_for_keys
     return [tokenize_cached(data, sources_of(spec), tokenizer, cache, published) for spec in specs if spec is not None]
 
 

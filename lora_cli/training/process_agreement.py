@@ -20,7 +20,7 @@ from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS
 from lora_cli.weights.fingerprint import file_sha256
 from lora_cli.weights.init_from import start_of
 
-PLACES = {
+PATH_KEYS = {
     "model.name_or_path",
     "adapter.init_from",
     "data.train",
@@ -39,25 +39,25 @@ def check_agreement(job: Prepared, accelerator: Accelerator, dtype: str) -> None
     machine and the differences. ``dtype`` is the resolved model.dtype."""
     if accelerator.num_processes == 1:
         return
-    accounts: list[tuple[str, Account]] = gather_object([(socket.gethostname(), account(job, dtype))])
+    accounts: list[tuple[str, Account]] = gather_object([(socket.gethostname(), run_signature(job, dtype))])
     host, wanted = accounts[0]
     hint = "give all processes the same recipe, rows, base and versions"
     faults = []
     for index, (name, found) in enumerate(accounts):
         for what in {**wanted, **found}:
             if found.get(what) != wanted.get(what):
-                told = f"{what} is {_shown(found.get(what))}, but {_shown(wanted.get(what))} in process 0 on {host}"
-                faults.append(Fault(told, f"process {index} on {name}", hint))
+                message = f"{what} is {_shown(found.get(what))}, but {_shown(wanted.get(what))} in process 0 on {host}"
+                faults.append(Fault(message, f"process {index} on {name}", hint))
     if faults:
         raise UserError(faults)
 
 
-def account(job: Prepared, dtype: str) -> Account:
+def run_signature(job: Prepared, dtype: str) -> Account:
     """Return what this process is about to train, as JSON values."""
     recipe = job.recipe
     deepspeed, start = recipe.training.deepspeed, start_of(recipe.adapter)
     return {
-        **{key: value for key, value in flat_keys(recipe.model_dump(mode="json")).items() if key not in PLACES},
+        **{key: value for key, value in flat_keys(recipe.model_dump(mode="json")).items() if key not in PATH_KEYS},
         "--resume": job.resume,
         "the type computed in": dtype,
         "the base's fingerprint": job.base_digest,

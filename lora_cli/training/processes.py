@@ -28,7 +28,7 @@ def own_share(items: Sequence[Item], accelerator: Accelerator) -> list[tuple[Ite
     return own + [(items[0], 0.0)] * (rounds - len(own))
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return the complete tensor, gathered from all processes if it is sharded; every process must call this."""
     if is_partitioned(tensor):
         return gather(tensor)
@@ -40,29 +40,29 @@ def shape_of(parameter: torch.Tensor) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def firsts(value: Item) -> Item:
+def broadcast_from_first(value: Item) -> Item:
     """Return the first process's value, on every process."""
     values = [value]
     broadcast_object_list(values)
     return values[0]
 
 
-def laid_out_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def sharded_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Shard a complete tensor over the processes as ``like`` is."""
     if isinstance(like, DTensor):
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
     return tensor
 
 
-def fill(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+def fill_parameter(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
     """Copy a complete tensor into a parameter, each process its shard; every process must call this."""
     if is_zero_parameter(parameter):
         fill_zero(parameter, value)
     else:
-        parameter.copy_(laid_out_as(value, parameter))
+        parameter.copy_(sharded_like(value, parameter))
 
 
-def highest(number: int, accelerator: Accelerator) -> int:
+def all_reduce_max(number: int, accelerator: Accelerator) -> int:
     """Return the largest of all processes' numbers, on every process."""
     if accelerator.num_processes == 1:
         return number

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from lora_cli.errors import RunError
 from lora_cli.evaluation.loss import evaluating
 from lora_cli.model.adapters import trainable_parameters
-from lora_cli.training.processes import fill
+from lora_cli.training.processes import fill_parameter
 from lora_cli.training.zero import ZeroOptimizer, is_partitioned
 from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS, PEFT_PREFIX
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, torch.Tensor]
 RELOADED = "reloaded"
 NAMED_AT_MOST = 3
-MAGNIFIED = (1, 1024)  # a few steps may change an adapter by less than 16-bit logits show
+SCALES = (1, 1024)  # a few steps may change an adapter by less than 16-bit logits show
 UNUSED = "remove layers that the model does not use from adapter.target_modules"
 KEPT = "the checkpoints are kept, no adapter was written"
 
@@ -53,7 +53,7 @@ def prove(
     if faults:
         what = f"the adapter's file differs from what was trained: {_some(faults)}"
         raise RunError(what, where, f"{KEPT}: --resume writes it again")
-    still, layers = unmoved(stored, {stored_name(name): digest for name, digest in start.items()})
+    still, layers = unchanged_layers(stored, {stored_name(name): digest for name, digest in start.items()})
     if still:
         names = _some([layer.removeprefix(PEFT_PREFIX) for layer in still])
         what = f"{len(still)} of {layers} adapted layers were not changed by training: {names}"
@@ -72,7 +72,7 @@ def stored_name(parameter: str) -> str:
     return name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
 
 
-def unmoved(stored: Tensors, start: Mapping[str, str]) -> tuple[list[str], int]:
+def unchanged_layers(stored: Tensors, start: Mapping[str, str]) -> tuple[list[str], int]:
     """Return the layers whose update is zero or the same as before training, and the number of all layers.
 
     Weight decay alone changes A. If B is zero, the layer still equals the base's, unless DoRA's magnitude has changed.
@@ -91,7 +91,9 @@ def unmoved(stored: Tensors, start: Mapping[str, str]) -> tuple[list[str], int]:
     return [layer for layer, names in layers.items() if not is_new(names)], len(layers)
 
 
-def unreached(trained: Sequence[tuple[str, torch.nn.Parameter]], optimizer: torch.optim.Optimizer) -> str | None:
+def missing_gradient_warning(
+    trained: Sequence[tuple[str, torch.nn.Parameter]], optimizer: torch.optim.Optimizer
+) -> str | None:
     """Return a warning, after the first step, about adapted layers that got no gradient while others did; else None."""
     if isinstance(optimizer, ZeroOptimizer):  # DeepSpeed fills in zeros
         return None
@@ -121,7 +123,7 @@ def _differences(weights: Tensors, stored: Tensors) -> Iterator[str]:
 def _check_logits(folder: Path, where: str, model: PeftModel, stored: Tensors, ids: torch.Tensor) -> None:
     adapter = model.active_adapter
     assert isinstance(adapter, str)
-    for times in MAGNIFIED:
+    for times in SCALES:
         with rescale_adapter_scale(model, times):
             trained = _logits(model, adapter, ids)
         with model.disable_adapter():
@@ -162,7 +164,7 @@ def _refilled(model: PeftModel, trained: str, stored: Tensors) -> Iterator[str]:
     """Fill the ``trained`` adapter's sharded weights from the file: PEFT cannot load a second one beside it."""
     with torch.no_grad():
         for name, weight in trainable_parameters(model):
-            fill(weight, stored[stored_name(name)])
+            fill_parameter(weight, stored[stored_name(name)])
     yield trained
 
 

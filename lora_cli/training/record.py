@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from lora_cli.errors import Fault, counted
+from lora_cli.errors import Fault, pluralize
 from lora_cli.evaluation.loss import Score
-from lora_cli.model.base import resolve_compute_dtype, skeleton
+from lora_cli.model.base import meta_model, resolve_compute_dtype
 from lora_cli.model.targets import describe
 from lora_cli.training.checkpoint import Progress
 from lora_cli.training.display import Display, peak_memory
@@ -19,7 +19,7 @@ from lora_cli.training.setup import Trainer
 from lora_cli.weights.provenance import base_record, now, versions
 
 
-def tell(trainer: Trainer) -> None:
+def report_setup(trainer: Trainer) -> None:
     """Report what will be trained and on which rows, before the first step."""
     job, display = trainer.job, trainer.display
     trainable, total = count_parameters(trainer)
@@ -29,7 +29,7 @@ def tell(trainer: Trainer) -> None:
     examples = job.train.examples
     display.note(
         f"training rows: {len(examples):,} with {int(examples.supervised_per_row.sum()):,} supervised of "
-        f"{examples.tokens:,} tokens, read as {examples.format}; {counted(trainer.total_steps, 'step')}"
+        f"{examples.tokens:,} tokens, read as {examples.format}; {pluralize(trainer.total_steps, 'step')}"
     )
     if job.from_cache:
         display.note(f"tokenized rows read from {job.folder.cache}")
@@ -40,16 +40,16 @@ def tell(trainer: Trainer) -> None:
         used = str(resolve_compute_dtype(quantization, trainer.accelerator.device)).removeprefix("torch.")
         if used != quantization.compute_dtype:
             display.note(f"quantization.compute_dtype: {quantization.compute_dtype} -> {used}, faster here")
-    tell_rows(job, display)
+    report_rows(job, display)
 
 
 def count_parameters(trainer: Trainer) -> tuple[int, int]:
     """Count trained and all parameters; the base's by its skeleton, since sharded codes do not show their number."""
     trained = sum(shape_of(weight).numel() for _, weight in trainer.trained)
-    return trained, trained + sum(weight.numel() for weight in skeleton(trainer.job.config).parameters())
+    return trained, trained + sum(weight.numel() for weight in meta_model(trainer.job.config).parameters())
 
 
-def tell_rows(job: Prepared, display: Display) -> None:
+def report_rows(job: Prepared, display: Display) -> None:
     """Report what was found in the rows."""
     counts, report = job.train, job.report
     kept, (fewest, most) = len(counts.examples), report.bos_per_row
@@ -60,32 +60,34 @@ def tell_rows(job: Prepared, display: Display) -> None:
     if job.tokenizer.chat_template and {"alpaca", "prompt_completion"}.intersection(counts.examples.format.split("+")):
         display.note("the rows do not go through the model's chat template; with data.format: chat they would")
     if counts.truncated:
-        told = counted(counts.truncated, "was", "were")
-        display.note(f"of {counted(counts.rows, 'row')} {told} cut to {job.max_length} tokens")
+        message = pluralize(counts.truncated, "was", "were")
+        display.note(f"of {pluralize(counts.rows, 'row')} {message} cut to {job.max_length} tokens")
     if counts.dropped:
-        told = counted(counts.dropped, "row was dropped", "rows were dropped")
-        display.note(f"{told}, with nothing left to learn", warning=True)
+        message = pluralize(counts.dropped, "row was dropped", "rows were dropped")
+        display.note(f"{message}, with nothing left to learn", warning=True)
     if report.duplicates:
-        told = counted(report.duplicates, "training row repeats", "training rows repeat")
-        display.note(f"{told} an earlier one")
+        message = pluralize(report.duplicates, "training row repeats", "training rows repeat")
+        display.note(f"{message} an earlier one")
     if report.validation_in_train:
-        told = counted(report.validation_in_train, "validation row is", "validation rows are")
-        display.note(f"{told} in the training rows too: their loss measures what was memorized", warning=True)
+        message = pluralize(report.validation_in_train, "validation row is", "validation rows are")
+        display.note(f"{message} in the training rows too: their loss measures what was memorized", warning=True)
     if report.ends_masked:
-        told = f"in {counted(report.ends_masked, 'whole row')} the end of the last answer"
-        display.note(f"{told} is not supervised: the model does not learn to stop there", warning=True)
+        message = f"in {pluralize(report.ends_masked, 'whole row')} the end of the last answer"
+        display.note(f"{message} is not supervised: the model does not learn to stop there", warning=True)
     if report.empty_answers:
-        told = counted(report.empty_answers, "training row has", "training rows have")
-        display.note(f"{told} an empty answer: the model learns to answer nothing", warning=True)
+        message = pluralize(report.empty_answers, "training row has", "training rows have")
+        display.note(f"{message} an empty answer: the model learns to answer nothing", warning=True)
     if report.bos_removed:
-        told = counted(report.bos_removed, "row begins with a BOS of its own", "rows begin with a BOS of their own")
-        display.note(f"{told}: the one that the tokenizer adds was left out", warning=True)
+        message = pluralize(
+            report.bos_removed, "row begins with a BOS of its own", "rows begin with a BOS of their own"
+        )
+        display.note(f"{message}: the one that the tokenizer adds was left out", warning=True)
     if report.bos_doubled:
-        told = counted(report.bos_doubled, "row begins", "rows begin")
-        display.note(f"{told} with two BOS: the text or the chat template writes one too many", warning=True)
-    if job.unread:
-        more = f" and {len(job.unread) - 5:,} more" if len(job.unread) > 5 else ""
-        display.note(str(Fault(f"columns not used: {', '.join(job.unread[:5])}{more}")))
+        message = pluralize(report.bos_doubled, "row begins", "rows begin")
+        display.note(f"{message} with two BOS: the text or the chat template writes one too many", warning=True)
+    if job.unused_columns:
+        more = f" and {len(job.unused_columns) - 5:,} more" if len(job.unused_columns) > 5 else ""
+        display.note(str(Fault(f"columns not used: {', '.join(job.unused_columns[:5])}{more}")))
     for note in report.template_notes:
         display.note(note)
 

@@ -8,7 +8,7 @@ from lora_cli.errors import RunError, UserError
 from lora_cli.recipe.schema import Training
 from lora_cli.training import checkpoint
 from lora_cli.training.checkpoint import Progress, State
-from lora_cli.training.processes import firsts
+from lora_cli.training.processes import broadcast_from_first
 from lora_cli.training.setup import Trainer
 
 TAKE_THE_LAST = "--resume training.load_best_model_at_end=false takes the last step's weights instead"
@@ -19,14 +19,14 @@ def keeps_best(training: Training) -> bool:
     return training.load_best_model_at_end or training.early_stopping_patience is not None
 
 
-def go_on(trainer: Trainer, info: dict[str, Any]) -> None:
+def continue_run(trainer: Trainer, info: dict[str, Any]) -> None:
     """Continue the folder's run with the record ``info``, given its original start time; report changed recipe keys.
 
     Raises UserError when the run has already taken more steps than are asked for, or began in another dtype.
     """
     folder = trainer.job.folder
     steps = {checkpoint.step_of(path): path for path in checkpoint.checkpoints(folder.checkpoints)}
-    if reached := [step for step, path in steps.items() if step > trainer.total_steps and checkpoint.is_whole(path)]:
+    if reached := [step for step, path in steps.items() if step > trainer.total_steps and checkpoint.is_complete(path)]:
         what = f"--resume: the run has taken {reached[-1]:,} steps already, and {trainer.total_steps:,} are asked for"
         hint = "raise training.max_steps or training.num_train_epochs, or begin a new run"
         raise UserError(what, str(folder.root), hint)
@@ -35,13 +35,13 @@ def go_on(trainer: Trainer, info: dict[str, Any]) -> None:
         what = f"--resume: the run began in {before['dtype']}, but would continue in {info['dtype']}"
         raise UserError(what, str(folder.root), f"set model.dtype={before['dtype']} to continue as it began")
     info["started"] = before["started"]
-    for change in folder.go_on(trainer.job.recipe, info):
+    for change in folder.continue_run(trainer.job.recipe, info):
         trainer.display.note(change)
     course = trainer.job.recipe.training.lr_scheduler_type
     if before["steps"] != info["steps"] and course != "constant":
         what = f"the {course} schedule now ends at step {info['steps']:,}, not {before['steps']:,}"
-        told = f"{what}: from here on the learning rate differs from that of a run never interrupted"
-        trainer.display.note(told, warning=True)
+        message = f"{what}: from here on the learning rate differs from that of a run never interrupted"
+        trainer.display.note(message, warning=True)
 
 
 def save(trainer: Trainer, progress: Progress) -> None:
@@ -65,7 +65,7 @@ def rotate(trainer: Trainer, progress: Progress) -> None:
 def restore(trainer: Trainer) -> Progress | None:
     """Restore the newest complete checkpoint and remove later metrics; return None when there is no checkpoint."""
     folder = trainer.job.folder
-    state = firsts(newest_whole(trainer) if trainer.writes else None)
+    state = broadcast_from_first(newest_complete(trainer) if trainer.writes else None)
     accelerator, progress = trainer.accelerator, None
     if state:
         progress = checkpoint.restore(
@@ -92,10 +92,10 @@ def _warn_of_missing_metrics(trainer: Trainer, progress: Progress) -> None:
             trainer.display.note(f"{folder.metrics}: {what}", warning=True)
 
 
-def newest_whole(trainer: Trainer) -> State | None:
+def newest_complete(trainer: Trainer) -> State | None:
     """Return the newest complete checkpoint; report which it is, and which were ignored."""
     for path in reversed(checkpoint.checkpoints(trainer.job.folder.checkpoints)):
-        if checkpoint.is_whole(path):
+        if checkpoint.is_complete(path):
             trainer.display.note(f"resumed from {path}")
             state = checkpoint.read(path)
             _warn_without_best(trainer, state.document.progress)
@@ -110,7 +110,7 @@ def _warn_without_best(trainer: Trainer, progress: Progress) -> None:
     if best is None or not trainer.job.recipe.training.load_best_model_at_end:
         return
     path = checkpoint.path_of(trainer.job.folder.checkpoints, best)
-    if not checkpoint.is_whole(path):
+    if not checkpoint.is_complete(path):
         what = f"{path}, the best so far, is missing or damaged: the run will fail unless it finds a better one"
         trainer.display.note(f"{what}; {TAKE_THE_LAST}", warning=True)
 
@@ -129,7 +129,7 @@ def choose_weights(trainer: Trainer, progress: Progress) -> int:
             trainer.display.note(f"the adapter has the weights of step {progress.step}, the last; {hint}")
         return progress.step
     path = checkpoint.path_of(trainer.job.folder.checkpoints, best)
-    state = firsts(checkpoint.read(path) if trainer.writes and checkpoint.is_whole(path) else None)
+    state = broadcast_from_first(checkpoint.read(path) if trainer.writes and checkpoint.is_complete(path) else None)
     if state is None:
         what = "the best step's checkpoint is missing or damaged; no adapter was written, the others are kept"
         raise RunError(what, str(path), TAKE_THE_LAST)

@@ -9,14 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lora_cli.disk import sync, sync_open
+from lora_cli.disk import sync, sync_fd
 from lora_cli.errors import Fault, RunError, UserError, unwritable
-from lora_cli.recipe.load import changed, dump_recipe, load_recipe
+from lora_cli.recipe.load import dump_recipe, load_recipe, with_changes
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.launch_environment import process_count
-from lora_cli.training.lock import Held, check_unlocked
-from lora_cli.training.same_run import MAY_CHANGE_TOGETHER, changed_keys, check_same_keys, told
-from lora_cli.weights.folders import check_writable, clear_drafts, entries, set_aside
+from lora_cli.training.lock import FolderLock, check_unlocked
+from lora_cli.training.same_run import MAY_CHANGE_TOGETHER, changed_keys, check_same_keys, format_value
+from lora_cli.weights.folders import check_writable, clear_drafts, entries, mark_for_removal
 
 KINDS = {
     "started": str,
@@ -47,7 +47,7 @@ class RunFolder:
         self.adapter = self.root / "adapter"
         self.report = self.root / "report.html"
         self.cache = self.root / "cache"
-        self.held: Held | None = None
+        self.held: FolderLock | None = None
         self._checked: tuple[int, int] | None = None
 
     @property
@@ -66,10 +66,10 @@ class RunFolder:
     @property
     def _has_lost_its_recipe(self) -> bool:
         """Whether a run's weights are here without its recipe, and not because ``begin`` was killed."""
-        return self.holds_run and not self.recipe.exists() and self._has_learned and not _draft(self.recipe).exists()
+        return self.holds_run and not self.recipe.exists() and self._has_weights and not _draft(self.recipe).exists()
 
     @property
-    def _has_learned(self) -> bool:
+    def _has_weights(self) -> bool:
         """Whether there is an adapter or a checkpoint. Raises OSError when the folder cannot be listed."""
         return self.adapter.exists() or any(path.name.startswith("step-") for path in entries(self.checkpoints))
 
@@ -153,7 +153,7 @@ class RunFolder:
         """
         was_killed = _draft(self.recipe).exists() and not self.recipe.exists()
         self._clear_drafts()
-        if not overwrite and not was_killed and self._has_learned:
+        if not overwrite and not was_killed and self._has_weights:
             hint = "--resume continues it, --overwrite replaces it"
             raise RunError("the folder already holds a run's weights; nothing was removed", str(self.root), hint)
         _draft(self.recipe).touch()
@@ -161,20 +161,23 @@ class RunFolder:
         self.write_info(info)  # from here on the folder holds a run, which may be replaced
         for path in (self.adapter, self.checkpoints):
             if path.exists():
-                set_aside(path)
+                mark_for_removal(path)
         clear_drafts(self.root)
         for path in (self.metrics, self.log, self.report):
             path.unlink(missing_ok=True)
         self.checkpoints.mkdir()
         self.write_recipe(recipe)
 
-    def go_on(self, recipe: Recipe, info: Mapping[str, Any]) -> list[str]:
+    def continue_run(self, recipe: Recipe, info: Mapping[str, Any]) -> list[str]:
         """Continue the folder's run. Returns messages about the changes to its recipe."""
         differing = changed_keys(self.read_recipe(), recipe)
         self._clear_drafts()
         self.write_info(info)
         self.write_recipe(recipe)
-        return [f"--resume: {key} was {told(old)} and is now {told(new)}" for key, (old, new) in differing.items()]
+        return [
+            f"--resume: {key} was {format_value(old)} and is now {format_value(new)}"
+            for key, (old, new) in differing.items()
+        ]
 
     def _clear_drafts(self) -> None:
         """Remove what a killed process was writing."""
@@ -186,13 +189,13 @@ class RunFolder:
 
     def read_recipe(self) -> Recipe:
         """Return the run's recipe: recipe.yaml with the batch sizes of run.json, which is written together with the
-        number of processes. The two files may differ when ``go_on`` was killed between writing them."""
+        number of processes. The two files may differ when ``continue_run`` was killed between writing them."""
         info = self.read_info()
         batches = {key: info.get(key.removeprefix("training."), 0) for key in MAY_CHANGE_TOGETHER}
-        return changed(load_recipe(self.recipe), {key: number for key, number in batches.items() if number > 0})
+        return with_changes(load_recipe(self.recipe), {key: number for key, number in batches.items() if number > 0})
 
     def write_recipe(self, recipe: Recipe) -> None:
-        write_whole(self.recipe, dump_recipe(recipe))
+        write_atomic(self.recipe, dump_recipe(recipe))
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl. Raises RunError when it cannot be written."""
@@ -226,7 +229,7 @@ class RunFolder:
         """Remove the training and evaluation lines after these steps: a resumed run measures them again."""
         last = {"train": step, "validation": evaluated_step}
         kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= last[line["split"]]]
-        write_whole(self.metrics, "".join(kept))
+        write_atomic(self.metrics, "".join(kept))
 
     def read_info(self) -> dict[str, Any]:
         """Return run.json. Raises UserError when it is missing or damaged, and OSError for a read error, which may be
@@ -246,7 +249,7 @@ class RunFolder:
     def write_info(self, info: Mapping[str, Any]) -> None:
         """Replace run.json. Raises RunError when it cannot be written."""
         self.check_held()
-        write_whole(self.info, json.dumps(info, indent=2, allow_nan=False) + "\n")
+        write_atomic(self.info, json.dumps(info, indent=2, allow_nan=False) + "\n")
 
 
 def _metrics_line(line: bytes, where: str) -> dict[str, Any]:
@@ -270,7 +273,7 @@ def _draft(path: Path) -> Path:
     return path.with_name(f".{path.name}.new")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Replace a file's content atomically: a reader sees the old content or the new, never a part.
 
     Raises RunError when it cannot be written.
@@ -279,7 +282,7 @@ def write_whole(path: Path, text: str) -> None:
         with _draft(path).open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            sync_open(file.fileno())
+            sync_fd(file.fileno())
         _draft(path).replace(path)
         sync(path.parent)
     except OSError as error:

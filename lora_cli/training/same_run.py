@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_cli.errors import Fault, UserError
-from lora_cli.recipe.load import changed
+from lora_cli.recipe.load import with_changes
 from lora_cli.recipe.schema import Recipe
 
 MAY_CHANGE = {
@@ -45,7 +45,7 @@ def check_same_keys(before: Recipe, began_on: int, recipe: Recipe, count: int, w
     differing = changed_keys(before, recipe)
     hint = "undo the change, or start a new run in another folder"
     faults = [
-        Fault(f"--resume: {key} was {told(old)} and is now {told(new)}", where, hint)
+        Fault(f"--resume: {key} was {format_value(old)} and is now {format_value(new)}", where, hint)
         for key, (old, new) in differing.items()
         if key not in MAY_CHANGE and not (same_steps and key in MAY_CHANGE_TOGETHER)
     ]
@@ -70,10 +70,10 @@ def with_batch_size(recipe: Recipe, count: int) -> Recipe:
     """Replace an auto batch size by ``count`` rows, a divisor of the step's rows, and set the accumulation to match."""
     rows = recipe.training.gradient_accumulation_steps
     numbers = {"per_device_train_batch_size": count, "gradient_accumulation_steps": rows // count}
-    return changed(recipe, {f"training.{key}": number for key, number in numbers.items()})
+    return with_changes(recipe, {f"training.{key}": number for key, number in numbers.items()})
 
 
-def with_numbers(recipe: Recipe) -> Recipe:
+def with_resolved_batch(recipe: Recipe) -> Recipe:
     """Replace an auto batch size by 1, the smallest."""
     return with_batch_size(recipe, 1) if recipe.training.per_device_train_batch_size == "auto" else recipe
 
@@ -86,7 +86,7 @@ def as_begun(recipe: Recipe, before: Recipe) -> Recipe:
     found = with_batch_size(recipe, math.gcd(before.training.batch_size, recipe.training.gradient_accumulation_steps))
     if found.training.gradient_checkpointing != "auto":
         return found
-    return changed(found, {"training.gradient_checkpointing": before.training.gradient_checkpointing})
+    return with_changes(found, {"training.gradient_checkpointing": before.training.gradient_checkpointing})
 
 
 def changed_keys(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -95,7 +95,7 @@ def changed_keys(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
     return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
 
 
-def told(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Format a recipe's value as it is written in a recipe."""
     if value is None:
         return "null"

@@ -16,12 +16,12 @@ from lora_cli.data.sources import sources_of
 from lora_cli.errors import RunError
 from lora_cli.evaluation.head import Head, frozen_head
 from lora_cli.evaluation.loss import evaluating
-from lora_cli.evaluation.packing import lay_end_to_end
+from lora_cli.evaluation.packing import enable_packing
 from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameters
 from lora_cli.model.base import best_device, load_base, longrope_bounds, resolve_compute_dtype, resolve_dtype
-from lora_cli.model.elementwise import fuse, split_mlps
+from lora_cli.model.elementwise import chunk_mlps, fuse
 from lora_cli.model.memory import keep_freed_memory
-from lora_cli.training.activations import choose_checkpointing, kept_bytes, recompute_activations
+from lora_cli.training.activations import choose_checkpointing, recompute_activations, saved_bytes_per_token
 from lora_cli.training.batch_size import resolve_batch_size
 from lora_cli.training.cached_states import HiddenStates
 from lora_cli.training.display import Display
@@ -29,13 +29,13 @@ from lora_cli.training.interrupt import Interrupt
 from lora_cli.training.optimizer import check_warmup, make_optimizer
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.process_agreement import check_agreement
-from lora_cli.training.processes import highest
+from lora_cli.training.processes import all_reduce_max
 from lora_cli.training.sharding import is_sharded, make_accelerator, prepare_model
-from lora_cli.training.streaming import Sources, needs_streaming, put_away, stream
+from lora_cli.training.streaming import Sources, add_streaming_hooks, detach_weights, needs_streaming
 from lora_cli.training.torch_compile import compile_elementwise
 from lora_cli.training.zero import is_zero
 from lora_cli.weights.init_from import start_of
-from lora_cli.weights.quantized_cache import find_kept, keep, kept_name, take_over
+from lora_cli.weights.quantized_cache import cached_name, find_cached, link_cached, write_cached
 from lora_cli.weights.shards import read_headers, stored_dtype, weight_files
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 MLP_TOKENS = 2**14
 """Tokens that an MLP takes at a time with ``offload``: so many that dequantizing its weights for each part of a row
 takes little of the time."""
-SMALL = 2**20
+MAX_KEPT_BYTES = 2**20
 """Bytes of the largest tensor whose memory is kept when it is freed, while layers are streamed."""
 
 
@@ -66,7 +66,7 @@ class Trainer:
     total_steps: int
     dtype: torch.dtype
     display: Display
-    kept_base: Path | None
+    cached_base: Path | None
     offload: bool
     streams: bool
     hidden_states: HiddenStates | None = None
@@ -79,7 +79,7 @@ class Trainer:
 
     def asked_to_stop(self) -> int:
         """Return the signal that asked any process to stop, or 0; every process must call this."""
-        return highest(self.interrupt.number, self.accelerator)
+        return all_reduce_max(self.interrupt.number, self.accelerator)
 
     @property
     def below(self) -> FrozenLayers | None:
@@ -103,13 +103,13 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     fused = recipe.adapter.fused and not is_zero(accelerator)  # ZeRO gathers a weight only when its own layer is called
     if fused:
         fuse(base)
-    hooks = stream(base, sources)
+    hooks = add_streaming_hooks(base, sources)
     packing = choose_packing(job, base, display)
     set_seed(recipe.training.seed)  # creating a model may draw random numbers, and quantizing may have created one
     model = put_adapter(job, base, fused)
     for hook in hooks:  # an adapted layer reads its base layer's weights itself
         hook.remove()
-    stream(model, sources)
+    add_streaming_hooks(model, sources)
     with evaluating(model):
         head = frozen_head(model)
     job = replace(
@@ -138,7 +138,7 @@ def set_up(job: Prepared, display: Display) -> Trainer:
         total_steps=total,
         dtype=dtype,
         display=display,
-        kept_base=kept,
+        cached_base=kept,
         offload=checkpointing == "offload",
         streams=bool(sources),
     )
@@ -148,10 +148,10 @@ def choose_packing(job: Prepared, base: PreTrainedModel, display: Display) -> bo
     """Whether rows are packed end to end: if the recipe says so and the architecture keeps them apart."""
     if not job.recipe.data.packing:
         return False
-    packing = lay_end_to_end(base, base.device, job.recipe.model.attn_implementation)
+    packing = enable_packing(base, base.device, job.recipe.model.attn_implementation)
     if not packing:
-        told = "rows of similar length are padded instead"
-        display.note(f"data.packing: this architecture does not support packed rows; {told}", warning=True)
+        message = "rows of similar length are padded instead"
+        display.note(f"data.packing: this architecture does not support packed rows; {message}", warning=True)
     return packing
 
 
@@ -176,17 +176,17 @@ def load_frozen(
     streams, why = needs_streaming(job, accelerator.num_processes, sharded, device)
     if why:
         display.note(f"training.stream_base: auto -> {str(streams).lower()}: {why}", warning=not streams)
-    kept = kept_base(job, accelerator, dtype, display)
+    kept = cached_base(job, accelerator, dtype, display)
     folder, quantization = kept or job.base, recipe.quantization if kept is None else None
     if streams:
         if quantization is not None:
             raise RunError("training.stream_base: a quantized base is streamed from its cached copy, and there is none")
         display.note("training.stream_base: a layer's frozen weights are read whenever it runs")
-        keep_freed_memory(largest=SMALL)
+        keep_freed_memory(largest=MAX_KEPT_BYTES)
         # In the stored dtype, Transformers maps the file without reading it yet.
         stored = stored_dtype(read_headers(weight_files(folder)))
         base = load_base(folder, recipe.model, None, torch.device("cpu"), stored)
-        sources = put_away(base, folder, device, dtype)
+        sources = detach_weights(base, folder, device, dtype)
     else:
         base = load_base(folder, recipe.model, quantization, device, dtype, sharded)
         sources = {}
@@ -194,7 +194,7 @@ def load_frozen(
     return base, sources, kept
 
 
-def kept_base(job: Prepared, accelerator: Accelerator, dtype: torch.dtype, display: Display) -> Path | None:
+def cached_base(job: Prepared, accelerator: Accelerator, dtype: torch.dtype, display: Display) -> Path | None:
     """Return the folder in the run's cache with the base quantized as the recipe says, created if missing; None to load
     the base unquantized or quantize it while loading.
 
@@ -204,19 +204,19 @@ def kept_base(job: Prepared, accelerator: Accelerator, dtype: torch.dtype, displ
         return None
     quantization, cache = job.recipe.quantization, job.folder.cache
     compute_dtype = resolve_compute_dtype(quantization, accelerator.device)
-    name = kept_name(job.base, job.base_digest, quantization, dtype, compute_dtype)
+    name = cached_name(job.base, job.base_digest, quantization, dtype, compute_dtype)
     with accelerator.local_main_process_first():
-        found = find_kept(cache, name)
+        found = find_cached(cache, name)
         if accelerator.is_local_main_process and found != cache / name:
             try:
-                if found is None or not take_over(found, cache / name):
+                if found is None or not link_cached(found, cache / name):
                     display.note(f"quantizing it to {quantization.method}, kept in {cache / name}")
-                    keep(job.base, cache / name, quantization, dtype, compute_dtype)
+                    write_cached(job.base, cache / name, quantization, dtype, compute_dtype)
                 found = cache / name
             except RunError as error:
                 found = None
-                told = f"the base in {quantization.method} is not kept for the next run: {error.faults[0].what}"
-                display.note(told, warning=True)
+                message = f"the base in {quantization.method} is not kept for the next run: {error.faults[0].what}"
+                display.note(message, warning=True)
     return found
 
 
@@ -252,7 +252,7 @@ def set_checkpointing(
     """Make the model keep or recompute its activations; report what ``auto`` becomes, and why, unless all fit."""
     is_whole_on_gpu = accelerator.device.type == "cuda" and not (streams or is_sharded(accelerator))
     finds_out = is_whole_on_gpu and job.recipe.training.gradient_checkpointing == "auto"
-    kept = kept_bytes(model, head, accelerator, schedule.packing, job.max_length) if finds_out else None
+    kept = saved_bytes_per_token(model, head, accelerator, schedule.packing, job.max_length) if finds_out else None
     recomputes = model.supports_gradient_checkpointing
     checkpointing, why = choose_checkpointing(job, schedule, dtype, accelerator.device, head is None, recomputes, kept)
     if why and not streams:
@@ -260,7 +260,7 @@ def set_checkpointing(
     if checkpointing or streams:
         recompute_activations(model)
     if checkpointing == "offload":
-        split_mlps(model, MLP_TOKENS)
+        chunk_mlps(model, MLP_TOKENS)
     return checkpointing
 
 

@@ -16,7 +16,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from lora_cli.errors import UserError
 from lora_cli.model.adapters import trainable_parameters
 from lora_cli.recipe.schema import Training
-from lora_cli.training.processes import whole
+from lora_cli.training.processes import full_tensor
 from lora_cli.training.zero import ZeroOptimizer, configure, is_zero, zero_plugin
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def clip_gradient(
         return optimizer.gradient_norm().to(accelerator.device)
     found = accelerator.clip_grad_norm_(weights, norm)
     assert found is not None
-    return whole(found).to(accelerator.device)
+    return full_tensor(found).to(accelerator.device)
 
 
 def _fsdp_plugin(training: Training) -> FullyShardedDataParallelPlugin | None:

@@ -17,15 +17,15 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_cli.errors import UserError
-from lora_cli.model.base import skeleton
-from lora_cli.model.files import is_stored_in_other_codes
+from lora_cli.model.base import meta_model
+from lora_cli.model.files import has_unsupported_quantization
 from lora_cli.model.layers import checkpointed_layers
-from lora_cli.model.linear4bit import expand_always
-from lora_cli.model.memory import free_bytes, size
+from lora_cli.model.linear4bit import dequantize_in_forward
+from lora_cli.model.memory import format_bytes, free_bytes
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.estimate import estimate
 from lora_cli.training.prepare import Prepared
-from lora_cli.training.same_run import with_numbers
+from lora_cli.training.same_run import with_resolved_batch
 from lora_cli.weights.shards import TensorInfo, mapped, read_headers, weight_files
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ Files = Mapping[Path, BinaryIO]
 """The open files of the base, by path."""
 Place = tuple[Module, str, Parameter]
 """A module, and the name under which it holds a streamed weight."""
-UNSEEN = ("gemma3n", "gemma3n_text")
+UNSUPPORTED_TYPES = ("gemma3n", "gemma3n_text")
 """Model types whose layers call methods of inner modules, for which no hook runs."""
 COMPARED = 1024
 """Number of a weight's elements, evenly spaced, that are compared with the file's."""
@@ -52,37 +52,37 @@ def needs_streaming(job: Prepared, processes: int, sharded: bool, device: torch.
     wanted = recipe.training.stream_base
     if wanted is False or (wanted == "auto" and sharded):
         return False, ""
-    why_not = obstacle(job, recipe, processes)
+    why_not = why_not_streamable(job, recipe, processes)
     if wanted is True:
         if why_not:
             raise UserError(f"training.stream_base: {why_not}", str(job.base), "leave it at auto, or set it to false")
         return True, ""
-    needed, free = estimate(job, with_numbers(recipe)).weights, free_bytes(device)
+    needed, free = estimate(job, with_resolved_batch(recipe)).weights, free_bytes(device)
     if needed <= 0.8 * free:
         return False, ""
-    told = f"the base needs about {size(needed)}, and {device.type} has {size(free)} free"
-    return not why_not, f"{told}; {why_not}" if why_not else told
+    message = f"the base needs about {format_bytes(needed)}, and {device.type} has {format_bytes(free)} free"
+    return not why_not, f"{message}; {why_not}" if why_not else message
 
 
-def obstacle(job: Prepared, recipe: Recipe, processes: int) -> str:
+def why_not_streamable(job: Prepared, recipe: Recipe, processes: int) -> str:
     """Return why this recipe's base cannot be streamed (``training.stream_base``); empty when it can."""
     if processes > 1 or recipe.training.fsdp or recipe.training.deepspeed is not None:
         return "it goes with one process; training.fsdp shards the base over several"
     in_8_bits = recipe.quantization is not None and recipe.quantization.method == "int8"
-    if in_8_bits or is_stored_in_other_codes(job.base):
+    if in_8_bits or has_unsupported_quantization(job.base):
         return "of quantized bases, only those in bitsandbytes' 4 bits can be streamed"
     if recipe.adapter.use_dora:
         return "adapter.use_dora reads every weight's norm"
     if recipe.training.gradient_checkpointing is False:
         return "it needs gradient_checkpointing, which is false"
-    if job.config.model_type in UNSEEN:
+    if job.config.model_type in UNSUPPORTED_TYPES:
         return f"the layers of {job.config.model_type} cannot be streamed"
-    if not checkpointed_layers(skeleton(job.config)):
+    if not checkpointed_layers(meta_model(job.config)):
         return f"{job.config.model_type} has no layers that can be checkpointed"
     return ""
 
 
-def put_away(base: PreTrainedModel, folder: Path, device: torch.device, dtype: torch.dtype) -> Sources:
+def detach_weights(base: PreTrainedModel, folder: Path, device: torch.device, dtype: torch.dtype) -> Sources:
     """Free the weights of the base's layers and move the rest to ``device`` as ``dtype``. Returns the sources of the
     freed weights.
 
@@ -93,7 +93,7 @@ def put_away(base: PreTrainedModel, folder: Path, device: torch.device, dtype: t
     files = {file: file.open("rb") for file in weight_files(folder)}  # kept open, as other files may take their names
     sources: Sources = {}
     for outer, layer in checkpointed_layers(base).items():
-        expand_always(layer)
+        dequantize_in_forward(layer)
         for inner, weight in layer.named_parameters():
             if weight in sources or "." not in inner:  # the layer's own hooks do not run when it is recomputed
                 continue
@@ -107,7 +107,7 @@ def put_away(base: PreTrainedModel, folder: Path, device: torch.device, dtype: t
                     _from_disk(found[0], files, device, dtype) if found else _from_host(weight.data, device, dtype)
                 )
             if weight in sources:
-                weight.data = _nothing(weight, device, weight.dtype if in_4_bits else dtype)
+                weight.data = _placeholder(weight, device, weight.dtype if in_4_bits else dtype)
     for name, weight in base.named_parameters():
         state = getattr(weight, "quant_state", None)
         if weight in sources:
@@ -124,7 +124,7 @@ def put_away(base: PreTrainedModel, folder: Path, device: torch.device, dtype: t
     return sources
 
 
-def stream(model: Module, sources: Sources) -> list[RemovableHandle]:
+def add_streaming_hooks(model: Module, sources: Sources) -> list[RemovableHandle]:
     """Load each module's weights before its forward pass and release them after it, until the hooks are removed."""
     return [hook for module, weights in _holders(model, sources) for hook in _hook(module, weights, sources)]
 
@@ -201,7 +201,7 @@ def _from_host(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -
     return lambda: Parameter(kept.to(device, non_blocking=True), requires_grad=False)
 
 
-def _nothing(weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def _placeholder(weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Return a placeholder with one element's memory: NaN, so that its use is noticed; codes are 0, without scales."""
     nothing = float("nan") if dtype.is_floating_point else 0
     return torch.full((), nothing, device=device, dtype=dtype).expand(weight.shape)

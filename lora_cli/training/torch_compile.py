@@ -32,28 +32,28 @@ def compile_elementwise(
 
     For CPUs: a GPU has its own kernels for them. If compiling fails, the run continues without it.
     """
-    from lora_cli.model.elementwise import compile_formulas, numbers_per_token  # imports PEFT
+    from lora_cli.model.elementwise import compile_formulas, elementwise_values_per_token  # imports PEFT
 
     wanted = recipe.training.torch_compile
-    numbers = tokens * numbers_per_token(model) if device.type == "cpu" else 0
+    numbers = tokens * elementwise_values_per_token(model) if device.type == "cpu" else 0
     saved = SAVED * numbers / torch.get_num_threads()
     if wanted is False or (wanted == "auto" and saved < 2 * COST):
         return
-    told = f"training.torch_compile: {str(wanted).lower()}"
+    message = f"training.torch_compile: {str(wanted).lower()}"
     if not saved:
         why = "there are no fused RMS norms or SiLU gates" if device.type == "cpu" else "it is for CPUs"
-        display.note(f"{told} -> false: {why}", warning=True)
+        display.note(f"{message} -> false: {why}", warning=True)
         return
     saves = f"saves about {saved:.0f} s of this run"
     if not has_compiler():
-        display.note(f"{told} -> false: there is no C++ compiler; one {saves}", warning=True)
+        display.note(f"{message} -> false: there is no C++ compiler; one {saves}", warning=True)
         return
-    display.note(f"{told}: compiling norms and gates, which {saves}")
+    display.note(f"{message}: compiling norms and gates, which {saves}")
     try:
         compile_formulas(model, dtype)
     except Exception as error:  # of any kind: the run continues without it
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        display.note(f"{told} -> false: it failed: {first}", warning=True)
+        display.note(f"{message} -> false: it failed: {first}", warning=True)
 
 
 def check_compiler(recipe: Recipe) -> None:

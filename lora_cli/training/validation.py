@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lora_cli.data.batches import Batch, Step
-from lora_cli.errors import counted
+from lora_cli.errors import pluralize
 from lora_cli.evaluation.loss import Score, mean_score, tally_loss
 from lora_cli.training import hidden_states
 from lora_cli.training.checkpoint import Progress
@@ -23,7 +23,7 @@ def evaluate_base(trainer: Trainer) -> Progress:
     """Step 0: evaluate the base on the validation rows, if any. Raises Interrupted when a signal asks to stop."""
     if trainer.job.validation is None:
         return Progress()
-    trainer.display.note(f"measuring the base on {counted(len(trainer.job.validation), 'validation row')}")
+    trainer.display.note(f"measuring the base on {pluralize(len(trainer.job.validation), 'validation row')}")
     with unwrap(trainer).disable_adapter():
         score = validate(trainer)
     if score is None:
@@ -49,11 +49,11 @@ def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock
     return replace(progress, evaluations_since_best=progress.evaluations_since_best + 1)
 
 
-def evaluate_reached(trainer: Trainer, progress: Progress) -> Progress:
+def evaluate_last_step(trainer: Trainer, progress: Progress) -> Progress:
     """Evaluate the current step, unless that is done: a resumed run may have no step left that would do it."""
     if is_evaluated(trainer, progress):
         return progress
-    progress = evaluate_step(trainer, reached(trainer, progress), progress, Clock())
+    progress = evaluate_step(trainer, last_step(trainer, progress), progress, Clock())
     if not is_evaluated(trainer, progress):
         raise stopped_after(progress.step, trainer.asked_to_stop())
     return progress
@@ -77,7 +77,7 @@ def validate(trainer: Trainer) -> Score | None:
     return None if asked_to_stop else mean_score(trainer.accelerator.reduce(tally))
 
 
-def reached(trainer: Trainer, progress: Progress) -> Step:
+def last_step(trainer: Trainer, progress: Progress) -> Step:
     """Return the last step that was taken."""
     return next(trainer.schedule.steps(progress.step - 1))
 

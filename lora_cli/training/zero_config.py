@@ -9,15 +9,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import Fault, nearest
+from lora_cli.errors import Fault, nearest_hint
 from lora_cli.recipe.schema import Recipe
 
-THE_RECIPES = {
+IGNORED_KEYS = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("bf16", "fp16", "optimizer", "scheduler", "zero_allow_untested_optimizer"),
 }
 """Keys that are accepted, as in configurations made for other programs, but ignored: the recipe decides."""
-SHARING = {
+SHARDING_KEYS = {
     *("zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor"),
     *("zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown"),
 }
@@ -64,9 +64,9 @@ def config_faults(config: Mapping[str, Any], where: str) -> list[Fault]:
     """Return the faults of a configuration read from ``where``: keys beyond sharding, and unsupported values."""
     zero = config["zero_optimization"]
     faults = [
-        *_unknown("", config, THE_RECIPES | SHARING, where),
+        *_unknown("", config, IGNORED_KEYS | SHARDING_KEYS, where),
         *_unknown("zero_optimization.", zero, ZERO, where),
-        *_nested({key: config[key] for key in SHARING - {"zero_optimization"} if key in config}, "", where),
+        *_nested({key: config[key] for key in SHARDING_KEYS - {"zero_optimization"} if key in config}, "", where),
         *_nested({key: zero[key] for key in ZERO - OFFLOADS if key in zero}, "zero_optimization.", where),
     ]
     for name in sorted(OFFLOADS & zero.keys()):
@@ -83,7 +83,7 @@ def config_faults(config: Mapping[str, Any], where: str) -> list[Fault]:
 
 def _unknown(prefix: str, section: Mapping[str, Any], known: Collection[str], where: str) -> Iterator[Fault]:
     for key in sorted(section.keys() - known):
-        hint = nearest(key, known) or "remove it: only keys of sharding and communication are supported"
+        hint = nearest_hint(key, known) or "remove it: only keys of sharding and communication are supported"
         yield Fault(f"training.deepspeed: {prefix}{key} is not supported", where, hint)
 
 

@@ -17,7 +17,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
 BIASES = ("none", "all", "lora_only")
 SOME_LAYERS = ("layers_to_transform", "exclude_modules")
-NO_SUM = {
+UNMERGEABLE = {
     "alora_invocation_tokens": "is active only after its invocation tokens",
     "layer_replication": "repeats layers of its base",
     "arrow_config": "chooses among adapters for each token",
@@ -28,7 +28,7 @@ NO_SUM = {
 """Configuration keys of LoRA variants whose update is not a fixed product of two factors, and what each does."""
 KEPT_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Values of ``init_lora_weights`` that leave the base's weights unchanged."""
-MADE_AGAIN = ("pissa", "olora")
+BASE_CHANGING_INITS = ("pissa", "olora")
 """Values that change the base's weights; PEFT repeats the change when it loads such an adapter."""
 CONVERT = (
     "save it as plain LoRA where it was trained: PEFT's save_pretrained(..., "
@@ -56,15 +56,15 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_foldable(folder: Path) -> None:
+def check_mergeable_lora(folder: Path) -> None:
     """Raises UserError when a LoRA adapter's update is not a product that can be added to its base's weights, or when
     ``check_init`` does."""
     config, where = read_adapter_config(folder), str(folder / ADAPTER_CONFIG)
     if config["peft_type"] != "LORA":
         return
-    for key, told in NO_SUM.items():
+    for key, problem in UNMERGEABLE.items():
         if config.get(key):
-            what = f"the adapter {told} ({key}), which is not supported here"
+            what = f"the adapter {problem} ({key}), which is not supported here"
             raise UserError(what, where, "use it unmerged, with PEFT")
     check_init(folder)
 
@@ -74,11 +74,11 @@ def check_init(folder: Path, base: Path | None = None) -> None:
     cannot repeat PiSSA's on a quantized ``base``."""
     config = read_adapter_config(folder)
     is_possible = _start(config) != "pissa" or base is None or stored_quantization(base) is None
-    if config["peft_type"] == "LORA" and not keeps_base(config) and not (is_relative(config) and is_possible):
-        raise of_a_changed_base(folder, config)
+    if config["peft_type"] == "LORA" and not keeps_base(config) and not (modifies_base(config) and is_possible):
+        raise changed_base_error(folder, config)
 
 
-def of_a_changed_base(folder: Path, config: Mapping[str, Any]) -> UserError:
+def changed_base_error(folder: Path, config: Mapping[str, Any]) -> UserError:
     """Return the error to raise for an adapter whose initialization changed its base."""
     what = (
         f"the adapter belongs to a changed copy of the base it names (init_lora_weights: {config['init_lora_weights']})"
@@ -91,9 +91,9 @@ def keeps_base(config: Mapping[str, Any]) -> bool:
     return _start(config) in KEPT_BASE
 
 
-def is_relative(config: Mapping[str, Any]) -> bool:
+def modifies_base(config: Mapping[str, Any]) -> bool:
     """Whether PEFT must subtract a LoRA adapter's initial update from the base before it adds the adapter."""
-    return _start(config) in MADE_AGAIN
+    return _start(config) in BASE_CHANGING_INITS
 
 
 def _start(config: Mapping[str, Any]) -> Any:
@@ -156,7 +156,7 @@ def is_named(layer: str, names: str | list[str]) -> bool:
     return any(layer == name or layer.endswith(f".{name}") for name in names)
 
 
-def own_value(pattern: Mapping[str, Any] | None, layer: str, common: Any) -> Any:
+def pattern_value(pattern: Mapping[str, Any] | None, layer: str, common: Any) -> Any:
     """Return a layer's own rank or alpha from ``pattern``, or else ``common``. The keys of ``pattern`` are names or
     regular expressions, and match a layer's whole name or its last components."""
     return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", layer)), common)

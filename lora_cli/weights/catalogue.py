@@ -72,7 +72,7 @@ def describe(folder: Path) -> Entry:
     weights = folder / ADAPTER_WEIGHTS
     layers, headers = lora_layers(folder), read_headers([weights])
     made = datetime.fromtimestamp(weights.stat().st_mtime, UTC).isoformat(timespec="seconds")
-    best = inside(record, "result", "best", "loss")
+    best = nested_value(record, "result", "best", "loss")
     return Entry(
         path=str(folder),
         kind=" ".join([str(config["peft_type"]), *(word for key, word in VARIANTS.items() if config.get(key))]),
@@ -82,7 +82,7 @@ def describe(folder: Path) -> Entry:
         parameters=sum(math.prod(info.shape) for info in headers.values()),
         bytes=weights.stat().st_size,
         base=named_base(folder)[0] or None,
-        data=_data(inside(record, "recipe", "data", "train")),
+        data=_data(nested_value(record, "recipe", "data", "train")),
         best_loss=best if isinstance(best, float) else None,
         date=str(record.get("finished") or made),
     )
@@ -117,7 +117,7 @@ def base_state(folder: Path) -> str:
     return "changed" if stored and found != stored else "there"
 
 
-def inside(record: Any, *keys: str) -> Any:
+def nested_value(record: Any, *keys: str) -> Any:
     """Return the value under these keys in nested objects, or None when a key is missing or its parent is no object."""
     for key in keys:
         record = record.get(key) if isinstance(record, dict) else None

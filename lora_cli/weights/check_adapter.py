@@ -7,26 +7,26 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import Fault, UserError, alike
+from lora_cli.errors import Fault, UserError, grouped_error
 from lora_cli.model.targets import Target
 from lora_cli.weights.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    NO_SUM,
     PEFT_PREFIX,
+    UNMERGEABLE,
     config_faults,
     is_named,
     named_layers,
-    own_value,
+    pattern_value,
     read_adapter_config,
 )
-from lora_cli.weights.check_model import EMBEDDINGS, is_uniform, owner, stored_layers
+from lora_cli.weights.check_model import EMBEDDINGS, has_identical_layers, module_leaf, stored_layers
 from lora_cli.weights.shards import is_finite, read_headers, read_tensor
 
 OTHER_TENSORS = ("bias", "modules_to_save", "trainable_token_indices", "target_parameters")
 """Configuration keys of adapters that hold more than LoRA's own tensors."""
 MISFIT = "the adapter does not fit its base: it belongs to another base, or one of its files is damaged"
-PLAIN_KEYS = {
+BASIC_KEYS = {
     *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
     *("r", "lora_alpha", "alpha_pattern", "lora_dropout", "target_modules", "use_rslora", "fan_in_fan_out"),
     *("init_lora_weights", "megatron_core", "qalora_group_size"),
@@ -71,7 +71,7 @@ def check_adapter(folder: Path, base: Path | None, other_kinds: bool = False) ->
     if not any(".lora_" in name for name in names):
         faults.append(Fault("the adapter holds no LoRA tensors", str(folder)))
     if faults:
-        raise alike(faults, _why_it_does_not_fit(config))
+        raise grouped_error(faults, _misfit_hint(config))
     _check_finite(folder)
     return model_takes_them
 
@@ -81,18 +81,18 @@ def check_in_model(folder: Path, base: Path, other_kinds: bool) -> None:
     if check_adapter(folder, base, other_kinds):
         return
     config = read_adapter_config(folder)
-    is_plain = config["peft_type"] == "LORA" and _is_plainly_whole(folder, base)
+    is_plain = config["peft_type"] == "LORA" and _is_provably_complete(folder, base)
     if not is_plain and (faults := _faults_in_model(folder, base)):
-        raise alike(faults, _why_it_does_not_fit(config))
+        raise grouped_error(faults, _misfit_hint(config))
 
 
-def _why_it_does_not_fit(config: Mapping[str, Any]) -> str:
+def _misfit_hint(config: Mapping[str, Any]) -> str:
     """Where the adapter is for another model than its base makes here, or of a kind with other tensors: that."""
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         return f"the adapter was trained for another task than generating text (task_type: {config['task_type']})"
     for key in ("use_bdlora", "monteclora_config"):
         if config.get(key):
-            return f"the adapter {NO_SUM[key]} ({key}), which is not supported here"
+            return f"the adapter {UNMERGEABLE[key]} ({key}), which is not supported here"
     return MISFIT
 
 
@@ -108,7 +108,7 @@ def _unexpected(config: Mapping[str, Any], folder: Path, halves: Halves) -> Iter
     place = str(folder)
     if not config.get("target_parameters"):  # one tensor holds r for each expert
         for name, shapes in halves.items():
-            rank = own_value(config.get("rank_pattern"), name, config["r"])
+            rank = pattern_value(config.get("rank_pattern"), name, config["r"])
             if "A" in shapes and shapes["A"][0] != rank:
                 yield Fault(f"tensor {name}.lora_A has rank {shapes['A'][0]}, {ADAPTER_CONFIG} says r: {rank}", place)
     for name, shapes in halves.items():
@@ -128,7 +128,7 @@ def _unexpected(config: Mapping[str, Any], folder: Path, halves: Halves) -> Iter
             yield Fault(f"tensor {name}.lora_magnitude_vector is missing (use_dora)", place)
     if not any(config.get(key) not in (None, [], "none") for key in OTHER_TENSORS):
         for name in stored:  # PEFT saves the embedding and the head when tokens were added
-            if ".lora_" not in name and owner(name.replace(".base_layer.", ".")) not in EMBEDDINGS:
+            if ".lora_" not in name and module_leaf(name.replace(".base_layer.", ".")) not in EMBEDDINGS:
                 yield Fault(f"tensor {name} does not belong in a LoRA adapter", place)
 
 
@@ -146,7 +146,7 @@ def _check_finite(folder: Path) -> None:
     ]
     if faults:
         hint = "its training diverged, or the file is damaged: use an earlier checkpoint, or train again"
-        raise alike(faults, hint)
+        raise grouped_error(faults, hint)
 
 
 def adapted_layers(folder: Path) -> Halves:
@@ -215,16 +215,16 @@ def _misfits(folder: Path, halves: Halves, layers: dict[str, Target]) -> Iterato
             yield Fault(f"{what}{wide[0]} -> {wide[1]}", str(folder))
 
 
-def _is_plainly_whole(folder: Path, base: Path) -> bool:
+def _is_provably_complete(folder: Path, base: Path) -> bool:
     """Whether headers alone prove that a base and a LoRA adapter hold all tensors that their configurations imply.
 
-    This needs an adapter with only ``PLAIN_KEYS`` and a list of layers, and a base whose layers are all alike. Where it
+    This needs an adapter with only ``BASIC_KEYS`` and a list of layers, and a base whose layers are all alike. Where it
     is False, the tensors may still be complete.
     """
     config, layers = read_adapter_config(folder), stored_layers(base)
     names = config.get("target_modules")
-    others = {key for key, value in config.items() if key not in PLAIN_KEYS and value not in UNSET}
-    if layers is None or others or not isinstance(names, list) or not is_uniform(base):
+    others = {key for key, value in config.items() if key not in BASIC_KEYS and value not in UNSET}
+    if layers is None or others or not isinstance(names, list) or not has_identical_layers(base):
         return False
     rank = config["r"]
     wanted = {

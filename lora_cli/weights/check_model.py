@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_cli.errors import Fault, UserError, alike
+from lora_cli.errors import Fault, UserError, grouped_error
 from lora_cli.model.files import read_config, stored_quantization
-from lora_cli.model.targets import READ_AS_NUMBERS, Target, is_read_past
+from lora_cli.model.targets import UNQUANTIZABLE_LAYERS, Target, bypasses_adapter
 from lora_cli.weights.shards import DEPTHS, read_headers, weight_files
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ ENDS = {"model.embed_tokens.weight", "model.norm.weight"}
 """The tensors that most models store outside their layers, apart from a head that is not tied."""
 
 
-def owner(tensor: str) -> str:
+def module_leaf(tensor: str) -> str:
     """Return the last part of the name of a tensor's module, empty for a name without a module."""
     return tensor.rpartition(".")[0].rpartition(".")[2]
 
@@ -41,7 +41,7 @@ def check_weights(folder: Path, bare: PreTrainedModel) -> None:
             what = f"tensor {name} has shape {list(info.shape)}, the configuration says {list(wanted)}"
             faults.append(Fault(what, str(info.file)))
     if faults:
-        raise alike(faults, "config.json and the weights are from different models")
+        raise grouped_error(faults, "config.json and the weights are from different models")
 
 
 def check_mergeable(base: Path) -> None:
@@ -55,12 +55,12 @@ def check_mergeable(base: Path) -> None:
         raise UserError(f"the base is stored quantized ({stored}), so nothing can be merged into it", str(base), hint)
 
 
-def check_read_as_numbers(base: Path) -> None:
+def check_directly_read_weights(base: Path) -> None:
     """Raises UserError when weights that the model reads directly are stored in 4 or 8 bits: as codes."""
-    read = READ_AS_NUMBERS.get(read_config(base).get("model_type", ""), ())
+    read = UNQUANTIZABLE_LAYERS.get(read_config(base).get("model_type", ""), ())
     for name, info in read_headers(weight_files(base)).items():
-        if owner(name) in read and info.dtype in ("I8", "U8"):
-            what = f"the model reads {owner(name)}'s weights directly, and they are stored quantized"
+        if module_leaf(name) in read and info.dtype in ("I8", "U8"):
+            what = f"the model reads {module_leaf(name)}'s weights directly, and they are stored quantized"
             raise UserError(what, str(base), "start from the unquantized model")
 
 
@@ -78,12 +78,12 @@ def stored_layers(folder: Path) -> dict[str, Target] | None:
         layer, _, kind = name.rpartition(".")
         is_other = layer.rpartition(".")[2] in EMBEDDINGS or layer.endswith("norm")  # Cohere's are (heads, head_dim)
         is_linear = kind == "weight" and len(info.shape) == 2 and not is_other
-        if is_linear and not is_read_past(layer, config.get("model_type", "")):
+        if is_linear and not bypasses_adapter(layer, config.get("model_type", "")):
             layers[layer] = Target(layer, info.shape[1], info.shape[0])
     return layers
 
 
-def is_uniform(base: Path) -> bool:
+def has_identical_layers(base: Path) -> bool:
     """Whether all of a model's layers hold the same tensors, and the only others are the embedding, the final norm and
     the head (which may be missing if it is tied)."""
     config = read_config(base)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from bitsandbytes import functional
 
-from lora_cli.model.linear4bit import BLOCK, expand
+from lora_cli.model.linear4bit import BLOCK, dequantize
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.four_bits import nearest_levels
 from lora_cli.weights.pieces import workers
@@ -52,7 +52,7 @@ def _four_bits(weight: torch.Tensor, quantization: Quantization) -> Encoded:
 
     def norms_of(piece: torch.Tensor, code: torch.Tensor, scale: torch.Tensor) -> tuple[float, float]:
         part = functional.QuantState(scale, piece.shape, state.code, BLOCK, quantization.method, weight.dtype)
-        return _norms(piece, expand(code, part))
+        return _norms(piece, dequantize(code, part))
 
     norms = _each_on(weight)(norms_of, _pieces(weight), _split(codes, PIECE // 2), _split(scales, PIECE // BLOCK))
     tensors = {"weight": codes} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
@@ -106,12 +106,12 @@ def _joined(norms: Iterable[tuple[float, float]]) -> tuple[float, float]:
     return math.hypot(*errors), math.hypot(*sizes)
 
 
-def roundtrip(weight: torch.Tensor, quantization: Quantization, turned: bool = False) -> torch.Tensor:
-    """Quantize and dequantize a weight as a bitsandbytes layer does. ``turned``: the weight is stored as (in, out)."""
-    if turned:
-        return roundtrip(weight.T, quantization).T
+def quantize_dequantize(weight: torch.Tensor, quantization: Quantization, transposed: bool = False) -> torch.Tensor:
+    """Quantize and dequantize a weight as a bitsandbytes layer does. ``transposed``: it is stored as (in, out)."""
+    if transposed:
+        return quantize_dequantize(weight.T, quantization).T
     weight = weight.contiguous()
     if quantization.method == "int8":
         codes, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
         return cast("torch.Tensor", functional.int8_vectorwise_dequant(codes, scales))
-    return expand(*_coded(weight, quantization))
+    return dequantize(*_coded(weight, quantization))

@@ -19,7 +19,7 @@ from torch import nn
 from lora_cli.errors import UserError
 from lora_cli.model.files import copy_tokenizer
 from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS, PEFT_PREFIX
-from lora_cli.weights.folders import whole_folder
+from lora_cli.weights.folders import atomic_folder
 from lora_cli.weights.lora_adapter import (
     LoraAdapter,
     check_plain,
@@ -156,7 +156,7 @@ def compose(adapters: Sequence[LoraAdapter], how: Composition, out: Path) -> Com
     # A later merge needs to know on which form of the base the adapters were trained.
     record = read_record(first.folder) if _trained_on(first) else {}
     kept: dict[str, Any] = {key: record[key] for key in ("recipe", "dtype") if key in record}
-    with whole_folder(out) as draft:
+    with atomic_folder(out) as draft:
         write_tensors(draft, factors, embeddings)
         fan_in_fan_out = any(adapter.config.get("fan_in_fan_out") for adapter in adapters)
         own = {layer: each.down.shape[0] for layer, each in factors.items()}

@@ -35,7 +35,7 @@ class Stacked:
     down: torch.Tensor
     scaling: float
 
-    def added_to(self, piece: torch.Tensor, rows: slice) -> torch.Tensor:
+    def apply_to(self, piece: torch.Tensor, rows: slice) -> torch.Tensor:
         """Add s UD in place to ``piece``, these ``rows`` of W."""
         height = self.up.shape[1]
         first, last = rows.start, rows.start + len(piece)
@@ -51,15 +51,15 @@ class ExpertProduct:
     """Where the factors of a parameter's update are stored. In A (experts * r, in), an expert's rows are contiguous; in
     B (out, r * experts), its columns are ``experts`` apart.
 
-    The stored tensor to update holds these ``rows`` of one ``expert``, or of all experts when that is None. ``turned``:
-    the model holds an expert as (in, out). ``read_part`` reads a factor in float32.
+    The stored tensor to update holds these ``rows`` of one ``expert``, or of all experts when that is None.
+    ``transposed``: the model holds an expert as (in, out). ``read_part`` reads a factor in float32.
     """
 
     layer: str
     parts: Mapping[str, Place]
     scaling: float
     experts: int
-    turned: bool
+    transposed: bool
     expert: int | None
     rows: slice
     read_part: Callable[[Place], torch.Tensor]
@@ -69,7 +69,7 @@ class ExpertProduct:
         a, b = self.read_part(self.parts["A.weight"]), self.read_part(self.parts["B.weight"])
         down = a.view(self.experts, -1, a.shape[1])
         up = b.view(b.shape[0], -1, self.experts).permute(2, 0, 1)
-        if self.turned:
+        if self.transposed:
             up, down = down.transpose(1, 2), up.transpose(1, 2)
         if self.expert is None:
             return Stacked(up[:, self.rows], down, self.scaling)
@@ -89,7 +89,7 @@ class _Parameter:
     name: str
     stem: str
     shape: tuple[int, int, int]
-    turned: bool
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def find_experts(
         if places is None:
             return None
         for stored, expert, rows in places:
-            count, turned = parameter.shape[0], parameter.turned
-            products[stored] = ExpertProduct(parameter.name, parts, scaling, count, turned, expert, rows, read_part)
+            count, transposed = parameter.shape[0], parameter.transposed
+            products[stored] = ExpertProduct(parameter.name, parts, scaling, count, transposed, expert, rows, read_part)
     stems = frozenset(parameter.stem for parameter in parameters)
     return Found(products, stems)
 
@@ -139,9 +139,9 @@ def _parameters(folder: Path, bare: PreTrainedModel) -> Iterator[_Parameter]:
     for stem, module in inject_adapter_in_model(config, bare, low_cpu_mem_usage=True).named_modules():
         if isinstance(module, ParamWrapper):
             shape = tuple(module.get_param().shape)
-            turned = len(shape) == 3 and bool(getattr(module.get_base_layer(), "is_transposed", False))
+            transposed = len(shape) == 3 and bool(getattr(module.get_base_layer(), "is_transposed", False))
             name = f"{stem.replace('.base_layer', '')}.{module.parameter_name}"
-            yield _Parameter(name, stem, (1, *shape) if len(shape) == 2 else shape, turned)
+            yield _Parameter(name, stem, (1, *shape) if len(shape) == 2 else shape, transposed)
 
 
 def _places(

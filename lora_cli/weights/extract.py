@@ -11,14 +11,14 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.errors import Fault, UserError, alike
-from lora_cli.model.base import load_config, skeleton
+from lora_cli.errors import Fault, UserError, grouped_error
+from lora_cli.model.base import load_config, meta_model
 from lora_cli.model.files import copy_tokenizer
 from lora_cli.model.layers import adaptable_layers
 from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS, PEFT_PREFIX
 from lora_cli.weights.check_model import check_weights
 from lora_cli.weights.fingerprint import fingerprint
-from lora_cli.weights.folders import whole_folder
+from lora_cli.weights.folders import atomic_folder
 from lora_cli.weights.lora_adapter import Base, write_plain_config, write_record
 from lora_cli.weights.products import Place
 from lora_cli.weights.shards import SINGLE, TensorInfo, is_finite, read_headers, read_tensor, weight_files
@@ -49,11 +49,11 @@ class Extracted:
 
 @dataclass(frozen=True)
 class Pair:
-    """A layer's weight in both models; ``turned``: stored as (in, out)."""
+    """A layer's weight in both models; ``transposed``: stored as (in, out)."""
 
     base: Place
     tuned: Place
-    turned: bool
+    transposed: bool
 
     def difference(self) -> torch.Tensor:
         """Return tuned minus base, (out, in), in float32. Raises UserError when either holds NaN or infinity."""
@@ -64,7 +64,7 @@ class Pair:
                 raise UserError(f"tensor {name} holds NaN or infinity", str(info.file))
             found.append(tensor)
         delta = found[1] - found[0]
-        return delta.T if self.turned else delta
+        return delta.T if self.transposed else delta
 
 
 def extract(base: Path, name: str, tuned: Path, rank: int | None, energy: float | None, out: Path) -> Extracted:
@@ -73,7 +73,7 @@ def extract(base: Path, name: str, tuned: Path, rank: int | None, energy: float 
 
     Raises UserError when the models' layers do not match, a tensor holds NaN or infinity, or no layer differs.
     """
-    model, made = skeleton(load_config(base)), skeleton(load_config(tuned))
+    model, made = meta_model(load_config(base)), meta_model(load_config(tuned))
     check_weights(base, model)
     check_weights(tuned, made)
     headers = read_headers(weight_files(base)), read_headers(weight_files(tuned))
@@ -81,7 +81,7 @@ def extract(base: Path, name: str, tuned: Path, rank: int | None, energy: float 
     used = {place[0] for pair in pairs.values() for place in (pair.base, pair.tuned)}
     left_out = tuple(_other_differences((made, model), *headers, used))
     layers = []
-    with whole_folder(out) as draft:
+    with atomic_folder(out) as draft:
         announced = [f"{PEFT_PREFIX}{layer}.lora_{half}.weight" for layer in pairs for half in "AB"]
         with shard_writer(draft, announced, sys.maxsize) as write:
             for layer, pair in pairs.items():
@@ -89,7 +89,7 @@ def extract(base: Path, name: str, tuned: Path, rank: int | None, energy: float 
                 if delta.any():
                     spectrum = spectrum_of_matrix(delta)
                     own = spectrum.rank_for(energy or 1.0) if rank is None else min(rank, *delta.shape)
-                    up, down = spectrum.halves(own)
+                    up, down = spectrum.factors(own)
                     write(f"{PEFT_PREFIX}{layer}.lora_A.weight", down)
                     write(f"{PEFT_PREFIX}{layer}.lora_B.weight", up)
                     layers.append(ExtractedLayer(layer, own, spectrum.energy(own)))
@@ -97,7 +97,7 @@ def extract(base: Path, name: str, tuned: Path, rank: int | None, energy: float 
         if not layers:
             raise UserError("no linear layer's weight differs from the base's", str(tuned), f"the base is {base}")
         ranks = {layer.name: layer.rank for layer in layers}
-        write_plain_config(draft, name, ranks, any(pair.turned for pair in pairs.values()))
+        write_plain_config(draft, name, ranks, any(pair.transposed for pair in pairs.values()))
         of = [{"name_or_path": str(tuned.resolve()), "fingerprint": fingerprint(tuned)}]
         by = {"by": "extract", "rank": rank, "energy": energy}
         write_record(draft, out, Base(name, fingerprint(base)), by, of, {})
@@ -122,10 +122,10 @@ def _pairs(
             what = f"tensor {names[1]} has shape {list(there.shape)}, the base's {list(here.shape)}"
             faults.append(Fault(what, str(folder)))
             continue
-        turned = isinstance(model.get_submodule(layer), Conv1D)
-        pairs[layer] = Pair((names[0], here), (names[1], there), turned)
+        transposed = isinstance(model.get_submodule(layer), Conv1D)
+        pairs[layer] = Pair((names[0], here), (names[1], there), transposed)
     if faults:
-        raise alike(faults, "give a model that was made from this base")
+        raise grouped_error(faults, "give a model that was made from this base")
     return pairs
 
 

@@ -16,7 +16,7 @@ from lora_cli.model.files import read_config
 from lora_cli.weights.shards import TensorInfo, read_headers, weight_files
 
 CHUNK = 1 << 22
-CHANGES_NO_NUMBER = {"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+IRRELEVANT_KEYS = {"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 """Keys of config.json that do not affect the model's outputs. Neither do keys that begin with _."""
 
 
@@ -31,7 +31,7 @@ def fingerprint(folder: Path) -> str:
     with ThreadPoolExecutor() as pool:
         digests = pool.map(_digest, (info for _, info in stored))
         tensors = [[name, info.dtype, info.shape, digest] for (name, info), digest in zip(stored, digests, strict=True)]
-    stated = json.dumps([_deciding(read_config(folder)), tensors], sort_keys=True)
+    stated = json.dumps([_relevant(read_config(folder)), tensors], sort_keys=True)
     return hashlib.sha256(stated.encode()).hexdigest()
 
 
@@ -52,10 +52,10 @@ def _digest(info: TensorInfo) -> str:
     return digest.hexdigest()
 
 
-def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration without the keys that do not affect outputs, at any depth."""
     return {
-        key: _deciding(value) if isinstance(value, dict) else value
+        key: _relevant(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if key not in CHANGES_NO_NUMBER and not key.startswith("_")
+        if key not in IRRELEVANT_KEYS and not key.startswith("_")
     }

@@ -27,7 +27,7 @@ FORMER = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.draft\.former")
 
 
 @contextmanager
-def whole_folder(out: Path, replace: bool = False, needed: int | None = None) -> Iterator[Path]:
+def atomic_folder(out: Path, replace: bool = False, needed: int | None = None) -> Iterator[Path]:
     """Yield a draft folder that becomes ``out`` when the block succeeds and is removed when the block raises.
 
     ``needed`` is the number of bytes to be written, if known. Raises UserError when ``out`` exists and is not an empty
@@ -78,7 +78,7 @@ def entries(folder: Path) -> list[Path]:
         return []
 
 
-def set_aside(folder: Path) -> None:
+def mark_for_removal(folder: Path) -> None:
     """Hide a folder by renaming it, so that nobody sees it with a part of its files. It is removed with the drafts."""
     folder.replace(folder.with_name(f".{folder.name}{ASIDE}"))
 
@@ -95,7 +95,7 @@ def clear_drafts(folder: Path) -> None:
             _remove_unlocked(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def standing(out: Path) -> Path:
+def current_place(out: Path) -> Path:
     """Return where the folder ``out`` lies: under another name if a process was killed while replacing it."""
     if not out.exists():
         with suppress(OSError):  # its parent cannot be listed

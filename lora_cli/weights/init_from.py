@@ -12,7 +12,7 @@ from lora_cli.weights.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONVERT,
-    NO_SUM,
+    UNMERGEABLE,
     keeps_base,
     read_adapter_config,
 )
@@ -60,16 +60,18 @@ def check_start(folder: Path, adapter: Adapter, adaptable: Iterable[str], target
 def _untrained(config: Mapping[str, Any], folder: Path) -> Iterator[Fault]:
     """Yield what an adapter has beyond the factors and magnitudes that a recipe trains on an unchanged base."""
     where = str(folder / ADAPTER_CONFIG)
-    unsummed = [key for key in NO_SUM if config.get(key)]
+    unsummed = [key for key in UNMERGEABLE if config.get(key)]
     for key in unsummed:
-        what = f"the adapter of init_from {NO_SUM[key]} ({key}), and cannot be trained here"
+        what = f"the adapter of init_from {UNMERGEABLE[key]} ({key}), and cannot be trained here"
         yield Fault(what, where, "train a new one, without adapter.init_from")
     if not keeps_base(config):
-        what = f"the adapter of init_from belongs to a changed copy of its base ({_told(config, 'init_lora_weights')})"
+        start = _key_and_value(config, "init_lora_weights")
+        what = f"the adapter of init_from belongs to a changed copy of its base ({start})"
         yield Fault(what, where, CONVERT)
     others = [key for key in (*OTHER_TENSORS, "kasa_config", "lora_bias") if config.get(key) not in UNSET]
     for key in others:
-        what = f"the adapter of init_from holds more than LoRA's A and B ({_told(config, key)}), which is not trained"
+        more = _key_and_value(config, key)
+        what = f"the adapter of init_from holds more than LoRA's A and B ({more}), which is not trained"
         yield Fault(what, where, MERGE)
     stored = read_headers([folder / ADAPTER_WEIGHTS])
     names = [name for name in stored if name.partition(".lora_")[2].partition(".")[0] not in TRAINED]
@@ -79,6 +81,6 @@ def _untrained(config: Mapping[str, Any], folder: Path) -> Iterator[Fault]:
         yield Fault(what, str(folder), MERGE)
 
 
-def _told(config: Mapping[str, Any], key: str) -> str:
+def _key_and_value(config: Mapping[str, Any], key: str) -> str:
     value = config[key]
     return f"{key}: {', '.join(map(str, value)) if isinstance(value, list | dict) else value}"

@@ -10,9 +10,9 @@ from pathlib import Path
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
-from lora_cli.errors import Fault, UserError, alike
-from lora_cli.model.adapters import resize_words
-from lora_cli.model.base import WRONG_VALUES, load_config, skeleton
+from lora_cli.errors import Fault, UserError, grouped_error
+from lora_cli.model.adapters import resize_embeddings
+from lora_cli.model.base import CONFIG_ERRORS, load_config, meta_model
 from lora_cli.model.files import stored_quantization
 from lora_cli.weights.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, read_adapter_config
 from lora_cli.weights.experts import joins_experts
@@ -25,7 +25,7 @@ Shapes = dict[str, tuple[int, ...]]
 def adapter_faults(folder: Path, base: Path) -> list[Fault]:
     """Return what is wrong with a LoRA adapter's tensors according to the base's model; empty for other kinds. Raises
     UserError when the base lacks tensors, PEFT cannot inject the adapter, or it uses the names of Transformers 4."""
-    bare = skeleton(load_config(base))
+    bare = meta_model(load_config(base))
     _check_base_tensors(base, bare)  # before the adapter is injected
     return _lora_faults(folder, bare) if read_adapter_config(folder)["peft_type"] == "LORA" else []
 
@@ -46,7 +46,7 @@ def _check_base_tensors(base: Path, bare: PreTrainedModel) -> None:
     ]
     missing += [Fault(what, str(base)) for what in _missing_experts(bare, sources)]
     if missing:
-        raise alike(missing, "copy or download the model again")
+        raise grouped_error(missing, "copy or download the model again")
 
 
 def _missing_experts(bare: PreTrainedModel, sources: Mapping[str, Mapping[str, str | None]]) -> Iterator[str]:
@@ -62,7 +62,7 @@ def _missing_experts(bare: PreTrainedModel, sources: Mapping[str, Mapping[str, s
 def _lora_faults(folder: Path, bare: PreTrainedModel) -> list[Fault]:
     """Return the tensors that a LoRA adapter's file lacks, that its configuration does not describe, or whose shapes do
     not fit the base. The adapter is injected into ``bare``. Raises UserError for tensors named as in Transformers 4."""
-    resize_words(bare, folder)
+    resize_embeddings(bare, folder)
     wanted, known = _wanted(folder, bare)
     stored = read_headers([folder / ADAPTER_WEIGHTS])
     found = {_plain(name): (name, info.shape) for name, info in stored.items()}
@@ -100,7 +100,7 @@ def _wanted(folder: Path, bare: PreTrainedModel) -> tuple[Shapes, Shapes]:
             config.alpha_pattern = {}  # no tensor depends on it
             adapted = get_peft_model(bare, config, low_cpu_mem_usage=True)
             states = [get_peft_model_state_dict(adapted, save_embedding_layers=saved) for saved in (False, True)]
-    except (*WRONG_VALUES, NotImplementedError) as error:
+    except (*CONFIG_ERRORS, NotImplementedError) as error:
         what = f"PEFT cannot put this adapter on its base: {' '.join(str(error).split())}"
         hint = "it belongs to another base, or its file is damaged"
         raise UserError(what, str(folder / ADAPTER_CONFIG), hint) from error

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lora_cli.errors import Fault, LoraError, UserError, alike
+from lora_cli.errors import Fault, LoraError, UserError, grouped_error
 from lora_cli.weights.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     PEFT_PREFIX,
-    check_foldable,
-    is_relative,
-    of_a_changed_base,
+    changed_base_error,
+    check_mergeable_lora,
+    modifies_base,
     read_adapter_config,
 )
 from lora_cli.weights.check_adapter import check_adapter, check_given_once
-from lora_cli.weights.check_model import EMBEDDINGS, owner
+from lora_cli.weights.check_model import EMBEDDINGS, module_leaf
 from lora_cli.weights.fingerprint import file_sha256, fingerprint
 from lora_cli.weights.products import MAGNITUDE, Factors, Place, Product, adapter_parts, product_of
 from lora_cli.weights.provenance import PROVENANCE, base_record, named_base, now, read_record, versions
@@ -56,11 +56,11 @@ def read_lora(folder: Path) -> LoraAdapter:
     Raises UserError when it is not a LoRA adapter of linear layers and embeddings, its initialization changed its base,
     or tensors are missing or hold NaN or infinity.
     """
-    check_foldable(folder)
+    check_mergeable_lora(folder)
     check_adapter(folder, None)
     config, read = read_adapter_config(folder), adapter_parts(folder)
-    if is_relative(config):
-        raise of_a_changed_base(folder, config)
+    if modifies_base(config):
+        raise changed_base_error(folder, config)
     if read is None or config.get("target_parameters"):
         what = "holds updates that are not products of two matrices of one layer"
         raise UserError(what, str(folder), "only LoRA of linear layers and embeddings is supported here")
@@ -96,13 +96,13 @@ def check_plain(adapter: LoraAdapter) -> None:
 def _is_bases(base: Base, place: Place) -> bool:
     """Whether a tensor is an unchanged copy of the base's embedding or head, which PEFT saves if these are adapted."""
     own, info = place
-    if owner(own) not in (*EMBEDDINGS, "base_layer") or not Path(base.name).is_dir():
+    if module_leaf(own) not in (*EMBEDDINGS, "base_layer") or not Path(base.name).is_dir():
         return False
     kept = read_tensor(info, own).float()
     return any(
         torch.equal(read_tensor(each, name).float(), kept)
         for name, each in read_headers(weight_files(Path(base.name))).items()
-        if each.shape == info.shape and owner(name) in EMBEDDINGS
+        if each.shape == info.shape and module_leaf(name) in EMBEDDINGS
     )
 
 
@@ -127,7 +127,7 @@ def check_same_base(adapters: Sequence[LoraAdapter]) -> None:
                 what = f"tensors {layer}.lora_A and lora_B are for a weight of {list(here.shape)}"
                 faults.append(Fault(f"{what}, in {first.folder} of {list(there.shape)}", str(other.folder)))
         if faults:
-            raise alike(faults, "one of them is for another base")
+            raise grouped_error(faults, "one of them is for another base")
 
 
 def rank_keys(ranks: Mapping[str, int], scalings: Mapping[str, float], use_rslora: bool) -> dict[str, Any]:

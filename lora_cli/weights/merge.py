@@ -18,7 +18,7 @@ import torch
 from lora_cli.errors import UserError
 from lora_cli.model.files import check_tokenizer, copy_tokenizer, read_config, tokenizer_folder
 from lora_cli.recipe.schema import Quantization
-from lora_cli.weights.folders import copy_if_there, whole_folder
+from lora_cli.weights.folders import atomic_folder, copy_if_there
 from lora_cli.weights.provenance import PROVENANCE, AdapterOrigin
 from lora_cli.weights.shards import (
     GENERATION,
@@ -31,7 +31,7 @@ from lora_cli.weights.shards import (
     weight_files,
 )
 from lora_cli.weights.stream import shard_writer
-from lora_cli.weights.updates import Changes, Summed, find_changes, stored_name, summed
+from lora_cli.weights.updates import Changes, MergedTensor, find_changes, merged_tensor, stored_name
 
 Into = Literal["expanded", "original"]
 BOTH = 1.5
@@ -58,36 +58,36 @@ class Merged:
 
 
 @dataclass(frozen=True)
-class Sums:
+class MergedTensors:
     """A merged model's tensors, by the base's stored names. Each is computed when it is read.
 
-    ``expanded`` maps the weights to quantize from ``seen`` and dequantize before the sum to whether they are stored as
-    (in, out). Tensors are stored as ``dtype``; None keeps each tensor's own.
+    ``expanded`` maps the weights to quantize from ``training_dtype`` and dequantize before the sum to whether they are
+    stored as (in, out). Tensors are stored as ``dtype``; None keeps each tensor's own.
     """
 
     headers: dict[str, TensorInfo]
     changes: Changes
     quantization: Quantization | None
     expanded: Mapping[str, bool]
-    seen: torch.dtype
+    training_dtype: torch.dtype
     dtype: torch.dtype | None
 
-    def read(self, name: str) -> Summed:
+    def read(self, name: str) -> MergedTensor:
         """Return one tensor. Raises UserError when the base's tensor, or the sum as stored, holds NaN or infinity."""
         weight = read_tensor(self.headers[name], name)
         dtype = self.dtype or weight.dtype
         if name in self.expanded or name not in self.changes.products:
             check_finite(weight, name, self.headers[name].file)
         if name in self.expanded and self.quantization is not None:
-            from lora_cli.weights.codes import roundtrip
+            from lora_cli.weights.codes import quantize_dequantize
 
-            weight = roundtrip(weight.to(self.seen), self.quantization, self.expanded[name])
+            weight = quantize_dequantize(weight.to(self.training_dtype), self.quantization, self.expanded[name])
         try:
-            result = summed(self.changes, name, weight, dtype)
+            result = merged_tensor(self.changes, name, weight, dtype)
         except UserError:
             check_finite(weight, name, self.headers[name].file)  # names the base's tensor if it is the cause
             raise
-        if name in self.changes.taken or (name not in self.changes.products and dtype != weight.dtype):
+        if name in self.changes.replaced or (name not in self.changes.products and dtype != weight.dtype):
             check_finite(result.tensor, name, self.headers[name].file)
         return result
 
@@ -109,14 +109,14 @@ def merge(
     ``check`` gets the complete folder before it is renamed to ``out``; if ``check`` raises, the folder is removed.
 
     Raises UserError when ``out`` cannot be used, the adapters cannot be added up, or a sum holds NaN or infinity. The
-    caller has checked each adapter against its base (``trace``), and that all have the same base.
+    caller has checked each adapter against its base (``find_origin``), and that all have the same base.
     """
     origin = origins[0]
     headers = read_headers(weight_files(origin.base))
     stored = dtype or stored_dtype(headers)
     quantization = common_quantization(origins) if into != "original" else None
-    seen = seen_dtype(origin, headers)
-    sums = find_sums(origins, headers, quantization, seen, dtype)
+    seen = training_dtype(origin, headers)
+    sums = merged_tensors(origins, headers, quantization, seen, dtype)
     if len(origins) > 1:
         _check_addable(sums, origin.folder)
     if sums is None and tell is not None:
@@ -124,7 +124,7 @@ def merge(
     with_tokenizer = tokenizer_folder(origin.base, *(each.folder for each in origins))
     check_tokenizer(with_tokenizer)
     needed = sum(math.prod(info.shape) for info in (sums.headers if sums else headers).values()) * stored.itemsize
-    with whole_folder(out, needed=needed) as draft:
+    with atomic_folder(out, needed=needed) as draft:
         if sums is None:
             from lora_cli.weights.merge_in_memory import merge_in_memory
 
@@ -137,18 +137,18 @@ def merge(
         if check is not None:
             check(draft)
     size = sum(file.stat().st_size for file in weight_files(out))
-    told = f"the base in {quantization.method}, expanded" if quantization else "the base"
+    target = f"the base in {quantization.method}, expanded" if quantization else "the base"
     name = str(stored).removeprefix("torch.")
-    return Merged(out, origin.base_name, modules, told, name, size, unchanged, sums is None)
+    return Merged(out, origin.base_name, modules, target, name, size, unchanged, sums is None)
 
 
-def find_sums(
+def merged_tensors(
     origins: Sequence[AdapterOrigin],
     headers: dict[str, TensorInfo],
     quantization: Quantization | None,
     seen: torch.dtype,
     dtype: torch.dtype | None,
-) -> Sums | None:
+) -> MergedTensors | None:
     """Return the merged model's tensors, to be stored as ``dtype``, or None where PEFT has to merge in memory."""
     base = origins[0].base
     changes = find_changes([origin.folder for origin in origins], base, headers)
@@ -156,15 +156,15 @@ def find_sums(
         return None
     expanded: dict[str, bool] = {}
     if quantization is not None:
-        from lora_cli.model.base import load_config, skeleton
+        from lora_cli.model.base import load_config, meta_model
         from lora_cli.weights.quantized_layers import quantized_layers
 
-        for layer, turned in quantized_layers(skeleton(load_config(base)), quantization).items():
+        for layer, transposed in quantized_layers(meta_model(load_config(base)), quantization).items():
             name = stored_name(f"{layer}.weight", headers)
             if name is None:
                 return None
-            expanded[name] = turned
-    return Sums({**headers, **changes.untied}, changes, quantization, expanded, seen, dtype)
+            expanded[name] = transposed
+    return MergedTensors({**headers, **changes.untied}, changes, quantization, expanded, seen, dtype)
 
 
 def common_quantization(origins: Sequence[AdapterOrigin]) -> Quantization | None:
@@ -177,24 +177,24 @@ def common_quantization(origins: Sequence[AdapterOrigin]) -> Quantization | None
     return first[0]
 
 
-def seen_dtype(origin: AdapterOrigin, headers: Mapping[str, TensorInfo]) -> torch.dtype:
+def training_dtype(origin: AdapterOrigin, headers: Mapping[str, TensorInfo]) -> torch.dtype:
     """Return the dtype in which the base was loaded to train the adapter; if not recorded, its stored dtype."""
     return getattr(torch, origin.dtype) if origin.dtype else stored_dtype(headers)
 
 
-def _check_addable(sums: Sums | None, first: Path) -> None:
+def _check_addable(sums: MergedTensors | None, first: Path) -> None:
     """Raises UserError when several adapters, of which ``first`` is one, do more than add to the base's weights."""
-    if sums is None or sums.changes.taken or sums.changes.rescaled:
+    if sums is None or sums.changes.replaced or sums.changes.rescaled:
         what = "only plain LoRA adapters can be added up: no DoRA, and no tensors other than LoRA's"
         raise UserError(what, str(first), "merge one, then train the others on the result")
 
 
-def _write(sums: Sums, draft: Path, max_shard: int) -> float:
+def _write(sums: MergedTensors, draft: Path, max_shard: int) -> float:
     """Write all tensors. Return the share of the updated weights' values that are stored unchanged."""
     same = numbers = before = 0
     sizes = {name: math.prod(info.shape) for name, info in sums.headers.items()}
     most = BOTH * max(sizes.values())
-    found: Summed | None = None
+    found: MergedTensor | None = None
     # Compute a tensor while the previous one is written, unless both are large: writing takes as long as summing.
     with shard_writer(draft, sums.headers, max_shard) as write, ThreadPoolExecutor(1) as writer:
         written = writer.submit(lambda: None)
@@ -218,8 +218,8 @@ def _write_config(base: Path, draft: Path, dtype: torch.dtype | None, changes: C
     if dtype is not None:
         config.pop("torch_dtype", None)  # the key of older versions
         config["dtype"] = str(dtype).removeprefix("torch.")
-    if changes.words is not None:
-        config["vocab_size"] = changes.words
+    if changes.vocab_size is not None:
+        config["vocab_size"] = changes.vocab_size
     if changes.untied:
         for section in (config, config.get("text_config")):
             if isinstance(section, dict):

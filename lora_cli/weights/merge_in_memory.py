@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 
-from lora_cli.errors import Fault, UserError, alike
+from lora_cli.errors import Fault, UserError, grouped_error
 from lora_cli.model.adapters import load_adapter
 from lora_cli.model.base import load_base
 from lora_cli.model.memory import is_out_of_memory
@@ -67,7 +67,7 @@ def _load(base: PreTrainedModel, folder: Path) -> PeftModel:
             Fault(f"tensor {name} does not belong in this adapter", str(folder)) for name in sorted(found - known)
         ]
         if faults:
-            raise alike(faults, MISFIT)
+            raise grouped_error(faults, MISFIT)
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     adds = [end for end in ends if isinstance(end, BaseTunerLayer) and not isinstance(end, TrainableTokensLayer)]
     if adds and is_tied:

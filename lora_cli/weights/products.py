@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS, PEFT_PREFIX, own_value
+from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS, PEFT_PREFIX, pattern_value
 from lora_cli.weights.shards import TensorInfo, read_headers, read_tensor
 
 LINEAR = {"A.weight", "B.weight"}
 EMBEDDING = {"embedding_A", "embedding_B"}
 MAGNITUDE = "magnitude_vector"
-COPIES = (".modules_to_save.", ".original_module.")
+REDUNDANT_COPIES = (".modules_to_save.", ".original_module.")
 """Name parts of the trained and the original copy that PEFT also saves of a fully trained, resized embedding."""
 
 
@@ -34,7 +34,7 @@ class Factors:
     scaling: float
     magnitude: torch.Tensor | None
 
-    def added_to(self, piece: torch.Tensor, rows: slice) -> torch.Tensor:
+    def apply_to(self, piece: torch.Tensor, rows: slice) -> torch.Tensor:
         """Add s UD in place to ``piece``, these ``rows`` of W; with DoRA, rescale (arXiv:2402.09353, eq. 5)."""
         piece.add_((self.up[rows] @ self.down).mul_(self.scaling))
         if self.magnitude is not None:
@@ -84,7 +84,7 @@ def adapter_parts(folder: Path) -> tuple[dict[str, dict[str, Place]], dict[str, 
         layer, is_part, part = name.removeprefix(PEFT_PREFIX).partition(".lora_")
         if is_part:
             halves.setdefault(layer, {})[part] = (name, info)
-        elif not any(part in name for part in COPIES):
+        elif not any(part in name for part in REDUNDANT_COPIES):
             others[layer.replace(".base_layer.", ".")] = (name, info)
     kinds = (LINEAR, LINEAR | {MAGNITUDE}, EMBEDDING)
     return (halves, others) if all(parts.keys() in kinds for parts in halves.values()) else None
@@ -92,7 +92,7 @@ def adapter_parts(folder: Path) -> tuple[dict[str, dict[str, Place]], dict[str, 
 
 def scaling_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
     """Return alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732), with a layer's alpha in ``alpha_pattern``."""
-    alpha = own_value(config.get("alpha_pattern"), layer, config["lora_alpha"])
+    alpha = pattern_value(config.get("alpha_pattern"), layer, config["lora_alpha"])
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 

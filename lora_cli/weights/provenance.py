@@ -21,8 +21,8 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.weights.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from lora_cli.weights.check_adapter import check_in_model
 from lora_cli.weights.fingerprint import fingerprint
-from lora_cli.weights.folders import standing
-from lora_cli.weights.shards import check_whole
+from lora_cli.weights.folders import current_place
+from lora_cli.weights.shards import check_complete
 
 PROVENANCE = "provenance.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
@@ -48,13 +48,13 @@ def adapter_folder(target: Path) -> Path | None:
 
     Also finds an adapter whose run was killed while replacing it, and which therefore has another name.
     """
-    for folder in map(standing, (target, target / "adapter")):
+    for folder in map(current_place, (target, target / "adapter")):
         if (folder / ADAPTER_CONFIG).is_file():
             return folder
     return None
 
 
-def trace(folder: Path, base: str | None = None, other_kinds: bool = False) -> AdapterOrigin:
+def find_origin(folder: Path, base: str | None = None, other_kinds: bool = False) -> AdapterOrigin:
     """Find the adapter's base, or take the one given, and check that the adapter was trained on it.
 
     Raises UserError when the base is not found or damaged, its fingerprint differs, or the adapter's tensors do not fit
@@ -110,7 +110,7 @@ def now() -> str:
 
 
 def _checked(folder: Path, base: Path, name: str, other_kinds: bool) -> AdapterOrigin:
-    check_whole(base)
+    check_complete(base)
     check_base(folder, base)
     check_in_model(folder, base, other_kinds)
     return AdapterOrigin(folder, base, name, recipe_of(folder), read_record(folder).get("dtype"))

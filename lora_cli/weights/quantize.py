@@ -19,14 +19,14 @@ from lora_cli.model.base import (
     bitsandbytes_config,
     load_config,
     load_tokenizer,
+    meta_model,
     save_tokenizer,
-    skeleton,
 )
 from lora_cli.model.files import tokenizer_folder
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.check_model import check_weights
 from lora_cli.weights.codes import PARTS, encode
-from lora_cli.weights.folders import copy_if_there, whole_folder
+from lora_cli.weights.folders import atomic_folder, copy_if_there
 from lora_cli.weights.provenance import PROVENANCE
 from lora_cli.weights.quantize_in_memory import quantize_in_memory
 from lora_cli.weights.quantized_layers import LayerError, check_layers, layer_error, replace_layers
@@ -70,12 +70,12 @@ def quantize(
     or hold NaN or infinity, layers could not be loaded again, ``skip`` matches no layer, or ``out`` cannot be used.
     """
     folder, adapter = source.folder, source.adapter
-    bare = skeleton(load_config(folder))
+    bare = meta_model(load_config(folder))
     check_weights(folder, bare)
     check_layers(folder, quantization, skip)
     tokenizer = load_tokenizer(tokenizer_folder(folder, *([adapter] if adapter else [])))
     dtype, compute_dtype = _loaded_dtype(folder, bare), DTYPES[quantization.compute_dtype]
-    with whole_folder(out) as draft:
+    with atomic_folder(out) as draft:
         layers = write_quantized(source, draft, quantization, dtype, compute_dtype, skip, max_shard)
         save_tokenizer(tokenizer, draft)
         copy_if_there(draft, folder / GENERATION, (adapter or folder) / PROVENANCE)
@@ -90,9 +90,9 @@ def quantize(
 def _loaded_dtype(folder: Path, bare: PreTrainedModel) -> torch.dtype:
     """Return the dtype in which Transformers loads a checkpoint: its configuration's, else that of its first
     floating-point tensor."""
-    told = bare.config.dtype
-    if isinstance(told, torch.dtype):
-        return told
+    configured = bare.config.dtype
+    if isinstance(configured, torch.dtype):
+        return configured
     stored = sorted(read_headers(weight_files(folder)[:1]).items())  # the order in which safetensors lists them
     return next((info.torch_dtype for _, info in stored if info.dtype in FLOATS), torch.float32)
 
@@ -123,53 +123,53 @@ def write_quantized(
     config = load_config(source.folder)
     if source.untied:
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-    bare = skeleton(config)
+    bare = meta_model(config)
     if skip:  # skip_modules replaces the default (the head), so keep that too
         default = AutoHfQuantizer.from_config(settings).get_modules_to_not_convert(bare)
         settings.llm_int8_skip_modules = sorted({*default, *skip})
     names = model_names(bare, source.headers)
     if names is None:
         return quantize_in_memory(source, bare, out, quantization, dtype, settings, max_shard)
-    if source.words is not None:
-        bare.config.vocab_size = source.words
-    turned = replace_layers(bare, settings)
+    if source.vocab_size is not None:
+        bare.config.vocab_size = source.vocab_size
+    transposed = replace_layers(bare, settings)
     bare.config.dtype, bare.config.quantization_config = dtype, settings
     bare.config.architectures = [type(bare).__name__]
     bare.config.save_pretrained(str(out))
     if bare.can_generate():
         bare.generation_config.save_pretrained(str(out))
-    return _write_by_tensors(source, names, turned, out, quantization, dtype, max_shard)
+    return _write_by_tensors(source, names, transposed, out, quantization, dtype, max_shard)
 
 
 def is_streamed(folder: Path) -> bool:
     """Whether ``write_quantized`` processes the model one tensor at a time."""
-    return model_names(skeleton(load_config(folder)), read_headers(weight_files(folder))) is not None
+    return model_names(meta_model(load_config(folder)), read_headers(weight_files(folder))) is not None
 
 
 def _write_by_tensors(
     source: StoredModel,
     names: Mapping[str, str],
-    turned: Mapping[str, bool],
+    transposed: Mapping[str, bool],
     out: Path,
     quantization: Quantization,
     dtype: torch.dtype,
     max_shard: int,
 ) -> list[LayerError]:
-    """``names`` maps the names that ``source`` stores to the model's. ``turned`` holds the layers to quantize."""
+    """``names`` maps the names that ``source`` stores to the model's. ``transposed`` holds the layers to quantize."""
     layers, headers = [], source.headers
-    announced = [*names, *names.values(), *(f"{layer}.{part}" for layer in turned for part in PARTS)]
+    announced = [*names, *names.values(), *(f"{layer}.{part}" for layer in transposed for part in PARTS)]
     with shard_writer(out, announced, max_shard) as write:
         for stored, name in names.items():
             tensor = source.read(stored)
             if tensor.is_floating_point():
                 tensor = tensor.to(dtype)
             layer, _, kind = name.rpartition(".")
-            if kind != "weight" or layer not in turned:
+            if kind != "weight" or layer not in transposed:
                 check_finite(tensor, stored, headers[stored].file)
                 is_renamed = not name.endswith(stored) and not stored.endswith(name)
                 write(stored if is_renamed else name, tensor)  # save_pretrained restores these names
                 continue
-            weight = tensor.T.contiguous() if turned[layer] else tensor
+            weight = tensor.T.contiguous() if transposed[layer] else tensor
             encoded = encode(weight.to(best_device()), quantization)
             layers.append(layer_error(layer, encoded.error, encoded.size, stored, headers[stored]))
             for suffix, part in encoded.tensors.items():

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.model.base import best_device, load_base
-from lora_cli.model.linear4bit import expand
+from lora_cli.model.linear4bit import dequantize
 from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.weights.quantized_layers import LayerError, layer_error
 from lora_cli.weights.shards import check_finite, is_finite
@@ -80,5 +80,5 @@ def _expand(module: Linear4bit | Linear8bitLt) -> torch.Tensor:
     """Dequantize the layer's weight (out, in)."""
     weight: Any = module.weight
     if isinstance(module, Linear4bit):
-        return expand(weight.data, weight.quant_state)
+        return dequantize(weight.data, weight.quant_state)
     return cast("torch.Tensor", functional.int8_vectorwise_dequant(weight.data, weight.SCB))

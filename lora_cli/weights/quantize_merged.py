@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.folders import draft_folder
-from lora_cli.weights.merge import common_quantization, find_sums, merge, seen_dtype
+from lora_cli.weights.merge import common_quantization, merge, merged_tensors, training_dtype
 from lora_cli.weights.provenance import AdapterOrigin
 from lora_cli.weights.quantize import Quantized, is_streamed, quantize
 from lora_cli.weights.quantized_layers import check_layers
@@ -30,7 +30,7 @@ def quantize_merged(
     called first if the merge needs it. Raises UserError as both do.
     """
     headers = read_headers(weight_files(origin.base))
-    sums = find_sums([origin], headers, common_quantization([origin]), seen_dtype(origin, headers), None)
+    sums = merged_tensors([origin], headers, common_quantization([origin]), training_dtype(origin, headers), None)
     if sums is None or not is_streamed(origin.base):
         check_layers(origin.base, quantization, skip)  # before a merge that may take long
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +38,6 @@ def quantize_merged(
             merged = place / "merged"
             merge([origin], merged, tell=tell)
             return quantize(stored_model(merged), out, quantization, skip, max_shard, check)
-    read, words, untied = sums.read, sums.changes.words, bool(sums.changes.untied)
+    read, words, untied = sums.read, sums.changes.vocab_size, bool(sums.changes.untied)
     source = StoredModel(origin.base, sums.headers, lambda name: read(name).tensor, origin.folder, words, untied)
     return quantize(source, out, quantization, skip, max_shard, check)

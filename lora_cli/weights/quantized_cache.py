@@ -22,10 +22,10 @@ import torch
 
 from lora_cli import __version__
 from lora_cli.errors import RunError, UserError
-from lora_cli.model.base import load_config, skeleton
+from lora_cli.model.base import load_config, meta_model
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.fingerprint import file_sha256
-from lora_cli.weights.folders import whole_folder
+from lora_cli.weights.folders import atomic_folder
 from lora_cli.weights.quantize import write_quantized
 from lora_cli.weights.quantized_layers import quantized_layers
 from lora_cli.weights.shards import read_headers, weight_files
@@ -39,7 +39,7 @@ OWN_FOLDER = re.compile(r"base-[0-9a-f]{64}|\.base-[0-9a-f]{64}\..*")
 VERSIONS = ("bitsandbytes", "transformers", "torch")
 
 
-def kept_name(
+def cached_name(
     base: Path, digest: str, quantization: Quantization, dtype: torch.dtype, compute_dtype: torch.dtype
 ) -> str:
     """Return the name of this base's folder in a cache, when quantized like this from ``dtype``. ``digest`` is the
@@ -52,18 +52,20 @@ def kept_name(
     return f"base-{hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()}"
 
 
-def find_kept(cache: Path, name: str) -> Path | None:
+def find_cached(cache: Path, name: str) -> Path | None:
     """Return the intact folder of this name in a run's cache or a neighbouring run's, or None when there is none."""
     return next((folder for folder in _places(cache, name) if _is_whole(folder)), None)
 
 
-def keep(base: Path, folder: Path, quantization: Quantization, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
+def write_cached(
+    base: Path, folder: Path, quantization: Quantization, dtype: torch.dtype, compute_dtype: torch.dtype
+) -> None:
     """Write the quantized base to ``folder``, replacing a damaged one.
 
     Raises UserError when weights are missing or hold NaN or infinity, or no layer can be quantized; RunError when disk
     space is short, or the result could not be loaded again.
     """
-    bare = skeleton(load_config(base))
+    bare = meta_model(load_config(base))
     layers = quantized_layers(bare, quantization)
     if not layers:  # Falcon's have their own class
         raise UserError("quantization: this model has no layer that can be quantized", str(base), "remove this section")
@@ -78,7 +80,7 @@ def keep(base: Path, folder: Path, quantization: Quantization, dtype: torch.dtyp
         (draft / SUMS).write_text(json.dumps(_sums(draft)), encoding="utf-8")
 
 
-def take_over(found: Path, folder: Path) -> bool:
+def link_cached(found: Path, folder: Path) -> bool:
     """Hard-link a cached base to ``folder``, or copy it where links are not supported. False when neither succeeds, as
     when its files have been removed meanwhile."""
     try:
@@ -90,7 +92,7 @@ def take_over(found: Path, folder: Path) -> bool:
     return True
 
 
-def prune_kept(cache: Path, name: str | None) -> None:
+def prune_cached(cache: Path, name: str | None) -> None:
     """Remove from a cache the bases of other names, and drafts that a process left behind."""
     for folder in cache.glob("*"):
         if OWN_FOLDER.fullmatch(folder.name) and folder.name != name:
@@ -103,7 +105,7 @@ def _made_anew(folder: Path, needed: int | None = None) -> Iterator[Path]:
     writes it at the same time, the first to finish wins."""
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        with whole_folder(folder, needed=needed) as draft:
+        with atomic_folder(folder, needed=needed) as draft:
             yield draft
     except RunError:
         if not _is_whole(folder):

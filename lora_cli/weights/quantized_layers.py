@@ -16,10 +16,10 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lora_cli.errors import UserError, did_you_mean
-from lora_cli.model.base import bitsandbytes_config, load_config, skeleton
-from lora_cli.model.targets import READ_AS_NUMBERS
+from lora_cli.model.base import bitsandbytes_config, load_config, meta_model
+from lora_cli.model.targets import UNQUANTIZABLE_LAYERS
 from lora_cli.recipe.schema import Quantization
-from lora_cli.weights.codes import roundtrip
+from lora_cli.weights.codes import quantize_dequantize
 from lora_cli.weights.shards import TensorInfo, read_headers, weight_files
 from lora_cli.weights.stored_names import unstorable
 
@@ -52,7 +52,7 @@ def replace_layers(bare: PreTrainedModel, settings: BitsAndBytesConfig) -> dict[
 def check_layers(folder: Path, quantization: Quantization, skip: Sequence[str]) -> None:
     """Raises UserError when a name in ``skip`` matches no layer to quantize, when no layer is left, and when those left
     could not be loaded again or the model reads their weights directly."""
-    bare = skeleton(load_config(folder))
+    bare = meta_model(load_config(folder))
     layers = list(quantized_layers(bare, quantization))
     ends = sorted({layer.rpartition(".")[2] for layer in layers})
     for name in skip:
@@ -65,7 +65,7 @@ def check_layers(folder: Path, quantization: Quantization, skip: Sequence[str]) 
     left = [layer for layer in layers if should_convert_module(layer, list(skip))]
     if not left:
         raise UserError("no layer is left to quantize", str(folder), "skip fewer" if skip else None)
-    own = {layer.rpartition(".")[2] for layer in left} & {*READ_AS_NUMBERS.get(bare.config.model_type, ())}
+    own = {layer.rpartition(".")[2] for layer in left} & {*UNQUANTIZABLE_LAYERS.get(bare.config.model_type, ())}
     if own:
         what = f"the model reads {', '.join(sorted(own))}'s weights directly: they cannot be quantized"
         raise UserError(what, str(folder), f"leave them as they are: --skip {','.join(sorted({*skip, *own}))}")
@@ -92,6 +92,8 @@ def expand_quantized(model: PreTrainedModel, quantization: Quantization, dtype: 
 
     ``dtype`` is the type they were quantized from. Transformers itself selects the layers.
     """
-    for name, turned in quantized_layers(skeleton(model.config), quantization).items():
+    for name, transposed in quantized_layers(meta_model(model.config), quantization).items():
         parameter = model.get_parameter(f"{name}.weight")
-        parameter.data = roundtrip(parameter.data.to(dtype), quantization, turned).to(parameter.dtype).contiguous()
+        parameter.data = (
+            quantize_dequantize(parameter.data.to(dtype), quantization, transposed).to(parameter.dtype).contiguous()
+        )

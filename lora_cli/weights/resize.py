@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from lora_cli.errors import Fault, alike
+from lora_cli.errors import Fault, grouped_error
 from lora_cli.model.files import copy_tokenizer
 from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS
-from lora_cli.weights.folders import whole_folder
+from lora_cli.weights.folders import atomic_folder
 from lora_cli.weights.lora_adapter import (
     LoraAdapter,
     rank_keys,
@@ -71,7 +71,7 @@ def resize(adapter: LoraAdapter, rank: int | None, energy: float | None, out: Pa
     record = read_record(adapter.folder)
     if any(layer.after < layer.before for layer in layers):
         record.pop("result", None)  # scores only hold if nothing was cut
-    with whole_folder(out) as draft:
+    with atomic_folder(out) as draft:
         write_tensors(draft, factors, embeddings, others)
         write_config(draft, {**adapter.config, **keys})
         by = {"by": "resize", "rank": rank, "energy": energy}
@@ -87,7 +87,7 @@ def _check_width(adapter: LoraAdapter, rank: int) -> None:
         if rank > min(product.shape)
     ]
     if faults:
-        raise alike(faults, f"use at most {min(min(product.shape) for product in adapter.products.values())}")
+        raise grouped_error(faults, f"use at most {min(min(product.shape) for product in adapter.products.values())}")
 
 
 def _resized(
@@ -102,7 +102,7 @@ def _resized(
     if after == before:
         return factors, 1.0
     held = min(after, spectrum.rank)  # beyond this both factors would be zero, and could not be trained
-    up, down = spectrum.halves(held)
+    up, down = spectrum.factors(held)
     return _padded(replace(factors, up=up, down=down), after - held, embedding, draw), spectrum.energy(after)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
-from lora_cli.errors import UserError, mend, reading, unreadable
+from lora_cli.errors import UserError, reading, repair_hint, unreadable
 from lora_cli.model.files import MODEL_FOLDER, read_config
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
             if isinstance(error, OSError) and file.is_file():
                 raise unreadable(file, error) from error
             size = f"{file.stat().st_size:,} bytes" if file.exists() else "missing"
-            raise UserError(f"not a whole safetensors file ({size}): {error}", str(file), mend(file)) from error
+            raise UserError(f"not a whole safetensors file ({size}): {error}", str(file), repair_hint(file)) from error
     return found
 
 
@@ -94,7 +94,7 @@ def _entries(file: Path) -> Iterator[tuple[str, TensorInfo]]:
             yield name, TensorInfo(file, shape, dtype, 8 + length + start, end - start)
 
 
-def check_whole(folder: Path) -> None:
+def check_complete(folder: Path) -> None:
     """Raises UserError when a model folder holds no safetensors weights, a damaged file, or fewer tensors than layers.
 
     Does not import torch: a configuration of a billion layers must be refused before the model is built.
@@ -102,7 +102,7 @@ def check_whole(folder: Path) -> None:
     files = weight_files(folder)
     tensors = read_headers(files)
     if not tensors:
-        raise UserError("holds no tensor", str(files[0]), mend(files[0]))
+        raise UserError("holds no tensor", str(files[0]), repair_hint(files[0]))
     if (folder / GENERATION).is_file():
         read_config(folder, GENERATION)
     config = read_config(folder)
@@ -130,7 +130,7 @@ def weight_files(folder: Path) -> list[Path]:
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             what = "not a readable shard index (a JSON object with a weight_map to files beside it)"
-            raise UserError(what, str(index), mend(index)) from error
+            raise UserError(what, str(index), repair_hint(index)) from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             what = f"shards named in the index are missing: {', '.join(missing)}"
@@ -167,7 +167,7 @@ def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
     with reading(info.file), info.file.open("rb") as file:
         file.seek(info.start)
         if file.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
-            raise UserError(f"ends inside tensor {name}", str(info.file), mend(info.file))
+            raise UserError(f"ends inside tensor {name}", str(info.file), repair_hint(info.file))
     return tensor
 
 

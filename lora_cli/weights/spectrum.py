@@ -39,7 +39,7 @@ class Spectrum:
         largest = max(1, self.rank)
         return next((rank for rank in range(1, largest) if self.energy(rank) >= energy), largest)
 
-    def halves(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the factors (rows, rank) and (rank, columns) of the nearest product in float32, each scaled by the
         square roots of the singular values."""
         roots = self.s[:rank].sqrt()
@@ -58,8 +58,8 @@ def spectrum_of_matrix(matrix: torch.Tensor) -> Spectrum:
     """Compute the SVD of a float32 matrix from the eigenvalues of its smaller Gram matrix in float64, whose rounding
     errors are below float32's. If the matrix is not square, this takes a third of the SVD's time or less."""
     if matrix.shape[0] > matrix.shape[1]:
-        turned = spectrum_of_matrix(matrix.T)
-        return Spectrum(turned.v.T, turned.s, turned.u.T)
+        transposed = spectrum_of_matrix(matrix.T)
+        return Spectrum(transposed.v.T, transposed.s, transposed.u.T)
     gram = matrix.new_zeros(len(matrix), len(matrix), dtype=torch.float64)
     for part in torch.split(matrix, COLUMNS, dim=1):
         gram += part.double() @ part.double().T

@@ -15,7 +15,7 @@ from lora_cli.weights.shards import TensorInfo, read_headers, read_tensor, weigh
 class StoredModel:
     """The model to quantize: the one in ``folder``, or that model with ``adapter`` merged in.
 
-    ``read`` returns a tensor by its stored name. ``words`` is the size of the vocabulary if the adapter sets it.
+    ``read`` returns a tensor by its stored name. ``vocab_size`` is the size of the vocabulary if the adapter sets it.
     ``untied`` says that the adapter has given the head a tensor of its own.
     """
 
@@ -23,7 +23,7 @@ class StoredModel:
     headers: dict[str, TensorInfo]
     read: Callable[[str], torch.Tensor]
     adapter: Path | None = None
-    words: int | None = None
+    vocab_size: int | None = None
     untied: bool = False
 
 

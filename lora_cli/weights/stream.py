@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lora_cli.disk import reserve
+from lora_cli.disk import preallocate
 from lora_cli.weights.shards import INDEX, SINGLE, TORCH_NAMES
 
 ENTRY = 160  # most bytes that a tensor takes in a file's header, besides its name
@@ -88,7 +88,7 @@ class _Shard:
         if size > self._reserved:
             more = max(RESERVE, size - self._reserved)
             with suppress(OSError):  # a disk without space for a run may have enough for what is written
-                reserve(self.file.fileno(), self._reserved, more)
+                preallocate(self.file.fileno(), self._reserved, more)
             self._reserved += more
 
     def close(self) -> None:

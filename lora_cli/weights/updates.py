@@ -17,8 +17,8 @@ import torch
 
 from lora_cli.errors import UserError
 from lora_cli.model.files import read_config
-from lora_cli.weights.adapter_config import is_relative, read_adapter_config
-from lora_cli.weights.check_model import EMBEDDINGS, owner
+from lora_cli.weights.adapter_config import modifies_base, read_adapter_config
+from lora_cli.weights.check_model import EMBEDDINGS, module_leaf
 from lora_cli.weights.pieces import workers
 from lora_cli.weights.products import MAGNITUDE, Place, Product, adapter_parts, product_of
 from lora_cli.weights.shards import TensorInfo, is_finite, read_tensor
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PIECE = 2**18
 """Values of a weight that a thread processes at a time: their temporaries stay in the CPU's cache."""
-OF_WORDS = tuple(name for name in EMBEDDINGS if name not in ("wpe", "embed_positions"))
+VOCABULARY_MODULES = tuple(name for name in EMBEDDINGS if name not in ("wpe", "embed_positions"))
 """Embeddings and heads that have a row for each token of the vocabulary."""
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer dtypes by item size in bytes: comparing values as integers takes a fraction of the time."""
@@ -40,20 +40,20 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Changes:
     """What adapters change in a base, by stored name: products to add, and tensors to take in place of the base's.
 
-    Where there are both, the product is added to the tensor that is taken. ``turned`` are the weights stored as
+    Where there are both, the product is added to the tensor that is taken. ``transposed`` are the weights stored as
     (in, out), as in GPT-2. ``untied`` are the embedding and the head of a tied base, each with the place of its tensor,
     if a product updates one of them, since the other must not change too. It is empty where they stay tied.
     """
 
     products: Mapping[str, tuple[Product | ExpertProduct, ...]]
-    taken: Mapping[str, Place]
-    turned: frozenset[str]
+    replaced: Mapping[str, Place]
+    transposed: frozenset[str]
     untied: Mapping[str, TensorInfo]
 
     @property
-    def words(self) -> int | None:
+    def vocab_size(self) -> int | None:
         """The size of the vocabulary, from an adapter's embedding or head; None for the base's."""
-        rows = [info.shape[0] for name, (_, info) in self.taken.items() if owner(name) in OF_WORDS]
+        rows = [info.shape[0] for name, (_, info) in self.replaced.items() if module_leaf(name) in VOCABULARY_MODULES]
         return max(rows, default=None)
 
     @property
@@ -68,7 +68,7 @@ class Changes:
 
 
 @dataclass(frozen=True)
-class Summed:
+class MergedTensor:
     """A tensor with its updates, and how many of its values are the same as before once they are stored."""
 
     tensor: torch.Tensor
@@ -86,14 +86,14 @@ class _Adapter:
     others: Mapping[str, Place]
 
 
-class _NotByTensor(Exception):
+class _NotStreamable(Exception):
     """An adapter cannot be applied one stored tensor at a time."""
 
 
 def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, TensorInfo]) -> Changes | None:
     """Return what LoRA adapters change in a base's stored tensors, or None where PEFT has to merge in memory.
 
-    ``trace`` has checked that the adapters' tensors fit the base.
+    ``find_origin`` has checked that the adapters' tensors fit the base.
     """
     skeleton = functools.cache(lambda: _skeleton(base))
     words = read_config(base).get("vocab_size")
@@ -104,28 +104,28 @@ def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, Ten
         experts, rest = _find_experts(read, headers, base)
         taken = _find_taken(rest, headers, untied, words)
         products = _find_products(rest, headers)
-    except _NotByTensor:
+    except _NotStreamable:
         return None
     if (taken.keys() | products.keys()) & experts.keys():
         return None
     shaped = {**headers, **{name: info for name, (_, info) in taken.items()}}
-    return Changes({**products, **experts}, taken, _turned(products, shaped, skeleton), untied)
+    return Changes({**products, **experts}, taken, _transposed(products, shaped, skeleton), untied)
 
 
-def summed(changes: Changes, name: str, weight: torch.Tensor, dtype: torch.dtype) -> Summed:
+def merged_tensor(changes: Changes, name: str, weight: torch.Tensor, dtype: torch.dtype) -> MergedTensor:
     """Return the base's tensor ``name`` with all updates, added in float32 and then rounded to ``dtype``.
 
     Raises UserError when the sum holds NaN or infinity.
     """
-    if name in changes.taken:
-        own, info = changes.taken[name]
+    if name in changes.replaced:
+        own, info = changes.replaced[name]
         weight = read_tensor(info, own)
     if name not in changes.products:
-        return Summed(weight.to(dtype) if weight.is_floating_point() else weight, 0)
+        return MergedTensor(weight.to(dtype) if weight.is_floating_point() else weight, 0)
     products = changes.products[name]
     factors = [product.read() for product in products]
     result = torch.empty_like(weight, dtype=dtype)
-    whole, target = (weight.T, result.T) if name in changes.turned else (weight, result)
+    whole, target = (weight.T, result.T) if name in changes.transposed else (weight, result)
     if weight.dim() > 2:  # experts, concatenated
         whole, target = whole.flatten(0, -2), target.flatten(0, -2)
 
@@ -134,7 +134,7 @@ def summed(changes: Changes, name: str, weight: torch.Tensor, dtype: torch.dtype
         former = whole[rows]
         piece = former.to(torch.float32, copy=True)
         for each in factors:
-            piece = each.added_to(piece, rows)
+            piece = each.apply_to(piece, rows)
         target[rows] = piece
         if not is_finite(target[rows]):  # a sum may overflow its dtype
             where = str(next(iter(products[0].parts.values()))[1].file.parent)
@@ -143,7 +143,7 @@ def summed(changes: Changes, name: str, weight: torch.Tensor, dtype: torch.dtype
         return changed.numel() - int(torch.count_nonzero(changed))
 
     step, bits = max(1, PIECE // whole.shape[1]), BITS[dtype.itemsize]
-    return Summed(result, sum(workers().map(fill, range(0, whole.shape[0], step))))
+    return MergedTensor(result, sum(workers().map(fill, range(0, whole.shape[0], step))))
 
 
 def stored_name(name: str, headers: Mapping[str, TensorInfo]) -> str | None:
@@ -153,15 +153,17 @@ def stored_name(name: str, headers: Mapping[str, TensorInfo]) -> str | None:
 
 
 def _skeleton(base: Path) -> PreTrainedModel:
-    from lora_cli.model.base import load_config, skeleton
+    from lora_cli.model.base import load_config, meta_model
 
-    return skeleton(load_config(base))
+    return meta_model(load_config(base))
 
 
 def _read_adapter(folder: Path) -> _Adapter:
     config, parts = read_adapter_config(folder), adapter_parts(folder)
-    if config["peft_type"] != "LORA" or is_relative(config) or parts is None:  # not products to add to the stored base
-        raise _NotByTensor
+    if (
+        config["peft_type"] != "LORA" or modifies_base(config) or parts is None
+    ):  # not products to add to the stored base
+        raise _NotStreamable
     return _Adapter(folder, config, *parts)
 
 
@@ -178,12 +180,12 @@ def _untied(
     ends = _tied_ends(layers | saved, headers, words, skeleton)
     if layers.isdisjoint(ends):
         if not saved.isdisjoint(ends):
-            raise _NotByTensor
+            raise _NotStreamable
         return {}
     places = {end: stored_name(end, headers) for end in ends}
     stored = next((headers[place] for place in places.values() if place is not None), None)
     if stored is None:
-        raise _NotByTensor
+        raise _NotStreamable
     return {place or end: headers[place] if place else stored for end, place in places.items()}
 
 
@@ -197,14 +199,15 @@ def _tied_ends(
     differ, whatever the configuration says, or if none of ``names`` could be one of them."""
     stored = {name: stored_name(name, headers) for name in names}
     if not any(
-        owner(name) in EMBEDDINGS or place is None or words in headers[place].shape for name, place in stored.items()
+        module_leaf(name) in EMBEDDINGS or place is None or words in headers[place].shape
+        for name, place in stored.items()
     ):
         return ()
-    from lora_cli.model.base import ties_words
+    from lora_cli.model.base import ties_embeddings
 
     bare = skeleton()
     ends = (bare.get_input_embeddings(), bare.get_output_embeddings())
-    if not ties_words(bare.config):
+    if not ties_embeddings(bare.config):
         return ()
     weights = tuple(f"{name}.weight" for name, module in bare.named_modules() if module in ends)
     places = {place for weight in weights if (place := stored_name(weight, headers)) is not None}
@@ -225,7 +228,7 @@ def _find_experts(
 
             found = find_experts(adapter.folder, adapter.config, halves, _skeleton(base), headers)
             if found is None:
-                raise _NotByTensor
+                raise _NotStreamable
             products |= {stored: (*products.get(stored, ()), each) for stored, each in found.products.items()}
             halves = {layer: parts for layer, parts in halves.items() if layer not in found.stems}
         rest.append(replace(adapter, halves=halves))
@@ -244,7 +247,7 @@ def _find_taken(
         for name, (own, info) in adapter.others.items():
             stored = stored_name(name, headers)
             if stored is None or (headers[stored].shape != info.shape and not _has_more_words(name, info, words)):
-                raise _NotByTensor
+                raise _NotStreamable
             taken[stored] = (own, info)
             if ".base_layer." in own and stored in untied:  # they were tied when it was saved
                 taken |= {end: (own, info) for end in untied if end not in taken}
@@ -258,16 +261,16 @@ def _find_products(adapters: Sequence[_Adapter], headers: Mapping[str, TensorInf
         for layer, parts in adapter.halves.items():
             stored = stored_name(f"{layer}.weight", headers)
             if stored is None:
-                raise _NotByTensor
+                raise _NotStreamable
             products[stored] = (*products.get(stored, ()), product_of(adapter.config, layer, parts))
     return products
 
 
 def _has_more_words(name: str, info: TensorInfo, words: int | None) -> bool:
-    return owner(name) in OF_WORDS and words is not None and info.shape[0] > words
+    return module_leaf(name) in VOCABULARY_MODULES and words is not None and info.shape[0] > words
 
 
-def _turned(
+def _transposed(
     products: Mapping[str, Sequence[Product]],
     headers: Mapping[str, TensorInfo],
     skeleton: Callable[[], PreTrainedModel],
@@ -275,12 +278,12 @@ def _turned(
     """Return the weights stored as (in, out). For square ones, the other weights or else the module's class decide."""
     square = {name for name in products if headers[name].shape[0] == headers[name].shape[-1]}
     wide = products.keys() - square
-    turned = {name for name in wide if headers[name].shape != products[name][0].shape}
-    if not square or (wide and not turned):
-        return frozenset(turned)
-    if wide == turned and wide:
-        return frozenset(turned | square)
+    transposed = {name for name in wide if headers[name].shape != products[name][0].shape}
+    if not square or (wide and not transposed):
+        return frozenset(transposed)
+    if wide == transposed and wide:
+        return frozenset(transposed | square)
     from transformers.pytorch_utils import Conv1D
 
     modules = {name: skeleton().get_submodule(products[name][0].layer) for name in square}
-    return frozenset(turned | {name for name, module in modules.items() if isinstance(module, Conv1D)})
+    return frozenset(transposed | {name for name, module in modules.items() if isinstance(module, Conv1D)})
