@@ -300,10 +300,16 @@ def chat_with_arguments_that_are_no_object(w: World) -> Arguments:
     return chat(w, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}])
 
 
-@case("rows.jsonl:2", "messages[1]", "the turn has reasoning_content")
-def chat_with_reasoning_apart(w: World) -> Arguments:
-    turn = {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}
-    return chat(w, [{"role": "user", "content": "Hi", "weight": 1}, turn])
+@case("rows.jsonl:2", "messages[0]", "the turn has reasoning_content")
+def chat_with_a_users_reasoning(w: World) -> Arguments:
+    turn = {"role": "assistant", "content": "Yes."}
+    return chat(w, [{"role": "user", "content": "Hi", "weight": 1, "reasoning_content": "Hm."}, turn])
+
+
+@case("rows.jsonl:2", "messages[1].thinking: the turn's text is a number")
+def chat_with_reasoning_that_is_no_text(w: World) -> Arguments:
+    turn = {"role": "assistant", "content": "Yes.", "thinking": 7}
+    return chat(w, [{"role": "user", "content": "Hi"}, turn])
 
 
 @case("rows.jsonl:2", "messages[1]", "the turn has weight 0.5", "1 (true) to learn it, 0 (false) not to")

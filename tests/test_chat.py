@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from lora_cli.data.chat import conversation_segments, end_of_turn, render
 from lora_cli.data.sources import Row
 from lora_cli.data.tokenize import tokenize_rows
-from lora_cli.data.turns import Conversation, Message
+from lora_cli.data.turns import Conversation, Message, read_turns
 from lora_cli.errors import UserError
 from lora_cli.recipe.schema import Data
 
@@ -404,6 +404,52 @@ def test_a_turn_may_be_read_and_not_learned(key: str, supervised: str) -> None:
     first[answer:] = False
     assert first.any()
     assert (masks[1] == (masks[0] if supervised == "all" else masks[0] & ~first)).all()
+
+
+OPENED = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+REASONED = (
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "no", "reasoning_content": "why"},
+    {"role": "user", "content": "b"},
+    {"role": "assistant", "content": "yes", "reasoning_content": "so"},
+)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
+@pytest.mark.parametrize("opened", ["", "<think>\n"])
+def test_reasoning_apart_is_learned_where_the_template_writes_it(key: str, opened: str) -> None:
+    """This template, like Qwen3's, writes the reasoning of turns after the last question alone."""
+    template = QWEN_3.template.replace("set thought = ", f"set thought = m.{key} if m.{key} is string else ")
+    family = replace(QWEN_3, template=template.replace(OPENED, OPENED.replace("assistant\n", f"assistant\n{opened}")))
+    rows = [{key if name == "reasoning_content" else name: value for name, value in turn.items()} for turn in REASONED]
+    talk = Conversation(read_turns(rows, "rows.jsonl:1"))
+    tokenizer = tokenizer_of(family, "")
+    segments = conversation_segments(tokenizer, talk, end_of_turn(tokenizer), "rows.jsonl:1")
+    answer = "<think>\nso\n</think>\n\nyes<|im_end|>".removeprefix(opened)
+    assert [text for text, wanted in segments if wanted] == ["no<|im_end|>", answer]
+    assert "".join(text for text, _ in segments) == render(tokenizer, talk, None)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        (CHATML, "the chat template leaves out the turns' reasoning"),
+        (
+            replace(
+                QWEN_3,
+                template=QWEN_3.template.replace(
+                    "set thought = ", "set thought = m.reasoning_content if m.reasoning_content is string else "
+                ).replace(OPENED, OPENED.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n")),
+            ),
+            "the chat template writes the reasoning of turn 3 before the answer that is learned",
+        ),
+    ],
+)
+def test_reasoning_that_would_not_be_learned_is_refused(family: Family, message: str) -> None:
+    talk = Conversation(read_turns(list(REASONED), "rows.jsonl:1"))
+    tokenizer = tokenizer_of(family, "")
+    with pytest.raises(UserError, match=f"rows.jsonl:1: {message}"):
+        conversation_segments(tokenizer, talk, end_of_turn(tokenizer), "rows.jsonl:1")
 
 
 THOUGHT = "<think>\n\n</think>\n\n"

@@ -103,7 +103,7 @@ def conversation_segments(
     """The rendered conversation in segments. A ``learned`` assistant's turn is supervised, including its end.
 
     Raises UserError, with the row's place, when the template refuses the conversation, or leaves out or changes the
-    tools, a tool's turn or an assistant's turn.
+    tools, a tool's turn, an assistant's turn or all reasoning: of earlier turns, templates may leave it out.
     """
     full = render(tokenizer, talk, where)
     if talk.tools and full == _render_or_empty(tokenizer, replace(talk, tools=())):
@@ -111,6 +111,7 @@ def conversation_segments(
         raise UserError("the chat template leaves out the row's tools", where, hint)
     written = _Written(tokenizer, talk, full, turn_endings(tokenizer, closing))
     segments: list[Segment] = []
+    reasoning: list[int] = []
     at = 0
     for index, turn in enumerate(talk.turns):
         if turn.role == "tool" and not written.answers(index, at):
@@ -123,8 +124,16 @@ def conversation_segments(
         if end is None:
             what = f"the chat template leaves out or rewrites turn {index} (assistant)"
             raise UserError(what, where, CALLS_AS_TEXT if turn.called else None)
+        if (place := written.reasoning(index)) is not None:
+            reasoning.append(place)
+            if 0 <= place < start:
+                what = f"the chat template writes the reasoning of turn {index} before the answer that is learned"
+                raise UserError(what, where, "use a chat template whose generation prompt leaves the reasoning open")
         segments += [(full[at:start], False), (full[start:end], turn.learned)]
         at = end
+    if reasoning and max(reasoning) < 0:
+        hint = "write it into the turns' text in the model's own syntax, or remove it"
+        raise UserError("the chat template leaves out the turns' reasoning", where, hint)
     return (*segments, (full[at:], False))
 
 
@@ -200,6 +209,15 @@ class _Written:
         # White space may change, and reasoning may be added or left out: one text must end with the other.
         written, meant = ("".join(text.split()) for text in (spoken, words))
         return end + closed if written.endswith(meant) or (bool(written) and meant.endswith(written)) else None
+
+    def reasoning(self, index: int) -> int | None:
+        """The position of a turn's reasoning in the text, -1 when the template leaves it out; None for a turn without
+        reasoning."""
+        turn = self.talk.turns[index]
+        probe = turn.with_reasoning(PROBE)
+        return (
+            None if probe == turn else _render_or_empty(self.tokenizer, self.talk.with_turn(index, probe)).find(PROBE)
+        )
 
     def _around(self, index: int, probe: Message = PROBES.turns[1]) -> tuple[str, str] | None:
         """The text before and after a turn's content, with ``probe`` in its place; None when PROBE is missing."""

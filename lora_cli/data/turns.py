@@ -18,8 +18,12 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assista
 LONE_SURROGATE = "holds half a character (a lone surrogate, written \\ud800 to \\udfff)"
 LONE_SURROGATE_HINT = "write the character itself, or both its halves"
 ROLES = ("system", "user", "assistant", "tool")
-UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
-"""Keys of a turn with content beyond its text. Only an assistant's ``tool_calls`` are read."""
+REASONING = ("reasoning_content", "thinking")
+"""Keys of an assistant's turn with its reasoning, as the templates of Qwen3 and gpt-oss take it."""
+READ = ("tool_calls", *REASONING)
+"""Keys of an assistant's turn that are read beside its text."""
+BEYOND_TEXT = ("function_call", *READ)
+"""Keys of a turn with content beyond its text."""
 WEIGHTS = ("weight", "train", "training")
 """Keys that say whether a turn is to be learned."""
 ANSWERED = ("name", "tool_call_id")
@@ -32,7 +36,8 @@ CALLS_HINT = "each call is {type: function, function: {name, arguments}}, with a
 @dataclass(frozen=True)
 class Message:
     """One turn of a conversation. ``extra`` holds what the template receives besides role and content: an assistant's
-    ``tool_calls``, or the call that a tool's turn answers. An assistant's turn that is not ``learned`` is context."""
+    ``tool_calls`` and reasoning, or the call that a tool's turn answers. An assistant's turn that is not ``learned`` is
+    context."""
 
     role: str
     content: str
@@ -43,6 +48,10 @@ class Message:
     def called(self) -> list[str]:
         """The names of the tools that the turn calls."""
         return [(call.get("function") or call)["name"] for call in self.extra.get("tool_calls", ())]
+
+    def with_reasoning(self, text: str) -> Message:
+        """The turn with ``text`` in place of its reasoning, if it has any."""
+        return replace(self, extra={**self.extra, **{key: text for key in REASONING if key in self.extra}})
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ class Conversation:
 
 def read_turns(value: Any, where: str) -> tuple[Message, ...]:
     """The turns of a list of {role, content} or {from, value}, or of such a list as JSON text, as in a CSV file's cell.
-    An assistant's turn may have tool_calls, and then no text.
+    An assistant's turn may have reasoning apart from its text, and tool_calls, and then no text.
 
     Raises UserError, with the turn's place.
     """
@@ -121,8 +130,8 @@ def _text_of_part(part: Any, place: str) -> str:
 
 def _check_unread(turn: Mapping[str, Any], role: str, place: str) -> None:
     """Raises UserError when the turn has content beyond its text that would be lost."""
-    read = ("tool_calls",) if role == "assistant" else ()
-    unread = next((key for key in UNREAD if turn.get(key) and key not in read), None)
+    read = READ if role == "assistant" else ()
+    unread = next((key for key in BEYOND_TEXT if turn.get(key) and key not in read), None)
     if unread is not None:
         hint = f"write it into the turn's text in the model's own syntax, and remove {unread}"
         raise UserError(f"the turn has {unread}, but only its text is read", place, hint)
@@ -144,8 +153,9 @@ def _extra(turn: Mapping[str, Any], role: str, place: str) -> dict[str, Any]:
         extra = {key: turn[key] for key in ANSWERED if turn.get(key)}
         _check_json(extra, place)
         return extra
+    extra = {key: _text(turn[key], f"{place}.{key}") for key in REASONING if turn.get(key)}
     calls = turn.get("tool_calls")
-    return {"tool_calls": _read_calls(calls, f"{place}.tool_calls")} if calls else {}
+    return extra | ({"tool_calls": _read_calls(calls, f"{place}.tool_calls")} if calls else {})
 
 
 def _read_calls(value: Any, where: str) -> list[dict[str, Any]]:
