@@ -43,6 +43,16 @@ def unknown_option(w: World) -> Arguments:
     return ["train", "recipe.yaml", "--hlep"]
 
 
+@case("--learning-rate: no such option", "write training.learning_rate=VALUE")
+def key_of_the_recipe_as_an_option(w: World) -> Arguments:
+    return ["train", "recipe.yaml", "--learning-rate", "1e-4"]
+
+
+@case("--adapter.r: no such option", "write adapter.r=VALUE")
+def dotted_key_as_an_option(w: World) -> Arguments:
+    return ["train", "recipe.yaml", "--adapter.r=4"]
+
+
 @case("No such command 'tarin'", "train")
 def unknown_command(w: World) -> Arguments:
     return ["tarin"]

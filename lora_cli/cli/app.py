@@ -24,7 +24,7 @@ import typer
 
 from lora_cli import __version__
 from lora_cli.cli import adapters, evaluate, explain, merge, quantize, train
-from lora_cli.cli.options import Once
+from lora_cli.cli.options import Once, Overridable
 from lora_cli.errors import Interrupted, LoraError, RunError, SecondaryError, UserError, is_out_of_space, unwritable
 from lora_cli.training.launch_environment import process_count, process_index
 
@@ -39,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "default_map": _NO_HELP | {"adapters": _NO_HELP}},
 )
-app.command("train", cls=Once)(train.command)
+app.command("train", cls=Overridable)(train.command)
 app.command("eval", cls=Once)(evaluate.command)
 app.command("merge", cls=Once)(merge.command)
 app.command("quantize", cls=Once)(quantize.command)

@@ -25,3 +25,23 @@ class Once(TyperCommand):
             if times > 1 and not (parameter.multiple or getattr(parameter, "is_flag", True)):
                 raise UserError("given more than once", max(parameter.opts, key=len), "keep one of them")
         return super().parse_args(ctx, args)
+
+
+class Overridable(Once):
+    """A command whose arguments set keys of the recipe. Explains that for options with a key's name, as other tools
+    have them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = {*ctx.help_option_names, *(name for parameter in self.params for name in parameter.opts)}
+        for option in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
+            if option not in own and (key := _key_named(option)):
+                raise UserError("no such option", option, f"to set this key of the recipe, write {key}=VALUE")
+        return super().parse_args(ctx, args)
+
+
+def _key_named(option: str) -> str | None:
+    """The recipe's key with an option's name, dotted."""
+    from lora_cli.recipe.explain import dotted_keys
+
+    name = option.removeprefix("--").replace("-", "_")
+    return next((key for key in dotted_keys() if name in (key, key.partition(".")[2])), None)
