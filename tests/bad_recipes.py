@@ -58,9 +58,29 @@ def several_faults_in_a_recipe(w: World) -> Arguments:
     return w.train({"training.learning_rate": -1.0, "adapter.r": 0, "training.optimizr": "x"})
 
 
-@case("recipe.yaml:2:3: adapter.a0: unknown key", "... and 288 more")
+@case("recipe.yaml:2:3: adapter.a0: unknown key", "... and 275 more")
 def hundreds_of_faults(w: World) -> Arguments:
     return ["train", w.file("recipe.yaml", "adapter:\n" + "".join(f"  a{n}: 1\n" for n in range(297)))]
+
+
+@case(
+    "recipe.yaml:1:1: base_model: unknown key; here it is model.name_or_path\n",
+    "recipe.yaml:10:1: num_epochs: unknown key; here it is training.num_train_epochs\n",
+    "training: missing; it needs training.output_dir\n",
+)
+def configuration_of_another_tool(w: World) -> Arguments:
+    keys = (
+        "base_model",
+        "load_in_4bit",
+        "datasets",
+        "val_set_size",
+        "output_dir",
+        "sequence_len",
+        "lora_r",
+        "lora_alpha",
+    )
+    lines = (f"{key}: 1\n" for key in (*keys, "micro_batch_size", "num_epochs", "optimizer"))
+    return ["train", w.file("recipe.yaml", "".join(lines))]
 
 
 @case("adapter.magic: unknown key\nerror: ", "adapter.wqx: unknown key\n    known: fused, ")

@@ -48,7 +48,8 @@ app.command("explain", cls=Once)(explain.command)
 
 
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP)
-_SHOWN = 12  # faults that are reported; more would fill the screen
+_ROOM = 12  # up to so many faults are printed with their hints on lines of their own
+_MOST = 25  # more faults get a line each; more than this would fill the screen
 _SECONDS_FOR_OTHERS = 30  # during which another process of the run may report the same fault or its cause
 
 
@@ -176,11 +177,13 @@ def _report(error: LoraError) -> None:
     if isinstance(error, SecondaryError) or (process_index() > 0 and not isinstance(error, RunError)):
         # Another process reports the cause or the same fault, and the launcher ends all processes once one has ended.
         time.sleep(_SECONDS_FOR_OTHERS)
-    shown = error.faults[:_SHOWN]
+    is_long = len(error.faults) > _ROOM  # another tool's configuration, for example
+    shown = error.faults[:_MOST]
     for fault, following in zip_longest(shown, shown[1:]):
         once = replace(fault, hint=None) if following and following.hint == fault.hint else fault
-        _print_stderr(f"{typer.style('error: ', fg='red', bold=True)}{once}")
-    if (more := len(error.faults) - _SHOWN) > 0:
+        text = "; ".join(line.strip() for line in str(once).splitlines()) if is_long else str(once)
+        _print_stderr(f"{typer.style('error: ', fg='red', bold=True)}{text}")
+    if (more := len(error.faults) - _MOST) > 0:
         _print_stderr(f"... and {more:,} more")
 
 
