@@ -48,6 +48,11 @@ def key_of_the_recipe_as_an_option(w: World) -> Arguments:
     return ["train", "recipe.yaml", "--learning-rate", "1e-4"]
 
 
+@case("--template: no such option", "leave it out: a chat goes through")
+def option_of_another_tool(w: World) -> Arguments:
+    return ["train", "recipe.yaml", "--template", "llama3"]
+
+
 @case("--adapter.r: no such option", "write adapter.r=VALUE")
 def dotted_key_as_an_option(w: World) -> Arguments:
     return ["train", "recipe.yaml", "--adapter.r=4"]

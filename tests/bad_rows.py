@@ -233,7 +233,7 @@ def rows_that_are_tokenized(w: World) -> Arguments:
     return w.train(data=w.rows({"input_ids": [5, 6], "labels": [-100, 6]}))
 
 
-@case("data", "holds several splits: deep/train-00000-of-00001.jsonl and test.jsonl", "such as data/deep/train-0")
+@case("data", "holds several splits: deep/train-00000-of-00001.jsonl and test.jsonl", "such as *train*")
 def folder_with_a_held_out_split(w: World) -> Arguments:
     for name in ("a.jsonl", "test.jsonl", "deep/train-00000-of-00001.jsonl"):
         w.file(f"data/{name}", json.dumps(ROW))
@@ -298,6 +298,17 @@ def chat_with_tool_calls_of_the_user(w: World) -> Arguments:
 def chat_with_arguments_that_are_no_object(w: World) -> Arguments:
     call = {"type": "function", "function": {"name": "weather", "arguments": "Paris"}}
     return chat(w, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}])
+
+
+@case("rows.jsonl:2", "messages[1]", "the turn has reasoning, but only its text is read")
+def chat_with_reasoning_by_another_name(w: World) -> Arguments:
+    turn = {"role": "assistant", "content": "Yes.", "reasoning": "Hm."}
+    return chat(w, [{"role": "user", "content": "Hi"}, turn])
+
+
+@case("rows.jsonl:2", "messages[1]", "the turn calls no tool", "each call is")
+def chat_with_an_empty_call(w: World) -> Arguments:
+    return chat(w, [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "[]"}])
 
 
 @case("rows.jsonl:2", "messages[0]", "the turn has reasoning_content")

@@ -69,7 +69,7 @@ def test_alpacas_rows_are_learned_as_chat_when_asked_to(
         changes = {"data.train": train, "data.format": format, "model.name_or_path": tiny_llama}
         changes |= {"training.max_steps": 1, "training.logging_steps": 1, "training.output_dir": tmp_path / name}
         stderr = done(lora("train", write_recipe(changes))).stderr
-        told.append("the rows do not go through the model's chat template" in stderr)
+        told.append("alpaca rows do not go through the model's chat template" in stderr)
         losses.append(json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["loss"])
     assert told == [True, False, False]
     assert losses[1] == losses[2]

@@ -428,12 +428,15 @@ def test_reasoning_apart_is_learned_where_the_template_writes_it(key: str, opene
     answer = "<think>\nso\n</think>\n\nyes<|im_end|>".removeprefix(opened)
     assert [text for text, wanted in segments if wanted] == ["no<|im_end|>", answer]
     assert "".join(text for text, _ in segments) == render(tokenizer, talk, None)
+    earlier = talk.with_turn(3, Message("assistant", "yes"))  # the template writes none of its reasoning
+    segments = conversation_segments(tokenizer, earlier, end_of_turn(tokenizer), "rows.jsonl:1")
+    assert next(text for text, wanted in segments if wanted) == "no<|im_end|>"
 
 
 @pytest.mark.parametrize(
     ("family", "message"),
     [
-        (CHATML, "the chat template leaves out the turns' reasoning"),
+        (CHATML, "the chat template leaves out the reasoning of turn 1"),
         (
             replace(
                 QWEN_3,

@@ -233,7 +233,7 @@ def test_the_configuration_of_a_data_set_is_chosen_by_its_name(tmp_path: Path) -
     (tmp_path / "README.md").write_text(f"---\n{json.dumps({'configs': configs})}\n---\n")
     with pytest.raises(UserError, match=r"available configs: \['main', 'socratic'\]") as caught:
         list(hub_records(Source(path=str(tmp_path))))
-    assert f"choose one: {{path: {tmp_path}, name: ...}}" in str(caught.value)
+    assert f"choose one in data.train: [{{path: {tmp_path}, name: ...}}]" in str(caught.value)
     for name in ("main", "socratic"):
         assert [columns for _, columns in hub_records(Source(path=str(tmp_path), name=name))] == [{"text": name}]
 

@@ -144,7 +144,7 @@ ON_ITS_OWN_MACHINE = """
 import os
 import lora_cli.cli.app
 os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-lora_cli.cli.app._SECONDS_FOR_THE_FIRST = 0
+lora_cli.cli.app._SECONDS_FOR_OTHERS = 0
 """
 
 
@@ -436,7 +436,10 @@ def test_who_waits_for_the_first_ones_rows_can_be_stopped(monkeypatch: pytest.Mo
     places = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for name, value in places.items():
         monkeypatch.setenv(name, value)
-    script = "from lora_cli.training.cache_keys import wait_for_keys; print('waits', flush=True); wait_for_keys()"
+    script = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # as in a terminal
+        "from lora_cli.training.cache_keys import wait_for_keys; print('waits', flush=True); wait_for_keys()"
+    )
     child = start([sys.executable, "-c", script])
     assert child.stdout is not None and child.stdout.readline() == "waits\n"
     time.sleep(1)

@@ -605,7 +605,7 @@ def test_a_wrong_key_or_value(section: str, line: str, where: str, what: str, hi
         ("chat_template: llama3", "leave it out: a chat goes through the tokenizer's own template"),
         ("template: llama3", "leave it out: a chat goes through the tokenizer's own template"),
         ("template: {completion: x}", "template belongs in data: write data.template"),
-        ("model_type: LlamaForCausalLM", "leave it out: the model's and the data's files tell it"),
+        ("model_type: LlamaForCausalLM", "leave it out: this is read from the model's and the data's files"),
         ("do_train: true", "leave it out: nothing here needs it"),
         ("local_rank:", "leave it out: nothing here needs it"),
         ("pretraining_dataset: c4", "here it is data.train"),
@@ -651,7 +651,7 @@ def test_a_field_of_peft_and_transformers_is_told_what_it_is_here(known: Any) ->
 
 def test_a_data_sets_configuration_belongs_to_its_source() -> None:
     hint = fault(with_key("data", "name: main")).hint
-    assert hint == "here it is data.train, a mapping of path and name"
+    assert hint == "here it is data.train, a list of mappings: [{path: ..., name: ...}]"
 
 
 def test_what_is_told_for_a_peers_key_is_a_key_here() -> None:

@@ -34,7 +34,7 @@ def list_command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """List adapters: what they are, of which base and data."""
+    """List adapters with their kind, base and data."""
     from lora_cli.weights.catalogue import find_adapters
 
     entries, faults = find_adapters(folder)
@@ -53,7 +53,7 @@ def list_command(
 
 @app.command("show", cls=Once)
 def show_command(adapter: Adapter, json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
-    """Show an adapter: its layers, base, data and making."""
+    """Show an adapter: its layers, base, data and origin."""
     from lora_cli.weights.adapter_config import read_adapter_config
     from lora_cli.weights.catalogue import base_state, describe, lora_layers
     from lora_cli.weights.provenance import adapter_folder, read_record

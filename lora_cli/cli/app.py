@@ -194,7 +194,7 @@ def _print_stderr(text: str) -> None:
 
 
 def run() -> None:
-    """Entry point of the installed script."""
+    """Run the command line and end the process with its exit code."""
     gc.set_threshold(100_000)  # libraries create a million lasting objects; scanning them delays the start
     code = main()
     if process_count() > 1:

@@ -23,7 +23,7 @@ def command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure perplexity, the base model beside the adapter."""
+    """Measure the perplexity of a model, or of an adapter and its base."""
     from lora_cli.model.files import check_model_type, locate
     from lora_cli.study import measure
     from lora_cli.training.display import Display
@@ -48,6 +48,7 @@ def command(
         base = locate(target, weights=True)
         check_complete(base)
     else:
+        check_init(adapter)  # before a base is fetched
         base = find_origin(adapter).base
         check_init(adapter, base)
     display = Display(quiet)

@@ -28,20 +28,24 @@ class Once(TyperCommand):
 
 
 class Overridable(Once):
-    """A command whose arguments set keys of the recipe. Explains that for options with a key's name, as other tools
-    have them."""
+    """A command whose arguments set keys of the recipe. For an option named like a key (--learning_rate), the error
+    says how to set the key."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own = {*ctx.help_option_names, *(name for parameter in self.params for name in parameter.opts)}
         for option in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
-            if option not in own and (key := _key_named(option)):
-                raise UserError("no such option", option, f"to set this key of the recipe, write {key}=VALUE")
+            if option not in own and (hint := _key_hint(option)):
+                raise UserError("no such option", option, hint)
         return super().parse_args(ctx, args)
 
 
-def _key_named(option: str) -> str | None:
-    """The recipe's key with an option's name, dotted."""
+def _key_hint(option: str) -> str | None:
+    """Return a hint for an option with the name of a recipe's key, here or in another tool."""
     from lora_cli.recipe.explain import dotted_keys
+    from lora_cli.recipe.peers import UNSUPPORTED, peers_hint
 
     name = option.removeprefix("--").replace("-", "_")
-    return next((key for key in dotted_keys() if name in (key, key.partition(".")[2])), None)
+    key = next((key for key in dotted_keys() if name in (key, key.partition(".")[2])), None)
+    if key is None or name in UNSUPPORTED:
+        return peers_hint("", name)
+    return f"to set this key of the recipe, write {key}=VALUE"

@@ -103,7 +103,7 @@ def conversation_segments(
     """The rendered conversation in segments. A ``learned`` assistant's turn is supervised, including its end.
 
     Raises UserError, with the row's place, when the template refuses the conversation, or leaves out or changes the
-    tools, a tool's turn, an assistant's turn or all reasoning: of earlier turns, templates may leave it out.
+    tools, a tool's turn, an assistant's turn or its reasoning.
     """
     full = render(tokenizer, talk, where)
     if talk.tools and full == _render_or_empty(tokenizer, replace(talk, tools=())):
@@ -111,7 +111,6 @@ def conversation_segments(
         raise UserError("the chat template leaves out the row's tools", where, hint)
     written = _Written(tokenizer, talk, full, turn_endings(tokenizer, closing))
     segments: list[Segment] = []
-    reasoning: list[int] = []
     at = 0
     for index, turn in enumerate(talk.turns):
         if turn.role == "tool" and not written.answers(index, at):
@@ -124,17 +123,23 @@ def conversation_segments(
         if end is None:
             what = f"the chat template leaves out or rewrites turn {index} (assistant)"
             raise UserError(what, where, CALLS_AS_TEXT if turn.called else None)
-        if (place := written.reasoning(index)) is not None:
-            reasoning.append(place)
-            if 0 <= place < start:
-                what = f"the chat template writes the reasoning of turn {index} before the answer that is learned"
-                raise UserError(what, where, "use a chat template whose generation prompt leaves the reasoning open")
+        if turn.has_reasoning:
+            _check_reasoning(written, index, start, where)
         segments += [(full[at:start], False), (full[start:end], turn.learned)]
         at = end
-    if reasoning and max(reasoning) < 0:
-        hint = "write it into the turns' text in the model's own syntax, or remove it"
-        raise UserError("the chat template leaves out the turns' reasoning", where, hint)
     return (*segments, (full[at:], False))
+
+
+def _check_reasoning(written: _Written, index: int, start: int, where: str) -> None:
+    """Raises UserError when a turn's reasoning would not be learned: the template writes it before ``start``, or never.
+    Templates may leave it out of earlier turns than the last."""
+    place = written.reasoning(index)
+    if 0 <= place < start:
+        what = f"the chat template writes the reasoning of turn {index} before the answer that is learned"
+        raise UserError(what, where, "use a chat template whose generation prompt leaves the reasoning open")
+    if place < 0 and written.reasoning(index, as_last=True) < 0:
+        hint = "write it into the turn's text in the model's own syntax, or remove it"
+        raise UserError(f"the chat template leaves out the reasoning of turn {index}", where, hint)
 
 
 def _render_or_empty(
@@ -210,14 +215,12 @@ class _Written:
         written, meant = ("".join(text.split()) for text in (spoken, words))
         return end + closed if written.endswith(meant) or (bool(written) and meant.endswith(written)) else None
 
-    def reasoning(self, index: int) -> int | None:
-        """The position of a turn's reasoning in the text, -1 when the template leaves it out; None for a turn without
-        reasoning."""
-        turn = self.talk.turns[index]
-        probe = turn.with_reasoning(PROBE)
-        return (
-            None if probe == turn else _render_or_empty(self.tokenizer, self.talk.with_turn(index, probe)).find(PROBE)
-        )
+    def reasoning(self, index: int, as_last: bool = False) -> int:
+        """The position of a turn's reasoning in the text (``as_last``: in that of the conversation up to this turn), or
+        -1 when the template leaves it out."""
+        talk = self.talk.before(index + 1) if as_last else self.talk
+        probe = talk.with_turn(index, self.talk.turns[index].with_reasoning(PROBE))
+        return _render_or_empty(self.tokenizer, probe).find(PROBE)
 
     def _around(self, index: int, probe: Message = PROBES.turns[1]) -> tuple[str, str] | None:
         """The text before and after a turn's content, with ``probe`` in its place; None when PROBE is missing."""

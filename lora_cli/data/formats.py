@@ -127,16 +127,16 @@ def _check_place(row: Columns, format_name: str) -> None:
 
 
 def chat(row: Columns) -> Content:
-    """``messages`` (role, content), ShareGPT's ``conversations`` (from, value), a prompt and a completion, each one
-    text or a list of turns, of which the prompt is not learned, or Alpaca's columns. Optional columns are ``system``
-    and ``tools``."""
+    """A conversation from one of four layouts: ``messages`` (role, content); ShareGPT's ``conversations`` (from,
+    value); a prompt and a completion, each a text or a list of turns; Alpaca's columns. Of a prompt and a completion,
+    only the completion is learned. Optional columns are ``system`` and ``tools``."""
     system = row.text("system", default="")
     for name in ("messages", "conversations"):
         if row.column(name) is not None:
             turns = read_turns(row.value(name), f"{row.row.where}: {row.column(name)}")
             break
     else:
-        is_alpaca = row.column("prompt") is None and row.column("instruction") is not None
+        is_alpaca = row.column("completion") is None and row.column("instruction") is not None
         turns = _alpaca_turns(row) if is_alpaca else _prompt_turns(row)
     if system and turns[0].role != "system":
         turns = (Message("system", system), *turns)
@@ -235,8 +235,8 @@ def column_faults(data: Data) -> list[Fault]:
     else:
         wanted = FORMATS if data.format == "auto" else (data.format,)
         known = {name for format_name in wanted for name in FORMATS[format_name].names}
-        problem = "no format uses" if data.format == "auto" else f"format: {data.format} does not use"
-        problem = f"{problem} this name"
+        is_auto = data.format == "auto"
+        problem = "no format uses this name" if is_auto else f"format: {data.format} does not use this name"
     return [
         Fault(problem, f"data.columns.{name}", did_you_mean(name, known)) for name in data.columns if name not in known
     ]

@@ -18,8 +18,8 @@ BUFFER_TOKENS = 1 << 24
 
 
 def gather(parts: Iterable[Examples], folder: Path | None) -> Examples:
-    """The rows of all parts, end to end. From HELD tokens on they are stored in files in ``folder`` (None: the system's
-    temporary folder). The files have no name, so that none remains however the process ends.
+    """The rows of all parts, end to end. From BUFFER_TOKENS tokens on they are stored in files in ``folder`` (None: the
+    system's temporary folder). The files have no name, so that none remains however the process ends.
 
     Raises RunError when the files cannot be written, as on a full disk.
     """

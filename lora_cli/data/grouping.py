@@ -68,8 +68,8 @@ def pad_in_order(order: Ints, batch_size: int) -> list[Ints]:
 def pad_by_length(order: Ints, lengths: Ints, batch_size: int, draw: np.random.Generator) -> list[Ints]:
     """Batches of rows of similar length, in random order, except that the batch with the longest row comes first.
 
-    The order is cut into pools of POOL batches, and each pool's rows are sorted by length: a batch's rows are near
-    each other in the order, and every epoch has other batches. Insufficient memory shows in the first batch.
+    The order is cut into pools of BATCHES_PER_POOL batches, and each pool's rows are sorted by length: a batch's rows
+    are near each other in the order, and every epoch has other batches. Insufficient memory shows in the first batch.
     """
     pools = np.arange(len(order)) // (BATCHES_PER_POOL * batch_size)
     batches = pad_in_order(order[np.lexsort((-lengths[order], pools))], batch_size)

@@ -16,7 +16,8 @@ MAX_EXTRA_BYTES = 1 << 28
 
 @contextmanager
 def resource_limits() -> Iterator[None]:
-    """In the block, raise TimeoutError after SECONDS of CPU time, MemoryError above BYTES of additional memory.
+    """In the block, raise TimeoutError after MAX_CPU_SECONDS of CPU time, and MemoryError above MAX_EXTRA_BYTES of
+    additional memory.
 
     Enter it in the main thread: the timer uses a signal.
     """

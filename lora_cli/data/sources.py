@@ -51,16 +51,16 @@ def source_faults(sources: Iterable[Source]) -> list[Fault]:
             continue
         if files is None:
             continue
-        message = f"is for a hub id only, and this is a {_kind_of_path(source.path)}"
+        misplaced = f"is for a hub id only, and this is a {_kind_of_path(source.path)}"
         if source.name is not None:
             hint = "give the path of the configuration's own files"
-            faults.append(Fault(f"name: {source.name} {message}", source.path, hint))
+            faults.append(Fault(f"name: {source.name} {misplaced}", source.path, hint))
         if source.split != "train":
             hint = "give the path of the split's own files"
-            faults.append(Fault(f"split: {source.split} {message}", source.path, hint))
+            faults.append(Fault(f"split: {source.split} {misplaced}", source.path, hint))
         if source.streaming:
             hint = "remove it: files are always read row by row"
-            faults.append(Fault(f"streaming {message}", source.path, hint))
+            faults.append(Fault(f"streaming {misplaced}", source.path, hint))
     return faults
 
 
@@ -135,7 +135,8 @@ def _files(path: str) -> list[Path] | None:
     siblings = [f.name for f in here.parent.iterdir() if f.suffix.lower() in READERS] if here.parent.is_dir() else []
     relative = None if here.is_absolute() else f"paths are relative to {Path.cwd()}"
     listed = f"in brackets it is a list: [{path}]" if "," in path else None
-    raise UserError("no such data file", path, listed or nearest_hint(here.name, siblings) or relative)
+    hints = filter(None, (listed, nearest_hint(here.name, siblings) or relative))
+    raise UserError("no such data file", path, tuple(hints))
 
 
 def _readable(found: list[Path], path: str) -> list[Path]:
@@ -166,16 +167,17 @@ def _check_split(files: Sequence[Path], folder: Path) -> None:
     trained = next((name for name in names if TRAIN_SPLIT.search(name)), None)
     held_out = next((name for name in names if HELD_OUT_SPLIT.search(name) and not TRAIN_SPLIT.search(name)), None)
     if trained and held_out:
-        hint = f"give the files of one, such as {folder / trained}, or all of them by a glob"
+        hint = "give the files of one split by a glob such as *train*, or its folder; or all files by a glob"
         raise UserError(f"holds several splits: {trained} and {held_out}", str(folder), hint)
 
 
 def _kind_of_path(path: str) -> str:
-    return "file" if Path(path).is_file() else "folder" if Path(path).is_dir() else "glob"
+    return "file" if _is_file(Path(path)) else "folder" if Path(path).is_dir() else "glob"
 
 
 def _hub_place(source: Source, number: int) -> str:
-    return f"{source.path}[{source.split}] (row {number})"
+    part = source.split if source.name is None else f"{source.name}, {source.split}"
+    return f"{source.path}[{part}] (row {number})"
 
 
 def hub_records(source: Source) -> Iterator[Record]:
@@ -197,5 +199,5 @@ def hub_records(source: Source) -> Iterator[Record]:
         what = f"the data set could not be loaded from the hub: {message}"
         hint = "give a path that exists, or a hub id that can be reached from here"
         if message.startswith("Config name is missing"):
-            hint = f"choose one: {{path: {source.path}, name: ...}} as an item of the list"
+            hint = f"choose one in data.train: [{{path: {source.path}, name: ...}}]"
         raise UserError(what, source.path, hint) from error

@@ -22,7 +22,7 @@ REASONING = ("reasoning_content", "thinking")
 """Keys of an assistant's turn with its reasoning, as the templates of Qwen3 and gpt-oss take it."""
 READ = ("tool_calls", *REASONING)
 """Keys of an assistant's turn that are read beside its text."""
-BEYOND_TEXT = ("function_call", *READ)
+BEYOND_TEXT = ("function_call", "reasoning", *READ)
 """Keys of a turn with content beyond its text."""
 WEIGHTS = ("weight", "train", "training")
 """Keys that say whether a turn is to be learned."""
@@ -49,8 +49,13 @@ class Message:
         """The names of the tools that the turn calls."""
         return [(call.get("function") or call)["name"] for call in self.extra.get("tool_calls", ())]
 
+    @property
+    def has_reasoning(self) -> bool:
+        """Whether the turn has reasoning apart from its text."""
+        return not self.extra.keys().isdisjoint(REASONING)
+
     def with_reasoning(self, text: str) -> Message:
-        """The turn with ``text`` in place of its reasoning, if it has any."""
+        """The turn with ``text`` in place of its reasoning."""
         return replace(self, extra={**self.extra, **{key: text for key in REASONING if key in self.extra}})
 
 
@@ -76,7 +81,7 @@ class Conversation:
 
 def read_turns(value: Any, where: str) -> tuple[Message, ...]:
     """The turns of a list of {role, content} or {from, value}, or of such a list as JSON text, as in a CSV file's cell.
-    An assistant's turn may have reasoning apart from its text, and tool_calls, and then no text.
+    An assistant's turn may also have reasoning and tool_calls; with tool_calls it needs no text.
 
     Raises UserError, with the turn's place.
     """
@@ -91,8 +96,10 @@ def read_turns(value: Any, where: str) -> tuple[Message, ...]:
             raise UserError(f"expected a turn, found {kind_of(turn)}", place, TURNS_HINT)
         sharegpt = "from" in turn
         role, content = (turn.get("from"), turn.get("value")) if sharegpt else (turn.get("role"), turn.get("content"))
-        if sharegpt and role == "function_call" and isinstance(content, str):
-            calls = _from_json(content, place, CALLS_HINT)
+        if sharegpt and role == "function_call":
+            calls = _from_json(content, place, CALLS_HINT) if isinstance(content, str) else content
+            if not calls:
+                raise UserError("the turn calls no tool", place, CALLS_HINT)
             turn, content = turn | {"tool_calls": calls if isinstance(calls, list) else [calls]}, None
         role = SHAREGPT_ROLES.get(str(role), role) if sharegpt else role
         if role not in ROLES:
@@ -111,7 +118,7 @@ def _text(content: Any, place: str) -> str:
         content = "".join(_text_of_part(part, place) for part in content)
     if not isinstance(content, str):
         found = "null or missing" if content is None else kind_of(content)
-        raise UserError(f"the turn's text is {found}", place, "content (or value) must be text")
+        raise UserError(f"the turn's text is {found}", place, "expected text, or a list of {type: text, text}")
     if has_lone_surrogate(content):
         raise UserError(f"the turn's text {LONE_SURROGATE}", place, LONE_SURROGATE_HINT)
     return content

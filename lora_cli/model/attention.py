@@ -51,7 +51,7 @@ def attend_by_rows(
     """
     if attention_mask is not None and attention_mask.ndim == 0:
         if sliding_window != int(attention_mask):
-            raise ValueError("attention by rows does not know a window that only the mask tells of")
+            raise ValueError("attention by rows does not support a sliding window that only the mask reveals")
         attention_mask = None
     needs = [name for name in ("softcap", "position_bias") if others.get(name) is not None]
     if needs:

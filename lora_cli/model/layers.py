@@ -58,8 +58,8 @@ def _not_for_experts(layers: dict[str, Target], model: PreTrainedModel) -> dict[
 
 
 def _loadable(layers: dict[str, Target], model: PreTrainedModel) -> dict[str, Target]:
-    """Those under whose names PEFT finds their factors again: Transformers' patterns for older names match some that
-    are not (Laguna's shared_experts)."""
+    """Return the layers whose factors PEFT finds again when it loads an adapter. Transformers' patterns for older names
+    also match some current names (Laguna's shared_experts)."""
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 

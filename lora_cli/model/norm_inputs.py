@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import rms_norm
 
-NORM_INPUTS = "lora_made_of"
+NORM_INPUTS = "lora_norm_inputs"
 """The attribute of a norm's output that holds its ``NormInputs``."""
 
 

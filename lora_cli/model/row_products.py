@@ -25,7 +25,7 @@ MAX_UNBLOCKED_TOKENS = 512
 MAX_SAVED_TOKENS = 1024
 """Rows of at most this many tokens keep their attention weights for the backward pass; longer rows recompute them."""
 MAX_SCORES = 2**24
-"""Most scores computed at a time, over all heads. It never limits a block to fewer than LEAST tokens."""
+"""Most scores computed at a time, over all heads. It never limits a block to fewer than MIN_BLOCK_TOKENS tokens."""
 MIN_BLOCK_TOKENS = 16
 PAD_MULTIPLE = 32
 """Rows are padded to multiples of this many tokens, so that more rows are alike and products have few shapes: each
@@ -270,13 +270,14 @@ def _product(x: torch.Tensor, y: torch.Tensor, factor: float, out: torch.Tensor 
 
 @lru_cache(maxsize=4)
 def _later(group: int, dtype: torch.dtype) -> torch.Tensor:
-    """The mask (WHOLE * group, WHOLE): -inf for query i and the keys after the i-th, else 0."""
+    """The mask (n * group, n) for n = MAX_UNBLOCKED_TOKENS: -inf for query i and the keys after the i-th, else 0."""
     return _mask(torch.ones(MAX_UNBLOCKED_TOKENS, MAX_UNBLOCKED_TOKENS, dtype=torch.bool).triu(1), group, dtype)
 
 
 @lru_cache(maxsize=4)
 def _outside(group: int, dtype: torch.dtype) -> torch.Tensor:
-    """The mask (WHOLE * group, WHOLE): -inf for query i and the keys up to the i-th, outside its window, else 0."""
+    """The mask (n * group, n) for n = MAX_UNBLOCKED_TOKENS: -inf for query i and the keys up to the i-th, which are
+    outside its window, else 0."""
     return _mask(torch.ones(MAX_UNBLOCKED_TOKENS, MAX_UNBLOCKED_TOKENS, dtype=torch.bool).tril(), group, dtype)
 
 

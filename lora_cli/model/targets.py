@@ -92,7 +92,7 @@ def _by_pattern(pattern: str, layers: Iterable[str]) -> list[str]:
     names = [name for name in layers if expression.fullmatch(name)]
     if not names:
         way = f"a whole name is, for example, {next(iter(layers))}"
-        if "," in pattern:
+        if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", pattern):
             way = f"in brackets it is a list: [{pattern}]"
         what = f"adapter.target_modules: '{pattern}' matches no whole module name"
         raise UserError(what, hint=f"{way}; {_what_exists(layers)}")

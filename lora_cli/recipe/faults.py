@@ -169,6 +169,8 @@ def describe_value(value: Scalar | Broken | dict[str, Node] | tuple[Node, ...]) 
 def _remedy(value: object, schema: JsonSchema) -> str | None:
     kinds = {option.get("type") for option in options(schema)}
     numbers = kinds & {"integer", "number"}
+    if isinstance(value, dict) and "array" in kinds:
+        return "in brackets it is a list: [{...}]"
     if value is None and "default" in schema:
         return f"leave it out for its default, {json.dumps(schema['default'])}"
     if isinstance(value, str):

@@ -45,7 +45,7 @@ EQUIVALENTS = {
     "lora_target_linear": "adapter.target_modules: all-linear",
     **dict.fromkeys(("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp"), "adapter.target_modules"),
     "apply_lora_to_mlp": "adapter.target_modules",
-    "exclude_modules": "adapter.target_modules, a list of those that are left",
+    "exclude_modules": "adapter.target_modules, a list of the modules to adapt",
     "lora_parameters": "adapter.r, adapter.target_modules and adapter.lora_alpha, which is scale times r",
     "target_parameters": "adapter.target_modules, of linear layers alone",
     "num_layers": "adapter.layers_to_transform, the layers' numbers",
@@ -58,12 +58,13 @@ EQUIVALENTS = {
     "data.files": "data.train",
     "datasets": "data.train",
     "pretraining_dataset": "data.train",
-    "dataset_dir": "data.train, with its folder",
+    "dataset_dir": "data.train, with paths that include the folder",
     "data_files": "data.train, a path or a glob of the files themselves",
-    "splits": "data.train, a mapping of path and split",
-    "dataset_split": "data.train, a mapping of path and split",
+    "splits": "data.train, a list of mappings: [{path: ..., split: ...}]",
+    "dataset_split": "data.train, a list of mappings: [{path: ..., split: ...}]",
     **dict.fromkeys(
-        ("data.name", "data.config", "data.subset", "dataset_config"), "data.train, a mapping of path and name"
+        ("data.name", "data.config", "data.subset", "dataset_config"),
+        "data.train, a list of mappings: [{path: ..., name: ...}]",
     ),
     "mix_strategy": "data.train, a list with weights",
     "interleave_probs": "data.train, a list with weights",
@@ -96,7 +97,7 @@ EQUIVALENTS = {
     "per_device_eval_batch_size": "training.per_device_train_batch_size, for validation as well",
     "eval_batch_size": "training.per_device_train_batch_size, for validation as well",
     "batch_size": "training.per_device_train_batch_size",
-    "global_batch_size": "training.gradient_accumulation_steps, times the batch size",
+    "global_batch_size": "training.gradient_accumulation_steps, times per_device_train_batch_size",
     "auto_find_batch_size": "training.per_device_train_batch_size: auto",
     "lr": "training.learning_rate",
     "lr_scheduler": "training.lr_scheduler_type",
@@ -156,11 +157,14 @@ UNSUPPORTED = {
             "chat_template chat_template_format chat_template_path template",
         ),
         ("write it into the rows, as their first turn", "default_system"),
-        ("the model's and the data's files tell it", "model_type tokenizer_type ds_type rope_scaling tokenizer"),
-        ("the model's tokenizer tells it", "special_tokens eos_token pad_token eot_tokens add_special_tokens"),
+        (
+            "this is read from the model's and the data's files",
+            "model_type tokenizer_type ds_type rope_scaling tokenizer",
+        ),
+        ("this is read from the tokenizer", "special_tokens eos_token pad_token eot_tokens add_special_tokens"),
         ("a row that is too long loses its end", "truncation_mode"),
         ("the output layer is not adapted", "lora_head apply_lora_to_output"),
-        ("every row and turn ends with its token, which is learned", "append_concat_token train_on_eos"),
+        ("every row and turn ends with its end token, which is supervised", "append_concat_token train_on_eos"),
         ("download that revision, and give its folder", "revision model_revision"),
         ("give fewer rows, or a source in data.train a weight below 1", "max_samples max_train_samples num_samples"),
         ("in the rows, give a turn that is not to be learned weight: 0", "mask_history"),
@@ -187,8 +191,11 @@ UNSUPPORTED = {
         ),
         (
             "training.report_to names a tracked run after its folder; its project is in WANDB_PROJECT",
-            "run_name project wandb_name wandb_run_id wandb_project wandb_entity wandb_watch wandb_log_model "
-            "trackio_space_id trackio_bucket_id trackio_static_space_id",
+            "run_name project wandb_name wandb_run_id wandb_project wandb_entity",
+        ),
+        (
+            "trackers get the metrics and the recipe alone",
+            "wandb_watch wandb_log_model trackio_space_id trackio_bucket_id trackio_static_space_id",
         ),
         ("an adapter trains no biases", "bias lora_bias"),
         (
@@ -202,11 +209,11 @@ UNSUPPORTED = {
             "init_lora_weights pissa_init pissa_iter pissa_convert loftq_config eva_config corda_config lora_ga_config",
         ),
         (
-            "of LoRA's variants adapter.use_dora and adapter.use_rslora are here",
+            "of LoRA's variants only adapter.use_dora and adapter.use_rslora are supported",
             "velora_config alora_invocation_tokens use_qalora qalora_group_size use_bdlora layer_replication "
             "arrow_config kasa_config monteclora_config megatron_config megatron_core",
         ),
-        ("the model's layers tell it", "fan_in_fan_out layers_pattern"),
+        ("this is read from the model's layers", "fan_in_fan_out layers_pattern"),
         ("all of the adapter has training.learning_rate", "loraplus_lr_ratio optim_target_modules"),
         (
             "the loss is plain cross-entropy, of rows as they are",
@@ -216,13 +223,14 @@ UNSUPPORTED = {
         ("a schedule has no settings but its warm-up", "lr_scheduler_kwargs min_lr cosine_min_lr_ratio"),
         ("a step's loss is the mean over all its tokens", "average_tokens_across_devices"),
         (
-            "the validation loss is measured, of all rows, and before the first step too",
+            "the loss on all validation rows is measured, before the first step too",
             "metric_for_best_model greater_is_better compute_accuracy predict_with_generate do_predict val_batches "
             "include_for_metrics batch_eval_metrics eval_delay eval_on_start",
         ),
-        ("a GPU is used if there is one", "device device_map use_cpu"),
+        ("a GPU is used if there is one", "device device_map"),
+        ("set CUDA_VISIBLE_DEVICES= (empty) to use the CPU", "use_cpu"),
         (
-            "adapter.fused does the like",
+            "adapter.fused does something similar",
             "use_liger_kernel enable_liger_kernel liger_kernel_config use_unsloth plugins",
         ),
         (

@@ -107,8 +107,9 @@ def changed_rows_warning(rows: Rows, record: dict[str, Any]) -> str | None:
 def describe(data: Data) -> str:
     """Describe the rows to measure on, for the user."""
     share = f"{100 * data.validation:g}% of " if isinstance(data.validation, float) else ""
-    names = (each.path if each.split == "train" else f"{each.path}[{each.split}]" for each in sources(data))
-    return share + ", ".join(names)
+    parts = ((each.path, (each.name, each.split if each.split != "train" else None)) for each in sources(data))
+    names = ((path, ", ".join(filter(None, part))) for path, part in parts)
+    return share + ", ".join(f"{path}[{part}]" if part else path for path, part in names)
 
 
 def measure(base: Path, adapter: Path | None, rows: Rows, recipe: Recipe | None, display: Display) -> Comparison:

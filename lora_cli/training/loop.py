@@ -178,7 +178,7 @@ def save_adapter(trainer: Trainer, info: dict[str, Any], untrained: dict[str, st
 
 @contextmanager
 def follower_errors() -> Iterator[None]:
-    """For processes that do not write: raise Aftermath for a failure, whose cause the first process reports."""
+    """For processes that do not write: raise SecondaryError for a failure, whose cause the first process reports."""
     try:
         yield
     except (RunError, OSError, SafetensorError) as error:

@@ -117,7 +117,7 @@ def _differences(weights: Tensors, stored: Tensors) -> Iterator[str]:
         elif found.shape != wanted.shape:
             yield f"{key} has shape {list(found.shape)}, not {list(wanted.shape)}"
         elif found.dtype != wanted.dtype or _digest(found) != _digest(wanted):
-            yield f"{key} has other numbers"
+            yield f"{key} has other values"
 
 
 def _check_logits(folder: Path, where: str, model: PeftModel, stored: Tensors, ids: torch.Tensor) -> None:

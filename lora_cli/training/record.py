@@ -57,34 +57,36 @@ def report_rows(job: Prepared, display: Display) -> None:
         f"of {kept:,} training rows {report.ends_supervised:,} have their end supervised; "
         f"{fewest if fewest == most else f'{fewest} to {most}'} BOS per row"
     )
-    if job.tokenizer.chat_template and {"alpaca", "prompt_completion"}.intersection(counts.examples.format.split("+")):
-        display.note("the rows do not go through the model's chat template; with data.format: chat they would")
+    plain = sorted({"alpaca", "prompt_completion"}.intersection(counts.examples.formats))
+    if job.tokenizer.chat_template and plain:
+        what = f"{' and '.join(plain)} rows do not go through the model's chat template"
+        display.note(f"{what}; data.format: chat renders them with it")
     if counts.truncated:
-        message = pluralize(counts.truncated, "was", "were")
-        display.note(f"of {pluralize(counts.rows, 'row')} {message} cut to {job.max_length} tokens")
+        subject = pluralize(counts.truncated, "was", "were")
+        display.note(f"of {pluralize(counts.rows, 'row')} {subject} cut to {job.max_length} tokens")
     if counts.dropped:
-        message = pluralize(counts.dropped, "row was dropped", "rows were dropped")
-        display.note(f"{message}, with nothing left to learn", warning=True)
+        subject = pluralize(counts.dropped, "row was dropped", "rows were dropped")
+        display.note(f"{subject}, with nothing left to learn", warning=True)
     if report.duplicates:
-        message = pluralize(report.duplicates, "training row repeats", "training rows repeat")
-        display.note(f"{message} an earlier one")
+        subject = pluralize(report.duplicates, "training row repeats", "training rows repeat")
+        display.note(f"{subject} an earlier one")
     if report.validation_in_train:
-        message = pluralize(report.validation_in_train, "validation row is", "validation rows are")
-        display.note(f"{message} in the training rows too: their loss measures what was memorized", warning=True)
+        subject = pluralize(report.validation_in_train, "validation row is", "validation rows are")
+        display.note(f"{subject} in the training rows too: their loss measures what was memorized", warning=True)
     if report.ends_masked:
-        message = f"in {pluralize(report.ends_masked, 'whole row')} the end of the last answer"
-        display.note(f"{message} is not supervised: the model does not learn to stop there", warning=True)
+        subject = f"in {pluralize(report.ends_masked, 'whole row')} the end of the last answer"
+        display.note(f"{subject} is not supervised: the model does not learn to stop there", warning=True)
     if report.empty_answers:
-        message = pluralize(report.empty_answers, "training row has", "training rows have")
-        display.note(f"{message} an empty answer: the model learns to answer nothing", warning=True)
+        subject = pluralize(report.empty_answers, "training row has", "training rows have")
+        display.note(f"{subject} an empty answer: the model learns to answer nothing", warning=True)
     if report.bos_removed:
-        message = pluralize(
+        subject = pluralize(
             report.bos_removed, "row begins with a BOS of its own", "rows begin with a BOS of their own"
         )
-        display.note(f"{message}: the one that the tokenizer adds was left out", warning=True)
+        display.note(f"{subject}: the one that the tokenizer adds was left out", warning=True)
     if report.bos_doubled:
-        message = pluralize(report.bos_doubled, "row begins", "rows begin")
-        display.note(f"{message} with two BOS: the text or the chat template writes one too many", warning=True)
+        subject = pluralize(report.bos_doubled, "row begins", "rows begin")
+        display.note(f"{subject} with two BOS: the text or the chat template writes one too many", warning=True)
     if job.unused_columns:
         more = f" and {len(job.unused_columns) - 5:,} more" if len(job.unused_columns) > 5 else ""
         display.note(str(Fault(f"columns not used: {', '.join(job.unused_columns[:5])}{more}")))

@@ -67,7 +67,7 @@ def needs_streaming(job: Prepared, processes: int, sharded: bool, device: torch.
 def why_not_streamable(job: Prepared, recipe: Recipe, processes: int) -> str:
     """Return why this recipe's base cannot be streamed (``training.stream_base``); empty when it can."""
     if processes > 1 or recipe.training.fsdp or recipe.training.deepspeed is not None:
-        return "it goes with one process; training.fsdp shards the base over several"
+        return "it needs a single process; training.fsdp shards the base over several"
     in_8_bits = recipe.quantization is not None and recipe.quantization.method == "int8"
     if in_8_bits or has_unsupported_quantization(job.base):
         return "of quantized bases, only those in bitsandbytes' 4 bits can be streamed"

@@ -87,7 +87,8 @@ def check_in_model(folder: Path, base: Path, other_kinds: bool) -> None:
 
 
 def _misfit_hint(config: Mapping[str, Any]) -> str:
-    """Where the adapter is for another model than its base makes here, or of a kind with other tensors: that."""
+    """Return why the adapter probably does not fit: it was trained for another task or is of an unsupported kind; else
+    MISFIT."""
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         return f"the adapter was trained for another task than generating text (task_type: {config['task_type']})"
     for key in ("use_bdlora", "monteclora_config"):
