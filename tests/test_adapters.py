@@ -121,7 +121,7 @@ def test_kinds_ranks_and_what_cannot_be_read(tiny_llama: Path, tmp_path: Path, l
     beside = ["embed_tokens.trainable_tokens_delta", "lm_head"]
     assert [entry["whole"] for entry in result["adapters"]] == [[], [], beside, []]
     text = re.sub(" +", " ", done(lora("adapters", "show", tmp_path / "b2")).stdout)
-    assert f"beside LoRA: {', '.join(beside)}" in text
+    assert f"besides LoRA: {', '.join(beside)}" in text
     assert (plain["kind"], plain["ranks"]) == ("LORA rsLoRA", [R, 7])
     assert embedding["targets"] == ["embed_tokens", "v_proj"]
     assert (other["kind"], other["ranks"], other["targets"]) == ("IA3", [], ["k_proj"])

@@ -121,9 +121,8 @@ def test_activations_are_recomputed_where_nothing_else_fits(
 
 
 def test_the_process_with_the_least_room_decides(write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "lora_cli.training.batch_size.all_reduce_max", lambda own, _: max(own, -2)
-    )  # another process found 2
+    # Another process found 2.
+    monkeypatch.setattr("lora_cli.training.batch_size.all_reduce_max", lambda own, _: max(own, -2))
     told = done(lora("train", write_recipe(auto(6, max_steps=1)))).stderr
     assert "auto -> 2, gradient_accumulation_steps: 3, a step of 6 rows" in " ".join(told.split())
 

@@ -41,7 +41,7 @@ def facts(result: dict[str, Any]) -> dict[str, str]:
         "adapter": result["path"],
         "kind": result["kind"],
         "alpha": f"{config['lora_alpha']:g}{pattern}" if isinstance(config.get("lora_alpha"), int | float) else None,
-        "beside LoRA": ", ".join(result["whole"]),
+        "besides LoRA": ", ".join(result["whole"]),
         "size": f"{result['parameters']:,} parameters, {result['bytes'] / 1e6:,.1f} MB",
         "base": f"{result['base']} ({result['base_state']})" if result["base"] else None,
         "base fingerprint": nested_value(record, "base", "fingerprint"),

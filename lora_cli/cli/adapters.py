@@ -182,8 +182,8 @@ def diff_command(
     )
     for folder, names in ((first, result.only_first), (second, result.only_second)):
         if names:
-            message = pluralize(len(names), "layer is", "layers are")
-            typer.echo(f"{message} in {folder} only: {', '.join(names[:3])}{' ...' * (len(names) > 3)}")
+            subject = pluralize(len(names), "layer is", "layers are")
+            typer.echo(f"{subject} in {folder} only: {', '.join(names[:3])}{' ...' * (len(names) > 3)}")
 
 
 @app.command("extract", cls=Once)
@@ -224,11 +224,9 @@ def extract_command(
     if not quiet:
         print_table(["layer", "r", "energy kept"], [[x.name, str(x.rank), f"{x.energy:.2%}"] for x in result.layers])
     if result.left_out:
-        message = pluralize(len(result.left_out), "other tensor differs", "other tensors differ")
-        message += " and cannot go into the adapter"
-        typer.echo(
-            f"warning: {message}: {', '.join(result.left_out[:5])}{' ...' * (len(result.left_out) > 5)}", err=True
-        )
+        subject = pluralize(len(result.left_out), "other tensor differs", "other tensors differ")
+        what = f"{subject} and cannot go into the adapter"
+        typer.echo(f"warning: {what}: {', '.join(result.left_out[:5])}{' ...' * (len(result.left_out) > 5)}", err=True)
     ranks = rank_range(tuple(each.rank for each in result.layers))
     typer.echo(f"{out}: {pluralize(len(result.layers), 'layer')} of rank {ranks}, {result.bytes / 1e6:,.1f} MB")
 

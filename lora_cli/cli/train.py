@@ -72,8 +72,8 @@ def _summarize(run: str, result: dict[str, Any]) -> None:
     loss = "" if result["loss"] is None else f", last loss {result['loss']:.4f}"
     typer.echo(f"{format_steps(result)}{loss}")
     if result["skipped_steps"]:
-        message = pluralize(result["skipped_steps"], "step was", "steps were")
-        typer.echo(f"{message} skipped: loss or gradient was not finite")
+        subject = pluralize(result["skipped_steps"], "step was", "steps were")
+        typer.echo(f"{subject} skipped: loss or gradient was not finite")
     if result["adapter_step"] != result["steps"]:
         typer.echo(f"the adapter has the weights of step {result['adapter_step']:,}, the best")
     base, tuned = result["base"], result["validation"]

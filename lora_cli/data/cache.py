@@ -155,8 +155,8 @@ def _read(cache: Path, key: str) -> Tokenized | None:
     found = _mapped(cache / f"{key}.safetensors")
     if found is None:
         return None
-    mapping, arrays, words = found
-    checksum, _, about = words.partition(" ")
+    mapping, arrays, about_text = found
+    checksum, _, about = about_text.partition(" ")
     store = Store(arrays["ids"], arrays["supervised"], (mapping,))
     if checksum != _checksum(key, about, arrays, store):
         return None
@@ -169,7 +169,7 @@ def _mapped(path: Path) -> tuple[mmap.mmap, dict[str, Any], str] | None:
     """A file's memory mapping, its arrays and its header's text; None when it is unreadable or not a cached file."""
     try:
         with safe_open(path, framework="np") as file:  # checks length and layout
-            words = (file.metadata() or {}).get("about", "")
+            about_text = (file.metadata() or {}).get("about", "")
         with path.open("rb") as opened:
             size = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(size))
@@ -182,7 +182,7 @@ def _mapped(path: Path) -> tuple[mmap.mmap, dict[str, Any], str] | None:
             return None
         start, end = header[name]["data_offsets"]
         arrays[name] = np.frombuffer(mapping, dtype, (end - start) // np.dtype(dtype).itemsize, 8 + size + start)
-    return mapping, arrays, words
+    return mapping, arrays, about_text
 
 
 def _write(cache: Path, part: Cached) -> Path:
@@ -194,8 +194,8 @@ def _write(cache: Path, part: Cached) -> Path:
     target = cache / f"{part.key}.safetensors"
     try:
         make_folder(cache)
-        words = f"{_checksum(part.key, about, arrays, examples.store)} {about}"
-        _save(draft, words, arrays, examples.store)
+        about_text = f"{_checksum(part.key, about, arrays, examples.store)} {about}"
+        _save(draft, about_text, arrays, examples.store)
         sync(draft)
         draft.replace(target)
         sync(cache)
@@ -207,9 +207,9 @@ def _write(cache: Path, part: Cached) -> Path:
     return target
 
 
-def _save(path: Path, words: str, arrays: dict[str, Any], store: Store) -> None:
+def _save(path: Path, about_text: str, arrays: dict[str, Any], store: Store) -> None:
     """Write the arrays in the order of ARRAYS, piece by piece; safetensors would copy them all into memory."""
-    header: dict[str, Any] = {"__metadata__": {"about": words}}
+    header: dict[str, Any] = {"__metadata__": {"about": about_text}}
     at = 0
     for name, dtype in ARRAYS.items():
         size = arrays[name].nbytes

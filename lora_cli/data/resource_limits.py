@@ -26,9 +26,8 @@ def resource_limits() -> Iterator[None]:
     former = signal.signal(signal.SIGVTALRM, _stop)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (most if soft == resource.RLIM_INFINITY else min(soft, most), hard))
-        signal.setitimer(
-            signal.ITIMER_VIRTUAL, MAX_CPU_SECONDS, MAX_CPU_SECONDS
-        )  # repeats, because Jinja swallows the first error
+        # The timer repeats, because Jinja swallows the first error.
+        signal.setitimer(signal.ITIMER_VIRTUAL, MAX_CPU_SECONDS, MAX_CPU_SECONDS)
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)

@@ -21,7 +21,7 @@ ROLES = ("system", "user", "assistant", "tool")
 REASONING = ("reasoning_content", "thinking")
 """Keys of an assistant's turn with its reasoning, as the templates of Qwen3 and gpt-oss take it."""
 READ = ("tool_calls", *REASONING)
-"""Keys of an assistant's turn that are read beside its text."""
+"""Keys of an assistant's turn that are read besides its text."""
 BEYOND_TEXT = ("function_call", "reasoning", *READ)
 """Keys of a turn with content beyond its text."""
 WEIGHTS = ("weight", "train", "training")

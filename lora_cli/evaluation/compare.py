@@ -75,6 +75,6 @@ def compare(
         is_quantized = getattr(model.config, "quantization_config", None) is not None
         return Comparison(score(model, "the quantized model" if is_quantized else "the model"), None)
     # Score the base before PEFT gives it the adapter's biases, PiSSA's residual or new tokens, which rows may hold.
-    has_words = highest_id(examples) < model.config.get_text_config().vocab_size
-    alone = score(model, "the base") if has_words else None
+    in_vocabulary = highest_id(examples) < model.config.get_text_config().vocab_size
+    alone = score(model, "the base") if in_vocabulary else None
     return Comparison(score(load_adapter(model, adapter), "the base with its adapter"), alone)

@@ -55,7 +55,7 @@ def enable_packing(model: PreTrainedModel | PeftModel, device: torch.device, att
 def _logits(model: PreTrainedModel | PeftModel, row: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """The logits of ``row`` and ``after`` as one row. ``after`` cannot change ``row``'s logits, but gives the products
     the shape of two packed rows: for another shape, a GPU may choose a kernel that rounds differently."""
-    with evaluating(model), _expanded_from_8_bits(model):
+    with evaluating(model), _dequantized_8_bit_layers(model):
         logits: torch.Tensor = model(input_ids=torch.cat((row, after))[None], use_cache=False).logits[0]
     return logits
 
@@ -68,7 +68,7 @@ def _packed_logits(model: PreTrainedModel | PeftModel, rows: tuple[torch.Tensor,
     starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
     nothing = torch.empty(0, dtype=torch.long, device=device)
     batch = Batch(ids[None], places[None], None, starts, max(lengths), nothing, nothing, nothing)
-    with evaluating(model), _expanded_from_8_bits(model):
+    with evaluating(model), _dequantized_8_bit_layers(model):
         try:
             logits: torch.Tensor = model(
                 input_ids=batch.input_ids, use_cache=False, **row_boundary_arguments(batch)
@@ -81,7 +81,7 @@ def _packed_logits(model: PreTrainedModel | PeftModel, rows: tuple[torch.Tensor,
 
 
 @contextmanager
-def _expanded_from_8_bits(model: torch.nn.Module) -> Iterator[None]:
+def _dequantized_8_bit_layers(model: torch.nn.Module) -> Iterator[None]:
     """A context in which 8-bit layers multiply by their dequantized weights. LLM.int8() (arXiv:2208.07339) itself mixes
     the rows of any batch, packed or padded: a feature with an outlier in one row is computed in 16 bits for all."""
     layers = (module for module in model.modules() if is_8_bit(module))

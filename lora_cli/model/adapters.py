@@ -76,8 +76,8 @@ def resize_embeddings(base: PreTrainedModel, folder: Path) -> None:
         own = [f"{name}{part}.weight" for name in names for part in ("", ".base_layer", ".token_adapter.base_layer")]
         found = next((name for name in own if name in stored.keys()), None)  # noqa: SIM118 (safe_open is not a mapping)
         size = None if found is None else stored.get_slice(found).get_shape()[0]
-    words = cast("torch.Tensor", ends[0].weight).shape[0]
-    if size not in (None, words):  # resizing to the present size would tie weights that are stored separately
+    vocab_size = cast("torch.Tensor", ends[0].weight).shape[0]
+    if size not in (None, vocab_size):  # resizing to the present size would tie weights that are stored separately
         base.resize_token_embeddings(size, mean_resizing=False)
 
 

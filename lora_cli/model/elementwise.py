@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rms_norm_and_inverse(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return y = w x / sqrt(mean(x^2) + eps) (RMSNorm, arXiv:1910.07467, equation 4) and the inverse root, (n, 1).
 
     x (n, width), w (width). Computed in float32 and rounded to x's dtype before the product with w, as in Llama.
@@ -38,7 +38,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.T
 
 
 def rms_norm_backward(x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """The gradient of the loss w.r.t. ``rms_norm``'s x, from ``grad`` w.r.t. its y.
+    """The gradient of the loss w.r.t. ``rms_norm_and_inverse``'s x, from ``grad`` w.r.t. its y.
 
     Uses layer norm's kernel with a mean of 0. The kernel subtracts inverse * mean(w grad), the gradient through layer
     norm's mean; this term is added back.
@@ -52,11 +52,12 @@ def rms_norm_backward(x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tens
     return (centred + means.to(dtype)).to(x.dtype)
 
 
-RMS_NORM = Formula(rms_norm, rms_norm_backward)
+RMS_NORM = Formula(rms_norm_and_inverse, rms_norm_backward)
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """``rms_norm`` of x (…, width) with a frozen w. Returns y (n, width), no view, which can be modified in place."""
+    """y of ``rms_norm_and_inverse`` for x (…, width) and a frozen w: (n, width), no view, which can be modified in
+    place."""
 
     @staticmethod
     def forward(

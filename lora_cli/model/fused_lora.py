@@ -41,13 +41,13 @@ def fused_lora_forward(
     parts = [part for layer in layers if (part := _part(layer, dtype)) is not None]
     if len(parts) < len(layers):
         return None
-    kinds = tuple(kind for kind, _ in parts)
+    specs = tuple(spec for spec, _ in parts)
     tensors = (tensor for _, its in parts for tensor in its)
     places = x.shape[:-1]
     rows, gates = (None if each is None else each.to(dtype).reshape(-1, each.shape[-1]) for each in (x, gate))
     source = norm_inputs_of(x) if gate is None and x.dtype == dtype else None
     with torch.autocast(device, enabled=False):
-        results = LoraProducts.apply(rows, gates, source, kinds, *tensors)  # type: ignore[no-untyped-call]
+        results = LoraProducts.apply(rows, gates, source, specs, *tensors)  # type: ignore[no-untyped-call]
     # Outside the function: views that an autograd function returns cannot be modified in place, as some models do.
     return tuple(y.view(*places, y.shape[1]) for y in results)
 

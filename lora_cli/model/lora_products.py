@@ -46,7 +46,7 @@ class LoraProducts(torch.autograd.Function):
         x: torch.Tensor,
         gate: torch.Tensor | None,
         source: NormInputs | None,
-        kinds: tuple[LayerSpec, ...],
+        specs: tuple[LayerSpec, ...],
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         weights, biases, a, b = (tensors[number::4] for number in range(4))
@@ -55,15 +55,15 @@ class LoraProducts(torch.autograd.Function):
         down = rows @ a_low.T
         lows = torch.split(down, [len(each) for each in a], dim=1)
         ys = tuple(
-            _both_products(rows, _expanded(weight, kind, x.dtype).T, low, narrow.T, kind.scaling, bias)
-            for weight, kind, low, narrow, bias in zip(weights, kinds, lows, b_low, biases, strict=True)
+            _both_products(rows, _dequantized(weight, spec, x.dtype).T, low, narrow.T, spec.scaling, bias)
+            for weight, spec, low, narrow, bias in zip(weights, specs, lows, b_low, biases, strict=True)
         )
-        scales = [None if kind.state is None else kind.state.absmax for kind in kinds]
+        scales = [None if spec.state is None else spec.state.absmax for spec in specs]
         kept = x if gate is not None else rows if source is None and down.numel() else None
         origin = (None, None) if source is None else (source.x, source.weight)
         ctx.save_for_backward(kept, gate, *origin, down, a_low, *b_low, *weights, *scales)
         ctx.eps = None if source is None else source.eps
-        ctx.kinds, ctx.dtypes = [_with(kind, None) for kind in kinds], [each.dtype for each in (*a, *b)]
+        ctx.specs, ctx.dtypes = [_with(spec, None) for spec in specs], [each.dtype for each in (*a, *b)]
         return ys
 
     @staticmethod
@@ -72,8 +72,8 @@ class LoraProducts(torch.autograd.Function):
         count = len(grads)
         b_low, weights, scales = others[:count], others[count : 2 * count], others[2 * count :]
         ranks = [b.shape[1] for b in b_low]
-        kinds = [_with(kind, each) for kind, each in zip(ctx.kinds, scales, strict=True)]
-        up = _joined([_product(g, b, kind.scaling) for g, b, kind in zip(grads, b_low, kinds, strict=True)], dim=1)
+        specs = [_with(spec, each) for spec, each in zip(ctx.specs, scales, strict=True)]
+        up = _joined([_product(g, b, spec.scaling) for g, b, spec in zip(grads, b_low, specs, strict=True)], dim=1)
         adapters: list[torch.Tensor | None] = [None] * (2 * count)
         if up.numel():
             if ctx.eps is not None:
@@ -81,15 +81,15 @@ class LoraProducts(torch.autograd.Function):
             rows = x if gate is None else swiglu(gate, x)
             grads_a = torch.split(up.T @ rows, ranks)
             del rows
-            lows = zip(torch.split(down, ranks, dim=1), grads, kinds, strict=True)
-            grads_b = [_product(low.T, g, kind.scaling).T for low, g, kind in lows]  # three times as fast as g.T @ low
+            lows = zip(torch.split(down, ranks, dim=1), grads, specs, strict=True)
+            grads_b = [_product(low.T, g, spec.scaling).T for low, g, spec in lows]  # three times as fast as g.T @ low
             adapters = [
                 each.to(dtype, memory_format=torch.contiguous_format)
                 for each, dtype in zip((*grads_a, *grads_b), ctx.dtypes, strict=True)
             ]
         grad_x = grad_gate = None
         if any(ctx.needs_input_grad[:2]):
-            large = ((g, _expanded(w, kind, g.dtype)) for g, w, kind in zip(grads, weights, kinds, strict=True))
+            large = ((g, _dequantized(w, spec, g.dtype)) for g, w, spec in zip(grads, weights, specs, strict=True))
             grad_x = _sum_of_products(large, (up, a_low))
             if gate is not None:
                 grad_gate, grad_x = swiglu_backward(gate, x, grad_x)
@@ -141,17 +141,17 @@ def _sum_of_products(
     return total
 
 
-def _with(kind: LayerSpec, scales: torch.Tensor | None) -> LayerSpec:
-    """``kind`` with these scales in its state; between the passes with None, so that checkpointing can free them."""
-    if kind.state is None:
-        return kind
-    state = copy.copy(kind.state)
+def _with(spec: LayerSpec, scales: torch.Tensor | None) -> LayerSpec:
+    """``spec`` with these scales in its state; between the passes with None, so that checkpointing can free them."""
+    if spec.state is None:
+        return spec
+    state = copy.copy(spec.state)
     state.absmax = scales
-    return replace(kind, state=state)
+    return replace(spec, state=state)
 
 
-def _expanded(weight: torch.Tensor, kind: LayerSpec, dtype: torch.dtype) -> torch.Tensor:
+def _dequantized(weight: torch.Tensor, spec: LayerSpec, dtype: torch.dtype) -> torch.Tensor:
     """The weight, dequantized if it is 4-bit, as (out, in) in ``dtype``."""
-    if kind.state is not None:
-        weight = dequantize(weight, kind.state)
-    return (weight.T if kind.transposed else weight).to(dtype)
+    if spec.state is not None:
+        weight = dequantize(weight, spec.state)
+    return (weight.T if spec.transposed else weight).to(dtype)

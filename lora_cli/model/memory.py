@@ -43,7 +43,7 @@ def activation_bytes(
     whole_logits: bool = False,
     kept: float | None = None,
 ) -> int:
-    """Bytes that one micro-batch needs beside weights and adapter, at the peak of its backward pass.
+    """Bytes that one micro-batch needs besides weights and adapter, at the peak of its backward pass.
 
     All layers together keep ``kept`` bytes per token. If None, this is estimated as in Korthikanti et al. 2022
     (arXiv:2205.05198, section 4.1), without the attention matrices, which fused attention never stores. A frozen layer

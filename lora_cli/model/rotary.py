@@ -170,7 +170,7 @@ def _agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     return alike and torch.allclose(found, wanted, atol=1e-6 * float(wanted.abs().max()))
 
 
-def _note(
+def _record_arguments(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -182,4 +182,4 @@ def _note(
     return query.transpose(1, 2), None
 
 
-AttentionInterface.register(RECORDING, _note)
+AttentionInterface.register(RECORDING, _record_arguments)

@@ -29,9 +29,9 @@ def swiglu(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def swiglu_backward(gate: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients w.r.t. ``gate`` and ``x``, given ``grad`` w.r.t. ``swiglu``'s result. May overwrite the inputs."""
     if gate.is_cuda and HAS_LIGER:
-        from liger_kernel.ops.swiglu import swiglu_backward
+        from liger_kernel.ops.swiglu import swiglu_backward as liger_backward
 
-        return cast("tuple[torch.Tensor, torch.Tensor]", swiglu_backward(gate, x, grad.contiguous()))
+        return cast("tuple[torch.Tensor, torch.Tensor]", liger_backward(gate, x, grad.contiguous()))
     return torch.ops.aten.silu_backward(grad * x, gate), silu(gate) * grad
 
 

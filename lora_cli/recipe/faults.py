@@ -18,7 +18,7 @@ from lora_cli.recipe.explain import (
     required_at,
     schema_at,
 )
-from lora_cli.recipe.peers import EQUIVALENTS, PEERS_KEYS, UNSUPPORTED, peers_hint
+from lora_cli.recipe.peers import EQUIVALENTS, PEERS_KEYS, WITHOUT_KEY, peers_hint
 from lora_cli.recipe.yaml12 import BROKEN, Broken, Faults, Node, Scalar, plain_scalar, quoted
 
 KeyPath = tuple[str | int, ...]
@@ -104,7 +104,7 @@ def _unknown_key_hint(path: KeyPath, value: object) -> str:
         return "base is written in the recipe's file"
     name = str(key)
     homes = [home for home in dotted_keys() if home.partition(".")[2] == name]
-    if homes and not (name in UNSUPPORTED and isinstance(value, str)):  # template: llama3 is not our data.template
+    if homes and not (name in WITHOUT_KEY and isinstance(value, str)):  # template: llama3 is not our data.template
         return f"{name} belongs in {' or '.join(home.partition('.')[0] for home in homes)}: write {' or '.join(homes)}"
     if hint := peers_hint(str(path[0]), name, value):
         return hint

@@ -149,7 +149,7 @@ EQUIVALENTS = {
 }
 """Another tool's key, with or without a section, or our key with another tool's value → our key or value."""
 
-UNSUPPORTED = {
+WITHOUT_KEY = {
     name: f"leave it out: {why}"
     for why, names in (
         (
@@ -251,7 +251,7 @@ UNSUPPORTED = {
 }
 """Another tool's key, with or without a section, that has no counterpart in a recipe → a hint that says why."""
 
-PEERS_KEYS = [name for name in (*EQUIVALENTS, *UNSUPPORTED) if name.isidentifier()]
+PEERS_KEYS = [name for name in (*EQUIVALENTS, *WITHOUT_KEY) if name.isidentifier()]
 """The entries above that are keys alone, without a section or value."""
 
 
@@ -259,6 +259,6 @@ def peers_hint(section: str, name: str, value: object = True) -> str | None:
     """Return a hint for another tool's key ``name`` in a section, or None when the key is unknown."""
     own = EQUIVALENTS.get(f"{section}.{name}") or EQUIVALENTS.get(name)
     if own is None:
-        return UNSUPPORTED.get(f"{section}.{name}") or UNSUPPORTED.get(name)
+        return WITHOUT_KEY.get(f"{section}.{name}") or WITHOUT_KEY.get(name)
     left_out = value in (False, None) and ": " in own
     return f"leave it out: true is {own} here" if left_out else f"here it is {own}"

@@ -140,7 +140,7 @@ class Data(Section):
         "messages or conversations (a list or its JSON text), prompt and completion as text or lists of turns, of "
         "which only the completion's are learned, or alpaca's columns, input on the line below instruction; a turn "
         "with weight: 0 or train: 0 is not learned; an assistant's tool_calls and reasoning_content (or thinking) are "
-        "read, and beside the turns the columns system (text) and tools (a list of JSON schemas or its JSON text); "
+        "read, and besides the turns the columns system (text) and tools (a list of JSON schemas or its JSON text); "
         "all is written by the tokenizer's chat template, which must support what the rows use. template: by "
         "data.template. auto: by the columns of each source's first row; if several formats fit, the one that uses "
         "most of data.columns.",

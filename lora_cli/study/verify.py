@@ -214,13 +214,13 @@ def _adapted(base: Any, origins: Sequence[AdapterOrigin]) -> Any:
 def _base(origins: Sequence[AdapterOrigin], quantization: Quantization | None, expanded: Quantization | None) -> Any:
     """Load the base: quantized, or quantized as ``expanded`` and dequantized again, or unquantized."""
     from lora_cli.weights.merge import training_dtype
-    from lora_cli.weights.quantized_layers import expand_quantized
+    from lora_cli.weights.quantized_layers import dequantize_quantized
     from lora_cli.weights.shards import read_headers, weight_files
 
     seen = training_dtype(origins[0], read_headers(weight_files(origins[0].base)))
     base = _load(origins[0].base, quantization, seen if quantization else None)
     if expanded is not None:
-        expand_quantized(base, expanded, seen)
+        dequantize_quantized(base, expanded, seen)
     return base
 
 

@@ -75,9 +75,9 @@ def resolve_batch_size(
     count, checkpointing = found or (1, ways[-1])
     count = -all_reduce_max(-count, accelerator)
     checkpointing = bool(all_reduce_max(int(checkpointing), accelerator))
-    message = f"training.per_device_train_batch_size: auto -> {count}, gradient_accumulation_steps: {rows // count}"
+    decision = f"training.per_device_train_batch_size: auto -> {count}, gradient_accumulation_steps: {rows // count}"
     recomputing = ", activations recomputed" if checkpointing else ""
-    display.note(f"{message}{recomputing}, a step of {rows} rows a process ({why})", warning=found is None)
+    display.note(f"{decision}{recomputing}, a step of {rows} rows a process ({why})", warning=found is None)
     found_out = {"training.gradient_checkpointing": checkpointing} if wanted == "auto" and not streams else {}
     return with_changes(with_batch_size(recipe, count), found_out)
 

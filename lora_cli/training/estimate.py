@@ -41,9 +41,9 @@ def estimate(job: Prepared, recipe: Recipe) -> MemoryEstimate:
     """Estimate the memory for a run of ``recipe`` from shapes alone; ``job`` has those of the base and the rows."""
     bare = meta_model(job.config)
     dtype = resolve_dtype(recipe.model.dtype, best_device())
-    linear, parameters = _numbers(bare)
+    linear, parameters = _parameter_counts(bare)
     if recipe.training.stream_base is True:  # one layer is in memory at a time
-        layers = [_numbers(bare, layer) for layer in checkpointed_layers(bare)]
+        layers = [_parameter_counts(bare, layer) for layer in checkpointed_layers(bare)]
         largest = max(layers, key=lambda numbers: numbers[1])
         linear += largest[0] - sum(numbers[0] for numbers in layers)
         parameters += largest[1] - sum(numbers[1] for numbers in layers)
@@ -78,7 +78,7 @@ def _bits(folder: Path, bare: PreTrainedModel, recipe: Recipe, dtype: torch.dtyp
     return 8 * stored / sum(each.in_features * each.out_features for each in layers.values())
 
 
-def _numbers(bare: PreTrainedModel, within: str = "") -> tuple[int, int]:
+def _parameter_counts(bare: PreTrainedModel, within: str = "") -> tuple[int, int]:
     """Count the parameters of a model, or of its submodule ``within``: in weights of linear layers, and in all."""
     linear = linear_layers(bare).items()
     inside = (each for name, each in linear if f"{name}.".startswith(f"{within}." if within else ""))

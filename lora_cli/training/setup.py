@@ -150,8 +150,8 @@ def choose_packing(job: Prepared, base: PreTrainedModel, display: Display) -> bo
         return False
     packing = enable_packing(base, base.device, job.recipe.model.attn_implementation)
     if not packing:
-        message = "rows of similar length are padded instead"
-        display.note(f"data.packing: this architecture does not support packed rows; {message}", warning=True)
+        what = "this architecture does not support packed rows; rows of similar length are padded instead"
+        display.note(f"data.packing: {what}", warning=True)
     return packing
 
 

@@ -60,8 +60,8 @@ def needs_streaming(job: Prepared, processes: int, sharded: bool, device: torch.
     needed, free = estimate(job, with_resolved_batch(recipe)).weights, free_bytes(device)
     if needed <= 0.8 * free:
         return False, ""
-    message = f"the base needs about {format_bytes(needed)}, and {device.type} has {format_bytes(free)} free"
-    return not why_not, f"{message}; {why_not}" if why_not else message
+    need = f"the base needs about {format_bytes(needed)}, and {device.type} has {format_bytes(free)} free"
+    return not why_not, f"{need}; {why_not}" if why_not else need
 
 
 def why_not_streamable(job: Prepared, recipe: Recipe, processes: int) -> str:

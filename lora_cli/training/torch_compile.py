@@ -39,21 +39,21 @@ def compile_elementwise(
     saved = SAVED * numbers / torch.get_num_threads()
     if wanted is False or (wanted == "auto" and saved < 2 * COST):
         return
-    message = f"training.torch_compile: {str(wanted).lower()}"
+    setting = f"training.torch_compile: {str(wanted).lower()}"
     if not saved:
         why = "there are no fused RMS norms or SiLU gates" if device.type == "cpu" else "it is for CPUs"
-        display.note(f"{message} -> false: {why}", warning=True)
+        display.note(f"{setting} -> false: {why}", warning=True)
         return
     saves = f"saves about {saved:.0f} s of this run"
     if not has_compiler():
-        display.note(f"{message} -> false: there is no C++ compiler; one {saves}", warning=True)
+        display.note(f"{setting} -> false: there is no C++ compiler; one {saves}", warning=True)
         return
-    display.note(f"{message}: compiling norms and gates, which {saves}")
+    display.note(f"{setting}: compiling norms and gates, which {saves}")
     try:
         compile_formulas(model, dtype)
     except Exception as error:  # of any kind: the run continues without it
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        display.note(f"{message} -> false: it failed: {first}", warning=True)
+        display.note(f"{setting} -> false: it failed: {first}", warning=True)
 
 
 def check_compiler(recipe: Recipe) -> None:

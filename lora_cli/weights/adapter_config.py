@@ -28,7 +28,7 @@ UNMERGEABLE = {
 """Configuration keys of LoRA variants whose update is not a fixed product of two factors, and what each does."""
 KEPT_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Values of ``init_lora_weights`` that leave the base's weights unchanged."""
-BASE_CHANGING_INITS = ("pissa", "olora")
+REPEATABLE_INITS = ("pissa", "olora")
 """Values that change the base's weights; PEFT repeats the change when it loads such an adapter."""
 CONVERT = (
     "save it as plain LoRA where it was trained: PEFT's save_pretrained(..., "
@@ -74,7 +74,7 @@ def check_init(folder: Path, base: Path | None = None) -> None:
     cannot repeat PiSSA's on a quantized ``base``."""
     config = read_adapter_config(folder)
     is_possible = _start(config) != "pissa" or base is None or stored_quantization(base) is None
-    if config["peft_type"] == "LORA" and not keeps_base(config) and not (modifies_base(config) and is_possible):
+    if config["peft_type"] == "LORA" and not keeps_base(config) and not (is_repeatable_init(config) and is_possible):
         raise changed_base_error(folder, config)
 
 
@@ -91,9 +91,9 @@ def keeps_base(config: Mapping[str, Any]) -> bool:
     return _start(config) in KEPT_BASE
 
 
-def modifies_base(config: Mapping[str, Any]) -> bool:
+def is_repeatable_init(config: Mapping[str, Any]) -> bool:
     """Whether PEFT must subtract a LoRA adapter's initial update from the base before it adds the adapter."""
-    return _start(config) in BASE_CHANGING_INITS
+    return _start(config) in REPEATABLE_INITS
 
 
 def _start(config: Mapping[str, Any]) -> Any:

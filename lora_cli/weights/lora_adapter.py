@@ -20,7 +20,7 @@ from lora_cli.weights.adapter_config import (
     PEFT_PREFIX,
     changed_base_error,
     check_mergeable_lora,
-    modifies_base,
+    is_repeatable_init,
     read_adapter_config,
 )
 from lora_cli.weights.check_adapter import check_adapter, check_given_once
@@ -59,7 +59,7 @@ def read_lora(folder: Path) -> LoraAdapter:
     check_mergeable_lora(folder)
     check_adapter(folder, None)
     config, read = read_adapter_config(folder), adapter_parts(folder)
-    if modifies_base(config):
+    if is_repeatable_init(config):
         raise changed_base_error(folder, config)
     if read is None or config.get("target_parameters"):
         what = "holds updates that are not products of two matrices of one layer"

@@ -116,22 +116,22 @@ def merge(
     stored = dtype or stored_dtype(headers)
     quantization = common_quantization(origins) if into != "original" else None
     seen = training_dtype(origin, headers)
-    sums = merged_tensors(origins, headers, quantization, seen, dtype)
+    tensors = merged_tensors(origins, headers, quantization, seen, dtype)
     if len(origins) > 1:
-        _check_addable(sums, origin.folder)
-    if sums is None and tell is not None:
+        _check_addable(tensors, origin.folder)
+    if tensors is None and tell is not None:
         tell(IN_MEMORY)
     with_tokenizer = tokenizer_folder(origin.base, *(each.folder for each in origins))
     check_tokenizer(with_tokenizer)
-    needed = sum(math.prod(info.shape) for info in (sums.headers if sums else headers).values()) * stored.itemsize
+    needed = sum(math.prod(info.shape) for info in (tensors.headers if tensors else headers).values()) * stored.itemsize
     with atomic_folder(out, needed=needed) as draft:
-        if sums is None:
+        if tensors is None:
             from lora_cli.weights.merge_in_memory import merge_in_memory
 
             modules, unchanged = merge_in_memory(origin, quantization, seen, headers, dtype, draft, max_shard), None
         else:
-            modules, unchanged = sums.changes.layers, _write(sums, draft, max_shard)
-            _write_config(origin.base, draft, dtype, sums.changes)
+            modules, unchanged = tensors.changes.layers, _write(tensors, draft, max_shard)
+            _write_config(origin.base, draft, dtype, tensors.changes)
         copy_tokenizer(with_tokenizer, draft)
         copy_if_there(draft, origin.base / GENERATION, origin.folder / PROVENANCE)
         if check is not None:
@@ -139,7 +139,7 @@ def merge(
     size = sum(file.stat().st_size for file in weight_files(out))
     target = f"the base in {quantization.method}, expanded" if quantization else "the base"
     name = str(stored).removeprefix("torch.")
-    return Merged(out, origin.base_name, modules, target, name, size, unchanged, sums is None)
+    return Merged(out, origin.base_name, modules, target, name, size, unchanged, tensors is None)
 
 
 def merged_tensors(
@@ -182,31 +182,31 @@ def training_dtype(origin: AdapterOrigin, headers: Mapping[str, TensorInfo]) -> 
     return getattr(torch, origin.dtype) if origin.dtype else stored_dtype(headers)
 
 
-def _check_addable(sums: MergedTensors | None, first: Path) -> None:
+def _check_addable(tensors: MergedTensors | None, first: Path) -> None:
     """Raises UserError when several adapters, of which ``first`` is one, do more than add to the base's weights."""
-    if sums is None or sums.changes.replaced or sums.changes.rescaled:
+    if tensors is None or tensors.changes.replaced or tensors.changes.rescaled:
         what = "only plain LoRA adapters can be added up: no DoRA, and no tensors other than LoRA's"
         raise UserError(what, str(first), "merge one, then train the others on the result")
 
 
-def _write(sums: MergedTensors, draft: Path, max_shard: int) -> float:
+def _write(tensors: MergedTensors, draft: Path, max_shard: int) -> float:
     """Write all tensors. Return the share of the updated weights' values that are stored unchanged."""
     same = numbers = before = 0
-    sizes = {name: math.prod(info.shape) for name, info in sums.headers.items()}
+    sizes = {name: math.prod(info.shape) for name, info in tensors.headers.items()}
     most = BOTH * max(sizes.values())
     found: MergedTensor | None = None
     # Compute a tensor while the previous one is written, unless both are large: writing takes as long as summing.
-    with shard_writer(draft, sums.headers, max_shard) as write, ThreadPoolExecutor(1) as writer:
+    with shard_writer(draft, tensors.headers, max_shard) as write, ThreadPoolExecutor(1) as writer:
         written = writer.submit(lambda: None)
         for name, size in sizes.items():
             if before + size > most:
                 written.result()
                 found = None
-            found = sums.read(name)
+            found = tensors.read(name)
             written.result()
             written = writer.submit(write, name, found.tensor)
             before = size
-            if name in sums.changes.products:
+            if name in tensors.changes.products:
                 same += found.unchanged
                 numbers += size
         written.result()

@@ -20,7 +20,7 @@ from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS, read_adapter_config
 from lora_cli.weights.check_adapter import MISFIT
 from lora_cli.weights.provenance import AdapterOrigin
-from lora_cli.weights.quantized_layers import expand_quantized
+from lora_cli.weights.quantized_layers import dequantize_quantized
 from lora_cli.weights.shards import TensorInfo, check_finite, read_headers, stored_dtype
 
 UNMERGED = {"POLY", "XLORA"}
@@ -98,7 +98,7 @@ def merge_in_memory(
     folder = origin.base
     base = load_base(folder, Model(name_or_path=str(folder)), None, torch.device("cpu"), torch.float32)
     if quantization is not None:
-        expand_quantized(base, quantization, seen)
+        dequantize_quantized(base, quantization, seen)
     adapted = _load(base, origin.folder)
     modules = len(adapted.targeted_module_names) + len(adapted.base_model.targeted_parameter_names)  # type: ignore[arg-type]
     try:

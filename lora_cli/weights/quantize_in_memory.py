@@ -63,7 +63,7 @@ def _errors(model: PreTrainedModel, source: StoredModel, sources: Sources, dtype
         if module.source_cls is Conv1D:  # set by Transformers where it replaces a layer
             original = original.T
         size = float(original.norm())
-        error = float((_expand(module).float() - original).norm())
+        error = float((_dequantize(module).float() - original).norm())
         yield layer_error(name, error, size, stored, source.headers[stored])
 
 
@@ -76,7 +76,7 @@ def _check_rest(model: PreTrainedModel, source: StoredModel, sources: Sources) -
             check_finite(parameter.data, name, source.folder)
 
 
-def _expand(module: Linear4bit | Linear8bitLt) -> torch.Tensor:
+def _dequantize(module: Linear4bit | Linear8bitLt) -> torch.Tensor:
     """Dequantize the layer's weight (out, in)."""
     weight: Any = module.weight
     if isinstance(module, Linear4bit):

@@ -30,14 +30,16 @@ def quantize_merged(
     called first if the merge needs it. Raises UserError as both do.
     """
     headers = read_headers(weight_files(origin.base))
-    sums = merged_tensors([origin], headers, common_quantization([origin]), training_dtype(origin, headers), None)
-    if sums is None or not is_streamed(origin.base):
+    tensors = merged_tensors([origin], headers, common_quantization([origin]), training_dtype(origin, headers), None)
+    if tensors is None or not is_streamed(origin.base):
         check_layers(origin.base, quantization, skip)  # before a merge that may take long
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         with draft_folder(out.absolute()) as place:
             merged = place / "merged"
             merge([origin], merged, tell=tell)
             return quantize(stored_model(merged), out, quantization, skip, max_shard, check)
-    read, words, untied = sums.read, sums.changes.vocab_size, bool(sums.changes.untied)
-    source = StoredModel(origin.base, sums.headers, lambda name: read(name).tensor, origin.folder, words, untied)
+    read, vocab_size, untied = tensors.read, tensors.changes.vocab_size, bool(tensors.changes.untied)
+    source = StoredModel(
+        origin.base, tensors.headers, lambda name: read(name).tensor, origin.folder, vocab_size, untied
+    )
     return quantize(source, out, quantization, skip, max_shard, check)

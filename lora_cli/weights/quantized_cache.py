@@ -54,7 +54,7 @@ def cached_name(
 
 def find_cached(cache: Path, name: str) -> Path | None:
     """Return the intact folder of this name in a run's cache or a neighbouring run's, or None when there is none."""
-    return next((folder for folder in _places(cache, name) if _is_whole(folder)), None)
+    return next((folder for folder in _places(cache, name) if _is_intact(folder)), None)
 
 
 def write_cached(
@@ -75,7 +75,7 @@ def write_cached(
         raise RunError(f"{needed:,} bytes are wanted, {free:,} are free", str(folder))
     if unstorable(bare, read_headers(weight_files(base)), layers):
         raise RunError("its layers are stored joined or split, and could not be loaded again quantized", str(base))
-    with _made_anew(folder, needed) as draft:
+    with _replacing(folder, needed) as draft:
         write_quantized(stored_model(base), draft, quantization, dtype, compute_dtype, max_shard=SHARD)
         (draft / SUMS).write_text(json.dumps(_sums(draft)), encoding="utf-8")
 
@@ -84,7 +84,7 @@ def link_cached(found: Path, folder: Path) -> bool:
     """Hard-link a cached base to ``folder``, or copy it where links are not supported. False when neither succeeds, as
     when its files have been removed meanwhile."""
     try:
-        with _made_anew(folder) as draft:
+        with _replacing(folder) as draft:
             for name in (SUMS, *json.loads((found / SUMS).read_text(encoding="utf-8"))):
                 _link_or_copy(found / name, draft / name)
     except RunError:
@@ -100,7 +100,7 @@ def prune_cached(cache: Path, name: str | None) -> None:
 
 
 @contextmanager
-def _made_anew(folder: Path, needed: int | None = None) -> Iterator[Path]:
+def _replacing(folder: Path, needed: int | None = None) -> Iterator[Path]:
     """Remove a damaged ``folder`` and yield a draft of a new one. If another process, perhaps on another machine,
     writes it at the same time, the first to finish wins."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -108,7 +108,7 @@ def _made_anew(folder: Path, needed: int | None = None) -> Iterator[Path]:
         with atomic_folder(folder, needed=needed) as draft:
             yield draft
     except RunError:
-        if not _is_whole(folder):
+        if not _is_intact(folder):
             raise
 
 
@@ -127,7 +127,7 @@ def _places(cache: Path, name: str) -> Iterator[Path]:
                 yield folder
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_intact(folder: Path) -> bool:
     try:
         return bool(json.loads((folder / SUMS).read_text(encoding="utf-8")) == _sums(folder))
     except (OSError, ValueError):

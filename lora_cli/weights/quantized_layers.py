@@ -87,7 +87,7 @@ def layer_error(layer: str, error: float, size: float, stored: str, info: Tensor
     return LayerError(layer, error / size if size else error)
 
 
-def expand_quantized(model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype) -> None:
+def dequantize_quantized(model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype) -> None:
     """Quantize and dequantize, in place, the weights that training held quantized.
 
     ``dtype`` is the type they were quantized from. Transformers itself selects the layers.

@@ -17,7 +17,7 @@ import torch
 
 from lora_cli.errors import UserError
 from lora_cli.model.files import read_config
-from lora_cli.weights.adapter_config import modifies_base, read_adapter_config
+from lora_cli.weights.adapter_config import is_repeatable_init, read_adapter_config
 from lora_cli.weights.check_model import EMBEDDINGS, module_leaf
 from lora_cli.weights.pieces import workers
 from lora_cli.weights.products import MAGNITUDE, Place, Product, adapter_parts, product_of
@@ -96,13 +96,13 @@ def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, Ten
     ``find_origin`` has checked that the adapters' tensors fit the base.
     """
     skeleton = functools.cache(lambda: _skeleton(base))
-    words = read_config(base).get("vocab_size")
+    vocab_size = read_config(base).get("vocab_size")
     try:
         read = [_read_adapter(folder) for folder in adapters]
-        untied = _untied(read, headers, words, skeleton)
+        untied = _untied(read, headers, vocab_size, skeleton)
         headers = {**headers, **untied}
         experts, rest = _find_experts(read, headers, base)
-        taken = _find_taken(rest, headers, untied, words)
+        taken = _find_taken(rest, headers, untied, vocab_size)
         products = _find_products(rest, headers)
     except _NotStreamable:
         return None
@@ -160,9 +160,8 @@ def _skeleton(base: Path) -> PreTrainedModel:
 
 def _read_adapter(folder: Path) -> _Adapter:
     config, parts = read_adapter_config(folder), adapter_parts(folder)
-    if (
-        config["peft_type"] != "LORA" or modifies_base(config) or parts is None
-    ):  # not products to add to the stored base
+    # PEFT would change the base first, or the tensors are not products to add to it.
+    if config["peft_type"] != "LORA" or is_repeatable_init(config) or parts is None:
         raise _NotStreamable
     return _Adapter(folder, config, *parts)
 
@@ -170,14 +169,14 @@ def _read_adapter(folder: Path) -> _Adapter:
 def _untied(
     adapters: Sequence[_Adapter],
     headers: Mapping[str, TensorInfo],
-    words: int | None,
+    vocab_size: int | None,
     skeleton: Callable[[], PreTrainedModel],
 ) -> dict[str, TensorInfo]:
     """Return the embedding and the head of a tied base if a product updates one of them, else nothing: the names under
     which to store them, each with the place of its own stored tensor, or else of the other's."""
     layers = {f"{layer}.weight" for adapter in adapters for layer in adapter.halves}
     saved = {name for adapter in adapters for name in adapter.others}
-    ends = _tied_ends(layers | saved, headers, words, skeleton)
+    ends = _tied_ends(layers | saved, headers, vocab_size, skeleton)
     if layers.isdisjoint(ends):
         if not saved.isdisjoint(ends):
             raise _NotStreamable
@@ -192,14 +191,14 @@ def _untied(
 def _tied_ends(
     names: Iterable[str],
     headers: Mapping[str, TensorInfo],
-    words: int | None,
+    vocab_size: int | None,
     skeleton: Callable[[], PreTrainedModel],
 ) -> tuple[str, ...]:
     """Return the names of the embedding's and the head's weights if these are tied. Empty if their stored values
     differ, whatever the configuration says, or if none of ``names`` could be one of them."""
     stored = {name: stored_name(name, headers) for name in names}
     if not any(
-        module_leaf(name) in EMBEDDINGS or place is None or words in headers[place].shape
+        module_leaf(name) in EMBEDDINGS or place is None or vocab_size in headers[place].shape
         for name, place in stored.items()
     ):
         return ()
@@ -239,14 +238,16 @@ def _find_taken(
     adapters: Sequence[_Adapter],
     headers: Mapping[str, TensorInfo],
     untied: Mapping[str, TensorInfo],
-    words: int | None,
+    vocab_size: int | None,
 ) -> dict[str, Place]:
     """Return the adapters' tensors that replace the base's, by stored name."""
     taken: dict[str, Place] = {}
     for adapter in adapters:
         for name, (own, info) in adapter.others.items():
             stored = stored_name(name, headers)
-            if stored is None or (headers[stored].shape != info.shape and not _has_more_words(name, info, words)):
+            if stored is None or (
+                headers[stored].shape != info.shape and not _has_larger_vocabulary(name, info, vocab_size)
+            ):
                 raise _NotStreamable
             taken[stored] = (own, info)
             if ".base_layer." in own and stored in untied:  # they were tied when it was saved
@@ -266,8 +267,8 @@ def _find_products(adapters: Sequence[_Adapter], headers: Mapping[str, TensorInf
     return products
 
 
-def _has_more_words(name: str, info: TensorInfo, words: int | None) -> bool:
-    return module_leaf(name) in VOCABULARY_MODULES and words is not None and info.shape[0] > words
+def _has_larger_vocabulary(name: str, info: TensorInfo, vocab_size: int | None) -> bool:
+    return module_leaf(name) in VOCABULARY_MODULES and vocab_size is not None and info.shape[0] > vocab_size
 
 
 def _transposed(

@@ -58,7 +58,7 @@ def parse(arguments: list[str]) -> tuple[list[str], Options]:
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model and few steps: tries the bench, measures nothing"
     )
-    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="these contestants beside lora (all)")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="these contestants besides lora (all)")
     parser.add_argument(
         "--lengths",
         type=int,
