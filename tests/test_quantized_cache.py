@@ -15,6 +15,7 @@ from conftest import Run, done, edited_weights
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen3NextConfig
 
+from lora_cli.model.base import has_units_for
 from lora_cli.recipe.schema import Quantization
 from lora_cli.training import setup
 from lora_cli.training.setup import set_up
@@ -201,10 +202,9 @@ def test_every_other_base_or_recipe_has_its_own(quantized: Any, tiny_gpt2: Path,
 
     trained({}, anew=True)
     trained({"adapter.r": 2}, anew=False)
-    for changes in ({"method": "fp4"}, {"double_quant": False}, {"compute_dtype": "bfloat16"}):
-        section = {"method": "nf4", "compute_dtype": "float32"} | changes
-        if "compute_dtype" not in changes:  # a CPU without bfloat16 units computes in float32 anyway
-            trained({"quantization": section}, anew=True)
+    has_units = has_units_for(torch.bfloat16, torch.device("cpu"))  # without them it computes in float32 anyway
+    for changes in ({"method": "fp4"}, {"double_quant": False}, *[{"compute_dtype": "bfloat16"}] * has_units):
+        trained({"quantization": {"method": "nf4", "compute_dtype": "float32"} | changes}, anew=True)
     trained({"model.dtype": "bfloat16"}, anew=True)
     with edited_weights(base) as weights:
         weights["transformer.h.0.ln_1.weight"] += 1
@@ -212,7 +212,7 @@ def test_every_other_base_or_recipe_has_its_own(quantized: Any, tiny_gpt2: Path,
     weights["transformer.wte.weight"][100] += 1
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     trained({"model.dtype": "bfloat16"}, anew=True)
-    assert len(names) == 6
+    assert len(names) == 6 + has_units
     run, _ = quantized("run", own | {"quantization": ...})
     assert not kept_in(run)
 

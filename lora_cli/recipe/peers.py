@@ -228,6 +228,7 @@ WITHOUT_KEY = {
             "include_for_metrics batch_eval_metrics eval_delay eval_on_start",
         ),
         ("a GPU is used if there is one", "device device_map"),
+        ("lora runs no code from a model's folder", "trust_remote_code"),
         ("set CUDA_VISIBLE_DEVICES= (empty) to use the CPU", "use_cpu"),
         (
             "adapter.fused does something similar",
@@ -235,7 +236,7 @@ WITHOUT_KEY = {
         ),
         (
             "nothing here needs it",
-            "do_train do_eval use_peft use_peft_lora strict tf32 bf16_full_eval fp16_full_eval trust_remote_code "
+            "do_train do_eval use_peft use_peft_lora strict tf32 bf16_full_eval fp16_full_eval "
             "logging_strategy plot_loss task_type inference_mode auto_mapping peft_version runtime_config local_rank "
             "gradient_checkpointing_kwargs activation_checkpointing_kwargs use_reentrant use_cache log_level_replica "
             "torch_empty_cache_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level disable_tqdm "
