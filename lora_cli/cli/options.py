@@ -41,11 +41,11 @@ class Overridable(Once):
 
 def _key_hint(option: str) -> str | None:
     """Return a hint for an option with the name of a recipe's key, here or in another tool."""
-    from lora_cli.recipe.explain import dotted_keys
+    from lora_cli.recipe.explain import dotted_keys, keys_named
     from lora_cli.recipe.peers import WITHOUT_KEY, peers_hint
 
     name = option.removeprefix("--").replace("-", "_")
-    key = next((key for key in dotted_keys() if name in (key, key.partition(".")[2])), None)
-    if key is None or name in WITHOUT_KEY:
+    keys = (name,) if name in dotted_keys() else keys_named(name)
+    if not keys or name in WITHOUT_KEY:
         return peers_hint("", name)
-    return f"to set this key of the recipe, write {key}=VALUE"
+    return f"to set this key of the recipe, write {keys[0]}=VALUE"

@@ -136,16 +136,14 @@ def chat(row: Columns) -> Content:
             turns = read_turns(row.value(name), f"{row.row.where}: {row.column(name)}")
             break
     else:
-        is_alpaca = row.column("completion") is None and row.column("instruction") is not None
-        turns = _alpaca_turns(row) if is_alpaca else _prompt_turns(row)
+        if row.column("completion") is None and row.column("instruction") is not None:
+            turns = _alpaca_turns(row)
+        else:
+            turns = (*_side(row, "prompt", "user"), *_side(row, "completion", "assistant"))
     if system and turns[0].role != "system":
         turns = (Message("system", system), *turns)
     tools = read_tools(row.optional("tools"), f"{row.row.where}: {row.column('tools')}")
     return Conversation(turns, tools)
-
-
-def _prompt_turns(row: Columns) -> tuple[Message, ...]:
-    return (*_side(row, "prompt", "user"), *_side(row, "completion", "assistant"))
 
 
 def _alpaca_turns(row: Columns) -> tuple[Message, ...]:

@@ -176,8 +176,12 @@ def _kind_of_path(path: str) -> str:
 
 
 def _hub_place(source: Source, number: int) -> str:
-    part = source.split if source.name is None else f"{source.name}, {source.split}"
-    return f"{source.path}[{part}] (row {number})"
+    return f"{source.path}[{part_of(source)}] (row {number})"
+
+
+def part_of(source: Source) -> str:
+    """The configuration, if one is named, and the split of a hub data set."""
+    return source.split if source.name is None else f"{source.name}, {source.split}"
 
 
 def hub_records(source: Source) -> Iterator[Record]:

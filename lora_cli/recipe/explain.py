@@ -95,6 +95,11 @@ def dotted_keys() -> tuple[str, ...]:
     return tuple(f"{section}.{key}" for section in names_at(()) for key in names_at((section,)))
 
 
+def keys_named(name: str) -> tuple[str, ...]:
+    """The dotted keys of all sections that have this key."""
+    return tuple(key for key in dotted_keys() if key.partition(".")[2] == name)
+
+
 def choices(node: JsonSchema) -> tuple[str, ...]:
     """Return the strings that ``node`` enumerates as valid values, or an empty tuple."""
     found = [choice for option in options(node) for choice in option.get("enum", [option.get("const")])]

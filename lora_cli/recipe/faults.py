@@ -13,6 +13,7 @@ from lora_cli.recipe.explain import (
     choices,
     dotted_keys,
     expected,
+    keys_named,
     names_at,
     options,
     required_at,
@@ -103,7 +104,7 @@ def _unknown_key_hint(path: KeyPath, value: object) -> str:
     if section == [] and key == "base":
         return "base is written in the recipe's file"
     name = str(key)
-    homes = [home for home in dotted_keys() if home.partition(".")[2] == name]
+    homes = keys_named(name)
     if homes and not (name in WITHOUT_KEY and isinstance(value, str)):  # template: llama3 is not our data.template
         return f"{name} belongs in {' or '.join(home.partition('.')[0] for home in homes)}: write {' or '.join(homes)}"
     if hint := peers_hint(str(path[0]), name, value):

@@ -106,10 +106,11 @@ def changed_rows_warning(rows: Rows, record: dict[str, Any]) -> str | None:
 
 def describe(data: Data) -> str:
     """Describe the rows to measure on, for the user."""
+    from lora_cli.data.sources import part_of
+
     share = f"{100 * data.validation:g}% of " if isinstance(data.validation, float) else ""
-    parts = ((each.path, (each.name, each.split if each.split != "train" else None)) for each in sources(data))
-    names = ((path, ", ".join(filter(None, part))) for path, part in parts)
-    return share + ", ".join(f"{path}[{part}]" if part else path for path, part in names)
+    parts = ((each.path, part_of(each)) for each in sources(data))
+    return share + ", ".join(path if part == "train" else f"{path}[{part}]" for path, part in parts)
 
 
 def measure(base: Path, adapter: Path | None, rows: Rows, recipe: Recipe | None, display: Display) -> Comparison:

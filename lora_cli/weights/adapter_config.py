@@ -62,11 +62,15 @@ def check_mergeable_lora(folder: Path) -> None:
     config, where = read_adapter_config(folder), str(folder / ADAPTER_CONFIG)
     if config["peft_type"] != "LORA":
         return
-    for key, problem in UNMERGEABLE.items():
-        if config.get(key):
-            what = f"the adapter {problem} ({key}), which is not supported here"
-            raise UserError(what, where, "use it unmerged, with PEFT")
+    if what := unsupported_variant(config):
+        raise UserError(what, where, "use it unmerged, with PEFT")
     check_init(folder)
+
+
+def unsupported_variant(config: Mapping[str, Any], keys: Iterable[str] = UNMERGEABLE) -> str | None:
+    """Describe the first of these variants that a LoRA adapter has; None for an adapter without them."""
+    key = next((key for key in keys if config.get(key)), None)
+    return None if key is None else f"the adapter {UNMERGEABLE[key]} ({key}), which is not supported here"
 
 
 def check_init(folder: Path, base: Path | None = None) -> None:

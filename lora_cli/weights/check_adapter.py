@@ -13,12 +13,12 @@ from lora_cli.weights.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     PEFT_PREFIX,
-    UNMERGEABLE,
     config_faults,
     is_named,
     named_layers,
     pattern_value,
     read_adapter_config,
+    unsupported_variant,
 )
 from lora_cli.weights.check_model import EMBEDDINGS, has_identical_layers, module_leaf, stored_layers
 from lora_cli.weights.shards import is_finite, read_headers, read_tensor
@@ -91,10 +91,7 @@ def _misfit_hint(config: Mapping[str, Any]) -> str:
     MISFIT."""
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         return f"the adapter was trained for another task than generating text (task_type: {config['task_type']})"
-    for key in ("use_bdlora", "monteclora_config"):
-        if config.get(key):
-            return f"the adapter {UNMERGEABLE[key]} ({key}), which is not supported here"
-    return MISFIT
+    return unsupported_variant(config, ("use_bdlora", "monteclora_config")) or MISFIT
 
 
 def _faults_in_model(folder: Path, base: Path) -> list[Fault]:

@@ -57,7 +57,9 @@ def check_mergeable(base: Path) -> None:
 
 def check_directly_read_weights(base: Path) -> None:
     """Raises UserError when weights that the model reads directly are stored in 4 or 8 bits: as codes."""
-    read = UNQUANTIZABLE_LAYERS.get(read_config(base).get("model_type", ""), ())
+    read = UNQUANTIZABLE_LAYERS.get(read_config(base).get("model_type", ""))
+    if read is None:
+        return
     for name, info in read_headers(weight_files(base)).items():
         if module_leaf(name) in read and info.dtype in ("I8", "U8"):
             what = f"the model reads {module_leaf(name)}'s weights directly, and they are stored quantized"
