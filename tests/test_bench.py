@@ -17,7 +17,7 @@ from bench import (
     context,
     flat,
     heldout,
-    helpers,
+    jobs,
     lengths,
     same_weights,
     same_work,
@@ -31,7 +31,7 @@ from bench import (
 )
 from bench.options import Options
 from bench.processes import environment, run
-from bench.work import Did, Work, write_job
+from bench.work import Report, Work, write_job
 from safetensors.torch import save_file
 
 OPTIONS = Options(
@@ -44,7 +44,7 @@ LORA = contestants.CPU[0]
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The tiny model and 16 rows, prepared by the benchmark's own code."""
     folder = tmp_path_factory.mktemp("bench")
-    return helpers.prepared("tiny", folder, environment(1, folder), 128, 16, heldout_rows=8, models=folder)
+    return jobs.prepare_rows("tiny", folder, environment(1, folder), 128, 16, heldout_rows=8, models=folder)
 
 
 @pytest.fixture(scope="module")
@@ -54,37 +54,37 @@ def work(rows: dict[str, Any]) -> Work:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the benchmark's helpers in this process, and do not wait for the disk."""
+    """Run the benchmark's own jobs in this process, and do not wait for the disk."""
 
-    def run_helper(module: str, job: Path, _: Any, result: Path) -> Any:
+    def run_module(module: str, job: Path, _: Any, result: Path) -> Any:
         import_module(f"bench.{module}").main(str(job))
         return json.loads(result.read_text(encoding="utf-8"))
 
-    monkeypatch.setattr(helpers, "run_helper", run_helper)
+    monkeypatch.setattr(jobs, "run_module", run_module)
     monkeypatch.setattr("os.sync", lambda: None)
 
 
 def test_a_round_is_run_judged_and_checked(work: Work, tmp_path: Path) -> None:
     round_ = train.one_round(0, [LORA], work, tmp_path / "round", OPTIONS, {})
-    did, figures = round_[LORA]
-    heldout.main(str(write_job(work, tmp_path, {"lora-0": did.adapter})))
+    report, figures = round_[LORA]
+    heldout.main(str(write_job(work, tmp_path, {"lora-0": report.adapter})))
     losses = json.loads((tmp_path / "losses.json").read_text(encoding="utf-8"))
     assert losses["lora-0"] < losses[heldout.BASE]
-    assert train.check(work, [round_], losses) == []
+    assert train.work_faults(work, [round_], losses) == []
 
-    assert did.tokens_per_second > 0
+    assert report.tokens_per_second > 0
     assert 0 < figures["first_step_seconds"] < figures["seconds"]
     assert figures["peak_bytes"] > 100e6  # includes torch
     summary = table.summary([{**figures, "heldout_loss": losses["lora-0"]}])
-    assert f"{did.tokens_per_second:,.0f}" in table.show({"lora": summary, "other": summary}, "lora")
+    assert f"{report.tokens_per_second:,.0f}" in table.show({"lora": summary, "other": summary}, "lora")
 
 
-GOOD = Did(2, 16, 1000, 900, 64, [6.9, 6.8], 100.0, 0.0, "")
+GOOD = Report(2, 16, 1000, 900, 64, [6.9, 6.8], 100.0, 0.0, "")
 SHAPES = {"layer.lora_A.weight": (4, 8), "layer.lora_B.weight": (8, 4)}
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "faults"),
     [
         ({}, []),
         ({"rows": 15}, ["rows 15, not 16"]),
@@ -94,19 +94,19 @@ SHAPES = {"layer.lora_A.weight": (4, 8), "layer.lora_B.weight": (8, 4)}
         ({"steps": 3}, ["3 steps, not 2"]),
     ],
 )
-def test_other_work_is_told(work: Work, changed: dict[str, Any], told: list[str]) -> None:
+def test_other_work_is_reported(work: Work, changed: dict[str, Any], faults: list[str]) -> None:
     counted = replace(work, rows=16, tokens=1000, supervised_tokens=900)
-    assert same_work.count_faults(LORA, replace(GOOD, **changed), SHAPES, counted, SHAPES) == told
+    assert same_work.count_faults(LORA, replace(GOOD, **changed), SHAPES, counted, SHAPES) == faults
 
 
-def test_other_targets_are_told(work: Work) -> None:
+def test_other_targets_are_reported(work: Work) -> None:
     counted = replace(work, rows=16, tokens=1000, supervised_tokens=900)
     others = {"other.lora_A.weight": (4, 8), "other.lora_B.weight": (8, 4)}
     (fault,) = same_work.count_faults(LORA, GOOD, others, counted, SHAPES)
     assert "tensors are others" in fault
 
 
-def test_losses_that_disagree_are_told(work: Work) -> None:
+def test_losses_that_disagree_are_reported(work: Work) -> None:
     one, other = [each for each in contestants.CPU if each.in_order][:2]
     same, falls = {one: GOOD, other: GOOD}, {one.name: 0.1, other.name: 0.1}
     assert same_work.loss_faults(same, falls, 6.9, work) == []
@@ -120,18 +120,18 @@ def test_losses_that_disagree_are_told(work: Work) -> None:
     assert len(same_work.loss_faults(same, falls, 5.0, work)) == 2
 
 
-def test_memory_counts_children_and_the_sign_is_timed(tmp_path: Path) -> None:
+def test_memory_counts_children_and_readiness_is_timed(tmp_path: Path) -> None:
     hold = "x = b'1' * 60_000_000"
     child = f"import time; {hold}; time.sleep(1)"
-    script = f"import subprocess, sys; open('sign', 'w'); {hold}; subprocess.run([sys.executable, '-c', {child!r}])"
-    ended = run(["-c", script], environment(1, tmp_path), tmp_path / "log", (tmp_path / "sign").exists, cwd=tmp_path)
-    assert ended.exit_code == 0
-    assert 120e6 < ended.peak_bytes < 200e6
-    assert ended.sign is not None
-    assert 0 < ended.sign < ended.seconds - 1
+    script = f"import subprocess, sys; open('ready', 'w'); {hold}; subprocess.run([sys.executable, '-c', {child!r}])"
+    result = run(["-c", script], environment(1, tmp_path), tmp_path / "log", (tmp_path / "ready").exists, cwd=tmp_path)
+    assert result.exit_code == 0
+    assert 120e6 < result.peak_bytes < 200e6
+    assert result.ready_seconds is not None
+    assert 0 < result.ready_seconds < result.seconds - 1
 
 
-def test_a_trace_of_imports_tells_what_pulls_in_what() -> None:
+def test_a_trace_of_imports_shows_which_package_imports_which() -> None:
     trace = (
         "import time: self [us] | cumulative | imported package\n"
         "import time:       100 |        100 |     heavy.part\n"
@@ -159,10 +159,10 @@ def test_the_longest_that_fits_is_found(fit: int) -> None:
 
 
 def test_given_lengths_are_tried_with_activations_offloaded() -> None:
-    asked, options = command.parse(["context", "--gpu", "--lengths", "4096", "8192"])
-    assert (asked, options.lengths) == (["context"], (4096, 8192))
-    told = [contestants.for_context(True, offloads)[0].options for offloads in (False, True)]
-    assert told == [{}, {"training.gradient_checkpointing": "offload"}]
+    names, options = command.parse(["context", "--gpu", "--lengths", "4096", "8192"])
+    assert (names, options.lengths) == (["context"], (4096, 8192))
+    options = [contestants.for_context(True, offloads)[0].options for offloads in (False, True)]
+    assert options == [{}, {"training.gradient_checkpointing": "offload"}]
 
 
 def test_stages_and_runs_of_few_rows(rows: dict[str, Any], tmp_path: Path) -> None:
@@ -178,10 +178,10 @@ def test_stages_and_runs_of_few_rows(rows: dict[str, Any], tmp_path: Path) -> No
     assert found["filled"] == pytest.approx(found["tokens"] / (stages.BATCH_SIZE * 64))
     assert all(each["seconds"] > 0 and each["peak_bytes"] > 50e6 for each in found["stages"].values())
     recipe = scale.write_recipe(tmp_path, rows["model"], replace(OPTIONS, steps=1))
-    did = scale.one_run(recipe, environment(1, tmp_path / "caches"))
-    assert did["tokens_per_second"] > 0 and did["peak_bytes"] > 100e6
-    shown = scale.show({"stages": {5: found}, "runs": {5: {"new": [did], "cached": [did]}}})
-    assert "| pack: s, peak MB |" in shown and f"{did['tokens_per_second']:,.0f}" in shown
+    figures = scale.one_run(recipe, environment(1, tmp_path / "caches"))
+    assert figures["tokens_per_second"] > 0 and figures["peak_bytes"] > 100e6
+    shown = scale.show({"stages": {5: found}, "runs": {5: {"new": [figures], "cached": [figures]}}})
+    assert "| pack: s, peak MB |" in shown and f"{figures['tokens_per_second']:,.0f}" in shown
 
 
 def test_runs_of_short_rows_and_long(rows: dict[str, Any], tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_memory_is_measured_as_layers_are_added(tmp_path: Path, here: None) -> N
     assert all(run["peak_bytes"] > 50e6 for each in record["runs"].values() for runs in each.values() for run in runs)
     runs = {"merge": {"a": [{"seconds": 1, "peak_bytes": 4e6}], "a-10x": [{"seconds": 9, "peak_bytes": 5e6}]}}
     assert flat.ratios(runs) == {"merge": 1.25}
-    assert "|  1.25 |  1.10 |" in flat.show(runs, {"merge": 1.25}, {"a": 1, "a-10x": 2})
+    assert "|  1.25 |   1.10 |" in flat.show(runs, {"merge": 1.25}, {"a": 1, "a-10x": 2})
 
 
 def test_where_records_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +262,7 @@ def test_where_records_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert command.RESULTS.parts[-3:] == ("scripts", "bench", "results")
 
 
-def test_weights_that_differ_are_told(tmp_path: Path) -> None:
+def test_weights_that_differ_are_reported(tmp_path: Path) -> None:
     one = {"a": torch.ones(4), "b": torch.ones(2), "c": torch.ones(3)}
     other = {"a": torch.tensor([1.0, 1.0, 1.0, 2.0]), "b": torch.ones(2).bfloat16(), "d": torch.ones(3)}
     for name, tensors in (("one", one), ("other", other)):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import context, flat, lengths, machine, scale, startup, stream, train, weights
-from bench.helpers import PLACE
+from bench.jobs import BENCH_FOLDER
 from bench.options import Options
 from bench.shapes import SHAPES
 
@@ -70,21 +70,21 @@ def parse(arguments: list[str]) -> tuple[list[str], Options]:
     parser.add_argument(
         "--out", type=Path, help="folder that the JSON goes to (scripts/bench/results; with --quick none)"
     )
-    told = vars(parser.parse_args(arguments))
-    quick, gpu = told["quick"], told["gpu"]
-    shape = "llama-8b" if gpu else SHAPE_FOR.get(told["benchmark"], "llama")
-    told["shape"] = told["shape"] or (("tiny-nf4" if gpu else "tiny") if quick else shape)
-    told["rounds"] = told["rounds"] or (1 if quick else 5)
-    told["steps"] = told["steps"] or (4 if quick else 24)
-    asked = told.pop("benchmark")
+    parsed = vars(parser.parse_args(arguments))
+    quick, gpu = parsed["quick"], parsed["gpu"]
+    shape = "llama-8b" if gpu else SHAPE_FOR.get(parsed["benchmark"], "llama")
+    parsed["shape"] = parsed["shape"] or (("tiny-nf4" if gpu else "tiny") if quick else shape)
+    parsed["rounds"] = parsed["rounds"] or (1 if quick else 5)
+    parsed["steps"] = parsed["steps"] or (4 if quick else 24)
+    asked = parsed.pop("benchmark")
     names = [asked] if asked else ["train", "context"] if gpu else ["train"]
-    return names, Options(**told | {name: tuple(told[name]) for name in ("only", "lengths")})
+    return names, Options(**parsed | {name: tuple(parsed[name]) for name in ("only", "lengths")})
 
 
 def main(arguments: list[str]) -> int:
     """Return 0 when all was measured, 1 when contestants failed or did not do the same work."""
     names, options = parse(arguments)
-    records = {name: measured(name, options) for name in names}
+    records = {name: run_benchmark(name, options) for name in names}
     folder = options.out or (None if options.quick else RESULTS)
     for name, record in records.items():
         if folder is not None:
@@ -95,15 +95,15 @@ def main(arguments: list[str]) -> int:
     return 1 if any(record["faults"] or record.get("failed") for record in records.values()) else 0
 
 
-def measured(name: str, options: Options) -> dict[str, Any]:
+def run_benchmark(name: str, options: Options) -> dict[str, Any]:
     """Run a benchmark in a temporary folder. Return its record with the machine and the package versions."""
-    PLACE.mkdir(exist_ok=True)
+    BENCH_FOLDER.mkdir(exist_ok=True)
     before = machine.describe(options.threads)
-    with tempfile.TemporaryDirectory(dir=PLACE) as folder:
+    with tempfile.TemporaryDirectory(dir=BENCH_FOLDER) as folder:
         found = BENCHMARKS[name](options, Path(folder))
-    told = before | {"load_after": machine.describe(options.threads)["load"]}
-    told["gpu"] = machine.gpu_name() if options.gpu else None
-    return {"benchmark": name, "machine": told, "versions": machine.versions(), **found}
+    description = before | {"load_after": machine.describe(options.threads)["load"]}
+    description["gpu"] = machine.gpu_name() if options.gpu else None
+    return {"benchmark": name, "machine": description, "versions": machine.versions(), **found}
 
 
 if __name__ == "__main__":

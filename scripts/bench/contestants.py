@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import ours
-from bench.processes import Ended, run
-from bench.work import Did, Work, read_did, write_job
+from bench.processes import ProcessResult, run
+from bench.work import Report, Work, read_report, write_job
 
 OURS = "lora"
 
@@ -100,12 +100,12 @@ def command(contestant: Contestant, work: Work, folder: Path) -> list[str]:
     return ["-m", f"bench.peers.{contestant.tool}", str(write_job(work, folder, contestant.options))]
 
 
-def start(contestant: Contestant, work: Work, folder: Path, env: dict[str, str], gpu: bool) -> Ended:
+def start(contestant: Contestant, work: Work, folder: Path, env: dict[str, str], gpu: bool) -> ProcessResult:
     """Run the contestant in a fresh process, which leaves its files and ``log`` in ``folder``."""
-    sign = (lambda: bool(ours.metrics(folder))) if contestant.tool == OURS else None
-    return run(command(contestant, work, folder), env, folder / "log", sign, gpu)
+    is_ready = (lambda: bool(ours.metrics(folder))) if contestant.tool == OURS else None
+    return run(command(contestant, work, folder), env, folder / "log", is_ready, gpu)
 
 
-def read(contestant: Contestant, work: Work, folder: Path, ended: Ended) -> Did:
+def read(contestant: Contestant, work: Work, folder: Path, result: ProcessResult) -> Report:
     """The report of a run that succeeded."""
-    return ours.read_run(work, folder, ended) if contestant.tool == OURS else read_did(folder)
+    return ours.read_run(work, folder, result) if contestant.tool == OURS else read_report(folder)

@@ -15,7 +15,7 @@ from typing import Any
 
 from bench import table
 from bench.contestants import Contestant, choose, for_context, read, start
-from bench.helpers import MODELS, helper
+from bench.jobs import MODELS, run_job
 from bench.options import Options
 from bench.processes import environment, fresh_folder, tail
 from bench.shapes import SHAPES
@@ -34,8 +34,8 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     """Search for the longest context of each contestant, or try ``options.lengths``."""
     limit = QUICK_LIMIT if options.quick else SHAPES[options.shape].config["max_position_embeddings"]
     env = environment(options.threads, folder / "caches", options.gpu)
-    told = {"shape": options.shape, "models": str(MODELS), "folder": str(folder), "tokens": limit}
-    rows = helper("prepare_long", told | {"rows": ROWS}, folder, env, "rows.json")
+    arguments = {"shape": options.shape, "models": str(MODELS), "folder": str(folder), "tokens": limit}
+    rows = run_job("prepare_long", arguments | {"rows": ROWS}, folder, env, "rows.json")
     work = long_work(options, rows)
     everyone = for_context(options.gpu, offloads=bool(options.lengths))
     contestants, skipped = choose(everyone, options.only, work, has_bf16=options.gpu)
@@ -98,21 +98,23 @@ def probe(contestant: Contestant, work: Work, folder: Path, options: Options) ->
     Raises SystemExit when they fail for another reason than memory, or with other numbers of steps or tokens.
     """
     place = fresh_folder(folder / contestant.name)
-    ended = start(contestant, work, place, environment(options.threads, place / "caches", options.gpu), options.gpu)
-    found: dict[str, Any] = {"length": work.max_length, "fits": ended.exit_code == 0, "seconds": ended.seconds}
+    result = start(contestant, work, place, environment(options.threads, place / "caches", options.gpu), options.gpu)
+    found: dict[str, Any] = {"length": work.max_length, "fits": result.exit_code == 0, "seconds": result.seconds}
     if found["fits"]:
-        did = read(contestant, work, place, ended)
-        if (did.steps, did.tokens) != (ROWS, ROWS * work.max_length):
-            raise SystemExit(f"{contestant.name}: {did.tokens:,} tokens in {did.steps} steps at {work.max_length:,}")
-        found |= {"tokens_per_second": did.tokens_per_second, "device_bytes": ended.device_bytes}
+        report = read(contestant, work, place, result)
+        if (report.steps, report.tokens) != (ROWS, ROWS * work.max_length):
+            raise SystemExit(
+                f"{contestant.name}: {report.tokens:,} tokens in {report.steps} steps at {work.max_length:,}"
+            )
+        found |= {"tokens_per_second": report.tokens_per_second, "device_bytes": result.device_bytes}
     else:
         log = (place / "log").read_text(encoding="utf-8", errors="replace")
-        killed = ended.exit_code == -signal.SIGKILL  # out of host memory
+        killed = result.exit_code == -signal.SIGKILL  # out of host memory
         if not killed and not any(word in log for word in OUT_OF_MEMORY):
             raise SystemExit(f"{contestant.name} failed at {work.max_length:,} tokens:\n{tail(place / 'log')}")
     shutil.rmtree(place)
-    told = f"fits, {found['device_bytes'] / 1e9:.1f} GB" if found["fits"] else "does not fit"
-    print(f"{contestant.name:<24} {work.max_length:>9,} {told}", flush=True)
+    outcome = f"fits, {found['device_bytes'] / 1e9:.1f} GB" if found["fits"] else "does not fit"
+    print(f"{contestant.name:<24} {work.max_length:>9,} {outcome}", flush=True)
     return found
 
 

@@ -11,14 +11,14 @@ from statistics import median
 from typing import Any
 
 from bench import table
-from bench.helpers import MODELS, prepared
+from bench.jobs import MODELS, prepare_rows
 from bench.options import Options
 from bench.processes import environment
 from bench.shapes import DEEPER, SHAPES
-from bench.weights import MAX_LENGTH, OURS, TOLD, contestants, one_run
+from bench.weights import MAX_LENGTH, OURS, PREPARED_ROWS, contestants, one_run
 
 VERBS = ("merge", "quantize")
-ASKED = 1.1
+TARGET = 1.1
 """Target: the largest ratio of the deeper model's peak memory to the other's."""
 
 Runs = Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]
@@ -38,7 +38,7 @@ def measure(options: Options, models: Path, folder: Path, env: dict[str, str]) -
     for shape in shapes:
         place = folder / shape
         place.mkdir()
-        model = prepared(shape, place, env, MAX_LENGTH, TOLD, TOLD, models)["model"]
+        model = prepare_rows(shape, place, env, MAX_LENGTH, PREPARED_ROWS, PREPARED_ROWS, models)["model"]
         sizes[shape] = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
         for verb in VERBS:
             commands[verb, shape] = contestants(verb, replace(options, shape=shape), model, place, env)[OURS]
@@ -56,7 +56,7 @@ def measure(options: Options, models: Path, folder: Path, env: dict[str, str]) -
         "model_bytes": sizes,
         "runs": runs,
         "ratios": ratio,
-        "asked": ASKED,
+        "asked": TARGET,
         "faults": [],
     }
 
@@ -72,12 +72,12 @@ def ratios(runs: Runs) -> dict[str, float]:
 
 def show(runs: Runs, ratio: Mapping[str, float], sizes: Mapping[str, int]) -> str:
     """Medians, spread and ratios in Markdown."""
-    rows = [["", "model MB", "s", "peak MB", "least-most", "ratio", "asked"]]
+    rows = [["", "model MB", "s", "peak MB", "least-most", "ratio", "target"]]
     for verb, shapes in runs.items():
         for shape, each in shapes.items():
             seconds, peaks = ([run[key] for run in each] for key in ("seconds", "peak_bytes"))
             spread = f"{min(peaks) / 1e6:,.0f}-{max(peaks) / 1e6:,.0f}"
-            told = [f"{ratio[verb]:.2f}", f"{ASKED:.2f}"] if shape.endswith(DEEPER) else ["", ""]
+            compared = [f"{ratio[verb]:.2f}", f"{TARGET:.2f}"] if shape.endswith(DEEPER) else ["", ""]
             figures = [f"{sizes[shape] / 1e6:,.0f}", f"{median(seconds):.1f}", f"{median(peaks) / 1e6:,.0f}", spread]
-            rows.append([f"{verb} {shape}", *figures, *told])
+            rows.append([f"{verb} {shape}", *figures, *compared])
     return table.markdown(rows)

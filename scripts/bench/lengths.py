@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from bench import data, table
-from bench.helpers import prepared
+from bench.jobs import prepare_rows
 from bench.options import Options
 from bench.processes import environment
 from bench.scale import SEED, TOKENS, one_run, write_recipe
@@ -25,7 +25,7 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     """Run once per length in each round, with rows from the same texts truncated to that length."""
     env = environment(options.threads, folder / "caches", options.gpu)
     lengths = QUICK_LENGTHS if options.quick else LENGTHS
-    made = prepared(options.shape, folder, env, lengths[-1], ROWS, ROWS)
+    made = prepare_rows(options.shape, folder, env, lengths[-1], ROWS, ROWS)
     source, texts, _ = data.texts(SEED)
     runs: dict[int, list[dict[str, float]]] = {length: [] for length in lengths}
     for length in lengths:

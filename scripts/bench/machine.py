@@ -70,12 +70,12 @@ def main(job: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    told = json.loads(Path(job).read_text(encoding="utf-8"))
+    arguments = json.loads(Path(job).read_text(encoding="utf-8"))
     gpu = torch.cuda.is_available()
     capabilities = torch.cpu.get_capabilities()
     has_bf16 = gpu or any(capabilities.get(unit) for unit in BF16_UNITS)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(told["model"]))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(arguments["model"]))
     layers: dict[tuple[int, int], int] = {}
     for module in model.modules():  # linear layers and GPT-2's Conv1D, including a tied head
         if type(module).__name__ in ("Linear", "Conv1D"):
@@ -83,7 +83,7 @@ def main(job: str) -> None:
             layers[wide, out] = layers.get((wide, out), 0) + 1
     dtypes = ["float32", "bfloat16"] if has_bf16 else ["float32"]
     ceilings = {
-        name: ceiling(layers, told["tokens"], getattr(torch, name), "cuda" if gpu else "cpu") for name in dtypes
+        name: ceiling(layers, arguments["tokens"], getattr(torch, name), "cuda" if gpu else "cpu") for name in dtypes
     }
     parameters = sum(wide * out * count for (wide, out), count in layers.items())
     found = {
@@ -92,7 +92,7 @@ def main(job: str) -> None:
         "flop_per_token": 4 * parameters,
         "ceilings": ceilings,
     }
-    (Path(told["folder"]) / "ceiling.json").write_text(json.dumps(found), encoding="utf-8")
+    (Path(arguments["folder"]) / "ceiling.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 def ceiling(layers: dict[tuple[int, int], int], tokens: int, dtype: Any, device: str) -> dict[str, float]:

@@ -29,15 +29,15 @@ NF4 = BitsAndBytesConfig(  # QLoRA's settings, as in TRL's documentation
     bnb_4bit_use_double_quant=True,
     bnb_4bit_compute_dtype=torch.bfloat16,
 )
-TAUGHT = 600  # characters of text to train the tokenizer on, per token of its vocabulary
+TOKENIZER_CHARACTERS = 600  # characters of text to train the tokenizer on, per token of its vocabulary
 
 
 def make(shape: Shape, texts: Iterable[str], folder: Path, seed: int) -> None:
     """Write model and tokenizer to ``folder``, which appears only when complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    making = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
     tokenizer = make_tokenizer(texts, shape.config["vocab_size"])
-    tokenizer.save_pretrained(making)
+    tokenizer.save_pretrained(draft)
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = AutoConfig.for_model(shape.model_type, **shape.config, **ends, dtype=shape.dtype)
     with torch.device("meta"):
@@ -45,9 +45,9 @@ def make(shape: Shape, texts: Iterable[str], folder: Path, seed: int) -> None:
     config.architectures = [type(model).__name__]
     if shape.nf4:
         config.quantization_config = NF4.to_dict()
-    config.save_pretrained(making)
-    write_weights(model, getattr(torch, shape.dtype), making, seed, shape.nf4)
-    making.rename(folder)
+    config.save_pretrained(draft)
+    write_weights(model, getattr(torch, shape.dtype), draft, seed, shape.nf4)
+    draft.rename(folder)
 
 
 def make_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -61,7 +61,7 @@ def make_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizer
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(_first(texts, TAUGHT * vocabulary), trainer)
+    bpe.train_from_iterator(_first(texts, TOKENIZER_CHARACTERS * vocabulary), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=PAD)
 
 

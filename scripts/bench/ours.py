@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from bench.options import Options
-from bench.processes import Ended
+from bench.processes import ProcessResult
 from bench.shapes import SHAPES
-from bench.work import Did, Work
+from bench.work import Report, Work
 
 
 def write_recipe(work: Work, folder: Path, options: dict[str, Any]) -> Path:
@@ -84,12 +84,12 @@ def rate(lines: list[dict[str, Any]], warmup: int) -> float:
     return float(sum(tokens[warmup:]) / (ends[-1] - ends[warmup]))
 
 
-def read_run(work: Work, folder: Path, ended: Ended) -> Did:
+def read_run(work: Work, folder: Path, result: ProcessResult) -> Report:
     """The report of the run, from its files."""
     lines = metrics(folder)
     info = json.loads((folder / "run" / "run.json").read_text(encoding="utf-8"))
-    assert ended.sign is not None
-    return Did(
+    assert result.ready_seconds is not None
+    return Report(
         steps=len(lines),
         rows=info["data"]["rows"],
         tokens=info["data"]["tokens"],
@@ -97,7 +97,7 @@ def read_run(work: Work, folder: Path, ended: Ended) -> Did:
         trainable_parameters=info["result"]["trainable_parameters"],
         losses=[line["loss"] for line in lines],
         tokens_per_second=rate(lines, work.warmup_steps),
-        first_step_at=ended.began + ended.sign,
+        first_step_at=result.began + result.ready_seconds,
         adapter=str(folder / "run" / "adapter"),
         settings={"weights": [info["dtype"]], "packed": info["data"]["packed"]},
     )

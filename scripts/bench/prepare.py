@@ -20,24 +20,24 @@ SEED = 0
 
 def main(job: str) -> None:
     """Write the rows, and rows.json: the files' paths, and the rows and tokens of a pass over the training rows."""
-    told = json.loads(Path(job).read_text(encoding="utf-8"))
-    folder, max_length = Path(told["folder"]), told["max_length"]
+    arguments = json.loads(Path(job).read_text(encoding="utf-8"))
+    folder, max_length = Path(arguments["folder"]), arguments["max_length"]
     source, train, heldout = data.texts(SEED)
-    model = model_folder(told["shape"], Path(told["models"]), source, train)
+    model = model_folder(arguments["shape"], Path(arguments["models"]), source, train)
     tokenizer = AutoTokenizer.from_pretrained(model)
     lengths = []
-    for row in train[: told["rows"]]:
+    for row in train[: arguments["rows"]]:
         prompt, whole = (
             len(tokenizer(text)["input_ids"]) for text in (row["prompt"], row["prompt"] + row["completion"])
         )
         lengths.append((prompt, min(whole + 1, max_length)))  # the end-of-text token
-    if len(lengths) < told["rows"] or any(prompt >= whole for prompt, whole in lengths):
+    if len(lengths) < arguments["rows"] or any(prompt >= whole for prompt, whole in lengths):
         raise SystemExit(f"{source}: too few rows, or a prompt that fills {max_length} tokens")
     rows = {
         "source": source,
         "model": str(model),
-        "train": data.write(folder / "train.jsonl", train, told["rows"]),
-        "heldout": data.write(folder / "heldout.jsonl", heldout, told["heldout_rows"]),
+        "train": data.write(folder / "train.jsonl", train, arguments["rows"]),
+        "heldout": data.write(folder / "heldout.jsonl", heldout, arguments["heldout_rows"]),
         "rows": len(lengths),
         "tokens": sum(whole for _, whole in lengths),
         "supervised_tokens": sum(whole - prompt for prompt, whole in lengths),

@@ -15,19 +15,19 @@ STD = 0.02
 
 def main(job: str) -> None:
     """Write the adapter, and adapter.json with its path."""
-    told = json.loads(Path(job).read_text(encoding="utf-8"))
-    model = AutoModelForCausalLM.from_pretrained(told["model"], dtype="auto")
+    arguments = json.loads(Path(job).read_text(encoding="utf-8"))
+    model = AutoModelForCausalLM.from_pretrained(arguments["model"], dtype="auto")
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=told["r"], lora_alpha=told["lora_alpha"], target_modules=told["targets"]
+        task_type="CAUSAL_LM", r=arguments["r"], lora_alpha=arguments["lora_alpha"], target_modules=arguments["targets"]
     )
     torch.manual_seed(0)
     adapted = get_peft_model(model, config)
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=STD)
-    adapted.save_pretrained(str(Path(told["folder"]) / "adapter"))
-    found = {"adapter": str(Path(told["folder"]) / "adapter")}
-    (Path(told["folder"]) / "adapter.json").write_text(json.dumps(found), encoding="utf-8")
+    adapted.save_pretrained(str(Path(arguments["folder"]) / "adapter"))
+    found = {"adapter": str(Path(arguments["folder"]) / "adapter")}
+    (Path(arguments["folder"]) / "adapter.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

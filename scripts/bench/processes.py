@@ -1,4 +1,4 @@
-"""Run a command in a fresh process: how long it takes, when an awaited sign appears, and its peak memory."""
+"""Run a command in a fresh process: how long it takes, when it becomes ready, and its peak memory."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from typing import IO
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-LOOK = 0.02  # seconds between two polls for the sign and the process's memory
-COUNT = 0.2  # seconds between two measurements of the children's memory
+POLL_SECONDS = 0.02  # between two looks at ``is_ready`` and the process's memory
+CHILDREN_SECONDS = 0.2  # between two measurements of the children's memory
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a process ended. ``sign`` is the seconds from the start to the sign, None if it never appeared. ``own_bytes``
-    is the peak memory without mapped files, ``device_bytes`` the peak increase of GPU memory (0 without a GPU)."""
+class ProcessResult:
+    """How a process ended. ``ready_seconds`` is the time from the start until ``is_ready``, None if it never was.
+    ``own_bytes`` is the peak memory without mapped files, ``device_bytes`` the peak increase of GPU memory (0 without a
+    GPU)."""
 
     exit_code: int
     began: float
     seconds: float
-    sign: float | None
+    ready_seconds: float | None
     peak_bytes: int
     own_bytes: int
     device_bytes: int
@@ -40,10 +41,10 @@ def environment(threads: int, cache: Path, gpu: bool = False) -> dict[str, str]:
     under ``cache``."""
     path = os.pathsep.join(filter(None, [str(ROOT / "scripts"), str(ROOT), os.environ.get("PYTHONPATH")]))
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
-    told = {name: str(threads) for name in names} | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    told |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": gpu_number() if gpu else ""}
+    settings = {name: str(threads) for name in names} | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    settings |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": gpu_number() if gpu else ""}
     folders = {"HF_HOME": "huggingface", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-    return {**os.environ, **told, **{name: str(cache / folder) for name, folder in folders.items()}}
+    return {**os.environ, **settings, **{name: str(cache / folder) for name, folder in folders.items()}}
 
 
 def gpu_number() -> str:
@@ -55,10 +56,10 @@ def run(
     arguments: list[str],
     env: Mapping[str, str],
     log: Path,
-    has_sign: Callable[[], bool] | None = None,
+    is_ready: Callable[[], bool] | None = None,
     gpu: bool = False,
     cwd: Path = ROOT,
-) -> Ended:
+) -> ProcessResult:
     """Run Python with ``arguments``, with stdout and stderr in ``log``.
 
     Peak memory is the process's peak resident memory (VmHWM in Linux) plus the memory that only its children hold at
@@ -69,20 +70,20 @@ def run(
         process = subprocess.Popen(
             [sys.executable, *arguments], stdout=stream, stderr=subprocess.STDOUT, env=dict(env), cwd=cwd
         )
-        sign, peak, own, children, counted = None, 0, 0, 0, 0.0
+        ready, peak, own, children, counted = None, 0, 0, 0, 0.0
         while True:
             exit_code = process.poll()
             now = time.perf_counter()
-            if sign is None and has_sign is not None and has_sign():
-                sign = now - start
+            if ready is None and is_ready is not None and is_ready():
+                ready = now - start
             if exit_code is not None:
                 break
-            if now - counted > COUNT:
+            if now - counted > CHILDREN_SECONDS:
                 children, counted = _held_by_children(process.pid), now
             peak = max(peak, _memory(process.pid, "VmHWM") + children)
             own = max(own, _memory(process.pid, "RssAnon") + children)
-            time.sleep(LOOK)
-    return Ended(exit_code, began, now - start, sign, peak, own, device.used)
+            time.sleep(POLL_SECONDS)
+    return ProcessResult(exit_code, began, now - start, ready, peak, own, device.used)
 
 
 def _held_by_children(pid: int) -> int:

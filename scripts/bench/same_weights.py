@@ -12,9 +12,9 @@ from safetensors import safe_open
 
 def main(job: str) -> None:
     """Write same.json, the result of ``compare``."""
-    told = json.loads(Path(job).read_text(encoding="utf-8"))
-    same = compare(Path(told["found"]), Path(told["wanted"]))
-    (Path(told["folder"]) / "same.json").write_text(json.dumps(same), encoding="utf-8")
+    arguments = json.loads(Path(job).read_text(encoding="utf-8"))
+    same = compare(Path(arguments["found"]), Path(arguments["wanted"]))
+    (Path(arguments["folder"]) / "same.json").write_text(json.dumps(same), encoding="utf-8")
 
 
 def compare(found: Path, wanted: Path) -> dict[str, Any]:

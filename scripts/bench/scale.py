@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from bench import data, ours, table
-from bench.helpers import helper, prepared
+from bench.jobs import prepare_rows, run_job
 from bench.options import Options
 from bench.processes import environment, run, tail
 
@@ -19,7 +19,7 @@ MOST_ROWS, QUICK_MOST_ROWS = 1_000_000, 160  # only for the data stages
 MAX_LENGTH = 256
 TOKENS = 4096  # per step
 WARMUP = 4  # steps that do not count for tokens per second
-TOLD = 16  # training and held-out rows that ``prepare`` writes
+PREPARED_ROWS = 16  # training and held-out rows that ``prepare`` writes
 SEED = 0
 
 
@@ -29,7 +29,7 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     Each is a fresh process. Rounds are interleaved over the numbers of rows.
     """
     env = environment(options.threads, folder / "caches", options.gpu)
-    made = prepared(options.shape, folder, env, MAX_LENGTH, TOLD, TOLD)
+    made = prepare_rows(options.shape, folder, env, MAX_LENGTH, PREPARED_ROWS, PREPARED_ROWS)
     source, texts, _ = data.texts(SEED)
     stages, runs = {}, {}
     trained = QUICK_ROWS if options.quick else ROWS
@@ -38,7 +38,7 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
         place.mkdir()
         write_rows(texts, count, place / "rows.jsonl")
         job = {"rows": str(place / "rows.jsonl"), "model": made["model"], "folder": str(place)}
-        stages[count] = helper("stages", job | {"max_length": MAX_LENGTH}, place, env, "stages.json")
+        stages[count] = run_job("stages", job | {"max_length": MAX_LENGTH}, place, env, "stages.json")
     for count in trained:
         runs[count] = {"new": [], "cached": []}
     for _ in range(options.rounds):
@@ -70,19 +70,19 @@ def write_rows(texts: list[dict[str, str]], count: int, path: Path) -> None:
 
 def write_recipe(folder: Path, model: str, options: Options, max_length: int = MAX_LENGTH) -> Path:
     """Write a recipe for some steps on the folder's rows, packed to TOKENS tokens per step for every ``max_length``."""
-    told = {"max_steps": options.steps + WARMUP, "per_device_train_batch_size": TOKENS // max_length}
-    return ours.write_steps(options, model, str(folder / "rows.jsonl"), folder, max_length, r=8, training=told)
+    training = {"max_steps": options.steps + WARMUP, "per_device_train_batch_size": TOKENS // max_length}
+    return ours.write_steps(options, model, str(folder / "rows.jsonl"), folder, max_length, r=8, training=training)
 
 
 def one_run(recipe: Path, env: dict[str, str]) -> dict[str, float]:
     """Run ``lora train``: seconds to the first step, real tokens per second after the warm-up, peak resident memory."""
     folder, log = recipe.parent, recipe.parent / "log"
     (folder / "run" / "metrics.jsonl").unlink(missing_ok=True)
-    ended = run(["-m", "lora_cli", "train", str(recipe), "--overwrite"], env, log, lambda: bool(ours.metrics(folder)))
-    if ended.exit_code or ended.sign is None:
-        raise SystemExit(f"lora ended with {ended.exit_code}:\n{tail(log)}")
+    result = run(["-m", "lora_cli", "train", str(recipe), "--overwrite"], env, log, lambda: bool(ours.metrics(folder)))
+    if result.exit_code or result.ready_seconds is None:
+        raise SystemExit(f"lora ended with {result.exit_code}:\n{tail(log)}")
     rate = ours.rate(ours.metrics(folder), WARMUP)
-    return {"first_step_seconds": ended.sign, "tokens_per_second": rate, "peak_bytes": ended.peak_bytes}
+    return {"first_step_seconds": result.ready_seconds, "tokens_per_second": rate, "peak_bytes": result.peak_bytes}
 
 
 def show(record: dict[str, Any]) -> str:

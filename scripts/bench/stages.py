@@ -25,10 +25,10 @@ Found = TypeVar("Found")
 
 def main(job: str) -> None:
     """Write stages.json: rows, tokens, how full the batches are, and each stage's seconds and peak resident memory."""
-    told = json.loads(Path(job).read_text(encoding="utf-8"))
-    folder, max_length = Path(told["folder"]), told["max_length"]
-    tokenizer = AutoTokenizer.from_pretrained(told["model"])
-    data = Data(train=told["rows"], max_length=max_length)
+    arguments = json.loads(Path(job).read_text(encoding="utf-8"))
+    folder, max_length = Path(arguments["folder"]), arguments["max_length"]
+    tokenizer = AutoTokenizer.from_pretrained(arguments["model"])
+    data = Data(train=arguments["rows"], max_length=max_length)
     sources, cache = sources_of(data.train), folder / "cache"
     stages: dict[str, dict[str, float]] = {}
 

@@ -12,14 +12,14 @@ from typing import Any
 
 from bench import data, ours, table
 from bench.options import Options
-from bench.processes import Ended, environment, run, tail
-from bench.work import Work, read_did, write_job
+from bench.processes import ProcessResult, environment, run, tail
+from bench.work import Work, read_report, write_job
 
 LIMITS = {"refused recipe": 1.0, "first step": 5.0}  # target seconds on two cores
 LORA = ["-m", "lora_cli"]
 IMPORTS = ("import torch", "from transformers import AutoModelForCausalLM", "import peft", "import datasets")
 IMPORT = re.compile(r"import time:\s*(\d+) \|\s*(\d+) \|( *)(\S+)")
-SHOWN = 20
+SHOWN_IMPORTS = 20
 
 
 def benchmark(options: Options, folder: Path) -> dict[str, Any]:
@@ -35,24 +35,24 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
         place = folder / f"round{number}"
         place.mkdir()
         found = {
-            **{line: timed(["-c", line], env, place) for line in IMPORTS},
-            "--help": timed([*LORA, "--help"], env, place),
-            "train --help": timed([*LORA, "train", "--help"], env, place),
-            "refused recipe": timed([*LORA, "train", str(bad)], env, place, exit_code=2),
+            **{line: seconds_of(["-c", line], env, place) for line in IMPORTS},
+            "--help": seconds_of([*LORA, "--help"], env, place),
+            "train --help": seconds_of([*LORA, "train", "--help"], env, place),
+            "refused recipe": seconds_of([*LORA, "train", str(bad)], env, place, exit_code=2),
             "first step": first_step(recipe, env, place),
         }
         if find_spec("trl"):
             found["first step of TRL"] = first_step_of_trl(folder, env, place)
         for name, value in found.items():
             seconds.setdefault(name, []).append(value)
-    rows = [["", "s", "least-most", "asked"]]
+    rows = [["", "s", "least-most", "target"]]
     for name, values in seconds.items():
-        asked = f"{LIMITS[name]:.0f}" if name in LIMITS else ""
-        rows.append([name, f"{median(values):.2f}", f"{min(values):.2f}-{max(values):.2f}", asked])
+        target = f"{LIMITS[name]:.0f}" if name in LIMITS else ""
+        rows.append([name, f"{median(values):.2f}", f"{min(values):.2f}-{max(values):.2f}", target])
     print(table.markdown(rows))
-    imports = imported(recipe, env, folder)
+    imports = slowest_imports(recipe, env, folder)
     rows = [["import", "by", "ms"], *([each["module"], each["by"], each["ms"]] for each in imports)]
-    print(f"\nWhat pulls in what, with all that it imports in turn:\n\n{table.markdown(rows)}")
+    print(f"\nWhich package imports which, with all nested imports:\n\n{table.markdown(rows)}")
     return {
         "rounds": options.rounds,
         "seconds": seconds,
@@ -70,7 +70,7 @@ def demo_recipe(folder: Path, env: dict[str, str]) -> list[str]:
         ["scripts/demo_data.py", "--out", rows],
         ["scripts/demo_model.py", "--data", rows, "--out", model, "--steps", "1"],
     ):
-        checked(run([str(part) for part in script], env, folder / "demo.log"), folder / "demo.log")
+        require_exit_code(run([str(part) for part in script], env, folder / "demo.log"), folder / "demo.log")
     return [
         "configs/tiny-gpt2.yaml",
         f"model.name_or_path={model}",
@@ -80,18 +80,18 @@ def demo_recipe(folder: Path, env: dict[str, str]) -> list[str]:
     ]
 
 
-def timed(arguments: list[str], env: dict[str, str], folder: Path, exit_code: int = 0) -> float:
+def seconds_of(arguments: list[str], env: dict[str, str], folder: Path, exit_code: int = 0) -> float:
     """Seconds that Python takes with these arguments."""
     log = folder / "log"
-    return checked(run(arguments, env, log), log, exit_code).seconds
+    return require_exit_code(run(arguments, env, log), log, exit_code).seconds
 
 
 def first_step(recipe: Sequence[str], env: dict[str, str], folder: Path) -> float:
     """Seconds from the start of the process to the end of the first step, in a run of three steps."""
     arguments = [*LORA, "train", *recipe, "training.max_steps=3", f"training.output_dir={folder / 'run'}"]
-    ended = checked(run(arguments, env, folder / "log", lambda: bool(ours.metrics(folder))), folder / "log")
-    assert ended.sign is not None
-    return ended.sign
+    result = require_exit_code(run(arguments, env, folder / "log", lambda: bool(ours.metrics(folder))), folder / "log")
+    assert result.ready_seconds is not None
+    return result.ready_seconds
 
 
 def first_step_of_trl(folder: Path, env: dict[str, str], place: Path) -> float:
@@ -115,22 +115,22 @@ def first_step_of_trl(folder: Path, env: dict[str, str], place: Path) -> float:
         precision="float32",
     )
     log = place / "log"
-    began = checked(run(["-m", "bench.peers.sft", str(write_job(work, place, {}))], env, log), log).began
-    return read_did(place).first_step_at - began
+    began = require_exit_code(run(["-m", "bench.peers.sft", str(write_job(work, place, {}))], env, log), log).began
+    return read_report(place).first_step_at - began
 
 
-def checked(ended: Ended, log: Path, exit_code: int = 0) -> Ended:
-    """Return ``ended``. Raises SystemExit, with the end of the log, when its exit code is not ``exit_code``."""
-    if ended.exit_code != exit_code:
-        raise SystemExit(f"exit code {ended.exit_code}, expected {exit_code}:\n{tail(log)}")
-    return ended
+def require_exit_code(result: ProcessResult, log: Path, exit_code: int = 0) -> ProcessResult:
+    """Return ``result``. Raises SystemExit, with the end of the log, when its exit code is not ``exit_code``."""
+    if result.exit_code != exit_code:
+        raise SystemExit(f"exit code {result.exit_code}, expected {exit_code}:\n{tail(log)}")
+    return result
 
 
-def imported(recipe: Sequence[str], env: dict[str, str], folder: Path) -> list[dict[str, Any]]:
+def slowest_imports(recipe: Sequence[str], env: dict[str, str], folder: Path) -> list[dict[str, Any]]:
     """The slowest imports between packages in a run of one step, from Python's own trace."""
     log = folder / "imports.log"
-    told = ["training.max_steps=1", f"training.output_dir={folder / 'run'}"]
-    checked(run(["-X", "importtime", *LORA, "train", *recipe, *told], env, log), log)
+    overrides = ["training.max_steps=1", f"training.output_dir={folder / 'run'}"]
+    require_exit_code(run(["-X", "importtime", *LORA, "train", *recipe, *overrides], env, log), log)
     return crossings(log.read_text(encoding="utf-8", errors="replace"))
 
 
@@ -148,4 +148,4 @@ def crossings(trace: str) -> list[dict[str, Any]]:
         importer = chain[depth - 1] if depth else "(at run time)"
         if importer.partition(".")[0] != module.partition(".")[0]:
             found.append({"module": module, "by": importer, "ms": round(int(whole) / 1000)})
-    return sorted(found, key=lambda each: -each["ms"])[:SHOWN]
+    return sorted(found, key=lambda each: -each["ms"])[:SHOWN_IMPORTS]

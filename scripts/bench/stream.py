@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from bench import ours, table
-from bench.helpers import prepared
+from bench.jobs import prepare_rows
 from bench.options import Options
 from bench.processes import environment, run, tail
 from bench.shapes import SHAPES
@@ -24,7 +24,7 @@ KINDS = {"resident": False, "streamed": True}
 def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     """Run both once per round in fresh processes, both with gradient checkpointing."""
     env = environment(options.threads, folder / "caches", options.gpu)
-    made = prepared(options.shape, folder, env, MAX_LENGTH, ROWS, heldout_rows=1)
+    made = prepare_rows(options.shape, folder, env, MAX_LENGTH, ROWS, heldout_rows=1)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in KINDS}
     for _ in range(options.rounds):
         for name, found in runs.items():
@@ -43,31 +43,31 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
 
 def write_recipe(folder: Path, made: dict[str, Any], options: Options, streams: bool) -> Path:
     """Write a recipe for some steps with a batch size of 1 and an adapter of rank 16 on the shape's layers."""
-    told = {
+    training = {
         "max_steps": options.steps,
         "per_device_train_batch_size": 1,
         "gradient_checkpointing": True,
         "stream_base": streams,
         "warmup_steps": 0,
     }
-    return ours.write_steps(options, made["model"], made["train"], folder, MAX_LENGTH, r=16, training=told)
+    return ours.write_steps(options, made["model"], made["train"], folder, MAX_LENGTH, r=16, training=training)
 
 
 def one_run(recipe: Path, env: dict[str, str]) -> dict[str, Any]:
     """Run ``lora train``: losses, seconds per step after the first, and peak memory with and without mapped files."""
     folder, log = recipe.parent, recipe.parent / "log"
     shutil.rmtree(folder / "run", ignore_errors=True)
-    ended = run(["-m", "lora_cli", "train", str(recipe)], env, log)
-    if ended.exit_code:
-        raise SystemExit(f"lora ended with {ended.exit_code}:\n{tail(log)}")
+    result = run(["-m", "lora_cli", "train", str(recipe)], env, log)
+    if result.exit_code:
+        raise SystemExit(f"lora ended with {result.exit_code}:\n{tail(log)}")
     lines = ours.metrics(folder)
     seconds = [line["seconds"] for line in lines]
     return {
         "losses": [line["loss"] for line in lines],
         "seconds_per_step": (seconds[-1] - seconds[0]) / (len(seconds) - 1),
-        "peak_bytes": ended.peak_bytes,
-        "own_bytes": ended.own_bytes,
-        "device_bytes": ended.device_bytes,
+        "peak_bytes": result.peak_bytes,
+        "own_bytes": result.own_bytes,
+        "device_bytes": result.device_bytes,
     }
 
 

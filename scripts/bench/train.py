@@ -8,12 +8,12 @@ from typing import Any
 
 from bench import table
 from bench.contestants import CPU, OURS, Contestant, choose, on_gpu, read, start
-from bench.helpers import helper, prepared, run_helper
+from bench.jobs import prepare_rows, run_job, run_module
 from bench.options import Options
 from bench.processes import environment, tail
 from bench.same_work import count_faults, loss_faults, tensors
 from bench.shapes import SHAPES
-from bench.work import Did, Work, write_job
+from bench.work import Report, Work, write_job
 
 BASE = "base"  # the name of the model without an adapter in ``heldout``
 WARMUP_STEPS = 3
@@ -32,7 +32,7 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
     """Run all rounds, compute held-out losses, check the work, print the table. Return the record for the JSON file."""
     env = environment(options.threads, folder / "caches", options.gpu)
     size, max_length, *_ = SIZES[options.shape]
-    rows = prepared(options.shape, folder, env, max_length, options.steps * size, HELDOUT_ROWS)
+    rows = prepare_rows(options.shape, folder, env, max_length, options.steps * size, HELDOUT_ROWS)
     ceiling = measure_ceiling(options, rows, folder, env)
     work = make_work(options, rows, ceiling["bf16_units"])
     contestants, skipped = choose(on_gpu() if options.gpu else CPU, options.only, work, ceiling["bf16_units"])
@@ -44,10 +44,10 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
         rounds.append(one_round(number, contestants, work, folder / f"round{number}", options, failed))
         contestants = [each for each in contestants if each.name not in failed]
         if not options.gpu:  # on a CPU, other work may have lowered the first one; a GPU is not shared
-            ceiling = higher(ceiling, measure_ceiling(options, rows, folder, env))
+            ceiling = higher_ceiling(ceiling, measure_ceiling(options, rows, folder, env))
     rounds = [{each: round_[each] for each in contestants} for round_ in rounds]
-    losses = judge(work, rounds, folder, env)
-    faults = check(work, rounds, losses)
+    losses = heldout_losses(work, rounds, folder, env)
+    faults = work_faults(work, rounds, losses)
     runs = {
         each.name: [
             {**figures, "heldout_loss": losses[f"{each.name}-{number}"]}
@@ -85,11 +85,11 @@ def benchmark(options: Options, folder: Path) -> dict[str, Any]:
 
 def measure_ceiling(options: Options, rows: dict[str, Any], folder: Path, env: dict[str, str]) -> dict[str, Any]:
     """Measure the speed that the chip's matmuls allow on a step's tokens."""
-    told = {"model": rows["model"], "folder": str(folder), "tokens": rows["tokens"] // options.steps}
-    return helper("machine", told, folder, env, "ceiling.json")
+    arguments = {"model": rows["model"], "folder": str(folder), "tokens": rows["tokens"] // options.steps}
+    return run_job("machine", arguments, folder, env, "ceiling.json")
 
 
-def higher(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def higher_ceiling(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """The higher of two measured ceilings for each dtype: disturbances only lower a measurement."""
     pairs = ((name, one["ceilings"][name], other["ceilings"][name]) for name in one["ceilings"])
     return one | {"ceilings": {name: max(a, b, key=lambda each: each["tflops"]) for name, a, b in pairs}}
@@ -120,7 +120,7 @@ def make_work(options: Options, rows: dict[str, Any], has_bf16: bool) -> Work:
     )
 
 
-Round = dict[Contestant, tuple[Did, dict[str, float]]]
+Round = dict[Contestant, tuple[Report, dict[str, float]]]
 
 
 def one_round(
@@ -135,44 +135,48 @@ def one_round(
     for contestant in contestants[turn:] + contestants[:turn]:
         place = folder / contestant.name
         place.mkdir(parents=True)
-        ended = start(contestant, work, place, environment(options.threads, place / "caches", options.gpu), options.gpu)
-        if ended.exit_code:
+        result = start(
+            contestant, work, place, environment(options.threads, place / "caches", options.gpu), options.gpu
+        )
+        if result.exit_code:
             failed[contestant.name] = tail(place / "log")
             print(f"{contestant.name} failed:\n{failed[contestant.name]}", flush=True)
             if contestant.name == OURS:
                 raise SystemExit(1)
             continue
-        did = read(contestant, work, place, ended)
+        report = read(contestant, work, place, result)
         figures = {
-            "tokens_per_second": did.tokens_per_second,
-            "peak_bytes": ended.peak_bytes,
-            "device_bytes": ended.device_bytes,
-            "first_step_seconds": did.first_step_at - ended.began,
-            "seconds": ended.seconds,
-            "steps": did.steps,
+            "tokens_per_second": report.tokens_per_second,
+            "peak_bytes": result.peak_bytes,
+            "device_bytes": result.device_bytes,
+            "first_step_seconds": report.first_step_at - result.began,
+            "seconds": result.seconds,
+            "steps": report.steps,
         }
-        megabytes, first = (ended.device_bytes or ended.peak_bytes) / 1e6, figures["first_step_seconds"]
-        speed = f"{did.tokens_per_second:8,.0f} tokens/s  {megabytes:8,.0f} MB  first step {first:5.1f} s"
+        megabytes, first = (result.device_bytes or result.peak_bytes) / 1e6, figures["first_step_seconds"]
+        speed = f"{report.tokens_per_second:8,.0f} tokens/s  {megabytes:8,.0f} MB  first step {first:5.1f} s"
         print(f"round {number + 1}  {contestant.name:<22} {speed}", flush=True)
-        done[contestant] = did, figures
+        done[contestant] = report, figures
     return done
 
 
-def judge(work: Work, rounds: list[Round], folder: Path, env: dict[str, str]) -> dict[str, float]:
+def heldout_losses(work: Work, rounds: list[Round], folder: Path, env: dict[str, str]) -> dict[str, float]:
     """The held-out loss of the base and of every adapter, all computed by ``heldout``."""
-    adapters = {f"{each.name}-{n}": did.adapter for n, round_ in enumerate(rounds) for each, (did, _) in round_.items()}
-    return run_helper("heldout", write_job(work, folder, adapters), env, folder / "losses.json")
+    adapters = {
+        f"{each.name}-{n}": report.adapter for n, round_ in enumerate(rounds) for each, (report, _) in round_.items()
+    }
+    return run_module("heldout", write_job(work, folder, adapters), env, folder / "losses.json")
 
 
-def check(work: Work, rounds: list[Round], losses: dict[str, float]) -> list[str]:
+def work_faults(work: Work, rounds: list[Round], losses: dict[str, float]) -> list[str]:
     """All ways in which a contestant's work differs too much from ``work`` or from that of the others."""
     expected = tensors(Path(next(iter(rounds[0].values()))[0].adapter))
     faults = []
     for number, round_ in enumerate(rounds):
-        for each, (did, _) in round_.items():
-            found = count_faults(each, did, tensors(Path(did.adapter)), work, expected)
+        for each, (report, _) in round_.items():
+            found = count_faults(each, report, tensors(Path(report.adapter)), work, expected)
             faults += [f"round {number + 1}, {each.name}: {fault}" for fault in found]
-        dids = {each: did for each, (did, _) in round_.items()}
+        reports = {each: report for each, (report, _) in round_.items()}
         falls = {each.name: losses[BASE] - losses[f"{each.name}-{number}"] for each in round_}
-        faults += [f"round {number + 1}, {fault}" for fault in loss_faults(dids, falls, losses[BASE], work)]
+        faults += [f"round {number + 1}, {fault}" for fault in loss_faults(reports, falls, losses[BASE], work)]
     return faults

@@ -11,19 +11,19 @@ from statistics import median
 from typing import Any
 
 from bench import table
-from bench.helpers import helper, prepared
+from bench.jobs import prepare_rows, run_job
 from bench.options import Options
 from bench.processes import environment, run, tail
 from bench.shapes import SHAPES
 
 OURS = "lora"
 PEERS = {"merge": "PEFT", "quantize": "Transformers"}
-ASKED = {"merge": {"seconds": 0.4, "peak_bytes": 0.25}, "quantize": {}}
+TARGET = {"merge": {"seconds": 0.4, "peak_bytes": 0.25}, "quantize": {}}
 """Targets: the largest ratios of lora's medians to the peer's."""
-APART = {"merge": 2**-8, "quantize": 0.0}
+MAX_DIFFERENCE = {"merge": 2**-8, "quantize": 0.0}
 """Largest difference of a tensor from the peer's, relative to its norm: merges round to bfloat16 at other points."""
 RANK, ALPHA = 16, 32
-TOLD = 16  # training and held-out rows that ``prepare`` writes
+PREPARED_ROWS = 16  # training and held-out rows that ``prepare`` writes
 MAX_LENGTH = 256
 
 
@@ -40,7 +40,7 @@ def quantize(options: Options, folder: Path) -> dict[str, Any]:
 def benchmark(verb: str, options: Options, folder: Path) -> dict[str, Any]:
     """Make the model, run both tools once per round in fresh processes, then compare the tensors that they wrote."""
     env = environment(options.threads, folder / "caches", options.gpu)
-    made = prepared(options.shape, folder, env, MAX_LENGTH, TOLD, TOLD)
+    made = prepare_rows(options.shape, folder, env, MAX_LENGTH, PREPARED_ROWS, PREPARED_ROWS)
     return measure(verb, options, made["model"], folder, env)
 
 
@@ -53,14 +53,16 @@ def measure(verb: str, options: Options, model: str, folder: Path, env: dict[str
             shutil.rmtree(folder / name, ignore_errors=True)
             os.sync()  # finish the previous run's writes
             runs[name].append(one_run(commands[name], folder / f"{name}.log", env))
-    told = {"found": str(folder / OURS), "wanted": str(folder / PEERS[verb]), "folder": str(folder)}
-    same = helper("same_weights", told, folder, env, "same.json")
+    arguments = {"found": str(folder / OURS), "wanted": str(folder / PEERS[verb]), "folder": str(folder)}
+    same = run_job("same_weights", arguments, folder, env, "same.json")
     ratio = ratios(runs, PEERS[verb])
-    print(show(runs, ratio, ASKED[verb]))
+    print(show(runs, ratio, TARGET[verb]))
     print(f"\n{same['tensors']} tensors, the largest relative difference {same['largest']:.1e} ({same['of']})")
     faults = list(same["faults"])
-    if same["largest"] > APART[verb]:
-        faults.append(f"{same['of']} is {same['largest']:.1e} from {PEERS[verb]}'s, at most {APART[verb]:.1e} is meant")
+    if same["largest"] > MAX_DIFFERENCE[verb]:
+        faults.append(
+            f"{same['of']} is {same['largest']:.1e} from {PEERS[verb]}'s, at most {MAX_DIFFERENCE[verb]:.1e} is meant"
+        )
     for fault in faults:
         print(f"NOT the same: {fault}")
     return {
@@ -68,7 +70,7 @@ def measure(verb: str, options: Options, model: str, folder: Path, env: dict[str
         "shape": {"name": options.shape, **asdict(SHAPES[options.shape])},
         "runs": runs,
         "ratios": ratio,
-        "asked": ASKED[verb],
+        "asked": TARGET[verb],
         "same": same,
         "faults": faults,
     }
@@ -79,7 +81,7 @@ def contestants(verb: str, options: Options, model: str, folder: Path, env: dict
     target = model
     if verb == "merge":
         job = {"model": model, "targets": SHAPES[options.shape].targets, "r": RANK, "lora_alpha": ALPHA}
-        target = helper("prepare_adapter", job | {"folder": str(folder)}, folder, env, "adapter.json")["adapter"]
+        target = run_job("prepare_adapter", job | {"folder": str(folder)}, folder, env, "adapter.json")["adapter"]
     flags = {"merge": ["--no-verify"], "quantize": ["--method", "nf4", "--double-quant"]}[verb]
     return {
         OURS: ["-m", "lora_cli", verb, target, "--out", str(folder / OURS), *flags],
@@ -89,10 +91,10 @@ def contestants(verb: str, options: Options, model: str, folder: Path, env: dict
 
 def one_run(arguments: list[str], log: Path, env: dict[str, str]) -> dict[str, float]:
     """Seconds and peak memory of the whole process. Raises SystemExit when it fails."""
-    ended = run(arguments, env, log)
-    if ended.exit_code:
-        raise SystemExit(f"exit code {ended.exit_code}:\n{tail(log)}")
-    return {"seconds": ended.seconds, "peak_bytes": ended.peak_bytes}
+    result = run(arguments, env, log)
+    if result.exit_code:
+        raise SystemExit(f"exit code {result.exit_code}:\n{tail(log)}")
+    return {"seconds": result.seconds, "peak_bytes": result.peak_bytes}
 
 
 def ratios(runs: Mapping[str, Sequence[Mapping[str, float]]], peer: str) -> dict[str, float]:
@@ -102,7 +104,7 @@ def ratios(runs: Mapping[str, Sequence[Mapping[str, float]]], peer: str) -> dict
 
 
 def show(
-    runs: Mapping[str, Sequence[Mapping[str, float]]], ratio: Mapping[str, float], asked: Mapping[str, float]
+    runs: Mapping[str, Sequence[Mapping[str, float]]], ratio: Mapping[str, float], target: Mapping[str, float]
 ) -> str:
     """Medians, spread and ratios in Markdown."""
     rows = [["", "s", "least-most", "peak MB"]]
@@ -111,6 +113,6 @@ def show(
         spread = f"{min(seconds):.1f}-{max(seconds):.1f}"
         rows.append([name, f"{median(seconds):.1f}", spread, f"{median(peak) / 1e6:,.0f}"])
     rows.append(["ratio", f"{ratio['seconds']:.2f}", "", f"{ratio['peak_bytes']:.2f}"])
-    if asked:
-        rows.append(["asked", f"{asked['seconds']:.2f}", "", f"{asked['peak_bytes']:.2f}"])
+    if target:
+        rows.append(["target", f"{target['seconds']:.2f}", "", f"{target['peak_bytes']:.2f}"])
     return table.markdown(rows)

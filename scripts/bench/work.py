@@ -43,7 +43,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Did:
+class Report:
     """What a contestant did: counts of what went through the model, and wall-clock times.
 
     ``tokens_per_second`` counts tokens of prompts and completions, without padding, over the steps after the warm-up.
@@ -75,14 +75,14 @@ def read_job(path: str) -> tuple[Work, Path, dict[str, Any]]:
     return Work(**job["work"] | {"targets": tuple(job["work"]["targets"])}), Path(job["folder"]), job["options"]
 
 
-def write_did(did: Did, folder: Path) -> None:
-    """Write a peer's report to did.json."""
-    (folder / "did.json").write_text(json.dumps(asdict(did)), encoding="utf-8")
+def write_report(report: Report, folder: Path) -> None:
+    """Write a peer's report to report.json."""
+    (folder / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
 
 
-def read_did(folder: Path) -> Did:
-    """What ``write_did`` wrote."""
-    return Did(**json.loads((folder / "did.json").read_text(encoding="utf-8")))
+def read_report(folder: Path) -> Report:
+    """What ``write_report`` wrote."""
+    return Report(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
 
 
 def read_rows(path: str) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from bench.work import Did, Work
+from bench.work import Report, Work
 
 
 class Meter(TrainerCallback):
@@ -46,12 +46,12 @@ class Meter(TrainerCallback):
         if logs and "loss" in logs:
             self.losses.append(float(logs["loss"]))
 
-    def did(self, work: Work, model: torch.nn.Module, adapter: Path, settings: dict[str, Any]) -> Did:
+    def report(self, work: Work, model: torch.nn.Module, adapter: Path, settings: dict[str, Any]) -> Report:
         """The report of the training."""
         counts = torch.stack(self.counts).cpu()
         tokens, supervised, rows = counts.sum(dim=0).tolist()
         after = counts[self.passes[work.warmup_steps - 1] :, 0].sum().item()
-        return Did(
+        return Report(
             steps=len(self.ends),
             rows=rows,
             tokens=tokens,

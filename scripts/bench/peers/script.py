@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from bench.peers.meter import Meter, common_arguments, settings_of
-from bench.work import read_job, read_rows, write_did
+from bench.work import read_job, read_rows, write_report
 
 
 def main(job: str) -> None:
@@ -49,7 +49,7 @@ def main(job: str) -> None:
     )
     trainer.train()
     model.save_pretrained(folder / "adapter")
-    write_did(meter.did(work, model, folder / "adapter", settings_of(arguments, model)), folder)
+    write_report(meter.report(work, model, folder / "adapter", settings_of(arguments, model)), folder)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from bench.peers.meter import Meter, common_arguments, settings_of
-from bench.work import read_job, read_rows, write_did
+from bench.work import read_job, read_rows, write_report
 
 
 def main(job: str) -> None:
@@ -38,7 +38,7 @@ def main(job: str) -> None:
     meter.watch(trainer.model)
     trainer.train()
     trainer.model.save_pretrained(folder / "adapter")
-    write_did(meter.did(work, trainer.model, folder / "adapter", settings_of(arguments, trainer.model)), folder)
+    write_report(meter.report(work, trainer.model, folder / "adapter", settings_of(arguments, trainer.model)), folder)
 
 
 if __name__ == "__main__":

@@ -8,26 +8,26 @@ from typing import Any
 
 from bench.processes import ROOT, run, tail
 
-PLACE = ROOT / ".bench"
-MODELS = PLACE / "models"
+BENCH_FOLDER = ROOT / ".bench"
+MODELS = BENCH_FOLDER / "models"
 
 
-def helper(module: str, told: dict[str, Any], folder: Path, env: dict[str, str], result: str) -> dict[str, Any]:
-    """Write the job ``told``, run ``bench.<module>`` on it, and return what it wrote to the file ``result``."""
+def run_job(module: str, arguments: dict[str, Any], folder: Path, env: dict[str, str], result: str) -> dict[str, Any]:
+    """Write ``arguments`` to a job file, run ``bench.<module>`` on it, and return what it wrote to ``result``."""
     job = folder / f"{module}-job.json"
-    job.write_text(json.dumps(told), encoding="utf-8")
-    return run_helper(module, job, env, folder / result)
+    job.write_text(json.dumps(arguments), encoding="utf-8")
+    return run_module(module, job, env, folder / result)
 
 
-def prepared(
+def prepare_rows(
     shape: str, folder: Path, env: dict[str, str], max_length: int, rows: int, heldout_rows: int, models: Path = MODELS
 ) -> dict[str, Any]:
     """Make rows and, if it is not in ``models`` yet, the model of this shape. Return their paths and counts."""
-    told = {"shape": shape, "models": str(models), "folder": str(folder), "max_length": max_length}
-    return helper("prepare", told | {"rows": rows, "heldout_rows": heldout_rows}, folder, env, "rows.json")
+    arguments = {"shape": shape, "models": str(models), "folder": str(folder), "max_length": max_length}
+    return run_job("prepare", arguments | {"rows": rows, "heldout_rows": heldout_rows}, folder, env, "rows.json")
 
 
-def run_helper(module: str, job: Path, env: dict[str, str], result: Path) -> dict[str, Any]:
+def run_module(module: str, job: Path, env: dict[str, str], result: Path) -> dict[str, Any]:
     """Run ``bench.<module>`` on ``job`` and return what it wrote to ``result``. Raises SystemExit when it fails."""
     log = job.with_suffix(".log")
     if run(["-m", f"bench.{module}", str(job)], env, log).exit_code:
