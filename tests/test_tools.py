@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import write_rows
+from test_audit import report_of
 from test_cache import cached
 from test_chat import CHATML, GEMMA, MISTRAL, ONCE, Family, messages_of, tokenizer_of, tokens_of
 
@@ -263,6 +264,66 @@ def test_the_template_is_told_which_call_is_answered() -> None:
     expected = "user:Is it so?<|im_end|>\nassistant:⟦See.weathera1weathera1<|im_end|>⟧\n"
     expected += "toola1:sunny 0<|im_end|>\ntoolweather:sunny 1<|im_end|>\nassistant:⟦yes<|im_end|>⟧\n"
     assert tokenized(family, {"messages": messages}, expected) == tokens_of(family, expected)
+
+
+GPT_OSS = replace(  # a turn that calls a tool ends in a token of its own; so do earlier answers
+    CHATML,
+    template="{% for m in messages %}{% if m.tool_calls %}<|start|>assistant to={{ m.tool_calls[0].function.name }}"
+    "<|message|>{{ m.tool_calls[0].function.arguments | tojson }}<|call|>"
+    "{% elif m.role == 'tool' %}{% if not messages[loop.index0 - 1].tool_calls %}{{ raise_exception('no call') }}"
+    "{% endif %}<|start|>weather<|message|>{{ m.content }}<|end|>{% elif m.role == 'assistant' %}"
+    "<|start|>assistant<|message|>{{ m.content }}{{ '<|return|>' if loop.last else '<|end|>' }}"
+    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}",
+    specials=("<|start|>", "<|message|>", "<|call|>", "<|end|>", "<|return|>"),
+    eos="<|return|>",
+)
+GEMMA_4 = replace(  # calls, their results and the answer are one turn
+    CHATML,
+    template="{% for m in messages %}{% set earlier = messages[loop.index0 - 1] if not loop.first else {} %}"
+    "{% if m.role == 'tool' %}{{ 'response:' + m.content }}<tool_response|>"
+    "{% if not loop.last and messages[loop.index0 + 1].role == 'tool' %}<|tool_response>{% endif %}{% else %}"
+    "{% if earlier.role != 'tool' %}<|turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{% endif %}"
+    "{{ m.content }}{% for c in m.tool_calls %}"
+    "<|tool_call>{{ c.function.name }}{{ c.function.arguments | tojson }}<tool_call|>"
+    "{% endfor %}{{ '<|tool_response>' if m.tool_calls else '<turn|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt and messages[-1].role != 'tool' %}<|turn>model\n{% endif %}",
+    specials=("<|turn>", "<turn|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>"),
+    eos="<turn|>",
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "asked", "called", "sunny", "answer"),
+    [
+        (
+            GPT_OSS,
+            "<|start|>user<|message|>Is it so?<|end|>",
+            '<|start|>assistant⟦ to=weather<|message|>{"city": "Paris"}<|call|>⟧',
+            "<|start|>weather<|message|>sunny 0<|end|>",
+            "<|start|>assistant⟦<|message|>yes<|return|>⟧",
+        ),
+        (
+            GEMMA_4,
+            "<|turn>user\nIs it so?<turn|>\n",
+            '<|turn>model\n⟦<|tool_call>weather{"city": "Paris"}<tool_call|><|tool_response>⟧',
+            "response:sunny 0<tool_response|>",
+            "⟦yes<turn|>⟧\n",
+        ),
+    ],
+    ids=["gpt-oss", "gemma-4"],
+)
+def test_calls_may_end_in_another_special_token_than_answers(
+    family: Family, asked: str, called: str, sunny: str, answer: str
+) -> None:
+    messages = calling(call("weather", {"city": "Paris"}))
+    expected = asked + called + sunny + answer
+    assert tokenized(family, {"messages": messages}, expected) == tokens_of(family, expected)
+    expected = asked + called
+    row = {"messages": messages[:2]}
+    assert tokenized(family, row, expected) == tokens_of(family, expected)
+    report, _ = report_of(tokenizer_of(family, expected), row, row)
+    assert (report.ends_supervised, report.ends_masked) == (2, 0)
 
 
 NO_CALLS = CHATML

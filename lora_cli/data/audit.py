@@ -15,6 +15,7 @@ from lora_cli.data.chat import (
     end_of_turn,
     generation_marked_text,
     generation_prompt_extra,
+    special_tokens,
     text_after_content,
     turn_endings,
 )
@@ -114,10 +115,12 @@ def _bos_counts(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> tuple
 def _ends_supervised(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> Mask:
     """Whether each row's last supervised token is the end of the text or of a turn: (rows,) bool.
 
-    With ``train_on: all``, what the chat template writes after a turn's end is supervised too, and skipped here.
+    With ``train_on: all``, what the chat template writes after a turn's end is supervised too, and skipped here. A turn
+    that calls tools may end in any special token.
     """
     ends, behind = [tokenizer.eos_token_id], 0
     if "chat" in examples.formats and (closing := end_of_turn(tokenizer)):
+        ends += [tokenizer.convert_tokens_to_ids(each) for each in special_tokens(tokenizer)]
         ends += [_ids(tokenizer, each)[-1] for each in turn_endings(tokenizer, closing)]
         behind = len(_ids(tokenizer, text_after_content(tokenizer).partition(closing)[2]))
     ended = []

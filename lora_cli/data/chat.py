@@ -81,6 +81,11 @@ def turn_endings(tokenizer: PreTrainedTokenizerBase, closing: str) -> tuple[str,
     return tuple(dict.fromkeys(each for each in (closing, alone) if each))
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The texts of all special tokens, those without a role such as EOS too."""
+    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
 def generation_prompt_extra(tokenizer: PreTrainedTokenizerBase) -> str:
     """The end of the generation prompt that the template does not write before a given answer ('<think>…'), or ''."""
     asked, written = render(tokenizer, PROBES.before(1), None, True), render(tokenizer, PROBES, None)
@@ -197,23 +202,38 @@ class _Written:
             if closed := self._closed(full[end:]):
                 return end + closed
         # Reasoning may precede the content, or the template may close this turn differently from the last one.
-        around = self._around(index)
-        if around and full.endswith(around[1]) and len(full) - len(around[1]) >= start:
-            end = len(full) - len(around[1])
-            closed = self._closed(around[1])
-        else:
-            # Some templates reject any other turn in place of one with tool calls, but render it as the last turn.
-            until = _render_or_empty(self.tokenizer, self.talk.before(index + 1))
-            end = until.rfind(self.closings[-1]) if self.closings and full.startswith(until) else -1
-            closed = self._closed(until[end:])
-            if end < start or until[end + closed :].strip():
-                return None
+        ways = (self._end_when_last, self._end_around) if turn.called else (self._end_around, self._end_when_last)
+        found = next((each for way in ways if (each := way(index)) and each[0] >= start), None)
+        if found is None:
+            return None
+        end, closed = found
         spoken = self._before_calls(index, start, end)
         if spoken is None:
             return None
         # White space may change, and reasoning may be added or left out: one text must end with the other.
         written, meant = ("".join(text.split()) for text in (spoken, words))
         return end + closed if written.endswith(meant) or (bool(written) and meant.endswith(written)) else None
+
+    def _end_around(self, index: int) -> tuple[int, int] | None:
+        """The end of a turn's text and the length of the closing behind it, found with another turn in its place; None
+        when the template puts something else there."""
+        around = self._around(index)
+        if around is None or not self.full.endswith(around[1]):
+            return None
+        return len(self.full) - len(around[1]), self._closed(around[1])
+
+    def _end_when_last(self, index: int) -> tuple[int, int] | None:
+        """The end of a turn's text and the length of its closing, if the conversation up to this turn is rendered as in
+        the full text; else None. A turn that calls tools may close with another special token than answers do
+        (gpt-oss's '<|call|>'), and some templates accept no other turn in its place."""
+        until = _render_or_empty(self.tokenizer, self.talk.before(index + 1)).rstrip()
+        closings = self.closings
+        if self.talk.turns[index].called:
+            closings += special_tokens(self.tokenizer)
+        closing = next((each for each in closings if until.endswith(each)), None)
+        if closing is None or not self.full.startswith(until):
+            return None
+        return len(until) - len(closing), len(closing)
 
     def reasoning(self, index: int, as_last: bool = False) -> int:
         """The position of a turn's reasoning in the text (``as_last``: in that of the conversation up to this turn), or
