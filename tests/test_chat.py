@@ -512,6 +512,37 @@ def test_a_conversation_that_is_rendered_as_nothing_is_an_empty_row() -> None:
     assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["</s>"] and not mask.any()
 
 
+GLM_4 = replace(  # writes empty reasoning in place of that of earlier turns
+    QWEN_3,
+    template=QWEN_3.template.replace(
+        "{% if loop.index0 > ns.last %}<think>\n{{ thought }}\n</think>\n\n{% endif %}",
+        "<think>{{ thought if loop.index0 > ns.last }}</think>\n",
+    ),
+)
+R1 = replace(  # writes no turn's reasoning
+    THINKING, template=THINKING.template.replace("m.content", "m.content.split('</think>')[-1]")
+)
+THOUGHTS = (
+    ("user", "One?"),
+    ("assistant", "<think>\nsmall\n</think>\n\nOne."),
+    ("user", "Two?"),
+    ("assistant", "<think>\nlarger\n</think>\n\nTwo."),
+)
+
+
+def test_reasoning_in_the_text_may_be_left_out_of_earlier_turns_alone() -> None:
+    tokenizer = tokenizer_of(GLM_4, "")
+    talk = Conversation(tuple(Message(*turn) for turn in THOUGHTS))
+    segments = conversation_segments(tokenizer, talk, end_of_turn(tokenizer), "rows.jsonl:1")
+    learned = ["<think></think>\nOne.<|im_end|>", "<think>larger</think>\nTwo.<|im_end|>"]
+    assert [text for text, wanted in segments if wanted] == learned
+    tokenizer = tokenizer_of(R1, "")
+    for turns in (THOUGHTS, THOUGHTS[:2], (*THOUGHTS, ("user", "Bye"))):
+        talk = Conversation(tuple(Message(*turn) for turn in turns))
+        with pytest.raises(UserError, match=r"rewrites turn 1 \(assistant\)\n    change the model's chat_template"):
+            conversation_segments(tokenizer, talk, end_of_turn(tokenizer), "rows.jsonl:1")
+
+
 def test_words_that_a_template_changes_are_not_guessed_at() -> None:
     template = "{% for m in messages %}{{ m.role }}:{{ m.content | replace('y', 'Y') }};{% endfor %}"
     with pytest.raises(UserError, match=r"rows\.jsonl:1: the chat template leaves out or rewrites turn 1"):

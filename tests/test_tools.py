@@ -338,7 +338,7 @@ NO_WORDS = replace(
 NO_ANSWERS = replace(
     UNMARKED, template=UNMARKED.template.replace("<tool_response>\n{{ m.content }}", "<tool_response>")
 )
-NESTED = replace(  # tool results are in the turn that calls the tool, as in Gemma 4
+NESTED = replace(  # a tool result is in the turn that calls the tool, before its end
     CHATML,
     template="{% for m in messages %}{% if m.role != 'tool' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
     "{% for c in m.tool_calls %}{{ c.function.name }}={{ messages[loop.index0 + 2].content }}{% endfor %}"

@@ -20,6 +20,11 @@ TEMPLATE_DATE = "26 Jul 2024"
 """Today's date for templates that ask for it (Llama's own default), so that rows give the same tokens on any day."""
 TEMPLATE_HINT = "correct the model's chat_template.jinja, or chat_template in its tokenizer_config.json"
 CALLS_AS_TEXT = "write the calls into the turn's text in the model's own syntax, and remove tool_calls"
+KEPT_TEXT = (
+    "change the model's chat_template.jinja so that it writes the turn's text as it is, or remove what it leaves out, "
+    "such as reasoning"
+)
+REASONING_END = "</think>"
 MOST_ADDED, MOST_REPEATED = 1_000_000, 10
 """Limits of a rendering: characters that a template may add, and how often it may repeat the conversation."""
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -127,7 +132,7 @@ def conversation_segments(
         end = written.end(index, start)
         if end is None:
             what = f"the chat template leaves out or rewrites turn {index} (assistant)"
-            raise UserError(what, where, CALLS_AS_TEXT if turn.called else None)
+            raise UserError(what, where, CALLS_AS_TEXT if turn.called else KEPT_TEXT)
         if turn.has_reasoning:
             _check_reasoning(written, index, start, where)
         segments += [(full[at:start], False), (full[start:end], turn.learned)]
@@ -155,6 +160,10 @@ def _render_or_empty(
         return render(tokenizer, talk, None, add_generation_prompt)
     except UserError:
         return ""
+
+
+def _without_spaces(text: str) -> str:
+    return "".join(text.split())
 
 
 @dataclass(frozen=True)
@@ -210,9 +219,23 @@ class _Written:
         spoken = self._before_calls(index, start, end)
         if spoken is None:
             return None
-        # White space may change, and reasoning may be added or left out: one text must end with the other.
-        written, meant = ("".join(text.split()) for text in (spoken, words))
-        return end + closed if written.endswith(meant) or (bool(written) and meant.endswith(written)) else None
+        # White space may change, reasoning may be added, and its beginning may be in the prompt.
+        written, meant = _without_spaces(spoken), _without_spaces(words)
+        if written.endswith(meant):
+            return end + closed
+        is_end = bool(written) and meant.endswith(written)
+        if is_end and _without_spaces(full[:start] + spoken).endswith(meant):
+            return end + closed
+        is_answer = bool(written) and written.endswith(_without_spaces(words.rpartition(REASONING_END)[2]))
+        return end + closed if (is_end or is_answer) and self._has_whole_text_when_last(index) else None
+
+    def _has_whole_text_when_last(self, index: int) -> bool:
+        """Whether the template writes an earlier turn's whole text, with its reasoning, when it is the last turn."""
+        if index == len(self.talk.turns) - 1:
+            return False
+        talk = self.talk.before(index + 1)
+        last = replace(self, talk=talk, full=_render_or_empty(self.tokenizer, talk))
+        return last.end(index, last.start(index, 0)) is not None
 
     def _end_around(self, index: int) -> tuple[int, int] | None:
         """The end of a turn's text and the length of the closing behind it, found with another turn in its place; None
