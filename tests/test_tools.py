@@ -326,6 +326,18 @@ def test_calls_may_end_in_another_special_token_than_answers(
     assert (report.ends_supervised, report.ends_masked) == (2, 0)
 
 
+def test_arguments_are_given_as_text_where_the_template_takes_nothing_else() -> None:
+    template = UNMARKED.template.replace("{{ call.arguments | tojson }}", "{{ '' + call.arguments }}")
+    family = replace(UNMARKED, template=template)
+    for one in (PARIS, PARIS["function"], call("weather", json.dumps(PARIS["function"]["arguments"]))):
+        expected = f"<|im_start|>user\nIs it so?<|im_end|>\n<|im_start|>assistant\n⟦{WRITTEN}<|im_end|>⟧\n"
+        found = tokenized(family, {"messages": calling(one)[:2]}, expected)
+        assert found == tokens_of(family, expected)
+    with pytest.raises(UserError, match=r"refuses the conversation: can only concatenate str \(not \"int\"\)"):
+        broken = replace(family, template=template.replace("+ call.arguments", "+ 1"))
+        tokenized(broken, {"messages": calling(PARIS)}, "")
+
+
 NO_CALLS = CHATML
 NAMELESS = replace(UNMARKED, template=UNMARKED.template.replace("{{ call.name }}", ""))
 FIRST_ALONE = replace(UNMARKED, template=UNMARKED.template.replace("in m.tool_calls", "in (m.tool_calls or [])[:1]"))

@@ -115,7 +115,7 @@ def conversation_segments(
     Raises UserError, with the row's place, when the template refuses the conversation, or leaves out or changes the
     tools, a tool's turn, an assistant's turn or its reasoning.
     """
-    full = render(tokenizer, talk, where)
+    talk, full = _accepted(tokenizer, talk, where)
     if talk.tools and full == _render_or_empty(tokenizer, replace(talk, tools=())):
         hint = "remove the column from the rows, or use a model whose chat template writes tools"
         raise UserError("the chat template leaves out the row's tools", where, hint)
@@ -138,6 +138,19 @@ def conversation_segments(
         segments += [(full[at:start], False), (full[start:end], turn.learned)]
         at = end
     return (*segments, (full[at:], False))
+
+
+def _accepted(tokenizer: PreTrainedTokenizerBase, talk: Conversation, where: str) -> tuple[Conversation, str]:
+    """The conversation in the form that the template accepts, and its rendering: some templates (DeepSeek's) take the
+    arguments of tool calls only as JSON text. Raises UserError when the template accepts neither form."""
+    try:
+        return talk, render(tokenizer, talk, where)
+    except UserError:
+        texts = talk.with_text_arguments()
+        full = _render_or_empty(tokenizer, texts) if any(turn.called for turn in talk.turns) else ""
+        if not full:
+            raise
+        return texts, full
 
 
 def _check_reasoning(written: _Written, index: int, start: int, where: str) -> None:

@@ -58,6 +58,22 @@ class Message:
         """The turn with ``text`` in place of its reasoning."""
         return replace(self, extra={**self.extra, **{key: text for key in REASONING if key in self.extra}})
 
+    def with_text_arguments(self) -> Message:
+        """The turn with the arguments of its tool calls as JSON text."""
+        if not self.called:
+            return self
+        calls = [
+            call | {"function": _with_text_arguments(call["function"])}
+            if call.get("function")
+            else _with_text_arguments(call)
+            for call in self.extra["tool_calls"]
+        ]
+        return replace(self, extra={**self.extra, "tool_calls": calls})
+
+
+def _with_text_arguments(function: dict[str, Any]) -> dict[str, Any]:
+    return function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -73,6 +89,10 @@ class Conversation:
     def before(self, index: int) -> Conversation:
         """The conversation up to turn ``index`` (exclusive)."""
         return replace(self, turns=self.turns[:index])
+
+    def with_text_arguments(self) -> Conversation:
+        """The conversation with the arguments of its tool calls as JSON text."""
+        return replace(self, turns=tuple(turn.with_text_arguments() for turn in self.turns))
 
     def with_turn(self, index: int, turn: Message) -> Conversation:
         """The conversation with ``turn`` in place of turn ``index``."""
