@@ -276,9 +276,14 @@ def chat_without_turns(w: World) -> Arguments:
     return chat(w, [])
 
 
-@case("rows.jsonl:2", "messages[1]", "null or missing")
+@case("rows.jsonl:2", "messages[1]", "the turn has no text: 'content' is null")
 def chat_with_null_content(w: World) -> Arguments:
     return chat(w, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}])
+
+
+@case("rows.jsonl:2", "messages[0]", "there is no 'content', but role, value", "{role, content} or {from, value}")
+def chat_with_keys_of_two_layouts(w: World) -> Arguments:
+    return chat(w, [{"role": "user", "value": "Hi"}, {"role": "assistant", "value": "Hello"}])
 
 
 @case("rows.jsonl:2", "leaves out or rewrites turn 1", "write the calls into the turn's text", "remove tool_calls")

@@ -127,7 +127,11 @@ def read_turns(value: Any, where: str) -> tuple[Message, ...]:
             raise UserError(f"unknown role {role!r}", place, hint)
         _check_unread(turn, role, place)
         extra = _extra(turn, role, place)
-        content = "" if content is None and "tool_calls" in extra else _text(content, place)
+        if content is None and not extra.get("tool_calls"):
+            words = "value" if sharegpt else "content"
+            what = f"'{words}' is null" if words in turn else f"there is no '{words}', but {', '.join(map(str, turn))}"
+            raise UserError(f"the turn has no text: {what}", place, TURNS_HINT)
+        content = "" if content is None else _text(content, place)
         turns.append(Message(role, content, extra, role != "assistant" or _is_learned(turn, place)))
     return tuple(turns)
 
@@ -137,8 +141,8 @@ def _text(content: Any, place: str) -> str:
     if isinstance(content, list):
         content = "".join(_text_of_part(part, place) for part in content)
     if not isinstance(content, str):
-        found = "null or missing" if content is None else kind_of(content)
-        raise UserError(f"the turn's text is {found}", place, "expected text, or a list of {type: text, text}")
+        hint = "expected text, or a list of {type: text, text}"
+        raise UserError(f"the turn's text is {kind_of(content)}", place, hint)
     if has_lone_surrogate(content):
         raise UserError(f"the turn's text {LONE_SURROGATE}", place, LONE_SURROGATE_HINT)
     return content
