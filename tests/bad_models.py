@@ -54,6 +54,15 @@ def model_of_another_kind(w: World) -> Arguments:
     return w.train({"model.name_or_path": "model"})
 
 
+@case("model/config.json: a model of type 'bert' sees the tokens that it is to predict", "is_decoder: false")
+def encoder_alone(w: World) -> Arguments:
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertForMaskedLM(BertConfig(vocab_size=400, **sizes)).save_pretrained(w.root / w.model())
+    return w.train({"model.name_or_path": "model"})
+
+
 @case("model", "no tokenizer", "tokenizer.json")
 def no_tokenizer(w: World) -> Arguments:
     model = w.root / w.model()

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
 
 from lora_cli.cores import usable_cores
@@ -59,6 +62,15 @@ def load_config(folder: Path) -> PreTrainedConfig:
             "lora trains only models that generate text",
         )
     return cast("PreTrainedConfig", config)
+
+
+def check_causal(config: PreTrainedConfig) -> None:
+    """Raises UserError for an encoder such as BERT, whose tokens see those that they are to predict."""
+    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_encoder_decoder
+    if is_encoder and not getattr(config, "is_decoder", True):
+        what = f"a model of type '{config.model_type}' sees the tokens that it is to predict (is_decoder: false)"
+        where = str(Path(config.name_or_path or "") / "config.json")
+        raise UserError(what, where, "lora trains only models that generate text")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

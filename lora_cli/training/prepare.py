@@ -77,10 +77,11 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     unread = _check_without_torch(recipe, folder, resume, overwrite)
 
     from lora_cli.data.examples import check_ids
-    from lora_cli.model.base import load_config, load_tokenizer, max_positions
+    from lora_cli.model.base import check_causal, load_config, load_tokenizer, max_positions
 
     base = _base_with_weights(recipe)
     config = load_config(base)
+    check_causal(config)
     tokenizer = load_tokenizer(base)
     targets = _targets(recipe, base, config)
     digest = fingerprint(base)
