@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from lora_cli.data.examples import Examples, Ints, offsets_of
 from lora_cli.data.grouping import (
@@ -21,9 +22,6 @@ from lora_cli.data.grouping import (
 )
 from lora_cli.errors import Fault, UserError, pluralize
 from lora_cli.recipe.schema import Source
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,6 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy the batch to ``device``. A copy to a GPU is asynchronous, from pinned memory."""
-        import torch
 
         def moved(part: Any) -> Any:
             if not isinstance(part, torch.Tensor):
@@ -103,8 +100,6 @@ def check_drawn(source: npt.NDArray[np.int32], parts: Sequence[Source]) -> None:
 
 def collate(examples: Examples, rows: Sequence[int] | Ints, packing: bool, pad_token_id: int) -> Batch:
     """The rows as tensors: concatenated with ``packing``, otherwise padded on the right."""
-    import torch
-
     pairs = [examples.row(int(index)) for index in rows]
     lengths = np.array([len(ids) for ids, _ in pairs])
     longest = int(lengths.max())

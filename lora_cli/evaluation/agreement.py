@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftModel
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from transformers import PreTrainedModel
 
 from lora_cli.evaluation.loss import evaluating
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_cli.data.batches import collate
-from lora_cli.data.examples import highest_id
+from lora_cli.data.examples import Examples, Ints, highest_id
 from lora_cli.errors import RunError
 from lora_cli.evaluation.head import frozen_head
 from lora_cli.evaluation.loss import Score, evaluating, evaluation_groups, mean_score, tally_loss
@@ -19,12 +19,6 @@ from lora_cli.evaluation.packing import enable_packing
 from lora_cli.model.adapters import load_adapter
 from lora_cli.model.base import longrope_bounds, pad_token_id
 from lora_cli.model.memory import keep_freed_memory
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from lora_cli.data.examples import Examples, Ints
 
 ROWS_AT_ONCE = 4
 

@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn.functional import pad
+from transformers import PreTrainedModel
 
 from lora_cli.model.shapes import rounded_size
 from lora_cli.model.swiglu import HAS_LIGER
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 ROWS, COLUMNS, LOGITS = 2048, 4096, 2**22
 """On a CPU: the most rows of logits computed at a time, the fewest columns, and the logits when rows are few."""

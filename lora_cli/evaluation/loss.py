@@ -6,20 +6,18 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, pad
 
 from lora_cli.data.batches import Batch
+from lora_cli.data.examples import Examples, Ints
 from lora_cli.data.grouping import group_by_length_range, pack_first_fit, pad_in_order
 from lora_cli.evaluation.head import Head
+from lora_cli.model.frozen_layers import FrozenLayers
 from lora_cli.model.shapes import rounded_size
-
-if TYPE_CHECKING:
-    from lora_cli.data.examples import Examples, Ints
-    from lora_cli.model.frozen_layers import FrozenLayers
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch.nn.functional import linear
+from transformers import PreTrainedModel
 
 from lora_cli.data.batches import Batch
 from lora_cli.evaluation.loss import evaluating, row_boundary_arguments
 from lora_cli.model.attention import ROWS, ROWS_ALONE
 from lora_cli.model.layers import FORWARD_ERRORS, has_experts, is_8_bit
 from lora_cli.model.memory import is_out_of_memory
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 
 def enable_packing(model: PreTrainedModel | PeftModel, device: torch.device, attn_implementation: str) -> bool:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
+import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.errors import RunError, UserError
 from lora_cli.model.base import ties_embeddings
 from lora_cli.model.fused_lora import register
 from lora_cli.recipe.schema import Adapter
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
 
 
 def lora_config(adapter: Adapter, targets: Sequence[str]) -> LoraConfig:

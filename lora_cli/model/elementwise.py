@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from lora_cli.model.fused_lora import Fused, apply_layers
 from lora_cli.model.layers import FORWARD_ERRORS
 from lora_cli.model.norm_inputs import normed
 from lora_cli.model.rotary import fused_replacement, rotary_dim
 from lora_cli.model.swiglu import SWIGLU, Formula, SwiGLU, flatten_detached
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from lora_cli.model.layers import FORWARD_ERRORS
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 class StandIn(nn.Module):

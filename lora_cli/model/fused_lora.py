@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+from peft import LoraConfig
 from peft.tuners import lora
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -15,9 +16,6 @@ from lora_cli.model.linear4bit import quant_state_of
 from lora_cli.model.lora_products import LayerSpec, LoraProducts
 from lora_cli.model.norm_inputs import norm_inputs_of
 from lora_cli.model.swiglu import SwiGLU, swiglu
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 
 def apply_layers(layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor) -> Sequence[torch.Tensor]:

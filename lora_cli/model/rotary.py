@@ -8,18 +8,15 @@ from __future__ import annotations
 from copy import deepcopy
 from inspect import signature
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_cli.model.fused_lora import apply_layers
 from lora_cli.model.layers import FORWARD_ERRORS
-
-if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 PROJECTIONS, NORMS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_norm", "k_norm")
 RECORDING = "lora_recorded"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -16,9 +17,6 @@ from lora_cli.model.layers import check_checkpointing, is_8_bit
 from lora_cli.model.memory import activation_bytes, format_bytes, free_bytes, is_out_of_memory
 from lora_cli.training.estimate import largest_batch
 from lora_cli.training.prepare import Prepared
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 MEMORY_FRACTION = 0.8
 """Fraction of the free memory that the estimated activations may take; the rest is for what the estimate leaves out."""

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from lora_cli.errors import pluralize
 from lora_cli.model.base import save_tokenizer
 from lora_cli.recipe.schema import Recipe
 from lora_cli.weights.provenance import PROVENANCE
-
-if TYPE_CHECKING:
-    import torch
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
 
 
 def write_adapter(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
+from peft import PeftModel
 
 from lora_cli.data.batches import Batch, collate
 from lora_cli.data.examples import Ints
@@ -28,9 +28,6 @@ from lora_cli.training.prepare import Prepared
 from lora_cli.training.processes import all_reduce_max
 from lora_cli.training.same_run import with_batch_size
 from lora_cli.training.sharding import is_sharded
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 Fits = Callable[[int, bool], bool]
 """Whether a batch of this many rows fits, with recomputed activations (True) or without."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
+import torch
+from transformers import PreTrainedModel
 
 from lora_cli.data.examples import Ints
 from lora_cli.model.base import best_device, meta_model, resolve_dtype
@@ -16,12 +18,6 @@ from lora_cli.model.memory import activation_bytes
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.prepare import Prepared
 from lora_cli.weights.shards import read_headers, weight_files
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import torch
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import broadcast
 
 from lora_cli.data.batches import Batch, collate
-from lora_cli.data.examples import offsets_of
+from lora_cli.data.examples import Examples, Ints, offsets_of
 from lora_cli.disk import preallocate
 from lora_cli.errors import unwritable
 from lora_cli.evaluation.loss import evaluating, evaluation_groups, row_boundary_arguments
@@ -32,9 +31,6 @@ from lora_cli.training.processes import broadcast_from_first, own_share
 from lora_cli.training.setup import Trainer, unwrap
 from lora_cli.training.sharding import is_sharded
 from lora_cli.training.zero import is_zero
-
-if TYPE_CHECKING:
-    from lora_cli.data.examples import Examples, Ints
 
 MEMORY_SHARE, DISK_SHARE = 0.2, 0.5
 """Fractions of free memory and disk for ``training.cache_frozen: auto``; activations may take 4/5 of the memory."""

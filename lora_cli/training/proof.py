@@ -6,9 +6,10 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
@@ -19,9 +20,6 @@ from lora_cli.model.adapters import trainable_parameters
 from lora_cli.training.processes import fill_parameter
 from lora_cli.training.zero import ZeroOptimizer, is_partitioned
 from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS, PEFT_PREFIX
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 Tensors = Mapping[str, torch.Tensor]
 RELOADED = "reloaded"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from lora_cli.data.batches import Schedule
 from lora_cli.data.sources import sources_of
@@ -20,6 +22,7 @@ from lora_cli.evaluation.packing import enable_packing
 from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameters
 from lora_cli.model.base import best_device, load_base, longrope_bounds, resolve_compute_dtype, resolve_dtype
 from lora_cli.model.elementwise import chunk_mlps, fuse
+from lora_cli.model.frozen_layers import FrozenLayers
 from lora_cli.model.memory import keep_freed_memory
 from lora_cli.training.activations import choose_checkpointing, recompute_activations, saved_bytes_per_token
 from lora_cli.training.batch_size import resolve_batch_size
@@ -37,13 +40,6 @@ from lora_cli.training.zero import is_zero
 from lora_cli.weights.init_from import start_of
 from lora_cli.weights.quantized_cache import cached_name, find_cached, link_cached, write_cached
 from lora_cli.weights.shards import read_headers, stored_dtype, weight_files
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
-    from lora_cli.model.frozen_layers import FrozenLayers
-
 
 MLP_TOKENS = 2**14
 """Tokens that an MLP takes at a time with ``offload``: so many that dequantizing its weights for each part of a row

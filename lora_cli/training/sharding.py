@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from peft import PeftModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -18,9 +19,6 @@ from lora_cli.model.adapters import trainable_parameters
 from lora_cli.recipe.schema import Training
 from lora_cli.training.processes import full_tensor
 from lora_cli.training.zero import ZeroOptimizer, configure, is_zero, zero_plugin
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 WAIT = timedelta(hours=3)
 """How long processes wait for one another, also while one quantizes a base. NCCL's own 10 minutes are too short."""

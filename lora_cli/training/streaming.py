@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import Module, ModuleList, Parameter
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_cli.errors import UserError
@@ -27,9 +28,6 @@ from lora_cli.training.estimate import estimate
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.same_run import with_resolved_batch
 from lora_cli.weights.shards import TensorInfo, mapped, read_headers, weight_files
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Sources = dict[Parameter, Callable[[], Parameter]]
 """For each streamed weight, how to load it onto the device."""
