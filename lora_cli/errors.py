@@ -147,6 +147,12 @@ def pluralize(number: int, one: str, many: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 
+def first_few(items: Sequence[str], most: int) -> str:
+    """Return the first ``most`` items, with commas between them, and the number of the others if there are any."""
+    more = f" and {len(items) - most:,} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
+
+
 def nearest_hint(name: str, known: Iterable[str]) -> str | None:
     """A hint naming the nearest known name, or None when none is near."""
     near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)

@@ -169,7 +169,7 @@ def test_an_architecture_gives_what_its_rows_give_one_at_a_time(kind: str) -> No
     wanted = learned(model, expected)
 
     fuse(base)
-    assert enable_packing(model, torch.device("cpu"), "auto") is (attention is not None)
+    assert enable_packing(model, "auto") is (attention is not None)
     assert base.config._attn_implementation == (ROWS_ALONE if attention == ROWS else own)
     with evaluating(model):
         head = frozen_head(model)
@@ -240,7 +240,7 @@ def test_a_model_may_write_over_what_fused_layers_give_it(name: str, more: dict[
 def test_rows_do_not_see_each_other() -> None:
     """The second row's loss does not depend on the first row."""
     model = build("Llama", GROUPED)
-    assert enable_packing(model, torch.device("cpu"), "auto")
+    assert enable_packing(model, "auto")
     first, other, second = rows_of((6, 6, 8))
 
     def loss(*rows: torch.Tensor) -> float:
@@ -255,7 +255,7 @@ def test_products_that_round_otherwise_for_another_number_of_tokens_do_not_count
     model = build("Llama", GROUPED).bfloat16()
     mlp = model.get_submodule("model.layers.1.mlp")
     mlp.register_forward_hook(lambda _, __, output: output * (1.5 if output.shape[1] < 12 else 1))
-    assert enable_packing(model, torch.device("cpu"), "auto")
+    assert enable_packing(model, "auto")
 
 
 def test_places_that_are_counted_through_count_as_mixing() -> None:
@@ -263,7 +263,7 @@ def test_places_that_are_counted_through_count_as_mixing() -> None:
     model = build("Llama", GROUPED)
     mlp = model.get_submodule("model.layers.1.mlp")
     mlp.register_forward_hook(lambda _, __, output: output + 0.1 * torch.arange(output.shape[1])[:, None])
-    assert not enable_packing(model, torch.device("cpu"), "auto")
+    assert not enable_packing(model, "auto")
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +348,7 @@ def test_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the 40 supervised of 62 positions are multiplied by the head, and only one chunk's logits exist at once."""
     monkeypatch.setattr("lora_cli.evaluation.head.ROWS", 16)
     model = build("Llama", GROUPED)
-    assert enable_packing(model, torch.device("cpu"), "auto")
+    assert enable_packing(model, "auto")
     with evaluating(model.eval()):
         head = frozen_head(model)
     batch = packed(rows_of((30, 32)))
@@ -806,7 +806,7 @@ def test_in_16_bits_a_processor_takes_lines_of_few_lengths(name: str, dtype: tor
     """69 tokens are padded to 72; the last 3 add nothing to the loss and its gradient."""
     model = build(name, GROUPED if name == "Llama" else {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 70})
     targets = list(adaptable_layers(model))
-    assert enable_packing(model, torch.device("cpu"), "auto")
+    assert enable_packing(model, "auto")
     base = model.to(dtype)
     adapted = adapt(base, Adapter(r=2), targets, fused=True).eval()
     for weight in adapted.parameters():
@@ -871,7 +871,7 @@ def test_rows_are_packed_in_8_bits_which_mix_those_of_any_batch_for_their_outlie
     assert train(changes | {"quantization": {"method": "int8"}}).info["data"]["packed"] is True
     quantized = transformers.BitsAndBytesConfig(load_in_8bit=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, quantization_config=quantized)
-    assert enable_packing(model, torch.device("cpu"), "auto")
+    assert enable_packing(model, "auto")
     assert not any(module._forward_hooks for module in model.modules()), "but to look, nothing is computed otherwise"
 
 
@@ -908,7 +908,7 @@ LONGROPE = {
 def test_longrope_has_no_row_beside_one_that_turns_its_positions(packing: bool, tokenizer: Any) -> None:
     """One row longer than the original context changes the position embeddings of its whole batch."""
     model = build("Phi3", GROUPED | LONGROPE).eval()
-    assert enable_packing(model, torch.device("cpu"), "auto")
+    assert enable_packing(model, "auto")
     bounds = longrope_bounds(model.config)
     assert bounds == [16]
     rows = rows_of((4, 30, 16, 17, 9, 18, 12, 3))
@@ -940,7 +940,7 @@ def test_a_window_that_the_mask_alone_tells_of_is_kept() -> None:
     """PhiMoE and Qwen2-MoE do not pass their window to attention."""
     model = build("Phimoe", GROUPED | {"sliding_window": 6, "num_local_experts": 2}).eval()
     rows = rows_of((20, 5, 15))
-    assert enable_packing(model, torch.device("cpu"), "auto")
+    assert enable_packing(model, "auto")
     assert float(summed_loss(model, packed(rows))) == pytest.approx(float(one_at_a_time(model, rows)), rel=1e-5)
 
 

@@ -130,7 +130,7 @@ def test_the_upper_half_alone_gives_what_the_whole_model_gives(kind: str) -> Non
     # In float64, since layers amplify differences in the last bit; Mixtral's experts do not support it.
     base = build(kind, dtype=torch.float32 if kind == "mixtral" else torch.float64)
     model = adapted(base)
-    packs = enable_packing(base, torch.device("cpu"), "auto")
+    packs = enable_packing(base, "auto")
     model.eval()
     below = frozen_layers(model)
     assert below is not None and below.count == 2

@@ -14,7 +14,6 @@ import torch
 from lora_cli.data.examples import Examples, Ints, offsets_of
 from lora_cli.data.grouping import (
     group_by_length_range,
-    group_by_length_range_in_order,
     pack_first_fit,
     pack_in_order,
     pad_by_length,
@@ -178,9 +177,7 @@ class Schedule:
                 return pad_by_length(rows, self.lengths, self.batch_size, draw)
             return pad_in_order(rows, self.batch_size)
 
-        batches = (group_by_length_range if self.shuffle else group_by_length_range_in_order)(
-            order, self.lengths, self.bounds, group
-        )
+        batches = group_by_length_range(order, self.lengths, self.bounds, group, in_order=not self.shuffle)
         if self.shuffle and self.bounds:  # otherwise all long rows would come first
             batches = [batches[0], *(batches[1 + index] for index in draw.permutation(len(batches) - 1))]
         self._counts[epoch] = len(batches)

@@ -147,16 +147,18 @@ def count_per_row(flags: Mask, offsets: Ints) -> Ints:
     return running[offsets[1:]] - running[offsets[:-1]]
 
 
+def joined_store(ids: Sequence[Tokens], supervised: Sequence[Mask]) -> Store:
+    """A store in memory with these tokens end to end."""
+    return Store(np.concatenate([np.zeros(0, np.int32), *ids]), np.concatenate([np.zeros(0, np.bool_), *supervised]))
+
+
 Piece = tuple[Tokens, Mask, int]
 """A row's ids, its supervision and its source."""
 
 
 def join_pieces(pieces: Sequence[Piece], formats: tuple[str, ...]) -> Examples:
     """The rows, end to end."""
-    store = Store(
-        ids=np.concatenate([np.zeros(0, np.int32), *(ids for ids, _, _ in pieces)]),
-        supervised=np.concatenate([np.zeros(0, np.bool_), *(mask for _, mask, _ in pieces)]),
-    )
+    store = joined_store([ids for ids, _, _ in pieces], [mask for _, mask, _ in pieces])
     offsets = offsets_of(np.asarray([len(ids) for ids, _, _ in pieces], np.int64))
     return end_to_end(store, offsets, np.asarray([source for _, _, source in pieces], np.int32), formats)
 

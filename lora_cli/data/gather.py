@@ -10,7 +10,7 @@ from typing import IO
 
 import numpy as np
 
-from lora_cli.data.examples import Examples, Ints, Store, Tokens, end_to_end, offsets_of
+from lora_cli.data.examples import Examples, Ints, Store, Tokens, end_to_end, joined_store, offsets_of
 from lora_cli.errors import unwritable
 
 BUFFER_TOKENS = 1 << 24
@@ -42,7 +42,11 @@ def gather(parts: Iterable[Examples], folder: Path | None) -> Examples:
                 waiting = 0
         if files:
             _write(held, files, place)
-        store = _mapped(*files) if files else _joined(held)
+            mappings = tuple(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) for file in files)
+            store = Store(np.frombuffer(mappings[0], np.int32), np.frombuffer(mappings[1], np.bool_), mappings)
+        else:
+            flats = [part.flat() for part in held]
+            store = joined_store([flat.ids for flat in flats], [flat.supervised for flat in flats])
     finally:
         for file in files:
             file.close()
@@ -64,16 +68,3 @@ def _write(held: list[Examples], files: list[IO[bytes]], place: Path) -> None:
     except OSError as error:
         raise unwritable(place / "tokenized rows", error) from error
     held.clear()
-
-
-def _mapped(ids: IO[bytes], supervised: IO[bytes]) -> Store:
-    mappings = tuple(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) for file in (ids, supervised))
-    return Store(np.frombuffer(mappings[0], np.int32), np.frombuffer(mappings[1], np.bool_), mappings)
-
-
-def _joined(held: list[Examples]) -> Store:
-    flats = [part.flat() for part in held]
-    return Store(
-        np.concatenate([np.zeros(0, np.int32), *(flat.ids for flat in flats)]),
-        np.concatenate([np.zeros(0, np.bool_), *(flat.supervised for flat in flats)]),
-    )

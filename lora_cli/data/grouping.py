@@ -80,23 +80,14 @@ def pad_by_length(order: Ints, lengths: Ints, batch_size: int, draw: np.random.G
 
 
 def group_by_length_range(
-    order: Ints, lengths: Ints, bounds: Sequence[int], group: Callable[[Ints], list[Ints]]
+    order: Ints, lengths: Ints, bounds: Sequence[int], group: Callable[[Ints], list[Ints]], in_order: bool = False
 ) -> list[Ints]:
     """Apply ``group`` separately to the rows on each side of the ``bounds``, in tokens, the longest rows first.
-    No batch mixes rows up to a bound with longer rows."""
-    sides = _sides(lengths[order], bounds)
-    return [batch for side in np.unique(sides)[::-1] for batch in group(order[sides == side])]
-
-
-def group_by_length_range_in_order(
-    order: Ints, lengths: Ints, bounds: Sequence[int], group: Callable[[Ints], list[Ints]]
-) -> list[Ints]:
-    """Do the same as ``group_by_length_range``, but keep the order: a batch ends where the next row is on another side
-    of a bound."""
-    changes = np.flatnonzero(np.diff(_sides(lengths[order], bounds))) + 1
-    return [batch for part in np.split(order, changes) for batch in group(part)]
-
-
-def _sides(lengths: Ints, bounds: Sequence[int]) -> Ints:
-    """The number of distinct bounds that each row exceeds."""
-    return np.searchsorted(np.unique(bounds), lengths)
+    No batch mixes rows up to a bound with longer rows. With ``in_order``, the order is kept: a batch ends where the
+    next row is on another side of a bound."""
+    sides = np.searchsorted(np.unique(bounds), lengths[order])  # the number of distinct bounds that each row exceeds
+    if in_order:
+        parts = np.split(order, np.flatnonzero(np.diff(sides)) + 1)
+    else:
+        parts = [order[sides == side] for side in np.unique(sides)[::-1]]
+    return [batch for part in parts for batch in group(part)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.data.readers import READERS, Record, without_arrow_nulls
-from lora_cli.errors import Fault, UserError, is_lfs_pointer, nearest_hint, repair_hint
+from lora_cli.errors import Fault, UserError, first_few, is_lfs_pointer, nearest_hint, repair_hint
 from lora_cli.recipe.schema import Source
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -51,7 +51,9 @@ def source_faults(sources: Iterable[Source]) -> list[Fault]:
             continue
         if files is None:
             continue
-        misplaced = f"is for a hub id only, and this is a {_kind_of_path(source.path)}"
+        path = Path(source.path)
+        kind = "file" if _is_file(path) else "folder" if path.is_dir() else "glob"
+        misplaced = f"is for a hub id only, and this is a {kind}"
         if source.name is not None:
             hint = "give the path of the configuration's own files"
             faults.append(Fault(f"name: {source.name} {misplaced}", source.path, hint))
@@ -145,9 +147,8 @@ def _readable(found: list[Path], path: str) -> list[Path]:
     files = sorted(filter(_is_file, found))
     unread = [each for each in files if each.suffix.lower() in UNREAD_DATA]
     if unread:
-        more = f" and {len(unread) - 1:,} more" if len(unread) > 1 else ""
         hint = f"types read: {', '.join(READERS)}; convert it, or select the others with a glob such as *.jsonl"
-        raise UserError(f"cannot read {unread[0]}{more}", path, hint)
+        raise UserError(f"cannot read {first_few([*map(str, unread)], 1)}", path, hint)
     readable = {os.path.realpath(each): each for each in reversed(files) if each.suffix.lower() in READERS}
     if not readable:
         what = "the folder holds no data file" if Path(path).is_dir() else "no data file matches"
@@ -169,10 +170,6 @@ def _check_split(files: Sequence[Path], folder: Path) -> None:
     if trained and held_out:
         hint = "give the files of one split by a glob such as *train*, or its folder; or all files by a glob"
         raise UserError(f"holds several splits: {trained} and {held_out}", str(folder), hint)
-
-
-def _kind_of_path(path: str) -> str:
-    return "file" if _is_file(Path(path)) else "folder" if Path(path).is_dir() else "glob"
 
 
 def _hub_place(source: Source, number: int) -> str:

@@ -51,7 +51,7 @@ def compare(
     config = None if adapter is None else PeftConfig.from_pretrained(str(adapter))
     # aLoRA is active after its invocation tokens, of which PEFT finds only the last in each sequence.
     is_activated = getattr(config, "alora_invocation_tokens", None) is not None
-    packing = not is_activated and enable_packing(model, device, attn_implementation)
+    packing = not is_activated and enable_packing(model, attn_implementation)
 
     def score(model: PreTrainedModel | PeftModel, what: str) -> Score:
         with evaluating(model):

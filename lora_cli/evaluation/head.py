@@ -6,8 +6,7 @@ layer runs unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn.functional import pad
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from lora_cli.model.layers import relative_error, trial_ids
 from lora_cli.model.shapes import rounded_size
 from lora_cli.model.swiglu import HAS_LIGER
 
@@ -69,8 +70,7 @@ class Head:
             ]
         return torch.stack(losses).sum()
 
-    @contextmanager
-    def intercept_input(self, use: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    def intercept_input(self, use: Callable[[torch.Tensor], None]) -> RemovableHandle:
         """A context in which a forward pass hands this layer's input to ``use`` and returns empty logits.
 
         ``use`` is called during the pass: after it, sharded weights are no longer gathered.
@@ -80,11 +80,7 @@ class Head:
             use(inputs[0])
             return (inputs[0][:, :0], *inputs[1:])
 
-        hook = self.module.register_forward_pre_hook(take)
-        try:
-            yield
-        finally:
-            hook.remove()
+        return self.module.register_forward_pre_hook(take)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -200,7 +196,7 @@ def frozen_head(model: PreTrainedModel | PeftModel) -> Head | None:
         return None
     scale = float(getattr(config, "logit_scale", None) or 1) / float(getattr(config, "logits_scaling", None) or 1)
     head = Head(module, scale, getattr(config, "final_logit_softcapping", None))
-    ids = (torch.arange(8, device=module.weight.device) * 7919 + 3)[None] % config.vocab_size
+    ids = trial_ids(model, 8)[None]
     taken: list[torch.Tensor] = []
     wanted = model(input_ids=ids, use_cache=False).logits[0].float()
     with head.intercept_input(taken.append):
@@ -208,5 +204,4 @@ def frozen_head(model: PreTrainedModel | PeftModel) -> Head | None:
     found = head.logits(taken[0][0]) if taken else wanted[:0]
     if found.shape != wanted.shape:
         return None
-    error = float((found - wanted).norm() / wanted.norm())
-    return head if error < (1e-4 if module.weight.dtype == torch.float32 else 0.02) else None
+    return head if relative_error(found, wanted) < (1e-4 if module.weight.dtype == torch.float32 else 0.02) else None

@@ -48,7 +48,7 @@ def summed_loss(
     if batch.input_ids.device.type == "cpu" and next(model.parameters()).dtype == torch.bfloat16:
         batch = _lengthened(batch)
     losses: list[torch.Tensor] = []
-    aside: AbstractContextManager[None] = nullcontext()
+    aside: AbstractContextManager[object] = nullcontext()
     if head is not None:
         aside = head.intercept_input(
             lambda hidden: losses.append(head.summed_loss(_predicting(batch, hidden), batch.targets))
@@ -94,9 +94,13 @@ def row_boundary_arguments(batch: Batch) -> dict[str, Any]:
     """The arguments that keep the batch's rows apart: a mask for padded rows, FlashAttention's for packed ones."""
     if batch.cu_seq_lens is None:  # rows padded on the right need no position ids, which not every model takes
         return {"attention_mask": batch.attention_mask}
-    starts, longest = batch.cu_seq_lens, batch.longest
+    return packed_row_arguments(batch.position_ids, batch.cu_seq_lens, batch.longest)
+
+
+def packed_row_arguments(position_ids: torch.Tensor, starts: torch.Tensor, longest: int) -> dict[str, Any]:
+    """FlashAttention's arguments for packed rows; see the fields of ``Batch``."""
     lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
-    return {"position_ids": batch.position_ids, **lengths}
+    return {"position_ids": position_ids, **lengths}
 
 
 @contextmanager
@@ -143,11 +147,9 @@ def evaluation_groups(
     """The examples in packed batches, or in padded batches of similar lengths; the loss does not depend on the choice.
     No batch mixes rows of up to one of the ``bounds``, in tokens, with longer rows."""
     lengths = examples.lengths
-    if packing:
-        order = np.arange(len(examples))
-        return group_by_length_range(
-            order, lengths, bounds, lambda rows: pack_first_fit(rows, lengths, batch_size * max_length)
-        )
-    return group_by_length_range(
-        np.argsort(-lengths, kind="stable"), lengths, bounds, lambda rows: pad_in_order(rows, batch_size)
-    )
+    order = np.arange(len(examples)) if packing else np.argsort(-lengths, kind="stable")
+
+    def group(rows: Ints) -> list[Ints]:
+        return pack_first_fit(rows, lengths, batch_size * max_length) if packing else pad_in_order(rows, batch_size)
+
+    return group_by_length_range(order, lengths, bounds, group)

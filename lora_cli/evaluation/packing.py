@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
+from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from lora_cli.data.batches import Batch
-from lora_cli.evaluation.loss import evaluating, row_boundary_arguments
+from lora_cli.evaluation.loss import evaluating, packed_row_arguments
 from lora_cli.model.attention import ROWS, ROWS_ALONE
-from lora_cli.model.layers import FORWARD_ERRORS, has_experts, is_8_bit
+from lora_cli.model.layers import FORWARD_ERRORS, has_experts, is_8_bit, relative_error, trial_ids
 from lora_cli.model.memory import is_out_of_memory
 
 
-def enable_packing(model: PreTrainedModel | PeftModel, device: torch.device, attn_implementation: str) -> bool:
+def enable_packing(model: PreTrainedModel | PeftModel, attn_implementation: str) -> bool:
     """Prepare the model for packed rows, if possible with attention by rows, and return whether it computes them
     exactly. Attention by rows takes no masks from then on.
 
@@ -30,8 +28,7 @@ def enable_packing(model: PreTrainedModel | PeftModel, device: torch.device, att
     if model.config.model_type == "gpt_neo":
         return False
     given = model.config._attn_implementation
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = (torch.arange(19, device=device) * 7919 + 3) % vocabulary
+    ids = trial_ids(model, 19)
     first, second, other = ids[:7], ids[7:12], ids[12:]  # the other is as long as the first
     alone = torch.cat([_logits(model, first, second)[: len(first)], _logits(model, second, first)[: len(second)]])
     takes_rows = attn_implementation == "auto" and model._supports_flash_attn  # through FlashAttention's arguments
@@ -43,7 +40,8 @@ def enable_packing(model: PreTrainedModel | PeftModel, device: torch.device, att
         exact, rounding = (1e-6, 1e-3) if model.dtype == torch.float32 else (0.02, 0.05)
         if not has_experts(model):  # experts' products have other shapes behind another row
             exact = 0.0
-        if _distance(behind[len(first) :], packed[len(first) :]) <= exact and _distance(packed, alone) < rounding:
+        apart = relative_error(behind[len(first) :], packed[len(first) :])
+        if apart <= exact and relative_error(packed, alone) < rounding:
             if implementation == ROWS:
                 model.set_attn_implementation(ROWS_ALONE)
             return True
@@ -60,17 +58,13 @@ def _logits(model: PreTrainedModel | PeftModel, row: torch.Tensor, after: torch.
 
 def _packed_logits(model: PreTrainedModel | PeftModel, rows: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor | None:
     """The logits (tokens, vocabulary) of two packed rows; None when the architecture cannot compute them."""
-    ids, device = torch.cat(rows), rows[0].device
-    lengths = [len(row) for row in rows]
-    places = torch.cat([torch.arange(length) for length in lengths]).to(device)
-    starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
-    nothing = torch.empty(0, dtype=torch.long, device=device)
-    batch = Batch(ids[None], places[None], None, starts, max(lengths), nothing, nothing, nothing)
+    device, lengths = rows[0].device, [len(row) for row in rows]
+    places = torch.cat([torch.arange(length, device=device) for length in lengths])
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    boundaries = packed_row_arguments(places[None], starts, max(lengths))
     with evaluating(model), _dequantized_8_bit_layers(model):
         try:
-            logits: torch.Tensor = model(
-                input_ids=batch.input_ids, use_cache=False, **row_boundary_arguments(batch)
-            ).logits[0]
+            logits: torch.Tensor = model(input_ids=torch.cat(rows)[None], use_cache=False, **boundaries).logits[0]
         except FORWARD_ERRORS as error:  # no position ids, or something that attention by rows does not support
             if is_out_of_memory(error):
                 raise
@@ -78,17 +72,13 @@ def _packed_logits(model: PreTrainedModel | PeftModel, rows: tuple[torch.Tensor,
     return logits
 
 
-@contextmanager
-def _dequantized_8_bit_layers(model: torch.nn.Module) -> Iterator[None]:
+def _dequantized_8_bit_layers(model: torch.nn.Module) -> ExitStack:
     """A context in which 8-bit layers multiply by their dequantized weights. LLM.int8() (arXiv:2208.07339) itself mixes
     the rows of any batch, packed or padded: a feature with an outlier in one row is computed in 16 bits for all."""
-    layers = (module for module in model.modules() if is_8_bit(module))
-    hooks = [layer.register_forward_hook(_product_of_8_bits) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks = ExitStack()
+    for layer in filter(is_8_bit, model.modules()):
+        hooks.enter_context(layer.register_forward_hook(_product_of_8_bits))
+    return hooks
 
 
 def _product_of_8_bits(layer: Any, inputs: tuple[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
@@ -96,7 +86,3 @@ def _product_of_8_bits(layer: Any, inputs: tuple[torch.Tensor], _: torch.Tensor)
 
     weight = int8_vectorwise_dequant(layer.state.CB, layer.state.SCB)
     return linear(inputs[0], weight.to(inputs[0].dtype), layer.bias)
-
-
-def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).float().norm() / wanted.float().norm())

@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from lora_cli.cores import usable_cores
-from lora_cli.errors import UserError, unreadable
+from lora_cli.errors import UserError, first_few, unreadable
 from lora_cli.model.files import (
     check_tokenizer,
     custom_code,
@@ -249,9 +249,8 @@ def load_base(
         raise UserError(f"the model could not be loaded: {str(error).splitlines()[0]}", str(folder)) from error
     base, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise UserError(f"the weights lack {', '.join(names[:3])}{more}", str(folder), "copy or download them again")
+        lacking = first_few(sorted(info["missing_keys"]), 3)
+        raise UserError(f"the weights lack {lacking}", str(folder), "copy or download them again")
     patch_4bit_layers(base)
     patch_8bit_layers(base)
     if sharded:

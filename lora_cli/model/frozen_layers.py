@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from lora_cli.model.layers import FORWARD_ERRORS
+from lora_cli.model.layers import FORWARD_ERRORS, relative_error, trial_ids
 
 
 class StandIn(nn.Module):
@@ -93,12 +93,8 @@ def frozen_layers(model: PeftModel) -> FrozenLayers | None:
     if count == 0:
         return None
     returned: list[Any] = []
-    hook = layers[0].register_forward_hook(lambda *passed: returned.append(passed[-1]))
-    try:
-        with torch.no_grad():
-            decoder(input_ids=sample_ids(model), use_cache=False)
-    finally:
-        hook.remove()
+    with torch.no_grad(), layers[0].register_forward_hook(lambda *passed: returned.append(passed[-1])):
+        decoder(input_ids=sample_ids(model), use_cache=False)
     if not returned:
         return None
     return FrozenLayers(decoder, layers, count, len(returned[0]) if isinstance(returned[0], tuple) else 0)
@@ -131,7 +127,7 @@ def can_be_skipped(model: PeftModel, below: FrozenLayers) -> bool:
                 found = model(input_ids=ids, use_cache=False).logits.float()
         except FORWARD_ERRORS:
             return False
-    return float((found - wanted).norm() / wanted.norm()) < (1e-5 if model.dtype == torch.float32 else 0.02)
+    return relative_error(found, wanted) < (1e-5 if model.dtype == torch.float32 else 0.02)
 
 
 def _random_state(device: torch.device) -> torch.Tensor:
@@ -141,5 +137,4 @@ def _random_state(device: torch.device) -> torch.Tensor:
 
 def sample_ids(model: PeftModel) -> torch.Tensor:
     """Token ids for a trial: two rows of 8 tokens, (2, 8) int64."""
-    vocabulary: int = model.config.get_text_config().vocab_size
-    return ((torch.arange(16, device=next(model.parameters()).device) * 7919 + 3) % vocabulary).view(2, 8)
+    return trial_ids(model, 16).view(2, 8)

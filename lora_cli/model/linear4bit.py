@@ -11,7 +11,7 @@ import copy
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, cast
@@ -102,7 +102,6 @@ def check_dora(targets: Iterable[Target], device: torch.device) -> None:
         raise UserError(what, hint="remove such layers from adapter.target_modules, or set adapter.use_dora to false")
 
 
-@cache
 def _takes_wrong_scales() -> bool:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 

@@ -6,13 +6,13 @@ import ctypes
 import re
 import resource
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import psutil
 import torch
-
-from lora_cli.model.cgroups import memory_limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -78,7 +78,7 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     own = psutil.Process().memory_info()
     free = int(psutil.virtual_memory().available)
-    limits = list(memory_limits(root))
+    limits = list(_group_limits(root))
     for limit, used in ((resource.RLIMIT_AS, own.vms), (resource.RLIMIT_DATA, getattr(own, "data", own.rss))):
         allowed = resource.getrlimit(limit)[0]
         if allowed != resource.RLIM_INFINITY:
@@ -90,7 +90,37 @@ def total_bytes(device: torch.device, root: Path = Path("/")) -> int:
     """Bytes of memory that the device has; on a CPU, no more than the control groups allow."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
-    return min([int(psutil.virtual_memory().total), *(allowed for allowed, _ in memory_limits(root))])
+    return min([int(psutil.virtual_memory().total), *(allowed for allowed, _ in _group_limits(root))])
+
+
+def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Yield limit and usage, in bytes, of each control group of this process that has a memory limit, parents included.
+
+    ``root`` is the folder that holds ``proc`` and ``sys``. Usage excludes the inactive file cache, as in kubelet: the
+    kernel frees this memory when needed.
+    """
+    try:
+        memberships = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    mount = root / "sys/fs/cgroup"
+    for line in memberships:
+        _, controllers, path = line.split(":", 2)
+        group = PurePosixPath(path.lstrip("/"))
+        # In a container, the mount may start at the container's own group, while the path is that on the host.
+        for part in (group, *group.parents):
+            with suppress(OSError, ValueError):  # no such folder or file, or "max"
+                if not controllers:
+                    yield _read_limit(mount / part, "memory.max", "memory.current", "inactive_file")
+                elif "memory" in controllers.split(","):
+                    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+                    yield _read_limit(mount / "memory" / part, *names)
+
+
+def _read_limit(folder: Path, limit: str, usage: str, reclaimable: str) -> tuple[int, int]:
+    allowed, used = (int((folder / name).read_text(encoding="ascii")) for name in (limit, usage))
+    stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+    return allowed, used - int(stat.get(reclaimable, 0))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -56,11 +56,8 @@ class RowProducts(torch.autograd.Function):
     ) -> torch.Tensor:
         group = query.shape[1] // key.shape[1]
         queries, keys = _layouts(lengths, key.shape[1], group)
-        q, k, v = (
-            queries.gather(query.transpose(1, 2)),
-            keys.gather(key.transpose(1, 2)),
-            keys.gather(value.transpose(1, 2)),
-        )
+        q = queries.gather(query.transpose(1, 2))
+        k, v = (keys.gather(each.transpose(1, 2)) for each in (key, value))
         attended = v.new_empty(len(q), v.shape[-1])
         kept: list[torch.Tensor] = []
         for own, seen in zip(queries.rows, keys.rows, strict=True):
@@ -250,7 +247,7 @@ def _weights(q: torch.Tensor, k: torch.Tensor, block: Block, scale: float, windo
     Masks are added only to the two corners that need one."""
     keys, group = k[:, block.seen].transpose(1, 2), q.shape[1] // k.shape[1]
     size, queries = block.size, q[:, block.queries]
-    later = _later(group, q.dtype)[: size * group, :size]
+    later = _mask(group, q.dtype, later=True)[: size * group, :size]
     if block.before:
         scores = _product(queries, keys, scale)
         scores[:, :, block.before :].add_(later)
@@ -258,7 +255,7 @@ def _weights(q: torch.Tensor, k: torch.Tensor, block: Block, scale: float, windo
         scores = torch.baddbmm(later, queries, keys, alpha=scale)
     near = size if window is None else window - block.before
     if near < size:  # later queries of the block no longer see the first tokens
-        corner = _outside(group, q.dtype)[: (size - near) * group, : size - near]
+        corner = _mask(group, q.dtype, later=False)[: (size - near) * group, : size - near]
         scores[:, near * group :, : size - near] += corner
     return scores.softmax(-1)
 
@@ -268,18 +265,10 @@ def _product(x: torch.Tensor, y: torch.Tensor, factor: float, out: torch.Tensor 
     return torch.baddbmm(x.new_empty(()), x, y, beta=0, alpha=factor, out=out)
 
 
-@lru_cache(maxsize=4)
-def _later(group: int, dtype: torch.dtype) -> torch.Tensor:
-    """The mask (n * group, n) for n = MAX_UNBLOCKED_TOKENS: -inf for query i and the keys after the i-th, else 0."""
-    return _mask(torch.ones(MAX_UNBLOCKED_TOKENS, MAX_UNBLOCKED_TOKENS, dtype=torch.bool).triu(1), group, dtype)
-
-
-@lru_cache(maxsize=4)
-def _outside(group: int, dtype: torch.dtype) -> torch.Tensor:
-    """The mask (n * group, n) for n = MAX_UNBLOCKED_TOKENS: -inf for query i and the keys up to the i-th, which are
-    outside its window, else 0."""
-    return _mask(torch.ones(MAX_UNBLOCKED_TOKENS, MAX_UNBLOCKED_TOKENS, dtype=torch.bool).tril(), group, dtype)
-
-
-def _mask(hidden: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
+@lru_cache(maxsize=8)
+def _mask(group: int, dtype: torch.dtype, later: bool) -> torch.Tensor:
+    """The mask (n * group, n) for n = MAX_UNBLOCKED_TOKENS that is -inf, else 0, for query i and the ``later`` keys,
+    which are after the i-th, or else for the keys up to the i-th, which are outside its window."""
+    every = torch.ones(MAX_UNBLOCKED_TOKENS, MAX_UNBLOCKED_TOKENS, dtype=torch.bool)
+    hidden = every.triu(1) if later else every.tril()
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf).repeat_interleave(group, dim=0)

@@ -122,8 +122,6 @@ def _by_list(wanted: Iterable[str], layers: Iterable[str]) -> list[str]:
             faults.append(Fault(what, hint=hint))
     if faults:
         raise UserError(faults)
-    if not chosen:
-        raise UserError("adapter.target_modules: the list is empty", hint=_what_exists(layers))
     return [name for name in layers if name in chosen]
 
 

@@ -144,7 +144,7 @@ def choose_packing(job: Prepared, base: PreTrainedModel, display: Display) -> bo
     """Whether rows are packed end to end: if the recipe says so and the architecture keeps them apart."""
     if not job.recipe.data.packing:
         return False
-    packing = enable_packing(base, base.device, job.recipe.model.attn_implementation)
+    packing = enable_packing(base, job.recipe.model.attn_implementation)
     if not packing:
         what = "this architecture does not support packed rows; rows of similar length are padded instead"
         display.note(f"data.packing: {what}", warning=True)
