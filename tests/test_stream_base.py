@@ -450,7 +450,7 @@ def test_offloading_takes_mlps_in_parts(
     streams: bool, write_recipe: Any, lora: Any, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An MLP processes a long row in parts of ``MLP_TOKENS`` tokens, and the run is the same."""
-    monkeypatch.setattr(setup, "MLP_TOKENS", 8)
+    monkeypatch.setattr(activations, "MLP_TOKENS", 8)
     tokens: list[int] = []
     original = SwiGLU.apply
 

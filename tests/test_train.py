@@ -35,8 +35,8 @@ from lora_cli.cli.app import main
 from lora_cli.model.elementwise import GatedMLP
 from lora_cli.recipe.explain import dotted_keys
 from lora_cli.training import loop, validation
-from lora_cli.training.clock import Clock
 from lora_cli.training.display import duration
+from lora_cli.training.metrics import Clock
 
 # --- the equations ---------------------------------------------------------------------------------------------------
 

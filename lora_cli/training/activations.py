@@ -4,24 +4,58 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_hook
 
-from lora_cli.data.batches import Batch, Schedule
+from lora_cli.data.batches import Batch, Schedule, collate
+from lora_cli.data.examples import join_pieces
 from lora_cli.evaluation.head import Head
 from lora_cli.evaluation.loss import summed_loss
+from lora_cli.model.elementwise import chunk_mlps
 from lora_cli.model.layers import check_checkpointing, is_8_bit
 from lora_cli.model.memory import activation_bytes, format_bytes, free_bytes, is_out_of_memory
+from lora_cli.training.display import Display
 from lora_cli.training.estimate import largest_batch
 from lora_cli.training.prepare import Prepared
+from lora_cli.training.sharding import is_sharded
 
 MEMORY_FRACTION = 0.8
 """Fraction of the free memory that the estimated activations may take; the rest is for what the estimate leaves out."""
 PROBE_TOKENS = 128
 """Maximum length, in tokens, of the longer of the two rows that measure the memory kept per token."""
+
+MLP_TOKENS = 2**14
+"""Tokens that an MLP takes at a time with ``offload``: so many that dequantizing its weights for each part of a row
+takes little of the time."""
+
+
+def set_checkpointing(
+    job: Prepared,
+    schedule: Schedule,
+    accelerator: Accelerator,
+    model: PeftModel,
+    head: Head | None,
+    dtype: torch.dtype,
+    streams: bool,
+    display: Display,
+) -> bool | Literal["offload"]:
+    """Make the model keep or recompute its activations; report what ``auto`` becomes, and why, unless all fit."""
+    is_whole_on_gpu = accelerator.device.type == "cuda" and not (streams or is_sharded(accelerator))
+    finds_out = is_whole_on_gpu and job.recipe.training.gradient_checkpointing == "auto"
+    kept = saved_bytes_per_token(model, head, accelerator, schedule.packing, job.max_length) if finds_out else None
+    recomputes = model.supports_gradient_checkpointing
+    checkpointing, why = choose_checkpointing(job, schedule, dtype, accelerator.device, head is None, recomputes, kept)
+    if why and not streams:
+        display.note(f"training.gradient_checkpointing: auto -> {str(checkpointing).lower()}: {why}")
+    if checkpointing or streams:
+        recompute_activations(model)
+    if checkpointing == "offload":
+        chunk_mlps(model, MLP_TOKENS)
+    return checkpointing
 
 
 def choose_checkpointing(
@@ -34,8 +68,8 @@ def choose_checkpointing(
     kept: float | None = None,
 ) -> tuple[bool | Literal["offload"], str]:
     """Return the value of ``gradient_checkpointing`` to use, and why. ``auto`` becomes False if all activations take at
-    most SHARE of the free memory or the architecture does not support it (``recomputes``), else True if that is enough
-    or the device is a CPU, else "offload". ``kept`` is the bytes kept per token, if measured."""
+    most MEMORY_FRACTION of the free memory or the architecture does not support it (``recomputes``), else True if that
+    is enough or the device is a CPU, else "offload". ``kept`` is the bytes kept per token, if measured."""
     wanted = job.recipe.training.gradient_checkpointing
     if wanted != "auto":
         return wanted, ""
@@ -104,8 +138,5 @@ def _saved_bytes(model: PeftModel, head: Head | None, batch: Batch) -> int:
 
 def _row(tokens: int, packing: bool) -> Batch:
     """Return one row of ``tokens`` tokens, of which only the second is supervised."""
-    places = torch.arange(tokens)[None]
-    one = torch.zeros(1, dtype=torch.long)
-    mask = None if packing else torch.ones_like(places)
-    starts = torch.tensor([0, tokens], dtype=torch.int32) if packing else None
-    return Batch(torch.zeros_like(places), places, mask, starts, tokens, one, one, one)
+    row = np.zeros(tokens, np.int32), np.arange(tokens) == 1, 0
+    return collate(join_pieces([row], ("text",)), [0], packing, pad_token_id=0)

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -116,20 +117,33 @@ def choose_places(sizes: Mapping[str, int], wanted: str, free: Mapping[str, int]
 
 
 def compute(trainer: Trainer, step: int) -> None:
-    """Compute the hidden states of all rows of the planned parts; the run has reached ``step``.
+    """Compute the hidden states of all rows of the planned parts; the run has reached ``step``. Each process computes
+    its share of the batches and broadcasts it to the others.
 
     Raises Interrupted between two batches when a signal asks to stop, RunError when the disk is full.
     """
-    planned = trainer.hidden_states
+    accelerator, planned = trainer.accelerator, trainer.hidden_states
     if planned is None:
         return
     for part, place in planned.places.items():
         began = time.perf_counter()
-        examples = splits(trainer)[part]
-        offsets = offsets_of(examples.lengths)
+        examples, groups = splits(trainer)[part], groups_of(trainer, part)
         states = allocate(place, (examples.tokens, planned.width), planned.dtype, trainer.job.folder.cache)
-        planned.kept[part] = CachedStates(states, offsets)
-        compute_split(trainer, part, step)
+        kept = CachedStates(states, offsets_of(examples.lengths))
+        with evaluating(trainer.model):
+            left = iter(groups)
+            for rows, _ in own_share(groups, accelerator):
+                batch = batch_of(trainer, part, rows).to(accelerator.device)
+                found = planned.layers.states({"input_ids": batch.input_ids, **row_boundary_arguments(batch)})
+                found = found[0] if batch.attention_mask is None else found[batch.attention_mask.bool()]
+                for process, shared in enumerate(islice(left, accelerator.num_processes)):
+                    places = token_places(kept.offsets, shared)
+                    own = process == accelerator.process_index
+                    given = found if own else found.new_empty(len(places), planned.width)
+                    states[places] = broadcast(given, process).to("cpu")
+                if asked_to_stop := trainer.asked_to_stop():
+                    raise stopped_after(step, asked_to_stop)
+        planned.kept[part] = kept
         trainer.display.note(
             f"{part} rows: hidden states below layer {planned.layers.count} computed once in "
             f"{time.perf_counter() - began:.1f} s ({states.nbytes:,} bytes, {place})"
@@ -151,28 +165,6 @@ def allocate(place: str, shape: tuple[int, int], dtype: torch.dtype, folder: Pat
             return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype).view(shape)
     except OSError as error:
         raise unwritable(folder / "hidden states", error, size) from error
-
-
-def compute_split(trainer: Trainer, part: str, step: int) -> None:
-    """Compute the part's hidden states: each process its share of the batches, which it broadcasts to the others."""
-    accelerator, planned, examples = trainer.accelerator, trainer.hidden_states, splits(trainer)[part]
-    assert planned is not None
-    kept = planned.kept[part]
-    groups = groups_of(trainer, part)
-    count = accelerator.num_processes
-    with evaluating(trainer.model):
-        for at, (rows, _) in enumerate(own_share(groups, accelerator)):
-            batch = collate(examples, rows, trainer.schedule.packing, pad_token_id(trainer.job.tokenizer))
-            batch = batch.to(accelerator.device)
-            found = planned.layers.states({"input_ids": batch.input_ids, **row_boundary_arguments(batch)})
-            found = found[0] if batch.attention_mask is None else found[batch.attention_mask.bool()]
-            for process, shared in enumerate(groups[at * count : (at + 1) * count]):
-                places = token_places(kept.offsets, shared)
-                own = process == accelerator.process_index
-                given = found if own else found.new_empty(len(places), planned.width)
-                kept.states[places] = broadcast(given, process).to("cpu")
-            if asked_to_stop := trainer.asked_to_stop():
-                raise stopped_after(step, asked_to_stop)
 
 
 def groups_of(trainer: Trainer, part: str) -> list[Ints]:

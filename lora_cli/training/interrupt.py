@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +23,6 @@ def catch_signals() -> Iterator[Interrupt]:
     """While the block runs, record the first SIGINT, SIGTERM or SIGHUP (unless nohup ignores it), to be read between
     steps."""
     asked = Interrupt()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield asked
-        return
 
     def handle(number: int, _: FrameType | None) -> None:
         asked.number = number

@@ -19,22 +19,20 @@ from lora_cli.data.cache import prune, publish, withdraw
 from lora_cli.errors import RunError, SecondaryError, UserError, is_out_of_space, unwritable
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.training import hidden_states
-from lora_cli.training.artifacts import write_adapter
 from lora_cli.training.cache_keys import publish_keys
 from lora_cli.training.checkpoint import RESUME_HINT, Progress, checkpoint_hint, host_copy
-from lora_cli.training.clock import Clock
 from lora_cli.training.display import Display
 from lora_cli.training.interrupt import catch_signals, stopped_after
 from lora_cli.training.launch_environment import is_first_here, process_count, process_index
 from lora_cli.training.lock import locked
-from lora_cli.training.metrics import finish_trackers, log_step, start_trackers
+from lora_cli.training.metrics import Clock, finish_trackers, log_step, start_trackers
 from lora_cli.training.nonfinite import check_finite, count_skipped, weight_norm
 from lora_cli.training.optimizer import learning_rate_at
 from lora_cli.training.out_of_memory import out_of_memory
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.processes import broadcast_from_first, is_broken_connection
 from lora_cli.training.proof import digests, missing_gradient_warning, prove
-from lora_cli.training.record import provenance, report_setup, result_record, run_record
+from lora_cli.training.record import report_setup, result_record, run_record, write_adapter
 from lora_cli.training.resume import choose_weights, continue_run, keeps_best, restore, save
 from lora_cli.training.setup import Trainer, set_up, unwrap
 from lora_cli.training.sharding import is_sharded
@@ -167,7 +165,7 @@ def save_adapter(trainer: Trainer, info: dict[str, Any], untrained: dict[str, st
     job.folder.check_held()
     with atomic_folder(job.folder.adapter, True, needed) if trainer.writes else follower_errors() as draft:
         if draft is not None:
-            write_adapter(draft, unwrap(trainer), weights, job.tokenizer, provenance(trainer, info), job.recipe)
+            write_adapter(trainer, draft, weights, info)
         written = broadcast_from_first(draft)
         if draft is not None or is_sharded(trainer.accelerator):  # a sharded model's forward pass needs all processes
             assert written is not None
@@ -198,11 +196,12 @@ def run_steps(trainer: Trainer, progress: Progress) -> Progress:
     read_at = 0.0
     unread: PendingOutcomes = []
     waits = waits_each_step(trainer)
-    if was_stopped_in_evaluation(trainer, progress):
+    if due(progress.step, training.eval_steps) and not is_evaluated(trainer, progress):  # it was stopped meanwhile
         step = last_step(trainer, progress)
         progress = evaluate_step(trainer, step, progress, clock)
         progress = end_step(trainer, step, progress, unread)
-    for step in remaining(trainer, progress):
+    left = trainer.total_steps - progress.step if is_unfinished(trainer, progress) else 0
+    for step in islice(trainer.schedule.steps(progress.step), left):
         outcome = take_step(trainer, step, rate(step.number))
         if step.number == 1 and (message := missing_gradient_warning(trainer.trained, trainer.optimizer)):
             trainer.display.note(message, warning=True)
@@ -253,12 +252,6 @@ def read_outcomes(trainer: Trainer, unread: PendingOutcomes, progress: Progress)
     return progress
 
 
-def remaining(trainer: Trainer, progress: Progress) -> Iterator[Step]:
-    """Yield the steps still to take."""
-    if is_unfinished(trainer, progress):
-        yield from islice(trainer.schedule.steps(progress.step), trainer.total_steps - progress.step)
-
-
 def is_unfinished(trainer: Trainer, progress: Progress) -> bool:
     """Whether there are steps still to take; there are none after early stopping."""
     return progress.step < trainer.total_steps and not has_converged(trainer, progress)
@@ -268,12 +261,6 @@ def has_converged(trainer: Trainer, progress: Progress) -> bool:
     """Whether early stopping's patience is used up."""
     patience = trainer.job.recipe.training.early_stopping_patience
     return patience is not None and progress.evaluations_since_best >= patience
-
-
-def was_stopped_in_evaluation(trainer: Trainer, progress: Progress) -> bool:
-    """Whether the step that the run continues from still lacks the evaluation that is due before the next one."""
-    eval_steps = trainer.job.recipe.training.eval_steps
-    return due(progress.step, eval_steps) and not is_evaluated(trainer, progress)
 
 
 def due(step: int, interval: int | None) -> bool:

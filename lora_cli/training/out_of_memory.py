@@ -31,25 +31,19 @@ def out_of_memory(job: Prepared, error: BaseException, checkpointing: bool, stre
     now = {"training.gradient_checkpointing": checkpointing or streams, "training.stream_base": streams}
     recipe = with_changes(with_resolved_batch(job.recipe), now)
     need = estimate(job, recipe)
+    saved = [
+        (need.total - estimate(job, with_changes(recipe, changes)).total, changes) for changes in remedies(job, recipe)
+    ]
+    best = sorted((each for each in saved if each[0] > 0), key=lambda each: -each[0])[:REMEDIES]
     lines = [
         f"this recipe needs about {format_bytes(need.total)}: {format_bytes(need.weights)} for the base, "
         f"{format_bytes(need.optimizer)} for the adapter and its optimizer, {format_bytes(need.activations)} for the "
         "activations of a batch",
         "what helps most:",
-        *(f"  {words} (saves about {format_bytes(saved)})" for words, saved in remedies(job, recipe)),
+        *(f"  {_overrides(changes)} (saves about {format_bytes(count)})" for count, changes in best),
         checkpoint_hint(job.folder.checkpoints),
     ]
     return RunError(describe_out_of_memory(error), str(job.folder.root), tuple(lines))
-
-
-def remedies(job: Prepared, recipe: Recipe) -> list[tuple[str, int]]:
-    """Return the changes to the recipe that would save most, as overrides, each with the bytes it would save."""
-    now = estimate(job, recipe).total
-    saved = [
-        (_overrides(changes), now - estimate(job, with_changes(recipe, changes)).total)
-        for changes in _changes(recipe, job)
-    ]
-    return sorted((item for item in saved if item[1] > 0), key=lambda item: -item[1])[:REMEDIES]
 
 
 def _overrides(changes: Mapping[str, Any]) -> str:
@@ -59,7 +53,8 @@ def _overrides(changes: Mapping[str, Any]) -> str:
     )
 
 
-def _changes(recipe: Recipe, job: Prepared) -> Iterator[dict[str, Any]]:
+def remedies(job: Prepared, recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """Yield changes to the recipe, by key, that may save memory."""
     training = recipe.training
     rows, batches = training.batch_size, training.gradient_accumulation_steps
     if not training.gradient_checkpointing:

@@ -14,7 +14,7 @@ from peft.helpers import rescale_adapter_scale
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from lora_cli.errors import RunError
+from lora_cli.errors import RunError, first_few
 from lora_cli.evaluation.loss import evaluating
 from lora_cli.model.adapters import trainable_parameters
 from lora_cli.training.processes import fill_parameter
@@ -23,7 +23,7 @@ from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS, PEFT_PREFIX
 
 Tensors = Mapping[str, torch.Tensor]
 RELOADED = "reloaded"
-NAMED_AT_MOST = 3
+NAMED = 3
 SCALES = (1, 1024)  # a few steps may change an adapter by less than 16-bit logits show
 UNUSED = "remove layers that the model does not use from adapter.target_modules"
 KEPT = "the checkpoints are kept, no adapter was written"
@@ -49,11 +49,11 @@ def prove(
     stored = load_file(folder / ADAPTER_WEIGHTS)
     faults = list(_differences(weights, stored))
     if faults:
-        what = f"the adapter's file differs from what was trained: {_some(faults)}"
+        what = f"the adapter's file differs from what was trained: {first_few(faults, NAMED)}"
         raise RunError(what, where, f"{KEPT}: --resume writes it again")
     still, layers = unchanged_layers(stored, {stored_name(name): digest for name, digest in start.items()})
     if still:
-        names = _some([layer.removeprefix(PEFT_PREFIX) for layer in still])
+        names = first_few([layer.removeprefix(PEFT_PREFIX) for layer in still], NAMED)
         what = f"{len(still)} of {layers} adapted layers were not changed by training: {names}"
         early = (
             "nothing was learned up to the step whose weights these are: lower training.learning_rate if later "
@@ -102,7 +102,7 @@ def missing_gradient_warning(
     still = [layer for layer, is_reached in layers.items() if not is_reached]
     if not still or len(still) == len(layers):
         return None
-    what = f"{len(still)} of {len(layers)} adapted layers got no gradient in the first step: {_some(still)}"
+    what = f"{len(still)} of {len(layers)} adapted layers got no gradient in the first step: {first_few(still, NAMED)}"
     return f"{what}; if no other step reaches them, the run ends without an adapter; {UNUSED}"
 
 
@@ -176,8 +176,3 @@ def _logits(model: PeftModel, adapter: str, ids: torch.Tensor) -> torch.Tensor:
 def _digest(tensor: torch.Tensor) -> str:
     numbers: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     return hashlib.sha256(numbers).hexdigest()
-
-
-def _some(items: Sequence[str]) -> str:
-    more = f" and {len(items) - NAMED_AT_MOST} more" if len(items) > NAMED_AT_MOST else ""
-    return ", ".join(items[:NAMED_AT_MOST]) + more

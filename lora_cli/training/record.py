@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_cli.errors import Fault, pluralize
+from lora_cli.errors import Fault, first_few, pluralize
 from lora_cli.evaluation.loss import Score
-from lora_cli.model.base import meta_model, resolve_compute_dtype
+from lora_cli.model.base import meta_model, resolve_compute_dtype, save_tokenizer
 from lora_cli.model.targets import describe
+from lora_cli.recipe.schema import Recipe
 from lora_cli.training.checkpoint import Progress
 from lora_cli.training.display import Display, peak_memory
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.processes import shape_of
-from lora_cli.training.setup import Trainer
-from lora_cli.weights.provenance import base_record, now, versions
+from lora_cli.training.setup import Trainer, unwrap
+from lora_cli.weights.provenance import PROVENANCE, base_record, now, versions
 
 
 def report_setup(trainer: Trainer) -> None:
@@ -88,8 +92,7 @@ def report_rows(job: Prepared, display: Display) -> None:
         subject = pluralize(report.bos_doubled, "row begins", "rows begin")
         display.note(f"{subject} with two BOS: the text or the chat template writes one too many", warning=True)
     if job.unused_columns:
-        more = f" and {len(job.unused_columns) - 5:,} more" if len(job.unused_columns) > 5 else ""
-        display.note(str(Fault(f"columns not used: {', '.join(job.unused_columns[:5])}{more}")))
+        display.note(str(Fault(f"columns not used: {first_few(job.unused_columns, 5)}")))
     for note in report.template_notes:
         display.note(note)
 
@@ -164,7 +167,44 @@ def _score(loss: float | None, tokens: int) -> dict[str, float] | None:
     return {"loss": loss, "perplexity": score.perplexity, "tokens": tokens}
 
 
-def provenance(trainer: Trainer, info: dict[str, Any]) -> dict[str, Any]:
-    """Return the provenance to write into the adapter's folder."""
+def write_adapter(trainer: Trainer, folder: Path, weights: Mapping[str, torch.Tensor], info: dict[str, Any]) -> None:
+    """Write the adapter into ``folder`` in PEFT's layout, with tokenizer, chat template, provenance and model card.
+
+    ``weights`` are the complete trained tensors by name; the model itself may hold only this process's shards. ``info``
+    is run.json's content.
+    """
+    model, recipe = unwrap(trainer), trainer.job.recipe
+    config = model.peft_config[model.active_adapter]
+    config.base_model_name_or_path = info["base"]["name_or_path"]
+    model.save_pretrained(str(folder), True, state_dict=dict(weights), save_embedding_layers=False)
+    save_tokenizer(trainer.job.tokenizer, folder)
     kept = {key: info[key] for key in ("versions", "dtype", "base", "data", "finished", "result")}
-    return kept | {"recipe": trainer.job.recipe.model_dump(mode="json")}
+    provenance = kept | {"recipe": recipe.model_dump(mode="json")}
+    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card(recipe, info), encoding="utf-8")
+
+
+def model_card(recipe: Recipe, info: dict[str, Any]) -> str:
+    """Return the adapter's README.md: its settings, its training data and its validation scores."""
+    base, data, result = info["base"], info["data"], info["result"]
+    quantized = f", trained on the base in {recipe.quantization.method}" if recipe.quantization else ""
+    peak = recipe.training.learning_rate
+    best = ""
+    if result["adapter_step"] != result["steps"]:
+        best = f" The weights are those of step {result['adapter_step']:,}, which had the lowest validation loss."
+    paragraphs = [
+        "---\nlibrary_name: peft\npipeline_tag: text-generation\n"
+        f"base_model: {json.dumps(base['name_or_path'])}\ntags: [lora, peft]\n---",
+        f"# LoRA adapter for {Path(base['name_or_path']).name}",
+        f"Rank {recipe.adapter.r}, alpha {recipe.adapter.lora_alpha:g}{quantized}; {result['trainable_parameters']:,} "
+        f"trained parameters, {pluralize(result['steps'], 'step')} at a peak learning rate of {peak:g}.",
+        f"Base fingerprint: `{base['fingerprint'][:16]}`. Training data: {pluralize(data['rows'], 'row')} "
+        f"({data['supervised_tokens']:,} supervised tokens).{best}",
+    ]
+    if result["validation"]:
+        scores = (("base", result["base"]), ("with this adapter", result["validation"]))
+        rows = (f"| {name} | {score['loss']:.4f} | {score['perplexity']:.2f} |" for name, score in scores)
+        paragraphs.append("\n".join(("| validation | loss | perplexity |", "|---|---|---|", *rows)))
+    load = "model = AutoPeftModelForCausalLM.from_pretrained(path_of_this_folder)"
+    paragraphs.append(f"```python\nfrom peft import AutoPeftModelForCausalLM\n{load}\n```\n")
+    return "\n\n".join(paragraphs)

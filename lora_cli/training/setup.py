@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -21,10 +20,10 @@ from lora_cli.evaluation.loss import evaluating
 from lora_cli.evaluation.packing import enable_packing
 from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameters
 from lora_cli.model.base import best_device, load_base, longrope_bounds, resolve_compute_dtype, resolve_dtype
-from lora_cli.model.elementwise import chunk_mlps, fuse
+from lora_cli.model.elementwise import fuse
 from lora_cli.model.frozen_layers import FrozenLayers
 from lora_cli.model.memory import keep_freed_memory
-from lora_cli.training.activations import choose_checkpointing, recompute_activations, saved_bytes_per_token
+from lora_cli.training.activations import set_checkpointing
 from lora_cli.training.batch_size import resolve_batch_size
 from lora_cli.training.cached_states import HiddenStates
 from lora_cli.training.display import Display
@@ -41,9 +40,6 @@ from lora_cli.weights.init_from import start_of
 from lora_cli.weights.quantized_cache import cached_name, find_cached, link_cached, write_cached
 from lora_cli.weights.shards import read_headers, stored_dtype, weight_files
 
-MLP_TOKENS = 2**14
-"""Tokens that an MLP takes at a time with ``offload``: so many that dequantizing its weights for each part of a row
-takes little of the time."""
 MAX_KEPT_BYTES = 2**20
 """Bytes of the largest tensor whose memory is kept when it is freed, while layers are streamed."""
 
@@ -233,31 +229,6 @@ def make_schedule(job: Prepared, packing: bool, processes: int) -> Schedule:
         accumulation=recipe.training.gradient_accumulation_steps * processes,
         bounds=tuple(longrope_bounds(job.config)),
     )
-
-
-def set_checkpointing(
-    job: Prepared,
-    schedule: Schedule,
-    accelerator: Accelerator,
-    model: PeftModel,
-    head: Head | None,
-    dtype: torch.dtype,
-    streams: bool,
-    display: Display,
-) -> bool | Literal["offload"]:
-    """Make the model keep or recompute its activations; report what ``auto`` becomes, and why, unless all fit."""
-    is_whole_on_gpu = accelerator.device.type == "cuda" and not (streams or is_sharded(accelerator))
-    finds_out = is_whole_on_gpu and job.recipe.training.gradient_checkpointing == "auto"
-    kept = saved_bytes_per_token(model, head, accelerator, schedule.packing, job.max_length) if finds_out else None
-    recomputes = model.supports_gradient_checkpointing
-    checkpointing, why = choose_checkpointing(job, schedule, dtype, accelerator.device, head is None, recomputes, kept)
-    if why and not streams:
-        display.note(f"training.gradient_checkpointing: auto -> {str(checkpointing).lower()}: {why}")
-    if checkpointing or streams:
-        recompute_activations(model)
-    if checkpointing == "offload":
-        chunk_mlps(model, MLP_TOKENS)
-    return checkpointing
 
 
 def unwrap(trainer: Trainer) -> PeftModel:

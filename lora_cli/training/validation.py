@@ -11,9 +11,8 @@ from lora_cli.errors import pluralize
 from lora_cli.evaluation.loss import Score, mean_score, tally_loss
 from lora_cli.training import hidden_states
 from lora_cli.training.checkpoint import Progress
-from lora_cli.training.clock import Clock
 from lora_cli.training.interrupt import stopped_after
-from lora_cli.training.metrics import log_score
+from lora_cli.training.metrics import Clock, log_score
 from lora_cli.training.nonfinite import check_finite
 from lora_cli.training.processes import own_share
 from lora_cli.training.setup import Trainer, unwrap
