@@ -6,10 +6,8 @@ import math
 import os
 from pathlib import Path
 
-CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
-
-def usable_cores(groups: Path = CONTROL_GROUPS) -> int:
+def usable_cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
     """Return how many cores the process may run on, at most the CPU quota of its control group (version 2 or 1).
 
     More threads than this wait for each other: they slow down a container with 2 of 64 cores many times.

@@ -32,14 +32,13 @@ from lora_cli.disk import make_folder, sync
 from lora_cli.errors import RunError, UserError, unwritable
 from lora_cli.recipe.schema import Data, Source
 
-ARRAYS: dict[str, type[np.generic]] = {
-    "offsets": np.int64,
-    "ids": np.int32,
-    "source": np.int32,
-    "supervised": np.bool_,
+ARRAYS: dict[str, tuple[type[np.generic], str]] = {
+    "offsets": (np.int64, "I64"),
+    "ids": (np.int32, "I32"),
+    "source": (np.int32, "I32"),
+    "supervised": (np.bool_, "BOOL"),
 }
-DTYPES = {np.int32: "I32", np.int64: "I64", np.bool_: "BOOL"}
-"""Safetensors' names of the dtypes."""
+"""The arrays in a file's order, with their dtypes and safetensors' names of these."""
 SETTINGS = {"format", "columns", "template", "train_on"}
 """Keys of the ``data`` section on which a row's tokens depend."""
 OWN_FILE = re.compile(r"([0-9a-f]{64})\.safetensors|\.[0-9a-f]{64}\.[0-9a-f]{32}")
@@ -177,8 +176,8 @@ def _mapped(path: Path) -> tuple[mmap.mmap, dict[str, Any], str] | None:
     except (OSError, ValueError, SafetensorError):
         return None
     arrays = {}
-    for name, dtype in ARRAYS.items():
-        if header.get(name, {}).get("dtype") != DTYPES[dtype]:
+    for name, (dtype, stored_dtype) in ARRAYS.items():
+        if header.get(name, {}).get("dtype") != stored_dtype:
             return None
         start, end = header[name]["data_offsets"]
         arrays[name] = np.frombuffer(mapping, dtype, (end - start) // np.dtype(dtype).itemsize, 8 + size + start)
@@ -211,9 +210,9 @@ def _save(path: Path, about_text: str, arrays: dict[str, Any], store: Store) -> 
     """Write the arrays in the order of ARRAYS, piece by piece; safetensors would copy them all into memory."""
     header: dict[str, Any] = {"__metadata__": {"about": about_text}}
     at = 0
-    for name, dtype in ARRAYS.items():
+    for name, (_, stored_dtype) in ARRAYS.items():
         size = arrays[name].nbytes
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(arrays[name].shape), "data_offsets": [at, at + size]}
+        header[name] = {"dtype": stored_dtype, "shape": list(arrays[name].shape), "data_offsets": [at, at + size]}
         at += size
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)  # aligns the arrays, which are sorted by item size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import accumulate
 from typing import Any
@@ -30,12 +31,18 @@ def enable_packing(model: PreTrainedModel | PeftModel, attn_implementation: str)
     given = model.config._attn_implementation
     ids = trial_ids(model, 19)
     first, second, other = ids[:7], ids[7:12], ids[12:]  # the other is as long as the first
-    alone = torch.cat([_logits(model, first, second)[: len(first)], _logits(model, second, first)[: len(second)]])
+    # The row behind cannot change a row's logits, but gives the products the shape of two packed rows: for another
+    # shape, a GPU may choose a kernel that rounds differently.
+    pairs = (first, second), (second, first)
+    alone = torch.cat([_logits(model, pair, packed=False)[: len(pair[0])] for pair in pairs])
     takes_rows = attn_implementation == "auto" and model._supports_flash_attn  # through FlashAttention's arguments
     for implementation in (ROWS, given) if takes_rows else (given,):
         model.set_attn_implementation(implementation)
-        packed, behind = _packed_logits(model, (first, second)), _packed_logits(model, (other, second))
-        if packed is None or behind is None:
+        try:
+            packed, behind = (_logits(model, (row, second), packed=True) for row in (first, other))
+        except FORWARD_ERRORS as error:  # no position ids, or something that attention by rows does not support
+            if is_out_of_memory(error):
+                raise
             continue
         exact, rounding = (1e-6, 1e-3) if model.dtype == torch.float32 else (0.02, 0.05)
         if not has_experts(model):  # experts' products have other shapes behind another row
@@ -48,27 +55,16 @@ def enable_packing(model: PreTrainedModel | PeftModel, attn_implementation: str)
     return False
 
 
-def _logits(model: PreTrainedModel | PeftModel, row: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """The logits of ``row`` and ``after`` as one row. ``after`` cannot change ``row``'s logits, but gives the products
-    the shape of two packed rows: for another shape, a GPU may choose a kernel that rounds differently."""
+def _logits(model: PreTrainedModel | PeftModel, rows: Sequence[torch.Tensor], packed: bool) -> torch.Tensor:
+    """The logits (tokens, vocabulary) of the rows end to end: ``packed``, or as if they were one row."""
+    boundaries: dict[str, Any] = {}
+    if packed:
+        device, lengths = rows[0].device, [len(row) for row in rows]
+        places = torch.cat([torch.arange(length, device=device) for length in lengths])
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        boundaries = packed_row_arguments(places[None], starts, max(lengths))
     with evaluating(model), _dequantized_8_bit_layers(model):
-        logits: torch.Tensor = model(input_ids=torch.cat((row, after))[None], use_cache=False).logits[0]
-    return logits
-
-
-def _packed_logits(model: PreTrainedModel | PeftModel, rows: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor | None:
-    """The logits (tokens, vocabulary) of two packed rows; None when the architecture cannot compute them."""
-    device, lengths = rows[0].device, [len(row) for row in rows]
-    places = torch.cat([torch.arange(length, device=device) for length in lengths])
-    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-    boundaries = packed_row_arguments(places[None], starts, max(lengths))
-    with evaluating(model), _dequantized_8_bit_layers(model):
-        try:
-            logits: torch.Tensor = model(input_ids=torch.cat(rows)[None], use_cache=False, **boundaries).logits[0]
-        except FORWARD_ERRORS as error:  # no position ids, or something that attention by rows does not support
-            if is_out_of_memory(error):
-                raise
-            return None
+        logits: torch.Tensor = model(input_ids=torch.cat(list(rows))[None], use_cache=False, **boundaries).logits[0]
     return logits
 
 

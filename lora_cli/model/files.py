@@ -16,11 +16,6 @@ from lora_cli.errors import UserError, is_lfs_pointer, nearest_hint, reading, re
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 TOKENIZER_FILES = ["tokenizer.json", "*.model", "vocab.*", "tekken.json"]
 TOKENIZER_EXTRAS = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "*.tiktoken"]
-TYPES = "models/auto"
-NO_TEMPLATE = (
-    "use an instruct model, write a chat_template.jinja into the model's folder, or set another data.format "
-    "(template: a layout of your own)"
-)
 MODEL_FOLDER = "a model folder holds config.json, a tokenizer and weights in safetensors"
 
 
@@ -91,7 +86,11 @@ def check_tokenizer(folder: Path, chat: bool = False) -> None:
     with reading(config):
         inside = config.is_file() and b'"chat_template"' in config.read_bytes()
     if chat and not inside and not any((folder / f"chat_template.{kind}").is_file() for kind in ("jinja", "json")):
-        raise UserError("the tokenizer has no chat template, which format: chat needs", str(folder), NO_TEMPLATE)
+        hint = (
+            "use an instruct model, write a chat_template.jinja into the model's folder, or set another data.format "
+            "(template: a layout of your own)"
+        )
+        raise UserError("the tokenizer has no chat template, which format: chat needs", str(folder), hint)
 
 
 def tokenizer_folder(base: Path, *adapters: Path) -> Path:
@@ -137,7 +136,7 @@ def check_model_type(folder: Path) -> None:
     kind = config.get("model_type")
     package = importlib.util.find_spec("transformers")
     places = (package and package.submodule_search_locations) or ()
-    tables = [file.read_text(encoding="utf-8") for place in places for file in Path(place, TYPES).glob("*.py")]
+    tables = [file.read_text(encoding="utf-8") for place in places for file in Path(place, "models/auto").glob("*.py")]
     if not isinstance(kind, str) or (tables and not any(f'"{kind}"' in table for table in tables)):
         raise unknown_type(config, folder)
 

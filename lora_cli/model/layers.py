@@ -87,7 +87,7 @@ def checkpointed_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {name: part for name, part in model.named_modules() if isinstance(part, GradientCheckpointingLayer)}
 
 
-def check_checkpointing(model: PreTrainedModel | PeftModel) -> None:
+def check_checkpointing(model: PreTrainedModel) -> None:
     """Raises UserError when the architecture does not support gradient checkpointing."""
     if not model.supports_gradient_checkpointing:
         what = "training.gradient_checkpointing: this architecture cannot recompute its activations"

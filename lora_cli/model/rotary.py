@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, Cache, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_cli.model.fused_lora import apply_layers
@@ -61,16 +61,6 @@ class RotaryAttention(nn.Module):
     training.
     """
 
-    config: PreTrainedConfig
-    head_dim: int
-    layer_idx: int
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    o_proj: nn.Module
-    q_norm: nn.Module
-    k_norm: nn.Module
-
     def __init__(self, original: nn.Module, dropout: float, attention_kwargs: dict[str, Any]) -> None:
         super().__init__()
         for name, value in _attributes(original).items():
@@ -80,7 +70,7 @@ class RotaryAttention(nn.Module):
         self.dropout, self.attention_kwargs = dropout, attention_kwargs
 
     def forward(
-        self,
+        self: Any,  # a trial passes another object
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,

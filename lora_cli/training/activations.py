@@ -16,7 +16,7 @@ from lora_cli.data.examples import join_pieces
 from lora_cli.evaluation.head import Head
 from lora_cli.evaluation.loss import summed_loss
 from lora_cli.model.elementwise import chunk_mlps
-from lora_cli.model.layers import check_checkpointing, is_8_bit
+from lora_cli.model.layers import is_8_bit
 from lora_cli.model.memory import activation_bytes, format_bytes, free_bytes, is_out_of_memory
 from lora_cli.training.display import Display
 from lora_cli.training.estimate import largest_batch
@@ -110,9 +110,7 @@ def saved_bytes_per_token(
 
 
 def recompute_activations(model: PeftModel) -> None:
-    """Enable gradient checkpointing: the backward pass runs each layer's forward pass again. Raises UserError when the
-    architecture does not support it."""
-    check_checkpointing(model)
+    """Enable the model's gradient checkpointing: the backward pass runs each layer's forward pass again."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
     # Only reentrant checkpoints need this hook, which extends the backward pass down to the embeddings.
     model.get_base_model().disable_input_require_grads()  # type: ignore[operator]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from lora_cli.errors import RunError, first_few
-from lora_cli.evaluation.loss import evaluating
+from lora_cli.evaluation.agreement import logits_of
 from lora_cli.model.adapters import trainable_parameters
 from lora_cli.training.processes import fill_parameter
 from lora_cli.training.zero import ZeroOptimizer, is_partitioned
@@ -168,9 +168,7 @@ def _refilled(model: PeftModel, trained: str, stored: Tensors) -> Iterator[str]:
 
 def _logits(model: PeftModel, adapter: str, ids: torch.Tensor) -> torch.Tensor:
     model.set_adapter(adapter)
-    with evaluating(model):
-        logits: torch.Tensor = model(input_ids=ids[None].to(model.device), use_cache=False).logits
-    return logits.float()
+    return logits_of(model, [ids])[0]
 
 
 def _digest(tensor: torch.Tensor) -> str:

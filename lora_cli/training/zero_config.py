@@ -64,30 +64,28 @@ def config_faults(config: Mapping[str, Any], where: str) -> list[Fault]:
     """Return the faults of a configuration read from ``where``: keys beyond sharding, and unsupported values."""
     zero = config["zero_optimization"]
     faults = [
-        *_unknown("", config, IGNORED_KEYS | SHARDING_KEYS, where),
-        *_unknown("zero_optimization.", zero, ZERO, where),
-        *_nested({key: config[key] for key in SHARDING_KEYS - {"zero_optimization"} if key in config}, "", where),
-        *_nested({key: zero[key] for key in ZERO - OFFLOADS if key in zero}, "zero_optimization.", where),
+        *_key_faults("", config, IGNORED_KEYS | SHARDING_KEYS, IGNORED_KEYS | {"zero_optimization"}, where),
+        *_key_faults("zero_optimization.", zero, ZERO, OFFLOADS, where),
     ]
     for name in sorted(OFFLOADS & zero.keys()):
         offload, key = zero[name], f"zero_optimization.{name}"
         if not isinstance(offload, dict):
             faults.append(Fault(f"training.deepspeed: {key} is {offload!r}, expected an object", where))
             continue
-        faults.extend(_unknown(f"{key}.", offload, OFFLOAD, where))
+        faults.extend(_key_faults(f"{key}.", offload, OFFLOAD, OFFLOAD, where))
         if (device := offload.get("device", "none")) not in DEVICES:
             what = f"training.deepspeed: {key}.device is {device!r}, expected {' or '.join(DEVICES)}"
             faults.append(Fault(what, where, "a run writes only to its own folder"))
     return faults
 
 
-def _unknown(prefix: str, section: Mapping[str, Any], known: Collection[str], where: str) -> Iterator[Fault]:
-    for key in sorted(section.keys() - known):
-        hint = nearest_hint(key, known) or "remove it: only keys of sharding and communication are supported"
-        yield Fault(f"training.deepspeed: {prefix}{key} is not supported", where, hint)
-
-
-def _nested(section: Mapping[str, Any], prefix: str, where: str) -> Iterator[Fault]:
+def _key_faults(
+    prefix: str, section: Mapping[str, Any], known: Collection[str], objects: Collection[str], where: str
+) -> Iterator[Fault]:
+    """Yield the faults of a section's keys: those that are not ``known``, and lists and objects but for ``objects``."""
     for key, value in sorted(section.items()):
-        if isinstance(value, dict | list):
+        if key not in known:
+            hint = nearest_hint(key, known) or "remove it: only keys of sharding and communication are supported"
+            yield Fault(f"training.deepspeed: {prefix}{key} is not supported", where, hint)
+        elif isinstance(value, dict | list) and key not in objects:
             yield Fault(f"training.deepspeed: {prefix}{key} is not a number or a text", where)
