@@ -753,9 +753,9 @@ def test_embedding_and_head_are_not_held_at_once(
     adapter, read = make_adapter("llama", tiny_llama, tmp_path / "adapter"), merge.read_tensor
     words, held = weights_of(tiny_llama)["lm_head.weight"].shape, []
 
-    def counted(info: Any, name: str) -> torch.Tensor:
-        held.append((name, sum(each.shape == words for each in living_tensors())))
-        return read(info, name)
+    def counted(info: Any) -> torch.Tensor:
+        held.append((info.name, sum(each.shape == words for each in living_tensors())))
+        return read(info)
 
     monkeypatch.setattr(merge, "read_tensor", counted)
     done(lora("merge", adapter, "--out", tmp_path / "merged", "--no-verify"))

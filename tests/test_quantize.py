@@ -259,9 +259,9 @@ def test_beside_loading_what_is_quantized_is_read_once(
 ) -> None:
     reads: list[str] = []
 
-    def read(info: TensorInfo, name: str) -> torch.Tensor:
-        reads.append(name)
-        return read_tensor(info, name)
+    def read(info: TensorInfo) -> torch.Tensor:
+        reads.append(info.name)
+        return read_tensor(info)
 
     monkeypatch.setattr("lora_cli.weights.stored_model.read_tensor", read)
     done(lora("quantize", renamed, "--out", tmp_path / "out"))

@@ -135,7 +135,7 @@ def _check_finite(folder: Path) -> None:
     from lora_cli.weights.pieces import workers
 
     stored = read_headers([folder / ADAPTER_WEIGHTS])
-    found = workers().map(lambda name: is_finite(read_tensor(stored[name], name)), stored)
+    found = workers().map(lambda info: is_finite(read_tensor(info)), stored.values())
     where = str(folder / ADAPTER_WEIGHTS)
     faults = [
         Fault(f"tensor {name} holds NaN or infinity", where)

@@ -223,9 +223,9 @@ def _factors(state: Mapping[str, torch.Tensor], layer: str, embedding: bool, ran
 def _state(adapter: LoraAdapter) -> dict[str, torch.Tensor]:
     """Return an adapter's tensors in float32, under the names from which PEFT loads them."""
     return {
-        f"{PEFT_PREFIX}{layer}.lora_{part}": read_tensor(info, name).float()
+        f"{PEFT_PREFIX}{layer}.lora_{part}": read_tensor(info).float()
         for layer, product in adapter.products.items()
-        for part, (name, info) in product.parts.items()
+        for part, info in product.parts.items()
     }
 
 

@@ -18,7 +18,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
-from lora_cli.weights.products import Factors, Place, scaling_of
+from lora_cli.weights.products import Factors, scaling_of
 from lora_cli.weights.shards import TensorInfo, read_tensor
 from lora_cli.weights.stored_names import converters_of, sources_of
 
@@ -56,13 +56,13 @@ class ExpertProduct:
     """
 
     layer: str
-    parts: Mapping[str, Place]
+    parts: Mapping[str, TensorInfo]
     scaling: float
     experts: int
     transposed: bool
     expert: int | None
     rows: slice
-    read_part: Callable[[Place], torch.Tensor]
+    read_part: Callable[[TensorInfo], torch.Tensor]
 
     def read(self) -> Factors | Stacked:
         """Read the update, laid out like the stored tensor."""
@@ -76,9 +76,8 @@ class ExpertProduct:
         return Factors(up[self.expert, self.rows], down[self.expert], self.scaling, None)
 
 
-def _read(place: Place) -> torch.Tensor:
-    name, info = place
-    return read_tensor(info, name).float()
+def _read(part: TensorInfo) -> torch.Tensor:
+    return read_tensor(part).float()
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Found:
 def find_experts(
     folder: Path,
     config: Mapping[str, Any],
-    halves: Mapping[str, Mapping[str, Place]],
+    halves: Mapping[str, Mapping[str, TensorInfo]],
     bare: PreTrainedModel,
     headers: Mapping[str, TensorInfo],
 ) -> Found | None:
@@ -118,7 +117,7 @@ def find_experts(
     read_part = functools.lru_cache(maxsize=KEPT)(_read)
     for parameter in parameters:
         parts = halves[parameter.stem]
-        rank = parts["A.weight"][1].shape[0] // parameter.shape[0]
+        rank = parts["A.weight"].shape[0] // parameter.shape[0]
         scaling = scaling_of(config, parameter.name, rank)
         places = _places(parameter.shape, sources.get(parameter.name, {}), headers, converters)
         if places is None:

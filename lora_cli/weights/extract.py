@@ -20,8 +20,7 @@ from lora_cli.weights.check_model import check_weights
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.folders import atomic_folder
 from lora_cli.weights.lora_adapter import Base, write_plain_config, write_record
-from lora_cli.weights.products import Place
-from lora_cli.weights.shards import SINGLE, TensorInfo, is_finite, read_headers, read_tensor, weight_files
+from lora_cli.weights.shards import SINGLE, TensorInfo, check_finite, read_headers, read_tensor, weight_files
 from lora_cli.weights.spectrum import spectrum_of_matrix
 from lora_cli.weights.stream import shard_writer
 from lora_cli.weights.updates import stored_name
@@ -51,18 +50,16 @@ class Extracted:
 class Pair:
     """A layer's weight in both models; ``transposed``: stored as (in, out)."""
 
-    base: Place
-    tuned: Place
+    base: TensorInfo
+    tuned: TensorInfo
     transposed: bool
 
     def difference(self) -> torch.Tensor:
         """Return tuned minus base, (out, in), in float32. Raises UserError when either holds NaN or infinity."""
         found = []
-        for name, info in (self.base, self.tuned):
-            tensor = read_tensor(info, name).float()
-            if not is_finite(tensor):
-                raise UserError(f"tensor {name} holds NaN or infinity", str(info.file))
-            found.append(tensor)
+        for info in (self.base, self.tuned):
+            found.append(read_tensor(info).float())
+            check_finite(found[-1], info.name, info.file)
         delta = found[1] - found[0]
         return delta.T if self.transposed else delta
 
@@ -78,7 +75,7 @@ def extract(base: Path, name: str, tuned: Path, rank: int | None, energy: float 
     check_weights(tuned, made)
     headers = read_headers(weight_files(base)), read_headers(weight_files(tuned))
     pairs = _pairs(model, *headers, tuned)
-    used = {place[0] for pair in pairs.values() for place in (pair.base, pair.tuned)}
+    used = {info.name for pair in pairs.values() for info in (pair.base, pair.tuned)}
     left_out = tuple(_other_differences((made, model), *headers, used))
     layers = []
     with atomic_folder(out) as draft:
@@ -123,7 +120,7 @@ def _pairs(
             faults.append(Fault(what, str(folder)))
             continue
         transposed = isinstance(model.get_submodule(layer), Conv1D)
-        pairs[layer] = Pair((names[0], here), (names[1], there), transposed)
+        pairs[layer] = Pair(here, there, transposed)
     if faults:
         raise grouped_error(faults, "give a model that was made from this base")
     return pairs
@@ -135,8 +132,8 @@ def _other_differences(
     """Yield the tensors besides ``used`` that differ. A tensor that one model lacks is compared with the one it is tied
     to, if stored there. Otherwise it differs if it is a parameter, which masks stored by older versions are not."""
     prefix = f"{models[-1].base_model_prefix}."
-    places: list[dict[str, Place]] = [
-        {name.removeprefix(prefix): (name, info) for name, info in headers.items() if name not in used}
+    places = [
+        {name.removeprefix(prefix): info for name, info in headers.items() if name not in used}
         for headers in (base, tuned)
     ]
     own: dict[str, str] = {}
@@ -149,6 +146,6 @@ def _other_differences(
         if here is None or there is None:
             differs = name in own
         else:
-            differs = not torch.equal(read_tensor(here[1], here[0]).float(), read_tensor(there[1], there[0]).float())
+            differs = not torch.equal(read_tensor(here).float(), read_tensor(there).float())
         if differs:
             yield name

@@ -26,9 +26,9 @@ from lora_cli.weights.adapter_config import (
 from lora_cli.weights.check_adapter import check_adapter, check_given_once
 from lora_cli.weights.check_model import EMBEDDINGS, module_leaf
 from lora_cli.weights.fingerprint import file_sha256, fingerprint
-from lora_cli.weights.products import MAGNITUDE, Factors, Place, Product, adapter_parts, product_of
+from lora_cli.weights.products import MAGNITUDE, Factors, Product, adapter_parts, product_of
 from lora_cli.weights.provenance import PROVENANCE, base_record, named_base, now, read_record, versions
-from lora_cli.weights.shards import read_headers, read_tensor, weight_files
+from lora_cli.weights.shards import TensorInfo, read_headers, read_tensor, weight_files
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LoraAdapter:
     folder: Path
     config: Mapping[str, Any]
     products: Mapping[str, Product]
-    others: Mapping[str, Place]
+    others: Mapping[str, TensorInfo]
     base: Base
 
 
@@ -87,20 +87,19 @@ def check_plain(adapter: LoraAdapter) -> None:
     if adapter.config.get("use_dora"):
         what = "a DoRA adapter's update depends on the base's weights (use_dora)"
         raise UserError(what, str(adapter.folder), "merge it into its base with lora merge")
-    for name, place in adapter.others.items():
-        if not _is_bases(adapter.base, place):
+    for name, info in adapter.others.items():
+        if not _is_bases(adapter.base, info):
             what = f"tensor {name} replaces the base's and is not a LoRA update"
             raise UserError(what, str(adapter.folder), "only adapters with nothing but LoRA tensors are supported here")
 
 
-def _is_bases(base: Base, place: Place) -> bool:
+def _is_bases(base: Base, info: TensorInfo) -> bool:
     """Whether a tensor is an unchanged copy of the base's embedding or head, which PEFT saves if these are adapted."""
-    own, info = place
-    if module_leaf(own) not in (*EMBEDDINGS, "base_layer") or not Path(base.name).is_dir():
+    if module_leaf(info.name) not in (*EMBEDDINGS, "base_layer") or not Path(base.name).is_dir():
         return False
-    kept = read_tensor(info, own).float()
+    kept = read_tensor(info).float()
     return any(
-        torch.equal(read_tensor(each, name).float(), kept)
+        torch.equal(read_tensor(each).float(), kept)
         for name, each in read_headers(weight_files(Path(base.name))).items()
         if each.shape == info.shape and module_leaf(name) in EMBEDDINGS
     )

@@ -74,7 +74,7 @@ class MergedTensors:
 
     def read(self, name: str) -> MergedTensor:
         """Return one tensor. Raises UserError when the base's tensor, or the sum as stored, holds NaN or infinity."""
-        weight = read_tensor(self.headers[name], name)
+        weight = read_tensor(self.headers[name])
         dtype = self.dtype or weight.dtype
         if name in self.expanded or name not in self.changes.products:
             check_finite(weight, name, self.headers[name].file)

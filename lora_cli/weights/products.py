@@ -20,10 +20,6 @@ REDUNDANT_COPIES = (".modules_to_save.", ".original_module.")
 """Name parts of the trained and the original copy that PEFT also saves of a fully trained, resized embedding."""
 
 
-Place = tuple[str, TensorInfo]
-"""A tensor's name in its file, and its place there."""
-
-
 @dataclass(frozen=True)
 class Factors:
     """The update s UD of a weight (rows, columns), in float32: ``up`` (rows, r), ``down`` (r, columns), and DoRA's
@@ -47,7 +43,7 @@ class Product:
     """Where the factors of a layer's update are stored. An embedding's are stored transposed."""
 
     layer: str
-    parts: Mapping[str, Place]
+    parts: Mapping[str, TensorInfo]
     scaling: float
 
     @property
@@ -58,10 +54,9 @@ class Product:
     @property
     def shape(self) -> tuple[int, int]:
         """The update's shape: (out, in), or (tokens, width) for an embedding."""
-        shapes = {part: info.shape for part, (_, info) in self.parts.items()}
         if self.is_embedding:
-            return shapes["embedding_A"][1], shapes["embedding_B"][0]
-        return shapes["B.weight"][0], shapes["A.weight"][1]
+            return self.parts["embedding_A"].shape[1], self.parts["embedding_B"].shape[0]
+        return self.parts["B.weight"].shape[0], self.parts["A.weight"].shape[1]
 
     @property
     def rank(self) -> int:
@@ -70,22 +65,22 @@ class Product:
 
     def read(self) -> Factors:
         """Read the update, laid out like the weight."""
-        read = {part: read_tensor(info, name).float() for part, (name, info) in self.parts.items()}
+        read = {part: read_tensor(info).float() for part, info in self.parts.items()}
         if self.is_embedding:
             return Factors(read["embedding_A"].T, read["embedding_B"].T, self.scaling, None)
         return Factors(read["B.weight"], read["A.weight"], self.scaling, read.get(MAGNITUDE))
 
 
-def adapter_parts(folder: Path) -> tuple[dict[str, dict[str, Place]], dict[str, Place]] | None:
+def adapter_parts(folder: Path) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]] | None:
     """Return an adapter's factors by layer and its other tensors, or None when it holds factors of other kinds."""
-    halves: dict[str, dict[str, Place]] = {}
-    others: dict[str, Place] = {}
+    halves: dict[str, dict[str, TensorInfo]] = {}
+    others: dict[str, TensorInfo] = {}
     for name, info in read_headers([folder / ADAPTER_WEIGHTS]).items():
         layer, is_part, part = name.removeprefix(PEFT_PREFIX).partition(".lora_")
         if is_part:
-            halves.setdefault(layer, {})[part] = (name, info)
+            halves.setdefault(layer, {})[part] = info
         elif not any(part in name for part in REDUNDANT_COPIES):
-            others[layer.replace(".base_layer.", ".")] = (name, info)
+            others[layer.replace(".base_layer.", ".")] = info
     kinds = (LINEAR, LINEAR | {MAGNITUDE}, EMBEDDING)
     return (halves, others) if all(parts.keys() in kinds for parts in halves.values()) else None
 
@@ -96,10 +91,10 @@ def scaling_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
-def product_of(config: Mapping[str, Any], layer: str, parts: Mapping[str, Place]) -> Product:
+def product_of(config: Mapping[str, Any], layer: str, parts: Mapping[str, TensorInfo]) -> Product:
     """Return a layer's product from its ``parts`` in an adapter with this configuration."""
     return Product(layer, parts, scaling_of(config, layer, _rank(parts)))
 
 
-def _rank(parts: Mapping[str, Place]) -> int:
-    return parts["embedding_A" if parts.keys() == EMBEDDING else "A.weight"][1].shape[0]
+def _rank(parts: Mapping[str, TensorInfo]) -> int:
+    return parts["embedding_A" if parts.keys() == EMBEDDING else "A.weight"].shape[0]

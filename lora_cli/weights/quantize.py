@@ -171,7 +171,7 @@ def _write_by_tensors(
                 continue
             weight = tensor.T.contiguous() if transposed[layer] else tensor
             encoded = encode(weight.to(best_device()), quantization)
-            layers.append(layer_error(layer, encoded.error, encoded.size, stored, headers[stored]))
+            layers.append(layer_error(layer, encoded.error, encoded.size, headers[stored]))
             for suffix, part in encoded.tensors.items():
                 write(f"{layer}.{suffix}", part)
     return layers

@@ -64,7 +64,7 @@ def _errors(model: PreTrainedModel, source: StoredModel, sources: Sources, dtype
             original = original.T
         size = float(original.norm())
         error = float((_dequantize(module).float() - original).norm())
-        yield layer_error(name, error, size, stored, source.headers[stored])
+        yield layer_error(name, error, size, source.headers[stored])
 
 
 def _check_rest(model: PreTrainedModel, source: StoredModel, sources: Sources) -> None:

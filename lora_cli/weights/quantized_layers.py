@@ -77,13 +77,13 @@ def check_layers(folder: Path, quantization: Quantization, skip: Sequence[str]) 
         raise UserError(what, str(folder), f"leave them as they are: --skip {names}")
 
 
-def layer_error(layer: str, error: float, size: float, stored: str, info: TensorInfo) -> LayerError:
-    """Return the error from |Q(W) - W| and |W|. Raises UserError when W (tensor ``stored``) or Q(W) is not finite."""
+def layer_error(layer: str, error: float, size: float, stored: TensorInfo) -> LayerError:
+    """Return the error from |Q(W) - W| and |W|. Raises UserError when W (``stored``) or Q(W) is not finite."""
     if not math.isfinite(size):
-        raise UserError(f"tensor {stored} holds NaN or infinity", str(info.file))
+        raise UserError(f"tensor {stored.name} holds NaN or infinity", str(stored.file))
     if not math.isfinite(error):
-        what = f"tensor {stored} has values beyond float16's range, from which int8 is made"
-        raise UserError(what, str(info.file), f"leave it as it is (--skip {layer}), or use --method nf4")
+        what = f"tensor {stored.name} has values beyond float16's range, from which int8 is made"
+        raise UserError(what, str(stored.file), f"leave it as it is (--skip {layer}), or use --method nf4")
     return LayerError(layer, error / size if size else error)
 
 

@@ -64,7 +64,7 @@ def resize(adapter: LoraAdapter, rank: int | None, energy: float | None, out: Pa
         factors[layer], kept = _resized(read, rank, energy, product.is_embedding, draw)
         layers.append(ResizedLayer(layer, product.rank, factors[layer].down.shape[0], kept))
     embeddings = frozenset(layer for layer, product in adapter.products.items() if product.is_embedding)
-    others = {own: read_tensor(info, own) for own, info in adapter.others.values()}
+    others = {info.name: read_tensor(info) for info in adapter.others.values()}
     ranks = {layer.name: layer.after for layer in layers}
     scalings = {layer: product.scaling for layer, product in adapter.products.items()}
     keys = rank_keys(ranks, scalings, bool(adapter.config.get("use_rslora")))

@@ -46,9 +46,10 @@ PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor's file, shape and safetensors dtype ('F32', 'BF16', 'U8', …), the offset of its first byte and its size
-    in bytes."""
+    """A tensor's name, file, shape and safetensors dtype ('F32', 'BF16', 'U8', …), the offset of its first byte and its
+    size in bytes."""
 
+    name: str
     file: Path
     shape: tuple[int, ...]
     dtype: str
@@ -74,7 +75,7 @@ def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
         try:
             file.open("rb").close()  # gives the reason; safetensors reports any file it cannot open as missing
             with safe_open(file, framework="np"):  # detects damage, without importing torch
-                found.update(_entries(file))
+                found.update({info.name: info for info in _entries(file)})
         except (SafetensorError, OSError) as error:
             if isinstance(error, OSError) and file.is_file():
                 raise unreadable(file, error) from error
@@ -83,7 +84,7 @@ def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
     return found
 
 
-def _entries(file: Path) -> Iterator[tuple[str, TensorInfo]]:
+def _entries(file: Path) -> Iterator[TensorInfo]:
     """Yield a safetensors file's tensors. The header is the JSON's length in eight bytes, and the JSON."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -91,7 +92,7 @@ def _entries(file: Path) -> Iterator[tuple[str, TensorInfo]]:
     for name, entry in header.items():
         if name != "__metadata__":
             shape, dtype, (start, end) = tuple(entry["shape"]), entry["dtype"], entry["data_offsets"]
-            yield name, TensorInfo(file, shape, dtype, 8 + length + start, end - start)
+            yield TensorInfo(name, file, shape, dtype, 8 + length + start, end - start)
 
 
 def check_complete(folder: Path) -> None:
@@ -154,7 +155,7 @@ def bytes_of(size: str) -> int:
     return int(found[1]) * UNITS[found[2]]
 
 
-def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
+def read_tensor(info: TensorInfo) -> torch.Tensor:
     """Read one tensor from its file. safetensors itself would parse the whole header for each tensor.
 
     Raises UserError when the dtype is not supported or the file ends too early, RunError when reading fails.
@@ -162,12 +163,12 @@ def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
     import torch
 
     if info.dtype not in TORCH_NAMES:
-        raise UserError(f"tensor {name} has dtype {info.dtype}, which is not supported", str(info.file))
+        raise UserError(f"tensor {info.name} has dtype {info.dtype}, which is not supported", str(info.file))
     tensor = torch.empty(info.shape, dtype=info.torch_dtype)
     with reading(info.file), info.file.open("rb") as file:
         file.seek(info.start)
         if file.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
-            raise UserError(f"ends inside tensor {name}", str(info.file), repair_hint(info.file))
+            raise UserError(f"ends inside tensor {info.name}", str(info.file), repair_hint(info.file))
     return tensor
 
 

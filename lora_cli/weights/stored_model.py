@@ -30,4 +30,4 @@ class StoredModel:
 def stored_model(folder: Path) -> StoredModel:
     """Return the model in ``folder`` without an adapter."""
     headers = read_headers(weight_files(folder))
-    return StoredModel(folder, headers, lambda name: read_tensor(headers[name], name))
+    return StoredModel(folder, headers, lambda name: read_tensor(headers[name]))

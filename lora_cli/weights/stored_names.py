@@ -35,7 +35,9 @@ def model_names(bare: PreTrainedModel, headers: dict[str, TensorInfo]) -> dict[s
     places = {name: stored for stored, name in names.items()}
     if set(places) != set(first.values()) or len(names) != len(places):
         return None
-    repeated = all(_is_same(headers, stored, places[name]) for stored, name in tied.items())
+    repeated = all(
+        torch.equal(read_tensor(headers[stored]), read_tensor(headers[places[name]])) for stored, name in tied.items()
+    )
     return names if repeated else None
 
 
@@ -49,10 +51,6 @@ def _renamed_head(bare: PreTrainedModel, headers: dict[str, TensorInfo]) -> dict
     own = {f"{name}.weight" for name, module in bare.named_modules() if module is head}
     renamed = {stored: rename_source_key(stored, renamings, [])[0] for stored in headers}
     return {stored: name for stored, name in renamed.items() if name != stored and name in own}
-
-
-def _is_same(headers: dict[str, TensorInfo], one: str, other: str) -> bool:
-    return torch.equal(read_tensor(headers[one], one), read_tensor(headers[other], other))
 
 
 def converters_of(bare: PreTrainedModel) -> list[WeightConverter]:

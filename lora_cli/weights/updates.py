@@ -20,7 +20,7 @@ from lora_cli.model.files import read_config
 from lora_cli.weights.adapter_config import is_repeatable_init, read_adapter_config
 from lora_cli.weights.check_model import EMBEDDINGS, module_leaf
 from lora_cli.weights.pieces import workers
-from lora_cli.weights.products import MAGNITUDE, Place, Product, adapter_parts, product_of
+from lora_cli.weights.products import MAGNITUDE, Product, adapter_parts, product_of
 from lora_cli.weights.shards import TensorInfo, is_finite, read_tensor
 
 if TYPE_CHECKING:
@@ -46,14 +46,14 @@ class Changes:
     """
 
     products: Mapping[str, tuple[Product | ExpertProduct, ...]]
-    replaced: Mapping[str, Place]
+    replaced: Mapping[str, TensorInfo]
     transposed: frozenset[str]
     untied: Mapping[str, TensorInfo]
 
     @property
     def vocab_size(self) -> int | None:
         """The size of the vocabulary, from an adapter's embedding or head; None for the base's."""
-        rows = [info.shape[0] for name, (_, info) in self.replaced.items() if module_leaf(name) in VOCABULARY_MODULES]
+        rows = [info.shape[0] for name, info in self.replaced.items() if module_leaf(name) in VOCABULARY_MODULES]
         return max(rows, default=None)
 
     @property
@@ -82,8 +82,8 @@ class _Adapter:
 
     folder: Path
     config: Mapping[str, Any]
-    halves: Mapping[str, Mapping[str, Place]]
-    others: Mapping[str, Place]
+    halves: Mapping[str, Mapping[str, TensorInfo]]
+    others: Mapping[str, TensorInfo]
 
 
 class _NotStreamable(Exception):
@@ -108,8 +108,7 @@ def find_changes(adapters: Sequence[Path], base: Path, headers: Mapping[str, Ten
         return None
     if (taken.keys() | products.keys()) & experts.keys():
         return None
-    shaped = {**headers, **{name: info for name, (_, info) in taken.items()}}
-    return Changes({**products, **experts}, taken, _transposed(products, shaped, skeleton), untied)
+    return Changes({**products, **experts}, taken, _transposed(products, {**headers, **taken}, skeleton), untied)
 
 
 def merged_tensor(changes: Changes, name: str, weight: torch.Tensor, dtype: torch.dtype) -> MergedTensor:
@@ -118,8 +117,7 @@ def merged_tensor(changes: Changes, name: str, weight: torch.Tensor, dtype: torc
     Raises UserError when the sum holds NaN or infinity.
     """
     if name in changes.replaced:
-        own, info = changes.replaced[name]
-        weight = read_tensor(info, own)
+        weight = read_tensor(changes.replaced[name])
     if name not in changes.products:
         return MergedTensor(weight.to(dtype) if weight.is_floating_point() else weight, 0)
     products = changes.products[name]
@@ -137,7 +135,7 @@ def merged_tensor(changes: Changes, name: str, weight: torch.Tensor, dtype: torc
             piece = each.apply_to(piece, rows)
         target[rows] = piece
         if not is_finite(target[rows]):  # a sum may overflow its dtype
-            where = str(next(iter(products[0].parts.values()))[1].file.parent)
+            where = str(next(iter(products[0].parts.values())).file.parent)
             raise UserError(f"the weights cannot be merged: {products[0].layer} would hold NaN or infinity", where)
         changed = torch.bitwise_xor(target[rows].view(bits), former.to(dtype).view(bits))
         return changed.numel() - int(torch.count_nonzero(changed))
@@ -210,7 +208,7 @@ def _tied_ends(
         return ()
     weights = tuple(f"{name}.weight" for name, module in bare.named_modules() if module in ends)
     places = {place for weight in weights if (place := stored_name(weight, headers)) is not None}
-    stored_ends = [read_tensor(headers[place], place) for place in places]
+    stored_ends = [read_tensor(headers[place]) for place in places]
     return weights if all(torch.equal(stored_ends[0], other) for other in stored_ends[1:]) else ()
 
 
@@ -239,19 +237,19 @@ def _find_taken(
     headers: Mapping[str, TensorInfo],
     untied: Mapping[str, TensorInfo],
     vocab_size: int | None,
-) -> dict[str, Place]:
+) -> dict[str, TensorInfo]:
     """Return the adapters' tensors that replace the base's, by stored name."""
-    taken: dict[str, Place] = {}
+    taken: dict[str, TensorInfo] = {}
     for adapter in adapters:
-        for name, (own, info) in adapter.others.items():
+        for name, info in adapter.others.items():
             stored = stored_name(name, headers)
             if stored is None or (
                 headers[stored].shape != info.shape and not _has_larger_vocabulary(name, info, vocab_size)
             ):
                 raise _NotStreamable
-            taken[stored] = (own, info)
-            if ".base_layer." in own and stored in untied:  # they were tied when it was saved
-                taken |= {end: (own, info) for end in untied if end not in taken}
+            taken[stored] = info
+            if ".base_layer." in info.name and stored in untied:  # they were tied when it was saved
+                taken |= {end: info for end in untied if end not in taken}
     return taken
 
 
