@@ -145,11 +145,8 @@ def compose(adapters: Sequence[LoraAdapter], how: Composition, out: Path) -> Com
 
     The caller has run ``check_composition``.
     """
-    embeddings = frozenset(
-        layer for adapter in adapters for layer, product in adapter.products.items() if product.is_embedding
-    )
     seed = SEED if how.seed is None else how.seed
-    factors = _weighted(adapters, how, seed, embeddings)
+    factors = _weighted(adapters, how, seed)
     first = adapters[0]
     parts = [source_record(adapter) | {"weight": weight} for adapter, weight in zip(adapters, how.weights, strict=True)]
     by = {"by": "compose", "method": how.method, "rank": how.rank, "density": how.density, "seed": seed}
@@ -157,7 +154,7 @@ def compose(adapters: Sequence[LoraAdapter], how: Composition, out: Path) -> Com
     record = read_record(first.folder) if _trained_on(first) else {}
     kept: dict[str, Any] = {key: record[key] for key in ("recipe", "dtype") if key in record}
     with atomic_folder(out) as draft:
-        write_tensors(draft, factors, embeddings)
+        write_tensors(draft, factors)
         fan_in_fan_out = any(adapter.config.get("fan_in_fan_out") for adapter in adapters)
         own = {layer: each.down.shape[0] for layer, each in factors.items()}
         write_plain_config(draft, first.base.name, own, fan_in_fan_out)
@@ -167,17 +164,14 @@ def compose(adapters: Sequence[LoraAdapter], how: Composition, out: Path) -> Com
     return Composed(out, how.method, len(factors), ranks, (out / ADAPTER_WEIGHTS).stat().st_size)
 
 
-def _weighted(
-    adapters: Sequence[LoraAdapter], how: Composition, seed: int, embeddings: frozenset[str]
-) -> dict[str, Factors]:
+def _weighted(adapters: Sequence[LoraAdapter], how: Composition, seed: int) -> dict[str, Factors]:
     """Return the composed factors by layer, with a scaling of 1."""
     model: PeftModel | None = None
     tree = _tree(adapters)
     names = [NAME.format(number) for number in range(len(adapters))]
     for name, adapter in zip(names, adapters, strict=True):
-        ranks = {layer: product.rank for layer, product in adapter.products.items()}
-        scalings = {layer: product.scaling for layer, product in adapter.products.items()}
-        config = LoraConfig(target_modules=list(ranks), init_lora_weights=False, **rank_keys(ranks, scalings, False))
+        sizes = {layer: (product.rank, product.scaling) for layer, product in adapter.products.items()}
+        config = LoraConfig(target_modules=list(sizes), init_lora_weights=False, **rank_keys(sizes))
         if model is None:
             model = get_peft_model(tree, config, adapter_name=name)
         else:
@@ -198,7 +192,7 @@ def _weighted(
         )
     state = get_peft_model_state_dict(model, adapter_name=result, save_embedding_layers=False)
     widest = {layer: _rank(adapters, layer, how.method) for adapter in adapters for layer in adapter.products}
-    return {layer: _factors(state, layer, layer in embeddings, rank) for layer, rank in widest.items()}
+    return {layer: _factors(state, layer, rank) for layer, rank in widest.items()}
 
 
 def _rank(adapters: Sequence[LoraAdapter], layer: str, method: str) -> int | None:
@@ -211,13 +205,14 @@ def _rank(adapters: Sequence[LoraAdapter], layer: str, method: str) -> int | Non
     return sum(adapter.products[layer].rank for adapter in adapters if layer in adapter.products)
 
 
-def _factors(state: Mapping[str, torch.Tensor], layer: str, embedding: bool, rank: int | None) -> Factors:
+def _factors(state: Mapping[str, torch.Tensor], layer: str, rank: int | None) -> Factors:
     stem = f"{PEFT_PREFIX}{layer}.lora_"
-    if embedding:
+    is_embedding = f"{stem}embedding_A" in state
+    if is_embedding:
         up, down = state[f"{stem}embedding_A"].T, state[f"{stem}embedding_B"].T
     else:
         up, down = state[f"{stem}B.weight"], state[f"{stem}A.weight"]
-    return Factors(up[:, :rank], down[:rank], 1.0, None)
+    return Factors(up[:, :rank], down[:rank], 1.0, is_embedding=is_embedding)
 
 
 def _state(adapter: LoraAdapter) -> dict[str, torch.Tensor]:

@@ -73,7 +73,7 @@ class ExpertProduct:
             up, down = down.transpose(1, 2), up.transpose(1, 2)
         if self.expert is None:
             return Stacked(up[:, self.rows], down, self.scaling)
-        return Factors(up[self.expert, self.rows], down[self.expert], self.scaling, None)
+        return Factors(up[self.expert, self.rows], down[self.expert], self.scaling)
 
 
 def _read(part: TensorInfo) -> torch.Tensor:

@@ -129,15 +129,15 @@ def check_same_base(adapters: Sequence[LoraAdapter]) -> None:
             raise grouped_error(faults, "one of them is for another base")
 
 
-def rank_keys(ranks: Mapping[str, int], scalings: Mapping[str, float], use_rslora: bool) -> dict[str, Any]:
-    """Return r, lora_alpha and their patterns for an adapter's configuration, from the layers' ranks and scalings."""
-    alphas = {layer: _alpha(rank, scalings[layer], use_rslora) for layer, rank in ranks.items()}
-    (rank, alpha), _ = Counter(zip(ranks.values(), alphas.values(), strict=True)).most_common(1)[0]
+def rank_keys(sizes: Mapping[str, tuple[int, float]], use_rslora: bool = False) -> dict[str, Any]:
+    """Return r, lora_alpha and their patterns for an adapter's configuration, from each layer's rank and scaling."""
+    found = {layer: (rank, _alpha(rank, scaling, use_rslora)) for layer, (rank, scaling) in sizes.items()}
+    (rank, alpha), _ = Counter(found.values()).most_common(1)[0]
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {layer: own for layer, own in ranks.items() if own != rank},
-        "alpha_pattern": {layer: own for layer, own in alphas.items() if own != alpha},
+        "rank_pattern": {layer: own for layer, (own, _) in found.items() if own != rank},
+        "alpha_pattern": {layer: own for layer, (_, own) in found.items() if own != alpha},
     }
 
 
@@ -149,17 +149,13 @@ def _alpha(rank: int, scaling: float, use_rslora: bool) -> float:
 
 
 def write_tensors(
-    draft: Path,
-    factors: Mapping[str, Factors],
-    embeddings: frozenset[str],
-    others: Mapping[str, torch.Tensor] | None = None,
+    draft: Path, factors: Mapping[str, Factors], others: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Write an adapter's tensors under PEFT's names, the factors in float32. ``embeddings`` names the layers whose
-    factors are stored transposed. ``others`` keep their names."""
+    """Write an adapter's tensors under PEFT's names, the factors in float32. ``others`` keep their names."""
     tensors: dict[str, torch.Tensor] = dict(others or {})
     for layer, each in factors.items():
         stem = f"{PEFT_PREFIX}{layer}.lora_"
-        if layer in embeddings:
+        if each.is_embedding:
             tensors |= {f"{stem}embedding_A": each.up.T, f"{stem}embedding_B": each.down.T}
         else:
             tensors |= {f"{stem}A.weight": each.down, f"{stem}B.weight": each.up}
@@ -179,7 +175,7 @@ def write_plain_config(draft: Path, base: str, ranks: Mapping[str, int], fan_in_
         inference_mode=True,
         target_modules=list(ranks),
         fan_in_fan_out=fan_in_fan_out,
-        **rank_keys(ranks, dict.fromkeys(ranks, 1.0), False),
+        **rank_keys({layer: (rank, 1.0) for layer, rank in ranks.items()}),
     )
     config.save_pretrained(str(draft))
 

@@ -23,12 +23,13 @@ REDUNDANT_COPIES = (".modules_to_save.", ".original_module.")
 @dataclass(frozen=True)
 class Factors:
     """The update s UD of a weight (rows, columns), in float32: ``up`` (rows, r), ``down`` (r, columns), and DoRA's
-    ``magnitude`` (rows,)."""
+    ``magnitude`` (rows,). An adapter's file holds an ``is_embedding`` update's factors transposed."""
 
     up: torch.Tensor
     down: torch.Tensor
     scaling: float
-    magnitude: torch.Tensor | None
+    magnitude: torch.Tensor | None = None
+    is_embedding: bool = False
 
     def apply_to(self, piece: torch.Tensor, rows: slice) -> torch.Tensor:
         """Add s UD in place to ``piece``, these ``rows`` of W; with DoRA, rescale (arXiv:2402.09353, eq. 5)."""
@@ -67,7 +68,7 @@ class Product:
         """Read the update, laid out like the weight."""
         read = {part: read_tensor(info).float() for part, info in self.parts.items()}
         if self.is_embedding:
-            return Factors(read["embedding_A"].T, read["embedding_B"].T, self.scaling, None)
+            return Factors(read["embedding_A"].T, read["embedding_B"].T, self.scaling, is_embedding=True)
         return Factors(read["B.weight"], read["A.weight"], self.scaling, read.get(MAGNITUDE))
 
 

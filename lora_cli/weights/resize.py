@@ -60,19 +60,16 @@ def resize(adapter: LoraAdapter, rank: int | None, energy: float | None, out: Pa
     factors: dict[str, Factors] = {}
     layers = []
     for layer, product in adapter.products.items():
-        read = product.read()
-        factors[layer], kept = _resized(read, rank, energy, product.is_embedding, draw)
+        factors[layer], kept = _resized(product.read(), rank, energy, draw)
         layers.append(ResizedLayer(layer, product.rank, factors[layer].down.shape[0], kept))
-    embeddings = frozenset(layer for layer, product in adapter.products.items() if product.is_embedding)
     others = {info.name: read_tensor(info) for info in adapter.others.values()}
-    ranks = {layer.name: layer.after for layer in layers}
-    scalings = {layer: product.scaling for layer, product in adapter.products.items()}
-    keys = rank_keys(ranks, scalings, bool(adapter.config.get("use_rslora")))
+    sizes = {layer.name: (layer.after, factors[layer.name].scaling) for layer in layers}
+    keys = rank_keys(sizes, bool(adapter.config.get("use_rslora")))
     record = read_record(adapter.folder)
     if any(layer.after < layer.before for layer in layers):
         record.pop("result", None)  # scores only hold if nothing was cut
     with atomic_folder(out) as draft:
-        write_tensors(draft, factors, embeddings, others)
+        write_tensors(draft, factors, others)
         write_config(draft, {**adapter.config, **keys})
         by = {"by": "resize", "rank": rank, "energy": energy}
         write_record(draft, out, adapter.base, by, [source_record(adapter)], record)
@@ -90,27 +87,25 @@ def _check_width(adapter: LoraAdapter, rank: int) -> None:
         raise grouped_error(faults, f"use at most {min(min(product.shape) for product in adapter.products.values())}")
 
 
-def _resized(
-    factors: Factors, rank: int | None, energy: float | None, embedding: bool, draw: torch.Generator
-) -> tuple[Factors, float]:
+def _resized(factors: Factors, rank: int | None, energy: float | None, draw: torch.Generator) -> tuple[Factors, float]:
     """Return the layer's new factors, and the share of the update's squared norm that they keep."""
     before = factors.down.shape[0]
     if rank is not None and rank >= before:
-        return _padded(factors, rank - before, embedding, draw), 1.0
+        return _padded(factors, rank - before, draw), 1.0
     spectrum = spectrum_of(replace(factors, scaling=1.0))
     after = spectrum.rank_for(energy or 1.0) if rank is None else rank
     if after == before:
         return factors, 1.0
     held = min(after, spectrum.rank)  # beyond this both factors would be zero, and could not be trained
     up, down = spectrum.factors(held)
-    return _padded(replace(factors, up=up, down=down), after - held, embedding, draw), spectrum.energy(after)
+    return _padded(replace(factors, up=up, down=down), after - held, draw), spectrum.energy(after)
 
 
-def _padded(factors: Factors, more: int, embedding: bool, draw: torch.Generator) -> Factors:
+def _padded(factors: Factors, more: int, draw: torch.Generator) -> Factors:
     """Add ``more`` zero columns to ``up`` and rows to ``down``, initialized as in PEFT so that both can be trained."""
     rows, columns = factors.up.shape[0], factors.down.shape[1]
     new = torch.empty(more, columns)
-    if embedding:
+    if factors.is_embedding:
         new.normal_(generator=draw)
     else:
         torch.nn.init.kaiming_uniform_(new, a=math.sqrt(5), generator=draw)
