@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as jsonlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,6 +15,7 @@ from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet
 from lora_cli.errors import UserError, pluralize
 
 if TYPE_CHECKING:
+    from lora_cli.study.verify import Sample, Verified
     from lora_cli.weights.merge import Merged
     from lora_cli.weights.provenance import AdapterOrigin
 
@@ -78,17 +80,17 @@ def command(
     _check_compatible(origins, into)
 
     from lora_cli.model.memory import keep_freed_memory
-    from lora_cli.study import verify as checking
     from lora_cli.training.display import Display
 
     keep_freed_memory()
-    found: list[checking.Verified] = []
-    verified = verify or (verify is None and checking.fits_in_memory(origins[0].base))
-    sample = checking.sample_for(origins[0], data) if verified else None
+    found: list[Verified] = []
+    sample = _sample(origins[0], data, verify)
     tell = None if quiet else print_note
 
     def check(draft: Path) -> None:
         if sample is not None:
+            from lora_cli.study import verify as checking
+
             found.append(checking.verify(origins, draft, out, into, sample))
 
     with Display(quiet).waiting("merging"):
@@ -103,8 +105,8 @@ def command(
     report, lines = dataclasses.asdict(result), _lines(result)
     for each in found:
         report["verified"] = dataclasses.asdict(each)
-        lines.extend(checking.report_lines(each))
-    if verify is None and not verified:
+        lines.extend(each.lines())
+    if verify is None and sample is None:
         lines.append("not verified: base and adapter do not fit into this machine's memory in float32")
     typer.echo(jsonlib.dumps(report, default=str) if json else "\n".join(lines))
 
@@ -129,6 +131,23 @@ def find_adapter(adapter: Path, base: str | None = None) -> AdapterOrigin:
     return origin
 
 
+def _sample(origin: AdapterOrigin, data: str | None, verify: bool | None) -> Sample | None:
+    """Return the rows to verify on; None if this is not wanted, or by default if the base in float32, with a reserve of
+    25%, does not fit into the device's free memory. Only a verification imports PEFT."""
+    if verify is None:
+        from lora_cli.model.base import best_device
+        from lora_cli.model.memory import free_bytes
+        from lora_cli.weights.shards import read_headers, weight_files
+
+        numbers = sum(math.prod(info.shape) for info in read_headers(weight_files(origin.base)).values())
+        verify = numbers * 4 * 1.25 < free_bytes(best_device())
+    if not verify:
+        return None
+    from lora_cli.study.verify import sample_for
+
+    return sample_for(origin, data)
+
+
 def print_note(note: str) -> None:
     """Print on stderr what is about to be done."""
     typer.echo(f"note: {note}", err=True)
@@ -150,8 +169,8 @@ def _quantize(
     if others or dtype:
         what = "--into quantized takes a single adapter, and no --dtype: the type is that of training"
         raise UserError(what, str(origin.folder), "remove the other adapters and --dtype")
-    assert origin.recipe is not None and origin.recipe.quantization is not None
-    result = quantize_merged(origin, out, origin.recipe.quantization, max_shard=max_shard, tell=tell, check=check)
+    assert origin.quantization is not None
+    result = quantize_merged(origin, out, origin.quantization, max_shard=max_shard, tell=tell, check=check)
     target = f"the base in {result.method}, quantized again"
     layers = len(adapted_layers(origin.folder))  # result.layers holds all quantized layers, adapted or not
     return Merged(out, origin.base_name, layers, target, result.method, result.bytes_after, None, False)
@@ -168,7 +187,7 @@ def _check_compatible(origins: list[AdapterOrigin], into: str | None) -> None:
     for origin in origins[1:]:
         if origin.base != first.base and fingerprint(origin.base) != fingerprint(first.base):
             raise UserError(f"another base than that of {first.folder}", str(origin.folder), f"it is for {origin.base}")
-    if into is not None and not any(origin.recipe and origin.recipe.quantization for origin in origins):
+    if into is not None and not any(origin.quantization for origin in origins):
         reason = "the adapter's recipe does not say that its base was quantized"
         raise UserError(f"--into {into}: {reason}", str(first.folder), "remove --into")
 

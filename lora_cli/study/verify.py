@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import math
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from lora_cli.data.sources import valid_rows
+from lora_cli.data.tokenize import tokenize_rows
 from lora_cli.errors import CheckError, UserError, pluralize
+from lora_cli.evaluation.agreement import Agreement, agreement, logits_of, perplexity
+from lora_cli.model.adapters import load_adapters, resize_embeddings
+from lora_cli.model.base import best_device, load_base, load_tokenizer
+from lora_cli.model.files import tokenizer_folder
 from lora_cli.recipe.schema import Model, Quantization
-
-if TYPE_CHECKING:
-    import torch
-
-    from lora_cli.evaluation.agreement import Agreement
-    from lora_cli.weights.provenance import AdapterOrigin
-    from lora_cli.weights.shards import TensorInfo
+from lora_cli.study import measure
+from lora_cli.weights.merge import training_dtype
+from lora_cli.weights.provenance import AdapterOrigin
+from lora_cli.weights.quantized_layers import dequantize_quantized
+from lora_cli.weights.shards import TensorInfo, read_headers, stored_dtype, weight_files
+from lora_cli.weights.updates import stored_name
 
 ROWS = 4
 TOKENS = 64
@@ -52,6 +60,21 @@ class Verified:
     moved: float | None
     rounding: float | None
 
+    def lines(self) -> Iterator[str]:
+        """Yield the lines of the report for the user."""
+        merged = self.merged
+        yield (
+            f"checked on {pluralize(self.rows, 'row')} ({self.tokens} tokens) of {self.of}: logits differ by at most "
+            f"{merged.largest:.2g} (relative difference {merged.relative:.2g}), perplexity {self.apart:.3f} unmerged, "
+            f"{merged.perplexity:.3f} merged"
+        )
+        if self.moved is not None:
+            yield f"the adapter changes the logits by {self.moved:.2g} (relative), rounding by {self.rounding:.2g}"
+        if self.candidates:
+            yield f"{'merged into':14}{'perplexity':>12}{'KL to training':>18}"
+            for name, candidate in self.candidates.items():
+                yield f"{name:14}{candidate.perplexity:>12.3f}{candidate.kl:>18.2g}"
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -72,24 +95,10 @@ class Expected:
     rounded: list[torch.Tensor]
 
 
-def fits_in_memory(base: Path) -> bool:
-    """Whether the base in float32, with a reserve of 25%, fits into the device's free memory."""
-    from lora_cli.model.base import best_device
-    from lora_cli.model.memory import free_bytes
-    from lora_cli.weights.shards import read_headers, weight_files
-
-    numbers = sum(math.prod(info.shape) for info in read_headers(weight_files(base)).values())
-    return numbers * 4 * 1.25 < free_bytes(best_device())
-
-
 def verify(origins: Sequence[AdapterOrigin], draft: Path, out: Path, into: str | None, sample: Sample) -> Verified:
     """Compare the merged model in ``draft``, to be moved to ``out``, with its base and unmerged adapters. Raises
     CheckError when the logits differ by more than rounding explains."""
-    from lora_cli.evaluation.agreement import agreement, logits_of, perplexity
-    from lora_cli.weights.shards import read_headers, weight_files
-
-    recipe = origins[0].recipe
-    quantization = recipe.quantization if recipe else None
+    quantization = origins[0].quantization
     stored = read_headers(weight_files(draft))
     merged = logits_of(_load(draft, None), sample.ids)
     candidates, expected = {}, None
@@ -124,8 +133,6 @@ def _check_explained(
 ) -> tuple[float, float]:
     """Return the relative changes that adapters and rounding make to the logits. Raises CheckError when the merged
     model's logits differ from those of base and unmerged adapters by more than rounding explains."""
-    from lora_cli.evaluation.agreement import agreement
-    from lora_cli.weights.shards import stored_dtype
 
     def differ(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
         return agreement(wanted, found, sample.ids).relative
@@ -143,33 +150,9 @@ def _check_explained(
     )
 
 
-def report_lines(found: Verified) -> Iterator[str]:
-    """Yield the lines of the report for the user."""
-    merged = found.merged
-    yield (
-        f"checked on {pluralize(found.rows, 'row')} ({found.tokens} tokens) of {found.of}: logits differ by at most "
-        f"{merged.largest:.2g} (relative difference {merged.relative:.2g}), perplexity {found.apart:.3f} unmerged, "
-        f"{merged.perplexity:.3f} merged"
-    )
-    if found.moved is not None:
-        yield f"the adapter changes the logits by {found.moved:.2g} (relative), rounding by {found.rounding:.2g}"
-    if found.candidates:
-        yield f"{'merged into':14}{'perplexity':>12}{'KL to training':>18}"
-        for name, candidate in found.candidates.items():
-            yield f"{name:14}{candidate.perplexity:>12.3f}{candidate.kl:>18.2g}"
-
-
 def sample_for(origin: AdapterOrigin, data: str | None) -> Sample:
     """Return the first rows of ``data``, else of the recipe's validation or training rows, else a few sentences.
     Raises UserError when ``data`` is given but cannot be used."""
-    import torch
-
-    from lora_cli.data.sources import valid_rows
-    from lora_cli.data.tokenize import tokenize_rows
-    from lora_cli.model.base import load_tokenizer
-    from lora_cli.model.files import tokenizer_folder
-    from lora_cli.study import measure
-
     tokenizer = load_tokenizer(tokenizer_folder(origin.base, origin.folder))
     section = origin.recipe.data if data is None and origin.recipe else None
     if data is not None:
@@ -190,12 +173,6 @@ def sample_for(origin: AdapterOrigin, data: str | None) -> Sample:
 
 def _load(folder: Path, quantization: Quantization | None, quantized_from: torch.dtype | None = None) -> Any:
     """Load the model with unquantized parameters in float32. Weights are quantized from dtype ``quantized_from``."""
-    import gc
-
-    import torch
-
-    from lora_cli.model.base import best_device, load_base
-
     gc.collect()  # free the model loaded before this one
     dtype = quantized_from or torch.float32
     model = load_base(folder, Model(name_or_path=str(folder)), quantization, best_device(), dtype)
@@ -206,17 +183,11 @@ def _load(folder: Path, quantization: Quantization | None, quantized_from: torch
 
 
 def _adapted(base: Any, origins: Sequence[AdapterOrigin]) -> Any:
-    from lora_cli.model.adapters import load_adapters
-
     return load_adapters(base, [origin.folder for origin in origins])
 
 
 def _base(origins: Sequence[AdapterOrigin], quantization: Quantization | None, expanded: Quantization | None) -> Any:
     """Load the base: quantized, or quantized as ``expanded`` and dequantized again, or unquantized."""
-    from lora_cli.weights.merge import training_dtype
-    from lora_cli.weights.quantized_layers import dequantize_quantized
-    from lora_cli.weights.shards import read_headers, weight_files
-
     seen = training_dtype(origins[0], read_headers(weight_files(origins[0].base)))
     base = _load(origins[0].base, quantization, seen if quantization else None)
     if expanded is not None:
@@ -228,9 +199,6 @@ def _expected(
     origins: Sequence[AdapterOrigin], expanded: Quantization | None, stored: Mapping[str, TensorInfo], sample: Sample
 ) -> Expected:
     """Compute the logits that a merge into this base must reproduce. ``stored`` are the merged model's tensors."""
-    from lora_cli.evaluation.agreement import logits_of
-    from lora_cli.model.adapters import resize_embeddings
-
     alone = _base(origins, None, expanded)
     resize_embeddings(alone, origins[0].folder)  # so that all logits have the same size
     base = logits_of(alone, sample.ids)  # before PEFT writes an adapter's biases or PiSSA's residual into the base
@@ -245,9 +213,6 @@ def _expected(
 
 def _untie(model: Any) -> None:
     """Give a tied head its own weights if an adapter is on it or on the embedding: PEFT's merge would change both."""
-    import torch
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     if any(isinstance(end, BaseTunerLayer) for end in ends):
         embedding, head = (getattr(end, "base_layer", end) for end in ends)
@@ -257,9 +222,6 @@ def _untie(model: Any) -> None:
 
 def _round(model: Any, stored: Mapping[str, TensorInfo]) -> None:
     """Round a model's parameters, kept in float32, in place to their ``stored`` dtypes."""
-    from lora_cli.weights.shards import stored_dtype
-    from lora_cli.weights.updates import stored_name
-
     most = stored_dtype(stored)
     for name, parameter in model.named_parameters():
         found = stored_name(name, stored)

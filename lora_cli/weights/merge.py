@@ -169,12 +169,12 @@ def merged_tensors(
 
 def common_quantization(origins: Sequence[AdapterOrigin]) -> Quantization | None:
     """Return how the base was quantized to train the adapters. Raises UserError when they differ in it."""
-    first, *others = ((o.recipe.quantization if o.recipe else None, o.dtype) for o in origins)
-    for other, origin in zip(others, origins[1:], strict=True):
-        if other[0] != first[0] or (first[0] and other[1] != first[1]):
-            what = f"its base was not quantized in training as that of {origins[0].folder}"
+    first = origins[0]
+    for origin in origins[1:]:
+        if origin.quantization != first.quantization or (first.quantization and origin.dtype != first.dtype):
+            what = f"its base was not quantized in training as that of {first.folder}"
             raise UserError(what, str(origin.folder), "give --into original to add both to the unquantized base")
-    return first[0]
+    return first.quantization
 
 
 def training_dtype(origin: AdapterOrigin, headers: Mapping[str, TensorInfo]) -> torch.dtype:

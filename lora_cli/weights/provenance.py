@@ -17,7 +17,7 @@ from lora_cli import __version__
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import locate, read_json
 from lora_cli.recipe.explain import dotted_keys
-from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.schema import Quantization, Recipe
 from lora_cli.weights.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from lora_cli.weights.check_adapter import check_in_model
 from lora_cli.weights.fingerprint import fingerprint
@@ -41,6 +41,11 @@ class AdapterOrigin:
     base_name: str
     recipe: Recipe | None
     dtype: str | None
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the base was quantized in training; None if it was not, or that is not recorded."""
+        return self.recipe.quantization if self.recipe else None
 
 
 def adapter_folder(target: Path) -> Path | None:
