@@ -62,7 +62,7 @@ def test_an_adapter_is_merged_in_the_same_pass(
     def no_merge(*_: Any) -> None:
         raise AssertionError("a merged model was written")
 
-    monkeypatch.setattr("lora_cli.weights.quantize_merged.merge", no_merge)
+    monkeypatch.setattr("lora_cli.weights.quantize.merge", no_merge)
     report = done(lora("quantize", adapter, "--out", tmp_path / "out", "--method", method, "--json")).json
     same_files(tmp_path / "out", wanted)
     assert (report["adapter"], report["base"]) == (str(adapter), str(base))
@@ -186,7 +186,7 @@ def test_what_cannot_be_quantized_is_told_before_a_model_is_merged(
 ) -> None:
     base = request.getfixturevalue(base_name)
     adapter = make_adapter(base, tmp_path / "adapter", "loha", target_modules=["q_proj"])
-    monkeypatch.setattr("lora_cli.weights.quantize_merged.merge", None)
+    monkeypatch.setattr("lora_cli.weights.quantize.merge", None)
     result = lora("quantize", adapter, "--out", tmp_path / "out", *skip)
     assert result.exit_code == 2 and told in result.stderr and not (tmp_path / "out").exists()
 

@@ -23,8 +23,7 @@ from transformers import (
 )
 
 from lora_cli.recipe.schema import Quantization
-from lora_cli.weights.codes import encode
-from lora_cli.weights.four_bits import nearest_levels
+from lora_cli.weights.codes import encode, nearest_levels
 
 SETTINGS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},

@@ -163,7 +163,7 @@ def _quantize(
 ) -> Merged:
     from lora_cli.weights.check_adapter import adapted_layers
     from lora_cli.weights.merge import Merged
-    from lora_cli.weights.quantize_merged import quantize_merged
+    from lora_cli.weights.quantize import quantize_merged
 
     origin, *others = origins
     if others or dtype:

@@ -76,8 +76,7 @@ def command(
 
     from lora_cli.model.memory import keep_freed_memory
     from lora_cli.training.display import Display
-    from lora_cli.weights.quantize import is_streamed, quantize
-    from lora_cli.weights.quantize_merged import quantize_merged
+    from lora_cli.weights.quantize import is_streamed, quantize, quantize_merged
     from lora_cli.weights.stored_model import stored_model
 
     keep_freed_memory()

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_cli.data.sources import part_of, sources_of
 from lora_cli.errors import UserError, pluralize
-from lora_cli.recipe.schema import Data, Recipe, Source
+from lora_cli.model.files import tokenizer_folder
+from lora_cli.recipe.schema import Data, Model, Recipe, Source
+from lora_cli.training.prepare import data_faults
+from lora_cli.weights.check_model import check_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,8 +39,6 @@ def data_section(data: str | None, recipe: Recipe | None) -> Data:
 
 def check_rows(data: Data) -> None:
     """Raises UserError with every fault in the rows to measure on. Other training rows may be missing here."""
-    from lora_cli.training.prepare import data_faults
-
     faults = data_faults(data.model_copy(update={"train": sources(data), "validation": None}), set())
     if faults:
         raise UserError(faults)
@@ -53,14 +55,15 @@ class Rows:
 
 def rows_for(base: Path, adapter: Path | None, data: Data, recipe: Recipe | None) -> Rows:
     """Return the rows to measure on, tokenized, and check the model as far as is possible without loading its weights.
+    They are those of ``data.validation`` if there is one, else of ``data.train``. A share is split off as in training.
 
     Raises UserError for every fault found that would make the measurement fail.
     """
-    from lora_cli.data.examples import check_ids
+    from lora_cli.data.batches import split_validation
+    from lora_cli.data.examples import check_ids, cut_for_evaluation
+    from lora_cli.data.tokenize import tokenize
     from lora_cli.model.adapters import resize_embeddings
     from lora_cli.model.base import load_config, load_tokenizer, max_positions, meta_model
-    from lora_cli.model.files import tokenizer_folder
-    from lora_cli.weights.check_model import check_weights
 
     config = load_config(base)
     bare = meta_model(config)
@@ -69,27 +72,16 @@ def rows_for(base: Path, adapter: Path | None, data: Data, recipe: Recipe | None
         resize_embeddings(bare, adapter)
     tokenizer = load_tokenizer(tokenizer_folder(base, *([adapter] if adapter else [])))
     max_length = min(data.max_length, max_positions(config) or data.max_length)
-    examples = _examples(data, tokenizer, max_length, recipe.training.seed if recipe else 0)
+    found = tokenize(data, sources(data), tokenizer)
+    if isinstance(data.validation, float):
+        _, found = split_validation(found, data.validation, recipe.training.seed if recipe else 0)
+    examples = cut_for_evaluation(found, max_length, "the rows to measure on")
     check_ids(examples, bare.config.get_text_config().vocab_size, str(base))
     return Rows(tokenizer, examples, max_length)
 
 
-def _examples(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> Examples:
-    """Tokenize the rows of ``validation`` if there is one, else of ``train``. A share is split off as in training."""
-    from lora_cli.data.batches import split_validation
-    from lora_cli.data.examples import cut_for_evaluation
-    from lora_cli.data.tokenize import tokenize
-
-    rows = tokenize(data, sources(data), tokenizer)
-    if isinstance(data.validation, float):
-        _, rows = split_validation(rows, data.validation, seed)
-    return cut_for_evaluation(rows, max_length, "the rows to measure on")
-
-
 def sources(data: Data) -> tuple[Source, ...]:
     """Return the sources of the rows to measure on: of ``validation`` if it names separate rows, else of ``train``."""
-    from lora_cli.data.sources import sources_of
-
     return sources_of(data.own_validation or data.train)
 
 
@@ -106,8 +98,6 @@ def changed_rows_warning(rows: Rows, record: dict[str, Any]) -> str | None:
 
 def describe(data: Data) -> str:
     """Describe the rows to measure on, for the user."""
-    from lora_cli.data.sources import part_of
-
     share = f"{100 * data.validation:g}% of " if isinstance(data.validation, float) else ""
     parts = ((each.path, part_of(each)) for each in sources(data))
     return share + ", ".join(path if part == "train" else f"{path}[{part}]" for path, part in parts)
@@ -121,7 +111,6 @@ def measure(base: Path, adapter: Path | None, rows: Rows, recipe: Recipe | None,
     """
     from lora_cli.evaluation.compare import compare
     from lora_cli.model.base import best_device, load_base, resolve_dtype
-    from lora_cli.recipe.schema import Model
 
     quantization = recipe.quantization if recipe and adapter else None
     device = best_device()

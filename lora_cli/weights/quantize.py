@@ -1,4 +1,5 @@
-"""Write a model in 4 or 8 bits, so that plain ``from_pretrained`` loads it, and measure the quantization error.
+"""Write a model in 4 or 8 bits, so that plain ``from_pretrained`` loads it, and measure the quantization error. An
+adapter can be merged in during the same pass.
 
 Works tensor by tensor, from file to file. Models for which ``model_names`` returns None are quantized in memory.
 """
@@ -26,12 +27,13 @@ from lora_cli.model.files import tokenizer_folder
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.check_model import check_weights
 from lora_cli.weights.codes import PARTS, encode
-from lora_cli.weights.folders import atomic_folder, copy_if_there
-from lora_cli.weights.provenance import PROVENANCE
+from lora_cli.weights.folders import atomic_folder, copy_if_there, draft_folder
+from lora_cli.weights.merge import common_quantization, merge, merged_tensors, training_dtype
+from lora_cli.weights.provenance import PROVENANCE, AdapterOrigin
 from lora_cli.weights.quantize_in_memory import quantize_in_memory
 from lora_cli.weights.quantized_layers import LayerError, check_layers, layer_error, replace_layers
 from lora_cli.weights.shards import GENERATION, MAX_SHARD, check_finite, read_headers, weight_files
-from lora_cli.weights.stored_model import StoredModel
+from lora_cli.weights.stored_model import StoredModel, stored_model
 from lora_cli.weights.stored_names import model_names
 from lora_cli.weights.stream import shard_writer
 
@@ -139,6 +141,36 @@ def write_quantized(
     if bare.can_generate():
         bare.generation_config.save_pretrained(str(out))
     return _write_by_tensors(source, names, transposed, out, quantization, dtype, max_shard)
+
+
+def quantize_merged(
+    origin: AdapterOrigin,
+    out: Path,
+    quantization: Quantization,
+    skip: Sequence[str] = (),
+    max_shard: int = MAX_SHARD,
+    tell: Callable[[str], object] | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> Quantized:
+    """Write what ``merge`` and then ``quantize``, with its ``check``, would write.
+
+    Only if one of the two needs the model in memory, the merged model is stored beside ``out`` for a while. ``tell`` is
+    called first if the merge needs it. Raises UserError as both do.
+    """
+    headers = read_headers(weight_files(origin.base))
+    tensors = merged_tensors([origin], headers, common_quantization([origin]), training_dtype(origin, headers), None)
+    if tensors is None or not is_streamed(origin.base):
+        check_layers(origin.base, quantization, skip)  # before a merge that may take long
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with draft_folder(out.absolute()) as place:
+            merged = place / "merged"
+            merge([origin], merged, tell=tell)
+            return quantize(stored_model(merged), out, quantization, skip, max_shard, check)
+    read, vocab_size, untied = tensors.read, tensors.changes.vocab_size, bool(tensors.changes.untied)
+    source = StoredModel(
+        origin.base, tensors.headers, lambda name: read(name).tensor, origin.folder, vocab_size, untied
+    )
+    return quantize(source, out, quantization, skip, max_shard, check)
 
 
 def is_streamed(folder: Path) -> bool:
