@@ -63,8 +63,6 @@ def command(
     debug: Debug = False,
 ) -> None:
     """Fold adapters into their base model's weights."""
-    from lora_cli.model.files import check_model_type
-    from lora_cli.weights.check_model import check_mergeable
     from lora_cli.weights.folders import check_out
     from lora_cli.weights.shards import bytes_of
 
@@ -75,8 +73,6 @@ def command(
     origins = [find_adapter(adapter, base) for adapter in adapters]
     for origin in origins:
         check_out(out, origin.base, origin.folder)
-    check_model_type(origins[0].base)
-    check_mergeable(origins[0].base)
     _check_compatible(origins, into)
 
     from lora_cli.model.memory import keep_freed_memory
@@ -114,8 +110,10 @@ def command(
 def find_adapter(adapter: Path, base: str | None = None) -> AdapterOrigin:
     """Find the adapter of a run or folder, and its base. Print a warning if the run has not finished. Raises UserError
     when the adapter cannot be merged."""
+    from lora_cli.model.files import check_model_type
     from lora_cli.training.run_folder import unfinished
     from lora_cli.weights.adapter_config import check_mergeable_lora, read_adapter_config
+    from lora_cli.weights.check_model import check_mergeable
     from lora_cli.weights.provenance import adapter_folder, find_origin
 
     found = adapter_folder(adapter)
@@ -128,6 +126,8 @@ def find_adapter(adapter: Path, base: str | None = None) -> AdapterOrigin:
         from lora_cli.weights.merge_in_memory import check_kind
 
         check_kind(origin.folder)
+    check_model_type(origin.base)
+    check_mergeable(origin.base)
     return origin
 
 
@@ -166,14 +166,15 @@ def _quantize(
     from lora_cli.weights.quantize import quantize_merged
 
     origin, *others = origins
+    wanted = origin.quantization
     if others or dtype:
         what = "--into quantized takes a single adapter, and no --dtype: the type is that of training"
         raise UserError(what, str(origin.folder), "remove the other adapters and --dtype")
-    assert origin.quantization is not None
-    result = quantize_merged(origin, out, origin.quantization, max_shard=max_shard, tell=tell, check=check)
-    target = f"the base in {result.method}, quantized again"
+    assert wanted is not None
+    result = quantize_merged(origin, out, wanted, max_shard=max_shard, tell=tell, check=check)
+    target = f"the base in {wanted.method}, quantized again"
     layers = len(adapted_layers(origin.folder))  # result.layers holds all quantized layers, adapted or not
-    return Merged(out, origin.base_name, layers, target, result.method, result.bytes_after, None, False)
+    return Merged(out, origin.base_name, layers, target, wanted.method, result.bytes_after, None, False)
 
 
 def _check_compatible(origins: list[AdapterOrigin], into: str | None) -> None:

@@ -110,14 +110,11 @@ def command(
 def _find(target: str) -> tuple[Path, AdapterOrigin | None]:
     """Return a model's folder, or an adapter's base and the adapter. Raises UserError for what cannot be quantized."""
     from lora_cli.model.files import check_model_type, check_quantizable, locate
-    from lora_cli.weights.check_model import check_mergeable
     from lora_cli.weights.provenance import adapter_folder
     from lora_cli.weights.shards import check_complete
 
     if adapter_folder(Path(target)) is not None:
         origin = find_adapter(Path(target))
-        check_model_type(origin.base)
-        check_mergeable(origin.base)
         return origin.base, origin
     check_model_type(locate(target))
     check_quantizable(locate(target))

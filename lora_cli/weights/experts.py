@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import ParamWrapper
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
@@ -131,8 +131,7 @@ def find_experts(
 
 def _parameters(folder: Path, bare: PreTrainedModel) -> Iterator[_Parameter]:
     """Yield the parameters that an adapter updates. PEFT holds the factors of each in wrappers, which may be nested."""
-    config = PeftConfig.from_pretrained(str(folder))
-    assert isinstance(config, LoraConfig)
+    config = LoraConfig.from_pretrained(str(folder))
     config.init_lora_weights = True  # there are no weights to initialize from
     config.rank_pattern, config.alpha_pattern = {}, {}  # names do not depend on these
     for stem, module in inject_adapter_in_model(config, bare, low_cpu_mem_usage=True).named_modules():

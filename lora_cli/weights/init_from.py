@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import Fault, UserError
+from lora_cli.errors import Fault, UserError, first_few
 from lora_cli.recipe.schema import Adapter
 from lora_cli.weights.adapter_config import (
     ADAPTER_CONFIG,
@@ -44,8 +44,7 @@ def check_start(folder: Path, adapter: Adapter, adaptable: Iterable[str], target
             faults.append(Fault(what, str(folder), hint))
     stored_names, asked_names = set(adapted_layers(folder)), set(targets)
     if strange := sorted(stored_names - set(adaptable)):
-        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
-        what = f"the adapter of init_from has layers that are not trained here: {strange[0]}{more}"
+        what = f"the adapter of init_from has layers that are not trained here: {first_few(strange, 1)}"
         faults.append(Fault(what, str(folder), MERGE))
     elif stored_names != asked_names:
         what = (
@@ -76,8 +75,7 @@ def _untrained(config: Mapping[str, Any], folder: Path) -> Iterator[Fault]:
     stored = read_headers([folder / ADAPTER_WEIGHTS])
     names = [name for name in stored if name.partition(".lora_")[2].partition(".")[0] not in TRAINED]
     if names and not (unsummed or others):  # their faults say so already
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        what = f"the adapter of init_from holds more than LoRA's A and B: tensor {names[0]}{more}"
+        what = f"the adapter of init_from holds more than LoRA's A and B: tensor {first_few(names, 1)}"
         yield Fault(what, str(folder), MERGE)
 
 

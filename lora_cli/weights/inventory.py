@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from lora_cli.errors import Fault, UserError, grouped_error
@@ -94,8 +94,7 @@ def _wanted(folder: Path, bare: PreTrainedModel) -> tuple[Shapes, Shapes]:
     base's embedding and head, which PEFT may save too. Raises UserError when PEFT cannot inject the adapter."""
     try:
         with warnings.catch_warnings(action="ignore"):  # PEFT's are meant for training or loading the adapter
-            config = PeftConfig.from_pretrained(str(folder))
-            assert isinstance(config, LoraConfig)
+            config = LoraConfig.from_pretrained(str(folder))
             config.init_lora_weights = True  # there are no weights to initialize from
             config.alpha_pattern = {}  # no tensor depends on it
             adapted = get_peft_model(bare, config, low_cpu_mem_usage=True)

@@ -48,8 +48,6 @@ class Quantized:
     unquantized because they belong to experts joined in one parameter.
     """
 
-    out: Path
-    method: str
     bytes_before: int
     bytes_after: int
     layers: tuple[LayerError, ...]
@@ -86,7 +84,7 @@ def quantize(
     files = weight_files(folder)
     before, after = (sum(file.stat().st_size for file in found) for found in (files, weight_files(out)))
     worst_first = sorted(layers, key=lambda layer: -layer.relative)
-    return Quantized(out, quantization.method, before, after, tuple(worst_first), _in_experts(bare))
+    return Quantized(before, after, tuple(worst_first), _in_experts(bare))
 
 
 def _loaded_dtype(folder: Path, bare: PreTrainedModel) -> torch.dtype:

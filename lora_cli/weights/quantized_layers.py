@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from lora_cli.errors import UserError, did_you_mean
+from lora_cli.errors import UserError, did_you_mean, first_few
 from lora_cli.model.base import bitsandbytes_config, load_config, meta_model
 from lora_cli.model.targets import UNQUANTIZABLE_LAYERS
 from lora_cli.recipe.schema import Quantization
@@ -71,8 +71,7 @@ def check_layers(folder: Path, quantization: Quantization, skip: Sequence[str]) 
         raise UserError(what, str(folder), f"leave them as they are: --skip {','.join(sorted({*skip, *own}))}")
     lost = unstorable(bare, read_headers(weight_files(folder)), left)
     if lost:
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        what = f"stored joined or split, so it could not be loaded again once quantized: {lost[0]}{more}"
+        what = f"stored joined or split, so it could not be loaded again once quantized: {first_few(lost, 1)}"
         names = ",".join(sorted({*skip, *(layer.rpartition(".")[2] for layer in lost)}))
         raise UserError(what, str(folder), f"leave them as they are: --skip {names}")
 
