@@ -171,7 +171,7 @@ def _quantize(
         what = "--into quantized takes a single adapter, and no --dtype: the type is that of training"
         raise UserError(what, str(origin.folder), "remove the other adapters and --dtype")
     assert wanted is not None
-    result = quantize_merged(origin, out, wanted, max_shard=max_shard, tell=tell, check=check)
+    result = quantize_merged(origin, out, wanted, (), max_shard, tell, check)
     target = f"the base in {wanted.method}, quantized again"
     layers = len(adapted_layers(origin.folder))  # result.layers holds all quantized layers, adapted or not
     return Merged(out, origin.base_name, layers, target, wanted.method, result.bytes_after, None, False)

@@ -20,7 +20,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from lora_cli.weights.products import Factors, scaling_of
 from lora_cli.weights.shards import TensorInfo, read_tensor
-from lora_cli.weights.stored_names import converters_of, sources_of
+from lora_cli.weights.stored_model import converters_of, sources_of
 
 KEPT = 4
 """Factors that are cached: those of one layer, which a hundred stored tensors need one after another."""

@@ -17,7 +17,7 @@ from lora_cli.model.files import stored_quantization
 from lora_cli.weights.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, read_adapter_config
 from lora_cli.weights.experts import joins_experts
 from lora_cli.weights.shards import read_headers, weight_files
-from lora_cli.weights.stored_names import converters_of, sources_of
+from lora_cli.weights.stored_model import converters_of, sources_of
 
 Shapes = dict[str, tuple[int, ...]]
 

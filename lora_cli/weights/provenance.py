@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from lora_cli import __version__
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import locate, read_json
-from lora_cli.recipe.explain import dotted_keys
 from lora_cli.recipe.schema import Quantization, Recipe
 from lora_cli.weights.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from lora_cli.weights.check_adapter import check_in_model
@@ -160,23 +159,9 @@ def recipe_of(folder: Path) -> Recipe | None:
     if "recipe" not in record:
         return None
     try:
-        return Recipe.model_validate_json(json.dumps(_known(record["recipe"])))  # JSON lists become tuples
+        return Recipe.model_validate_json(json.dumps(record["recipe"]), extra="ignore")  # JSON lists become tuples
     except ValidationError as error:
         where, by = str(folder / PROVENANCE), record.get("versions", {}).get("lora", "unknown")
         wrong = ((".".join(map(str, each["loc"])), each["msg"].lower()) for each in error.errors())
         faults = [Fault(f"recipe.{key}: {what} (written by lora {by})", where, WITHOUT) for key, what in wrong]
         raise UserError(faults) from error
-
-
-def _known(recipe: Any) -> Any:
-    """Return a stored recipe without the sections and keys that this version does not have."""
-    if not isinstance(recipe, dict):
-        return recipe
-    known = dotted_keys()
-    return {
-        section: {key: value for key, value in values.items() if f"{section}.{key}" in known}
-        if isinstance(values, dict)
-        else values
-        for section, values in recipe.items()
-        if section in Recipe.model_fields
-    }

@@ -32,9 +32,8 @@ from lora_cli.weights.merge import common_quantization, merge, merged_tensors, t
 from lora_cli.weights.provenance import PROVENANCE, AdapterOrigin
 from lora_cli.weights.quantize_in_memory import quantize_in_memory
 from lora_cli.weights.quantized_layers import LayerError, check_layers, layer_error, replace_layers
-from lora_cli.weights.shards import GENERATION, MAX_SHARD, check_finite, read_headers, weight_files
-from lora_cli.weights.stored_model import StoredModel, stored_model
-from lora_cli.weights.stored_names import model_names
+from lora_cli.weights.shards import GENERATION, check_finite, read_headers, weight_files
+from lora_cli.weights.stored_model import StoredModel, model_names, stored_model
 from lora_cli.weights.stream import shard_writer
 
 FLOATS = ("F64", "F32", "BF16", "F16")
@@ -58,8 +57,8 @@ def quantize(
     source: StoredModel,
     out: Path,
     quantization: Quantization,
-    skip: Sequence[str] = (),
-    max_shard: int = MAX_SHARD,
+    skip: Sequence[str],
+    max_shard: int,
     check: Callable[[Path], None] | None = None,
 ) -> Quantized:
     """Write the model to ``out`` with its linear layers in 4 or 8 bits, except the head and those in ``skip``.
@@ -108,8 +107,8 @@ def write_quantized(
     quantization: Quantization,
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
-    skip: Sequence[str] = (),
-    max_shard: int = MAX_SHARD,
+    skip: Sequence[str],
+    max_shard: int,
 ) -> list[LayerError]:
     """Write configuration and weights as ``from_pretrained`` and ``save_pretrained`` would, without loading the model.
 
@@ -145,9 +144,9 @@ def quantize_merged(
     origin: AdapterOrigin,
     out: Path,
     quantization: Quantization,
-    skip: Sequence[str] = (),
-    max_shard: int = MAX_SHARD,
-    tell: Callable[[str], object] | None = None,
+    skip: Sequence[str],
+    max_shard: int,
+    tell: Callable[[str], object] | None,
     check: Callable[[Path], None] | None = None,
 ) -> Quantized:
     """Write what ``merge`` and then ``quantize``, with its ``check``, would write.

@@ -17,8 +17,7 @@ from lora_cli.model.linear4bit import dequantize
 from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.weights.quantized_layers import LayerError, layer_error
 from lora_cli.weights.shards import check_finite, is_finite
-from lora_cli.weights.stored_model import StoredModel
-from lora_cli.weights.stored_names import sources_of
+from lora_cli.weights.stored_model import StoredModel, sources_of
 
 Sources = Mapping[str, Mapping[str, str | None]]
 """The stored tensors that make up each of a model's tensors, as ``sources_of`` returns them."""

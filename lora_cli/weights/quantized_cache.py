@@ -29,8 +29,7 @@ from lora_cli.weights.folders import atomic_folder
 from lora_cli.weights.quantize import write_quantized
 from lora_cli.weights.quantized_layers import quantized_layers
 from lora_cli.weights.shards import read_headers, weight_files
-from lora_cli.weights.stored_model import stored_model
-from lora_cli.weights.stored_names import unstorable
+from lora_cli.weights.stored_model import stored_model, unstorable
 
 SUMS = "sha256.json"
 SHARD = 10**9  # bytes: several files, so that they are hashed in parallel
@@ -76,7 +75,7 @@ def write_cached(
     if unstorable(bare, read_headers(weight_files(base)), layers):
         raise RunError("its layers are stored joined or split, and could not be loaded again quantized", str(base))
     with _replacing(folder, needed) as draft:
-        write_quantized(stored_model(base), draft, quantization, dtype, compute_dtype, max_shard=SHARD)
+        write_quantized(stored_model(base), draft, quantization, dtype, compute_dtype, (), SHARD)
         (draft / SUMS).write_text(json.dumps(_sums(draft)), encoding="utf-8")
 
 

@@ -21,7 +21,7 @@ from lora_cli.model.targets import UNQUANTIZABLE_LAYERS
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.codes import quantize_dequantize
 from lora_cli.weights.shards import TensorInfo, read_headers, weight_files
-from lora_cli.weights.stored_names import unstorable
+from lora_cli.weights.stored_model import unstorable
 
 
 @dataclass(frozen=True)
