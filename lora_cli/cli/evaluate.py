@@ -31,10 +31,10 @@ def command(
     from lora_cli.weights.adapter_config import check_init
     from lora_cli.weights.provenance import adapter_folder, find_origin, read_record, recipe_of
 
+    display = Display(quiet)
     if target is None:
         target = str(newest_finished())
-        if not quiet:
-            typer.echo(f"evaluating the newest finished run: {target}", err=True)
+        display.note(f"evaluating the newest finished run: {target}")
     adapter = adapter_folder(Path(target))
     warnings = [unfinished(Path(target), adapter)]
     if adapter is None:
@@ -51,21 +51,19 @@ def command(
         check_init(adapter)  # before a base is fetched
         base = find_origin(adapter).base
         check_init(adapter, base)
-    display = Display(quiet)
     with display.waiting("checking base and rows"):
         rows = measure.rows_for(base, adapter, section, recipe)
-    if adapter is not None and recipe is None and not quiet:
-        note = f"rows are cut to {rows.max_length:,} tokens: the adapter has no record of its data.max_length"
-        typer.echo(note, err=True)
+    if adapter is not None and recipe is None:
+        display.note(f"rows are cut to {rows.max_length:,} tokens: the adapter has no record of its data.max_length")
     if data is None:
         warnings.append(measure.changed_rows_warning(rows, read_record(adapter or base)))
     shown = [warning for warning in warnings if warning]
     for warning in shown:
-        typer.echo(f"warning: {warning}", err=True)
+        display.note(warning, warning=True)
     found = measure.measure(base, adapter, rows, recipe, display)
     if adapter is not None and found.base is None:
         shown.append("the base is not measured: these rows have tokens that the adapter has added to the vocabulary")
-        typer.echo(f"warning: {shown[-1]}", err=True)
+        display.note(shown[-1], warning=True)
     result: dict[str, Any] = {
         "target": target,
         "data": measure.describe(section),

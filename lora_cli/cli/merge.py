@@ -81,7 +81,7 @@ def command(
     keep_freed_memory()
     found: list[Verified] = []
     sample = _sample(origins[0], data, verify)
-    tell = None if quiet else print_note
+    display = Display(quiet)
 
     def check(draft: Path) -> None:
         if sample is not None:
@@ -89,15 +89,15 @@ def command(
 
             found.append(checking.verify(origins, draft, out, into, sample))
 
-    with Display(quiet).waiting("merging"):
+    with display.waiting("merging"):
         if into == "quantized":
-            result = _quantize(origins, out, dtype, max_shard, tell, check)
+            result = _quantize(origins, out, dtype, max_shard, display.note, check)
         else:
             import torch
 
             from lora_cli.weights.merge import merge
 
-            result = merge(origins, out, into, getattr(torch, dtype) if dtype else None, max_shard, tell, check)
+            result = merge(origins, out, display.note, into, getattr(torch, dtype) if dtype else None, max_shard, check)
     report, lines = dataclasses.asdict(result), _lines(result)
     for each in found:
         report["verified"] = dataclasses.asdict(each)
@@ -148,17 +148,12 @@ def _sample(origin: AdapterOrigin, data: str | None, verify: bool | None) -> Sam
     return sample_for(origin, data)
 
 
-def print_note(note: str) -> None:
-    """Print on stderr what is about to be done."""
-    typer.echo(f"note: {note}", err=True)
-
-
 def _quantize(
     origins: list[AdapterOrigin],
     out: Path,
     dtype: str | None,
     max_shard: int,
-    tell: Callable[[str], object] | None,
+    tell: Callable[[str], object],
     check: Callable[[Path], None],
 ) -> Merged:
     from lora_cli.weights.check_adapter import adapted_layers

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lora_cli.cli.merge import find_adapter, print_note
+from lora_cli.cli.merge import find_adapter
 from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet
 from lora_cli.errors import UserError, pluralize
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 WORST = 5
 WHOLE = (
-    "Transformers renames, joins or splits this model's tensors while loading, so it is quantized with the whole "
+    "note: Transformers renames, joins or splits this model's tensors while loading, so it is quantized with the whole "
     "model in memory"
 )
 
@@ -80,16 +80,15 @@ def command(
     from lora_cli.weights.stored_model import stored_model
 
     keep_freed_memory()
-    tell = None if quiet else print_note
-    if tell is not None and not is_streamed(folder):
-        tell(WHOLE)
-    skipped = _split(skip)
     display = Display(quiet)
+    if not quiet and not is_streamed(folder):
+        display.note(WHOLE)
+    skipped = _split(skip)
     with display.waiting("quantizing"):
         if origin is None:
             result = quantize(stored_model(folder), out, wanted, skipped, max_shard)
         else:
-            result = quantize_merged(origin, out, wanted, skipped, max_shard, tell)
+            result = quantize_merged(origin, out, wanted, skipped, max_shard, display.note)
     report: dict[str, Any] = {
         "out": str(out),
         "method": method,

@@ -65,7 +65,7 @@ def check_adapter(folder: Path, base: Path | None, other_kinds: bool = False) ->
         for kind in sorted({"A", "B"} - set(found))
     ]
     model_takes_them = False
-    if base is not None and not faults:
+    if base is not None and not faults:  # each layer has both A and B
         faults, model_takes_them = _misfits_of_base(folder, base, config, halves)
     faults += _unexpected(config, folder, halves)
     if not any(".lora_" in name for name in names):
@@ -201,8 +201,6 @@ def _misfits(folder: Path, halves: Halves, layers: dict[str, Target]) -> Iterato
             if name.rpartition(".")[2] not in EMBEDDINGS:
                 what = f"tensors {name}.lora_A and lora_B are for a layer that the base does not have"
                 yield Fault(what, str(folder))
-            continue
-        if len(shapes) < 2:
             continue
         found = (shapes["A"][-1], shapes["B"][0])
         wide = (layer.in_features, layer.out_features)

@@ -36,7 +36,7 @@ from lora_cli.weights.updates import Changes, MergedTensor, find_changes, merged
 Into = Literal["expanded", "original"]
 BOTH = 1.5
 """Two tensors are held at once only if together they have at most this many times the values of the largest one."""
-IN_MEMORY = "PEFT merges this kind of adapter, with the whole model in memory in float32"
+IN_MEMORY = "note: PEFT merges this kind of adapter, with the whole model in memory in float32"
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ class MergedTensors:
 def merge(
     origins: Sequence[AdapterOrigin],
     out: Path,
+    tell: Callable[[str], object],
     into: Into | None = None,
     dtype: torch.dtype | None = None,
     max_shard: int = MAX_SHARD,
-    tell: Callable[[str], object] | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> Merged:
     """Write the base with the adapters folded in to ``out``: weights, tokenizer, configurations.
@@ -119,7 +119,7 @@ def merge(
     tensors = merged_tensors(origins, headers, quantization, seen, dtype)
     if len(origins) > 1:
         _check_addable(tensors, origin.folder)
-    if tensors is None and tell is not None:
+    if tensors is None:
         tell(IN_MEMORY)
     with_tokenizer = tokenizer_folder(origin.base, *(each.folder for each in origins))
     check_tokenizer(with_tokenizer)

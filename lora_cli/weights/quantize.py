@@ -146,7 +146,7 @@ def quantize_merged(
     quantization: Quantization,
     skip: Sequence[str],
     max_shard: int,
-    tell: Callable[[str], object] | None,
+    tell: Callable[[str], object],
     check: Callable[[Path], None] | None = None,
 ) -> Quantized:
     """Write what ``merge`` and then ``quantize``, with its ``check``, would write.
@@ -161,7 +161,7 @@ def quantize_merged(
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         with draft_folder(out.absolute()) as place:
             merged = place / "merged"
-            merge([origin], merged, tell=tell)
+            merge([origin], merged, tell)
             return quantize(stored_model(merged), out, quantization, skip, max_shard, check)
     read, vocab_size, untied = tensors.read, tensors.changes.vocab_size, bool(tensors.changes.untied)
     source = StoredModel(
