@@ -239,7 +239,7 @@ def test_errors_of_layers_that_are_stored_by_another_name(
 def test_text_report_where_no_error_is_known(
     renamed: Path, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_cli.weights.quantize_in_memory._errors", lambda *_: iter(()))
+    monkeypatch.setattr("lora_cli.weights.quantize_in_memory._errors", lambda *_: {})
     result = done(lora("quantize", renamed, "--out", tmp_path / "out"))
     assert "nf4" in result.stdout and "relative error" not in result.stdout
 

@@ -96,7 +96,7 @@ def command(
         "bytes_before": result.bytes_before,
         "bytes_after": result.bytes_after,
         "in_experts": result.in_experts,
-        "layers": {layer.name: layer.relative for layer in result.layers},
+        "layers": result.layers,
     }
     if rows is not None:
         before = measure.measure(folder, adapter, rows, recipe, display).score

@@ -91,24 +91,16 @@ class _Parameter:
     transposed: bool
 
 
-@dataclass(frozen=True)
-class Found:
-    """An adapter's products for experts by stored tensor, and the ``stem`` of each parameter that they update."""
-
-    products: Mapping[str, ExpertProduct]
-    stems: frozenset[str]
-
-
 def find_experts(
     folder: Path,
     config: Mapping[str, Any],
     halves: Mapping[str, Mapping[str, TensorInfo]],
     bare: PreTrainedModel,
     headers: Mapping[str, TensorInfo],
-) -> Found | None:
-    """Find what the adapter in ``folder`` adds to stored tensors through ``target_parameters``. None where a stored
-    tensor is not simply a part of such a parameter. ``halves`` are the adapter's tensors. The adapter is injected into
-    ``bare``, the model on the meta device.
+) -> tuple[dict[str, ExpertProduct], set[str]] | None:
+    """Return what the adapter in ``folder`` adds to stored tensors through ``target_parameters``, and the stem of each
+    such parameter. None where a stored tensor is not simply a part of one. ``halves`` are the adapter's tensors. The
+    adapter is injected into ``bare``, the model on the meta device.
     """
     converters = converters_of(bare)
     sources = sources_of(bare, headers)
@@ -125,8 +117,7 @@ def find_experts(
         for stored, expert, rows in places:
             count, transposed = parameter.shape[0], parameter.transposed
             products[stored] = ExpertProduct(parameter.name, parts, scaling, count, transposed, expert, rows, read_part)
-    stems = frozenset(parameter.stem for parameter in parameters)
-    return Found(products, stems)
+    return products, {parameter.stem for parameter in parameters}
 
 
 def _parameters(folder: Path, bare: PreTrainedModel) -> Iterator[_Parameter]:

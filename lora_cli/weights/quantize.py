@@ -31,7 +31,7 @@ from lora_cli.weights.folders import atomic_folder, copy_if_there, draft_folder
 from lora_cli.weights.merge import common_quantization, merge, merged_tensors, training_dtype
 from lora_cli.weights.provenance import PROVENANCE, AdapterOrigin
 from lora_cli.weights.quantize_in_memory import quantize_in_memory
-from lora_cli.weights.quantized_layers import LayerError, check_layers, layer_error, replace_layers
+from lora_cli.weights.quantized_layers import check_layers, relative_error, replace_layers
 from lora_cli.weights.shards import GENERATION, check_finite, read_headers, weight_files
 from lora_cli.weights.stored_model import StoredModel, model_names, stored_model
 from lora_cli.weights.stream import shard_writer
@@ -41,7 +41,7 @@ FLOATS = ("F64", "F32", "BF16", "F16")
 
 @dataclass(frozen=True)
 class Quantized:
-    """The model that a quantization wrote: sizes in bytes, and each layer's error, worst first.
+    """The model that a quantization wrote: sizes in bytes, and each layer's relative error, worst first.
 
     A layer whose weight is not a stored tensor of its own has no error. ``in_experts`` counts the values that were left
     unquantized because they belong to experts joined in one parameter.
@@ -49,7 +49,7 @@ class Quantized:
 
     bytes_before: int
     bytes_after: int
-    layers: tuple[LayerError, ...]
+    layers: dict[str, float]
     in_experts: int
 
 
@@ -75,15 +75,15 @@ def quantize(
     tokenizer = load_tokenizer(tokenizer_folder(folder, *([adapter] if adapter else [])))
     dtype, compute_dtype = _loaded_dtype(folder, bare), DTYPES[quantization.compute_dtype]
     with atomic_folder(out) as draft:
-        layers = write_quantized(source, draft, quantization, dtype, compute_dtype, skip, max_shard)
+        errors = write_quantized(source, draft, quantization, dtype, compute_dtype, skip, max_shard)
         save_tokenizer(tokenizer, draft)
         copy_if_there(draft, folder / GENERATION, (adapter or folder) / PROVENANCE)
         if check is not None:
             check(draft)
     files = weight_files(folder)
     before, after = (sum(file.stat().st_size for file in found) for found in (files, weight_files(out)))
-    worst_first = sorted(layers, key=lambda layer: -layer.relative)
-    return Quantized(before, after, tuple(worst_first), _in_experts(bare))
+    worst_first = dict(sorted(errors.items(), key=lambda layer: -layer[1]))
+    return Quantized(before, after, worst_first, _in_experts(bare))
 
 
 def _loaded_dtype(folder: Path, bare: PreTrainedModel) -> torch.dtype:
@@ -109,8 +109,9 @@ def write_quantized(
     compute_dtype: torch.dtype,
     skip: Sequence[str],
     max_shard: int,
-) -> list[LayerError]:
+) -> dict[str, float]:
     """Write configuration and weights as ``from_pretrained`` and ``save_pretrained`` would, without loading the model.
+    Return each layer's relative error.
 
     Tensors are read, quantized and written one at a time; unquantized ones are written as ``dtype``. Only a model for
     which ``model_names`` returns None, such as one with joined or split tensors, is loaded completely. Raises UserError
@@ -183,9 +184,9 @@ def _write_by_tensors(
     quantization: Quantization,
     dtype: torch.dtype,
     max_shard: int,
-) -> list[LayerError]:
+) -> dict[str, float]:
     """``names`` maps the names that ``source`` stores to the model's. ``transposed`` holds the layers to quantize."""
-    layers, headers = [], source.headers
+    errors, headers = {}, source.headers
     announced = [*names, *names.values(), *(f"{layer}.{part}" for layer in transposed for part in PARTS)]
     with shard_writer(out, announced, max_shard) as write:
         for stored, name in names.items():
@@ -200,7 +201,7 @@ def _write_by_tensors(
                 continue
             weight = tensor.T.contiguous() if transposed[layer] else tensor
             encoded = encode(weight.to(best_device()), quantization)
-            layers.append(layer_error(layer, encoded.error, encoded.size, headers[stored]))
+            errors[layer] = relative_error(layer, encoded.error, encoded.size, headers[stored])
             for suffix, part in encoded.tensors.items():
                 write(f"{layer}.{suffix}", part)
-    return layers
+    return errors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.model.base import best_device, load_base
 from lora_cli.model.linear4bit import dequantize
 from lora_cli.recipe.schema import Model, Quantization
-from lora_cli.weights.quantized_layers import LayerError, layer_error
+from lora_cli.weights.quantized_layers import relative_error
 from lora_cli.weights.shards import check_finite, is_finite
 from lora_cli.weights.stored_model import StoredModel, sources_of
 
@@ -31,8 +31,9 @@ def quantize_in_memory(
     dtype: torch.dtype,
     settings: BitsAndBytesConfig,
     max_shard: int,
-) -> list[LayerError]:
+) -> dict[str, float]:
     """Load the model in ``source``, quantized by ``quantization`` (repeated in ``settings``), and write it to ``out``.
+    Return the layers' relative errors, where known.
 
     ``bare`` is the same model on the meta device. Raises UserError when weights are missing or hold NaN or infinity.
     """
@@ -40,15 +41,16 @@ def quantize_in_memory(
     model = load_base(folder, Model(name_or_path=str(folder)), quantization, best_device(), dtype, skip=skip)
     model.config.use_cache = True
     model.config.quantization_config = settings
-    layers = list(_errors(model, source, sources, dtype))
+    errors = _errors(model, source, sources, dtype)
     _check_rest(model, source, sources)
     model.save_pretrained(str(out), max_shard_size=max_shard)
-    return layers
+    return errors
 
 
-def _errors(model: PreTrainedModel, source: StoredModel, sources: Sources, dtype: torch.dtype) -> Iterator[LayerError]:
-    """Yield the error of each layer whose weight is an unchanged stored tensor of any name. Raises UserError when such
+def _errors(model: PreTrainedModel, source: StoredModel, sources: Sources, dtype: torch.dtype) -> dict[str, float]:
+    """Return the error of each layer whose weight is an unchanged stored tensor of any name. Raises UserError when such
     a tensor holds NaN or infinity in ``dtype``, in which it was loaded: its codes do not show that."""
+    errors = {}
     for name, module in model.named_modules():
         if not isinstance(module, Linear4bit | Linear8bitLt):
             continue
@@ -63,7 +65,8 @@ def _errors(model: PreTrainedModel, source: StoredModel, sources: Sources, dtype
             original = original.T
         size = float(original.norm())
         error = float((_dequantize(module).float() - original).norm())
-        yield layer_error(name, error, size, source.headers[stored])
+        errors[name] = relative_error(name, error, size, source.headers[stored])
+    return errors
 
 
 def _check_rest(model: PreTrainedModel, source: StoredModel, sources: Sources) -> None:

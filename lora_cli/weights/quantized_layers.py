@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,14 +21,6 @@ from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.codes import quantize_dequantize
 from lora_cli.weights.shards import TensorInfo, read_headers, weight_files
 from lora_cli.weights.stored_model import unstorable
-
-
-@dataclass(frozen=True)
-class LayerError:
-    """A layer's relative error in the Frobenius norm, |Q(W) - W| / |W|."""
-
-    name: str
-    relative: float
 
 
 def quantized_layers(bare: PreTrainedModel, quantization: Quantization) -> dict[str, bool]:
@@ -76,14 +67,15 @@ def check_layers(folder: Path, quantization: Quantization, skip: Sequence[str]) 
         raise UserError(what, str(folder), f"leave them as they are: --skip {names}")
 
 
-def layer_error(layer: str, error: float, size: float, stored: TensorInfo) -> LayerError:
-    """Return the error from |Q(W) - W| and |W|. Raises UserError when W (``stored``) or Q(W) is not finite."""
+def relative_error(layer: str, error: float, size: float, stored: TensorInfo) -> float:
+    """Return a layer's relative error in the Frobenius norm, |Q(W) - W| / |W|, from these two norms. Raises UserError
+    when W (``stored``) or Q(W) is not finite."""
     if not math.isfinite(size):
         raise UserError(f"tensor {stored.name} holds NaN or infinity", str(stored.file))
     if not math.isfinite(error):
         what = f"tensor {stored.name} has values beyond float16's range, from which int8 is made"
         raise UserError(what, str(stored.file), f"leave it as it is (--skip {layer}), or use --method nf4")
-    return LayerError(layer, error / size if size else error)
+    return error / size if size else error
 
 
 def dequantize_quantized(model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype) -> None:

@@ -226,8 +226,9 @@ def _find_experts(
             found = find_experts(adapter.folder, adapter.config, halves, _skeleton(base), headers)
             if found is None:
                 raise _NotStreamable
-            products |= {stored: (*products.get(stored, ()), each) for stored, each in found.products.items()}
-            halves = {layer: parts for layer, parts in halves.items() if layer not in found.stems}
+            own, stems = found
+            products |= {stored: (*products.get(stored, ()), each) for stored, each in own.items()}
+            halves = {layer: parts for layer, parts in halves.items() if layer not in stems}
         rest.append(replace(adapter, halves=halves))
     return products, rest
 
