@@ -114,7 +114,7 @@ def merge(
     origin = origins[0]
     headers = read_headers(weight_files(origin.base))
     stored = dtype or stored_dtype(headers)
-    quantization = common_quantization(origins) if into != "original" else None
+    quantization = _common_quantization(origins) if into != "original" else None
     seen = training_dtype(origin, headers)
     tensors = merged_tensors(origins, headers, quantization, seen, dtype)
     if len(origins) > 1:
@@ -167,7 +167,7 @@ def merged_tensors(
     return MergedTensors({**headers, **changes.untied}, changes, quantization, expanded, seen, dtype)
 
 
-def common_quantization(origins: Sequence[AdapterOrigin]) -> Quantization | None:
+def _common_quantization(origins: Sequence[AdapterOrigin]) -> Quantization | None:
     """Return how the base was quantized to train the adapters. Raises UserError when they differ in it."""
     first = origins[0]
     for origin in origins[1:]:
