@@ -774,6 +774,17 @@ def test_the_base_is_measured_without_the_adapter_that_training_begins_with(trai
     assert second.column("loss", "validation")[0] == second.info["result"]["base"]["loss"] == base
 
 
+def test_steps_accumulate_as_the_recipe_says_whatever_a_launcher_has_set(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate's launcher passes on its configuration file's number, by which Accelerate would divide gradients."""
+    plain = train({"training.max_steps": 2})
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    again = train({"training.max_steps": 2})
+    assert again.column("grad_norm") == plain.column("grad_norm")
+    assert again.adapter_bytes == plain.adapter_bytes
+
+
 def test_mixture_weights(train: Callable[..., Run], tmp_path: Path) -> None:
     """Rows of source a have 3 supervised tokens, those of b 5: the token counts show how often each was taken."""
     a = file_of("a.jsonl", *({"prompt": "P", "completion": "xy"} for _ in range(4)))(tmp_path)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 from peft import PeftModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
@@ -35,6 +35,8 @@ def make_accelerator(training: Training, dtype: torch.dtype) -> Accelerator:
         mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no"),
         log_with=list(training.report_to) or None,
         project_dir=training.output_dir,
+        # Given as a number, Accelerate would let a launcher's number win, and divide every gradient by it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
         **plugins,
     )
