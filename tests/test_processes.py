@@ -13,13 +13,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import Run, done, edit_json, fork_lora
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.metrics import api as metrics
+from torch.distributed.elastic.multiprocessing import SignalException
 
+from lora_cli.training import launch
 from lora_cli.training.checkpoint import is_complete
+from lora_cli.training.run_folder import RunFolder
 from lora_cli.training.zero_config import config_faults
 
 TWO = {"training.gradient_accumulation_steps": 2}
@@ -260,6 +265,17 @@ def test_stopped_and_gone_on_with(recipe: Callable[..., Path], lora_process: Any
     assert found.column("loss") == wanted.column("loss")
     weights = "adapter/adapter_model.safetensors"
     assert (found.folder / weights).read_bytes() == (wanted.folder / weights).read_bytes()
+
+
+def test_a_signal_during_the_launchers_own_timing_stops_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """torch's ``prof`` then raises UnboundLocalError for a start time that it has not set."""
+
+    def interrupted() -> float:
+        raise SignalException("terminated", signal.SIGTERM)
+
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(time=interrupted))
+    monkeypatch.setattr(launch, "multi_gpu_launcher", lambda _: metrics.prof(lambda: None)())
+    assert launch.launch([], 2, RunFolder(tmp_path)) == 143
 
 
 def test_shards_are_gone_on_with(recipe: Callable[..., Path]) -> None:

@@ -42,15 +42,28 @@ def launch(arguments: Sequence[str], processes: int, folder: RunFolder) -> int:
         with tempfile.TemporaryDirectory() as logs:  # otherwise the launcher creates one and leaves it
             # launch_command would take other settings from the user's Accelerate configuration file.
             multi_gpu_launcher(launch_command_parser().parse_args([f"--log_dir={logs}", *options, *arguments]))
-    except SignalException as stopped:
-        return 128 + int(stopped.sigval)
     except ChildFailedError as failed:
         process, first = failed.get_first_failure()
         if first.exitcode < 0:
             what = f"process {process} was killed (signal {-first.exitcode})"
             raise RunError(what, str(folder.root), checkpoint_hint(folder.checkpoints, RESUME_HINT)) from failed
         return int(first.exitcode)
+    except Exception as error:
+        stopped = _signal_behind(error)
+        if stopped is None:
+            raise
+        return 128 + stopped
     finally:
         for child in psutil.Process().children(recursive=True):  # after a second signal, the launcher does not end them
             child.kill()
     return 0
+
+
+def _signal_behind(error: BaseException | None) -> int | None:
+    """Return the signal that stopped the launcher, or None. While torch's launcher handles a signal's exception, it may
+    raise another one, such as an UnboundLocalError in its own timing."""
+    while error is not None:
+        if isinstance(error, SignalException):
+            return int(error.sigval)
+        error = error.__context__
+    return None
