@@ -338,6 +338,15 @@ def test_arguments_are_given_as_text_where_the_template_takes_nothing_else() -> 
         tokenized(broken, {"messages": calling(PARIS)}, "")
 
 
+def test_a_functions_schema_alone_is_given_its_type_where_the_template_needs_it() -> None:
+    row = {"messages": messages_of(ONCE), "tools": [CLOCK["function"]]}
+    strict = replace(QWEN, template=QWEN.template.replace("{{ tool | tojson }}", "{{ tool.function.name }}"))
+    for family, written in ((QWEN, json.dumps(CLOCK["function"])), (strict, "clock")):
+        expected = f"<|im_start|>system\n# Tools\n<tools>\n{written}\n</tools><|im_end|>\n"
+        expected += "<|im_start|>user\nIs it so?<|im_end|>\n<|im_start|>assistant\n⟦yes<|im_end|>⟧\n"
+        assert tokenized(family, row, expected) == tokens_of(family, expected)
+
+
 NO_CALLS = CHATML
 NAMELESS = replace(UNMARKED, template=UNMARKED.template.replace("{{ call.name }}", ""))
 FIRST_ALONE = replace(UNMARKED, template=UNMARKED.template.replace("in m.tool_calls", "in (m.tool_calls or [])[:1]"))

@@ -141,16 +141,18 @@ def conversation_segments(
 
 
 def _accepted(tokenizer: PreTrainedTokenizerBase, talk: Conversation, where: str) -> tuple[Conversation, str]:
-    """The conversation in the form that the template accepts, and its rendering: some templates (DeepSeek's) take the
-    arguments of tool calls only as JSON text. Raises UserError when the template accepts neither form."""
+    """The conversation in the form that the template accepts, and its rendering. Some templates take the arguments of
+    tool calls only as JSON text (DeepSeek's), or tools only as {type: function, function} (gpt-oss's, Gemma 4's).
+
+    Raises UserError when the template accepts no form.
+    """
     try:
         return talk, render(tokenizer, talk, where)
     except UserError:
-        texts = talk.with_text_arguments()
-        full = _render_or_empty(tokenizer, texts) if any(turn.called for turn in talk.turns) else ""
-        if not full:
-            raise
-        return texts, full
+        for form in (talk.with_text_arguments(), talk.with_typed_tools()):
+            if form != talk and (full := _render_or_empty(tokenizer, form)):
+                return form, full
+        raise
 
 
 def _check_reasoning(written: _Written, index: int, start: int, where: str) -> None:

@@ -94,6 +94,11 @@ class Conversation:
         """The conversation with the arguments of its tool calls as JSON text."""
         return replace(self, turns=tuple(turn.with_text_arguments() for turn in self.turns))
 
+    def with_typed_tools(self) -> Conversation:
+        """The conversation with each tool that is a function's schema alone as {type: function, function}."""
+        tools = (tool if "function" in tool else {"type": "function", "function": tool} for tool in self.tools)
+        return replace(self, tools=tuple(tools))
+
     def with_turn(self, index: int, turn: Message) -> Conversation:
         """The conversation with ``turn`` in place of turn ``index``."""
         return replace(self, turns=(*self.turns[:index], turn, *self.turns[index + 1 :]))
