@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -86,6 +87,7 @@ def turn_endings(tokenizer: PreTrainedTokenizerBase, closing: str) -> tuple[str,
     return tuple(dict.fromkeys(each for each in (closing, alone) if each))
 
 
+@lru_cache(maxsize=1)  # reading them takes longer than rendering a conversation
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """The texts of all special tokens, those without a role such as EOS too."""
     return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
