@@ -256,6 +256,42 @@ def test_templates_of_other_formats_are_not_asked(tokenizer: Any) -> None:
     assert report.template_notes == ()
 
 
+@pytest.mark.parametrize(
+    ("stops", "rows", "warned"),
+    [
+        ({"generation_config.json": {"eos_token_id": [0, 3]}}, "chat", False),
+        ({"generation_config.json": {"eos_token_id": 0}}, "chat", True),
+        ({"generation_config.json": None, "config.json": {"eos_token_id": 0}}, "chat", True),
+        ({"generation_config.json": {"eos_token_id": None}, "config.json": {"eos_token_id": 3}}, "chat", False),
+        ({"generation_config.json": {"eos_token_id": 0}}, "text", False),
+    ],
+)
+def test_answers_that_generation_does_not_stop_behind_are_told(
+    stops: dict[str, Any],
+    rows: str,
+    warned: bool,
+    tiny_llama: Path,
+    write_recipe: Any,
+    tmp_path: Path,
+    lora: Any,
+    no_curves: None,
+) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    for name, keys in stops.items():
+        if keys is None:
+            (base / name).unlink()
+        else:
+            (base / name).write_text(json.dumps(json.loads((base / name).read_text()) | keys))
+    data = write_rows(tmp_path / "rows.jsonl", [chat("Hi", "Hello") if rows == "chat" else {"text": "Hello"}])
+    changes = {"model.name_or_path": base, "data.train": data, "training.max_steps": 1}
+    result = done(lora("train", write_recipe(changes)))
+    told = (
+        "warning: answers end in '<|im_end|>', where generation does not stop: add its id, 3, to eos_token_id in the "
+        "model's generation_config.json"
+    )
+    assert (told in result.stderr) == warned and ("does not stop" in result.stderr) == warned
+
+
 # BOS.
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +70,21 @@ def audit(
         bos_removed=bos_removed,
         template_notes=_template_notes(tokenizer) if "chat" in whole.formats else (),
     )
+
+
+def ends_without_stop(
+    tokenizer: PreTrainedTokenizerBase, formats: Collection[str], stops: Collection[int]
+) -> list[tuple[str, int]]:
+    """The special tokens, with their ids, that end the answers of rows of these formats, where none of those that end
+    such an answer is in ``stops``."""
+    special: dict[Any, str] = {tokenizer.convert_tokens_to_ids(each): each for each in special_tokens(tokenizer)}
+    found = []
+    for is_chat in sorted({each == "chat" for each in formats}):
+        written = _ids(tokenizer, end_of_turn(tokenizer)) if is_chat else []
+        ends = [each for each in written or [tokenizer.eos_token_id] if each in special]
+        if ends and not set(ends).intersection(stops):
+            found.append((special[ends[0]], ends[0]))
+    return found
 
 
 def check_supervised(fitted: Fitted, least: float, max_length: int) -> None:

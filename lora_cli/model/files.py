@@ -117,6 +117,15 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     return config
 
 
+def stop_ids(folder: Path) -> set[int]:
+    """The ids of the tokens at which generation stops, from generation_config.json or else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        ids = read_config(folder, name).get("eos_token_id") if (folder / name).is_file() else None
+        if ids is not None:
+            return set(ids) if isinstance(ids, list) else {ids}
+    return set()
+
+
 def read_json(path: Path, hint: str | None = None) -> Any:
     """Read a JSON file. Raises UserError, with the ``hint`` if given, when it is damaged, and RunError when it is
     missing or reading it fails, which may be temporary."""

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from lora_cli.data.audit import ends_without_stop
 from lora_cli.errors import Fault, first_few, pluralize
 from lora_cli.evaluation.loss import Score
 from lora_cli.model.base import meta_model, resolve_compute_dtype, save_tokenizer
+from lora_cli.model.files import stop_ids
 from lora_cli.model.targets import describe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.checkpoint import Progress
@@ -80,6 +82,10 @@ def report_rows(job: Prepared, display: Display) -> None:
     if report.ends_masked:
         subject = f"in {pluralize(report.ends_masked, 'whole row')} the end of the last answer"
         display.note(f"{subject} is not supervised: the model does not learn to stop there", warning=True)
+    for token, number in ends_without_stop(job.tokenizer, counts.examples.formats, stop_ids(job.base)):
+        what = f"answers end in '{token}', where generation does not stop"
+        hint = f"add its id, {number}, to eos_token_id in the model's generation_config.json"
+        display.note(f"{what}: {hint}", warning=True)
     if report.empty_answers:
         subject = pluralize(report.empty_answers, "training row has", "training rows have")
         display.note(f"{subject} an empty answer: the model learns to answer nothing", warning=True)
