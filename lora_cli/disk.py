@@ -33,18 +33,12 @@ def preallocate(handle: int, start: int, size: int) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file's or folder's content survive a crash."""
+    """Make a file's or folder's content survive a crash, if its file system supports that."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        sync_fd(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_fd(handle: int) -> None:
-    """Make the content of an open file or folder survive a crash, if its file system supports that."""
     try:
         os.fsync(handle)
     except OSError as error:
         if error.errno not in _WITHOUT_SYNC:
             raise
+    finally:
+        os.close(handle)

@@ -649,7 +649,7 @@ def test_killed_between_record_and_recipe(
 
 
 @pytest.mark.parametrize(
-    "killed_in", ["RunFolder.write_info", "mark_for_removal", "clear_drafts", "RunFolder.write_recipe", "sync_fd"]
+    "killed_in", ["RunFolder.write_info", "mark_for_removal", "clear_drafts", "RunFolder.write_recipe", "sync"]
 )
 def test_a_run_killed_as_it_replaces_another_begins_again(
     killed_in: str, train: Callable[..., Run], write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lora_cli.disk import sync, sync_fd
+from lora_cli.disk import sync
 from lora_cli.errors import Fault, RunError, UserError, unwritable
 from lora_cli.recipe.load import dump_recipe, load_recipe, with_changes
 from lora_cli.recipe.schema import Recipe
@@ -279,10 +279,8 @@ def write_atomic(path: Path, text: str) -> None:
     Raises RunError when it cannot be written.
     """
     try:
-        with _draft(path).open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            sync_fd(file.fileno())
+        _draft(path).write_text(text, encoding="utf-8")
+        sync(_draft(path))
         _draft(path).replace(path)
         sync(path.parent)
     except OSError as error:
