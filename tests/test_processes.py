@@ -433,10 +433,46 @@ def test_a_fault_is_told_once(
     assert lora_process("train", broken, "--num-processes", "0").exit_code == 2
 
 
+COMPLETE = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE= (environment): expected a whole number"),
+        ({"WORLD_SIZE": "2", "RANK": "one"}, "RANK=one (environment): expected a whole number"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 (environment): the environment describes one of several"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 (environment): the environment describes one of several"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2 (environment): MPI has started several processes"),
+        (COMPLETE | {"RANK": "2"}, "RANK=2 (environment): not a rank of 2 processes"),
+    ],
+)
+def test_an_environment_of_several_processes_that_could_not_connect(
+    environment: dict[str, str], expected: str, write_recipe: Any, lora: Any, monkeypatch: Any, tmp_path: Path
+) -> None:
+    """As a shell or a container may have it, of an earlier run or of a launcher that is not torch's."""
+    monkeypatch.setattr("lora_cli.cli.app._SECONDS_FOR_OTHERS", 0)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    result = lora("train", write_recipe({}))
+    assert result.exit_code == 2 and expected in result.stderr and "unset it" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": ""}, {"RANK": "1"}, {"WORLD_SIZE": "2", "RANK": "1"}])
+def test_other_commands_run_as_one_process_whatever_the_environment_says(
+    environment: dict[str, str], lora_process: Any, tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    result = lora_process("adapters", "list", tmp_path / "nowhere", env=environment)
+    assert result.exit_code == 2 and "Traceback" not in result.stderr
+    assert time.monotonic() - began < 20  # and it has not waited for another process
+
+
 def test_the_first_is_left_time_to_tell_it(recipe: Callable[..., Path]) -> None:
     """The launcher ends all processes once one ends, so process 1 must not end before process 0 reports the fault."""
     command = [sys.executable, "-m", "lora_cli", "train", str(recipe({"adapter.target_modules": ["no_such_layer"]}))]
-    launched = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    launched = os.environ | {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     with subprocess.Popen(command, env=launched | {"RANK": "1"}, stderr=subprocess.PIPE, text=True) as second:
         first = subprocess.run(command, env=launched | {"RANK": "0"}, capture_output=True, text=True, check=False)
         assert first.returncode == 2

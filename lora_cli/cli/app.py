@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if failure is None:
             _print_stderr(f"bug in lora: {type(error).__name__}: {error}\n  --debug shows where; please report it")
             return 1
-        _report(failure)
+        _report(failure, is_train=given[:1] == ["train"])
         return failure.exit_code
     return 0
 
@@ -171,10 +171,11 @@ def _silence_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _report(error: LoraError) -> None:
-    if process_index() > 0 and isinstance(error, Interrupted):
+def _report(error: LoraError, is_train: bool) -> None:
+    is_other = is_train and process_index() > 0  # other commands run one process whatever the environment says
+    if is_other and isinstance(error, Interrupted):
         return  # process 0 reports it
-    if isinstance(error, SecondaryError) or (process_index() > 0 and not isinstance(error, RunError)):
+    if isinstance(error, SecondaryError) or (is_other and not isinstance(error, RunError)):
         # Another process reports the cause or the same fault, and the launcher ends all processes once one has ended.
         time.sleep(_SECONDS_FOR_OTHERS)
     is_long = len(error.faults) > _ROOM  # another tool's configuration, for example

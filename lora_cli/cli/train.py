@@ -27,7 +27,12 @@ def command(
 ) -> None:
     """Fine-tune a model as a recipe says."""
     from lora_cli.recipe.load import load_recipe
-    from lora_cli.training.launch_environment import end_with_launcher, process_count, process_index
+    from lora_cli.training.launch_environment import (
+        check_launch_environment,
+        end_with_launcher,
+        process_count,
+        process_index,
+    )
 
     end_with_launcher()
     if resume and overwrite:
@@ -43,6 +48,7 @@ def command(
         options = [flag for flag, given in flags.items() if given]
         raise typer.Exit(launch(["train", str(recipe), *(overrides or ()), *options], num_processes, folder))
 
+    check_launch_environment()
     from lora_cli.training.display import Display, silence
     from lora_cli.training.prepare import prepare
 
