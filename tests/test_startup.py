@@ -176,6 +176,15 @@ def test_a_control_groups_share_of_the_cores(files: dict[str, str], expected: in
     assert usable_cores(tmp_path) == (expected or len(os.sched_getaffinity(0)))
 
 
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_are_opened(closed: str, write_recipe: Any, tmp_path: Path) -> None:
+    """Otherwise there is nothing to show progress on, and files that are opened get the numbers of the streams."""
+    command = f'exec "$0" -m lora_cli train "$1" training.max_steps=1 {closed}'
+    done = subprocess.run(["sh", "-c", command, sys.executable, write_recipe({})], capture_output=True, check=False)
+    assert done.returncode == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["finished"]
+
+
 def test_training_imports_no_compiler(write_recipe: Any) -> None:
     """bitsandbytes calls torch.compile when it is imported. This must not import the compiler, which no step uses."""
     seen = "[name for name in ('bitsandbytes', 'torch._inductor.compile_fx') if name in sys.modules]"
