@@ -35,7 +35,7 @@ from lora_cli.cli.app import main
 from lora_cli.model.elementwise import GatedMLP
 from lora_cli.recipe.explain import dotted_keys
 from lora_cli.training import loop, validation
-from lora_cli.training.display import duration
+from lora_cli.training.display import Display, duration
 from lora_cli.training.metrics import Clock
 
 # --- the equations ---------------------------------------------------------------------------------------------------
@@ -349,6 +349,38 @@ def test_a_terminal_shows_that_something_goes_on(
         with redirect_stderr(terminal), redirect_stdout(io.StringIO()):
             assert main([*map(str, verb), *options]) == 0
         assert all((word in terminal.shown) == (not options) for word in words)
+
+
+@pytest.mark.parametrize("environment", [{"COLUMNS": "0"}, {"COLUMNS": "20"}, {"FORCE_COLOR": "1"}])
+def test_a_pipe_gets_whole_lines_whatever_the_environment_says_of_terminals(
+    environment: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    display = Display()
+    layer = "model.language_model.layers.*.self_attention.projection_of_queries_keys_and_values"
+    display.note("rows were dropped", warning=True)
+    with display.waiting("checking"), display.steps(0, 2):
+        assert list(display.through(["rows"], "measuring")) == ["rows"]
+        display.table("adapted layers", ["module", "layers"], [[layer, 48]])
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().err)  # colours
+    assert shown == f"warning: rows were dropped\nadapted layers\n{'module':{len(layer)}}  layers\n{layer}      48\n"
+
+
+@pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TERM": "xterm", "COLUMNS": "0"}])
+def test_a_terminal_that_cannot_redraw_or_tells_no_width_shows_what_happens(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    terminal = Terminal()
+    with redirect_stderr(terminal):
+        display = Display()
+        line = {"loss": 1.5, "learning_rate": 0.1, "tokens_per_second": 3}
+        with display.steps(0, 1):
+            display.metrics({"step": 1, "split": "train"} | line)
+        display.note("done")
+    assert "loss 1.5000" in terminal.shown and "done\n" in terminal.shown
 
 
 @pytest.mark.parametrize(

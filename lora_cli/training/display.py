@@ -18,6 +18,8 @@ from rich.table import Table
 from lora_cli.errors import pluralize, unwritable
 
 Item = TypeVar("Item")
+_LOG_WIDTH = 1000
+"""Columns of a file or pipe, so that no table is cropped there."""
 
 
 class _FaultTolerantStream:
@@ -54,14 +56,26 @@ def silence(stream: TextIO) -> None:
 class Display:
     """Writes to stderr, and to the run's log once there is one.
 
-    On a terminal, a bar shows loss, learning rate, tokens/s, time left and peak memory; elsewhere each logged step is a
-    line. ``quiet`` prints only warnings, ``silent`` nothing: only one of several processes prints.
+    On a terminal that can redraw a line (TERM=dumb cannot), a bar shows loss, learning rate, tokens/s, time left and
+    peak memory; elsewhere each logged step is a line. ``quiet`` prints only warnings, ``silent`` nothing: only one of
+    several processes prints.
     """
 
     def __init__(self, quiet: bool = False, silent: bool = False) -> None:
         self.quiet = quiet
         stream = cast("TextIO", _FaultTolerantStream(sys.stderr))
-        self.console = Console(file=stream, highlight=False, soft_wrap=not sys.stderr.isatty(), quiet=silent)
+        terminal = sys.stderr.isatty()
+        self.console = Console(
+            file=stream,
+            highlight=False,
+            soft_wrap=not terminal,
+            width=None if terminal else _LOG_WIDTH,
+            # FORCE_COLOR asks for colours in a file; rich would also redraw bars in it.
+            force_interactive=None if terminal else False,
+            quiet=silent,
+        )
+        if self.console.width < 1:  # with COLUMNS=0, rich would print nothing
+            self.console.width = 80
         self._log: Path | None = None
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -102,7 +116,7 @@ class Display:
     @contextmanager
     def steps(self, done: int, total: int) -> Iterator[None]:
         """Show progress from step ``done`` to ``total`` while the block runs."""
-        if self.quiet or not self.console.is_terminal:
+        if self.quiet or not self.console.is_interactive:
             yield
             return
         columns = (
@@ -121,11 +135,11 @@ class Display:
 
     def waiting(self, what: str) -> AbstractContextManager[object]:
         """On a terminal, show that ``what`` is in progress while the block runs, which must not show a bar."""
-        return nullcontext() if self.quiet or not self.console.is_terminal else self.console.status(what)
+        return nullcontext() if self.quiet or not self.console.is_interactive else self.console.status(what)
 
     def through(self, items: Sequence[Item], what: str) -> Iterator[Item]:
         """Yield the items, with their own bar on a terminal."""
-        if self.quiet or not self.console.is_terminal:
+        if self.quiet or not self.console.is_interactive:
             yield from items
         elif self._progress is None:
             yield from track(items, what, console=self.console, transient=True)
