@@ -9,6 +9,7 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -43,7 +44,7 @@ def atomic_folder(out: Path, replace: bool = False, needed: int | None = None) -
                 make_folder(out.parent)
             draft = stack.enter_context(draft_folder(out))
             mask = _umask()
-            draft.chmod(0o777 & ~mask)
+            draft.chmod((draft.stat().st_mode & stat.S_ISGID) | (0o777 & ~mask))  # a shared folder's group stays
             yield draft
             for path in (*draft.rglob("*"), draft):
                 if path.stat().st_mode & 0o777 == 0o600:  # safetensors lets only the owner read its files
