@@ -27,7 +27,6 @@ MEMORY_FRACTION = 0.8
 """Fraction of the free memory that the estimated activations may take; the rest is for what the estimate leaves out."""
 PROBE_TOKENS = 128
 """Maximum length, in tokens, of the longer of the two rows that measure the memory kept per token."""
-
 MLP_TOKENS = 2**14
 """Tokens that an MLP takes at a time with ``offload``: so many that dequantizing its weights for each part of a row
 takes little of the time."""

@@ -131,12 +131,12 @@ def compute(trainer: Trainer, step: int) -> None:
         states = allocate(place, (examples.tokens, planned.width), planned.dtype, trainer.job.folder.cache)
         kept = CachedStates(states, offsets_of(examples.lengths))
         with evaluating(trainer.model):
-            left = iter(groups)
+            remaining = iter(groups)
             for rows, _ in own_share(groups, accelerator):
                 batch = batch_of(trainer, part, rows).to(accelerator.device)
                 found = planned.layers.states({"input_ids": batch.input_ids, **row_boundary_arguments(batch)})
                 found = found[0] if batch.attention_mask is None else found[batch.attention_mask.bool()]
-                for process, shared in enumerate(islice(left, accelerator.num_processes)):
+                for process, shared in enumerate(islice(remaining, accelerator.num_processes)):
                     places = token_places(kept.offsets, shared)
                     own = process == accelerator.process_index
                     given = found if own else found.new_empty(len(places), planned.width)

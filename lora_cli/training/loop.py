@@ -196,7 +196,7 @@ def run_steps(trainer: Trainer, progress: Progress) -> Progress:
     read_at = 0.0
     unread: PendingOutcomes = []
     waits = waits_each_step(trainer)
-    if due(progress.step, training.eval_steps) and not is_evaluated(trainer, progress):  # it was stopped meanwhile
+    if due(progress.step, training.eval_steps) and not is_evaluated(trainer, progress):  # as when it was stopped
         step = last_step(trainer, progress)
         progress = evaluate_step(trainer, step, progress, clock)
         progress = end_step(trainer, step, progress, unread)

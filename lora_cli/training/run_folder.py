@@ -97,8 +97,11 @@ class RunFolder:
             raise UserError("the folder already holds a run", str(self.root), hint)
         elif not self.root.is_dir() and resume:
             raise UserError("there is no run to resume", str(self.root), "start one without --resume")
-        elif not self.holds_run and self.root.is_dir() and not set(self.root.iterdir()) <= self._before_a_run:
-            raise UserError("the folder is not empty and holds no run", str(self.root), "choose another folder")
+        elif not self.holds_run and self.root.is_dir():
+            # What a run may leave behind when it is killed before its folder held one.
+            leftovers = {_draft(self.recipe), _draft(self.info)} | ({self.cache} if self.cache.is_dir() else set())
+            if not set(self.root.iterdir()) <= leftovers:
+                raise UserError("the folder is not empty and holds no run", str(self.root), "choose another folder")
         for path in (self.checkpoints, self.adapter, *self.checkpoints.glob("step-????????")):
             if path.exists() and not path.is_dir():
                 raise UserError("a file is in the place of a folder of the run", str(path), "move it elsewhere")
@@ -117,11 +120,6 @@ class RunFolder:
         except OSError:
             return None
         return found.st_ino, found.st_mtime_ns
-
-    @property
-    def _before_a_run(self) -> set[Path]:
-        """Everything that a run may leave behind when it is killed before its folder held one."""
-        return {_draft(self.recipe), _draft(self.info)} | ({self.cache} if self.cache.is_dir() else set())
 
     def check_held(self) -> None:
         """Raises RunError when this is no longer the folder that this process holds; only that process writes."""

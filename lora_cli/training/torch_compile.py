@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import TYPE_CHECKING
 
 import torch
 
 from lora_cli.errors import UserError
 from lora_cli.model.base import best_device
 from lora_cli.recipe.schema import Recipe
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-    from lora_cli.training.display import Display
+from lora_cli.training.display import Display
 
 SAVED = 1.2e-9
 """Seconds of one thread that compiling saves per element of a formula, forward and backward: measured on a Xeon with
@@ -25,7 +20,7 @@ COST = 20
 
 
 def compile_elementwise(
-    model: PeftModel, recipe: Recipe, dtype: torch.dtype, device: torch.device, tokens: float, display: Display
+    model: torch.nn.Module, recipe: Recipe, dtype: torch.dtype, device: torch.device, tokens: float, display: Display
 ) -> None:
     """Compile the formulas of norms and gates if the recipe says so or, for auto, if this saves twice its cost in a run
     in which this process handles ``tokens`` tokens.
