@@ -135,6 +135,19 @@ def test_kinds_ranks_and_what_cannot_be_read(tiny_llama: Path, tmp_path: Path, l
     assert done(lora("adapters", "list", empty, "--json", "--json")).json == {"adapters": [], "warnings": []}
 
 
+def test_links_are_followed_and_no_adapter_is_listed_twice(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
+    """Runs often lie on another disk, behind a link."""
+    runs, elsewhere = tmp_path / "runs", tmp_path / "scratch" / "elsewhere"
+    make_adapter("gpt2", tiny_gpt2, runs / "first")
+    make_adapter("gpt2", tiny_gpt2, elsewhere / "second")
+    links = {"away": elsewhere, "latest": runs / "first", "circle": runs, "nowhere": tmp_path / "no"}
+    for name, place in links.items():
+        (runs / name).symlink_to(place)
+    found = done(lora("adapters", "list", runs, "--json")).json
+    assert [entry["path"] for entry in found["adapters"]] == [str(runs / "first"), str(runs / "away" / "second")]
+    assert found["warnings"] == []
+
+
 def test_show_tells_a_base_that_is_another(
     train: Callable[..., Run], tmp_path: Path, tiny_gpt2: Path, lora: Any
 ) -> None:

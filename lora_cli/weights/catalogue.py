@@ -51,13 +51,22 @@ class Entry:
 
 def find_adapters(folder: Path) -> tuple[list[Entry], list[Fault]]:
     """Return the adapters in a folder and its subfolders, sorted by path, and the faults of those that cannot be read.
-    Hidden folders are skipped. Raises UserError when the folder does not exist."""
+
+    Hidden folders are skipped. Links are followed last, and no folder is read twice. Raises UserError when the folder
+    does not exist.
+    """
     if not folder.is_dir():
         raise UserError("no such folder", str(folder), "give a folder with runs or adapters in it")
     entries: list[Entry] = []
     faults: list[Fault] = []
-    for place, below, files in os.walk(folder):
-        below[:] = sorted(name for name in below if not name.startswith("."))
+    seen: set[str] = set()
+    for place, below, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        shown = [name for name in below if not name.startswith(".")]
+        below[:] = sorted(shown, key=lambda name: (Path(place, name).is_symlink(), name))  # a run before a link to it
         if ADAPTER_CONFIG in files:
             try:
                 entries.append(describe(Path(place)))
