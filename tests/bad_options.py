@@ -195,3 +195,20 @@ def an_option_given_twice(w: World) -> Arguments:
 @case("--rank", "given more than once", "keep one")
 def an_option_of_adapters_given_twice(w: World) -> Arguments:
     return ["adapters", "resize", w.llama, "--rank", "2", "--out", w.root / "out", "--rank", "4"]
+
+
+@case("data.train=rows\\udcff.jsonl", "not UTF-8", "rename")
+def rows_of_a_name_that_is_not_utf8(w: World) -> Arguments:
+    return [*w.train({}), "data.train=rows\udcff.jsonl"]
+
+
+@case("rows\\udcff.jsonl", "not UTF-8", "rename")
+def eval_of_rows_of_a_name_that_is_not_utf8(w: World) -> Arguments:
+    w.run()
+    return ["eval", "run", "--data", "rows\udcff.jsonl"]
+
+
+@case("out\\udcff", "not UTF-8", "rename")
+def merge_into_a_name_that_is_not_utf8(w: World) -> Arguments:
+    w.run()
+    return ["merge", "run", "--out", "out\udcff"]

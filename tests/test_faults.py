@@ -816,3 +816,13 @@ def test_a_learning_rate_beyond_all_bounds(write_recipe: Any, tmp_path: Path, lo
         assert result.exit_code == 3
         assert told in result.stderr and "; there was no checkpoint yet; " in result.stderr
         assert not (run.folder / "adapter").exists()
+
+
+def test_a_refused_thread_is_no_bug(tiny_gpt2: Path, tmp_path: Path, lora: Any, monkeypatch: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("can't start new thread")  # what Python says; the limit is not for root, as tests may run
+
+    monkeypatch.setattr("concurrent.futures.thread.ThreadPoolExecutor.submit", refuse)
+    result = lora("quantize", tiny_gpt2, "--out", tmp_path / "out")
+    assert result.exit_code == 3 and "refused another thread" in result.stderr and "ulimit -u" in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -185,6 +185,36 @@ def test_streams_that_are_closed_are_opened(closed: str, write_recipe: Any, tmp_
     assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["finished"]
 
 
+def test_a_working_directory_that_is_gone_is_told(write_recipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    command = 'cd gone; rmdir ../gone; exec "$0" -m lora_cli train "$1"'
+    arguments = ["sh", "-c", command, sys.executable, write_recipe({})]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "the working directory no longer exists" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interpreter_without_docstrings_is_told(write_recipe: Any, lora_process: Any) -> None:
+    recipe = write_recipe({"training.max_steps": 1})
+    for level in ("1", "2"):
+        result = lora_process("train", recipe, env={"PYTHONOPTIMIZE": level})
+        assert (result.exit_code, "PYTHONOPTIMIZE=2" in result.stderr) == ((0, False) if level == "1" else (2, True))
+
+
+def test_a_library_that_is_not_there_is_no_bug(write_recipe: Any) -> None:
+    """As where lora was installed without what it requires."""
+    script = "import sys; sys.modules['peft'] = None; from lora_cli.cli.app import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, "train", str(write_recipe({}))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 3 and "could not be imported: " in done.stderr and "peft" in done.stderr
+
+
+@pytest.mark.parametrize("level", ["", "debug", "INFO"])
+def test_a_log_level_for_other_programs_is_none_for_torch(level: str, write_recipe: Any, lora_process: Any) -> None:
+    recipe = write_recipe({"training.max_steps": 1})
+    assert lora_process("train", recipe, env={"LOGLEVEL": level}).exit_code == 0
+
+
 def test_training_imports_no_compiler(write_recipe: Any) -> None:
     """bitsandbytes calls torch.compile when it is imported. This must not import the compiler, which no step uses."""
     seen = "[name for name in ('bitsandbytes', 'torch._inductor.compile_fx') if name in sys.modules]"

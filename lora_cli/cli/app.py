@@ -78,6 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _silence_libraries()
             # Otherwise bitsandbytes imports torch's compiler, which takes 1.5 s, for functions that are not used here.
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+            if os.environ.get("LOGLEVEL") not in logging.getLevelNamesMapping():
+                os.environ.pop("LOGLEVEL", None)  # other programs take 'debug', with which torch cannot be imported
+            _check_surroundings(given)
             app(given, prog_name="lora")  # reports wrong options itself, and always raises SystemExit
     except SystemExit as ended:
         if ended.code in _STOPPED:
@@ -97,12 +100,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_surroundings(arguments: Sequence[str]) -> None:
+    """Raises UserError when the interpreter has dropped docstrings, the working directory is gone, or its name or an
+    argument is not UTF-8."""
+    if sys.flags.optimize > 1:
+        what = "python -OO (PYTHONOPTIMIZE=2) drops docstrings, without which transformers loads no model"
+        raise UserError(what, hint="use -O or nothing")
+    try:
+        folder = str(Path.cwd())
+    except FileNotFoundError as error:
+        raise UserError("the working directory no longer exists", hint="change to one that does (cd)") from error
+    for name in (*arguments, folder):
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            what = "not UTF-8, in which safetensors and tokenizers need the names of files"
+            raise UserError(what, name, "rename the file or folder") from error
+
+
 def _as_lora_error(error: Exception, given: Sequence[str]) -> LoraError | None:
     """Return the error to report for ``error``, or None when ``error`` is a bug in lora."""
     if isinstance(error, LoraError):
         return error
     if isinstance(error, OSError):
         return _refused_by_the_system(error)
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        hint = "raise the limit on processes (ulimit -u, or a container's) or on memory; complete files are intact"
+        return RunError("the system refused another thread", hint=hint)
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("lora_cli"):
+        hint = "install what lora requires into this environment ('pip check' lists it)"
+        return RunError(f"a library could not be imported: {error}", hint=hint)
     return _out_of_memory_error(error, given) if isinstance(error, RuntimeError | MemoryError) else None
 
 
