@@ -469,6 +469,18 @@ def test_other_commands_run_as_one_process_whatever_the_environment_says(
     assert time.monotonic() - began < 20  # and it has not waited for another process
 
 
+def test_a_process_that_waits_for_others_says_so(recipe: Callable[..., Path]) -> None:
+    """They may never come: the environment may be left over from an earlier run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment = os.environ | COMPLETE | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    command = [sys.executable, "-m", "lora_cli", "train", str(recipe({}))]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        assert child.stderr.readline() == "waiting for all 2 processes to connect (to 127.0.0.1)\n"
+        child.kill()
+
+
 def test_the_first_is_left_time_to_tell_it(recipe: Callable[..., Path]) -> None:
     """The launcher ends all processes once one ends, so process 1 must not end before process 0 reports the fault."""
     command = [sys.executable, "-m", "lora_cli", "train", str(recipe({"adapter.target_modules": ["no_such_layer"]}))]

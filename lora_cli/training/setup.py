@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from lora_cli.training.batch_size import resolve_batch_size
 from lora_cli.training.cached_states import HiddenStates
 from lora_cli.training.display import Display
 from lora_cli.training.interrupt import Interrupt
+from lora_cli.training.launch_environment import process_count
 from lora_cli.training.optimizer import check_warmup, make_optimizer
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.process_agreement import check_agreement
@@ -87,6 +89,8 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     recipe = job.recipe
     dtype = resolve_dtype(recipe.model.dtype, best_device())
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
+    if (count := process_count()) > 1:
+        display.note(f"waiting for all {count} processes to connect (to {os.environ['MASTER_ADDR']})")
     accelerator = make_accelerator(recipe.training, dtype)
     check_agreement(job, accelerator, str(dtype).removeprefix("torch."))
     keep_freed_memory()
