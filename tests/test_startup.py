@@ -14,7 +14,7 @@ import pytest
 from conftest import edit_json
 from made_adapters import make_adapter
 
-from lora_cli.cores import usable_cores
+from lora_cli.cores import SPINS, usable_cores
 
 HEAVY = ("torch", "transformers", "datasets", "pandas", "peft", "accelerate", "bitsandbytes", "numpy", "pyarrow")
 VERBS = {
@@ -174,6 +174,16 @@ def test_a_control_groups_share_of_the_cores(files: dict[str, str], expected: in
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content + "\n")
     assert usable_cores(tmp_path) == (expected or len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, SPINS), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
+)
+def test_idle_threads_sleep_soon_unless_the_environment_says_otherwise(given: dict[str, str], spins: str) -> None:
+    script = "from lora_cli.cli.app import main; main(['--version']); import torch"
+    env = os.environ | {"OMP_DISPLAY_ENV": "VERBOSE"} | given
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])

@@ -25,6 +25,7 @@ import typer
 from lora_cli import __version__
 from lora_cli.cli import adapters, evaluate, explain, merge, quantize, train
 from lora_cli.cli.options import Once, Overridable
+from lora_cli.cores import limit_spinning
 from lora_cli.errors import Interrupted, LoraError, RunError, SecondaryError, UserError, is_out_of_space, unwritable
 from lora_cli.training.launch_environment import process_count, process_index
 
@@ -76,10 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings(), _unwound_by_sigterm(given), _signals_out_of_imports():
             if not debug:
                 _silence_libraries()
-            # Otherwise bitsandbytes imports torch's compiler, which takes 1.5 s, for functions that are not used here.
-            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-            if os.environ.get("LOGLEVEL") not in logging.getLevelNamesMapping():
-                os.environ.pop("LOGLEVEL", None)  # other programs take 'debug', with which torch cannot be imported
+            _prepare_environment()
             _check_surroundings(given)
             app(given, prog_name="lora")  # reports wrong options itself, and always raises SystemExit
     except SystemExit as ended:
@@ -98,6 +96,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _report(failure, is_train=given[:1] == ["train"])
         return failure.exit_code
     return 0
+
+
+def _prepare_environment() -> None:
+    """Set what libraries read from the environment when they are loaded."""
+    limit_spinning()
+    # Otherwise bitsandbytes imports torch's compiler, which takes 1.5 s, for functions that are not used here.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if os.environ.get("LOGLEVEL") not in logging.getLevelNamesMapping():
+        os.environ.pop("LOGLEVEL", None)  # other programs take 'debug', with which torch cannot be imported
 
 
 def _check_surroundings(arguments: Sequence[str]) -> None:
