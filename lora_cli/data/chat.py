@@ -236,15 +236,21 @@ class _Written:
         spoken = self._before_calls(index, start, end)
         if spoken is None:
             return None
-        # White space may change, reasoning may be added, and its beginning may be in the prompt.
+        return end + closed if self._has_whole_text(index, start, spoken) else None
+
+    def _has_whole_text(self, index: int, start: int, spoken: str) -> bool:
+        """Whether ``spoken``, which is written from ``start`` on, has a turn's whole text. White space may change,
+        reasoning may be added, and its beginning may be in the prompt. An earlier turn may lack reasoning that the
+        template writes in the last one."""
+        words = self.talk.turns[index].content.strip()
         written, meant = _without_spaces(spoken), _without_spaces(words)
         if written.endswith(meant):
-            return end + closed
+            return True
         is_end = bool(written) and meant.endswith(written)
-        if is_end and _without_spaces(full[:start] + spoken).endswith(meant):
-            return end + closed
+        if is_end and _without_spaces(self.full[:start] + spoken).endswith(meant):
+            return True
         is_answer = bool(written) and written.endswith(_without_spaces(words.rpartition(REASONING_END)[2]))
-        return end + closed if (is_end or is_answer) and self._has_whole_text_when_last(index) else None
+        return (is_end or is_answer) and self._has_whole_text_when_last(index)
 
     def _has_whole_text_when_last(self, index: int) -> bool:
         """Whether the template writes an earlier turn's whole text, with its reasoning, when it is the last turn."""
