@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -77,8 +76,7 @@ def ends_without_stop(
 ) -> list[tuple[str, int]]:
     """The special tokens, with their ids, that end the answers of rows of these formats, where none of those that end
     such an answer is in ``stops``."""
-    special: dict[Any, str] = {tokenizer.convert_tokens_to_ids(each): each for each in special_tokens(tokenizer)}
-    found = []
+    special, found = special_tokens(tokenizer), []
     for is_chat in sorted({each == "chat" for each in formats}):
         written = _ids(tokenizer, end_of_turn(tokenizer)) if is_chat else []
         ends = [each for each in written or [tokenizer.eos_token_id] if each in special]
@@ -137,7 +135,7 @@ def _ends_supervised(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> 
     """
     ends, behind = [tokenizer.eos_token_id], 0
     if "chat" in examples.formats and (closing := end_of_turn(tokenizer)):
-        ends += [tokenizer.convert_tokens_to_ids(each) for each in special_tokens(tokenizer)]
+        ends += special_tokens(tokenizer)
         ends += [_ids(tokenizer, each)[-1] for each in turn_endings(tokenizer, closing)]
         behind = len(_ids(tokenizer, text_after_content(tokenizer).partition(closing)[2]))
     ended = []

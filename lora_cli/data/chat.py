@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -88,9 +89,9 @@ def turn_endings(tokenizer: PreTrainedTokenizerBase, closing: str) -> tuple[str,
 
 
 @lru_cache(maxsize=1)  # reading them takes longer than rendering a conversation
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The texts of all special tokens, those without a role such as EOS too."""
-    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, str]:
+    """All special tokens by id, those without a role such as EOS too."""
+    return {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def generation_prompt_extra(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -275,7 +276,7 @@ class _Written:
         until = _render_or_empty(self.tokenizer, self.talk.before(index + 1)).rstrip()
         closings = self.closings
         if self.talk.turns[index].called:
-            closings += special_tokens(self.tokenizer)
+            closings += tuple(special_tokens(self.tokenizer).values())
         closing = next((each for each in closings if until.endswith(each)), None)
         if closing is None or not self.full.startswith(until):
             return None
