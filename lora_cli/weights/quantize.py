@@ -31,7 +31,7 @@ from lora_cli.weights.folders import atomic_folder, copy_if_there, draft_folder
 from lora_cli.weights.merge import merge, merged_tensors, training_dtype
 from lora_cli.weights.provenance import PROVENANCE, AdapterOrigin
 from lora_cli.weights.quantize_in_memory import quantize_in_memory
-from lora_cli.weights.quantized_layers import check_layers, relative_error, replace_layers
+from lora_cli.weights.quantized_layers import check_layers, layer_error, replace_layers
 from lora_cli.weights.shards import GENERATION, check_finite, read_headers, weight_files
 from lora_cli.weights.stored_model import StoredModel, model_names, stored_model
 from lora_cli.weights.stream import shard_writer
@@ -201,7 +201,7 @@ def _write_by_tensors(
                 continue
             weight = tensor.T.contiguous() if transposed[layer] else tensor
             encoded = encode(weight.to(best_device()), quantization)
-            errors[layer] = relative_error(layer, encoded.error, encoded.size, headers[stored])
+            errors[layer] = layer_error(layer, encoded.error, encoded.size, headers[stored])
             for suffix, part in encoded.tensors.items():
                 write(f"{layer}.{suffix}", part)
     return errors

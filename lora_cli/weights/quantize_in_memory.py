@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.model.base import best_device, load_base
 from lora_cli.model.linear4bit import dequantize
 from lora_cli.recipe.schema import Model, Quantization
-from lora_cli.weights.quantized_layers import relative_error
+from lora_cli.weights.quantized_layers import layer_error
 from lora_cli.weights.shards import check_finite, is_finite
 from lora_cli.weights.stored_model import StoredModel, sources_of
 
@@ -65,7 +65,7 @@ def _errors(model: PreTrainedModel, source: StoredModel, sources: Sources, dtype
             original = original.T
         size = float(original.norm())
         error = float((_dequantize(module).float() - original).norm())
-        errors[name] = relative_error(name, error, size, source.headers[stored])
+        errors[name] = layer_error(name, error, size, source.headers[stored])
     return errors
 
 

@@ -67,7 +67,7 @@ def check_layers(folder: Path, quantization: Quantization, skip: Sequence[str]) 
         raise UserError(what, str(folder), f"leave them as they are: --skip {names}")
 
 
-def relative_error(layer: str, error: float, size: float, stored: TensorInfo) -> float:
+def layer_error(layer: str, error: float, size: float, stored: TensorInfo) -> float:
     """Return a layer's relative error in the Frobenius norm, |Q(W) - W| / |W|, from these two norms. Raises UserError
     when W (``stored``) or Q(W) is not finite."""
     if not math.isfinite(size):
