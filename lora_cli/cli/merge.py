@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json as jsonlib
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -132,16 +131,11 @@ def find_adapter(adapter: Path, base: str | None = None) -> AdapterOrigin:
 
 
 def _sample(origin: AdapterOrigin, data: str | None, verify: bool | None) -> Sample | None:
-    """Return the rows to verify on; None if this is not wanted, or by default if the base in float32, with a reserve of
-    25%, does not fit into the device's free memory. Only a verification imports PEFT."""
-    if verify is None:
-        from lora_cli.model.base import best_device
-        from lora_cli.model.memory import free_bytes
-        from lora_cli.weights.shards import read_headers, weight_files
+    """Return the rows to verify on; None if this is not wanted, or by default if the base does not fit into memory.
+    Only a verification imports PEFT."""
+    from lora_cli.weights.merge import fits_in_memory
 
-        numbers = sum(math.prod(info.shape) for info in read_headers(weight_files(origin.base)).values())
-        verify = numbers * 4 * 1.25 < free_bytes(best_device())
-    if not verify:
+    if not (fits_in_memory(origin.base) if verify is None else verify):
         return None
     from lora_cli.study.verify import sample_for
 

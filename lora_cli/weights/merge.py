@@ -167,6 +167,15 @@ def merged_tensors(
     return MergedTensors({**headers, **changes.untied}, changes, quantization, expanded, seen, dtype)
 
 
+def fits_in_memory(base: Path) -> bool:
+    """Whether the base in float32, with a reserve of 25%, fits into the device's free memory."""
+    from lora_cli.model.base import best_device
+    from lora_cli.model.memory import free_bytes
+
+    numbers = sum(math.prod(info.shape) for info in read_headers(weight_files(base)).values())
+    return numbers * 4 * 1.25 < free_bytes(best_device())
+
+
 def _common_quantization(origins: Sequence[AdapterOrigin]) -> Quantization | None:
     """Return how the base was quantized to train the adapters. Raises UserError when they differ in it."""
     first = origins[0]
