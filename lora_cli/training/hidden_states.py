@@ -117,37 +117,43 @@ def choose_places(sizes: Mapping[str, int], wanted: str, free: Mapping[str, int]
 
 
 def compute(trainer: Trainer, step: int) -> None:
-    """Compute the hidden states of all rows of the planned parts; the run has reached ``step``. Each process computes
-    its share of the batches and broadcasts it to the others.
+    """Compute the hidden states of all rows of the planned parts; the run has reached ``step``.
 
     Raises Interrupted between two batches when a signal asks to stop, RunError when the disk is full.
     """
-    accelerator, planned = trainer.accelerator, trainer.hidden_states
+    planned = trainer.hidden_states
     if planned is None:
         return
     for part, place in planned.places.items():
         began = time.perf_counter()
-        examples, groups = splits(trainer)[part], groups_of(trainer, part)
+        examples = splits(trainer)[part]
         states = allocate(place, (examples.tokens, planned.width), planned.dtype, trainer.job.folder.cache)
         kept = CachedStates(states, offsets_of(examples.lengths))
         with evaluating(trainer.model):
-            remaining = iter(groups)
-            for rows, _ in own_share(groups, accelerator):
-                batch = batch_of(trainer, part, rows).to(accelerator.device)
-                found = planned.layers.states({"input_ids": batch.input_ids, **row_boundary_arguments(batch)})
-                found = found[0] if batch.attention_mask is None else found[batch.attention_mask.bool()]
-                for process, shared in enumerate(islice(remaining, accelerator.num_processes)):
-                    places = token_places(kept.offsets, shared)
-                    own = process == accelerator.process_index
-                    given = found if own else found.new_empty(len(places), planned.width)
-                    states[places] = broadcast(given, process).to("cpu")
-                if asked_to_stop := trainer.asked_to_stop():
-                    raise stopped_after(step, asked_to_stop)
+            fill(kept, trainer, part, planned.layers, step)
         planned.kept[part] = kept
         trainer.display.note(
             f"{part} rows: hidden states below layer {planned.layers.count} computed once in "
             f"{time.perf_counter() - began:.1f} s ({states.nbytes:,} bytes, {place})"
         )
+
+
+def fill(kept: CachedStates, trainer: Trainer, part: str, layers: FrozenLayers, step: int) -> None:
+    """Compute the hidden states of a part's rows into ``kept``: each process its share of the batches, which it
+    broadcasts to the others. Raises Interrupted between two batches when a signal asks to stop."""
+    accelerator, groups = trainer.accelerator, groups_of(trainer, part)
+    remaining = iter(groups)
+    for rows, _ in own_share(groups, accelerator):
+        batch = batch_of(trainer, part, rows).to(accelerator.device)
+        found = layers.states({"input_ids": batch.input_ids, **row_boundary_arguments(batch)})
+        found = found[0] if batch.attention_mask is None else found[batch.attention_mask.bool()]
+        for process, shared in enumerate(islice(remaining, accelerator.num_processes)):
+            places = token_places(kept.offsets, shared)
+            own = process == accelerator.process_index
+            given = found if own else found.new_empty(len(places), found.shape[-1])
+            kept.states[places] = broadcast(given, process).to("cpu")
+        if asked_to_stop := trainer.asked_to_stop():
+            raise stopped_after(step, asked_to_stop)
 
 
 def allocate(place: str, shape: tuple[int, int], dtype: torch.dtype, folder: Path) -> torch.Tensor:
