@@ -80,18 +80,22 @@ def start(context: Any, recipe: Path, run: Path, log: Path, *more: str) -> BaseP
     return process
 
 
+def names(folder: Path) -> set[str]:
+    """The names in a folder, or none where there is no folder: a run that starts or ends may remove it at any time."""
+    try:
+        return {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return set()
+
+
 def drafts(run: Path) -> set[str]:
     """The drafts in a run's folder: files that are being written, or were when the process was killed."""
-    found = set()
-    for folder in (run, run / "checkpoints", run / "cache"):
-        if folder.is_dir():
-            found |= {path.name for path in folder.iterdir() if path.name.startswith(".")}
-    return found
+    folders = (run, run / "checkpoints", run / "cache")
+    return {name for folder in folders for name in names(folder) if name.startswith(".")}
 
 
 def checkpoints(run: Path) -> set[str]:
-    folder = run / "checkpoints"
-    return {path.name for path in folder.glob("step-*")} if folder.is_dir() else set()
+    return {name for name in names(run / "checkpoints") if name.startswith("step-")}
 
 
 def kill(process: BaseProcess, run: Path, log: Path, kind: str, seconds: float, chance: random.Random) -> None:
