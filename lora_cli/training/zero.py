@@ -81,14 +81,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.engine.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return AdamW's state in torch's layout."""
+        """Return AdamW's state in torch's layout; empty before the first step, as torch's own."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        steps = self._flat_states()[0]["step"]
+        states = self._flat_states()
         state = {
-            index: {"step": torch.as_tensor(steps, dtype=torch.float32)}
+            index: {"step": torch.as_tensor(states[0]["step"], dtype=torch.float32)}
             | {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
-            for index, parameter in enumerate(self.parameters)
+            for index, parameter in enumerate(self.parameters if states else ())
         }
         group = {key: value for key, value in self.param_groups[0].items() if key != "params"}
         return {"state": state, "param_groups": [group | {"params": list(range(len(self.parameters)))}]}
