@@ -24,7 +24,7 @@ import pytest
 import reference
 import torch
 import yaml
-from conftest import TRAIN_KEYS, VALIDATION_KEYS, WIDTH, Run, done, edit_json, write_rows
+from conftest import TRAIN_KEYS, VALIDATION_KEYS, WIDTH, Run, done, edit_json, fork_lora, write_rows
 from made_adapters import ALPHA, R, make_adapter
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -353,6 +353,17 @@ def test_a_terminal_shows_that_something_goes_on(
         with redirect_stderr(terminal), redirect_stdout(io.StringIO()):
             assert main([*map(str, verb), *options]) == 0
         assert all((word in terminal.shown) == (not options) for word in words)
+
+
+PRINTS_ON_STDOUT = """
+import sys
+sys.addaudithook(lambda event, about: event == "open" and "config.json" in str(about[0]) and print("a log line"))
+"""
+
+
+def test_stdout_holds_only_the_result_whatever_libraries_print_there(write_recipe: Any) -> None:
+    (result,) = map(done, fork_lora(["train", write_recipe(), "--json"], first=PRINTS_ON_STDOUT))
+    assert result.json["steps"] == 4 and "a log line" in result.stderr
 
 
 @pytest.mark.parametrize("environment", [{"COLUMNS": "0"}, {"COLUMNS": "20"}, {"FORCE_COLOR": "1"}])

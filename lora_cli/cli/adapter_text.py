@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 if TYPE_CHECKING:
     from lora_cli.weights.catalogue import AdaptedLayer, Entry
 
@@ -77,9 +75,8 @@ def rank_range(ranks: Sequence[int]) -> str:
     return "-".join(str(rank) for rank in dict.fromkeys((min(ranks), max(ranks)))) if ranks else ""
 
 
-def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table with one line per row, however long: lines folded to the terminal's width would be unreadable."""
+def table_lines(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return a table's lines, one per row, however long: lines folded to the terminal's width would be unreadable."""
     table = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]

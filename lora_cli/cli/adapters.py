@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lora_cli.cli.adapter_text import entry_row, facts, layer_rows, print_table, rank_range
-from lora_cli.cli.options import Debug, Json, Once, Quiet
+from lora_cli.cli.adapter_text import entry_row, facts, layer_rows, rank_range, table_lines
+from lora_cli.cli.options import Command, Debug, Json, Quiet
 from lora_cli.errors import UserError, pluralize
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ Energy = Annotated[
 Out = Annotated[Path, typer.Option("--out", help="The folder to write; must not exist.", show_default=False)]
 
 
-@app.command("list", cls=Once)
+@app.command("list", cls=Command)
 def list_command(
     folder: Annotated[Path, typer.Argument(help="A folder with adapters in it, at any depth.")] = Path("runs"),
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
-) -> None:
+) -> str:
     """List adapters with their kind, base and data."""
     from lora_cli.weights.catalogue import find_adapters
 
@@ -42,17 +42,15 @@ def list_command(
         typer.echo(f"warning: {fault}", err=True)
     if json:
         messages = [str(fault) for fault in faults]
-        typer.echo(jsonlib.dumps({"adapters": [dataclasses.asdict(entry) for entry in entries], "warnings": messages}))
-    elif entries:
-        print_table(
-            ["adapter", "kind", "r", "MB", "base", "data", "best loss", "date", "layers"], map(entry_row, entries)
-        )
-    else:
-        typer.echo(f"no adapters in {folder}")
+        return jsonlib.dumps({"adapters": [dataclasses.asdict(entry) for entry in entries], "warnings": messages})
+    if not entries:
+        return f"no adapters in {folder}"
+    header = ["adapter", "kind", "r", "MB", "base", "data", "best loss", "date", "layers"]
+    return "\n".join(table_lines(header, map(entry_row, entries)))
 
 
-@app.command("show", cls=Once)
-def show_command(adapter: Adapter, json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+@app.command("show", cls=Command)
+def show_command(adapter: Adapter, json: Json = False, quiet: Quiet = False, debug: Debug = False) -> str:
     """Show an adapter: its layers, base, data and origin."""
     from lora_cli.weights.adapter_config import read_adapter_config
     from lora_cli.weights.catalogue import base_state, describe, lora_layers
@@ -67,16 +65,16 @@ def show_command(adapter: Adapter, json: Json = False, quiet: Quiet = False, deb
         "provenance": read_record(folder),
     }
     if json:
-        typer.echo(jsonlib.dumps(result))
-        return
+        return jsonlib.dumps(result)
     known = facts(result)
     width = 1 + max(map(len, known))
-    typer.echo("\n".join(f"{name + ':':{width}} {value}" for name, value in known.items()))
+    lines = [f"{name + ':':{width}} {value}" for name, value in known.items()]
     if layers:
-        print_table(["layers", "number", "in -> out", "r"], layer_rows(layers))
+        lines += table_lines(["layers", "number", "in -> out", "r"], layer_rows(layers))
+    return "\n".join(lines)
 
 
-@app.command("compose", cls=Once)
+@app.command("compose", cls=Command)
 def compose_command(
     parts: Annotated[
         list[str], typer.Argument(help="Two or more, each as FOLDER=WEIGHT.", metavar="ADAPTER=WEIGHT...")
@@ -112,7 +110,7 @@ def compose_command(
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
-) -> None:
+) -> str:
     """Make one adapter of several, each with a weight."""
     from lora_cli.weights.folders import check_out
 
@@ -129,10 +127,10 @@ def compose_command(
     result = compose(adapters, how, out)
     ranks = rank_range(result.ranks)
     text = f"{out}: {pluralize(result.layers, 'layer')} of rank {ranks} by {method}, {result.bytes / 1e6:,.1f} MB"
-    typer.echo(jsonlib.dumps(dataclasses.asdict(result), default=str) if json else text)
+    return jsonlib.dumps(dataclasses.asdict(result), default=str) if json else text
 
 
-@app.command("resize", cls=Once)
+@app.command("resize", cls=Command)
 def resize_command(
     adapter: Adapter,
     out: Out,
@@ -141,7 +139,7 @@ def resize_command(
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
-) -> None:
+) -> str:
     """Change an adapter's rank: lower it, or raise it to train further."""
     from lora_cli.weights.folders import check_out
 
@@ -153,20 +151,18 @@ def resize_command(
 
     result = resize(read, rank, energy, out)
     if json:
-        typer.echo(jsonlib.dumps(dataclasses.asdict(result), default=str))
-        return
-    if not quiet:
-        rows = [[each.name, f"{each.before} -> {each.after}", f"{each.energy:.2%}"] for each in result.layers]
-        print_table(["layer", "r", "energy kept"], rows)
+        return jsonlib.dumps(dataclasses.asdict(result), default=str)
+    rows = [[each.name, f"{each.before} -> {each.after}", f"{each.energy:.2%}"] for each in result.layers]
+    lines = [] if quiet else table_lines(["layer", "r", "energy kept"], rows)
     ranks = [rank_range(tuple(getattr(each, key) for each in result.layers)) for key in ("before", "after")]
     layers = pluralize(len(result.layers), "layer")
-    typer.echo(f"{out}: {layers}, rank {ranks[0]} -> {ranks[1]}, {result.bytes / 1e6:,.1f} MB")
+    return "\n".join([*lines, f"{out}: {layers}, rank {ranks[0]} -> {ranks[1]}, {result.bytes / 1e6:,.1f} MB"])
 
 
-@app.command("diff", cls=Once)
+@app.command("diff", cls=Command)
 def diff_command(
     first: Adapter, second: Adapter, json: Json = False, quiet: Quiet = False, debug: Debug = False
-) -> None:
+) -> str:
     """Compare two adapters layer by layer: cosine, overlap."""
     adapters = [_read(first), _read(second)]
 
@@ -174,19 +170,18 @@ def diff_command(
 
     result = diff(*adapters)
     if json:
-        typer.echo(jsonlib.dumps(dataclasses.asdict(result)))
-        return
+        return jsonlib.dumps(dataclasses.asdict(result))
     rows = [[each.name, *map(_share, (each.cosine, each.overlap_out, each.overlap_in))] for each in result.layers]
-    print_table(
-        ["layer", "cosine", "overlap out", "overlap in"], [*rows, ["all layers", _share(result.cosine), "", ""]]
-    )
+    rows.append(["all layers", _share(result.cosine), "", ""])
+    lines = table_lines(["layer", "cosine", "overlap out", "overlap in"], rows)
     for folder, names in ((first, result.only_first), (second, result.only_second)):
         if names:
             subject = pluralize(len(names), "layer is", "layers are")
-            typer.echo(f"{subject} in {folder} only: {', '.join(names[:3])}{' ...' * (len(names) > 3)}")
+            lines.append(f"{subject} in {folder} only: {', '.join(names[:3])}{' ...' * (len(names) > 3)}")
+    return "\n".join(lines)
 
 
-@app.command("extract", cls=Once)
+@app.command("extract", cls=Command)
 def extract_command(
     base: Annotated[str, typer.Argument(help="The base model: a folder or hub id.", show_default=False)],
     tuned: Annotated[str, typer.Argument(help="The fine-tuned model: a folder or hub id.", show_default=False)],
@@ -196,7 +191,7 @@ def extract_command(
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
-) -> None:
+) -> str:
     """Make the adapter nearest to the difference of two models."""
     from lora_cli.model.files import check_model_type, locate, stored_quantization
     from lora_cli.weights.folders import check_out
@@ -219,16 +214,16 @@ def extract_command(
     with Display(quiet).waiting("extracting"):
         result = extract(folders[0], base, folders[1], rank, energy, out)
     if json:
-        typer.echo(jsonlib.dumps(dataclasses.asdict(result), default=str))
-        return
-    if not quiet:
-        print_table(["layer", "r", "energy kept"], [[x.name, str(x.rank), f"{x.energy:.2%}"] for x in result.layers])
+        return jsonlib.dumps(dataclasses.asdict(result), default=str)
     if result.left_out:
         subject = pluralize(len(result.left_out), "other tensor differs", "other tensors differ")
         what = f"{subject} and cannot go into the adapter"
         typer.echo(f"warning: {what}: {', '.join(result.left_out[:5])}{' ...' * (len(result.left_out) > 5)}", err=True)
     ranks = rank_range(tuple(each.rank for each in result.layers))
-    typer.echo(f"{out}: {pluralize(len(result.layers), 'layer')} of rank {ranks}, {result.bytes / 1e6:,.1f} MB")
+    rows = [[each.name, str(each.rank), f"{each.energy:.2%}"] for each in result.layers]
+    lines = [] if quiet else table_lines(["layer", "r", "energy kept"], rows)
+    total = f"{out}: {pluralize(len(result.layers), 'layer')} of rank {ranks}, {result.bytes / 1e6:,.1f} MB"
+    return "\n".join([*lines, total])
 
 
 def _check_size(rank: int | None, energy: float | None) -> None:

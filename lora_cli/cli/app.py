@@ -24,7 +24,7 @@ import typer
 
 from lora_cli import __version__
 from lora_cli.cli import adapters, evaluate, explain, merge, quantize, train
-from lora_cli.cli.options import Once, Overridable
+from lora_cli.cli.options import Command, TrainCommand
 from lora_cli.cores import limit_spinning
 from lora_cli.errors import Interrupted, LoraError, RunError, SecondaryError, UserError, is_out_of_space, unwritable
 from lora_cli.training.launch_environment import process_count, process_index
@@ -40,12 +40,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "default_map": _NO_HELP | {"adapters": _NO_HELP}},
 )
-app.command("train", cls=Overridable)(train.command)
-app.command("eval", cls=Once)(evaluate.command)
-app.command("merge", cls=Once)(merge.command)
-app.command("quantize", cls=Once)(quantize.command)
+app.command("train", cls=TrainCommand)(train.command)
+app.command("eval", cls=Command)(evaluate.command)
+app.command("merge", cls=Command)(merge.command)
+app.command("quantize", cls=Command)(quantize.command)
 app.add_typer(adapters.app, name="adapters")
-app.command("explain", cls=Once)(explain.command)
+app.command("explain", cls=Command)(explain.command)
 
 
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP)

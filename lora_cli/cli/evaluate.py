@@ -22,7 +22,7 @@ def command(
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
-) -> None:
+) -> str:
     """Measure the perplexity of a model, or of an adapter and its base."""
     from lora_cli.model.files import check_model_type, locate
     from lora_cli.study import measure
@@ -75,7 +75,7 @@ def command(
         result["base"] = {"loss": found.base.loss, "perplexity": found.base.perplexity}
     if shown:
         result["warnings"] = shown
-    typer.echo(jsonlib.dumps(result) if json else _table(result, "with adapter" if adapter else "model"))
+    return jsonlib.dumps(result) if json else _table(result, "with adapter" if adapter else "model")
 
 
 def _table(result: dict[str, Any], measured: str) -> str:

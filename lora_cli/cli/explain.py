@@ -15,8 +15,8 @@ def command(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema, for editors.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
-) -> None:
+) -> str:
     """Show the recipe's reference: every key, its bounds, its default."""
     from lora_cli.recipe.explain import explain, json_schema
 
-    typer.echo(jsonlib.dumps(json_schema(), indent=2) if schema else explain(key))
+    return jsonlib.dumps(json_schema(), indent=2) if schema else explain(key)

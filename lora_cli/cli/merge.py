@@ -60,7 +60,7 @@ def command(
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
-) -> None:
+) -> str:
     """Fold adapters into their base model's weights."""
     from lora_cli.weights.folders import check_out
     from lora_cli.weights.shards import bytes_of
@@ -103,7 +103,7 @@ def command(
         lines.extend(each.lines())
     if verify is None and sample is None:
         lines.append("not verified: base and adapter do not fit into this machine's memory in float32")
-    typer.echo(jsonlib.dumps(report, default=str) if json else "\n".join(lines))
+    return jsonlib.dumps(report, default=str) if json else "\n".join(lines)
 
 
 def find_adapter(adapter: Path, base: str | None = None) -> AdapterOrigin:

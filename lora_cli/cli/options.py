@@ -1,8 +1,10 @@
-"""Options that several commands share, and a command class that accepts each option only once."""
+"""Options that several commands share, and the class of all commands."""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from contextlib import redirect_stdout
 from typing import Annotated, Any
 
 import typer
@@ -16,8 +18,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 MaxShardSize = Annotated[str, typer.Option("--max-shard-size", help="Maximum size of one file, e.g. 500MB or 5GB.")]
 
 
-class Once(TyperCommand):
-    """A command that refuses an option given twice. Otherwise the last one would be used silently."""
+class Command(TyperCommand):
+    """A command that prints the text it returns, and refuses an option given twice: otherwise the last one would be
+    used silently."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _, _, given = self.make_parser(ctx).parse_args(args=list(args))
@@ -26,10 +29,21 @@ class Once(TyperCommand):
                 raise UserError("given more than once", max(parameter.opts, key=len), "keep one of them")
         return super().parse_args(ctx, args)
 
+    def invoke(self, ctx: Any) -> None:
+        """Run the command and print its result. What libraries print on stdout goes to stderr: DeepSpeed logs there."""
+        with redirect_stdout(sys.stderr):
+            result: str | None = super().invoke(ctx)
+        if result is not None:
+            self.show(result)
 
-class Overridable(Once):
-    """A command whose arguments set keys of the recipe. For an option named like a key (--learning_rate), the error
-    says how to set the key."""
+    def show(self, result: str) -> None:
+        """Print the command's result. Raises BrokenPipeError when nobody reads it."""
+        typer.echo(result)
+
+
+class TrainCommand(Command):
+    """``lora train``, whose arguments set keys of the recipe. For an option named like a key (--learning_rate), the
+    error says how to set the key."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own = {*ctx.help_option_names, *(name for parameter in self.params for name in parameter.opts)}
@@ -37,6 +51,15 @@ class Overridable(Once):
             if option not in own and (hint := _key_hint(option)):
                 raise UserError("no such option", option, hint)
         return super().parse_args(ctx, args)
+
+    def show(self, result: str) -> None:
+        """Print the command's result, if anybody reads it: the run itself has succeeded."""
+        from lora_cli.training.display import silence
+
+        try:
+            super().show(result)
+        except BrokenPipeError:
+            silence(sys.stdout)
 
 
 def _key_hint(option: str) -> str | None:

@@ -51,7 +51,7 @@ def command(
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
-) -> None:
+) -> str:
     """Store a model's linear layers in 4 or 8 bits."""
     from lora_cli.recipe.schema import Quantization
     from lora_cli.study import measure
@@ -103,7 +103,7 @@ def command(
         after = measure.measure(out, None, rows, recipe, display).score
         for key, score in (("before", before), ("after", after)):
             report[key] = {"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens}
-    typer.echo(jsonlib.dumps(report) if json else _text(report))
+    return jsonlib.dumps(report) if json else _text(report)
 
 
 def _find(target: str) -> tuple[Path, AdapterOrigin | None]:

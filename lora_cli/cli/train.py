@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as jsonlib
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +23,7 @@ def command(
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
-) -> None:
+) -> str | None:
     """Fine-tune a model as a recipe says."""
     from lora_cli.recipe.load import load_recipe
     from lora_cli.training.launch_environment import (
@@ -49,7 +48,7 @@ def command(
         raise typer.Exit(launch(["train", str(recipe), *(overrides or ()), *options], num_processes, folder))
 
     check_launch_environment()
-    from lora_cli.training.display import Display, silence
+    from lora_cli.training.display import Display
     from lora_cli.training.prepare import prepare
 
     display = Display(quiet, silent=process_index() > 0)
@@ -61,28 +60,24 @@ def command(
 
     info = train(job, display)
     if process_index() > 0:
-        return
+        return None
     write_report(job.folder)
-    try:
-        if json:
-            typer.echo(jsonlib.dumps({"run": str(job.folder.root), **info["result"]}))
-        else:
-            _summarize(str(job.folder.root), info["result"])
-    except BrokenPipeError:
-        silence(sys.stdout)
+    run, result = str(job.folder.root), info["result"]
+    return jsonlib.dumps({"run": run, **result}) if json else _summary(run, result)
 
 
-def _summarize(run: str, result: dict[str, Any]) -> None:
+def _summary(run: str, result: dict[str, Any]) -> str:
     from lora_cli.training.display import format_steps
 
     loss = "" if result["loss"] is None else f", last loss {result['loss']:.4f}"
-    typer.echo(f"{format_steps(result)}{loss}")
+    lines = [f"{format_steps(result)}{loss}"]
     if result["skipped_steps"]:
         subject = pluralize(result["skipped_steps"], "step was", "steps were")
-        typer.echo(f"{subject} skipped: loss or gradient was not finite")
+        lines.append(f"{subject} skipped: loss or gradient was not finite")
     if result["adapter_step"] != result["steps"]:
-        typer.echo(f"the adapter has the weights of step {result['adapter_step']:,}, the best")
+        lines.append(f"the adapter has the weights of step {result['adapter_step']:,}, the best")
     base, tuned = result["base"], result["validation"]
     if base and tuned:
-        typer.echo(f"validation perplexity {base['perplexity']:.2f} -> {tuned['perplexity']:.2f}")
-    typer.echo(f"adapter: {run}/adapter   report: {run}/report.html")
+        lines.append(f"validation perplexity {base['perplexity']:.2f} -> {tuned['perplexity']:.2f}")
+    lines.append(f"adapter: {run}/adapter   report: {run}/report.html")
+    return "\n".join(lines)
