@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,8 @@ def kill(process: BaseProcess, run: Path, log: Path, kind: str, seconds: float, 
         asked = chance.choice((signal.SIGTERM, signal.SIGINT))
         for _ in range(2):
             if process.is_alive():
-                os.kill(process.pid or 0, asked)
+                with suppress(ProcessLookupError):  # it has ended since
+                    os.kill(process.pid or 0, asked)
                 time.sleep(chance.uniform(0, 5 * RACE))
         return process.join()
     if kind == "in a write":
