@@ -201,16 +201,16 @@ def test_unreadable_yaml_is_one_fault_with_its_place(text: str | bytes, where: s
 def test_an_alias_bomb_is_refused_at_once() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
-    start = time.monotonic()
+    start = time.process_time()
     assert "that aliases repeat" in fault("\n".join(lines)).what
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_many_wrong_items_are_told_in_time() -> None:
-    start = time.monotonic()
+    start = time.process_time()
     found = faults(with_key("adapter", f"target_modules: [{', '.join(['1'] * 3000)}]"))
     assert len(found) == 3000
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_duplicate_keys_name_both_places() -> None:
