@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,31 @@ from lora_cli.cli.app import main
 add = stream._Shard.add
 def slow(*given):
     add(*given)
-    for _ in range(50):
-        if os.path.exists({go!r}):
-            break
+    end = time.monotonic() + {seconds}
+    while time.monotonic() < end and not os.path.exists({go!r}):
         time.sleep(0.01)
 stream._Shard.add = slow
 sys.exit(main(sys.argv[1:]))
 """
+"""A command that waits for the file ``go`` after each tensor it writes, but not longer than these seconds."""
+
+
+@contextmanager
+def slowly(out: Path, *arguments: str | Path, go: Path, seconds: float) -> Iterator[subprocess.Popen[str]]:
+    """Run ``lora`` with SLOWLY, and yield the process once it has begun to write to a draft of ``out``."""
+    script = SLOWLY.format(go=str(go), seconds=seconds)
+    command = [sys.executable, "-c", script, *map(str, arguments), "--out", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            end = time.monotonic() + 120
+            while not list(out.parent.glob(".out.*/.model*")):
+                if process.poll() is not None or time.monotonic() > end:
+                    process.kill()
+                    pytest.fail(process.communicate()[1])
+                time.sleep(0.05)
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.fixture
@@ -41,15 +61,9 @@ def adapter(tiny_llama: Path, tmp_path: Path) -> Path:
 
 def stopped(number: int, out: Path, *arguments: str | Path) -> tuple[int, str]:
     """The exit code and stderr of ``lora``, which gets the signal ``number`` once it has begun to write."""
-    script = SLOWLY.format(go=str(out / "never"))
-    command = [sys.executable, "-c", script, *map(str, arguments), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 120
-    while not list(out.parent.glob(".out.*/.model*")):
-        assert process.poll() is None and time.monotonic() < end, process.communicate()[1]
-        time.sleep(0.05)
-    process.send_signal(number)
-    return process.wait(60), process.communicate()[1]
+    with slowly(out, *arguments, go=out / "never", seconds=0.5) as process:
+        process.send_signal(number)
+        return process.wait(60), process.communicate()[1]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -78,17 +92,12 @@ def test_a_draft_that_is_being_written_stays(adapter: Path, tmp_path: Path, lora
     """Two commands write to the same folder: the first to finish succeeds, and the other reports an error."""
     place = tmp_path / "place"
     place.mkdir()
-    script = SLOWLY.format(go=str(tmp_path / "go"))
-    command = [sys.executable, "-c", script, "merge", str(adapter), "--no-verify", "--out", str(place / "out")]
-    slow = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not list(place.glob(".out.*/.model*")):
-        assert slow.poll() is None, slow.communicate()[1]
-        time.sleep(0.05)
-    (draft,) = place.glob(".out.*")
-    done(lora("merge", adapter, "--out", place / "out", "--no-verify"))
-    assert draft.is_dir()
-    (tmp_path / "go").touch()
-    _, told = slow.communicate()
+    with slowly(place / "out", "merge", adapter, "--no-verify", go=tmp_path / "go", seconds=60) as slow:
+        (draft,) = place.glob(".out.*")
+        done(lora("merge", adapter, "--out", place / "out", "--no-verify"))
+        assert draft.is_dir()
+        (tmp_path / "go").touch()
+        _, told = slow.communicate()
     assert slow.returncode == 3 and "could not be written" in told
     assert [path.name for path in place.iterdir()] == ["out"]
 
