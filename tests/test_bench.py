@@ -121,10 +121,21 @@ def test_losses_that_disagree_are_reported(work: Work) -> None:
 
 
 def test_memory_counts_children_and_readiness_is_timed(tmp_path: Path) -> None:
+    """The process goes on once it is seen to be ready, however late that is."""
+    ready, seen = tmp_path / "ready", tmp_path / "seen"
     hold = "x = b'1' * 60_000_000"
     child = f"import time; {hold}; time.sleep(1)"
-    script = f"import subprocess, sys; open('ready', 'w'); {hold}; subprocess.run([sys.executable, '-c', {child!r}])"
-    result = run(["-c", script], environment(1, tmp_path), tmp_path / "log", (tmp_path / "ready").exists, cwd=tmp_path)
+    script = f"""
+import os, subprocess, sys, time
+open({str(ready)!r}, "w").close()
+while not os.path.exists({str(seen)!r}):
+    time.sleep(0.01)
+{hold}
+subprocess.run([sys.executable, "-c", {child!r}])
+"""
+    result = run(
+        ["-c", script], environment(1, tmp_path), tmp_path / "log", lambda: ready.exists() and seen.touch() is None
+    )
     assert result.exit_code == 0
     assert 120e6 < result.peak_bytes < 200e6
     assert result.ready_seconds is not None

@@ -58,7 +58,6 @@ def run(
     log: Path,
     is_ready: Callable[[], bool] | None = None,
     gpu: bool = False,
-    cwd: Path = ROOT,
 ) -> ProcessResult:
     """Run Python with ``arguments``, with stdout and stderr in ``log``.
 
@@ -68,7 +67,7 @@ def run(
     with log.open("w", encoding="utf-8") as stream, _DeviceMemory(gpu) as device:
         began, start = time.time(), time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, *arguments], stdout=stream, stderr=subprocess.STDOUT, env=dict(env), cwd=cwd
+            [sys.executable, *arguments], stdout=stream, stderr=subprocess.STDOUT, env=dict(env), cwd=ROOT
         )
         ready, peak, own, children, counted = None, 0, 0, 0, 0.0
         while True:
