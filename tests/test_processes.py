@@ -266,6 +266,7 @@ INTERRUPTED = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+import psutil
 from torch.distributed.elastic.metrics import api
 from torch.distributed.elastic.multiprocessing import SignalException
 from lora_cli.training import launch
@@ -275,10 +276,13 @@ def interrupted():
     raise SignalException("terminated", 15)
 
 api.time = SimpleNamespace(time=interrupted)
+gone = psutil.Popen(["true"])
+gone.wait()
+psutil.Process.children = lambda *_, **__: [gone]
 launch.multi_gpu_launcher = lambda _: api.prof(lambda: None)()
 sys.exit(launch.launch([], 2, RunFolder(Path("run"))))
 """
-"""A launch in which a signal arrives as the launcher notes the time."""
+"""A launch in which a signal arrives as the launcher notes the time, and a child ends before it is killed."""
 
 
 def test_a_signal_during_the_launchers_own_timing_stops_it() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 
 import psutil
 from accelerate.commands.launch import launch_command_parser, multi_gpu_launcher
@@ -55,7 +56,8 @@ def launch(arguments: Sequence[str], processes: int, folder: RunFolder) -> int:
         return 128 + stopped
     finally:
         for child in psutil.Process().children(recursive=True):  # after a second signal, the launcher does not end them
-            child.kill()
+            with suppress(psutil.NoSuchProcess):  # it has ended since
+                child.kill()
     return 0
 
 
