@@ -9,6 +9,7 @@ import gc
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -324,15 +325,22 @@ def run_lora_process(*args: str | Path, env: Mapping[str, str] | None = None, cw
     return Result(done.returncode, done.stdout, done.stderr)
 
 
+def free_port() -> str:
+    """A port of 127.0.0.1 that is not in use, below those that the system assigns: others could get those meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)  # tests seed the module's own generator
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return str(port)
+
+
 def fork_lora(*commands: Sequence[str | Path], first: str = "") -> list[Result]:
     """Run ``lora`` with the arguments of each command in real processes, forked from one that has already imported what
     a run needs, which saves seconds. Several commands are the ranks of one run, with a launcher's environment
     variables. Each process first runs the Python code ``first``."""
     import soak  # not at the top: processes that a test starts cannot find it
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(len(commands)))
     context = soak.forking()
     with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import done, write_rows
+from conftest import done, free_port, write_rows
 
 from lora_cli.data import gather
 from lora_cli.data.audit import audit
@@ -315,10 +314,8 @@ def test_a_machines_other_processes_take_what_its_first_has_read(
     separate = shutil.copy(qa_file, tmp_path / "held_out.jsonl")
     recipe = load_recipe(write_recipe({"data.validation": str(separate), "data.train_on": "all"}))
     first = prepare(recipe, resume=False, overwrite=False)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0"}.items():
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "RANK": "0"}
+    for name, value in meeting.items():
         monkeypatch.setenv(name, value)
     publish(first.folder.cache, first.tokenized)
     store = publish_keys(first.cache_keys)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run, done, edit_json, fork_lora
+from conftest import Run, done, edit_json, fork_lora, free_port
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lora_cli.training.checkpoint import is_complete
@@ -122,11 +122,8 @@ def start(command: Sequence[str], *arguments: str | Path) -> subprocess.Popen[st
 
 def on_two_machines(*arguments: Sequence[str | Path]) -> list[subprocess.Popen[str]]:
     """Start ``lora`` as one process on each of two simulated machines. ``arguments`` are those of each machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    machines = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port, "--machine_rank"]
-    return [start(launched(*machines, str(rank)), *given) for rank, given in enumerate(arguments)]
+    machines = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
+    return [start(launched(*machines, "--machine_rank", str(rank)), *given) for rank, given in enumerate(arguments)]
 
 
 def test_two_machines_of_one_process_each(recipe: Callable[..., Path], lora: Any) -> None:
@@ -485,9 +482,7 @@ def test_other_commands_run_as_one_process_whatever_the_environment_says(
 
 def test_a_process_that_waits_for_others_says_so(recipe: Callable[..., Path]) -> None:
     """They may never come: the environment may be left over from an earlier run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        environment = os.environ | COMPLETE | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    environment = os.environ | COMPLETE | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command = [sys.executable, "-m", "lora_cli", "train", str(recipe({}))]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as child:
         assert child.stderr is not None
