@@ -280,6 +280,18 @@ def test_a_draft_that_another_verb_is_writing_stays(train: Callable[..., Run], l
         assert draft.is_dir() and not left.exists()
 
 
+def test_a_draft_that_gets_its_name_as_drafts_are_removed_is_no_fault(
+    train: Callable[..., Run], lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, glob = train(), Path.glob
+
+    def listed(folder: Path, pattern: str) -> list[Path]:
+        return [*glob(folder, pattern), *([folder / ".merged.abcdefgh.draft"] if pattern == ".*" else [])]
+
+    monkeypatch.setattr(Path, "glob", listed)
+    done(lora("train", run.folder / "recipe.yaml", "--resume"))
+
+
 STEP_2 = "checkpoints/step-00000002"
 STRAY = ["checkpoints/.DS_Store", ".adapter.x", f"{STEP_2}/.ipynb_checkpoints/", f"{STEP_2}/notes.txt"]
 

@@ -93,7 +93,7 @@ def clear_drafts(folder: Path) -> None:
             path.replace(folder / name[1])
     for path in folder.glob(".*"):
         if DRAFT.fullmatch(path.name):
-            _remove_unlocked(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            _remove_unlocked(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def current_place(out: Path) -> Path:
