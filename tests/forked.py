@@ -1,8 +1,9 @@
-"""What the processes that ``fork_lora`` forks execute. It imports none of the tests."""
+"""What processes that tests start execute. It imports none of the tests."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,3 +21,13 @@ def lora(arguments: list[str], environment: Mapping[str, str], first: str, strea
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)  # without multiprocessing's own work at exit, which is not part of lora
+
+
+def double(number: int) -> int:
+    return 2 * number
+
+
+def double_or_die(number: int) -> int:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 2 * number

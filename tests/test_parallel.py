@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import psutil
 import pytest
@@ -91,21 +91,11 @@ def test_the_first_wrong_row_is_told(tokenizer: Any, tmp_path: Path, monkeypatch
     assert told.value.faults[0].where == f"{tmp_path / 'qa.jsonl'}:{COUNT + 2}"
 
 
-def double(number: int) -> int:
-    return 2 * number
-
-
-def double_or_die(number: int) -> int:
-    if number == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return 2 * number
-
-
 @pytest.mark.usefixtures("at_once")
 def test_a_killed_process_ends_the_run() -> None:
     with pytest.raises(RunError, match="was killed"):
-        list(parallel.in_order(double_or_die, iter(range(9))))
-    assert list(parallel.in_order(double, iter(range(9)))) == list(range(0, 18, 2))
+        list(parallel.in_order(forked.double_or_die, iter(range(9))))
+    assert list(parallel.in_order(forked.double, iter(range(9)))) == list(range(0, 18, 2))
 
 
 @pytest.mark.parametrize(("alone", "cores"), [(60.0, {0, 1}), (0.0, {0})])
@@ -118,16 +108,16 @@ def test_little_work_and_one_core_start_no_process(
     monkeypatch.setattr(parallel, "SERIAL_SECONDS", alone)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
     monkeypatch.setattr(parallel, "ProcessPoolExecutor", refuse)
-    assert list(parallel.in_order(double, iter(range(9)))) == list(range(0, 18, 2))
+    assert list(parallel.in_order(forked.double, iter(range(9)))) == list(range(0, 18, 2))
 
 
 ENDLESS = """
 import itertools, os, sys
 os.sched_getaffinity = lambda _: {0, 1}
 from lora_cli.data import parallel
-import test_parallel
+import forked
 parallel.SERIAL_SECONDS = 0.0
-for number in parallel.in_order(test_parallel.double, itertools.count()):
+for number in parallel.in_order(forked.double, itertools.count()):
     print(number, flush=True)
 """
 
