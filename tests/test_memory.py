@@ -151,9 +151,9 @@ def highest(step: Callable[[], None], trace: Path) -> int:
         step()
     profile.export_chrome_trace(str(trace))
     events = json.loads(trace.read_text())["traceEvents"]
-    memory = sorted((event["ts"], event["args"]) for event in events if event["name"] == "[memory]")
-    before = memory[0][1]["Total Allocated"] - memory[0][1]["Bytes"]
-    return int(max(args["Total Allocated"] for _, args in memory) - before)
+    memory = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+    before = memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"]
+    return int(max(event["args"]["Total Allocated"] for event in memory) - before)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
