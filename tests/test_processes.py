@@ -196,6 +196,33 @@ def test_a_sharded_head_makes_its_loss_in_chunks(recipe: Callable[..., Path], lo
     assert_same_numbers(run_of(shared), run_of(alone))
 
 
+FLOAT16 = """
+import torch
+from lora_cli.training import setup, sharding
+
+def accelerator(*_, make=sharding.Accelerator, **options):
+    made = make(*_, **options)
+    made.native_amp, made.scaler = True, torch.amp.GradScaler("cpu")
+    return made
+
+setup.resolve_dtype = lambda *_: torch.float16
+sharding.Accelerator = accelerator
+"""
+"""Lets a CPU train in float16, with the gradient scaler that Accelerate uses on a GPU."""
+
+
+def test_shards_in_float16(recipe: Callable[..., Path], lora: Any) -> None:
+    changes = {"training.max_steps": 3, "training.num_train_epochs": ..., "data.validation": ...}
+    alone, shared = recipe(changes), recipe(changes | TWO | {"training.fsdp": True})
+    done(lora("train", alone))
+    for process in fork_lora(["train", shared], ["train", shared], first=FLOAT16):
+        done(process)
+    found, wanted = run_of(shared), run_of(alone)
+    assert (found.info["dtype"], wanted.info["dtype"]) == ("float16", "float32")
+    assert found.column("loss") == pytest.approx(wanted.column("loss"), rel=1e-3)
+    assert found.column("grad_norm") == pytest.approx(wanted.column("grad_norm"), rel=1e-2)
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_shards_by_the_launchers_own_configuration(
     version: int, recipe: Callable[..., Path], lora: Any, tmp_path: Path

@@ -83,9 +83,8 @@ def clip_gradient(
     gradient is. DeepSpeed clips when it takes the step."""
     if isinstance(optimizer, ZeroOptimizer):
         return optimizer.gradient_norm().to(accelerator.device)
-    found = accelerator.clip_grad_norm_(weights, norm)
-    assert found is not None
-    return full_tensor(found).to(accelerator.device)
+    accelerator.unscale_gradients()  # Accelerate's clipping does it twice for shards; float16's scaler refuses that
+    return full_tensor(torch.nn.utils.clip_grad_norm_(weights, norm)).to(accelerator.device)
 
 
 def _fsdp_plugin(training: Training) -> FullyShardedDataParallelPlugin | None:
