@@ -196,6 +196,17 @@ def test_a_sharded_head_makes_its_loss_in_chunks(recipe: Callable[..., Path], lo
     assert_same_numbers(run_of(shared), run_of(alone))
 
 
+def test_shards_compute_in_16_bits_what_one_process_does(recipe: Callable[..., Path], lora: Any) -> None:
+    """PEFT's own layers would otherwise multiply by the adapter in float32, on copies of all their inputs."""
+    changes = {"model.dtype": "bfloat16", "adapter.fused": False, "training.max_steps": 1}
+    changes |= {"training.num_train_epochs": ..., "data.validation": ...}
+    alone, shared = recipe(changes), recipe(changes | TWO | {"training.fsdp": True})
+    done(lora("train", alone))
+    for process in fork_lora(["train", shared], ["train", shared]):
+        done(process)
+    assert run_of(shared).column("grad_norm") == pytest.approx(run_of(alone).column("grad_norm"), rel=1e-6)
+
+
 FLOAT16 = """
 import torch
 from lora_cli.training import setup, sharding

@@ -59,11 +59,11 @@ def prepare_model(
     accelerator: Accelerator, model: PeftModel, optimizer: Optimizer, dtype: torch.dtype
 ) -> tuple[torch.nn.Module, Optimizer]:
     """Return model and optimizer as Accelerate distributes them over the processes."""
+    if dtype != torch.float32 and (is_zero(accelerator) or is_sharded(accelerator)):  # else Accelerate does this itself
+        model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)  # type: ignore[method-assign]
     if not is_zero(accelerator):
         prepared: tuple[torch.nn.Module, Optimizer] = accelerator.prepare(model, optimizer)
         return prepared
-    if dtype != torch.float32:  # as Accelerate does without DeepSpeed, which would train the adapter in 16 bits too
-        model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)  # type: ignore[method-assign]
     engine, _ = accelerator.prepare(model, optimizer)
     return engine, ZeroOptimizer(engine, [parameter for _, parameter in trainable_parameters(model)])
 
