@@ -3,7 +3,9 @@ modules that compute the same."""
 
 from __future__ import annotations
 
+import runpy
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from conftest import Run, done
 from test_fast_paths import GROUPED, build
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
 
+from lora_cli.model import swiglu
 from lora_cli.model.elementwise import FrozenRMSNorm, GatedMLP, RMSNormFunction, SwiGLU, fuse
 from lora_cli.model.rotary import RotaryAttention, Rotate
 
@@ -201,3 +204,12 @@ def test_adapter_fused_takes_our_formulas_or_leaves_the_models(
         runs.append(Run(tmp_path / str(fused)))
         assert bool(calls["RMSNormFunction"]) == bool(calls["SwiGLU"]) == bool(calls["Rotate"]) == fused
     assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-5)
+
+
+@pytest.mark.skipif(swiglu.HAS_LIGER, reason="Liger itself is installed")
+def test_liger_without_a_version_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its nightly builds are the same module in a package of another name."""
+    (tmp_path / "liger_kernel").mkdir()
+    (tmp_path / "liger_kernel" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert runpy.run_path(swiglu.__file__)["HAS_LIGER"] is False

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
 
 import torch
 from packaging.version import Version
 from torch.nn.functional import silu
 
-HAS_LIGER = find_spec("liger_kernel") is not None and Version(version("liger-kernel")) >= Version("0.8.5")
+
+def _has_liger() -> bool:
+    try:
+        return Version(version("liger-kernel")) >= Version("0.8.5")
+    except PackageNotFoundError:  # also if only a nightly build is installed: its package has another name
+        return False
+
+
+HAS_LIGER = _has_liger()
 """Whether Liger is installed, in a version whose loss takes a chunk size."""
 
 
