@@ -15,6 +15,7 @@ import transformers
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.data.batches import Batch, Schedule, collate
@@ -24,7 +25,7 @@ from lora_cli.evaluation.head import Head, LinearCrossEntropy, frozen_head
 from lora_cli.evaluation.loss import evaluating, evaluation_groups, summed_loss
 from lora_cli.evaluation.packing import enable_packing
 from lora_cli.model.adapters import adapt
-from lora_cli.model.attention import ROWS, ROWS_ALONE, attend_by_rows
+from lora_cli.model.attention import ROWS, ROWS_ALONE, _fused, attend_by_rows
 from lora_cli.model.base import best_device, longrope_bounds
 from lora_cli.model.elementwise import PROJECTIONS, fuse
 from lora_cli.model.fused_lora import apply_layers
@@ -701,6 +702,34 @@ def test_a_sink_takes_its_share_of_each_rows_attention(window: int | None, dtype
     assert torch.equal(alone, found[:, :9])
     with pytest.raises(ValueError, match="sinks beside a mask"):
         attend_by_rows(nn.Module(), q, k, v, torch.ones(1, 1, 16, 16, dtype=torch.bool), s_aux=sinks)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "capability", "groups"),
+    [
+        (torch.bfloat16, 128, (8, 0), 2),
+        (torch.bfloat16, 512, (8, 0), 1),
+        (torch.float32, 128, (9, 0), 1),
+        (torch.float16, 128, (7, 5), 1),
+    ],
+)
+def test_on_a_gpu_only_flash_attention_is_given_groups(
+    dtype: torch.dtype, width: int, capability: tuple[int, int], groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For any other of its kernels torch would store all scores. Tensors without data stand in for a GPU's."""
+    heads: list[int] = []
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool, **_: Any) -> torch.Tensor:
+        assert enable_gqa == (query.shape[1] > key.shape[1])
+        heads.append(query.shape[1] // key.shape[1])
+        return query
+
+    monkeypatch.setattr("lora_cli.model.attention.scaled_dot_product_attention", attend)
+    monkeypatch.setattr("lora_cli.model.attention._is_from_ampere_on", lambda _: capability >= (8, 0))
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, count, 6, width, dtype=dtype, device="cuda") for count in (4, 2, 2))
+        _fused(q, k, v, 1.0, None, 0.0, None)
+    assert heads == [groups]
 
 
 @pytest.mark.parametrize("window", [None, 100, 700])

@@ -2,8 +2,8 @@
 
 Registered with Transformers as ``ROWS`` and ``ROWS_ALONE``. A forward pass gives the row boundaries in FlashAttention's
 arguments. In 16 bits, a GPU from Ampere on computes all rows in one call of torch's variable-length FlashAttention. A
-CPU computes bfloat16 rows by matrix products, short rows together. Otherwise (float32, dropout, sinks, older GPUs),
-rows are computed one after the other.
+CPU computes bfloat16 rows by matrix products, short rows together. Otherwise (float32, dropout, sinks, heads that
+FlashAttention does not support, older GPUs), rows are computed one after the other.
 """
 
 from __future__ import annotations
@@ -64,22 +64,30 @@ def attend_by_rows(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
         )
-    plain_16_bits = query.dtype != torch.float32 and not dropout and s_aux is None
-    if cu_seq_lens_q is not None and plain_16_bits and query.is_cuda and _has_flash(query.device):
+    is_plain = not dropout and s_aux is None
+    if cu_seq_lens_q is not None and is_plain and _has_flash(query, value):
         assert max_length_q is not None
         return _varlen_attention(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
     lengths = [query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and plain_16_bits:
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and is_plain:
         attended = RowProducts.apply(query, key, value, tuple(lengths), scale, sliding_window)  # type: ignore[no-untyped-call]
         return cast("torch.Tensor", attended), None
     rows = zip(*(torch.split(part, lengths, dim=2) for part in (query, key, value)), strict=True)
     return torch.cat([_fused(q, k, v, scale, sliding_window, dropout, s_aux) for q, k, v in rows], dim=1), None
 
 
+def _has_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether FlashAttention supports these heads: all of one width up to 256, a multiple of 8, in 16 bits, on a GPU
+    from Ampere on."""
+    width = query.shape[-1]
+    is_supported = width == value.shape[-1] and width <= 256 and width % 8 == 0
+    return is_supported and query.is_cuda and query.itemsize == 2 and _is_from_ampere_on(query.device)
+
+
 @lru_cache
-def _has_flash(device: torch.device) -> bool:
-    """Whether FlashAttention supports this GPU: from Ampere on, unlike a T4 or a V100."""
+def _is_from_ampere_on(device: torch.device) -> bool:
+    """Whether this GPU is newer than a T4 or a V100."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -99,7 +107,9 @@ def _fused(
     mask = _window(query.shape[2], window, query.device)
     if sinks is not None and mask is not None:
         mask[:, 0] = True
-    if mask is not None and groups > 1:  # on a GPU, the kernel for masks has no groups; that for both stores all scores
+    # On a GPU, only FlashAttention takes groups, and it takes no mask; the kernel for the rest stores all scores.
+    takes_groups = mask is None and (not query.is_cuda or _has_flash(query, value))
+    if groups > 1 and not takes_groups:
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     attended = scaled_dot_product_attention(
         query,
@@ -109,7 +119,7 @@ def _fused(
         dropout_p=dropout,
         is_causal=mask is None,
         scale=scale,
-        enable_gqa=mask is None and groups > 1,
+        enable_gqa=groups > 1 and takes_groups,
     )
     return (attended if sinks is None else attended[:, :, 1:, :width]).transpose(1, 2)
 
