@@ -178,6 +178,11 @@ def two_ways_to_shard(w: World) -> Arguments:
     return w.train({"training.fsdp": True, "training.deepspeed": w.file("zero.json", "{}")})
 
 
+@case("model.dtype: float16", "loss scaling", "use bfloat16")
+def shards_in_float16_without_loss_scaling(w: World) -> Arguments:
+    return w.train({"model.dtype": "float16", "training.deepspeed": w.file("zero.json", "{}")})
+
+
 @case("training.optim: adamw_8bit cannot be sharded", "adamw_torch")
 def sharded_8bit_optimizer(w: World) -> Arguments:
     return w.train({"training.fsdp": True, "training.optim": "adamw_8bit"})

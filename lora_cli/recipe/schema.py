@@ -337,6 +337,8 @@ class Recipe(Section):
             raise ValueError("training.stream_base: not possible with quantization.method int8, only with nf4 and fp4")
         if self.training.fsdp and is_int8:
             raise ValueError("training.fsdp: not possible with quantization.method int8, only with nf4 and fp4")
+        if self.model.dtype == "float16" and self.training.deepspeed is not None:
+            raise ValueError("model.dtype: float16 needs loss scaling, which training.deepspeed lacks; use bfloat16")
         if self.training.torch_compile is True and not self.adapter.fused:
             raise ValueError("training.torch_compile: needs adapter.fused, which is false")
         for key in ("early_stopping_patience", "load_best_model_at_end"):
