@@ -214,9 +214,16 @@ def test_what_cannot_be_skipped(skip: str, told: str, tiny_llama: Path, tmp_path
     assert told in result.stderr and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("has_units", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+@pytest.mark.parametrize(
+    ("has_units", "dtype", "expected"),
+    [
+        (True, torch.float32, torch.bfloat16),
+        (False, torch.float32, torch.float32),
+        (False, torch.float16, torch.float16),
+    ],
+)
 def test_a_base_to_be_sharded_over_gpus_computes_as_they_can(
-    has_units: bool, expected: torch.dtype, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    has_units: bool, dtype: torch.dtype, expected: torch.dtype, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is loaded into host memory. The compute dtype is the GPUs', even if the CPU has no 16-bit units."""
     monkeypatch.setattr("torch.cpu.get_capabilities", dict)
@@ -224,7 +231,7 @@ def test_a_base_to_be_sharded_over_gpus_computes_as_they_can(
     torch.backends.cuda.enable_cudnn_sdp(True)
     monkeypatch.setattr("lora_cli.model.base.best_device", lambda: torch.device("cuda"))
     quantization, device = Quantization(method="nf4"), torch.device("cpu")
-    base = load_base(tiny_llama, Model(name_or_path=str(tiny_llama)), quantization, device, torch.float32, sharded=True)
+    base = load_base(tiny_llama, Model(name_or_path=str(tiny_llama)), quantization, device, dtype, sharded=True)
     assert {layer.compute_dtype for layer in base.modules() if isinstance(layer, Linear4bit)} == {expected}
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 

@@ -192,21 +192,22 @@ def has_units_for(dtype: torch.dtype, device: torch.device) -> bool:
     return any(torch.cpu.get_capabilities().get(unit) for unit in units)
 
 
-def resolve_compute_dtype(quantization: Quantization, device: torch.device) -> torch.dtype:
-    """``quantization.compute_dtype`` as a torch dtype; float32 on a device without units for that dtype."""
-    dtype = DTYPES[quantization.compute_dtype]
-    return dtype if has_units_for(dtype, device) else torch.float32
+def resolve_compute_dtype(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """``quantization.compute_dtype`` as a torch dtype. On a device without units for it, this is the model's ``dtype``
+    or, if it has no units for that either, float32."""
+    dtypes = DTYPES[quantization.compute_dtype], dtype
+    return next((each for each in dtypes if has_units_for(each, device)), torch.float32)
 
 
-def bitsandbytes_config(quantization: Quantization, device: torch.device) -> BitsAndBytesConfig:
-    """The recipe's quantization section as Transformers' configuration."""
+def bitsandbytes_config(quantization: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """The recipe's quantization section, with its resolved ``compute_dtype``, as Transformers' configuration."""
     if quantization.method == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.method,
         bnb_4bit_use_double_quant=quantization.double_quant,
-        bnb_4bit_compute_dtype=resolve_compute_dtype(quantization, device),
+        bnb_4bit_compute_dtype=compute_dtype,
     )
 
 
@@ -234,7 +235,8 @@ def load_base(
     if model.attn_implementation == "flex_attention":  # its first call compiles it; uncompiled, it stores all scores
         os.environ.pop("TORCHDYNAMO_DISABLE", None)
     if quantization is not None:
-        quantized = bitsandbytes_config(quantization, best_device() if sharded else device)  # the device that computes
+        computes = best_device() if sharded else device
+        quantized = bitsandbytes_config(quantization, resolve_compute_dtype(quantization, dtype, computes))
         quantized.llm_int8_skip_modules = skip
         options["quantization_config"] = quantized
     if device.type == "cuda" or stored_quantization(folder):

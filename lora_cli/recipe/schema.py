@@ -55,8 +55,8 @@ class Quantization(Section):
     double_quant: bool = Field(True, description="Quantize the 4-bit blocks' scales too (saves 0.4 bits per weight).")
     compute_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16",
-        description="Type that 4-bit weights are dequantized to for a matrix product; on a CPU without "
-        "instructions for it, float32 is used instead.",
+        description="Type that 4-bit weights are dequantized to for a matrix product. Hardware without units for it, "
+        "such as a T4 for bfloat16, takes model.dtype or else float32.",
     )
 
 

@@ -43,7 +43,8 @@ def report_setup(trainer: Trainer) -> None:
         display.note(f"data.max_length: {job.recipe.data.max_length} -> {job.max_length}, the model's maximum length")
     quantization = job.recipe.quantization
     if quantization is not None and quantization.method != "int8":
-        used = str(resolve_compute_dtype(quantization, trainer.accelerator.device)).removeprefix("torch.")
+        computes = resolve_compute_dtype(quantization, trainer.dtype, trainer.accelerator.device)
+        used = str(computes).removeprefix("torch.")
         if used != quantization.compute_dtype:
             display.note(f"quantization.compute_dtype: {quantization.compute_dtype} -> {used}, faster here")
     report_rows(job, display)

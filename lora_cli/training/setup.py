@@ -199,7 +199,7 @@ def cached_base(job: Prepared, accelerator: Accelerator, dtype: torch.dtype, dis
     if job.recipe.quantization is None:
         return None
     quantization, cache = job.recipe.quantization, job.folder.cache
-    compute_dtype = resolve_compute_dtype(quantization, accelerator.device)
+    compute_dtype = resolve_compute_dtype(quantization, dtype, accelerator.device)
     name = cached_name(job.base, job.base_digest, quantization, dtype, compute_dtype)
     with accelerator.local_main_process_first():
         found = find_cached(cache, name)

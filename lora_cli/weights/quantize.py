@@ -117,9 +117,7 @@ def write_quantized(
     which ``model_names`` returns None, such as one with joined or split tensors, is loaded completely. Raises UserError
     when weights are missing or hold NaN or infinity.
     """
-    settings = bitsandbytes_config(quantization, best_device())
-    if quantization.method != "int8":  # may differ from the best dtype on this machine
-        settings.bnb_4bit_compute_dtype = compute_dtype
+    settings = bitsandbytes_config(quantization, compute_dtype)
     config = load_config(source.folder)
     if source.untied:
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False

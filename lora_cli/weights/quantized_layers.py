@@ -26,7 +26,7 @@ from lora_cli.weights.stored_model import unstorable
 def quantized_layers(bare: PreTrainedModel, quantization: Quantization) -> dict[str, bool]:
     """Replace the layers of ``bare`` that Transformers quantizes. Return each with whether its weight is stored as
     (in, out)."""
-    return replace_layers(bare, bitsandbytes_config(quantization, torch.device("cpu")))
+    return replace_layers(bare, bitsandbytes_config(quantization, torch.float32))
 
 
 def replace_layers(bare: PreTrainedModel, settings: BitsAndBytesConfig) -> dict[str, bool]:
