@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from accelerate.utils import DistributedType
 from conftest import Run, done, fork_lora
 from test_memory import ONCE_IMPORTED, limited, wide_llama
 
@@ -16,6 +18,7 @@ from lora_cli.model.memory import activation_bytes
 from lora_cli.recipe.load import load_recipe
 from lora_cli.training.batch_size import divisors, longest_batch
 from lora_cli.training.prepare import prepare
+from lora_cli.training.sharding import free_for_activations
 
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
@@ -113,7 +116,7 @@ def test_activations_are_recomputed_where_nothing_else_fits(
     job = prepare(load_recipe(recipe), resume=False, overwrite=False)
     longest = int(job.train.examples.lengths.max())
     plain = activation_bytes(job.config, longest, longest - 1, 4, whole_logits=whole_logits)
-    monkeypatch.setattr("lora_cli.training.batch_size.free_bytes", lambda *_: int((plain + (1 if fits else -1)) / 0.8))
+    monkeypatch.setattr("lora_cli.training.sharding.free_bytes", lambda *_: int((plain + (1 if fits else -1)) / 0.8))
     told = " ".join(done(lora("train", recipe)).stderr.split())
     assert "auto -> 1, gradient_accumulation_steps: 1, " in told and ("activations recomputed" in told) is not fits
     training = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["training"]
@@ -133,9 +136,25 @@ def test_a_streamed_base_is_estimated_recomputed(write_recipe: Any, lora: Any) -
 
 
 def test_processes_share_a_processors_memory(write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_cli.training.batch_size.free_bytes", lambda *_: 8_000_000_000)
+    monkeypatch.setattr("lora_cli.training.sharding.free_bytes", lambda *_: 8_000_000_000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert "80% of 4.0 GB free" in " ".join(done(lora("train", write_recipe(auto(3, max_steps=1)))).stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "free"),
+    [
+        ("cuda", DistributedType.FSDP, 1000 - 4 * 8 * 8 // 2),
+        ("cuda", DistributedType.MULTI_GPU, 1000),
+        ("cpu", DistributedType.FSDP, 1000),
+    ],
+)
+def test_room_is_left_for_a_gpus_part_of_a_base_in_host_memory(
+    device: str, kind: DistributedType, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_cli.training.sharding.free_bytes", lambda _: 1000)
+    accelerator: Any = SimpleNamespace(device=torch.device(device), distributed_type=kind, num_processes=2)
+    assert free_for_activations(accelerator, torch.nn.Linear(8, 8, bias=False)) == free
 
 
 def test_the_fullest_batch() -> None:

@@ -23,7 +23,7 @@ from lora_cli.errors import RunError
 from lora_cli.model.elementwise import SwiGLU
 from lora_cli.model.memory import activation_bytes
 from lora_cli.recipe.load import load_recipe
-from lora_cli.training import activations, batch_size, setup, step
+from lora_cli.training import activations, setup, step
 from lora_cli.training.activations import choose_checkpointing
 from lora_cli.training.display import Display
 from lora_cli.training.estimate import estimate, largest_batch
@@ -478,22 +478,22 @@ def test_offloading_takes_mlps_in_parts(
     [("cuda", "plain", False), ("cuda", "checkpointed", True), ("cuda", "none", "offload"), ("cpu", "none", True)],
 )
 def test_auto_offloads_when_checkpointing_alone_would_not_do(
-    device: str, room: str, wanted: bool | str, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
+    device: str, room: str, wanted: bool | str, write_recipe: Any
 ) -> None:
     job = prepare(load_recipe(write_recipe()), resume=False, overwrite=False)
     schedule = setup.make_schedule(job, packing=False, processes=1)
     batch = largest_batch(schedule.lengths, schedule.supervised, 2, job.max_length, False)
     needed = {"plain": activation_bytes(job.config, *batch, 4, whole_logits=True), "none": 0}
     needed["checkpointed"] = activation_bytes(job.config, *batch, 4, True, whole_logits=True)
-    monkeypatch.setattr(activations, "free_bytes", lambda device: int(1.26 * needed[room]))  # of which 4/5 may be used
-    known = job, schedule, torch.float32, torch.device(device), True, True
+    free = int(1.26 * needed[room])  # of which 4/5 may be used
+    known = job, schedule, torch.float32, torch.device(device), free, True, True
     assert choose_checkpointing(*known)[0] == wanted
     assert choose_checkpointing(*known, kept=0.0)[0] == (wanted if room == "none" else False)
     assert choose_checkpointing(*known, kept=1e12)[0] == (True if device == "cpu" else "offload")
 
 
 def test_a_run_says_that_it_recomputes_activations(write_recipe: Any, lora: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(activations, "free_bytes", lambda device: 0)
+    monkeypatch.setattr("lora_cli.training.sharding.free_bytes", lambda device: 0)
     told = " ".join(done(lora("train", write_recipe({"training.max_steps": 1}))).stderr.split())
     found = re.search(
         r"gradient_checkpointing: auto -> true: a batch's activations would take about (\d+)\.\d MB", told
@@ -521,8 +521,7 @@ def test_auto_recomputes_nothing_where_the_architecture_cannot(
     on_gpt_1: Any, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No memory is free, neither for activations nor when the batch size is chosen."""
-    for module in (activations, batch_size):
-        monkeypatch.setattr(module, "free_bytes", lambda device: 0)
+    monkeypatch.setattr("lora_cli.training.sharding.free_bytes", lambda device: 0)
     told = " ".join(done(lora("train", on_gpt_1(max_steps=1))).stderr.split())
     assert "gradient_checkpointing: auto -> false: " in told and "this architecture cannot recompute them" in told
     by_itself = on_gpt_1(max_steps=1, per_device_train_batch_size="auto", gradient_accumulation_steps=2)

@@ -17,11 +17,11 @@ from lora_cli.evaluation.head import Head
 from lora_cli.evaluation.loss import summed_loss
 from lora_cli.model.elementwise import chunk_mlps
 from lora_cli.model.layers import is_8_bit
-from lora_cli.model.memory import activation_bytes, format_bytes, free_bytes, is_out_of_memory
+from lora_cli.model.memory import activation_bytes, format_bytes, is_out_of_memory
 from lora_cli.training.display import Display
 from lora_cli.training.estimate import largest_batch
 from lora_cli.training.prepare import Prepared
-from lora_cli.training.sharding import is_sharded
+from lora_cli.training.sharding import free_for_activations, is_sharded
 
 MEMORY_FRACTION = 0.8
 """Fraction of the free memory that the estimated activations may take; the rest is for what the estimate leaves out."""
@@ -47,7 +47,8 @@ def set_checkpointing(
     finds_out = is_whole_on_gpu and job.recipe.training.gradient_checkpointing == "auto"
     kept = saved_bytes_per_token(model, head, accelerator, schedule.packing, job.max_length) if finds_out else None
     recomputes = model.supports_gradient_checkpointing
-    checkpointing, why = choose_checkpointing(job, schedule, dtype, accelerator.device, head is None, recomputes, kept)
+    device, free = accelerator.device, free_for_activations(accelerator, model)
+    checkpointing, why = choose_checkpointing(job, schedule, dtype, device, free, head is None, recomputes, kept)
     if why and not streams:
         display.note(f"training.gradient_checkpointing: auto -> {str(checkpointing).lower()}: {why}")
     if checkpointing or streams:
@@ -62,30 +63,31 @@ def choose_checkpointing(
     schedule: Schedule,
     dtype: torch.dtype,
     device: torch.device,
+    free: int,
     whole_logits: bool,
     recomputes: bool,
     kept: float | None = None,
 ) -> tuple[bool | Literal["offload"], str]:
     """Return the value of ``gradient_checkpointing`` to use, and why. ``auto`` becomes False if all activations take at
-    most MEMORY_FRACTION of the free memory or the architecture does not support it (``recomputes``), else True if that
-    is enough or the device is a CPU, else "offload". ``kept`` is the bytes kept per token, if measured."""
+    most MEMORY_FRACTION of the ``free`` bytes or the architecture does not support it (``recomputes``), else True if
+    that is enough or the device is a CPU, else "offload". ``kept`` is the bytes kept per token, if measured."""
     wanted = job.recipe.training.gradient_checkpointing
     if wanted != "auto":
         return wanted, ""
     batch = largest_batch(schedule.lengths, schedule.supervised, schedule.batch_size, job.max_length, schedule.packing)
-    free = MEMORY_FRACTION * free_bytes(device)
     plain, checkpointed = (
         activation_bytes(job.config, *batch, dtype.itemsize, checkpointing, whole_logits, kept)
         for checkpointing in (False, True)
     )
-    if plain <= free:
+    room = MEMORY_FRACTION * free
+    if plain <= room:
         return False, ""
     why = (
         f"a batch's activations would take about {format_bytes(plain)}, more than {MEMORY_FRACTION:.0%} of what is free"
     )
     if not recomputes:
         return False, f"{why}, and this architecture cannot recompute them"
-    return checkpointed <= free or device.type == "cpu" or "offload", why
+    return checkpointed <= room or device.type == "cpu" or "offload", why
 
 
 def saved_bytes_per_token(

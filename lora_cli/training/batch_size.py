@@ -18,7 +18,7 @@ from lora_cli.evaluation.head import Head
 from lora_cli.evaluation.loss import summed_loss
 from lora_cli.model.adapters import trainable_parameters
 from lora_cli.model.base import pad_token_id
-from lora_cli.model.memory import activation_bytes, format_bytes, free_bytes, is_out_of_memory
+from lora_cli.model.memory import activation_bytes, format_bytes, is_out_of_memory
 from lora_cli.recipe.load import with_changes
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.activations import MEMORY_FRACTION, recompute_activations
@@ -27,7 +27,7 @@ from lora_cli.training.estimate import largest_batch
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.processes import all_reduce_max
 from lora_cli.training.same_run import with_batch_size
-from lora_cli.training.sharding import is_sharded
+from lora_cli.training.sharding import free_for_activations, is_sharded
 
 Fits = Callable[[int, bool], bool]
 """Whether a batch of this many rows fits, with recomputed activations (True) or without."""
@@ -63,7 +63,7 @@ def resolve_batch_size(
         fits, why = _by_trial(job, accelerator, model, head, packing), "the largest that ran"
     else:
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-        free = free_bytes(device) // sharing
+        free = free_for_activations(accelerator, model) // sharing
         fits = _by_estimate(job, head, packing, element_size, int(MEMORY_FRACTION * free))
         why = f"the largest whose activations are estimated to fit {MEMORY_FRACTION:.0%} of {format_bytes(free)} free"
     found = next(((count, way) for way in ways for count in divisors(rows) if fits(count, way)), None)

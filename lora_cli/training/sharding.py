@@ -16,6 +16,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lora_cli.errors import UserError
 from lora_cli.model.adapters import trainable_parameters
+from lora_cli.model.memory import free_bytes
 from lora_cli.recipe.schema import Training
 from lora_cli.training.processes import full_tensor
 from lora_cli.training.zero import ZeroOptimizer, configure, is_zero, zero_plugin
@@ -53,6 +54,15 @@ def is_sharded(accelerator: Accelerator) -> bool:
     if is_zero(accelerator):
         return int(accelerator.state.deepspeed_plugin.zero_stage) == 3
     return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+def free_for_activations(accelerator: Accelerator, model: torch.nn.Module) -> int:
+    """Return the bytes that are free on the device once it has its part of the model, before ``prepare_model`` too:
+    until then, weights that will be sharded over GPUs are in host memory."""
+    free = free_bytes(accelerator.device)
+    if accelerator.device.type == "cuda" and is_sharded(accelerator):
+        free -= sum(weight.nbytes for weight in model.parameters()) // accelerator.num_processes
+    return max(0, free)
 
 
 def prepare_model(
