@@ -178,6 +178,23 @@ def test_machines_that_would_train_otherwise_are_refused(
     assert not run_of(shared).folder.exists()
 
 
+ON_ONE_GPU = """
+import torch
+import lora_cli.cli.app
+torch.cuda.device_count = lambda: 1
+lora_cli.cli.app._SECONDS_FOR_OTHERS = 0
+"""
+
+
+def test_processes_that_would_share_a_gpu_are_refused(recipe: Callable[..., Path]) -> None:
+    """NCCL would refuse to connect them, which reads as a broken connection."""
+    shared = recipe(TWO)
+    for process in fork_lora(["train", shared], ["train", shared], first=ON_ONE_GPU):
+        assert process.exit_code == 2
+        assert "2 processes on this machine, which has 1 GPU for them" in process.stderr
+        assert "loading" not in process.stderr
+
+
 WITHOUT_LOGITS = """
 import torch.nn.functional
 

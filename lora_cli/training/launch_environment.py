@@ -62,6 +62,16 @@ def check_launch_environment() -> None:
         raise UserError(f"not a rank of {pluralize(process_count(), 'process', 'processes')}", _shown("RANK"), _REMEDY)
 
 
+def check_gpus(count: int) -> None:
+    """Raises UserError when the processes on this machine would have to share its ``count`` GPUs, if it has any: NCCL
+    connects no two processes on one."""
+    processes = _number("LOCAL_WORLD_SIZE", 1) if process_count() > 1 else 1
+    if 0 < count < processes:
+        what = f"{processes} processes on this machine, which has {pluralize(count, 'GPU')} for them"
+        hint = "start one per GPU; CUDA_VISIBLE_DEVICES names the GPUs to use, and if it is empty, the CPU trains"
+        raise UserError(what, hint=hint)
+
+
 def _shown(name: str) -> str:
     return f"{name}={os.environ[name]} (environment)"
 

@@ -22,7 +22,7 @@ from lora_cli.model.files import (
 )
 from lora_cli.model.targets import UNQUANTIZABLE_LAYERS, Target, choose_targets, compile_pattern
 from lora_cli.recipe.schema import Data, Recipe
-from lora_cli.training.launch_environment import is_first_here, process_index
+from lora_cli.training.launch_environment import check_gpus, is_first_here, process_index
 from lora_cli.training.run_folder import RunFolder
 from lora_cli.training.same_run import as_begun
 from lora_cli.training.zero_config import deepspeed_faults
@@ -192,9 +192,12 @@ def _check_weights_without_torch(recipe: Recipe, base: Path) -> None:
 def _base_with_weights(recipe: Recipe) -> Path:
     """Return the base's folder, and download the weights if it is on the hub. Raises UserError, before the download,
     for what this machine does not support."""
+    import torch
+
     from lora_cli.model.base import best_device, resolve_dtype
     from lora_cli.training.torch_compile import check_compiler
 
+    check_gpus(torch.cuda.device_count())
     resolve_dtype(recipe.model.dtype, best_device())
     check_compiler(recipe)
     base = locate(recipe.model.name_or_path, weights=True)
