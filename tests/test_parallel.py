@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,17 @@ def test_a_killed_process_ends_the_run() -> None:
     with pytest.raises(RunError, match="was killed"):
         list(parallel.in_order(forked.double_or_die, iter(range(9))))
     assert list(parallel.in_order(forked.double, iter(range(9)))) == list(range(0, 18, 2))
+
+
+@pytest.mark.usefixtures("at_once")
+def test_semaphores_that_cannot_be_made_are_told_with_their_folder() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # semaphores are files in /dev/shm
+    try:
+        with pytest.raises(RunError, match=r"File too large\n.*/dev/shm"):
+            list(parallel.in_order(forked.double, iter(range(9))))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize(("alone", "cores"), [(60.0, {0, 1}), (0.0, {0})])

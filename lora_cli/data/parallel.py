@@ -30,8 +30,8 @@ _given: list[Callable[[Any], Any]] = []
 def in_order(work: Callable[[Item], Result], items: Iterator[Item]) -> Iterator[Result]:
     """Yield ``work(item)`` for each item, in order. ``work``, items and results must be picklable.
 
-    Raises the first error in that order: any from ``work``, or a UserError from ``items``. Raises RunError when a
-    worker process is killed.
+    Raises the first error in that order: any from ``work``, or a UserError from ``items``. Raises RunError when
+    worker processes cannot be started, or one is killed.
     """
     spent = 0.0
     cores = usable_cores()
@@ -49,8 +49,13 @@ def _in_processes(work: Callable[[Item], Result], items: Iterator[Item], count: 
     item = next(items, None)
     if item is None:
         return
-    # Not forked: a copy of a process whose libraries run threads may hang.
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin, (work,))
+    try:
+        # Not forked: a copy of a process whose libraries run threads may hang.
+        pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin, (work,))
+    except OSError as error:
+        what = f"the processes that tokenize rows could not be started: {error.strerror}"
+        hint = "they need a writable /dev/shm; or give the command one core (taskset -c 0), and it starts none"
+        raise RunError(what, hint=hint) from error
     waiting: deque[Future[Result]] = deque()
     failed: UserError | None = None
     try:
