@@ -205,6 +205,15 @@ def test_a_working_directory_that_is_gone_is_told(write_recipe: Any, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_needs_no_working_directory(option: str, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    command = 'cd gone; rmdir ../gone; exec "$0" -m lora_cli "$1"'
+    arguments = ["sh", "-c", command, sys.executable, option]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and "lora" in done.stdout
+
+
 def test_an_interpreter_without_docstrings_is_told(write_recipe: Any, lora_process: Any) -> None:
     recipe = write_recipe({"training.max_steps": 1})
     for level in ("1", "2"):

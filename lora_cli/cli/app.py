@@ -48,6 +48,8 @@ app.add_typer(adapters.app, name="adapters")
 app.command("explain", cls=Command)(explain.command)
 
 
+_INFORMATION = {"--help", "-h", "--version"}
+"""Options whose answer needs no file."""
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP)
 _ROOM = 12  # up to so many faults are printed with their hints on lines of their own
 _MOST = 25  # more faults get a line each; more than this would fill the screen
@@ -78,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not debug:
                 _silence_libraries()
             _prepare_environment()
-            _check_surroundings(given)
+            if not _INFORMATION.intersection(given):
+                _check_surroundings(given)
             app(given, prog_name="lora")  # reports wrong options itself, and always raises SystemExit
     except SystemExit as ended:
         if ended.code in _STOPPED:
