@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from bad_input import ROW, Arguments, World, case
@@ -81,6 +82,30 @@ def output_in_a_folder_that_takes_none(w: World) -> Arguments:
     if os.access("/proc", os.W_OK):
         pytest.skip("root may write everywhere")
     return w.train({"training.output_dir": "/proc/run"})
+
+
+@case("no permission to write in", "run/adapter", "choose another folder")
+def run_with_an_adapter_that_may_not_be_removed(w: World) -> Arguments:
+    return ["train", _locked(w, "adapter") / "recipe.yaml", "--overwrite"]
+
+
+@case("no permission to write in", "run/checkpoints", "choose another folder")
+def run_with_checkpoints_that_may_not_be_added_to(w: World) -> Arguments:
+    return ["train", _locked(w, "checkpoints") / "recipe.yaml", "training.max_steps=3", "--resume"]
+
+
+@case("run/metrics.jsonl: no permission to write")
+def run_with_metrics_that_may_not_be_added_to(w: World) -> Arguments:
+    return ["train", _locked(w, "metrics.jsonl") / "recipe.yaml", "training.max_steps=3", "--resume"]
+
+
+def _locked(w: World, part: str) -> Path:
+    """A run with a part that may only be read, as one that another user has made."""
+    path = w.root / w.run() / part
+    path.chmod(0o555 if path.is_dir() else 0o444)
+    if os.access(path, os.W_OK):
+        pytest.skip("root may write everywhere")
+    return Path("run")
 
 
 @case("adapter.init_from is inside training.output_dir", "copy that adapter elsewhere")

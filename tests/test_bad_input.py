@@ -62,11 +62,11 @@ def world(
 
 
 def everything_in(root: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file and folder below ``root``, with its modification time and content."""
+    """Every file and folder below ``root``, with its modification time and content, if that may be read."""
     return {
         str(path.relative_to(root)): (
             path.lstat().st_mtime_ns,
-            path.read_bytes() if not path.is_symlink() and path.is_file() else b"",
+            path.read_bytes() if not path.is_symlink() and path.is_file() and os.access(path, os.R_OK) else b"",
         )
         for path in sorted(root.rglob("*"))
     }

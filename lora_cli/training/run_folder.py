@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -105,6 +106,10 @@ class RunFolder:
         for path in (self.checkpoints, self.adapter, *self.checkpoints.glob("step-????????")):
             if path.exists() and not path.is_dir():
                 raise UserError("a file is in the place of a folder of the run", str(path), "move it elsewhere")
+            check_writable(path)
+        for path in (self.metrics, self.log) if resume else ():
+            if path.exists() and not os.access(path, os.W_OK):
+                raise UserError("no permission to write", str(path), "choose another training.output_dir")
         check_unlocked(self.root)
 
     def check_untouched(self) -> None:
