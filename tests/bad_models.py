@@ -54,13 +54,44 @@ def model_of_another_kind(w: World) -> Arguments:
     return w.train({"model.name_or_path": "model"})
 
 
+SMALL = {"vocab_size": 400, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
 @case("model/config.json: a model of type 'bert' sees the tokens that it is to predict", "is_decoder: false")
 def encoder_alone(w: World) -> Arguments:
     from transformers import BertConfig, BertForMaskedLM
 
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    BertForMaskedLM(BertConfig(vocab_size=400, **sizes)).save_pretrained(w.root / w.model())
+    BertForMaskedLM(BertConfig(**SMALL)).save_pretrained(w.root / w.model())
     return w.train({"model.name_or_path": "model"})
+
+
+@case("a model of type 'bert-generation' sees the tokens", "is_decoder: false")
+def encoder_that_fills_no_masks(w: World) -> Arguments:
+    from transformers import BertGenerationConfig, BertGenerationDecoder
+
+    BertGenerationDecoder(BertGenerationConfig(**SMALL)).save_pretrained(w.root / w.model())
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("a model of type 'xlnet' sees the tokens that it is to predict")
+def model_of_permuted_text(w: World) -> Arguments:
+    from transformers import XLNetConfig, XLNetLMHeadModel
+
+    sizes = {"d_model": 8, "d_inner": 8, "n_layer": 1, "n_head": 2}
+    XLNetLMHeadModel(XLNetConfig(vocab_size=400, **sizes)).save_pretrained(w.root / w.model())
+    return w.train({"model.name_or_path": "model", "adapter.target_modules": "all-linear", "adapter.r": 2})
+
+
+@case("a model of type 'llama' sees the tokens", "is_causal: false")
+def model_for_embeddings(w: World) -> Arguments:
+    w.edit_json(w.model("llama") / "config.json", is_causal=False)
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("a model of type 'llama' sees the tokens", "is_causal: false")
+def perplexity_of_a_model_for_embeddings(w: World) -> Arguments:
+    w.edit_json(w.model("llama") / "config.json", is_causal=False)
+    return ["eval", "model", "--perplexity", "--data", w.rows(ROW)]
 
 
 @case("model", "no tokenizer", "tokenizer.json")

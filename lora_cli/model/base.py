@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from pathlib import Path
 from typing import Any, cast
@@ -43,6 +44,11 @@ from lora_cli.recipe.schema import Model, Quantization
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONFIG_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Errors that Transformers raises for a configuration with impossible values."""
+ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
+"""Types of models in which a token sees later ones unless ``is_decoder`` is set."""
+ALWAYS_BIDIRECTIONAL = {"cpmant", "xlnet"}
+BIDIRECTIONAL = {"is_causal": (False,), "use_bidirectional_attention": (True, "all"), "causal": (False,)}
+"""Keys (of any configuration, Gemma's, XLM's) and the values for which a token sees later ones."""
 transformers_logging.disable_progress_bar()
 
 
@@ -71,10 +77,15 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 
 def check_causal(config: PreTrainedConfig) -> None:
-    """Raises UserError for an encoder such as BERT, whose tokens see those that they are to predict."""
-    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_encoder_decoder
-    if is_encoder and not getattr(config, "is_decoder", True):
-        what = f"a model of type '{config.model_type}' sees the tokens that it is to predict (is_decoder: false)"
+    """Raises UserError for a model whose tokens see those that they are to predict: an encoder such as BERT, or a
+    decoder that its configuration makes one, as models for embeddings are."""
+    kind, stated = config.model_type, config.get_text_config()
+    is_encoder = kind in ENCODERS and not config.is_encoder_decoder
+    keys = BIDIRECTIONAL | ({"is_decoder": (False,)} if is_encoder else {})
+    found = {key: getattr(stated, key, None) for key in keys}
+    seen = [f" ({key}: {json.dumps(value)})" for key, value in found.items() if value in keys[key]]
+    if seen or kind in ALWAYS_BIDIRECTIONAL:
+        what = f"a model of type '{kind}' sees the tokens that it is to predict{seen[0] if seen else ''}"
         where = str(Path(config.name_or_path or "") / "config.json")
         raise UserError(what, where, "lora trains only models that generate text")
 

@@ -63,9 +63,10 @@ def rows_for(base: Path, adapter: Path | None, data: Data, recipe: Recipe | None
     from lora_cli.data.examples import check_ids, cut_for_evaluation
     from lora_cli.data.tokenize import tokenize
     from lora_cli.model.adapters import resize_embeddings
-    from lora_cli.model.base import load_config, load_tokenizer, max_positions, meta_model
+    from lora_cli.model.base import check_causal, load_config, load_tokenizer, max_positions, meta_model
 
     config = load_config(base)
+    check_causal(config)
     bare = meta_model(config)
     check_weights(base, bare)
     if adapter is not None:
