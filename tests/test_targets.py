@@ -90,6 +90,11 @@ ALL_LINEAR: dict[str, tuple[dict[str, Any], set[str]]] = {
     # Mamba's forward pass reads the weights of dt_proj and out_proj directly, bypassing an adapter.
     "Mamba": ({"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}, {"in_proj", "x_proj"}),
     "FalconMamba": ({"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}, {"in_proj", "x_proj"}),
+    # BART's decoder, used alone, attends to no encoder.
+    "Bart": (
+        {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 24},
+        {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
+    ),
     # No text goes through the vision tower, whose layers have some of these names and others (out_proj, fc1).
     "Gemma3": (
         {"text_config": SIZES | {"num_key_value_heads": 2, "vocab_size": 50}}
@@ -115,8 +120,16 @@ def test_all_linear_names_what_an_adapter_reaches(name: str) -> None:
     assert learning == {f"base_model.model.{layer}.lora_B.default.weight": True for layer in found}
 
 
-def test_a_norm_whose_weight_has_a_row_for_each_head_is_no_layer(tmp_path: Path) -> None:
-    """Command R+ has such norms. If one counted as a layer, the number of heads would limit the rank."""
-    config = transformers.CohereConfig(vocab_size=50, use_qk_norm=True, **SIZES)
+@pytest.mark.parametrize("name", ["Cohere", "Bert"])
+def test_a_tensor_that_is_no_layer_does_not_limit_the_rank(name: str, tmp_path: Path) -> None:
+    """Command R+ has norms with a row for each head, BERT an embedding of two rows."""
+    special = {"Cohere": {"use_qk_norm": True}, "Bert": {"is_decoder": True}}[name]
+    config = getattr(transformers, f"{name}Config")(vocab_size=50, **SIZES, **special)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert stored_layers(tmp_path).keys() == adaptable_layers(meta_model(config)).keys()
+
+
+def test_towers_for_images_are_not_adapted() -> None:
+    config = transformers.GitConfig(vision_config=SIZES | {"image_size": 28, "patch_size": 14}, **SIZES)
+    layers = adaptable_layers(meta_model(config))
+    assert layers and all(name.startswith(("git.encoder.", "output")) for name in layers)

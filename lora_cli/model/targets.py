@@ -21,6 +21,13 @@ BYPASSED_WEIGHTS = {
 """Layer names, and the model types that read such a layer's weight past an adapter (by Mamba's kernels or without
 them), clip it in training (Gemma 3n), or use it for long rows only (Doge). The adapter would learn nothing, and PEFT
 refuses some. DeepSeek-V4's layer multiplies parts of its input separately, PEFT's adapter the whole input."""
+UNTRAINED = re.compile(
+    r"(.+\.)?(indexer|encoder_attn|crossattention|cross_attn|pooler|image_encoder|visual_projection|image_embed|audio_embed"
+    r"|\w+_adapter_list)(\..+)?"
+)
+"""Matches layers in parts of a model that get no gradient here: the indexer that selects tokens for sparse attention
+(DeepSeek-V3.2), attention to an encoder's output (BART's decoder), BigBird's pooler, towers for images and sound inside
+a text model (GIT, Phi-4-multimodal), and the adapters of Zamba2's shared layers, of which each layer uses its own."""
 COEFFICIENTS = ("correction_coefs", "prediction_coefs")
 UNQUANTIZABLE_LAYERS = {"mamba": ("dt_proj",), "gemma3n": COEFFICIENTS, "gemma3n_text": COEFFICIENTS}
 """Model types whose forward pass directly multiplies by a layer's weight or clips it, and these layers. They cannot be
@@ -38,9 +45,9 @@ class Target:
 
 
 def bypasses_adapter(name: str, model_type: str) -> bool:
-    """Whether models of this type read the layer's weight past an adapter, or the layer belongs to the indexer that
-    selects tokens for sparse attention (DeepSeek-V3.2), through which no gradient flows."""
-    return ".indexer." in name or model_type in BYPASSED_WEIGHTS.get(_leaf(name), ())
+    """Whether models of this type read the layer's weight past an adapter, or the layer belongs to a part of the model
+    through which no text or no gradient goes."""
+    return UNTRAINED.fullmatch(name) is not None or model_type in BYPASSED_WEIGHTS.get(_leaf(name), ())
 
 
 def choose_targets(

@@ -78,7 +78,8 @@ def stored_layers(folder: Path) -> dict[str, Target] | None:
     layers = {}
     for name, info in read_headers(weight_files(folder)).items():
         layer, _, kind = name.rpartition(".")
-        is_other = layer.rpartition(".")[2] in EMBEDDINGS or layer.endswith("norm")  # Cohere's are (heads, head_dim)
+        # Cohere's norms are (heads, head_dim); BERT names embeddings token_type_embeddings.
+        is_other = layer.rpartition(".")[2] in EMBEDDINGS or layer.endswith(("norm", "_embeddings"))
         is_linear = kind == "weight" and len(info.shape) == 2 and not is_other
         if is_linear and not bypasses_adapter(layer, config.get("model_type", "")):
             layers[layer] = Target(layer, info.shape[1], info.shape[0])
