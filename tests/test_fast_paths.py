@@ -96,6 +96,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str | None, bool]] = {
         None,
         False,
     ),
+    "prophetnet, whose head computes several streams of logits": (
+        "ProphetNet",
+        {"vocab_size": 97, "hidden_size": 32, "num_decoder_layers": 1, "num_decoder_attention_heads": 2}
+        | {"decoder_ffn_dim": 48, "num_encoder_layers": 1, "num_encoder_attention_heads": 2, "encoder_ffn_dim": 48},
+        None,
+        False,
+    ),
 }
 """Configuration class, its arguments, the attention of packed rows (None: rows are padded instead), and whether the
 loss is computed in chunks."""

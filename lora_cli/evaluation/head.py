@@ -17,7 +17,8 @@ from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lora_cli.model.layers import relative_error, trial_ids
+from lora_cli.model.layers import FORWARD_ERRORS, relative_error, trial_ids
+from lora_cli.model.memory import is_out_of_memory
 from lora_cli.model.shapes import rounded_size
 from lora_cli.model.swiglu import HAS_LIGER
 
@@ -199,8 +200,13 @@ def frozen_head(model: PreTrainedModel | PeftModel) -> Head | None:
     ids = trial_ids(model, 8)[None]
     taken: list[torch.Tensor] = []
     wanted = model(input_ids=ids, use_cache=False).logits[0].float()
-    with head.intercept_input(taken.append):
-        model(input_ids=ids, use_cache=False)
+    try:
+        with head.intercept_input(taken.append):
+            model(input_ids=ids, use_cache=False)
+    except FORWARD_ERRORS as error:  # it uses its logits, of which there are none (ProphetNet)
+        if is_out_of_memory(error):
+            raise
+        return None
     found = head.logits(taken[0][0]) if taken else wanted[:0]
     if found.shape != wanted.shape:
         return None
