@@ -525,6 +525,23 @@ def test_an_environment_of_several_processes_that_could_not_connect(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("ACCELERATE_USE_CPU", "perhaps", "ACCELERATE_USE_CPU (environment): Accelerate refuses its configuration"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron is not installed"),
+        ("HF_HUB_ETAG_TIMEOUT", "soon", "HF_HUB_ETAG_TIMEOUT=soon (environment): a library does not accept it"),
+    ],
+)
+def test_a_variable_that_a_library_refuses_is_named(
+    name: str, value: str, expected: str, write_recipe: Any, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "lora_cli", "train", write_recipe({})]
+    done = subprocess.run(command, env=os.environ | {name: value}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("environment", [{"WORLD_SIZE": ""}, {"RANK": "1"}, {"WORLD_SIZE": "2", "RANK": "1"}])
 def test_other_commands_run_as_one_process_whatever_the_environment_says(
     environment: dict[str, str], lora_process: Any, tmp_path: Path

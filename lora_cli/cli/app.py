@@ -6,6 +6,7 @@ import errno
 import gc
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -50,6 +51,12 @@ app.command("explain", cls=Command)(explain.command)
 
 _INFORMATION = {"--help", "-h", "--version"}
 """Options whose answer needs no file."""
+_REFUSED_VALUE = re.compile(
+    r"invalid truth value (.+)|invalid literal for int\(\) with base \d+: '(.+)'"
+    r"|could not convert string to float: '(.+)'|'(.+?)' is not a valid "
+    r"|Unknown level: '(.+)'|device string: (.+)|Invalid log settings: ([^,]+)"
+)
+"""How Python and the libraries name a text that they cannot read."""
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP)
 _ROOM = 12  # up to so many faults are printed with their hints on lines of their own
 _MOST = 25  # more faults get a line each; more than this would fill the screen
@@ -106,6 +113,7 @@ def _prepare_environment() -> None:
     limit_spinning()
     # Otherwise bitsandbytes imports torch's compiler, which takes 1.5 s, for functions that are not used here.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    os.environ["MPLBACKEND"] = "agg"  # curves go to a file, and matplotlib cannot be imported with an unknown one
     if os.environ.get("LOGLEVEL") not in logging.getLevelNamesMapping():
         os.environ.pop("LOGLEVEL", None)  # other programs take 'debug', with which torch cannot be imported
 
@@ -140,7 +148,20 @@ def _as_lora_error(error: Exception, given: Sequence[str]) -> LoraError | None:
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("lora_cli"):
         hint = "install what lora requires into this environment ('pip check' lists it)"
         return RunError(f"a library could not be imported: {error}", hint=hint)
-    return _out_of_memory_error(error, given) if isinstance(error, RuntimeError | MemoryError) else None
+    if isinstance(error, RuntimeError | MemoryError) and (failure := _out_of_memory_error(error, given)):
+        return failure
+    return _refused_variable(error)
+
+
+def _refused_variable(error: Exception) -> UserError | None:
+    """Return the error to report when a library does not accept the value of an environment variable, else None."""
+    found = _REFUSED_VALUE.search(str(error))
+    value = next(filter(None, found.groups()), "").strip().lower() if found else ""
+    names = [name for name, given in os.environ.items() if value and given.strip().lower() == value]
+    if not names:
+        return None
+    where = f"{' or '.join(f'{name}={os.environ[name]}' for name in names)} (environment)"
+    return UserError(f"a library does not accept it: {error}", where, "unset it, or give it a valid value")
 
 
 def _refused_by_the_system(error: OSError) -> LoraError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from lora_cli.errors import UserError
+from lora_cli.errors import UserError, first_few
 from lora_cli.model.adapters import trainable_parameters
 from lora_cli.model.memory import free_bytes
 from lora_cli.recipe.schema import Training
@@ -24,29 +26,48 @@ from lora_cli.training.zero import ZeroOptimizer, configure, is_zero, zero_plugi
 WAIT = timedelta(hours=3)
 """How long processes wait for one another, also while one quantizes a base. NCCL's own 10 minutes are too short."""
 
+CONFIGURATION = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "FP8_")
+"""The beginnings of the names of variables through which a launcher configures Accelerate."""
+
 
 def make_accelerator(training: Training, dtype: torch.dtype) -> Accelerator:
     """Create the Accelerator that the recipe, or else a launcher's own configuration, asks for.
 
-    Raises UserError for FSDP 1, whose flat parameters hide which tensors are the adapter's.
+    Raises UserError for a launcher's configuration that Accelerate refuses, and for FSDP 1, whose flat parameters hide
+    which tensors are the adapter's.
     """
-    plugins = {"fsdp_plugin": _fsdp_plugin(training), "deepspeed_plugin": zero_plugin(training)}
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no"),
-        log_with=list(training.report_to) or None,
-        project_dir=training.output_dir,
-        # Given as a number, Accelerate would let a launcher's number win, and divide every gradient by it.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
-        **plugins,
-    )
+    with _launcher_configuration():
+        plugins = {"fsdp_plugin": _fsdp_plugin(training), "deepspeed_plugin": zero_plugin(training)}
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no"),
+            log_with=list(training.report_to) or None,
+            project_dir=training.output_dir,
+            # Given as a number, Accelerate would let a launcher's number win, and divide every gradient by it.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
+            **plugins,
+        )
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         _shard_on_cpu(accelerator, plugins["fsdp_plugin"], plugins["deepspeed_plugin"])
     if is_zero(accelerator):
         configure(accelerator.state.deepspeed_plugin, training, accelerator.num_processes)
         unset_hf_deepspeed_config()  # else from_pretrained would keep only a part of the base, before it is checked
     return accelerator
+
+
+@contextmanager
+def _launcher_configuration() -> Iterator[None]:
+    """Raise UserError when the block fails and the environment configures Accelerate, as its launcher does."""
+    try:
+        yield
+    except (AssertionError, ImportError, LookupError, ValueError) as error:
+        names = sorted(name for name in os.environ if name.startswith(CONFIGURATION))
+        if not names:
+            raise
+        what = f"Accelerate refuses its configuration: {' '.join(str(error).split())}"
+        hint = "unset what is wrong, or correct the configuration that accelerate launch reads"
+        raise UserError(what, f"{first_few(names, 5)} (environment)", hint) from error
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
