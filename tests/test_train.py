@@ -414,6 +414,35 @@ def test_the_table_of_targets_and_the_share(train: Callable[..., Run], write_rec
     assert result.json["trainable_parameters"] == trained
 
 
+def test_ranks_and_variants_are_told_as_they_are_trained(
+    tiny_llama: Path, train: Callable[..., Run], write_recipe: Any, tmp_path: Path, lora: Any
+) -> None:
+    """The table counts DoRA's magnitudes and the ranks of an adapter that gives each layer its own."""
+    start = make_adapter(
+        "llama",
+        tiny_llama,
+        tmp_path / "start",
+        use_dora=True,
+        rank_pattern={"down_proj": 2},
+        alpha_pattern={"v_proj": 1},
+    )
+    adapter = {"r": R, "lora_alpha": ALPHA, "use_dora": True, "target_modules": "all-linear", "init_from": start}
+    changes = {"model.name_or_path": tiny_llama, "adapter": adapter, **ONE_STEP}
+    result = done(lora("train", write_recipe(changes), "--json"))
+    run = Run(tmp_path / "run")
+    told = {
+        row[1]: int(row[2].replace(",", ""))
+        for row in re.findall(r"(\.(\w+)) .* -> \d+ +([\d,]+)$", result.stderr, re.M)
+    }
+    counted: dict[str, int] = {}
+    for name, tensor in run.tensors.items():
+        layer = name.partition(".lora_")[0].rpartition(".")[2]
+        counted[layer] = counted.get(layer, 0) + tensor.numel()
+    assert told == counted and sum(told.values()) == result.json["trainable_parameters"]
+    card = (run.folder / "adapter" / "README.md").read_text()
+    assert f"\nRank 2-{R}, alpha 1-{ALPHA:g}, DoRA; {sum(told.values()):,} trained parameters" in card
+
+
 def test_a_used_folder_is_refused(train: Callable[..., Run], write_recipe: Any, lora: Any) -> None:
     run = train({"training.max_steps": 1})
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}

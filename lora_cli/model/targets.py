@@ -156,11 +156,13 @@ def _what_exists(layers: Iterable[str]) -> str:
     return "linear layers here: " + ", ".join(f"{name} (x{count})" for name, count in counts.items())
 
 
-def describe(targets: Iterable[Target], r: int) -> list[tuple[str, int, str, int]]:
-    """Rows of a table: pattern with the layer numbers left out, count, widths, trainable parameters of rank ``r``."""
-    groups = Counter(
-        (re.sub(r"\.\d+\.", ".*.", target.name), target.in_features, target.out_features) for target in targets
-    )
+def describe(targets: Iterable[Target], parameters: Mapping[str, int]) -> list[tuple[str, int, str, int]]:
+    """Rows of a table: pattern with the layer numbers left out, number of layers, widths, and the sum of the layers'
+    trained ``parameters``, which are given by module name."""
+    groups: dict[tuple[str, int, int], list[int]] = {}
+    for target in targets:
+        pattern = re.sub(r"\.\d+\.", ".*.", target.name)
+        groups.setdefault((pattern, target.in_features, target.out_features), []).append(parameters[target.name])
     return [
-        (pattern, count, f"{wide} -> {out}", count * r * (wide + out)) for (pattern, wide, out), count in groups.items()
+        (pattern, len(numbers), f"{wide} -> {out}", sum(numbers)) for (pattern, wide, out), numbers in groups.items()
     ]

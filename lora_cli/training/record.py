@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 
 from lora_cli.data.audit import ends_without_stop
 from lora_cli.errors import Fault, first_few, pluralize
@@ -22,6 +24,8 @@ from lora_cli.training.display import Display, peak_memory
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.processes import shape_of
 from lora_cli.training.setup import Trainer, unwrap
+from lora_cli.weights.adapter_config import PEFT_PREFIX
+from lora_cli.weights.catalogue import VARIANTS
 from lora_cli.weights.provenance import PROVENANCE, base_record, now, versions
 
 
@@ -29,7 +33,7 @@ def report_setup(trainer: Trainer) -> None:
     """Report what will be trained and on which rows, before the first step."""
     job, display = trainer.job, trainer.display
     trainable, total = count_parameters(trainer)
-    rows = describe(job.targets, job.recipe.adapter.r)
+    rows = describe(job.targets, _parameters_per_layer(trainer))
     display.table("adapted layers", ["module", "layers", "in -> out", "parameters"], rows)
     display.note(f"trainable: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     examples = job.train.examples
@@ -54,6 +58,14 @@ def count_parameters(trainer: Trainer) -> tuple[int, int]:
     """Count trained and all parameters; the base's by its skeleton, since sharded codes do not show their number."""
     trained = sum(shape_of(weight).numel() for _, weight in trainer.trained)
     return trained, trained + sum(weight.numel() for weight in meta_model(trainer.job.config).parameters())
+
+
+def _parameters_per_layer(trainer: Trainer) -> Counter[str]:
+    """Count each adapted layer's trained parameters, by module name."""
+    counts: Counter[str] = Counter()
+    for name, weight in trainer.trained:
+        counts[name.removeprefix(PEFT_PREFIX).partition(".lora_")[0]] += shape_of(weight).numel()
+    return counts
 
 
 def report_rows(job: Prepared, display: Display) -> None:
@@ -182,19 +194,23 @@ def write_adapter(trainer: Trainer, folder: Path, weights: Mapping[str, torch.Te
     """
     model, recipe = unwrap(trainer), trainer.job.recipe
     config = model.peft_config[model.active_adapter]
+    assert isinstance(config, LoraConfig)
     config.base_model_name_or_path = info["base"]["name_or_path"]
     model.save_pretrained(str(folder), True, state_dict=dict(weights), save_embedding_layers=False)
     save_tokenizer(trainer.job.tokenizer, folder)
     kept = {key: info[key] for key in ("versions", "dtype", "base", "data", "finished", "result")}
     provenance = kept | {"recipe": recipe.model_dump(mode="json")}
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(recipe, info), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(recipe, config, info), encoding="utf-8")
 
 
-def model_card(recipe: Recipe, info: dict[str, Any]) -> str:
-    """Return the adapter's README.md: its settings, its training data and its validation scores."""
+def model_card(recipe: Recipe, config: LoraConfig, info: dict[str, Any]) -> str:
+    """Return the adapter's README.md: its settings, its training data and its validation scores. ``config`` is PEFT's,
+    which may have other ranks for some layers than the recipe, if training began with another adapter."""
     base, data, result = info["base"], info["data"], info["result"]
     quantized = f", trained on the base in {recipe.quantization.method}" if recipe.quantization else ""
+    kind = f"Rank {_range(config, 'r', 'rank_pattern')}, alpha {_range(config, 'lora_alpha', 'alpha_pattern')}"
+    kind += "".join(f", {name}" for key, name in VARIANTS.items() if getattr(config, key))
     peak = recipe.training.learning_rate
     best = ""
     if result["adapter_step"] != result["steps"]:
@@ -203,8 +219,8 @@ def model_card(recipe: Recipe, info: dict[str, Any]) -> str:
         "---\nlibrary_name: peft\npipeline_tag: text-generation\n"
         f"base_model: {json.dumps(base['name_or_path'])}\ntags: [lora, peft]\n---",
         f"# LoRA adapter for {Path(base['name_or_path']).name}",
-        f"Rank {recipe.adapter.r}, alpha {recipe.adapter.lora_alpha:g}{quantized}; {result['trainable_parameters']:,} "
-        f"trained parameters, {pluralize(result['steps'], 'step')} at a peak learning rate of {peak:g}.",
+        f"{kind}{quantized}; {result['trainable_parameters']:,} trained parameters, "
+        f"{pluralize(result['steps'], 'step')} at a peak learning rate of {peak:g}.",
         f"Base fingerprint: `{base['fingerprint'][:16]}`. Training data: {pluralize(data['rows'], 'row')} "
         f"({data['supervised_tokens']:,} supervised tokens).{best}",
     ]
@@ -215,3 +231,9 @@ def model_card(recipe: Recipe, info: dict[str, Any]) -> str:
     load = "model = AutoPeftModelForCausalLM.from_pretrained(path_of_this_folder)"
     paragraphs.append(f"```python\nfrom peft import AutoPeftModelForCausalLM\n{load}\n```\n")
     return "\n\n".join(paragraphs)
+
+
+def _range(config: LoraConfig, key: str, pattern: str) -> str:
+    """Return the lowest and the highest value that a key has in any layer as text, one value if they are equal."""
+    values = (getattr(config, key), *getattr(config, pattern).values())
+    return "-".join(dict.fromkeys(f"{value:g}" for value in (min(values), max(values))))
