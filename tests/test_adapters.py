@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -93,6 +94,19 @@ def test_what_is_shown_is_told_in_words(train: Callable[..., Run], tmp_path: Pat
     assert made == f"{tmp_path / 'sum'}: 4 layers of rank 8 by cat, {megabytes:,.1f} MB\n"
     text = done(lora("adapters", "show", tmp_path / "sum")).stdout
     assert re.search(rf"^made of: +compose of {re.escape(', '.join(map(str, parts)))}$", text, re.MULTILINE), text
+
+
+def test_layers_are_named_in_the_same_order_in_every_process(
+    tiny_llama: Path, train: Callable[..., Run], tmp_path: Path, lora: Any
+) -> None:
+    """PEFT keeps names in a set, whose order each process draws anew."""
+    changes = {"model.name_or_path": tiny_llama, "adapter.target_modules": "all-linear", "training.max_steps": 1}
+    run = train(changes | {"training.warmup_steps": 0})
+    other = shutil.copytree(run.folder / "adapter", tmp_path / "other")
+    done(lora("adapters", "compose", f"{run.folder}=1", f"{other}=1", "--out", tmp_path / "sum"))
+    for folder in (run.folder / "adapter", tmp_path / "sum"):
+        names = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+        assert names == sorted(names) and len(names) == 14
 
 
 def test_kinds_ranks_and_what_cannot_be_read(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:

@@ -196,6 +196,8 @@ def write_adapter(trainer: Trainer, folder: Path, weights: Mapping[str, torch.Te
     config = model.peft_config[model.active_adapter]
     assert isinstance(config, LoraConfig)
     config.base_model_name_or_path = info["base"]["name_or_path"]
+    if not isinstance(config.target_modules, str):  # PEFT's set is in another order in each process
+        config.target_modules = sorted(config.target_modules or ())
     model.save_pretrained(str(folder), True, state_dict=dict(weights), save_embedding_layers=False)
     save_tokenizer(trainer.job.tokenizer, folder)
     kept = {key: info[key] for key in ("versions", "dtype", "base", "data", "finished", "result")}

@@ -177,6 +177,7 @@ def write_plain_config(draft: Path, base: str, ranks: Mapping[str, int], fan_in_
         fan_in_fan_out=fan_in_fan_out,
         **rank_keys({layer: (rank, 1.0) for layer, rank in ranks.items()}),
     )
+    config.target_modules = sorted(ranks)  # PEFT's set is in another order in each process
     config.save_pretrained(str(draft))
 
 
