@@ -79,6 +79,9 @@ def test_what_is_shown_is_told_in_words(train: Callable[..., Run], tmp_path: Pat
     text = done(lora("adapters", "show", run.folder)).stdout.splitlines()
     told = dict(line.split(":", 1) for line in text if ":" in line)
     told = {name: value.strip() for name, value in told.items()}
+    header, row = done(lora("adapters", "list", run.folder)).stdout.splitlines()
+    columns = [row[header.index(name) :].split()[0] for name in ("  loss", "best loss")]
+    assert columns == [f"{losses[-1]:.4f}", f"{best:.4f}"], "the adapter has the last weights, not the best"
     size = (run.folder / "adapter" / "adapter_model.safetensors").stat().st_size
     numbers = sum(tensor.numel() for tensor in run.tensors.values())
     assert told["alpha"] == "8" and told["size"] == f"{numbers:,} parameters, {size / 1e6:,.1f} MB"
@@ -139,7 +142,8 @@ def test_kinds_ranks_and_what_cannot_be_read(tiny_llama: Path, tmp_path: Path, l
     assert (plain["kind"], plain["ranks"]) == ("LORA rsLoRA", [R, 7])
     assert embedding["targets"] == ["embed_tokens", "v_proj"]
     assert (other["kind"], other["ranks"], other["targets"]) == ("IA3", [], ["k_proj"])
-    assert all(entry["best_loss"] is None and entry["data"] is None for entry in result["adapters"])
+    for key in ("validation_loss", "best_loss", "data"):
+        assert all(entry[key] is None for entry in result["adapters"])
     assert len(result["warnings"]) == 1 and str(tmp_path / "d") in result["warnings"][0]
     shown = done(lora("adapters", "show", tmp_path / "a" / "plain")).stdout
     assert f"{ALPHA:g} in part\n" in shown and "LORA rsLoRA" in shown and f"{tiny_llama} (there)" in shown

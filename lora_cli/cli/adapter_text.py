@@ -20,7 +20,7 @@ def entry_row(entry: Entry) -> list[str]:
         f"{entry.bytes / 1e6:,.1f}",
         Path(entry.base).name if entry.base else "",
         entry.data or "",
-        "" if entry.best_loss is None else f"{entry.best_loss:.4f}",
+        *("" if loss is None else f"{loss:.4f}" for loss in (entry.validation_loss, entry.best_loss)),
         entry.date[:10],
         " ".join((*entry.targets, *entry.whole)),
     ]

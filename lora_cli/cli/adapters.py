@@ -45,7 +45,7 @@ def list_command(
         return jsonlib.dumps({"adapters": [dataclasses.asdict(entry) for entry in entries], "warnings": messages})
     if not entries:
         return f"no adapters in {folder}"
-    header = ["adapter", "kind", "r", "MB", "base", "data", "best loss", "date", "layers"]
+    header = ["adapter", "kind", "r", "MB", "base", "data", "loss", "best loss", "date", "layers"]
     return "\n".join(table_lines(header, map(entry_row, entries)))
 
 

@@ -34,7 +34,8 @@ class AdaptedLayer:
 class Entry:
     """An adapter in a listing. ``ranks`` are its distinct ranks, empty for other kinds than LoRA. ``whole`` names what
     it holds besides LoRA's factors, such as a fully trained head. ``bytes`` is the size of its weights file,
-    ``best_loss`` its run's lowest validation loss, and ``date`` its time of creation in UTC."""
+    ``validation_loss`` that of its weights, ``best_loss`` its run's lowest, which other weights may have had, and
+    ``date`` its time of creation in UTC."""
 
     path: str
     kind: str
@@ -45,6 +46,7 @@ class Entry:
     bytes: int
     base: str | None
     data: str | None
+    validation_loss: float | None
     best_loss: float | None
     date: str
 
@@ -81,7 +83,7 @@ def describe(folder: Path) -> Entry:
     weights = folder / ADAPTER_WEIGHTS
     layers, headers = lora_layers(folder), read_headers([weights])
     made = datetime.fromtimestamp(weights.stat().st_mtime, UTC).isoformat(timespec="seconds")
-    best = nested_value(record, "result", "best", "loss")
+    own, best = (nested_value(record, "result", name, "loss") for name in ("validation", "best"))
     return Entry(
         path=str(folder),
         kind=" ".join([str(config["peft_type"]), *(word for key, word in VARIANTS.items() if config.get(key))]),
@@ -92,6 +94,7 @@ def describe(folder: Path) -> Entry:
         bytes=weights.stat().st_size,
         base=named_base(folder)[0] or None,
         data=_data(nested_value(record, "recipe", "data", "train")),
+        validation_loss=own if isinstance(own, float) else None,
         best_loss=best if isinstance(best, float) else None,
         date=str(record.get("finished") or made),
     )
