@@ -131,7 +131,9 @@ class Data(Section):
         "each given as text or as a mapping with path, weight, name and split."
     )
     validation: Share | Text | Sources | None = Field(
-        None, description="A share of the training rows to hold out (e.g. 0.05), or rows given as in train; null: none."
+        None,
+        description="A share of the training rows to hold out (e.g. 0.05), drawn with training.seed, or rows given as "
+        "in train; null: none.",
     )
     format: Literal["auto", "text", "prompt_completion", "alpaca", "chat", "template"] = Field(
         "auto",
@@ -191,7 +193,13 @@ class Training(Section):
     """Optimization, evaluation and what is kept."""
 
     output_dir: str = Field(min_length=1, description="The run's folder; the run creates it.")
-    seed: int = Field(42, ge=0, lt=2**32, description="Seed of the adapter's first weights, order of rows and dropout.")
+    seed: int = Field(
+        42,
+        ge=0,
+        lt=2**32,
+        description="Seed of the adapter's first weights, of the order of rows, of dropout, and of the rows that a "
+        "share in data.validation holds out; to compare seeds, give validation rows of their own.",
+    )
     num_train_epochs: float = Field(3.0, gt=0, le=100_000, description="Passes over the data; may be a fraction.")
     max_steps: Annotated[int, Field(ge=1, le=99_999_999)] | None = Field(  # checkpoints' names have eight digits
         None, description="Optimizer steps to take, instead of num_train_epochs."
