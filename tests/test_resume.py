@@ -563,6 +563,28 @@ def test_resume_refuses_changed_rows_and_another_base_before_loading_it(
     assert files_of(run) == before
 
 
+def test_a_run_knows_the_adapter_that_it_began_with(
+    train: Callable[..., Run], write_recipe: Any, tmp_path: Path, lora: Any
+) -> None:
+    """Records, model card and ``adapters show`` name it, and a run that was stopped goes on from no other."""
+    start = shutil.copytree(train({"training.max_steps": 1}).folder / "adapter", tmp_path / "start")
+    run = train({"adapter.init_from": start, "training.max_steps": 1})
+    file = start / "adapter_model.safetensors"
+    known = {"name_or_path": str(start), "fingerprint": hashlib.sha256(file.read_bytes()).hexdigest()}
+    record = json.loads((run.folder / "adapter" / "provenance.json").read_text())
+    assert run.info["init_from"] == record["init_from"] == known
+    assert f"Training began with the adapter `{start}`." in (run.folder / "adapter" / "README.md").read_text()
+    assert re.search(rf"^began with: +{start}$", done(lora("adapters", "show", run.folder)).stdout, re.MULTILINE)
+
+    shutil.rmtree(run.folder / "checkpoints")
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    before = files_of(run)
+    result = lora("train", run.folder / "recipe.yaml", "--resume")
+    assert result.exit_code == 2 and "loading" not in result.stderr
+    assert "--resume: the adapter of init_from has changed since the run began" in result.stderr
+    assert files_of(run) == before
+
+
 def one_number(base: Path) -> None:
     """Change a single element of the embedding."""
     with edited_weights(base) as weights:

@@ -43,6 +43,7 @@ def facts(result: dict[str, Any]) -> dict[str, str]:
         "size": f"{result['parameters']:,} parameters, {result['bytes'] / 1e6:,.1f} MB",
         "base": f"{result['base']} ({result['base_state']})" if result["base"] else None,
         "base fingerprint": nested_value(record, "base", "fingerprint"),
+        "began with": nested_value(record, "init_from", "name_or_path"),
         "data": result["data"],
         "data fingerprint": nested_value(record, "data", "fingerprint"),
         "validation loss": ", ".join(losses),

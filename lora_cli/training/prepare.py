@@ -29,7 +29,7 @@ from lora_cli.training.zero_config import deepspeed_faults
 from lora_cli.weights.check_adapter import check_adapter
 from lora_cli.weights.check_model import check_directly_read_weights, check_weights, stored_layers
 from lora_cli.weights.fingerprint import fingerprint
-from lora_cli.weights.init_from import check_start, start_of
+from lora_cli.weights.init_from import check_start, start_of, start_record
 from lora_cli.weights.provenance import check_base
 from lora_cli.weights.shards import check_complete
 
@@ -46,8 +46,9 @@ FLASH_PACKAGES = ("flash_attn", "flash_attn_interface", "kernels")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has passed every check. ``resume`` is whether there is a run to continue, ``unused_columns`` the rows'
-    columns that no format reads, ``tokenized`` the rows that are still to be published."""
+    """A run that has passed every check. ``resume`` is whether there is a run to continue, ``start`` the record of the
+    adapter that training starts from, ``unused_columns`` the rows' columns that no format reads, ``tokenized`` the rows
+    that are still to be published."""
 
     recipe: Recipe
     resume: bool
@@ -55,6 +56,7 @@ class Prepared:
     folder: RunFolder
     base: Path
     base_digest: str
+    start: dict[str, str]
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     targets: list[Target]
@@ -85,6 +87,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     tokenizer = load_tokenizer(base)
     targets = _targets(recipe, base, config)
     digest = fingerprint(base)
+    start = start_record(recipe.adapter)
 
     max_length = min(recipe.data.max_length, max_positions(config) or recipe.data.max_length)
     tokenized = _tokenized(recipe, tokenizer, folder.cache)
@@ -94,7 +97,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
             check_ids(examples, config.get_text_config().vocab_size, str(base))
     if goes_on:
         held_out = validation.fingerprint if validation is not None else None
-        folder.check_same_content(digest, train.examples.fingerprint, held_out)
+        folder.check_same_content(digest, start.get("fingerprint"), train.examples.fingerprint, held_out)
     return Prepared(
         recipe=recipe,
         resume=goes_on,
@@ -102,6 +105,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
         folder=folder,
         base=base,
         base_digest=digest,
+        start=start,
         config=config,
         tokenizer=tokenizer,
         targets=targets,

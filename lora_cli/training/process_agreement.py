@@ -16,9 +16,6 @@ from lora_cli.data.sources import sources_of
 from lora_cli.errors import Fault, UserError
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.same_run import flat_keys
-from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS
-from lora_cli.weights.fingerprint import file_sha256
-from lora_cli.weights.init_from import start_of
 
 PATH_KEYS = {
     "model.name_or_path",
@@ -55,7 +52,7 @@ def check_agreement(job: Prepared, accelerator: Accelerator, dtype: str) -> None
 def run_signature(job: Prepared, dtype: str) -> Account:
     """Return what this process is about to train, as JSON values."""
     recipe = job.recipe
-    deepspeed, start = recipe.training.deepspeed, start_of(recipe.adapter)
+    deepspeed = recipe.training.deepspeed
     return {
         **{key: value for key, value in flat_keys(recipe.model_dump(mode="json")).items() if key not in PATH_KEYS},
         "--resume": job.resume,
@@ -65,7 +62,7 @@ def run_signature(job: Prepared, dtype: str) -> Account:
         "the validation rows' fingerprint": job.validation.fingerprint if job.validation else None,
         "the weights of data.train": [source.weight for source in sources_of(recipe.data.train)],
         "DeepSpeed's configuration": json.loads(Path(deepspeed).read_text(encoding="utf-8")) if deepspeed else None,
-        "the SHA-256 of adapter.init_from": file_sha256(start / ADAPTER_WEIGHTS) if start else None,
+        "the SHA-256 of adapter.init_from": job.start.get("fingerprint"),
         "the version of lora": __version__,
         **{f"the version of {name}": version(name) for name in PACKAGES},
     }

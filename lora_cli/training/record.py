@@ -146,6 +146,7 @@ def run_record(trainer: Trainer) -> dict[str, Any]:
         "dtype": str(trainer.dtype).removeprefix("torch."),
         "seed": recipe.training.seed,
         "base": base_record(recipe.model.name_or_path, job.folder.adapter, job.base_digest),
+        "init_from": job.start,
         "data": data,
         "cache_frozen": dict(trainer.hidden_states.places) if trainer.hidden_states else {},
         "steps": trainer.total_steps,
@@ -200,7 +201,7 @@ def write_adapter(trainer: Trainer, folder: Path, weights: Mapping[str, torch.Te
         config.target_modules = sorted(config.target_modules or ())
     model.save_pretrained(str(folder), True, state_dict=dict(weights), save_embedding_layers=False)
     save_tokenizer(trainer.job.tokenizer, folder)
-    kept = {key: info[key] for key in ("versions", "dtype", "base", "data", "finished", "result")}
+    kept = {key: info[key] for key in ("versions", "dtype", "base", "init_from", "data", "finished", "result")}
     provenance = kept | {"recipe": recipe.model_dump(mode="json")}
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(recipe, config, info), encoding="utf-8")
@@ -214,6 +215,7 @@ def model_card(recipe: Recipe, config: LoraConfig, info: dict[str, Any]) -> str:
     kind = f"Rank {_range(config, 'r', 'rank_pattern')}, alpha {_range(config, 'lora_alpha', 'alpha_pattern')}"
     kind += "".join(f", {name}" for key, name in VARIANTS.items() if getattr(config, key))
     peak = recipe.training.learning_rate
+    start = f" Training began with the adapter `{info['init_from']['name_or_path']}`." if info["init_from"] else ""
     best = ""
     if result["adapter_step"] != result["steps"]:
         best = f" The weights are those of step {result['adapter_step']:,}, which had the lowest validation loss."
@@ -224,7 +226,7 @@ def model_card(recipe: Recipe, config: LoraConfig, info: dict[str, Any]) -> str:
         f"{kind}{quantized}; {result['trainable_parameters']:,} trained parameters, "
         f"{pluralize(result['steps'], 'step')} at a peak learning rate of {peak:g}.",
         f"Base fingerprint: `{base['fingerprint'][:16]}`. Training data: {pluralize(data['rows'], 'row')} "
-        f"({data['supervised_tokens']:,} supervised tokens).{best}",
+        f"({data['supervised_tokens']:,} supervised tokens).{start}{best}",
     ]
     if result["validation"]:
         scores = (("base", result["base"]), ("with this adapter", result["validation"]))

@@ -27,6 +27,7 @@ KINDS = {
     "per_device_train_batch_size": int,
     "gradient_accumulation_steps": int,
     "base": dict,
+    "init_from": dict,
     "data": dict,
     "cache_frozen": dict,
 }
@@ -131,14 +132,16 @@ class RunFolder:
         if self.held is not None:
             self.held.check()
 
-    def check_same_content(self, base: str, data: str, validation: str | None) -> None:
-        """Raises UserError when the fingerprints of base or rows differ from those the run began with."""
+    def check_same_content(self, base: str, start: str | None, data: str, validation: str | None) -> None:
+        """Raises UserError when the fingerprints of base, starting adapter or rows differ from those the run began
+        with."""
         before = self.read_info()
         known = before.get("data") or {}
         faults = [
             Fault(f"--resume: {what} changed since the run began", str(self.root), "restore it, or begin a new run")
             for what, record, new in (
                 ("the base model's weights or config.json have", before.get("base"), base),
+                ("the adapter of init_from has", before.get("init_from"), start),
                 ("the training rows have", known, data),
                 ("the validation rows have", known.get("validation"), validation),
             )

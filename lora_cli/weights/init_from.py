@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import Fault, UserError, first_few
+from lora_cli.errors import Fault, UserError, first_few, reading
 from lora_cli.recipe.schema import Adapter
 from lora_cli.weights.adapter_config import (
     ADAPTER_CONFIG,
@@ -17,6 +17,7 @@ from lora_cli.weights.adapter_config import (
     read_adapter_config,
 )
 from lora_cli.weights.check_adapter import OTHER_TENSORS, UNSET, adapted_layers
+from lora_cli.weights.fingerprint import file_sha256
 from lora_cli.weights.provenance import adapter_folder
 from lora_cli.weights.shards import read_headers
 
@@ -29,6 +30,17 @@ MERGE = "merge it into its base with lora merge, and train a new adapter on the 
 def start_of(adapter: Adapter) -> Path | None:
     """Return the folder of the adapter that training starts from: ``init_from``, or the adapter of the run it names."""
     return None if adapter.init_from is None else adapter_folder(Path(adapter.init_from)) or Path(adapter.init_from)
+
+
+def start_record(adapter: Adapter) -> dict[str, str]:
+    """Return the record's entry for the adapter that training starts from: its folder and the SHA-256 of its weights
+    file; empty when training starts from none."""
+    folder = start_of(adapter)
+    if folder is None:
+        return {}
+    file = folder / ADAPTER_WEIGHTS
+    with reading(file):
+        return {"name_or_path": str(folder.resolve()), "fingerprint": file_sha256(file)}
 
 
 def check_start(folder: Path, adapter: Adapter, adaptable: Iterable[str], targets: Iterable[str]) -> None:
