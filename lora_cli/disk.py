@@ -1,9 +1,10 @@
-"""Folders and files that survive a crash of the machine once they are written."""
+"""Folders and files that survive a crash of the machine once they are written, and those of neighbouring runs."""
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +23,15 @@ def make_folder(folder: Path, parents: bool = True) -> None:
     folder.mkdir(exist_ok=True)
     with suppress(PermissionError):  # a parent with write but no read permission
         sync(folder.absolute().parent)
+
+
+def in_neighbours(cache: Path, pattern: str) -> Iterator[Path]:
+    """Yield the files and folders of this user that match ``pattern`` in the caches of all runs in the folder where the
+    run with this ``cache`` is. They may be removed at any time."""
+    for path in sorted(cache.parent.parent.glob(f"*/{cache.name}/{pattern}")):
+        with suppress(FileNotFoundError):  # the other run has removed it meanwhile
+            if path.stat().st_uid == os.getuid():  # no other user's: anybody can write to /tmp
+                yield path
 
 
 def preallocate(handle: int, start: int, size: int) -> None:

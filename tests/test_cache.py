@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import done, free_port, write_rows
+from conftest import Run, done, free_port, write_rows
 
 from lora_cli.data import gather
 from lora_cli.data.audit import audit
@@ -323,7 +323,7 @@ def test_a_machines_other_processes_take_what_its_first_has_read(
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "1")
     found = prepare(recipe, resume=False, overwrite=False)
-    assert found.from_cache and not first.from_cache
+    assert (found.read_from, first.read_from) == (found.folder.cache, None)
     assert found.train.examples.fingerprint == first.train.examples.fingerprint
     assert found.validation and first.validation
     assert found.validation.fingerprint == first.validation.fingerprint
@@ -358,6 +358,42 @@ def test_a_run_tokenizes_once(write_recipe: Any, tmp_path: Path, lora: Any, no_c
     results.append(lora("train", recipe, *arguments))
     assert READ in results[-1].stderr
     assert [result.exit_code for result in results] == [0] * 5, results[-1].stderr
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_run_beside_takes_them(
+    links: bool,
+    train: Callable[..., Run],
+    write_recipe: Any,
+    tmp_path: Path,
+    lora: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Many runs on the same rows tokenize them once and keep them once, where the disk has links."""
+    first = train({"training.max_steps": 1}).folder
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", lambda *_: os.link("no", "file"))
+    recipe = write_recipe({"training": {"max_steps": 1, "output_dir": str(tmp_path / "second")}})
+    result = done(lora("train", recipe))
+    assert f"{READ} {first / 'cache'}" in result.stderr
+    (there,), (here,) = ((run / "cache").iterdir() for run in (first, tmp_path / "second"))
+    assert here.name == there.name and here.samefile(there) == links
+    assert here.read_bytes() == there.read_bytes()
+    shutil.rmtree(first)
+    assert f"{READ} {here.parent}" in done(lora("train", recipe, "--overwrite")).stderr
+
+
+def test_what_another_users_run_keeps_or_is_damaged_is_not_taken(
+    tokenizer: Any, tmp_path: Path, rows_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = cached(tokenizer, tmp_path / "runs" / "first", rows_file)
+    *_, file = publish(tmp_path / "runs" / "first" / "cache", [first])
+    assert cached(tokenizer, tmp_path / "runs" / "second", rows_file).neighbour == file
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getuid", lambda: file.stat().st_uid + 1)
+        assert cached(tokenizer, tmp_path / "runs" / "second", rows_file).neighbour is None
+    put(file, file.read_bytes()[:-1] + b"x")
+    assert cached(tokenizer, tmp_path / "runs" / "second", rows_file).neighbour is None
 
 
 def test_a_folder_that_holds_a_cache_alone_takes_a_run(

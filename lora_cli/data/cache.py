@@ -2,7 +2,8 @@
 
 A file ``<key>.safetensors`` holds the concatenated ids and supervision of the rows, their offsets and sources. Its
 header holds their SHA-256; a file that does not match it is not used. Once the file is written, tokens are read from it
-through a memory mapping, so that a run's memory does not grow with the number of rows.
+through a memory mapping, so that a run's memory does not grow with the number of rows. A run links a file from a
+neighbouring run's cache to its own, since the other run may remove it at any time.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lora_cli import __version__
 from lora_cli.data.examples import CHUNK, Store, end_to_end
 from lora_cli.data.sources import Row, valid_rows
 from lora_cli.data.tokenize import Tokenized, check_usable, tokenize_rows
-from lora_cli.disk import make_folder, sync
+from lora_cli.disk import in_neighbours, make_folder, sync
 from lora_cli.errors import RunError, UserError, unwritable
 from lora_cli.recipe.schema import Data, Source
 
@@ -49,11 +50,13 @@ CONTENT = json.JSONEncoder(default=lambda value: type(value).__name__)
 
 @dataclass(frozen=True)
 class Cached:
-    """Tokenized rows and their key. ``fresh`` rows were tokenized now and are not in the cache yet."""
+    """Tokenized rows and their key. ``fresh`` rows are not in the run's cache yet: they were tokenized now, or are
+    in ``neighbour``, a file in another run's cache."""
 
     tokenized: Tokenized
     key: str
     fresh: bool
+    neighbour: Path | None = None
 
 
 def tokenize_cached(
@@ -63,13 +66,14 @@ def tokenize_cached(
     cache: Path,
     published: Callable[[], Collection[str]] | None = None,
 ) -> Cached:
-    """Read the sources' tokenized rows, uncut, from the folder ``cache``, or tokenize them; the cache is not written.
+    """Read the sources' tokenized rows, uncut, from the folder ``cache`` or a neighbouring run's, or tokenize them; the
+    cache is not written.
 
     With ``published``, another process tokenizes the rows; ``published`` waits for it and returns the keys. Raises
     UserError at the first invalid row, or when that process has other keys; RunError when its file cannot be read.
     """
     settings = _settings_digest(data, tokenizer)
-    if published is not None or any(cache.glob("*.safetensors")):
+    if published is not None or any(cache.glob("*.safetensors")) or any(in_neighbours(cache, "*.safetensors")):
         digest = settings.copy()
         for _ in _counted_in(digest, valid_rows(sources)):
             pass
@@ -78,11 +82,14 @@ def tokenize_cached(
             what = "this process has other rows or another tokenizer than the first process on this machine"
             paths = ", ".join(source.path for source in sources)
             raise UserError(what, paths, "start all with the same recipe, and do not change the rows meanwhile")
-        found = _read(cache, key)
+        found = _read(cache / f"{key}.safetensors", key)
         if found is None and published is not None:
             raise RunError("the tokenized rows just written here cannot be read", str(cache), "start the run again")
         if found is not None:
             return Cached(found, key, fresh=False)
+        for file in in_neighbours(cache, f"{key}.safetensors"):
+            if (found := _read(file, key)) is not None:
+                return Cached(found, key, fresh=True, neighbour=file)
     digest = settings.copy()
     folder = next(place for place in (cache, *cache.absolute().parents) if place.is_dir())
     tokenized = tokenize_rows(data, _counted_in(digest, valid_rows(sources)), tokenizer, folder)
@@ -149,9 +156,9 @@ def _counted_in(digest: hashlib._Hash, rows: Iterator[Row]) -> Iterator[Row]:
         yield row
 
 
-def _read(cache: Path, key: str) -> Tokenized | None:
-    """The rows stored under the key, memory-mapped; None when the file is missing or does not match its checksum."""
-    found = _mapped(cache / f"{key}.safetensors")
+def _read(file: Path, key: str) -> Tokenized | None:
+    """The file's rows, memory-mapped; None when it is missing or does not match its key and checksum."""
+    found = _mapped(file)
     if found is None:
         return None
     mapping, arrays, about_text = found
@@ -193,9 +200,10 @@ def _write(cache: Path, part: Cached) -> Path:
     target = cache / f"{part.key}.safetensors"
     try:
         make_folder(cache)
-        about_text = f"{_checksum(part.key, about, arrays, examples.store)} {about}"
-        _save(draft, about_text, arrays, examples.store)
-        sync(draft)
+        if part.neighbour is None or not _link(part.neighbour, draft):
+            about_text = f"{_checksum(part.key, about, arrays, examples.store)} {about}"
+            _save(draft, about_text, arrays, examples.store)
+            sync(draft)
         draft.replace(target)
         sync(cache)
     except OSError as error:
@@ -204,6 +212,15 @@ def _write(cache: Path, part: Cached) -> Path:
         with suppress(OSError):
             draft.unlink()
     return target
+
+
+def _link(file: Path, target: Path) -> bool:
+    """Hard-link a file; False where that is not possible, as on another disk or once the file is removed."""
+    try:
+        target.hardlink_to(file)
+    except OSError:
+        return False
+    return True
 
 
 def _save(path: Path, about_text: str, arrays: dict[str, Any], store: Store) -> None:

@@ -48,7 +48,7 @@ FLASH_PACKAGES = ("flash_attn", "flash_attn_interface", "kernels")
 class Prepared:
     """A run that has passed every check. ``resume`` is whether there is a run to continue, ``start`` the record of the
     adapter that training starts from, ``unused_columns`` the rows' columns that no format reads, ``tokenized`` the rows
-    that are still to be published."""
+    that are still to be published, ``read_from`` the cache with the rows unless some were tokenized now."""
 
     recipe: Recipe
     resume: bool
@@ -67,7 +67,7 @@ class Prepared:
     report: Report
     tokenized: list[Cached]
     cache_keys: frozenset[str]
-    from_cache: bool
+    read_from: Path | None
 
 
 def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
@@ -116,7 +116,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
         report=report,
         tokenized=tokenized,
         cache_keys=frozenset(part.key for part in tokenized),
-        from_cache=not any(part.fresh for part in tokenized),
+        read_from=_read_from(tokenized, folder.cache),
     )
 
 
@@ -256,6 +256,12 @@ def _tokenized(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache: Path) 
     specs = (data.train, data.own_validation)
     published = None if is_first_here() else wait_for_keys
     return [tokenize_cached(data, sources_of(spec), tokenizer, cache, published) for spec in specs if spec is not None]
+
+
+def _read_from(tokenized: list[Cached], cache: Path) -> Path | None:
+    if any(part.fresh and part.neighbour is None for part in tokenized):
+        return None
+    return next((part.neighbour.parent for part in tokenized if part.neighbour), cache)
 
 
 def _examples(

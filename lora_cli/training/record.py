@@ -41,8 +41,8 @@ def report_setup(trainer: Trainer) -> None:
         f"training rows: {len(examples):,} with {int(examples.supervised_per_row.sum()):,} supervised of "
         f"{examples.tokens:,} tokens, read as {examples.format}; {pluralize(trainer.total_steps, 'step')}"
     )
-    if job.from_cache:
-        display.note(f"tokenized rows read from {job.folder.cache}")
+    if job.read_from:
+        display.note(f"tokenized rows read from {job.read_from}")
     if job.max_length < job.recipe.data.max_length:
         display.note(f"data.max_length: {job.recipe.data.max_length} -> {job.max_length}, the model's maximum length")
     quantization = job.recipe.quantization

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from lora_cli import __version__
+from lora_cli.disk import in_neighbours
 from lora_cli.errors import RunError, UserError
 from lora_cli.model.base import load_config, meta_model
 from lora_cli.recipe.schema import Quantization
@@ -120,10 +120,7 @@ def _link_or_copy(file: Path, target: Path) -> None:
 
 def _places(cache: Path, name: str) -> Iterator[Path]:
     yield cache / name
-    for folder in sorted(cache.parent.parent.glob(f"*/{cache.name}/{name}")):
-        with suppress(FileNotFoundError):  # the other run has removed it meanwhile
-            if folder.stat().st_uid == os.getuid():  # no other user's: anybody can write to /tmp
-                yield folder
+    yield from in_neighbours(cache, name)
 
 
 def _is_intact(folder: Path) -> bool:
