@@ -208,7 +208,8 @@ class Training(Section):
         4,
         description="Rows per batch on each device; with packing, that many times max_length tokens. auto: as many "
         "as fit in memory, of the numbers that divide a step; gradient_accumulation_steps is then the number of "
-        "rows in a step on each process. The run's recipe.yaml records the numbers found.",
+        "rows in a step on each process. The run's recipe.yaml records the numbers found. Which rows a step takes "
+        "depends on this number: to compare runs, give them the same.",
     )
     gradient_accumulation_steps: Rows = Field(
         4,
