@@ -230,7 +230,11 @@ class Training(Section):
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the gradient to this norm; null: never.")
-    logging_steps: Positive = Field(10, description="Steps between two training lines in metrics.jsonl.")
+    logging_steps: Positive = Field(
+        10,
+        description="Steps between two training lines in metrics.jsonl; a line has the loss and the gradient's norm "
+        "(before clipping) of its own step alone, and the tokens per second since the last line.",
+    )
     eval_steps: Positive | None = Field(
         100, description="Steps between two evaluations; null: only at the start and the end."
     )
