@@ -225,8 +225,8 @@ class Training(Section):
     warmup_steps: int | None = Field(None, ge=0, description="Warm-up in steps, instead of warmup_ratio.")
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = Field(
         "adamw_torch_fused",
-        description="Optimizer; fused is one kernel for the whole update, the 8-bit ones keep their state in 8 "
-        "bits (bitsandbytes).",
+        description="Optimizer; fused is one kernel for the whole update, the 8-bit ones (bitsandbytes) keep their "
+        "state in 8 bits, but that of a tensor of fewer than 4,096 numbers, as of low ranks, in 32.",
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the gradient to this norm; null: never.")
