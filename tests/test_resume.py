@@ -573,7 +573,8 @@ def test_a_run_knows_the_adapter_that_it_began_with(
     known = {"name_or_path": str(start), "fingerprint": hashlib.sha256(file.read_bytes()).hexdigest()}
     record = json.loads((run.folder / "adapter" / "provenance.json").read_text())
     assert run.info["init_from"] == record["init_from"] == known
-    assert f"Training began with the adapter `{start}`." in (run.folder / "adapter" / "README.md").read_text()
+    told = f"Training began with the adapter `{start}` (SHA-256 `{known['fingerprint'][:16]}`)."
+    assert told in (run.folder / "adapter" / "README.md").read_text()
     assert re.search(rf"^began with: +{start}$", done(lora("adapters", "show", run.folder)).stdout, re.MULTILINE)
 
     shutil.rmtree(run.folder / "checkpoints")

@@ -215,8 +215,10 @@ def model_card(recipe: Recipe, config: LoraConfig, info: dict[str, Any]) -> str:
     kind = f"Rank {_range(config, 'r', 'rank_pattern')}, alpha {_range(config, 'lora_alpha', 'alpha_pattern')}"
     kind += "".join(f", {name}" for key, name in VARIANTS.items() if getattr(config, key))
     peak = recipe.training.learning_rate
-    start = f" Training began with the adapter `{info['init_from']['name_or_path']}`." if info["init_from"] else ""
-    best = ""
+    start = best = ""
+    if recipe.adapter.init_from is not None:
+        digest = info["init_from"]["fingerprint"][:16]
+        start = f" Training began with the adapter `{recipe.adapter.init_from}` (SHA-256 `{digest}`)."
     if result["adapter_step"] != result["steps"]:
         best = f" The weights are those of step {result['adapter_step']:,}, which had the lowest validation loss."
     paragraphs = [
