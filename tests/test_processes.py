@@ -366,7 +366,7 @@ def test_zero_begins_and_goes_on_as_one_process_would(
     stage: int, recipe: Callable[..., Path], lora: Any, lora_process: Any, tmp_path: Path
 ) -> None:
     """Checkpoints hold complete tensors, not DeepSpeed's partitions: a run resumes with or without DeepSpeed."""
-    pytest.importorskip("deepspeed", reason="an extra: pip install --no-build-isolation deepspeed")
+    pytest.importorskip("deepspeed", reason="an extra: scripts/setup deepspeed")
     configuration = tmp_path / "zero.json"
     configuration.write_text(json.dumps({"zero_optimization": {"stage": stage}, "bf16": {"enabled": "auto"}}))
     packing = {"data.packing": stage == 3}
