@@ -195,6 +195,26 @@ def test_processes_that_would_share_a_gpu_are_refused(recipe: Callable[..., Path
         assert "loading" not in process.stderr
 
 
+UNCONNECTED = """
+import lora_cli.cli.app
+from lora_cli.training import setup
+from torch.distributed import DistBackendError
+
+def refuse(*_):
+    raise DistBackendError("NCCL error in: utils.cpp:77\\nLast error:\\n/dev/shm is too small")
+
+setup.check_agreement = refuse
+lora_cli.cli.app._SECONDS_FOR_OTHERS = 0
+"""
+
+
+def test_why_processes_do_not_connect_is_told(recipe: Callable[..., Path]) -> None:
+    shared = recipe(TWO)
+    for process in fork_lora(["train", shared], ["train", shared], first=UNCONNECTED):
+        assert process.exit_code == 3
+        assert "the connection to another process of this run broke: /dev/shm is too small" in process.stderr
+
+
 WITHOUT_LOGITS = """
 import torch.nn.functional
 

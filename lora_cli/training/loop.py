@@ -102,7 +102,8 @@ def train_alone(job: Prepared, display: Display, began: float) -> dict[str, Any]
             raise unwritable(Path(getattr(error, "filename", None) or job.folder.root), error) from error
         if process_count() == 1 or not isinstance(error, RuntimeError) or not is_broken_connection(error):
             raise
-        what = "the connection to another process of this run broke"
+        cause = str(error).strip().splitlines()[-1:]  # NCCL's own is the last line
+        what = ": ".join(["the connection to another process of this run broke", *cause])
         raise SecondaryError(
             what, str(job.folder.root), checkpoint_hint(job.folder.checkpoints, RESUME_HINT)
         ) from error
