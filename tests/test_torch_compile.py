@@ -55,13 +55,15 @@ def results(model: torch.nn.Module) -> list[torch.Tensor]:
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # from the compiler's imports
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the compiler reads it
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-def test_what_is_compiled_gives_the_same_numbers(dtype: torch.dtype, rounding: float, anew: None) -> None:
+def test_what_is_compiled_gives_the_same_numbers(
+    dtype: torch.dtype, rounding: float, anew: None, tmp_path: Path
+) -> None:
     """The model has norms of two widths: over hidden states and over each head."""
     model = build("Qwen3", GROUPED).to(dtype)
     fuse(model)
     model.requires_grad_(False)
     wanted = results(model)
-    compile_formulas(model, dtype)
+    compile_formulas(model, dtype, tmp_path)
     for found, expected in zip(results(model), wanted, strict=True):
         assert float((found - expected).norm() / expected.norm()) < rounding
         assert dtype == torch.float32 or not torch.equal(found, expected)  # intermediate results are not rounded
@@ -97,7 +99,7 @@ def test_true_compiles_all_before_the_first_step_and_false_nothing(
 def test_auto_compiles_what_saves_twice_its_cost(
     share: float, write_recipe: Any, lora: Any, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the compiler fails, the run reports it and goes on."""
+    """When the compiler fails, the run reports it and goes on. What a killed run compiled is removed."""
     recipe = write_recipe({"model.name_or_path": tiny_llama, "training.max_steps": 9})
     without = done(lora("train", recipe, "training.torch_compile=false")).stderr
     info = Run(recipe.parent / "run").info
@@ -112,9 +114,13 @@ def test_auto_compiles_what_saves_twice_its_cost(
     monkeypatch.setattr("lora_cli.model.elementwise.compile_formulas", fail)
     monkeypatch.setattr("lora_cli.training.torch_compile.has_compiler", lambda: True)
     before = Run(recipe.parent / "run").losses
+    left = recipe.parent / ".lora-compiles.abcdefgh.draft"
+    left.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(recipe.parent))
     told = " ".join(done(lora("train", recipe, "--overwrite")).stderr.split())
     failed = "training.torch_compile: auto -> false: it failed: g++: internal error"
     assert (failed in told) is (share < 1)
+    assert left.exists() is (share > 1)
     assert "more of it" not in told and "torch_compile" not in without
     assert Run(recipe.parent / "run").losses == before
 

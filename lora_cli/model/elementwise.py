@@ -6,7 +6,7 @@ bits some are rounded at another point.
 
 from __future__ import annotations
 
-from tempfile import TemporaryDirectory
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -146,12 +146,12 @@ def elementwise_values_per_token(model: nn.Module) -> int:
     return sum(norms) + sum(gates)
 
 
-def compile_formulas(model: nn.Module, dtype: torch.dtype) -> None:
+def compile_formulas(model: nn.Module, dtype: torch.dtype, folder: Path) -> None:
     """Compile each formula of the model's norms and gates to one loop, for inputs of ``dtype``. Results differ only in
     rounding. Raises the compiler's errors, and then leaves the model unchanged.
 
-    The compiler's files, which include pickles, are deleted on return. Inputs that the compiled loops do not serve,
-    such as a single vector, are computed as before.
+    The compiler's files, which include pickles, go into ``folder`` and are not needed later. Inputs that the compiled
+    loops do not serve, such as a single vector, are computed as before.
     """
     from accelerate.utils import patch_environment
 
@@ -159,10 +159,7 @@ def compile_formulas(model: nn.Module, dtype: torch.dtype) -> None:
         "cpp_cache_precompile_headers": False,  # 150 MB, and no faster for so few formulas
         "cpp.vec_isa_ok": True,  # else it test-compiles for the vector units, with all of ATen's headers: 7 s
     }
-    with (
-        TemporaryDirectory(prefix="lora-compiles-") as folder,
-        patch_environment(TORCHDYNAMO_DISABLE="0", TORCHINDUCTOR_CACHE_DIR=folder),  # the CLI disables it
-    ):
+    with patch_environment(TORCHDYNAMO_DISABLE="0", TORCHINDUCTOR_CACHE_DIR=str(folder)):  # the CLI disables it
         torch.compiler.set_stance("default")
         compiled = {
             formula: Formula(

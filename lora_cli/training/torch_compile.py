@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import torch
 
@@ -11,6 +13,7 @@ from lora_cli.errors import UserError
 from lora_cli.model.base import best_device
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.display import Display
+from lora_cli.weights.folders import draft_folder
 
 SAVED = 1.2e-9
 """Seconds of one thread that compiling saves per element of a formula, forward and backward: measured on a Xeon with
@@ -45,7 +48,8 @@ def compile_elementwise(
         return
     display.note(f"{setting}: compiling norms and gates, which {saves}")
     try:
-        compile_formulas(model, dtype)
+        with draft_folder(Path(tempfile.gettempdir(), "lora-compiles")) as folder:
+            compile_formulas(model, dtype, folder)
     except Exception as error:  # of any kind: the run continues without it
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         display.note(f"{setting} -> false: it failed: {first}", warning=True)
