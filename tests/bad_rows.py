@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import os
 from typing import Any
 
@@ -240,10 +241,10 @@ def folder_with_a_held_out_split(w: World) -> Arguments:
     return w.train({"data.train": "data"})
 
 
-@case("data", "cannot read data/a.jsonl.gz and 1 more", "types read: .jsonl", "convert it")
+@case("data", "cannot read data/a.jsonl.xz and 1 more", "types read: .jsonl", "convert it")
 def folder_with_rows_of_an_unread_type(w: World) -> Arguments:
     w.file("data/rows.jsonl", json.dumps(ROW))
-    w.file("data/a.jsonl.gz", gzip.compress(json.dumps(ROW).encode()))
+    w.file("data/a.jsonl.xz", lzma.compress(json.dumps(ROW).encode()))
     w.file("data/b.xlsx", "")
     return w.train(data="data")
 
@@ -595,9 +596,24 @@ def folder_that_git_lfs_did_not_fetch(w: World) -> Arguments:
     return ["eval", w.gpt2, "--data", "data"]
 
 
-@case("rows.jsonl.gz", "cannot read files of type '.gz'")
-def rows_in_gzip(w: World) -> Arguments:
-    return w.train(data=w.file("rows.jsonl.gz", gzip.compress(b"{}\n")))
+@case("rows.parquet.gz", "cannot read files of type '.parquet.gz'")
+def rows_in_a_compressed_file_of_an_unread_type(w: World) -> Arguments:
+    return w.train(data=w.file("rows.parquet.gz", gzip.compress(b"PAR1")))
+
+
+@case("rows.jsonl.gz: cannot be read", "ended before")
+def rows_in_truncated_gzip(w: World) -> Arguments:
+    return w.train(data=w.file("rows.jsonl.gz", gzip.compress(json.dumps(ROW).encode())[:-9]))
+
+
+@case("rows.jsonl.gz: cannot be read", "Not a gzipped file")
+def rows_not_in_gzip_despite_their_name(w: World) -> Arguments:
+    return w.train(data=w.rows(ROW, name="rows.jsonl.gz"))
+
+
+@case("rows.csv.gz:3", "1 cell for 2 columns")
+def wrong_row_in_gzip(w: World) -> Arguments:
+    return w.train(data=w.file("rows.csv.gz", gzip.compress(b"question,answer\nWhy?,So.\nWhy?\n")))
 
 
 @case("rows.jsonl:1", "not UTF-8", "0x8b")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import gzip
 import io
 import json
 import tracemalloc
@@ -211,6 +212,20 @@ def test_a_folder_has_what_its_links_lead_to_and_each_file_once(
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
     assert columns_of("data") == [{"text": "a"}, {"text": "b"}, {"text": "c"}]
     assert columns_of("data/**/*.jsonl") == [{"text": "a"}, {"text": "b"}, {"text": "c"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl.gz", '{"text": "ä"}\n\n{"text": "b"}\n'),
+        ("a.json.gz", '[{"text": "ä"}, {"text": "b"}]'),
+        ("a.CSV.GZ", "text\nä\nb\n"),
+        ("a.txt.gz", "ä\n\nb\n"),
+    ],
+)
+def test_a_compressed_file_has_the_rows_of_the_plain_one(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(content.encode()))
+    assert columns_of(str(tmp_path / name)) == columns_of(str(tmp_path)) == [{"text": "ä"}, {"text": "b"}]
 
 
 def test_hub_rows_take_the_split_and_name_the_row(tmp_path: Path) -> None:

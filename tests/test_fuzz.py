@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -88,6 +89,9 @@ GOOD_FILES: dict[str, tuple[bytes, ...]] = {
     ".txt": ("First.\nStill first.\n\n\r\nSecond, in café.\n".encode(),),
 }
 GOOD_FILES[".ndjson"] = GOOD_FILES[".jsonl"]
+PLAIN = [suffix for suffix in READERS if not suffix.endswith(".gz")]
+COMPRESSED = [suffix for suffix in READERS if suffix.endswith(".gz")]
+GOOD_FILES |= {each: tuple(gzip.compress(file, mtime=0) for file in GOOD_FILES[each[:-3]]) for each in COMPRESSED}
 ODD = (
     *(b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\x1b[2J", b"\r", b"\n", b'"', b"\\ud800", b"\\u0000"),
     *(b"1" * 5000, b"1e999", b"-1E-999", b"NaN", b"Infinity", b"null", b"[" * 10_000, b'{"a":' * 10_000, b"]}"),
@@ -279,7 +283,7 @@ def test_any_values_as_rows(folder: Path, rows: list[Any], data: Data) -> None:
     read_or_refuse(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode(), data)
 
 
-@pytest.mark.parametrize("suffix", READERS)
+@pytest.mark.parametrize("suffix", PLAIN)
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig", "latin-1", "cp1252", "utf-16-le", "utf-7"])
 def test_rows_in_other_encodings_are_read_or_refused(folder: Path, suffix: str, encoding: str) -> None:
     for good in GOOD_FILES[suffix]:
@@ -287,7 +291,7 @@ def test_rows_in_other_encodings_are_read_or_refused(folder: Path, suffix: str, 
         read_or_refuse(folder / f"rows{suffix}", content, DATA[0])
 
 
-@pytest.mark.parametrize("suffix", [suffix for suffix in READERS if suffix != ".parquet"])
+@pytest.mark.parametrize("suffix", [*(suffix for suffix in PLAIN if suffix != ".parquet"), ".jsonl.gz"])
 @pytest.mark.parametrize("odd", ODD, ids=lambda odd: repr(odd[:12]))
 def test_odd_pieces_alone_and_at_every_border(folder: Path, suffix: str, odd: bytes) -> None:
     good = GOOD_FILES[suffix][0]

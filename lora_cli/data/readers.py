@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import sys
+import zlib
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,18 +24,21 @@ def kind_of(value: Any) -> str:
     return "null" if value is None else words.get(type(value), type(value).__name__)
 
 
+GZIP = ".gz"
 Record = tuple[str, dict[str, Any]]
 """A record's place and its columns."""
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield a file's lines and their places, without a byte order mark. Raises UserError when it cannot be read."""
+    """Yield a file's lines and their places, without a byte order mark; those of a .gz file are decompressed. Raises
+    UserError when it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with gzip.open(path) if path.suffix.lower() == GZIP else path.open("rb") as file:
             for number, raw in enumerate(file, 1):
                 yield f"{path}:{number}", raw.removeprefix(BOM_UTF8) if number == 1 else raw
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", str(path)) from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(f"cannot be read: {reason}", str(path)) from error
 
 
 def _decoded(path: Path, newline: str | None) -> Iterator[str]:
@@ -186,6 +191,12 @@ def _paragraph(path: Path, after: int, lines: list[str]) -> Record:
     return f"{path}:{after - len(lines)}", {"text": "".join(lines).removesuffix("\n")}
 
 
+def file_type(path: Path) -> str:
+    """The lower-case suffix by which a reader is chosen: '.jsonl', or '.jsonl.gz' for a compressed file."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() + suffix if suffix == GZIP else suffix
+
+
 READERS: dict[str, Callable[[Path], Iterator[Record | Fault]]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
@@ -195,3 +206,4 @@ READERS: dict[str, Callable[[Path], Iterator[Record | Fault]]] = {
     ".parquet": _parquet,
     ".txt": _text,
 }
+READERS |= {f"{kind}{GZIP}": read for kind, read in READERS.items() if read is not _parquet}

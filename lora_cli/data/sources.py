@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lora_cli.data.readers import READERS, Record, without_arrow_nulls
+from lora_cli.data.readers import READERS, Record, file_type, without_arrow_nulls
 from lora_cli.errors import Fault, UserError, first_few, is_lfs_pointer, nearest_hint, repair_hint
 from lora_cli.recipe.schema import Source
 
@@ -113,16 +113,16 @@ def _records(source: Source) -> Iterator[Record | Fault]:
     for file in files:
         if is_lfs_pointer(file):
             raise UserError("not the file itself", str(file), repair_hint(file))
-        yield from READERS[file.suffix.lower()](file)
+        yield from READERS[file_type(file)](file)
 
 
 def _files(path: str) -> list[Path] | None:
     """The data files that a path names, sorted; None for a hub id. Raises UserError when there is no data file."""
     here = Path(path)
     if _is_file(here):
-        if here.suffix.lower() not in READERS:
+        if file_type(here) not in READERS:
             hint = f"types read: {', '.join(READERS)}"
-            raise UserError(f"cannot read files of type '{here.suffix or here.name}'", path, hint)
+            raise UserError(f"cannot read files of type '{file_type(here) or here.name}'", path, hint)
         return [here]
     if here.is_dir():
         files = _readable([here / name for name in glob.glob("**", root_dir=here, recursive=True)], path)  # noqa: PTH207 (before Python 3.13, Path.rglob follows no link)
@@ -130,11 +130,11 @@ def _files(path: str) -> list[Path] | None:
         return files
     if glob.has_magic(path):
         return _readable([Path(name) for name in glob.glob(path, recursive=True)], path)  # noqa: PTH207 (Path.glob accepts no absolute pattern)
-    if HUB_ID.fullmatch(path) and here.suffix.lower() not in READERS and not here.parent.exists():
+    if HUB_ID.fullmatch(path) and file_type(here) not in READERS and not here.parent.exists():
         return None
     if here.exists():
         raise UserError("not a file or a folder: rows are read more than once", path, "write the rows to a file")
-    siblings = [f.name for f in here.parent.iterdir() if f.suffix.lower() in READERS] if here.parent.is_dir() else []
+    siblings = [f.name for f in here.parent.iterdir() if file_type(f) in READERS] if here.parent.is_dir() else []
     relative = None if here.is_absolute() else f"paths are relative to {Path.cwd()}"
     listed = f"in brackets it is a list: [{path}]" if "," in path else None
     hints = filter(None, (listed, nearest_hint(here.name, siblings) or relative))
@@ -145,11 +145,11 @@ def _readable(found: list[Path], path: str) -> list[Path]:
     """The data files in ``found``, sorted; a file with several names appears once. Raises UserError when there is none,
     or when there are data files of unsupported types."""
     files = sorted(filter(_is_file, found))
-    unread = [each for each in files if each.suffix.lower() in UNREAD_DATA]
+    unread = [each for each in files if each.suffix.lower() in UNREAD_DATA and file_type(each) not in READERS]
     if unread:
         hint = f"types read: {', '.join(READERS)}; convert it, or select the others with a glob such as *.jsonl"
         raise UserError(f"cannot read {first_few([*map(str, unread)], 1)}", path, hint)
-    readable = {os.path.realpath(each): each for each in reversed(files) if each.suffix.lower() in READERS}
+    readable = {os.path.realpath(each): each for each in reversed(files) if file_type(each) in READERS}
     if not readable:
         what = "the folder holds no data file" if Path(path).is_dir() else "no data file matches"
         raise UserError(what, path, f"types read: {', '.join(READERS)}")
@@ -164,7 +164,7 @@ def _is_file(path: Path) -> bool:
 def _check_split(files: Sequence[Path], folder: Path) -> None:
     """Raises UserError when the folder holds a data set's held-out split beside its training split. Text files may have
     any names: they are documents."""
-    names = [str(file.relative_to(folder)) for file in files if file.suffix.lower() != ".txt"]
+    names = [str(file.relative_to(folder)) for file in files if file_type(file) not in (".txt", ".txt.gz")]
     trained = next((name for name in names if TRAIN_SPLIT.search(name)), None)
     held_out = next((name for name in names if HELD_OUT_SPLIT.search(name) and not TRAIN_SPLIT.search(name)), None)
     if trained and held_out:
