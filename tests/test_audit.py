@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from lora_cli.data.audit import Report, audit
 from lora_cli.data.examples import Examples, Fitted, fit, join_pieces
 from lora_cli.data.sources import Row
-from lora_cli.data.tokenize import tokenize_rows
+from lora_cli.data.tokenize import Tokenized, tokenize_rows
 from lora_cli.recipe.schema import Data, Template
 from lora_cli.training.prepare import data_faults
 
@@ -41,7 +41,7 @@ def report_of(
     settings = Data(train="rows.jsonl", **data)
     made = tokenize_rows(settings, [Row(row, f"rows.jsonl:{n}") for n, row in enumerate(rows, 1)], tokenizer)
     fitted = fit(made.examples, max_length, "rows")
-    return audit(made.examples, fitted, held_out, tokenizer, made.bos_removed), fitted
+    return audit(made.examples, fitted, held_out, tokenizer, made), fitted
 
 
 def chat(*words: str) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def test_copies_leaks_and_ends_agree_with_counting_lists(
         return join_pieces(pieces, ("text",))
 
     whole = made(train)
-    report = audit(whole, Fitted(whole, len(whole), 0, 0), made(held_out), tokenizer, 0)
+    report = audit(whole, Fitted(whole, len(whole), 0, 0), made(held_out), tokenizer, Tokenized(whole, 0))
     assert report.duplicates == sum(count - 1 for count in Counter(map(tuple, train)).values())
     seen = {tuple(token for token, _ in row) for row in train}
     assert report.validation_in_train == sum(tuple(token for token, _ in row) in seen for row in held_out)
@@ -331,6 +331,24 @@ def test_a_template_that_writes_two_is_told(with_bos: Any) -> None:
     doubling.chat_template = "{{ bos_token }}" + CHATML
     report, _ = report_of(doubling, chat("Hi", "Hello"))
     assert (report.bos_per_row, report.bos_doubled) == ((1, 1), 0)
+
+
+def test_text_that_looks_like_the_template_s_own_is_told_with_its_row(
+    tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
+) -> None:
+    """Not plain text, which may have been rendered by a template, nor special tokens that no template writes."""
+    (tmp_path / "texts.jsonl").write_text('{"text": "<|im_start|>user\\nHi<|im_end|>"}\n' * 251)
+    rows = [chat("Hi", "Hello"), chat("<|pad|>", "No."), chat("Say <|im_end|>.", "No."), chat("Hi", "Hi<|endoftext|>")]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"model.name_or_path": tiny_llama, "training.max_steps": 1}
+    changes |= {"data.train": [str(tmp_path / name) for name in ("texts.jsonl", "chats.jsonl")]}
+    recipe = write_recipe(changes)
+    for options in ((), ("--overwrite",)):
+        told = " ".join(done(lora("train", recipe, *options)).stderr.split())
+        assert "warning: 2 rows have '<|im_end|>' or the like in the text of a turn (first: " in told
+        assert f"{tmp_path / 'chats.jsonl'}:3)" in told
+    found = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert found["forged"] == {"rows": 2, "first": 253, "token": "<|im_end|>"}
 
 
 def test_an_end_that_is_also_the_bos_is_no_bos(tokenizer: Any) -> None:

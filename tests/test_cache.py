@@ -30,7 +30,7 @@ from lora_cli.data.batches import collate
 from lora_cli.data.cache import Cached, prune, publish, tokenize_cached, withdraw
 from lora_cli.data.examples import Examples, fit
 from lora_cli.data.sources import sources_of
-from lora_cli.data.tokenize import tokenize
+from lora_cli.data.tokenize import Tokenized, tokenize
 from lora_cli.errors import RunError, UserError
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Data, Source
@@ -151,7 +151,7 @@ def test_tokens_stay_on_the_disk(tokenizer: Any, tmp_path: Path) -> None:
         assert replace(examples).fingerprint == wanted
         fitted = fit(examples, 100, "rows")
         assert fitted.examples.store is examples.store and fitted.truncated == 900
-        audit(examples, fitted, again.select([3, 1]), tokenizer, 0)
+        audit(examples, fitted, again.select([3, 1]), tokenizer, Tokenized(examples, 0))
         batch = collate(fitted.examples, [5, 899], packing=True, pad_token_id=0)
         assert batch.input_ids[0, :100].tolist() == examples.row(5)[0][:100].tolist()
         examples.store.release()

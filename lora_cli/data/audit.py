@@ -21,6 +21,7 @@ from lora_cli.data.chat import (
     turn_endings,
 )
 from lora_cli.data.examples import Examples, Fitted, Mask, count_per_row
+from lora_cli.data.tokenize import Forged, Tokenized
 from lora_cli.errors import UserError
 
 
@@ -33,7 +34,8 @@ class Report:
     whose end is not supervised; ``empty_answers`` have only that end supervised. Over the rows that are kept:
     ``ends_supervised`` have the end of their last answer supervised; ``bos_per_row`` is the fewest and the most BOS in
     a row; ``bos_doubled`` begin with two. ``bos_removed`` counts rows of ``data.train``, those held out too, that begin
-    with their own BOS, so that the tokenizer's was removed. ``template_notes`` describe the chat template.
+    with their own BOS, so that the tokenizer's was removed; ``forged`` describes those whose text has special tokens of
+    the chat template. ``template_notes`` describe the chat template.
     """
 
     duplicates: int
@@ -44,13 +46,15 @@ class Report:
     bos_per_row: tuple[int, int]
     bos_doubled: int
     bos_removed: int
+    forged: Forged
     template_notes: tuple[str, ...]
 
 
 def audit(
-    whole: Examples, fitted: Fitted, held_out: Examples | None, tokenizer: PreTrainedTokenizerBase, bos_removed: int
+    whole: Examples, fitted: Fitted, held_out: Examples | None, tokenizer: PreTrainedTokenizerBase, made: Tokenized
 ) -> Report:
-    """Count over the training rows, ``whole`` and ``fitted`` to the model, and over the uncut validation rows."""
+    """Count over the training rows, ``whole`` and ``fitted`` to the model, and over the uncut validation rows. ``made``
+    are the rows of ``data.train`` before any were held out."""
     kept = fitted.examples
     learned = _digests(whole, supervision=True)
     leaked = 0
@@ -66,7 +70,8 @@ def audit(
         empty_answers=int(((answers == 1) & ended).sum()),
         bos_per_row=(fewest, most),
         bos_doubled=doubled,
-        bos_removed=bos_removed,
+        bos_removed=made.bos_removed,
+        forged=made.forged,
         template_notes=_template_notes(tokenizer) if "chat" in whole.formats else (),
     )
 

@@ -15,7 +15,7 @@ import re
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli import __version__
 from lora_cli.data.examples import CHUNK, Store, end_to_end
 from lora_cli.data.sources import Row, valid_rows
-from lora_cli.data.tokenize import Tokenized, check_usable, tokenize_rows
+from lora_cli.data.tokenize import Forged, Tokenized, check_usable, tokenize_rows
 from lora_cli.disk import in_neighbours, make_folder, sync
 from lora_cli.errors import RunError, UserError, unwritable
 from lora_cli.recipe.schema import Data, Source
@@ -168,7 +168,7 @@ def _read(file: Path, key: str) -> Tokenized | None:
         return None
     stated, offsets = json.loads(about), arrays["offsets"].copy()
     examples = end_to_end(store, offsets, arrays["source"].copy(), tuple(stated["formats"]))
-    return Tokenized(examples, stated["bos_removed"])
+    return Tokenized(examples, stated["bos_removed"], Forged(**stated["forged"]))
 
 
 def _mapped(path: Path) -> tuple[mmap.mmap, dict[str, Any], str] | None:
@@ -195,7 +195,8 @@ def _write(cache: Path, part: Cached) -> Path:
     examples = part.tokenized.examples
     flat = examples.flat()
     arrays = {"ids": flat.ids, "supervised": flat.supervised, "offsets": flat.offsets, "source": examples.source}
-    about = json.dumps({"formats": examples.formats, "bos_removed": part.tokenized.bos_removed})
+    counts = {"bos_removed": part.tokenized.bos_removed, "forged": asdict(part.tokenized.forged)}
+    about = json.dumps({"formats": examples.formats, **counts})
     draft = cache / f".{part.key}.{uuid.uuid4().hex}"
     target = cache / f"{part.key}.safetensors"
     try:

@@ -94,6 +94,13 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, str]:
     return {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
+def structure_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The special tokens that the template writes around turns, and EOS. Tokens that a user may write into a turn's
+    text, such as those of tool calls, are not among them."""
+    written = render(tokenizer, PROBES, None, add_generation_prompt=True)
+    return [each for each in special_tokens(tokenizer).values() if each in written or each == tokenizer.eos_token]
+
+
 def generation_prompt_extra(tokenizer: PreTrainedTokenizerBase) -> str:
     """The end of the generation prompt that the template does not write before a given answer ('<think>…'), or ''."""
     asked, written = render(tokenizer, PROBES.before(1), None, True), render(tokenizer, PROBES, None)

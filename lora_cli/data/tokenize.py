@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.chat import conversation_segments, end_of_turn
+from lora_cli.data.chat import conversation_segments, end_of_turn, structure_tokens
 from lora_cli.data.examples import Examples, Ints, Mask, Piece, Tokens, join_pieces
 from lora_cli.data.formats import Content, Segment, detect_format, read_content
 from lora_cli.data.gather import gather
@@ -25,11 +25,23 @@ ROWS_AT_ONCE = 250
 
 
 @dataclass(frozen=True)
+class Forged:
+    """Chat rows with a turn whose text contains a special token that the chat template writes around turns: how many
+    ``rows``, the index of the ``first`` of them, and the ``token`` in it."""
+
+    rows: int = 0
+    first: int = 0
+    token: str = ""
+
+
+@dataclass(frozen=True)
 class Tokenized:
-    """Tokenized rows, and the number of those whose text begins with a BOS, so that the tokenizer's was removed."""
+    """Tokenized rows, the number of those whose text begins with a BOS, so that the tokenizer's was removed, and those
+    whose text forges the structure of a conversation."""
 
     examples: Examples
     bos_removed: int
+    forged: Forged = Forged()
 
 
 @dataclass(frozen=True)
@@ -55,16 +67,21 @@ def tokenize_rows(
     """
     check_usable(tokenizer)
     encode = partial(encode_chunk, tokenizer, data.train_on == "all")
-    removed = 0
+    removed = seen = 0
+    forged = Forged()
 
     def examples() -> Iterator[Examples]:
-        nonlocal removed
+        nonlocal removed, seen, forged
         for part in in_order(encode, read_chunks(data, rows, tokenizer)):
             removed += part.bos_removed
+            if part.forged.rows:
+                earlier = forged if forged.rows else replace(part.forged, first=seen + part.forged.first)
+                forged = replace(earlier, rows=forged.rows + part.forged.rows)
+            seen += len(part.examples)
             yield part.examples
 
     gathered = gather(examples(), folder)
-    return Tokenized(gathered, removed)
+    return Tokenized(gathered, removed, forged)
 
 
 def check_usable(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -131,7 +148,18 @@ def encode_chunk(tokenizer: PreTrainedTokenizerBase, supervise_all: bool, chunk:
         mask[:1] = False
         pieces.append((ids, mask, source))
     parts = 1 + max(source for _, _, source in pieces)
-    return Tokenized(join_pieces(pieces, (chunk.format,) * parts), removed)
+    forged = _forged(tokenizer, chunk) if is_chat else Forged()
+    return Tokenized(join_pieces(pieces, (chunk.format,) * parts), removed, forged)
+
+
+def _forged(tokenizer: PreTrainedTokenizerBase, chunk: Chunk) -> Forged:
+    tokens = structure_tokens(tokenizer)
+    found = []
+    for index, (said, _, _) in enumerate(chunk.rows):
+        assert isinstance(said, Conversation)
+        talk = "\n".join(turn.content for turn in said.turns)
+        found += [(index, token) for token in tokens if token in talk][:1]
+    return Forged(len(found), *found[0]) if found else Forged()
 
 
 def _has_double_bos(bos: int | None, ids: Tokens, offsets: Ints) -> bool:

@@ -283,4 +283,4 @@ def _examples(
     check_supervised(train, data.min_supervised_rows, max_length)
     check_drawn(train.examples.source, sources_of(data.train))
     validation = cut_for_evaluation(held_out, max_length, "data.validation") if held_out else None
-    return train, validation, audit(rows, train, held_out, tokenizer, tokenized[0].tokenized.bos_removed)
+    return train, validation, audit(rows, train, held_out, tokenizer, tokenized[0].tokenized)

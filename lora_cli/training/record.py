@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from peft import LoraConfig
 
 from lora_cli.data.audit import ends_without_stop
+from lora_cli.data.sources import sources_of, valid_rows
 from lora_cli.errors import Fault, first_few, pluralize
 from lora_cli.evaluation.loss import Score
 from lora_cli.model.base import meta_model, resolve_compute_dtype, save_tokenizer
@@ -110,10 +112,21 @@ def report_rows(job: Prepared, display: Display) -> None:
     if report.bos_doubled:
         subject = pluralize(report.bos_doubled, "row begins", "rows begin")
         display.note(f"{subject} with two BOS: the text or the chat template writes one too many", warning=True)
+    if report.forged.rows:
+        display.note(_forged_rows(job), warning=True)
     if job.unused_columns:
         display.note(str(Fault(f"columns not used: {first_few(job.unused_columns, 5)}")))
     for note in report.template_notes:
         display.note(note)
+
+
+def _forged_rows(job: Prepared) -> str:
+    forged = job.report.forged
+    row = next(islice(valid_rows(sources_of(job.recipe.data.train)), forged.first, None), None)
+    where = "" if row is None else f" (first: {row.where})"
+    subject = pluralize(forged.rows, "row has", "rows have")
+    effect = "it becomes the special token with which the chat template begins or ends a turn"
+    return f"{subject} '{forged.token}' or the like in the text of a turn{where}: {effect}"
 
 
 def run_record(trainer: Trainer) -> dict[str, Any]:
