@@ -310,10 +310,10 @@ def test_layers_that_could_not_be_loaded_again(joined: Path, method: str, tmp_pa
 @pytest.mark.parametrize(
     ("config", "layers"),
     [
-        (MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, state_size=4), "dt_proj"),
+        (MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, state_size=4), "dt_proj"),
         (
             Gemma3nTextConfig(
-                vocab_size=300,
+                vocab_size=400,
                 hidden_size=32,
                 intermediate_size=[64],
                 num_hidden_layers=1,
@@ -351,6 +351,12 @@ def test_a_layer_whose_numbers_the_model_reads(
     stored.save_pretrained(tmp_path / "out")  # over what was quantized before
     result = lora("train", write_recipe(changes | {"model.name_or_path": tmp_path / "out", "quantization": ...}))
     assert result.exit_code == 2 and f"reads {layers.split(', ')[0]}'s weights directly" in result.stderr
+    (tmp_path / "text.jsonl").write_text('{"text": "Sea"}\n')
+    result = lora("eval", tmp_path / "out", "--perplexity", "--data", tmp_path / "text.jsonl")
+    if layers == "dt_proj":
+        assert result.exit_code == 2 and "reads dt_proj's weights directly" in result.stderr
+    else:
+        assert done(result).stdout
 
 
 def test_a_model_without_a_layer_to_quantize(

@@ -12,7 +12,7 @@ from lora_cli.errors import UserError, pluralize
 from lora_cli.model.files import tokenizer_folder
 from lora_cli.recipe.schema import Data, Model, Recipe, Source
 from lora_cli.training.prepare import data_faults
-from lora_cli.weights.check_model import check_weights
+from lora_cli.weights.check_model import check_directly_read_weights, check_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,6 +67,7 @@ def rows_for(base: Path, adapter: Path | None, data: Data, recipe: Recipe | None
 
     config = load_config(base)
     check_causal(config)
+    check_directly_read_weights(base, training=False)
     bare = meta_model(config)
     check_weights(base, bare)
     if adapter is not None:

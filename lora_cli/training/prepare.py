@@ -178,7 +178,7 @@ def _check_model(recipe: Recipe) -> None:
 
 def _check_weights_without_torch(recipe: Recipe, base: Path) -> None:
     check_complete(base)
-    check_directly_read_weights(base)
+    check_directly_read_weights(base, training=True)
     layers = stored_layers(base)
     wanted = recipe.adapter.target_modules
     # Stored names may lack the base model's prefix: full names and patterns are checked later, on the model itself.

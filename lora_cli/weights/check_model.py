@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_cli.errors import Fault, UserError, grouped_error
 from lora_cli.model.files import read_config, stored_quantization
-from lora_cli.model.targets import UNQUANTIZABLE_LAYERS, Target, bypasses_adapter
+from lora_cli.model.targets import COEFFICIENTS, UNQUANTIZABLE_LAYERS, Target, bypasses_adapter
 from lora_cli.weights.shards import DEPTHS, read_headers, weight_files
 
 if TYPE_CHECKING:
@@ -55,10 +55,11 @@ def check_mergeable(base: Path) -> None:
         raise UserError(f"the base is stored quantized ({stored}), so nothing can be merged into it", str(base), hint)
 
 
-def check_directly_read_weights(base: Path) -> None:
-    """Raises UserError when weights that the model reads directly are stored in 4 or 8 bits: as codes."""
+def check_directly_read_weights(base: Path, training: bool) -> None:
+    """Raises UserError when weights that the model reads directly, Gemma 3n only in ``training``, are stored in 4 or 8
+    bits: as codes."""
     read = UNQUANTIZABLE_LAYERS.get(read_config(base).get("model_type", ""))
-    if read is None:
+    if read is None or (read is COEFFICIENTS and not training):
         return
     for name, info in read_headers(weight_files(base)).items():
         if module_leaf(name) in read and info.dtype in ("I8", "U8"):
