@@ -383,6 +383,11 @@ def question_with_earlier_turns(w: World) -> Arguments:
     return w.train(data=w.rows(ROW | {"history": [["Hi", "Hello"]]}))
 
 
+@case("rows.jsonl:1", "axolotl's segments", "label: true as prompt, and that one as completion")
+def segments(w: World) -> Arguments:
+    return w.train(data=w.rows({"segments": [{"label": False, "text": "Why?"}, {"label": True, "text": " So."}]}))
+
+
 @case("data/b.jsonl:1", "looks like prompt_completion", "first row is read as alpaca", "a source of its own")
 def a_folder_of_two_formats(w: World) -> Arguments:
     w.file("data/a.jsonl", '{"instruction": "Add", "output": "2"}\n')

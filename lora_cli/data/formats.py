@@ -120,9 +120,10 @@ def _check_place(row: Columns, format_name: str) -> None:
     """Raises UserError when the row has a system prompt or history, which the format does not read."""
     unread = {"system", "history"} - set(row.data.columns.values()) - row.read
     if lost := next((name for name in sorted(unread) if row.row.columns.get(name)), None):
-        hint = "give the rows as messages"
+        hint = "give the rows as messages: each pair in it is a turn of the user and one of the assistant"
         if lost == "system":
-            hint = f"set data.format: chat, which reads 'system', or use data.template with {{system}} in it, or {hint}"
+            way = "set data.format: chat, which reads 'system', or use data.template with {system} in it"
+            hint = f"{way}, or give the rows as messages"
         raise UserError(f"column '{lost}' is not empty, but format {format_name} does not read it", row.row.where, hint)
 
 
@@ -278,6 +279,9 @@ def _unknown(columns: Columns) -> UserError:
         return UserError(what, row.where, hint)
     if "input_ids" in row.columns:
         return UserError(f"tokenized rows, and lora tokenizes rows itself: {seen}", row.where, "give their text")
+    if "segments" in row.columns:
+        hint = "write the texts before the first with label: true as prompt, and that one as completion"
+        return UserError(f"axolotl's segments, which lora does not read: {seen}", row.where, hint)
     known = "; ".join(
         f"{name}: {' or '.join(' + '.join('/'.join(ALIASES.get(c, (c,))) for c in names) for names in entry.known_by)}"
         for name, entry in FORMATS.items()
