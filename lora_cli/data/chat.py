@@ -95,10 +95,11 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, str]:
 
 
 def structure_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The special tokens that the template writes around turns, and EOS. Tokens that a user may write into a turn's
-    text, such as those of tool calls, are not among them."""
-    written = render(tokenizer, PROBES, None, add_generation_prompt=True)
-    return [each for each in special_tokens(tokenizer).values() if each in written or each == tokenizer.eos_token]
+    """BOS, EOS and the special tokens that the template writes from the end of a question to the end of its answer.
+    Tokens that a user may write into a turn's text, such as those of tool calls, are not among them."""
+    written = render(tokenizer, PROBES, None).partition(PROBE)[2]
+    ends = (tokenizer.bos_token, tokenizer.eos_token)
+    return [each for each in special_tokens(tokenizer).values() if each in written or each in ends]
 
 
 def generation_prompt_extra(tokenizer: PreTrainedTokenizerBase) -> str:
