@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from lora_cli.data.audit import Report, audit
 from lora_cli.data.examples import Examples, Fitted, fit, join_pieces
+from lora_cli.data.faults import data_faults
 from lora_cli.data.sources import Row
 from lora_cli.data.tokenize import Tokenized, tokenize_rows
 from lora_cli.recipe.schema import Data, Template
-from lora_cli.training.prepare import data_faults
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -33,7 +33,8 @@ from lora_cli.data.examples import (
     join_pieces,
     sliding_windows,
 )
-from lora_cli.data.formats import FORMATS, column_faults, read_content, row_faults
+from lora_cli.data.faults import column_faults, row_faults
+from lora_cli.data.formats import FORMATS, read_content
 from lora_cli.data.grouping import BATCHES_PER_POOL, MAX_OPEN_BATCHES, pack_first_fit, pack_in_order, pad_by_length
 from lora_cli.data.readers import READERS, Record
 from lora_cli.data.sources import Row, hub_records, read_rows, row_places, sources_of

@@ -23,7 +23,7 @@ from conftest import done, run_lora
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_cli.data.formats import row_faults
+from lora_cli.data.faults import row_faults
 from lora_cli.data.readers import READERS
 from lora_cli.data.sources import Source
 from lora_cli.errors import Fault, UserError

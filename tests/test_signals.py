@@ -139,3 +139,12 @@ def test_output_that_nobody_reads_ends_a_command_as_sigpipe_does(arguments: list
     ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_result_that_cannot_be_written_is_told() -> None:
+    with Path("/dev/full").open("w") as full:
+        arguments = [sys.executable, "-m", "lora_cli", "explain", "adapter.r"]
+        ended = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert ended.returncode == 3
+    assert "stdout: the result could not be printed: No space left on device" in ended.stderr

@@ -17,7 +17,7 @@ from test_audit import report_of
 from test_cache import cached
 from test_chat import CHATML, GEMMA, MISTRAL, ONCE, Family, messages_of, tokenizer_of, tokens_of
 
-from lora_cli.data.formats import row_faults
+from lora_cli.data.faults import row_faults
 from lora_cli.data.sources import Row, sources_of
 from lora_cli.data.tokenize import tokenize_rows
 from lora_cli.errors import UserError

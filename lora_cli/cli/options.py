@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from lora_cli.errors import UserError
+from lora_cli.errors import RunError, UserError
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only warnings and results.")]
@@ -37,8 +37,14 @@ class Command(TyperCommand):
             self.show(result)
 
     def show(self, result: str) -> None:
-        """Print the command's result. Raises BrokenPipeError when nobody reads it."""
-        typer.echo(result)
+        """Print the command's result. Raises BrokenPipeError when nobody reads it, RunError when a write fails."""
+        try:
+            typer.echo(result)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            hint = "files that were complete are intact"
+            raise RunError(f"the result could not be printed: {error.strerror}", "stdout", hint) from error
 
 
 class TrainCommand(Command):

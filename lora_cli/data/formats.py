@@ -7,12 +7,12 @@ tokenizer's template.
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_cli.data.readers import kind_of
-from lora_cli.data.sources import Row, read_rows
+from lora_cli.data.sources import Row
 from lora_cli.data.turns import (
     LONE_SURROGATE,
     LONE_SURROGATE_HINT,
@@ -22,8 +22,8 @@ from lora_cli.data.turns import (
     read_tools,
     read_turns,
 )
-from lora_cli.errors import Fault, UserError, did_you_mean
-from lora_cli.recipe.schema import Data, Source, Template
+from lora_cli.errors import UserError
+from lora_cli.recipe.schema import Data
 
 Segment = tuple[str, bool]
 """A piece of text, and whether it is supervised."""
@@ -33,8 +33,6 @@ Content = tuple[Segment, ...] | Conversation
 
 ALIASES = {"prompt": ("prompt", "question"), "completion": ("completion", "answer")}
 """Columns that are looked up for a format's name when ``data.columns`` does not map it."""
-
-MAX_FAULTS = 10
 
 
 @dataclass(frozen=True)
@@ -180,30 +178,6 @@ def _fill(pattern: str, row: Columns) -> str:
     return "".join(literal + (row.text(name) if name else "") for literal, name, _, _ in pieces)
 
 
-def _fields(pattern: str) -> set[str]:
-    try:
-        return {name for _, name, _, _ in string.Formatter().parse(pattern) if name}
-    except ValueError:  # ``pattern_faults`` reports it
-        return set()
-
-
-def pattern_faults(patterns: Template) -> list[Fault]:
-    """The faults of the patterns themselves: unclosed braces, and fields that are not plain column names."""
-    faults = []
-    for key, pattern in (("prompt", patterns.prompt), ("completion", patterns.completion)):
-        where = f"data.template.{key}"
-        try:
-            pieces = list(string.Formatter().parse(pattern))
-        except ValueError as error:
-            faults.append(Fault(str(error), where, "write {{ and }} for literal braces"))
-            continue
-        for _, name, spec, conversion in pieces:
-            if name is not None and (not name or spec or conversion or any(c in name for c in ".[]")):
-                field = f"{name}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}"
-                faults.append(Fault(f"'{{{field}}}' is no column", where, "write {column}, with nothing else in it"))
-    return faults
-
-
 @dataclass(frozen=True)
 class Format:
     """A format: its reader and the names it uses. ``auto`` detects it by any one set of names in ``known_by``."""
@@ -224,21 +198,6 @@ FORMATS: dict[str, Format] = {
     "text": Format(text, ("text",), (("text",),)),
     "template": Format(template, (), ()),  # the names are those in the patterns
 }
-
-
-def column_faults(data: Data) -> list[Fault]:
-    """The names in ``data.columns`` that the format does not use."""
-    if data.template is not None:
-        known = {name for pattern in (data.template.prompt, data.template.completion) for name in _fields(pattern)}
-        problem = "the patterns have no such field"
-    else:
-        wanted = FORMATS if data.format == "auto" else (data.format,)
-        known = {name for format_name in wanted for name in FORMATS[format_name].names}
-        is_auto = data.format == "auto"
-        problem = "no format uses this name" if is_auto else f"format: {data.format} does not use this name"
-    return [
-        Fault(problem, f"data.columns.{name}", did_you_mean(name, known)) for name in data.columns if name not in known
-    ]
 
 
 def detect_format(row: Row, data: Data) -> str:
@@ -301,59 +260,3 @@ def _name_of_chosen(columns: Columns) -> str:
 def read_content(row: Row, format_name: str, data: Data) -> Content:
     """The content of one row. Raises UserError with the row's place."""
     return FORMATS[format_name].read(Columns(row, data))
-
-
-def unseen_faults(data: Data, seen: Collection[str]) -> list[Fault]:
-    """The columns in ``data.columns`` that no row has. An optional one would otherwise be ignored silently."""
-    return [
-        Fault(f"no row has a column '{column}'", f"data.columns.{name}", did_you_mean(column, seen))
-        for name, column in data.columns.items()
-        if column not in seen
-    ]
-
-
-def row_faults(data: Data, sources: Iterable[Source], seen: set[str], unread: set[str]) -> list[Fault]:
-    """Read every row as training does, without tokenizing, and return up to ten faults by file and line. Add the names
-    of all columns to ``seen``, and of columns that have content but are not read to ``unread``."""
-    faults: list[Fault] = []
-    formats: dict[int, str] = {}
-    try:
-        for item in read_rows(sources):
-            if isinstance(item, Fault):
-                faults.append(item)
-            else:
-                seen.update(map(str, item.columns))
-                faults.extend(_faults_in(item, data, formats, unread))
-            if len(faults) >= MAX_FAULTS:
-                return [*faults[:MAX_FAULTS], Fault("only the first faults are shown; there may be more")]
-    except UserError as error:
-        faults.extend(error.faults)
-    return faults
-
-
-def _faults_in(row: Row, data: Data, formats: dict[int, str], unread: set[str]) -> Iterable[Fault]:
-    """The faults of a row, read in the format of its source's first row."""
-    try:
-        if row.source not in formats:
-            formats[row.source] = ""  # reported only once when no format matches
-            formats[row.source] = detect_format(row, data)
-        if format_name := formats[row.source]:
-            columns = Columns(row, data)
-            FORMATS[format_name].read(columns)
-            unread.update(c for c in row.columns.keys() - columns.read - unread if row.columns[c])
-    except UserError as error:
-        return _mixed_format_faults(row, formats[row.source], data) or error.faults
-    return ()
-
-
-def _mixed_format_faults(row: Row, format_name: str, data: Data) -> list[Fault]:
-    """The fault that the row has another format than its source's first row, if it has."""
-    try:
-        own = detect_format(row, data)
-        read_content(row, own, data)
-    except UserError:
-        return []
-    if own == format_name or not format_name:
-        return []
-    hint = "make each format a source of its own: data.train takes a list, and each source's first row decides"
-    return [Fault(f"looks like {own}, but its source's first row is read as {format_name}", row.where, hint)]

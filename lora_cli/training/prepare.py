@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_cli.data.formats import column_faults, pattern_faults, row_faults, unseen_faults
-from lora_cli.data.sources import source_faults, sources_of
+from lora_cli.data.faults import data_faults
+from lora_cli.data.sources import sources_of
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import (
     check_model_type,
@@ -21,7 +21,7 @@ from lora_cli.model.files import (
     read_config,
 )
 from lora_cli.model.targets import UNQUANTIZABLE_LAYERS, Target, choose_targets, compile_pattern
-from lora_cli.recipe.schema import Data, Recipe
+from lora_cli.recipe.schema import Recipe
 from lora_cli.training.launch_environment import check_gpus, is_first_here, process_index
 from lora_cli.training.run_folder import RunFolder
 from lora_cli.training.same_run import as_begun
@@ -233,18 +233,6 @@ def _targets(recipe: Recipe, base: Path, config: PreTrainedConfig) -> list[Targe
     if start is not None:
         check_start(start, adapter, layers, [target.name for target in targets])
     return targets
-
-
-def data_faults(data: Data, unread: set[str], every_column: bool = False) -> list[Fault]:
-    """Return every fault in the data section and its rows. With ``every_column``, a name in ``data.columns`` that no
-    row has is also a fault. Columns that are not read are added to ``unread``."""
-    faults = [*(pattern_faults(data.template) if data.template else []), *column_faults(data)]
-    seen: set[str] = set()
-    for spec in (data.train, data.own_validation):
-        if spec is not None:
-            sources = sources_of(spec)
-            faults += source_faults(sources) or ([] if faults else row_faults(data, sources, seen, unread))
-    return faults or (unseen_faults(data, seen) if every_column else [])
 
 
 def _tokenized(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache: Path) -> list[Cached]:
