@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import Result, Run, fork_lora
 from peft import LoraConfig, get_peft_model
 from transformers import Gemma3nTextConfig, LlamaConfig, LlamaForCausalLM
@@ -207,6 +208,7 @@ def test_what_is_kept_of_a_token_is_found_out_whatever_the_adapter(
     def step() -> None:
         model(input_ids=ids, use_cache=False, logits_to_keep=1).logits.sum().backward()
 
+    AcceleratorState._reset_state()  # an earlier test may have trained in another precision
     accelerator = Accelerator(cpu=True)
     kept = saved_bytes_per_token(model, None, accelerator, False, 512)
     step()
