@@ -28,10 +28,11 @@ def make_folder(folder: Path, parents: bool = True) -> None:
 def in_neighbours(cache: Path, pattern: str) -> Iterator[Path]:
     """Yield the files and folders of this user that match ``pattern`` in the caches of all runs in the folder where the
     run with this ``cache`` is. They may be removed at any time."""
-    for path in sorted(cache.parent.parent.glob(f"*/{cache.name}/{pattern}")):
-        with suppress(FileNotFoundError):  # the other run has removed it meanwhile
-            if path.stat().st_uid == os.getuid():  # no other user's: anybody can write to /tmp
-                yield path
+    for folder in sorted(cache.parent.parent.glob(f"*/{cache.name}")):
+        with suppress(FileNotFoundError):  # the other run removes it meanwhile
+            for path in sorted(folder.glob(pattern)):
+                if path.stat().st_uid == os.getuid():  # no other user's: anybody can write to /tmp
+                    yield path
 
 
 def preallocate(handle: int, start: int, size: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -264,9 +265,11 @@ def test_the_proof_leaves_no_trace(dora: bool, tiny_llama: Path, tmp_path: Path)
 
 
 def test_layers_that_no_gradient_comes_to_are_told_after_the_first_step(
-    tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any
+    tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In Zamba2, each use of a shared block holds the layers of all uses, of which it runs only its own."""
+    """In Zamba2, each use of a shared block holds the layers of all uses, of which it runs only its own. They are not
+    adapted; here they stand for those of a model that nobody has looked at."""
+    monkeypatch.setattr("lora_cli.model.targets.UNTRAINED", re.compile("(?!)"))
     base = shutil.copytree(tiny_llama, tmp_path / "zamba", ignore=shutil.ignore_patterns("*.safetensors"))
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "attention_head_dim": 16}
     mamba = {"n_mamba_heads": 4, "mamba_headdim": 16, "mamba_d_state": 8, "mamba_ngroups": 1, "chunk_size": 8}

@@ -107,15 +107,19 @@ def test_what_another_user_keeps_is_not_taken(quantized: Any, monkeypatch: pytes
     assert first.losses == second.losses
 
 
-def test_one_that_is_removed_while_it_is_looked_for_is_made(quantized: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("with_cache", [False, True])
+def test_one_that_is_removed_while_it_is_looked_for_is_made(
+    with_cache: bool, quantized: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, _ = quantized("first")
     (folder,) = kept_in(first)
+    gone = folder.parent if with_cache else folder
     glob = Path.glob
 
     def removed(path: Path, pattern: str) -> list[Path]:
         found = list(glob(path, pattern))
-        if folder in found:
-            shutil.rmtree(folder)
+        if gone in found:
+            shutil.rmtree(gone)
         return found
 
     monkeypatch.setattr(Path, "glob", removed)

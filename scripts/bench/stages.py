@@ -15,7 +15,7 @@ from lora_cli.data.audit import audit
 from lora_cli.data.batches import Schedule
 from lora_cli.data.cache import publish, tokenize_cached
 from lora_cli.data.examples import fit
-from lora_cli.data.formats import row_faults
+from lora_cli.data.faults import row_faults
 from lora_cli.data.sources import sources_of
 from lora_cli.recipe.schema import Data
 
@@ -45,7 +45,7 @@ def main(job: str) -> None:
     cached = stage("read again", lambda: tokenize_cached(data, sources, tokenizer, cache))
     rows = cached.tokenized.examples
     fitted = stage("fit", lambda: fit(rows, max_length, "rows"))
-    stage("audit", lambda: audit(rows, fitted, None, tokenizer, 0))
+    stage("audit", lambda: audit(rows, fitted, None, tokenizer, cached.tokenized))
     kept = fitted.examples
     schedule = Schedule(
         lengths=kept.lengths,
