@@ -443,6 +443,18 @@ def test_ranks_and_variants_are_told_as_they_are_trained(
     assert f"\nRank 2-{R}, alpha 1-{ALPHA:g}, DoRA; {sum(told.values()):,} trained parameters" in card
 
 
+def test_a_rank_above_the_width_of_some_layers_is_trained_and_told(
+    tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any
+) -> None:
+    """k_proj and v_proj have 32 outputs in both layers, the others 64 or more."""
+    changes = {"model.name_or_path": tiny_llama, "adapter.r": 48, "adapter.target_modules": "all-linear"}
+    told = " ".join(done(lora("train", write_recipe(changes))).stderr.split())
+    assert "adapter.r: 48 is more than the width of 4 layers, such as model.layers.0.self_attn.k_proj (32)" in told
+    ranks = {tensor.shape[0] for name, tensor in Run(tmp_path / "run").tensors.items() if "lora_A" in name}
+    assert ranks == {48}
+    assert "checked on" in done(lora("merge", tmp_path / "run", "--out", tmp_path / "merged")).stdout
+
+
 def test_a_used_folder_is_refused(train: Callable[..., Run], write_recipe: Any, lora: Any) -> None:
     run = train({"training.max_steps": 1})
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}

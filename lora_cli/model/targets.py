@@ -43,6 +43,11 @@ class Target:
     in_features: int
     out_features: int
 
+    @property
+    def width(self) -> int:
+        """The smaller of the two widths, which is the highest rank that an update can have."""
+        return min(self.in_features, self.out_features)
+
 
 def bypasses_adapter(name: str, model_type: str) -> bool:
     """Whether models of this type read the layer's weight past an adapter, or the layer belongs to a part of the model
@@ -55,7 +60,7 @@ def choose_targets(
 ) -> list[Target]:
     """The linear layers that ``adapter.target_modules`` selects, in the model's layers of these ``numbers`` if given.
 
-    Raises UserError for every name that matches nothing, listing what exists, and for a rank above a layer's width.
+    Raises UserError for every name that matches nothing, listing what exists, and for a rank above all layers' widths.
     """
     if isinstance(wanted, str):
         names = _by_word(wanted, layers) if wanted in WORDS else _by_pattern(wanted, layers)
@@ -64,11 +69,16 @@ def choose_targets(
     if numbers is not None:
         names = _in_layers(numbers, names)
     targets = [layers[name] for name in names]
-    narrow = [target for target in targets if r > min(target.in_features, target.out_features)]
-    if narrow:
-        width = min(narrow[0].in_features, narrow[0].out_features)
-        raise UserError(f"adapter.r: {r} is more than {narrow[0].name}'s width ({width})", hint=f"use at most {width}")
+    if targets and all(target.width < r for target in targets):
+        widest = max(target.width for target in targets)
+        what = f"adapter.r: {r} is more than the width of any layer to adapt ({widest})"
+        raise UserError(what, hint=f"use at most {widest}")
     return targets
+
+
+def narrower(targets: Iterable[Target], r: int) -> list[Target]:
+    """The layers whose updates cannot have rank ``r``, such as Qwen3.5's in_proj_a with 32 outputs."""
+    return [target for target in targets if target.width < r]
 
 
 def _by_word(word: str, layers: Mapping[str, Target]) -> list[str]:

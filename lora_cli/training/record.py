@@ -19,7 +19,7 @@ from lora_cli.errors import Fault, first_few, pluralize
 from lora_cli.evaluation.loss import Score
 from lora_cli.model.base import meta_model, resolve_compute_dtype, save_tokenizer
 from lora_cli.model.files import stop_ids
-from lora_cli.model.targets import describe
+from lora_cli.model.targets import describe, narrower
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.checkpoint import Progress
 from lora_cli.training.display import Display, peak_memory
@@ -37,6 +37,9 @@ def report_setup(trainer: Trainer) -> None:
     trainable, total = count_parameters(trainer)
     rows = describe(job.targets, _parameters_per_layer(trainer))
     display.table("adapted layers", ["module", "layers", "in -> out", "parameters"], rows)
+    if narrow := narrower(job.targets, job.recipe.adapter.r):
+        subject = f"adapter.r: {job.recipe.adapter.r} is more than the width of {pluralize(len(narrow), 'layer')}"
+        display.note(f"{subject}, such as {narrow[0].name} ({narrow[0].width}), whose updates cannot have that rank")
     display.note(f"trainable: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     examples = job.train.examples
     display.note(
