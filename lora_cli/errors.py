@@ -153,6 +153,11 @@ def first_few(items: Sequence[str], most: int) -> str:
     return ", ".join(items[:most]) + more
 
 
+def format_range(values: Sequence[float]) -> str:
+    """Return the lowest and the highest value as text, one value if they are equal, or an empty text for none."""
+    return "-".join(dict.fromkeys(f"{value:g}" for value in (min(values), max(values)))) if values else ""
+
+
 def nearest_hint(name: str, known: Iterable[str]) -> str | None:
     """A hint naming the nearest known name, or None when none is near."""
     near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)

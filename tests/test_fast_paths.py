@@ -732,7 +732,7 @@ def test_on_a_gpu_only_flash_attention_is_given_groups(
         return query
 
     monkeypatch.setattr("lora_cli.model.attention.scaled_dot_product_attention", attend)
-    monkeypatch.setattr("lora_cli.model.attention._is_from_ampere_on", lambda _: capability >= (8, 0))
+    monkeypatch.setattr("lora_cli.model.attention.is_from_ampere_on", lambda _: capability >= (8, 0))
     with FakeTensorMode():
         q, k, v = (torch.empty(1, count, 6, width, dtype=dtype, device="cuda") for count in (4, 2, 2))
         _fused(q, k, v, 1.0, None, 0.0, None)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_cli.errors import format_range
+
 if TYPE_CHECKING:
     from lora_cli.weights.catalogue import AdaptedLayer, Entry
 
@@ -16,7 +18,7 @@ def entry_row(entry: Entry) -> list[str]:
     return [
         entry.path,
         entry.kind,
-        rank_range(entry.ranks),
+        format_range(entry.ranks),
         f"{entry.bytes / 1e6:,.1f}",
         Path(entry.base).name if entry.base else "",
         entry.data or "",
@@ -69,11 +71,6 @@ def layer_rows(layers: list[AdaptedLayer]) -> list[list[str]]:
         for layer in layers
     )
     return [[name, str(number), wide, rank] for (name, wide, rank), number in alike.items()]
-
-
-def rank_range(ranks: Sequence[int]) -> str:
-    """Return the lowest and the highest rank as text, one rank if they are equal, or an empty text for no ranks."""
-    return "-".join(str(rank) for rank in dict.fromkeys((min(ranks), max(ranks)))) if ranks else ""
 
 
 def table_lines(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lora_cli.cli.adapter_text import entry_row, facts, layer_rows, rank_range, table_lines
+from lora_cli.cli.adapter_text import entry_row, facts, layer_rows, table_lines
 from lora_cli.cli.options import Command, Debug, Json, Quiet
-from lora_cli.errors import UserError, pluralize
+from lora_cli.errors import UserError, format_range, pluralize
 
 if TYPE_CHECKING:
     from lora_cli.weights.lora_adapter import LoraAdapter
@@ -125,7 +125,7 @@ def compose_command(
     how = Composition(tuple(weight for _, weight in weighted), method, rank, density, seed)
     check_composition(how, adapters)
     result = compose(adapters, how, out)
-    ranks = rank_range(result.ranks)
+    ranks = format_range(result.ranks)
     text = f"{out}: {pluralize(result.layers, 'layer')} of rank {ranks} by {method}, {result.bytes / 1e6:,.1f} MB"
     return jsonlib.dumps(dataclasses.asdict(result), default=str) if json else text
 
@@ -154,7 +154,7 @@ def resize_command(
         return jsonlib.dumps(dataclasses.asdict(result), default=str)
     rows = [[each.name, f"{each.before} -> {each.after}", f"{each.energy:.2%}"] for each in result.layers]
     lines = [] if quiet else table_lines(["layer", "r", "energy kept"], rows)
-    ranks = [rank_range(tuple(getattr(each, key) for each in result.layers)) for key in ("before", "after")]
+    ranks = [format_range(tuple(getattr(each, key) for each in result.layers)) for key in ("before", "after")]
     layers = pluralize(len(result.layers), "layer")
     return "\n".join([*lines, f"{out}: {layers}, rank {ranks[0]} -> {ranks[1]}, {result.bytes / 1e6:,.1f} MB"])
 
@@ -219,7 +219,7 @@ def extract_command(
         subject = pluralize(len(result.left_out), "other tensor differs", "other tensors differ")
         what = f"{subject} and cannot go into the adapter"
         typer.echo(f"warning: {what}: {', '.join(result.left_out[:5])}{' ...' * (len(result.left_out) > 5)}", err=True)
-    ranks = rank_range(tuple(each.rank for each in result.layers))
+    ranks = format_range(tuple(each.rank for each in result.layers))
     rows = [[each.name, str(each.rank), f"{each.energy:.2%}"] for each in result.layers]
     lines = [] if quiet else table_lines(["layer", "r", "energy kept"], rows)
     total = f"{out}: {pluralize(len(result.layers), 'layer')} of rank {ranks}, {result.bytes / 1e6:,.1f} MB"

@@ -8,7 +8,6 @@ FlashAttention does not support, older GPUs), rows are computed one after the ot
 
 from __future__ import annotations
 
-from functools import lru_cache
 from inspect import signature
 from typing import Any, cast
 
@@ -18,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lora_cli.model.gpu import is_from_ampere_on
 from lora_cli.model.row_products import RowProducts
 
 ROWS = "rows"
@@ -82,13 +82,7 @@ def _has_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
     from Ampere on."""
     width = query.shape[-1]
     is_supported = width == value.shape[-1] and width <= 256 and width % 8 == 0
-    return is_supported and query.is_cuda and query.itemsize == 2 and _is_from_ampere_on(query.device)
-
-
-@lru_cache
-def _is_from_ampere_on(device: torch.device) -> bool:
-    """Whether this GPU is newer than a T4 or a V100."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return is_supported and query.is_cuda and query.itemsize == 2 and is_from_ampere_on(query.device)
 
 
 def _fused(

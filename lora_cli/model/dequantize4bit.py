@@ -4,12 +4,13 @@ The results are bit for bit those of bitsandbytes. On an H100, this takes two th
 of its CPU time, for which a step on few tokens waits.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from lora_cli.model.gpu import is_from_ampere_on
 
 CODES = 1024
 """Bytes, of two codes each, that one Triton program dequantizes."""
@@ -44,17 +45,11 @@ def _dequantize(
 
 def is_supported(weight: torch.Tensor, state: Any) -> bool:
     """Whether ``dequantize`` supports these codes: bytes that fill whole programs, with doubly quantized scales, of a
-    dtype that Triton can write on this GPU."""
-    if state.dtype == torch.bfloat16 and not _writes_bfloat16(weight.device):
+    dtype that Triton can write on this GPU; bitsandbytes can write bfloat16 on any."""
+    if state.dtype == torch.bfloat16 and not is_from_ampere_on(weight.device):
         return False
     in_bytes = weight.dtype == torch.uint8  # for sharding, codes are stored as another dtype
     return in_bytes and bool(state.nested) and weight.numel() % CODES == 0 and 2 * CODES % state.blocksize == 0
-
-
-@lru_cache
-def _writes_bfloat16(device: torch.device) -> bool:
-    """Whether Triton can convert numbers to bfloat16 on this GPU: from Ampere on; bitsandbytes can on others, too."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def dequantize(weight: torch.Tensor, state: Any) -> torch.Tensor:

@@ -69,7 +69,7 @@ def choose_targets(
     if numbers is not None:
         names = _in_layers(numbers, names)
     targets = [layers[name] for name in names]
-    if targets and all(target.width < r for target in targets):
+    if targets and narrower(targets, r) == targets:
         widest = max(target.width for target in targets)
         what = f"adapter.r: {r} is more than the width of any layer to adapt ({widest})"
         raise UserError(what, hint=f"use at most {widest}")

@@ -15,7 +15,7 @@ from peft import LoraConfig
 
 from lora_cli.data.audit import ends_without_stop
 from lora_cli.data.sources import sources_of, valid_rows
-from lora_cli.errors import Fault, first_few, pluralize
+from lora_cli.errors import Fault, first_few, format_range, pluralize
 from lora_cli.evaluation.loss import Score
 from lora_cli.model.base import meta_model, resolve_compute_dtype, save_tokenizer
 from lora_cli.model.files import stop_ids
@@ -26,7 +26,7 @@ from lora_cli.training.display import Display, peak_memory
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.processes import shape_of
 from lora_cli.training.setup import Trainer, unwrap
-from lora_cli.weights.adapter_config import PEFT_PREFIX
+from lora_cli.weights.adapter_config import PEFT_PREFIX, sort_targets
 from lora_cli.weights.catalogue import VARIANTS
 from lora_cli.weights.provenance import PROVENANCE, base_record, now, versions
 
@@ -213,8 +213,7 @@ def write_adapter(trainer: Trainer, folder: Path, weights: Mapping[str, torch.Te
     config = model.peft_config[model.active_adapter]
     assert isinstance(config, LoraConfig)
     config.base_model_name_or_path = info["base"]["name_or_path"]
-    if not isinstance(config.target_modules, str):  # PEFT's set is in another order in each process
-        config.target_modules = sorted(config.target_modules or ())
+    sort_targets(config)
     model.save_pretrained(str(folder), True, state_dict=dict(weights), save_embedding_layers=False)
     save_tokenizer(trainer.job.tokenizer, folder)
     kept = {key: info[key] for key in ("versions", "dtype", "base", "init_from", "data", "finished", "result")}
@@ -228,7 +227,9 @@ def model_card(recipe: Recipe, config: LoraConfig, info: dict[str, Any]) -> str:
     which may have other ranks for some layers than the recipe, if training began with another adapter."""
     base, data, result = info["base"], info["data"], info["result"]
     quantized = f", trained on the base in {recipe.quantization.method}" if recipe.quantization else ""
-    kind = f"Rank {_range(config, 'r', 'rank_pattern')}, alpha {_range(config, 'lora_alpha', 'alpha_pattern')}"
+    ranks = (config.r, *(config.rank_pattern or {}).values())
+    alphas = (config.lora_alpha, *(config.alpha_pattern or {}).values())
+    kind = f"Rank {format_range(ranks)}, alpha {format_range(alphas)}"
     kind += "".join(f", {name}" for key, name in VARIANTS.items() if getattr(config, key))
     peak = recipe.training.learning_rate
     start = best = ""
@@ -253,9 +254,3 @@ def model_card(recipe: Recipe, config: LoraConfig, info: dict[str, Any]) -> str:
     load = "model = AutoPeftModelForCausalLM.from_pretrained(path_of_this_folder)"
     paragraphs.append(f"```python\nfrom peft import AutoPeftModelForCausalLM\n{load}\n```\n")
     return "\n\n".join(paragraphs)
-
-
-def _range(config: LoraConfig, key: str, pattern: str) -> str:
-    """Return the lowest and the highest value that a key has in any layer as text, one value if they are equal."""
-    values = (getattr(config, key), *getattr(config, pattern).values())
-    return "-".join(dict.fromkeys(f"{value:g}" for value in (min(values), max(values))))

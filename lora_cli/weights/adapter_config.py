@@ -6,11 +6,14 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import nearest_folder, newest_adapter, read_json, stored_quantization
 from lora_cli.weights.shards import pickled
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -164,3 +167,9 @@ def pattern_value(pattern: Mapping[str, Any] | None, layer: str, common: Any) ->
     """Return a layer's own rank or alpha from ``pattern``, or else ``common``. The keys of ``pattern`` are names or
     regular expressions, and match a layer's whole name or its last components."""
     return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", layer)), common)
+
+
+def sort_targets(config: LoraConfig) -> None:
+    """Name the adapted layers in one order: PEFT keeps them in a set, whose order differs from process to process."""
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules or ())

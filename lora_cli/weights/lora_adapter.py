@@ -22,6 +22,7 @@ from lora_cli.weights.adapter_config import (
     check_mergeable_lora,
     is_repeatable_init,
     read_adapter_config,
+    sort_targets,
 )
 from lora_cli.weights.check_adapter import check_adapter, check_given_once
 from lora_cli.weights.check_model import EMBEDDINGS, module_leaf
@@ -177,7 +178,7 @@ def write_plain_config(draft: Path, base: str, ranks: Mapping[str, int], fan_in_
         fan_in_fan_out=fan_in_fan_out,
         **rank_keys({layer: (rank, 1.0) for layer, rank in ranks.items()}),
     )
-    config.target_modules = sorted(ranks)  # PEFT's set is in another order in each process
+    sort_targets(config)
     config.save_pretrained(str(draft))
 
 
