@@ -586,6 +586,32 @@ def test_a_run_knows_the_adapter_that_it_began_with(
     assert files_of(run) == before
 
 
+def test_a_continued_run_begins_where_the_first_ended(
+    train: Callable[..., Run], write_recipe: Any, tmp_path: Path, lora: Any
+) -> None:
+    """Step 0 is what training begins with; the base's score is told beside it, also after a resume."""
+    changes = {"data.validation": 0.3, "training.learning_rate": 0.01, "training.save_steps": 1}
+    first = train(changes)
+    folder = tmp_path / "second"
+    recipe = write_recipe(changes | {"adapter.init_from": first.folder, "training.output_dir": folder})
+    outcome = done(lora("train", recipe))
+    second, before = Run(folder), first.info["result"]
+    result = second.info["result"]
+    assert before["start"] is None and before["base"]["loss"] > before["validation"]["loss"] + 0.05
+    assert result["start"] == pytest.approx(before["validation"], rel=1e-6)
+    assert result["base"] == before["base"]
+    assert second.column("loss", "validation")[0] == result["start"]["loss"]
+    base, start, tuned = (f"{result[name]['perplexity']:.2f}" for name in ("base", "start", "validation"))
+    assert f"validation perplexity {start} -> {tuned} (base {base})" in outcome.stdout
+    card = (folder / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert re.search(rf"with the adapter it began with \| [\d.]+ \| {start} \|", card)
+    assert re.search(rf"with the adapter of init_from</td>.*{start}</td>", (folder / "report.html").read_text())
+
+    shutil.rmtree(max((folder / "checkpoints").iterdir()))
+    done(lora("train", recipe, "--resume"))
+    assert second.info["result"]["start"] == result["start"]
+
+
 def one_number(base: Path) -> None:
     """Change a single element of the embedding."""
     with edited_weights(base) as weights:

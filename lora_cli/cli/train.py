@@ -76,8 +76,9 @@ def _summary(run: str, result: dict[str, Any]) -> str:
         lines.append(f"{subject} skipped: loss or gradient was not finite")
     if result["adapter_step"] != result["steps"]:
         lines.append(f"the adapter has the weights of step {result['adapter_step']:,}, the best")
-    base, tuned = result["base"], result["validation"]
+    base, start, tuned = (result[name] for name in ("base", "start", "validation"))
     if base and tuned:
-        lines.append(f"validation perplexity {base['perplexity']:.2f} -> {tuned['perplexity']:.2f}")
+        before, aside = (start, f" (base {base['perplexity']:.2f})") if start else (base, "")
+        lines.append(f"validation perplexity {before['perplexity']:.2f} -> {tuned['perplexity']:.2f}{aside}")
     lines.append(f"adapter: {run}/adapter   report: {run}/report.html")
     return "\n".join(lines)

@@ -55,7 +55,11 @@ def write_report(folder: RunFolder) -> None:
 def _scores(result: dict[str, Any]) -> str:
     rows = [
         [name, f"{score['loss']:.4f}", f"{score['perplexity']:.2f}", f"{score['tokens']:,}"]
-        for name, score in (("base", result["base"]), ("base with adapter", result["validation"]))
+        for name, score in (
+            ("base", result["base"]),
+            ("base with the adapter of init_from", result["start"]),
+            ("base with adapter", result["validation"]),
+        )
         if score
     ]
     if not rows:

@@ -38,13 +38,15 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come. ``validation_loss`` is that of the last evaluation, at ``evaluated_step``;
-    ``skipped_steps`` counts all skipped steps, ``skipped_in_a_row`` those since the last step taken."""
+    """How far a run has come. ``start_loss`` is the loss with the adapter of ``init_from`` before the first step,
+    ``validation_loss`` that of the last evaluation, at ``evaluated_step``; ``skipped_steps`` counts all skipped steps,
+    ``skipped_in_a_row`` those since the last step taken."""
 
     step: int = 0
     logged_step: int | None = None
     evaluated_step: int | None = None
     base_loss: FiniteFloat | None = None
+    start_loss: FiniteFloat | None = None
     validation_loss: FiniteFloat | None = None
     validation_tokens: int = 0
     best_loss: FiniteFloat | None = None

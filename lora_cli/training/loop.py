@@ -37,7 +37,7 @@ from lora_cli.training.resume import choose_weights, continue_run, keeps_best, r
 from lora_cli.training.setup import Trainer, set_up, unwrap
 from lora_cli.training.sharding import is_sharded
 from lora_cli.training.step import take_step, waits_each_step
-from lora_cli.training.validation import evaluate_base, evaluate_last_step, evaluate_step, is_evaluated, last_step
+from lora_cli.training.validation import evaluate_last_step, evaluate_start, evaluate_step, is_evaluated, last_step
 from lora_cli.weights.folders import atomic_folder
 from lora_cli.weights.provenance import now
 from lora_cli.weights.quantized_cache import prune_cached
@@ -130,7 +130,7 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
         resumed_step = restored.step if restored else 0
         if restored is None or is_unfinished(trainer, restored) or not is_evaluated(trainer, restored):
             hidden_states.compute(trainer, resumed_step)
-        progress = restored or evaluate_base(trainer)
+        progress = restored or evaluate_start(trainer)
         with display.steps(progress.step, trainer.total_steps):
             progress = evaluate_last_step(trainer, run_steps(trainer, progress))
 

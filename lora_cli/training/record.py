@@ -172,9 +172,9 @@ def run_record(trainer: Trainer) -> dict[str, Any]:
 def result_record(
     trainer: Trainer, progress: Progress, adapter_step: int, resumed_step: int, seconds: float
 ) -> dict[str, Any]:
-    """Return the result of a run. ``loss`` is the last logged one (None when its line was lost), ``validation`` the
-    score of the adapter, whose weights are those of ``adapter_step``. ``seconds`` is the time of this process, which
-    took the steps after ``resumed_step``."""
+    """Return the result of a run. ``loss`` is the last logged one (None when its line was lost), ``start`` the score
+    with the adapter of ``init_from`` (None without one), ``validation`` the score of the adapter, whose weights are
+    those of ``adapter_step``. ``seconds`` is the time of this process, which took the steps after ``resumed_step``."""
     trainable, total = count_parameters(trainer)
     lines = [line for line in trainer.job.folder.read_metrics() if line["split"] == "train"]
     is_lost = progress.logged_step is not None and (not lines or lines[-1]["step"] < progress.logged_step)
@@ -187,6 +187,7 @@ def result_record(
         "skipped_steps": progress.skipped_steps,
         "loss": measured[-1] if measured and not is_lost else None,
         "base": _score(progress.base_loss, progress.validation_tokens),
+        "start": _score(progress.start_loss, progress.validation_tokens),
         "validation": _score(validation_loss, progress.validation_tokens),
         "best": {"step": progress.best_step, "loss": progress.best_loss},
         "trainable_parameters": trainable,
@@ -248,8 +249,9 @@ def model_card(recipe: Recipe, config: LoraConfig, info: dict[str, Any]) -> str:
         f"({data['supervised_tokens']:,} supervised tokens).{start}{best}",
     ]
     if result["validation"]:
-        scores = (("base", result["base"]), ("with this adapter", result["validation"]))
-        rows = (f"| {name} | {score['loss']:.4f} | {score['perplexity']:.2f} |" for name, score in scores)
+        names = {"base": "base", "start": "with the adapter it began with", "validation": "with this adapter"}
+        scores = {name: result[key] for key, name in names.items() if result[key]}
+        rows = (f"| {name} | {score['loss']:.4f} | {score['perplexity']:.2f} |" for name, score in scores.items())
         paragraphs.append("\n".join(("| validation | loss | perplexity |", "|---|---|---|", *rows)))
     load = "model = AutoPeftModelForCausalLM.from_pretrained(path_of_this_folder)"
     paragraphs.append(f"```python\nfrom peft import AutoPeftModelForCausalLM\n{load}\n```\n")

@@ -18,18 +18,35 @@ from lora_cli.training.processes import own_share
 from lora_cli.training.setup import Trainer, unwrap
 
 
-def evaluate_base(trainer: Trainer) -> Progress:
-    """Step 0: evaluate the base on the validation rows, if any. Raises Interrupted when a signal asks to stop."""
+def evaluate_start(trainer: Trainer) -> Progress:
+    """Step 0: evaluate the base on the validation rows, if any, and with the adapter of ``init_from``, if any; a new
+    adapter changes nothing yet. The score of the model that training begins with is logged. Raises Interrupted when a
+    signal asks to stop."""
     if trainer.job.validation is None:
         return Progress()
-    trainer.display.note(f"measuring the base on {pluralize(len(trainer.job.validation), 'validation row')}")
+    rows = pluralize(len(trainer.job.validation), "validation row")
+    trainer.display.note(f"measuring the base on {rows}")
     with unwrap(trainer).disable_adapter():
-        score = validate(trainer)
+        base = start = _score_at_start(trainer, "loss_of_the_base")
+    if trainer.job.start:
+        trainer.display.note(f"measuring the adapter of init_from on {rows}")
+        start = _score_at_start(trainer, "loss_with_the_adapter_of_init_from")
+    log_score(trainer, 0, 0.0, start)
+    return Progress(
+        evaluated_step=0,
+        base_loss=base.loss,
+        start_loss=start.loss if trainer.job.start else None,
+        validation_loss=start.loss,
+        validation_tokens=start.tokens,
+    )
+
+
+def _score_at_start(trainer: Trainer, name: str) -> Score:
+    score = validate(trainer)
     if score is None:
         raise stopped_after(0, trainer.asked_to_stop())
-    check_finite(trainer, 0, loss_of_the_base=score.loss)
-    log_score(trainer, 0, 0.0, score)
-    return Progress(evaluated_step=0, base_loss=score.loss, validation_loss=score.loss, validation_tokens=score.tokens)
+    check_finite(trainer, 0, **{name: score.loss})
+    return score
 
 
 def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock) -> Progress:
