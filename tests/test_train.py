@@ -446,13 +446,18 @@ def test_ranks_and_variants_are_told_as_they_are_trained(
 def test_a_rank_above_the_width_of_some_layers_is_trained_and_told(
     tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any
 ) -> None:
-    """k_proj and v_proj have 32 outputs in both layers, the others 64 or more."""
+    """k_proj and v_proj have 32 outputs in both layers, the others 64 or more. An adapter is resized to it, too."""
     changes = {"model.name_or_path": tiny_llama, "adapter.r": 48, "adapter.target_modules": "all-linear"}
     told = " ".join(done(lora("train", write_recipe(changes))).stderr.split())
     assert "adapter.r: 48 is more than the width of 4 layers, such as model.layers.0.self_attn.k_proj (32)" in told
     ranks = {tensor.shape[0] for name, tensor in Run(tmp_path / "run").tensors.items() if "lora_A" in name}
     assert ranks == {48}
     assert "checked on" in done(lora("merge", tmp_path / "run", "--out", tmp_path / "merged")).stdout
+    wide = done(lora("adapters", "resize", tmp_path / "run", "--rank", "56", "--out", tmp_path / "wide", "--json")).json
+    assert {layer["after"] for layer in wide["layers"]} == {56}
+    alpha = json.loads((tmp_path / "wide" / "adapter_config.json").read_text())["lora_alpha"]
+    start = {"adapter.init_from": tmp_path / "wide", "adapter.r": 56, "adapter.lora_alpha": alpha}
+    done(lora("train", write_recipe(changes | start | {"training.output_dir": tmp_path / "further"})))
 
 
 def test_a_used_folder_is_refused(train: Callable[..., Run], write_recipe: Any, lora: Any) -> None:

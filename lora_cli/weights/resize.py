@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lora_cli.errors import Fault, grouped_error
+from lora_cli.errors import UserError
 from lora_cli.model.files import copy_tokenizer
 from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS
 from lora_cli.weights.folders import atomic_folder
@@ -52,7 +52,7 @@ def resize(adapter: LoraAdapter, rank: int | None, energy: float | None, out: Pa
     their update's squared norm. Scalings and other tensors do not change.
 
     The outputs of a layer whose rank grows stay bit-identical: new columns of B are zero, new rows of A are initialized
-    as in PEFT (the other way round for an embedding). Raises UserError for a rank above a layer's width.
+    as in PEFT (the other way round for an embedding). Raises UserError for a rank above all layers' widths.
     """
     if rank is not None:
         _check_width(adapter, rank)
@@ -78,13 +78,10 @@ def resize(adapter: LoraAdapter, rank: int | None, energy: float | None, out: Pa
 
 
 def _check_width(adapter: LoraAdapter, rank: int) -> None:
-    faults = [
-        Fault(f"--rank {rank} is more than {layer}'s width ({min(product.shape)})", str(adapter.folder))
-        for layer, product in adapter.products.items()
-        if rank > min(product.shape)
-    ]
-    if faults:
-        raise grouped_error(faults, f"use at most {min(min(product.shape) for product in adapter.products.values())}")
+    widest = max(min(product.shape) for product in adapter.products.values())
+    if rank > widest:
+        what = f"--rank {rank} is more than the width of any layer ({widest})"
+        raise UserError(what, str(adapter.folder), f"use at most {widest}")
 
 
 def _resized(factors: Factors, rank: int | None, energy: float | None, draw: torch.Generator) -> tuple[Factors, float]:
