@@ -23,7 +23,7 @@ from lora_cli.errors import RunError
 from lora_cli.model.elementwise import SwiGLU
 from lora_cli.model.memory import activation_bytes
 from lora_cli.recipe.load import load_recipe
-from lora_cli.training import activations, setup, step
+from lora_cli.training import activations, offload, setup, step
 from lora_cli.training.activations import choose_checkpointing
 from lora_cli.training.display import Display
 from lora_cli.training.estimate import estimate, largest_batch
@@ -421,17 +421,15 @@ def test_what_does_not_go_with_streaming(change: dict[str, Any], write_recipe: A
 
 
 def test_offloaded_activations(write_recipe: Any, lora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each layer's input goes through host memory once per micro-batch; none of its inner activations does."""
+    """Each layer's input goes through host memory once per micro-batch, in pieces; none of its inner activations."""
     kept: list[torch.Size] = []
-    original = step.save_on_cpu
 
-    class Watched(original):  # type: ignore[misc, valid-type]
-        def __init__(self, pin_memory: bool) -> None:
-            super().__init__(pin_memory)
-            pack = self.pack_hook
-            self.pack_hook = lambda tensor: (kept.append(tensor.shape), pack(tensor))[1]
+    def watched(tensor: torch.Tensor) -> Any:
+        kept.append(tensor.shape)
+        return offload.to_host(tensor)
 
-    monkeypatch.setattr(step, "save_on_cpu", Watched)
+    monkeypatch.setattr(step, "to_host", watched)
+    monkeypatch.setattr(offload, "PIECE", 1000)
     adapters = []
     for value in (True, "offload"):
         folder = tmp_path / str(value)
@@ -443,6 +441,17 @@ def test_offloaded_activations(write_recipe: Any, lora: Any, tmp_path: Path, mon
     widths = [shape[-1] for shape in kept if len(shape) == 3]
     assert widths.count(WIDTH) >= 4 * 2 * 2, "steps x batches x layers"
     assert max(widths) == WIDTH, "an MLP's inner activations are recomputed, not kept"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64, torch.bool])
+def test_a_saved_tensor_comes_back_from_host_memory(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "PIECE", 64)
+    numbers = torch.arange(210, dtype=torch.float32).reshape(2, 3, 35).to(dtype)
+    for tensor in (numbers, numbers.mT, numbers[0, 0, 1], numbers[:0], numbers[:, :, ::2], numbers.expand(4, 2, 3, 35)):
+        device, shape, pieces = offload.to_host(tensor)
+        assert max(piece.nbytes for piece in pieces) <= 64 and sum(piece.numel() for piece in pieces) == tensor.numel()
+        back = offload.to_device((device, shape, pieces))
+        assert back.dtype == dtype and torch.equal(back, tensor)
 
 
 @pytest.mark.parametrize("streams", [False, True])

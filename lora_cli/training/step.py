@@ -6,12 +6,13 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
-from torch.autograd.graph import save_on_cpu
+from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 
 from lora_cli.data.batches import Step
 from lora_cli.evaluation.loss import summed_loss
 from lora_cli.training import hidden_states
+from lora_cli.training.offload import to_device, to_host
 from lora_cli.training.processes import own_share
 from lora_cli.training.setup import Trainer
 from lora_cli.training.sharding import backward, clip_gradient, is_sharded
@@ -32,13 +33,12 @@ def take_step(trainer: Trainer, step: Step, learning_rate: float) -> torch.Tenso
     for parameter_group in optimizer.param_groups:
         parameter_group["lr"] = learning_rate
     total = torch.zeros((), device=accelerator.device)
-    on_gpu = accelerator.device.type == "cuda"
     micro_batches = own_share(step.micro_batches, accelerator)
     for index, (rows, weight) in enumerate(micro_batches):
         batch = hidden_states.batch_of(trainer, "train", rows).to(accelerator.device)
         last = index == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(trainer.model):
-            with save_on_cpu(pin_memory=on_gpu) if trainer.offload else nullcontext():
+            with saved_tensors_hooks(to_host, to_device) if trainer.offload else nullcontext():
                 nll = weight * summed_loss(trainer.model, batch, trainer.head, trainer.below)
             backward(accelerator, optimizer, nll * accelerator.num_processes / step.supervised, last)
         total += nll.detach()
