@@ -24,11 +24,11 @@ def command(
     debug: Debug = False,
 ) -> str:
     """Measure the perplexity of a model, or of an adapter and its base."""
-    from lora_cli.model.files import check_model_type, locate
+    from lora_cli.model.files import check_model_type, locate, stored_quantization
     from lora_cli.study import measure
     from lora_cli.training.display import Display
     from lora_cli.training.run_folder import newest_finished, unfinished
-    from lora_cli.weights.adapter_config import check_init
+    from lora_cli.weights.adapter_config import REPEATABLE_ON_CODES, check_init
     from lora_cli.weights.provenance import adapter_folder, find_origin, read_record, recipe_of
 
     display = Display(quiet)
@@ -50,7 +50,8 @@ def command(
     else:
         check_init(adapter)  # before a base is fetched
         base = find_origin(adapter).base
-        check_init(adapter, base)
+        if stored_quantization(base):
+            check_init(adapter, REPEATABLE_ON_CODES)
     with display.waiting("checking base and rows"):
         rows = measure.rows_for(base, adapter, section, recipe)
     if adapter is not None and recipe is None:

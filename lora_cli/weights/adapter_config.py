@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.errors import Fault, UserError
-from lora_cli.model.files import nearest_folder, newest_adapter, read_json, stored_quantization
+from lora_cli.model.files import nearest_folder, newest_adapter, read_json
 from lora_cli.weights.shards import pickled
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ KEPT_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Values of ``init_lora_weights`` that leave the base's weights unchanged."""
 REPEATABLE_INITS = ("pissa", "olora")
 """Values that change the base's weights; PEFT repeats the change when it loads such an adapter."""
+REPEATABLE_ON_CODES = ("olora",)
+"""Those of them whose change PEFT also repeats on a quantized base."""
 CONVERT = (
     "save it as plain LoRA where it was trained: PEFT's save_pretrained(..., "
     "path_initial_model_for_weight_conversion=...)"
@@ -59,7 +61,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_mergeable_lora(folder: Path) -> None:
+def check_mergeable_lora(folder: Path, repeatable: Collection[str] = REPEATABLE_INITS) -> None:
     """Raises UserError when a LoRA adapter's update is not a product that can be added to its base's weights, or when
     ``check_init`` does."""
     config, where = read_adapter_config(folder), str(folder / ADAPTER_CONFIG)
@@ -67,7 +69,7 @@ def check_mergeable_lora(folder: Path) -> None:
         return
     if what := unsupported_variant(config):
         raise UserError(what, where, "use it unmerged, with PEFT")
-    check_init(folder)
+    check_init(folder, repeatable)
 
 
 def unsupported_variant(config: Mapping[str, Any], keys: Iterable[str] = UNMERGEABLE) -> str | None:
@@ -76,31 +78,18 @@ def unsupported_variant(config: Mapping[str, Any], keys: Iterable[str] = UNMERGE
     return None if key is None else f"the adapter {UNMERGEABLE[key]} ({key}), which is not supported here"
 
 
-def check_init(folder: Path, base: Path | None = None) -> None:
-    """Raises UserError when a LoRA adapter's initialization changed its base in a way that PEFT cannot repeat. PEFT
-    cannot repeat PiSSA's on a quantized ``base``."""
+def check_init(folder: Path, repeatable: Collection[str] = REPEATABLE_INITS) -> None:
+    """Raises UserError when a LoRA adapter's initialization changed its base, unless it is one of ``repeatable``."""
     config = read_adapter_config(folder)
-    is_possible = _start(config) != "pissa" or base is None or stored_quantization(base) is None
-    if config["peft_type"] == "LORA" and not keeps_base(config) and not (is_repeatable_init(config) and is_possible):
-        raise changed_base_error(folder, config)
-
-
-def changed_base_error(folder: Path, config: Mapping[str, Any]) -> UserError:
-    """Return the error to raise for an adapter whose initialization changed its base."""
-    what = (
-        f"the adapter belongs to a changed copy of the base it names (init_lora_weights: {config['init_lora_weights']})"
-    )
-    return UserError(what, str(folder / ADAPTER_CONFIG), CONVERT)
+    if config["peft_type"] == "LORA" and not keeps_base(config) and _start(config) not in repeatable:
+        what = "the adapter belongs to a changed copy of the base it names"
+        where, start = str(folder / ADAPTER_CONFIG), config["init_lora_weights"]
+        raise UserError(f"{what} (init_lora_weights: {start})", where, CONVERT)
 
 
 def keeps_base(config: Mapping[str, Any]) -> bool:
     """Whether a LoRA adapter's initialization left its base unchanged."""
     return _start(config) in KEPT_BASE
-
-
-def is_repeatable_init(config: Mapping[str, Any]) -> bool:
-    """Whether PEFT must subtract a LoRA adapter's initial update from the base before it adds the adapter."""
-    return _start(config) in REPEATABLE_INITS
 
 
 def _start(config: Mapping[str, Any]) -> Any:

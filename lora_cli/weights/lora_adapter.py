@@ -18,9 +18,7 @@ from lora_cli.weights.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     PEFT_PREFIX,
-    changed_base_error,
     check_mergeable_lora,
-    is_repeatable_init,
     read_adapter_config,
     sort_targets,
 )
@@ -57,11 +55,9 @@ def read_lora(folder: Path) -> LoraAdapter:
     Raises UserError when it is not a LoRA adapter of linear layers and embeddings, its initialization changed its base,
     or tensors are missing or hold NaN or infinity.
     """
-    check_mergeable_lora(folder)
+    check_mergeable_lora(folder, repeatable=())
     check_adapter(folder, None)
     config, read = read_adapter_config(folder), adapter_parts(folder)
-    if is_repeatable_init(config):
-        raise changed_base_error(folder, config)
     if read is None or config.get("target_parameters"):
         what = "holds updates that are not products of two matrices of one layer"
         raise UserError(what, str(folder), "only LoRA of linear layers and embeddings is supported here")

@@ -17,7 +17,7 @@ import torch
 
 from lora_cli.errors import UserError
 from lora_cli.model.files import read_config
-from lora_cli.weights.adapter_config import is_repeatable_init, read_adapter_config
+from lora_cli.weights.adapter_config import keeps_base, read_adapter_config
 from lora_cli.weights.check_model import EMBEDDINGS, module_leaf
 from lora_cli.weights.pieces import workers
 from lora_cli.weights.products import MAGNITUDE, Product, adapter_parts, product_of
@@ -159,7 +159,7 @@ def _skeleton(base: Path) -> PreTrainedModel:
 def _read_adapter(folder: Path) -> _Adapter:
     config, parts = read_adapter_config(folder), adapter_parts(folder)
     # PEFT would change the base first, or the tensors are not products to add to it.
-    if config["peft_type"] != "LORA" or is_repeatable_init(config) or parts is None:
+    if config["peft_type"] != "LORA" or not keeps_base(config) or parts is None:
         raise _NotStreamable
     return _Adapter(folder, config, *parts)
 
