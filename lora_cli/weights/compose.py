@@ -31,7 +31,7 @@ from lora_cli.weights.lora_adapter import (
     write_tensors,
 )
 from lora_cli.weights.products import Factors
-from lora_cli.weights.provenance import read_record, recipe_of
+from lora_cli.weights.provenance import check_trained_alike, read_record, trained_on
 from lora_cli.weights.shards import read_tensor
 
 SEED = 42
@@ -103,26 +103,11 @@ def check_composition(how: Composition, adapters: Sequence[LoraAdapter]) -> None
     for adapter in adapters:
         check_plain(adapter)
     check_same_base(adapters)
-    _check_quantization(adapters)
+    check_trained_alike(
+        [adapter.folder for adapter in adapters], "compose adapters that were trained on the same weights"
+    )
     if method.equal_ranks:
         _check_ranks(how.method, adapters)
-
-
-def _check_quantization(adapters: Sequence[LoraAdapter]) -> None:
-    """Raises UserError when the adapters' bases were quantized differently in training: no base would fit their sum."""
-    forms = [_trained_on(adapter) for adapter in adapters]
-    for adapter, form in zip(adapters, forms, strict=True):
-        if form != forms[0]:
-            what = f"its base was not quantized in training as that of {adapters[0].folder}"
-            raise UserError(what, str(adapter.folder), "compose adapters that were trained on the same weights")
-
-
-def _trained_on(adapter: LoraAdapter) -> tuple[Any, Any] | None:
-    """Return how the base was quantized to train an adapter, and from which dtype; None when it was not quantized."""
-    recipe = recipe_of(adapter.folder)
-    if recipe is None or recipe.quantization is None:
-        return None
-    return recipe.quantization, read_record(adapter.folder).get("dtype")
 
 
 def _check_ranks(method: str, adapters: Sequence[LoraAdapter]) -> None:
@@ -151,7 +136,7 @@ def compose(adapters: Sequence[LoraAdapter], how: Composition, out: Path) -> Com
     parts = [source_record(adapter) | {"weight": weight} for adapter, weight in zip(adapters, how.weights, strict=True)]
     by = {"by": "compose", "method": how.method, "rank": how.rank, "density": how.density, "seed": seed}
     # A later merge needs to know on which form of the base the adapters were trained.
-    record = read_record(first.folder) if _trained_on(first) else {}
+    record = read_record(first.folder) if trained_on(first.folder) else {}
     kept: dict[str, Any] = {key: record[key] for key in ("recipe", "dtype") if key in record}
     with atomic_folder(out) as draft:
         write_tensors(draft, factors)

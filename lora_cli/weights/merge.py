@@ -19,7 +19,7 @@ from lora_cli.errors import UserError
 from lora_cli.model.files import check_tokenizer, copy_tokenizer, read_config, tokenizer_folder
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.folders import atomic_folder, copy_if_there
-from lora_cli.weights.provenance import PROVENANCE, AdapterOrigin
+from lora_cli.weights.provenance import PROVENANCE, AdapterOrigin, check_trained_alike
 from lora_cli.weights.shards import (
     GENERATION,
     MAX_SHARD,
@@ -114,7 +114,11 @@ def merge(
     origin = origins[0]
     headers = read_headers(weight_files(origin.base))
     stored = dtype or stored_dtype(headers)
-    quantization = _common_quantization(origins) if into != "original" else None
+    quantization = None
+    if into != "original":
+        hint = "give --into original to add both to the unquantized base"
+        check_trained_alike([each.folder for each in origins], hint)
+        quantization = origin.quantization
     seen = training_dtype(origin, headers)
     tensors = merged_tensors(origins, headers, quantization, seen, dtype)
     if len(origins) > 1:
@@ -174,16 +178,6 @@ def fits_in_memory(base: Path) -> bool:
 
     numbers = sum(math.prod(info.shape) for info in read_headers(weight_files(base)).values())
     return numbers * 4 * 1.25 < free_bytes(best_device())
-
-
-def _common_quantization(origins: Sequence[AdapterOrigin]) -> Quantization | None:
-    """Return how the base was quantized to train the adapters. Raises UserError when they differ in it."""
-    first = origins[0]
-    for origin in origins[1:]:
-        if origin.quantization != first.quantization or (first.quantization and origin.dtype != first.dtype):
-            what = f"its base was not quantized in training as that of {first.folder}"
-            raise UserError(what, str(origin.folder), "give --into original to add both to the unquantized base")
-    return first.quantization
 
 
 def training_dtype(origin: AdapterOrigin, headers: Mapping[str, TensorInfo]) -> torch.dtype:

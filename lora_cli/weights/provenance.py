@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -45,6 +46,20 @@ class AdapterOrigin:
     def quantization(self) -> Quantization | None:
         """How the base was quantized in training; None if it was not, or that is not recorded."""
         return self.recipe.quantization if self.recipe else None
+
+
+def check_trained_alike(folders: Sequence[Path], hint: str) -> None:
+    """Raises UserError when the adapters' bases were quantized differently in training: no base would fit their sum."""
+    for folder in folders[1:]:
+        if trained_on(folder) != trained_on(folders[0]):
+            raise UserError(f"its base was not quantized in training as that of {folders[0]}", str(folder), hint)
+
+
+def trained_on(folder: Path) -> tuple[Quantization, str | None] | None:
+    """Return how the base was quantized to train an adapter, and from which dtype; None when it was not quantized."""
+    recipe = recipe_of(folder)
+    quantization = recipe.quantization if recipe else None
+    return None if quantization is None else (quantization, read_record(folder).get("dtype"))
 
 
 def adapter_folder(target: Path) -> Path | None:
