@@ -7,8 +7,8 @@ others that PEFT documents.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from lora_cli.weights.lora_adapter import (
     write_record,
     write_tensors,
 )
-from lora_cli.weights.products import Factors
+from lora_cli.weights.products import Factors, Product, factors_of
 from lora_cli.weights.provenance import check_trained_alike, read_record, trained_on
 from lora_cli.weights.shards import read_tensor
 
@@ -151,18 +151,12 @@ def compose(adapters: Sequence[LoraAdapter], how: Composition, out: Path) -> Com
 
 def _weighted(adapters: Sequence[LoraAdapter], how: Composition, seed: int) -> dict[str, Factors]:
     """Return the composed factors by layer, with a scaling of 1."""
-    model: PeftModel | None = None
-    tree = _tree(adapters)
     names = [NAME.format(number) for number in range(len(adapters))]
+    model: PeftModel = get_peft_model(_tree(adapters), _config(adapters[0]), adapter_name=names[0])
+    for name, adapter in zip(names[1:], adapters[1:], strict=True):
+        model.add_adapter(name, _config(adapter))
     for name, adapter in zip(names, adapters, strict=True):
-        sizes = {layer: (product.rank, product.scaling) for layer, product in adapter.products.items()}
-        config = LoraConfig(target_modules=list(sizes), init_lora_weights=False, **rank_keys(sizes))
-        if model is None:
-            model = get_peft_model(tree, config, adapter_name=name)
-        else:
-            model.add_adapter(name, config)
         set_peft_model_state_dict(model, _state(adapter), adapter_name=name)
-    assert model is not None
     result = NAME.format("whole")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -176,28 +170,23 @@ def _weighted(adapters: Sequence[LoraAdapter], how: Composition, seed: int) -> d
             density=how.density,
         )
     state = get_peft_model_state_dict(model, adapter_name=result, save_embedding_layers=False)
-    widest = {layer: _rank(adapters, layer, how.method) for adapter in adapters for layer in adapter.products}
-    return {layer: _factors(state, layer, rank) for layer, rank in widest.items()}
+    composed = {}
+    for layer, product in _all_products(adapters).items():
+        factors = factors_of({part: state[f"{PEFT_PREFIX}{layer}.lora_{part}"] for part in product.parts}, 1.0)
+        ranks = [adapter.products[layer].rank for adapter in adapters if layer in adapter.products]
+        rank = sum(ranks) if how.method == "cat" else None  # PEFT pads with zeros where an adapter lacks the layer
+        composed[layer] = replace(factors, up=factors.up[:, :rank], down=factors.down[:rank])
+    return composed
 
 
-def _rank(adapters: Sequence[LoraAdapter], layer: str, method: str) -> int | None:
-    """Return the rank to keep of a layer's composed factors, or None for the rank that PEFT gives them.
-
-    With ``cat``, PEFT pads the concatenated factors with zeros where an adapter does not have the layer.
-    """
-    if method != "cat":
-        return None
-    return sum(adapter.products[layer].rank for adapter in adapters if layer in adapter.products)
+def _all_products(adapters: Sequence[LoraAdapter]) -> dict[str, Product]:
+    """Return a product of each layer that any of the adapters has. A layer's are alike but for their ranks."""
+    return {layer: product for adapter in adapters for layer, product in adapter.products.items()}
 
 
-def _factors(state: Mapping[str, torch.Tensor], layer: str, rank: int | None) -> Factors:
-    stem = f"{PEFT_PREFIX}{layer}.lora_"
-    is_embedding = f"{stem}embedding_A" in state
-    if is_embedding:
-        up, down = state[f"{stem}embedding_A"].T, state[f"{stem}embedding_B"].T
-    else:
-        up, down = state[f"{stem}B.weight"], state[f"{stem}A.weight"]
-    return Factors(up[:, :rank], down[:rank], 1.0, is_embedding=is_embedding)
+def _config(adapter: LoraAdapter) -> LoraConfig:
+    sizes = {layer: (product.rank, product.scaling) for layer, product in adapter.products.items()}
+    return LoraConfig(target_modules=list(sizes), init_lora_weights=False, **rank_keys(sizes))
 
 
 def _state(adapter: LoraAdapter) -> dict[str, torch.Tensor]:
@@ -212,7 +201,7 @@ def _state(adapter: LoraAdapter) -> dict[str, torch.Tensor]:
 def _tree(adapters: Sequence[LoraAdapter]) -> nn.Module:
     """Build modules with the adapted layers' names and widths. A Conv1D becomes a Linear, with the same factors."""
     tree = nn.Module()
-    for layer, product in {name: each for adapter in adapters for name, each in adapter.products.items()}.items():
+    for layer, product in _all_products(adapters).items():
         *parents, leaf = layer.split(".")
         node = tree
         for name in parents:

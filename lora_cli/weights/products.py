@@ -67,9 +67,14 @@ class Product:
     def read(self) -> Factors:
         """Read the update, laid out like the weight."""
         read = {part: read_tensor(info).float() for part, info in self.parts.items()}
-        if self.is_embedding:
-            return Factors(read["embedding_A"].T, read["embedding_B"].T, self.scaling, is_embedding=True)
-        return Factors(read["B.weight"], read["A.weight"], self.scaling, read.get(MAGNITUDE))
+        return factors_of(read, self.scaling)
+
+
+def factors_of(parts: Mapping[str, torch.Tensor], scaling: float) -> Factors:
+    """Return the update of a layer that is stored as these ``parts``."""
+    if parts.keys() == EMBEDDING:
+        return Factors(parts["embedding_A"].T, parts["embedding_B"].T, scaling, is_embedding=True)
+    return Factors(parts["B.weight"], parts["A.weight"], scaling, parts.get(MAGNITUDE))
 
 
 def adapter_parts(folder: Path) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]] | None:
