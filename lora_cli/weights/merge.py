@@ -119,8 +119,7 @@ def merge(
         hint = "give --into original to add both to the unquantized base"
         check_trained_alike([each.folder for each in origins], hint)
         quantization = origin.quantization
-    seen = training_dtype(origin, headers)
-    tensors = merged_tensors(origins, headers, quantization, seen, dtype)
+    tensors = merged_tensors(origins, headers, quantization, dtype)
     if len(origins) > 1:
         _check_addable(tensors, origin.folder)
     if tensors is None:
@@ -132,6 +131,7 @@ def merge(
         if tensors is None:
             from lora_cli.weights.merge_in_memory import merge_in_memory
 
+            seen = training_dtype(origin, headers)
             modules, unchanged = merge_in_memory(origin, quantization, seen, headers, dtype, draft, max_shard), None
         else:
             modules, unchanged = tensors.changes.layers, _write(tensors, draft, max_shard)
@@ -150,7 +150,6 @@ def merged_tensors(
     origins: Sequence[AdapterOrigin],
     headers: dict[str, TensorInfo],
     quantization: Quantization | None,
-    seen: torch.dtype,
     dtype: torch.dtype | None,
 ) -> MergedTensors | None:
     """Return the merged model's tensors, to be stored as ``dtype``, or None where PEFT has to merge in memory."""
@@ -168,6 +167,7 @@ def merged_tensors(
             if name is None:
                 return None
             expanded[name] = transposed
+    seen = training_dtype(origins[0], headers)
     return MergedTensors({**headers, **changes.untied}, changes, quantization, expanded, seen, dtype)
 
 

@@ -28,7 +28,7 @@ from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.check_model import check_weights
 from lora_cli.weights.codes import PARTS, encode
 from lora_cli.weights.folders import atomic_folder, copy_if_there, draft_folder
-from lora_cli.weights.merge import merge, merged_tensors, training_dtype
+from lora_cli.weights.merge import merge, merged_tensors
 from lora_cli.weights.provenance import PROVENANCE, AdapterOrigin
 from lora_cli.weights.quantize_in_memory import quantize_in_memory
 from lora_cli.weights.quantized_layers import check_layers, layer_error, replace_layers
@@ -154,7 +154,7 @@ def quantize_merged(
     called first if the merge needs it. Raises UserError as both do.
     """
     headers = read_headers(weight_files(origin.base))
-    tensors = merged_tensors([origin], headers, origin.quantization, training_dtype(origin, headers), None)
+    tensors = merged_tensors([origin], headers, origin.quantization, None)
     if tensors is None or not is_streamed(origin.base):
         check_layers(origin.base, quantization, skip)  # before a merge that may take long
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
