@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json as jsonlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -93,10 +94,7 @@ def command(
         "out": str(out),
         "method": method,
         **({"adapter": str(adapter), "base": origin.base_name} if origin else {}),
-        "bytes_before": result.bytes_before,
-        "bytes_after": result.bytes_after,
-        "in_experts": result.in_experts,
-        "layers": result.layers,
+        **dataclasses.asdict(result),
     }
     if rows is not None:
         before = measure.measure(folder, adapter, rows, recipe, display).score

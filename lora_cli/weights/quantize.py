@@ -49,8 +49,8 @@ class Quantized:
 
     bytes_before: int
     bytes_after: int
-    layers: dict[str, float]
     in_experts: int
+    layers: dict[str, float]
 
 
 def quantize(
@@ -83,7 +83,7 @@ def quantize(
     files = weight_files(folder)
     before, after = (sum(file.stat().st_size for file in found) for found in (files, weight_files(out)))
     worst_first = dict(sorted(errors.items(), key=lambda layer: -layer[1]))
-    return Quantized(before, after, worst_first, _in_experts(bare))
+    return Quantized(before, after, _in_experts(bare), worst_first)
 
 
 def _loaded_dtype(folder: Path, bare: PreTrainedModel) -> torch.dtype:
