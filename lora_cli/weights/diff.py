@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,8 +49,8 @@ def diff(first: LoraAdapter, second: LoraAdapter) -> Diff:
     return Diff(
         _cosine(together, squares[0], squares[1]),
         tuple(layers),
-        _missing(first.products, second.products),
-        _missing(second.products, first.products),
+        tuple(sorted(first.products.keys() - second.products.keys())),
+        tuple(sorted(second.products.keys() - first.products.keys())),
     )
 
 
@@ -85,7 +84,3 @@ def _squared_norm(adapter: LoraAdapter) -> float:
 
 def _cosine(product: float, first: float, second: float) -> float | None:
     return max(-1.0, min(1.0, product / math.sqrt(first * second))) if first > 0 and second > 0 else None
-
-
-def _missing(here: Mapping[str, object], there: Mapping[str, object]) -> tuple[str, ...]:
-    return tuple(sorted(here.keys() - there.keys()))

@@ -184,17 +184,15 @@ def write_config(draft: Path, config: Mapping[str, Any]) -> None:
 
 
 def write_record(
-    draft: Path, out: Path, base: Base, by: Mapping[str, Any], of: Sequence[Mapping[str, Any]], kept: Mapping[str, Any]
+    draft: Path, out: Path, base: Base, by: dict[str, Any], of: Sequence[dict[str, Any]], kept: dict[str, Any]
 ) -> None:
     """Write the provenance record of an adapter that will lie at ``out``: how it was made (``by``), from what (``of``),
     and the entries ``kept`` from a source's record."""
-    made = {**by, "of": [dict(part) for part in of]}
-    record = {
-        **kept,
+    record = kept | {
         "versions": versions(),
         "base": base_record(base.name, out, base.fingerprint),
         "finished": now(),
-        "made": made,
+        "made": by | {"of": of},
     }
     (draft / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

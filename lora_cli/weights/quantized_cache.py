@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ def cached_name(
 
 def find_cached(cache: Path, name: str) -> Path | None:
     """Return the intact folder of this name in a run's cache or a neighbouring run's, or None when there is none."""
-    return next((folder for folder in _places(cache, name) if _is_intact(folder)), None)
+    return next((folder for folder in chain([cache / name], in_neighbours(cache, name)) if _is_intact(folder)), None)
 
 
 def write_cached(
@@ -116,11 +117,6 @@ def _link_or_copy(file: Path, target: Path) -> None:
         target.hardlink_to(file)
     except OSError:  # another disk, or one without links
         shutil.copyfile(file, target)
-
-
-def _places(cache: Path, name: str) -> Iterator[Path]:
-    yield cache / name
-    yield from in_neighbours(cache, name)
 
 
 def _is_intact(folder: Path) -> bool:
