@@ -36,33 +36,25 @@ from lora_cli.weights.shards import read_tensor
 
 SEED = 42
 """The default seed for the values that DARE drops at random."""
+EQUAL_RANKS = "equal ranks"
 NAME = "composed_{}"  # PEFT finds tensors by their adapter's name, which must not occur in a layer's name
 
 
-@dataclass(frozen=True)
-class Method:
-    """What a method requires or accepts: equal ranks, a ``density`` (the share of values kept of each adapter), a
-    target ``rank``; and whether it is random."""
-
-    equal_ranks: bool = False
-    density: bool = False
-    rank: bool = False
-    random: bool = False
-
-
-METHODS = {
-    "cat": Method(),
-    "svd": Method(rank=True),
-    "linear": Method(equal_ranks=True),
-    "ties": Method(equal_ranks=True, density=True),
-    "dare_ties": Method(equal_ranks=True, density=True, random=True),
-    "dare_linear": Method(equal_ranks=True, density=True, random=True),
-    "magnitude_prune": Method(equal_ranks=True, density=True),
-    "ties_svd": Method(density=True, rank=True),
-    "dare_ties_svd": Method(density=True, rank=True, random=True),
-    "dare_linear_svd": Method(density=True, rank=True, random=True),
-    "magnitude_prune_svd": Method(density=True, rank=True),
+METHODS: dict[str, set[str]] = {
+    "cat": set(),
+    "svd": {"rank"},
+    "linear": {EQUAL_RANKS},
+    "ties": {EQUAL_RANKS, "density"},
+    "dare_ties": {EQUAL_RANKS, "density", "seed"},
+    "dare_linear": {EQUAL_RANKS, "density", "seed"},
+    "magnitude_prune": {EQUAL_RANKS, "density"},
+    "ties_svd": {"density", "rank"},
+    "dare_ties_svd": {"density", "rank", "seed"},
+    "dare_linear_svd": {"density", "rank", "seed"},
+    "magnitude_prune_svd": {"density", "rank"},
 }
+"""What each method takes: adapters of equal ranks, the result's ``rank``, a ``density`` (the share of values kept of
+each adapter), and a ``seed`` if it is random."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +82,12 @@ class Composed:
 def check_composition(how: Composition, adapters: Sequence[LoraAdapter]) -> None:
     """Raises UserError when the adapters are not plain LoRA or have different bases, or when the method does not take
     these options or needs equal ranks."""
-    method = METHODS[how.method]
-    given = {"rank": ("--rank", how.rank), "density": ("--density", how.density), "random": ("--seed", how.seed)}
-    for taken, (name, value) in given.items():
-        if value is not None and not getattr(method, taken):
-            able = ", ".join(each for each, takes in METHODS.items() if getattr(takes, taken))
-            raise UserError(f"{name} is not for --method {how.method}", hint=f"it is only for {able}")
-    if method.density and how.density is None:
+    takes = METHODS[how.method]
+    for option, value in {"rank": how.rank, "density": how.density, "seed": how.seed}.items():
+        if value is not None and option not in takes:
+            able = ", ".join(method for method, taken in METHODS.items() if option in taken)
+            raise UserError(f"--{option} is not for --method {how.method}", hint=f"it is only for {able}")
+    if "density" in takes and how.density is None:
         raise UserError(f"--method {how.method} needs --density", hint="give the share of values to keep, e.g. 0.5")
     if how.density is not None and not 0 < how.density <= 1:
         raise UserError(f"--density {how.density:g} is out of range", hint="use a number above 0 and up to 1")
@@ -106,7 +97,7 @@ def check_composition(how: Composition, adapters: Sequence[LoraAdapter]) -> None
     check_trained_alike(
         [adapter.folder for adapter in adapters], "compose adapters that were trained on the same weights"
     )
-    if method.equal_ranks:
+    if EQUAL_RANKS in takes:
         _check_ranks(how.method, adapters)
 
 
