@@ -35,11 +35,9 @@ def check_kind(folder: Path) -> None:
     except (KeyError, TypeError, ValueError) as error:
         what = f"PEFT {version('peft')} cannot read an adapter of kind {kind}: {error}"
         raise UserError(what, str(folder)) from error
-    if kind in UNMERGED:
-        what = f"an adapter of kind {kind} depends on its input and cannot be merged"
-        raise UserError(what, str(folder), "use it unmerged, with PEFT")
-    if config.is_prompt_learning or not hasattr(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "merge_and_unload"):
-        what = f"an adapter of kind {kind} changes no weights and cannot be merged"
+    why = "depends on its input" if kind in UNMERGED else "changes no weights"
+    if kind in UNMERGED or not hasattr(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "merge_and_unload"):
+        what = f"an adapter of kind {kind} {why} and cannot be merged"
         raise UserError(what, str(folder), "use it unmerged, with PEFT")
 
 
