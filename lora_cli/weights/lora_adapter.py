@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 
 from lora_cli.errors import Fault, LoraError, UserError, grouped_error
 from lora_cli.weights.adapter_config import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     PEFT_PREFIX,
     check_mergeable_lora,
@@ -176,11 +175,6 @@ def write_plain_config(draft: Path, base: str, ranks: Mapping[str, int], fan_in_
     )
     sort_targets(config)
     config.save_pretrained(str(draft))
-
-
-def write_config(draft: Path, config: Mapping[str, Any]) -> None:
-    """Write ``config`` unchanged as an adapter's configuration."""
-    (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,13 +11,12 @@ import torch
 
 from lora_cli.errors import UserError
 from lora_cli.model.files import copy_tokenizer
-from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS
+from lora_cli.weights.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lora_cli.weights.folders import atomic_folder
 from lora_cli.weights.lora_adapter import (
     LoraAdapter,
     rank_keys,
     source_record,
-    write_config,
     write_record,
     write_tensors,
 )
@@ -70,7 +70,8 @@ def resize(adapter: LoraAdapter, rank: int | None, energy: float | None, out: Pa
         record.pop("result", None)  # scores only hold if nothing was cut
     with atomic_folder(out) as draft:
         write_tensors(draft, factors, others)
-        write_config(draft, {**adapter.config, **keys})
+        config = json.dumps({**adapter.config, **keys}, indent=2, sort_keys=True)
+        (draft / ADAPTER_CONFIG).write_text(f"{config}\n", encoding="utf-8")
         by = {"by": "resize", "rank": rank, "energy": energy}
         write_record(draft, out, adapter.base, by, [source_record(adapter)], record)
         copy_tokenizer(adapter.folder, draft)
