@@ -67,7 +67,7 @@ def command(
     check_out(out)
     folder, origin = _find(target)
     adapter = origin.folder if origin else None
-    check_out(out, folder, *([adapter] if adapter else []))
+    check_out(out, folder, adapter)
     rows = recipe = None
     if data is not None:
         recipe = origin.recipe if origin else recipe_of(folder)

@@ -93,9 +93,9 @@ def check_tokenizer(folder: Path, chat: bool = False) -> None:
         raise UserError("the tokenizer has no chat template, which format: chat needs", str(folder), hint)
 
 
-def tokenizer_folder(base: Path, *adapters: Path) -> Path:
+def tokenizer_folder(base: Path, *adapters: Path | None) -> Path:
     """The folder of the tokenizer: the first adapter that has its own, else the base."""
-    return next((adapter for adapter in adapters if (adapter / "tokenizer_config.json").is_file()), base)
+    return next((adapter for adapter in adapters if adapter and (adapter / "tokenizer_config.json").is_file()), base)
 
 
 def copy_tokenizer(folder: Path, to: Path) -> None:

@@ -72,7 +72,7 @@ def rows_for(base: Path, adapter: Path | None, data: Data, recipe: Recipe | None
     check_weights(base, bare)
     if adapter is not None:
         resize_embeddings(bare, adapter)
-    tokenizer = load_tokenizer(tokenizer_folder(base, *([adapter] if adapter else [])))
+    tokenizer = load_tokenizer(tokenizer_folder(base, adapter))
     max_length = min(data.max_length, max_positions(config) or data.max_length)
     found = tokenize(data, sources(data), tokenizer)
     if isinstance(data.validation, float):

@@ -113,7 +113,7 @@ def copy_if_there(folder: Path, *files: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def check_out(out: Path, *made_from: Path) -> None:
+def check_out(out: Path, *made_from: Path | None) -> None:
     """Raises UserError when ``out`` cannot be created, is not empty, is the working directory, or lies in one of
     ``made_from``."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
@@ -121,7 +121,7 @@ def check_out(out: Path, *made_from: Path) -> None:
     if out.is_dir() and out.samefile("."):  # this process and its shell would stay in the replaced folder
         raise UserError("is the folder that the command is run in, which would be replaced", str(out), "name another")
     check_writable(out)
-    for folder in made_from:
+    for folder in filter(None, made_from):
         if out.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"is inside {folder}, from which it is made", str(out), "choose another --out")
 

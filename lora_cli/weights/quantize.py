@@ -72,7 +72,7 @@ def quantize(
     bare = meta_model(load_config(folder))
     check_weights(folder, bare)
     check_layers(folder, quantization, skip)
-    tokenizer = load_tokenizer(tokenizer_folder(folder, *([adapter] if adapter else [])))
+    tokenizer = load_tokenizer(tokenizer_folder(folder, adapter))
     dtype, compute_dtype = _loaded_dtype(folder, bare), DTYPES[quantization.compute_dtype]
     with atomic_folder(out) as draft:
         errors = write_quantized(source, draft, quantization, dtype, compute_dtype, skip, max_shard)
