@@ -24,8 +24,7 @@ from lora_cli.study import measure
 from lora_cli.weights.merge import training_dtype
 from lora_cli.weights.provenance import AdapterOrigin
 from lora_cli.weights.quantized_layers import dequantize_quantized
-from lora_cli.weights.shards import TensorInfo, read_headers, stored_dtype, weight_files
-from lora_cli.weights.updates import stored_name
+from lora_cli.weights.shards import TensorInfo, read_headers, stored_dtype, stored_name, weight_files
 
 ROWS = 4
 TOKENS = 64

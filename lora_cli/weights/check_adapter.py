@@ -21,7 +21,7 @@ from lora_cli.weights.adapter_config import (
     unsupported_variant,
 )
 from lora_cli.weights.check_model import EMBEDDINGS, has_identical_layers, module_leaf, stored_layers
-from lora_cli.weights.shards import is_finite, read_headers, read_tensor
+from lora_cli.weights.shards import is_finite, read_headers, read_tensor, stored_name
 
 OTHER_TENSORS = ("bias", "modules_to_save", "trainable_token_indices", "target_parameters")
 """Configuration keys of adapters that hold more than LoRA's own tensors."""
@@ -195,15 +195,14 @@ def _in_a_layer(name: str) -> str:
 
 def _misfits(folder: Path, halves: Halves, layers: dict[str, Target]) -> Iterator[Fault]:
     for name, shapes in halves.items():
-        # Checkpoints may omit the base model's prefix: h.0.attn for transformer.h.0.attn.
-        layer = layers.get(name) or layers.get(name.partition(".")[2])
-        if layer is None:
+        stored = stored_name(name, layers)
+        if stored is None:
             if name.rpartition(".")[2] not in EMBEDDINGS:
                 what = f"tensors {name}.lora_A and lora_B are for a layer that the base does not have"
                 yield Fault(what, str(folder))
             continue
         found = (shapes["A"][-1], shapes["B"][0])
-        wide = (layer.in_features, layer.out_features)
+        wide = (layers[stored].in_features, layers[stored].out_features)
         if found not in (wide, wide[::-1]):
             if wide[1] == found[0] or wide[0] == found[1]:  # a Conv1D (GPT-2), stored as (in, out)
                 wide = wide[::-1]

@@ -20,10 +20,17 @@ from lora_cli.weights.check_model import check_weights
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.folders import atomic_folder
 from lora_cli.weights.lora_adapter import Base, write_plain_config, write_record
-from lora_cli.weights.shards import SINGLE, TensorInfo, check_finite, read_headers, read_tensor, weight_files
+from lora_cli.weights.shards import (
+    SINGLE,
+    TensorInfo,
+    check_finite,
+    read_headers,
+    read_tensor,
+    stored_name,
+    weight_files,
+)
 from lora_cli.weights.spectrum import spectrum_of_matrix
 from lora_cli.weights.stream import shard_writer
-from lora_cli.weights.updates import stored_name
 
 
 @dataclass(frozen=True)

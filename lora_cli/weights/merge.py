@@ -28,10 +28,11 @@ from lora_cli.weights.shards import (
     read_headers,
     read_tensor,
     stored_dtype,
+    stored_name,
     weight_files,
 )
 from lora_cli.weights.stream import shard_writer
-from lora_cli.weights.updates import Changes, MergedTensor, find_changes, merged_tensor, stored_name
+from lora_cli.weights.updates import Changes, MergedTensor, find_changes, merged_tensor
 
 Into = Literal["expanded", "original"]
 BOTH = 1.5

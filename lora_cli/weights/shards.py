@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -115,6 +115,12 @@ def check_complete(folder: Path) -> None:
                 what = f"{key} says {depth:,} layers, but the weights are {len(tensors):,} tensors"
                 hint = "config.json and the weights are from different models"
                 raise UserError(what, str(folder / "config.json"), hint)
+
+
+def stored_name(name: str, stored: Container[str]) -> str | None:
+    """Return the name under which a model's tensor or layer is stored, or None. Checkpoints may omit the base model's
+    prefix, as in h.0.attn for transformer.h.0.attn."""
+    return next((each for each in (name, name.partition(".")[2]) if each in stored), None)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from lora_cli.weights.adapter_config import keeps_base, read_adapter_config
 from lora_cli.weights.check_model import EMBEDDINGS, module_leaf
 from lora_cli.weights.pieces import workers
 from lora_cli.weights.products import MAGNITUDE, Product, adapter_parts, product_of
-from lora_cli.weights.shards import TensorInfo, is_finite, read_tensor
+from lora_cli.weights.shards import TensorInfo, is_finite, read_tensor, stored_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -142,12 +142,6 @@ def merged_tensor(changes: Changes, name: str, weight: torch.Tensor, dtype: torc
 
     step, bits = max(1, PIECE // whole.shape[1]), BITS[dtype.itemsize]
     return MergedTensor(result, sum(workers().map(fill, range(0, whole.shape[0], step))))
-
-
-def stored_name(name: str, headers: Mapping[str, TensorInfo]) -> str | None:
-    """Return the name under which a model's tensor is stored, or None. Checkpoints may omit the base model's prefix, as
-    in h.0.attn for transformer.h.0.attn."""
-    return next((each for each in (name, name.partition(".")[2]) if each in headers), None)
 
 
 def _skeleton(base: Path) -> PreTrainedModel:
