@@ -30,7 +30,7 @@ from lora_cli.training.estimate import estimate, largest_batch
 from lora_cli.training.out_of_memory import out_of_memory
 from lora_cli.training.prepare import prepare
 from lora_cli.training.streaming import detach_weights
-from lora_cli.weights.shards import read_headers, weight_files
+from lora_cli.weights.shards import model_headers
 
 pytestmark = pytest.mark.usefixtures("no_curves", "quick_collections")
 
@@ -158,7 +158,7 @@ def test_weights_stored_in_another_type_are_converted_on_the_way(
     model.get_submodule("model.norm").float().weight.data += torch.rand(len(model.model.norm.weight))
     shutil.copytree(tiny_llama, tmp_path / "half")
     model.save_pretrained(tmp_path / "half")
-    assert {info.dtype for info in read_headers(weight_files(tmp_path / "half")).values()} == {"BF16", "F32"}
+    assert {info.dtype for info in model_headers(tmp_path / "half").values()} == {"BF16", "F32"}
     adapters = []
     for value in (False, True):
         changes = {"model": {"name_or_path": tmp_path / "half", "dtype": "float32"}}

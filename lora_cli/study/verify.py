@@ -24,7 +24,7 @@ from lora_cli.study import measure
 from lora_cli.weights.merge import training_dtype
 from lora_cli.weights.provenance import AdapterOrigin
 from lora_cli.weights.quantized_layers import dequantize_quantized
-from lora_cli.weights.shards import TensorInfo, read_headers, stored_dtype, stored_name, weight_files
+from lora_cli.weights.shards import TensorInfo, model_headers, stored_dtype, stored_name
 
 ROWS = 4
 TOKENS = 64
@@ -98,7 +98,7 @@ def verify(origins: Sequence[AdapterOrigin], draft: Path, out: Path, into: str |
     """Compare the merged model in ``draft``, to be moved to ``out``, with its base and unmerged adapters. Raises
     CheckError when the logits differ by more than rounding explains."""
     quantization = origins[0].quantization
-    stored = read_headers(weight_files(draft))
+    stored = model_headers(draft)
     merged = logits_of(_load(draft, None), sample.ids)
     candidates, expected = {}, None
     if quantization is None:
@@ -187,7 +187,7 @@ def _adapted(base: Any, origins: Sequence[AdapterOrigin]) -> Any:
 
 def _base(origins: Sequence[AdapterOrigin], quantization: Quantization | None, expanded: Quantization | None) -> Any:
     """Load the base: quantized, or quantized as ``expanded`` and dequantized again, or unquantized."""
-    seen = training_dtype(origins[0], read_headers(weight_files(origins[0].base)))
+    seen = training_dtype(origins[0], model_headers(origins[0].base))
     base = _load(origins[0].base, quantization, seen if quantization else None)
     if expanded is not None:
         dequantize_quantized(base, expanded, seen)

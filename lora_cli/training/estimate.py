@@ -17,7 +17,7 @@ from lora_cli.model.layers import checkpointed_layers, linear_layers
 from lora_cli.model.memory import activation_bytes
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.prepare import Prepared
-from lora_cli.weights.shards import read_headers, weight_files
+from lora_cli.weights.shards import model_headers
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _bits(folder: Path, bare: PreTrainedModel, recipe: Recipe, dtype: torch.dtyp
     names = layers.keys() | {name.removeprefix(prefix) for name in layers}
     stored = sum(
         info.bytes
-        for name, info in read_headers(weight_files(folder)).items()
+        for name, info in model_headers(folder).items()
         if names.intersection(accumulate(name.split("."), "{}.{}".format))
     )
     return 8 * stored / sum(each.in_features * each.out_features for each in layers.values())

@@ -40,7 +40,7 @@ from lora_cli.training.torch_compile import compile_elementwise
 from lora_cli.training.zero import is_zero
 from lora_cli.weights.init_from import start_of
 from lora_cli.weights.quantized_cache import cached_name, find_cached, link_cached, write_cached
-from lora_cli.weights.shards import read_headers, stored_dtype, weight_files
+from lora_cli.weights.shards import model_headers, stored_dtype
 
 MAX_KEPT_BYTES = 2**20
 """Bytes of the largest tensor whose memory is kept when it is freed, while layers are streamed."""
@@ -180,7 +180,7 @@ def load_frozen(
         display.note("training.stream_base: a layer's frozen weights are read whenever it runs")
         keep_freed_memory(largest=MAX_KEPT_BYTES)
         # In the stored dtype, Transformers maps the file without reading it yet.
-        stored = stored_dtype(read_headers(weight_files(folder)))
+        stored = stored_dtype(model_headers(folder))
         base = load_base(folder, recipe.model, None, torch.device("cpu"), stored)
         sources = detach_weights(base, folder, device, dtype)
     else:

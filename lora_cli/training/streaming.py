@@ -27,7 +27,7 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.training.estimate import estimate
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.same_run import with_resolved_batch
-from lora_cli.weights.shards import TensorInfo, mapped, read_headers, weight_files
+from lora_cli.weights.shards import TensorInfo, mapped, model_headers, weight_files
 
 Sources = dict[Parameter, Callable[[], Parameter]]
 """For each streamed weight, how to load it onto the device."""
@@ -87,7 +87,7 @@ def detach_weights(base: PreTrainedModel, folder: Path, device: torch.device, dt
     ``base`` is in host memory, in the dtype that ``folder`` stores. A weight that Transformers changed while loading is
     streamed from host memory; such a weight in 4 bits stays on the device.
     """
-    headers = read_headers(weight_files(folder))
+    headers = model_headers(folder)
     files = {file: file.open("rb") for file in weight_files(folder)}  # kept open, as other files may take their names
     sources: Sources = {}
     for outer, layer in checkpointed_layers(base).items():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lora_cli.errors import Fault, UserError, grouped_error
 from lora_cli.model.files import read_config, stored_quantization
 from lora_cli.model.targets import COEFFICIENTS, UNQUANTIZABLE_LAYERS, Target, bypasses_adapter
-from lora_cli.weights.shards import DEPTHS, read_headers, weight_files
+from lora_cli.weights.shards import DEPTHS, model_headers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +30,7 @@ def check_weights(folder: Path, bare: PreTrainedModel) -> None:
     Quantized weights and tensors that Transformers renames while loading are not compared. Missing tensors are reported
     by loading.
     """
-    tensors = read_headers(weight_files(folder))
+    tensors = model_headers(folder)
     if stored_quantization(folder):
         return
     expected = {name: tuple(tensor.shape) for name, tensor in bare.state_dict().items()}
@@ -61,7 +61,7 @@ def check_directly_read_weights(base: Path, training: bool) -> None:
     read = UNQUANTIZABLE_LAYERS.get(read_config(base).get("model_type", ""))
     if read is None or (read is COEFFICIENTS and not training):
         return
-    for name, info in read_headers(weight_files(base)).items():
+    for name, info in model_headers(base).items():
         if module_leaf(name) in read and info.dtype in ("I8", "U8"):
             what = f"the model reads {module_leaf(name)}'s weights directly, and they are stored quantized"
             raise UserError(what, str(base), "start from the unquantized model")
@@ -77,7 +77,7 @@ def stored_layers(folder: Path) -> dict[str, Target] | None:
     if stored_quantization(folder) or any("experts" in key for key in config):
         return None
     layers = {}
-    for name, info in read_headers(weight_files(folder)).items():
+    for name, info in model_headers(folder).items():
         layer, _, kind = name.rpartition(".")
         # Cohere's norms are (heads, head_dim); BERT names embeddings token_type_embeddings.
         is_other = layer.rpartition(".")[2] in EMBEDDINGS or layer.endswith(("norm", "_embeddings"))
@@ -94,7 +94,7 @@ def has_identical_layers(base: Path) -> bool:
     depth = next((config[key] for key in DEPTHS if isinstance(config.get(key), int)), 0)
     layers: dict[tuple[str, str], set[int]] = {}
     outside = set()
-    for name in read_headers(weight_files(base)):
+    for name in model_headers(base):
         found = re.fullmatch(r"(.+?)\.(\d+)\.(.+)", name)
         if found:
             layers.setdefault((found[1], found[3]), set()).add(int(found[2]))

@@ -20,15 +20,7 @@ from lora_cli.weights.check_model import check_weights
 from lora_cli.weights.fingerprint import fingerprint
 from lora_cli.weights.folders import atomic_folder
 from lora_cli.weights.lora_adapter import Base, write_plain_config, write_record
-from lora_cli.weights.shards import (
-    SINGLE,
-    TensorInfo,
-    check_finite,
-    read_headers,
-    read_tensor,
-    stored_name,
-    weight_files,
-)
+from lora_cli.weights.shards import SINGLE, TensorInfo, check_finite, model_headers, read_tensor, stored_name
 from lora_cli.weights.spectrum import spectrum_of_matrix
 from lora_cli.weights.stream import shard_writer
 
@@ -80,7 +72,7 @@ def extract(base: Path, name: str, tuned: Path, rank: int | None, energy: float 
     model, made = meta_model(load_config(base)), meta_model(load_config(tuned))
     check_weights(base, model)
     check_weights(tuned, made)
-    headers = read_headers(weight_files(base)), read_headers(weight_files(tuned))
+    headers = model_headers(base), model_headers(tuned)
     pairs = _pairs(model, *headers, tuned)
     used = {info.name for pair in pairs.values() for info in (pair.base, pair.tuned)}
     left_out = tuple(_other_differences((made, model), *headers, used))

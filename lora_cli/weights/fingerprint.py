@@ -13,7 +13,7 @@ from xxhash import xxh3_128
 
 from lora_cli.errors import reading
 from lora_cli.model.files import read_config
-from lora_cli.weights.shards import TensorInfo, read_headers, weight_files
+from lora_cli.weights.shards import TensorInfo, model_headers
 
 CHUNK = 1 << 22
 IRRELEVANT_KEYS = {"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"}
@@ -27,7 +27,7 @@ def fingerprint(folder: Path) -> str:
     The result does not depend on how tensors are split into shards. It detects accidental changes, not contrived ones.
     Raises UserError for a folder without a configuration or complete safetensors files, RunError when reading fails.
     """
-    stored = sorted(read_headers(weight_files(folder)).items())
+    stored = sorted(model_headers(folder).items())
     with ThreadPoolExecutor() as pool:
         digests = pool.map(_digest, (info for _, info in stored))
         tensors = [[name, info.dtype, info.shape, digest] for (name, info), digest in zip(stored, digests, strict=True)]

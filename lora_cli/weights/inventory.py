@@ -16,7 +16,7 @@ from lora_cli.model.base import CONFIG_ERRORS, load_config, meta_model
 from lora_cli.model.files import stored_quantization
 from lora_cli.weights.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, read_adapter_config
 from lora_cli.weights.experts import joins_experts
-from lora_cli.weights.shards import read_headers, weight_files
+from lora_cli.weights.shards import model_headers, read_headers
 from lora_cli.weights.stored_model import converters_of, sources_of
 
 Shapes = dict[str, tuple[int, ...]]
@@ -34,7 +34,7 @@ def _check_base_tensors(base: Path, bare: PreTrainedModel) -> None:
     """Raises UserError, by tensor, when a base lacks tensors, which Transformers would initialize at random."""
     if stored_quantization(base) or any(len(each.target_patterns) > 1 for each in converters_of(bare)):
         return  # stored names do not show what is missing
-    sources = sources_of(bare, read_headers(weight_files(base)))
+    sources = sources_of(bare, model_headers(base))
     tied: dict[int, list[str]] = {}
     for name, parameter in bare.named_parameters(remove_duplicate=False):
         tied.setdefault(id(parameter), []).append(name)

@@ -26,7 +26,7 @@ from lora_cli.weights.check_model import EMBEDDINGS, module_leaf
 from lora_cli.weights.fingerprint import file_sha256, fingerprint
 from lora_cli.weights.products import MAGNITUDE, Factors, Product, adapter_parts, product_of
 from lora_cli.weights.provenance import PROVENANCE, base_record, named_base, now, read_record, versions
-from lora_cli.weights.shards import TensorInfo, read_headers, read_tensor, weight_files
+from lora_cli.weights.shards import TensorInfo, model_headers, read_tensor
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _is_bases(base: Base, info: TensorInfo) -> bool:
     kept = read_tensor(info).float()
     return any(
         torch.equal(read_tensor(each).float(), kept)
-        for name, each in read_headers(weight_files(Path(base.name))).items()
+        for name, each in model_headers(Path(base.name)).items()
         if each.shape == info.shape and module_leaf(name) in EMBEDDINGS
     )
 

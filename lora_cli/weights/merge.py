@@ -25,7 +25,7 @@ from lora_cli.weights.shards import (
     MAX_SHARD,
     TensorInfo,
     check_finite,
-    read_headers,
+    model_headers,
     read_tensor,
     stored_dtype,
     stored_name,
@@ -113,7 +113,7 @@ def merge(
     caller has checked each adapter against its base (``find_origin``), and that all have the same base.
     """
     origin = origins[0]
-    headers = read_headers(weight_files(origin.base))
+    headers = model_headers(origin.base)
     stored = dtype or stored_dtype(headers)
     quantization = None
     if into != "original":
@@ -177,7 +177,7 @@ def fits_in_memory(base: Path) -> bool:
     from lora_cli.model.base import best_device
     from lora_cli.model.memory import free_bytes
 
-    numbers = sum(math.prod(info.shape) for info in read_headers(weight_files(base)).values())
+    numbers = sum(math.prod(info.shape) for info in model_headers(base).values())
     return numbers * 4 * 1.25 < free_bytes(best_device())
 
 

@@ -32,7 +32,7 @@ from lora_cli.weights.merge import merge, merged_tensors
 from lora_cli.weights.provenance import PROVENANCE, AdapterOrigin
 from lora_cli.weights.quantize_in_memory import quantize_in_memory
 from lora_cli.weights.quantized_layers import check_layers, layer_error, replace_layers
-from lora_cli.weights.shards import GENERATION, check_finite, read_headers, weight_files
+from lora_cli.weights.shards import GENERATION, check_finite, model_headers, read_headers, weight_files
 from lora_cli.weights.stored_model import StoredModel, model_names, stored_model
 from lora_cli.weights.stream import shard_writer
 
@@ -153,7 +153,7 @@ def quantize_merged(
     Only if one of the two needs the model in memory, the merged model is stored beside ``out`` for a while. ``tell`` is
     called first if the merge needs it. Raises UserError as both do.
     """
-    headers = read_headers(weight_files(origin.base))
+    headers = model_headers(origin.base)
     tensors = merged_tensors([origin], headers, origin.quantization, None)
     if tensors is None or not is_streamed(origin.base):
         check_layers(origin.base, quantization, skip)  # before a merge that may take long
@@ -171,7 +171,7 @@ def quantize_merged(
 
 def is_streamed(folder: Path) -> bool:
     """Whether ``write_quantized`` processes the model one tensor at a time."""
-    return model_names(meta_model(load_config(folder)), read_headers(weight_files(folder))) is not None
+    return model_names(meta_model(load_config(folder)), model_headers(folder)) is not None
 
 
 def _write_by_tensors(

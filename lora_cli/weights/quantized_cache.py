@@ -29,7 +29,7 @@ from lora_cli.weights.fingerprint import file_sha256
 from lora_cli.weights.folders import atomic_folder
 from lora_cli.weights.quantize import write_quantized
 from lora_cli.weights.quantized_layers import quantized_layers
-from lora_cli.weights.shards import read_headers, weight_files
+from lora_cli.weights.shards import model_headers, weight_files
 from lora_cli.weights.stored_model import stored_model, unstorable
 
 SUMS = "sha256.json"
@@ -73,7 +73,7 @@ def write_cached(
     free = shutil.disk_usage(next(place for place in folder.absolute().parents if place.is_dir())).free
     if free < needed:
         raise RunError(f"{needed:,} bytes are wanted, {free:,} are free", str(folder))
-    if unstorable(bare, read_headers(weight_files(base)), layers):
+    if unstorable(bare, model_headers(base), layers):
         raise RunError("its layers are stored joined or split, and could not be loaded again quantized", str(base))
     with _replacing(folder, needed) as draft:
         write_quantized(stored_model(base), draft, quantization, dtype, compute_dtype, (), SHARD)

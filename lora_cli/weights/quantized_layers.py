@@ -19,7 +19,7 @@ from lora_cli.model.base import bitsandbytes_config, load_config, meta_model
 from lora_cli.model.targets import UNQUANTIZABLE_LAYERS
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.codes import quantize_dequantize
-from lora_cli.weights.shards import TensorInfo, read_headers, weight_files
+from lora_cli.weights.shards import TensorInfo, model_headers
 from lora_cli.weights.stored_model import unstorable
 
 
@@ -60,7 +60,7 @@ def check_layers(folder: Path, quantization: Quantization, skip: Sequence[str]) 
     if own:
         what = f"the model reads {', '.join(sorted(own))}'s weights directly: they cannot be quantized"
         raise UserError(what, str(folder), f"leave them as they are: --skip {','.join(sorted({*skip, *own}))}")
-    lost = unstorable(bare, read_headers(weight_files(folder)), left)
+    lost = unstorable(bare, model_headers(folder), left)
     if lost:
         what = f"stored joined or split, so it could not be loaded again once quantized: {first_few(lost, 1)}"
         names = ",".join(sorted({*skip, *(layer.rpartition(".")[2] for layer in lost)}))

@@ -84,6 +84,11 @@ def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
     return found
 
 
+def model_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of a model folder by name. Raises the errors of ``weight_files`` and ``read_headers``."""
+    return read_headers(weight_files(folder))
+
+
 def _entries(file: Path) -> Iterator[TensorInfo]:
     """Yield a safetensors file's tensors. The header is the JSON's length in eight bytes, and the JSON."""
     with file.open("rb") as opened:

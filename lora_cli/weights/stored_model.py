@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from lora_cli.weights.shards import TensorInfo, read_headers, read_tensor, weight_files
+from lora_cli.weights.shards import TensorInfo, model_headers, read_tensor
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class StoredModel:
 
 def stored_model(folder: Path) -> StoredModel:
     """Return the model in ``folder`` without an adapter."""
-    headers = read_headers(weight_files(folder))
+    headers = model_headers(folder)
     return StoredModel(folder, headers, lambda name: read_tensor(headers[name]))
 
 
