@@ -238,9 +238,8 @@ def _find_taken(
     for adapter in adapters:
         for name, info in adapter.others.items():
             stored = stored_name(name, headers)
-            if stored is None or (
-                headers[stored].shape != info.shape and not _has_larger_vocabulary(name, info, vocab_size)
-            ):
+            has_more = module_leaf(name) in VOCABULARY_MODULES and vocab_size is not None and info.shape[0] > vocab_size
+            if stored is None or not (has_more or headers[stored].shape == info.shape):
                 raise _NotStreamable
             taken[stored] = info
             if ".base_layer." in info.name and stored in untied:  # they were tied when it was saved
@@ -258,10 +257,6 @@ def _find_products(adapters: Sequence[_Adapter], headers: Mapping[str, TensorInf
                 raise _NotStreamable
             products[stored] = (*products.get(stored, ()), product_of(adapter.config, layer, parts))
     return products
-
-
-def _has_larger_vocabulary(name: str, info: TensorInfo, vocab_size: int | None) -> bool:
-    return module_leaf(name) in VOCABULARY_MODULES and vocab_size is not None and info.shape[0] > vocab_size
 
 
 def _transposed(
