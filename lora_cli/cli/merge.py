@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet
+from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet, bytes_of
 from lora_cli.errors import UserError, pluralize
 
 if TYPE_CHECKING:
@@ -63,7 +63,6 @@ def command(
 ) -> str:
     """Fold adapters into their base model's weights."""
     from lora_cli.weights.folders import check_out
-    from lora_cli.weights.shards import bytes_of
 
     if data is not None and verify is False:
         raise UserError("--data is for verifying, which --no-verify turns off", hint="leave one of them out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from contextlib import redirect_stdout
@@ -16,6 +17,15 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a fa
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only warnings and results.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 MaxShardSize = Annotated[str, typer.Option("--max-shard-size", help="Maximum size of one file, e.g. 500MB or 5GB.")]
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def bytes_of(size: str) -> int:
+    """Parse a size such as 500MB, 5GB or 1000 to bytes. Raises UserError for any other text."""
+    found = re.fullmatch(r"([1-9][0-9]*)(KB|MB|GB|)", size)
+    if found is None:
+        raise UserError(f"--max-shard-size: {size!r} is not a size", hint="write it as 5GB, 500MB, 64KB or in bytes")
+    return int(found[1]) * UNITS[found[2]]
 
 
 class Command(TyperCommand):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lora_cli.cli.merge import find_adapter
-from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet
+from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet, bytes_of
 from lora_cli.errors import UserError, pluralize
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ def command(
     from lora_cli.study import measure
     from lora_cli.weights.folders import check_out
     from lora_cli.weights.provenance import recipe_of
-    from lora_cli.weights.shards import bytes_of
 
     if double_quant is not None and method == "int8":
         raise UserError("--double-quant and --no-double-quant are for --method nf4 and fp4")

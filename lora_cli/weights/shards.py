@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ GENERATION = "generation_config.json"
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MAX_SHARD = 50 * 10**9
 """The largest number of bytes of tensors in a file, as in ``save_pretrained``."""
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 TORCH_NAMES = {
     "F64": "float64",
     "F32": "float32",
@@ -156,14 +154,6 @@ def pickled(folder: Path) -> str | None:
     names = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES) if folder.is_dir() else []
     found = ", ".join(names)
     return f"found {found}: pickled weights are not read; save the model again with safetensors" if names else None
-
-
-def bytes_of(size: str) -> int:
-    """Parse a size such as 500MB, 5GB or 1000 to bytes. Raises UserError for any other text."""
-    found = re.fullmatch(r"([1-9][0-9]*)(KB|MB|GB|)", size)
-    if found is None:
-        raise UserError(f"--max-shard-size: {size!r} is not a size", hint="write it as 5GB, 500MB, 64KB or in bytes")
-    return int(found[1]) * UNITS[found[2]]
 
 
 def read_tensor(info: TensorInfo) -> torch.Tensor:
