@@ -25,9 +25,17 @@ def in_dtype(folder: Path, dtype: torch.dtype, out: Path) -> Path:
 
 
 def make_adapter(
-    name: str, folder: Path, out: Path, save_embedding_layers: bool | str = False, seed: int = 5, **config: Any
+    name: str,
+    folder: Path,
+    out: Path,
+    save_embedding_layers: bool | str = False,
+    seed: int = 5,
+    noise: float = 0.1,
+    **config: Any,
 ) -> Path:
-    """Save an adapter made by PEFT alone, with random changes to its LoRA tensors, trained modules and tokens."""
+    """Save an adapter made by PEFT alone, with random changes to its LoRA tensors, trained modules and tokens.
+
+    Linear layers' B has the standard deviation ``noise``."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     wanted = LoraConfig(
         task_type="CAUSAL_LM",
@@ -41,7 +49,7 @@ def make_adapter(
             if "lora_magnitude" in key:
                 weight.mul_(1 + 0.2 * torch.rand(weight.shape, generator=draw))
             elif "lora_" in key:
-                weight.copy_(0.1 * torch.randn(weight.shape, generator=draw))
+                weight.copy_((noise if "lora_B" in key else 0.1) * torch.randn(weight.shape, generator=draw))
             elif "modules_to_save" in key or "trainable_tokens_delta" in key:
                 weight.add_(0.1 * torch.randn(weight.shape, generator=draw))
     adapted.save_pretrained(str(out), save_embedding_layers=save_embedding_layers)

@@ -8,28 +8,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import done, edited_weights
-from made_adapters import in_dtype
-from peft import LoraConfig, PeftModel, get_peft_model
+from made_adapters import in_dtype, make_adapter
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lora_cli.weights import products
-
-TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "llama": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]}
-
-
-def make_adapter(name: str, base: Path, out: Path, noise: float, **config: Any) -> Path:
-    """An adapter whose B is drawn with standard deviation ``noise``."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    wanted = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=TARGETS[name], **config)
-    wanted.fan_in_fan_out = name == "gpt2"
-    adapted = get_peft_model(model, wanted)
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for key, weight in adapted.named_parameters():
-            if "lora_B" in key:
-                weight.copy_(noise * torch.randn(weight.shape, generator=draw))
-    adapted.save_pretrained(str(out), save_embedding_layers=False)
-    return out
 
 
 @pytest.mark.parametrize("noise", [1e-6, 1e-4, 0.02, 0.5])
@@ -39,7 +22,7 @@ def test_right_merges_pass(
     name: str, dtype: torch.dtype, noise: float, request: Any, tmp_path: Path, lora: Any
 ) -> None:
     base = in_dtype(request.getfixturevalue(f"tiny_{name}"), dtype, tmp_path / "base")
-    adapter = make_adapter(name, base, tmp_path / "adapter", noise, use_dora=noise == 0.02)
+    adapter = make_adapter(name, base, tmp_path / "adapter", noise=noise, use_dora=noise == 0.02)
     found = done(lora("merge", adapter, "--out", tmp_path / "out", "--json")).json["verified"]
     assert found["merged"]["relative"] <= found["rounding"] + 1e-5 + 0.05 * max(found["moved"], found["rounding"])
     if dtype == torch.bfloat16 and noise < 1e-5:  # a norm in float32, which is not rounded
@@ -57,7 +40,7 @@ def test_wrong_merges_leave_nothing(
     name: str, dtype: torch.dtype, request: Any, tmp_path: Path, lora: Any, monkeypatch: Any
 ) -> None:
     base = in_dtype(request.getfixturevalue(f"tiny_{name}"), dtype, tmp_path / "base")
-    adapter = make_adapter(name, base, tmp_path / "adapter", 0.004)
+    adapter = make_adapter(name, base, tmp_path / "adapter", noise=0.004)
     moved = done(lora("merge", adapter, "--out", tmp_path / "right", "--json")).json["verified"]["moved"]
     assert 0.01 < moved < 0.1
     right, before = products.scaling_of, sorted(tmp_path.iterdir())
