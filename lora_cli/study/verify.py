@@ -187,7 +187,7 @@ def _adapted(base: Any, origins: Sequence[AdapterOrigin]) -> Any:
 
 def _base(origins: Sequence[AdapterOrigin], quantization: Quantization | None, expanded: Quantization | None) -> Any:
     """Load the base: quantized, or quantized as ``expanded`` and dequantized again, or unquantized."""
-    seen = training_dtype(origins[0], model_headers(origins[0].base))
+    seen = training_dtype(origins[0])
     base = _load(origins[0].base, quantization, seen if quantization else None)
     if expanded is not None:
         dequantize_quantized(base, expanded, seen)

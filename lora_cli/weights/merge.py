@@ -132,7 +132,7 @@ def merge(
         if tensors is None:
             from lora_cli.weights.merge_in_memory import merge_in_memory
 
-            seen = training_dtype(origin, headers)
+            seen = training_dtype(origin)
             modules, unchanged = merge_in_memory(origin, quantization, seen, headers, dtype, draft, max_shard), None
         else:
             modules, unchanged = tensors.changes.layers, _write(tensors, draft, max_shard)
@@ -168,7 +168,7 @@ def merged_tensors(
             if name is None:
                 return None
             expanded[name] = transposed
-    seen = training_dtype(origins[0], headers)
+    seen = training_dtype(origins[0])
     return MergedTensors({**headers, **changes.untied}, changes, quantization, expanded, seen, dtype)
 
 
@@ -181,9 +181,9 @@ def fits_in_memory(base: Path) -> bool:
     return numbers * 4 * 1.25 < free_bytes(best_device())
 
 
-def training_dtype(origin: AdapterOrigin, headers: Mapping[str, TensorInfo]) -> torch.dtype:
+def training_dtype(origin: AdapterOrigin) -> torch.dtype:
     """Return the dtype in which the base was loaded to train the adapter; if not recorded, its stored dtype."""
-    return getattr(torch, origin.dtype) if origin.dtype else stored_dtype(headers)
+    return getattr(torch, origin.dtype) if origin.dtype else stored_dtype(model_headers(origin.base))
 
 
 def _check_addable(tensors: MergedTensors | None, first: Path) -> None:
