@@ -201,7 +201,10 @@ def _write(cache: Path, part: Cached) -> Path:
     target = cache / f"{part.key}.safetensors"
     try:
         make_folder(cache)
-        if part.neighbour is None or not _link(part.neighbour, draft):
+        if part.neighbour is not None:
+            with suppress(OSError):  # it is on another disk, or was removed
+                draft.hardlink_to(part.neighbour)
+        if not draft.exists():
             about_text = f"{_checksum(part.key, about, arrays, examples.store)} {about}"
             _save(draft, about_text, arrays, examples.store)
             sync(draft)
@@ -213,15 +216,6 @@ def _write(cache: Path, part: Cached) -> Path:
         with suppress(OSError):
             draft.unlink()
     return target
-
-
-def _link(file: Path, target: Path) -> bool:
-    """Hard-link a file; False where that is not possible, as on another disk or once the file is removed."""
-    try:
-        target.hardlink_to(file)
-    except OSError:
-        return False
-    return True
 
 
 def _save(path: Path, about_text: str, arrays: dict[str, Any], store: Store) -> None:
@@ -237,17 +231,22 @@ def _save(path: Path, about_text: str, arrays: dict[str, Any], store: Store) -> 
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in ARRAYS:
-            for start in range(0, len(arrays[name]), CHUNK):
-                file.write(np.ascontiguousarray(arrays[name][start : start + CHUNK]).data)
-                store.release()
+            for piece in _pieces(arrays[name], store):
+                file.write(piece)
 
 
 def _checksum(key: str, about: str, arrays: dict[str, Any], store: Store) -> str:
-    """SHA-256 over key, header and the arrays with their dtypes and shapes. Releases the mapped pages of ``store``."""
+    """SHA-256 over key, header and the arrays with their dtypes and shapes."""
     digest = hashlib.sha256(f"{key} {about}".encode())
     for name in ARRAYS:
         digest.update(f"{arrays[name].dtype}{arrays[name].shape}".encode())
-        for start in range(0, len(arrays[name]), CHUNK):
-            digest.update(np.ascontiguousarray(arrays[name][start : start + CHUNK]).data)
-            store.release()
+        for piece in _pieces(arrays[name], store):
+            digest.update(piece)
     return digest.hexdigest()
+
+
+def _pieces(array: Any, store: Store) -> Iterator[memoryview]:
+    """Yield an array's bytes, CHUNK items at a time, and release the mapped pages of ``store`` after each piece."""
+    for start in range(0, len(array), CHUNK):
+        yield np.ascontiguousarray(array[start : start + CHUNK]).data
+        store.release()
