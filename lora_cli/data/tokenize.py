@@ -46,10 +46,9 @@ class Tokenized:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows of one format: each one's content, place and source. ``closing`` is the text that ends a chat turn."""
+    """Rows of one format: each one's content, place and source."""
 
     format: str
-    closing: str
     rows: tuple[tuple[Content, str, int], ...]
 
 
@@ -72,7 +71,7 @@ def tokenize_rows(
 
     def examples() -> Iterator[Examples]:
         nonlocal removed, seen, forged
-        for part in in_order(encode, read_chunks(data, rows, tokenizer)):
+        for part in in_order(encode, read_chunks(data, rows)):
             removed += part.bos_removed
             if part.forged.rows:
                 earlier = forged if forged.rows else replace(part.forged, first=seen + part.forged.first)
@@ -92,10 +91,9 @@ def check_usable(tokenizer: PreTrainedTokenizerBase) -> None:
         raise UserError("the tokenizer has no end-of-text token", hint="set eos_token in tokenizer_config.json")
 
 
-def read_chunks(data: Data, rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[Chunk]:
+def read_chunks(data: Data, rows: Iterable[Row]) -> Iterator[Chunk]:
     """Yield the rows' contents in order, in chunks of one format. Raises UserError at the first invalid row."""
     formats: dict[int, str] = {}  # by source, detected at its first row
-    closing: str | None = None
 
     def format_of(row: Row) -> str:
         if row.source not in formats:
@@ -105,12 +103,11 @@ def read_chunks(data: Data, rows: Iterable[Row], tokenizer: PreTrainedTokenizerB
     for format_name, alike in groupby(rows, format_of):
         read = ((read_content(row, format_name, data), row.where, row.source) for row in alike)
         while chunk := tuple(islice(read, ROWS_AT_ONCE)):
-            if format_name == "chat" and closing is None:
-                closing = _closing(tokenizer, chunk[0][1])
-            yield Chunk(format_name, closing or "", chunk)
+            yield Chunk(format_name, chunk)
 
 
 def _closing(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """The text that ends a chat turn, or ''. Raises UserError, with the place of a row, without a chat template."""
     if not tokenizer.chat_template:
         hint = "use an instruct model, write a chat_template.jinja into the model's folder, or set another data.format"
         raise UserError("the tokenizer has no chat template, which format: chat needs", where, hint)
@@ -120,8 +117,9 @@ def _closing(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
 def encode_chunk(tokenizer: PreTrainedTokenizerBase, supervise_all: bool, chunk: Chunk) -> Tokenized:
     """Tokenize the chunk's rows into ids and masks. Raises UserError for a conversation that the template refuses."""
     is_chat = chunk.format == "chat"
+    closing = _closing(tokenizer, chunk.rows[0][1]) if is_chat else ""
     batch = [
-        conversation_segments(tokenizer, said, chunk.closing, where) if isinstance(said, Conversation) else said
+        conversation_segments(tokenizer, said, closing, where) if isinstance(said, Conversation) else said
         for said, where, _ in chunk.rows
     ]
     if supervise_all:
@@ -143,7 +141,7 @@ def encode_chunk(tokenizer: PreTrainedTokenizerBase, supervise_all: bool, chunk:
             ids, offsets = ids[1:], offsets[1:]
             removed += 1
         mask = _supervised(segments, offsets)
-        if not is_chat or not chunk.closing:
+        if not closing:
             ids, mask = _append_eos(tokenizer.eos_token_id, ids, mask, segments)
         mask[:1] = False
         pieces.append((ids, mask, source))
