@@ -53,16 +53,13 @@ def source_faults(sources: Iterable[Source]) -> list[Fault]:
             continue
         path = Path(source.path)
         kind = "file" if _is_file(path) else "folder" if path.is_dir() else "glob"
-        misplaced = f"is for a hub id only, and this is a {kind}"
-        if source.name is not None:
-            hint = "give the path of the configuration's own files"
-            faults.append(Fault(f"name: {source.name} {misplaced}", source.path, hint))
-        if source.split != "train":
-            hint = "give the path of the split's own files"
-            faults.append(Fault(f"split: {source.split} {misplaced}", source.path, hint))
-        if source.streaming:
-            hint = "remove it: files are always read row by row"
-            faults.append(Fault(f"streaming {misplaced}", source.path, hint))
+        misplaced = (
+            (source.name is not None, f"name: {source.name}", "give the path of the configuration's own files"),
+            (source.split != "train", f"split: {source.split}", "give the path of the split's own files"),
+            (source.streaming, "streaming", "remove it: files are always read row by row"),
+        )
+        what = f"is for a hub id only, and this is a {kind}"
+        faults += [Fault(f"{key} {what}", source.path, hint) for is_given, key, hint in misplaced if is_given]
     return faults
 
 
