@@ -33,7 +33,7 @@ from lora_cli.data.examples import (
     join_pieces,
     sliding_windows,
 )
-from lora_cli.data.faults import column_faults, row_faults
+from lora_cli.data.faults import column_faults, data_faults, row_faults
 from lora_cli.data.formats import FORMATS, read_content
 from lora_cli.data.grouping import BATCHES_PER_POOL, MAX_OPEN_BATCHES, pack_first_fit, pack_in_order, pad_by_length
 from lora_cli.data.readers import READERS, Record
@@ -461,6 +461,11 @@ def test_every_name_of_a_format_can_be_mapped(name: str) -> None:
             }
             assert read_content(Row(renamed, "x:1"), name, data) == plain
             assert column_faults(data) == column_faults(data.model_copy(update={"format": "auto"})) == []
+
+
+def test_names_of_a_broken_pattern_are_not_called_unknown() -> None:
+    broken = Data(train="x", template=Template(prompt="{asked", completion="{answer}"), columns={"asked": "question"})
+    assert [fault.where for fault in data_faults(broken, set())] == ["data.template.prompt", "x"]
 
 
 def test_the_fields_of_patterns_can_be_mapped() -> None:

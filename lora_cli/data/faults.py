@@ -16,7 +16,7 @@ MAX_FAULTS = 10
 def data_faults(data: Data, unread: set[str], every_column: bool = False) -> list[Fault]:
     """Return every fault in the data section and its rows. With ``every_column``, a name in ``data.columns`` that no
     row has is also a fault. Columns that are not read are added to ``unread``."""
-    faults = [*(pattern_faults(data.template) if data.template else []), *column_faults(data)]
+    faults = (pattern_faults(data.template) if data.template else []) or column_faults(data)
     seen: set[str] = set()
     for spec in (data.train, data.own_validation):
         if spec is not None:
@@ -43,9 +43,10 @@ def pattern_faults(patterns: Template) -> list[Fault]:
 
 
 def column_faults(data: Data) -> list[Fault]:
-    """The names in ``data.columns`` that the format does not use."""
+    """The names in ``data.columns`` that the format does not use. Patterns must have no fault of their own."""
     if data.template is not None:
-        known = {name for pattern in (data.template.prompt, data.template.completion) for name in _fields(pattern)}
+        patterns = data.template.prompt + data.template.completion
+        known = {name for _, name, _, _ in string.Formatter().parse(patterns) if name}
         problem = "the patterns have no such field"
     else:
         wanted = FORMATS if data.format == "auto" else (data.format,)
@@ -55,13 +56,6 @@ def column_faults(data: Data) -> list[Fault]:
     return [
         Fault(problem, f"data.columns.{name}", did_you_mean(name, known)) for name in data.columns if name not in known
     ]
-
-
-def _fields(pattern: str) -> set[str]:
-    try:
-        return {name for _, name, _, _ in string.Formatter().parse(pattern) if name}
-    except ValueError:  # ``pattern_faults`` reports it
-        return set()
 
 
 def unseen_faults(data: Data, seen: Collection[str]) -> list[Fault]:
