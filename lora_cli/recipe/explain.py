@@ -115,8 +115,8 @@ def expected(node: JsonSchema) -> str:
 
 
 def _alternatives(node: JsonSchema) -> list[str]:
-    if "enum" in node or "const" in node:
-        return [str(choice) for choice in node.get("enum", [node.get("const")])]
+    if words := choices(node):
+        return list(words)
     match node.get("type"):
         case "boolean":
             return ["true", "false"]
@@ -157,9 +157,8 @@ def options(node: JsonSchema) -> list[JsonSchema]:
 def _step(node: JsonSchema, step: str | int) -> JsonSchema:
     for option in options(node):
         inner = option.get("items") if isinstance(step, int) else option.get("properties", {}).get(step)
-        if inner is None and isinstance(step, str) and isinstance(option.get("additionalProperties"), dict):
-            inner = option["additionalProperties"]
-        if inner is not None:
+        # For a section, which allows no other keys, additionalProperties is false.
+        if inner := inner or option.get("additionalProperties"):
             return dict(inner)
     return {}
 
