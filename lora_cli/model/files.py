@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -45,7 +44,7 @@ def locate(name_or_path: str, weights: bool = False, revision: str | None = None
 
 
 def _snapshot(hub_id: str, weights: bool, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
@@ -54,8 +53,8 @@ def _snapshot(hub_id: str, weights: bool, revision: str | None) -> Path:
     except HFValidationError as error:
         raise UserError("no such model folder, and not a hub id", hub_id, nearest_folder(Path(hub_id))) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
-        why = "HF_HUB_OFFLINE is set and it is not in the local cache" if offline else str(error).splitlines()[0]
+        offline = "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set and it is not in the local cache"
+        why = offline if is_offline_mode() else str(error).splitlines()[0]
         what = f"no such model folder, and not available from the hub: {why}"
         raise UserError(what, hub_id, nearest_folder(Path(hub_id))) from error
 
