@@ -60,19 +60,14 @@ class Message:
 
     def with_text_arguments(self) -> Message:
         """The turn with the arguments of its tool calls as JSON text."""
-        if not self.called:
-            return self
-        calls = [
-            call | {"function": _with_text_arguments(call["function"])}
-            if call.get("function")
-            else _with_text_arguments(call)
-            for call in self.extra["tool_calls"]
-        ]
-        return replace(self, extra={**self.extra, "tool_calls": calls})
+        calls = [_with_text_arguments(call) for call in self.extra.get("tool_calls", ())]
+        return replace(self, extra={**self.extra, "tool_calls": calls}) if calls else self
 
 
-def _with_text_arguments(function: dict[str, Any]) -> dict[str, Any]:
-    return function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    if call.get("function"):
+        return call | {"function": _with_text_arguments(call["function"])}
+    return call | {"arguments": json.dumps(call["arguments"], ensure_ascii=False)}
 
 
 @dataclass(frozen=True)
