@@ -52,14 +52,13 @@ def fused_lora_forward(
 
 def _part(layer: Any, dtype: torch.dtype) -> tuple[LayerSpec, tuple[torch.Tensor | None, ...]] | None:
     """The layer as arguments of ``LoraProducts`` for products in ``dtype``; None when it is not supported."""
-    adapter: tuple[torch.Tensor, torch.Tensor, float] | None = None
     if isinstance(layer, Fused):
         base, adapter = layer.base_layer, _adapter(layer)
     elif type(layer) in (nn.Linear, Conv1D) and (wide := in_out_features(layer)):
         base, adapter = layer, (layer.weight.new_empty(0, wide[0]), layer.weight.new_empty(wide[1], 0), 1.0)
-    if adapter is None:
+    else:
         return None
-    if getattr(base, "compute_dtype", None) not in (None, dtype):
+    if adapter is None or getattr(base, "compute_dtype", None) not in (None, dtype):
         return None
     a, b, scaling = adapter
     return LayerSpec(scaling, isinstance(base, Conv1D), quant_state_of(base)), (base.weight, base.bias, a, b)
