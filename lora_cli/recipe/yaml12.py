@@ -118,7 +118,6 @@ class _Reader:
         self, loader: yaml.SafeLoader, locate: Callable[[int, int], Place], env: Mapping[str, str], faults: Faults
     ) -> None:
         self._events = iter(loader.get_event, None)
-        self._peek: Callable[[], yaml.Event] = loader.peek_event
         self._locate = locate
         self._env = env
         self._faults = faults
@@ -126,10 +125,8 @@ class _Reader:
 
     def document(self) -> Node:
         next(self._events)  # the stream's start
-        start = self._peek()
-        if isinstance(start, yaml.StreamEndEvent):
+        if isinstance(next(self._events), yaml.StreamEndEvent):
             return Node(None, self._locate(1, 1))
-        next(self._events)
         root = self._node(next(self._events), 0)
         next(self._events)  # the document's end
         second = next(self._events)
