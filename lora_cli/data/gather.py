@@ -18,8 +18,9 @@ BUFFER_TOKENS = 1 << 24
 
 
 def gather(parts: Iterable[Examples], folder: Path | None) -> Examples:
-    """The rows of all parts, end to end. From BUFFER_TOKENS tokens on they are stored in files in ``folder`` (None: the
-    system's temporary folder). The files have no name, so that none remains however the process ends.
+    """The rows of all parts, each of one source, end to end. From BUFFER_TOKENS tokens on they are stored in files in
+    ``folder`` (None: the system's temporary folder). The files have no name, so that none remains however the process
+    ends.
 
     Raises RunError when the files cannot be written, as on a full disk.
     """
@@ -35,7 +36,7 @@ def gather(parts: Iterable[Examples], folder: Path | None) -> Examples:
             held.append(part)
             lengths.append(part.lengths)
             sources.append(part.source)
-            formats |= {index: part.formats[index] for index in np.unique(part.source).tolist()}
+            formats[int(part.source[0])] = part.format
             waiting += part.tokens
             if waiting >= BUFFER_TOKENS:
                 _write(held, files, place)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +46,11 @@ class Tokenized:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows of one format: each one's content, place and source."""
+    """Rows of one source: their format, the source's index, and each row's content and place."""
 
     format: str
-    rows: tuple[tuple[Content, str, int], ...]
+    source: int
+    rows: tuple[tuple[Content, str], ...]
 
 
 def tokenize(data: Data, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> Examples:
@@ -92,18 +93,14 @@ def check_usable(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def read_chunks(data: Data, rows: Iterable[Row]) -> Iterator[Chunk]:
-    """Yield the rows' contents in order, in chunks of one format. Raises UserError at the first invalid row."""
-    formats: dict[int, str] = {}  # by source, detected at its first row
-
-    def format_of(row: Row) -> str:
-        if row.source not in formats:
-            formats[row.source] = detect_format(row, data)
-        return formats[row.source]
-
-    for format_name, alike in groupby(rows, format_of):
-        read = ((read_content(row, format_name, data), row.where, row.source) for row in alike)
+    """Yield the rows' contents in order, in chunks of one source, whose first row decides the format. Raises UserError
+    at the first invalid row."""
+    for source, of_source in groupby(rows, lambda row: row.source):
+        first = next(of_source)
+        format_name = detect_format(first, data)
+        read = ((read_content(row, format_name, data), row.where) for row in chain((first,), of_source))
         while chunk := tuple(islice(read, ROWS_AT_ONCE)):
-            yield Chunk(format_name, chunk)
+            yield Chunk(format_name, source, chunk)
 
 
 def _closing(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
@@ -120,7 +117,7 @@ def encode_chunk(tokenizer: PreTrainedTokenizerBase, supervise_all: bool, chunk:
     closing = _closing(tokenizer, chunk.rows[0][1]) if is_chat else ""
     batch = [
         conversation_segments(tokenizer, said, closing, where) if isinstance(said, Conversation) else said
-        for said, where, _ in chunk.rows
+        for said, where in chunk.rows
     ]
     if supervise_all:
         batch = [tuple((text, True) for text, _ in segments) for segments in batch]
@@ -134,8 +131,7 @@ def encode_chunk(tokenizer: PreTrainedTokenizerBase, supervise_all: bool, chunk:
     )
     pieces: list[Piece] = []
     removed = 0
-    encoded_rows = zip(batch, chunk.rows, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    for segments, (_, _, source), numbers, places in encoded_rows:
+    for segments, numbers, places in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         ids, offsets = np.asarray(numbers, np.int32), np.asarray(places, np.int64).reshape(-1, 2)
         if _has_double_bos(tokenizer.bos_token_id, ids, offsets):
             ids, offsets = ids[1:], offsets[1:]
@@ -144,16 +140,15 @@ def encode_chunk(tokenizer: PreTrainedTokenizerBase, supervise_all: bool, chunk:
         if not closing:
             ids, mask = _append_eos(tokenizer.eos_token_id, ids, mask, segments)
         mask[:1] = False
-        pieces.append((ids, mask, source))
-    parts = 1 + max(source for _, _, source in pieces)
+        pieces.append((ids, mask, chunk.source))
     forged = _forged(tokenizer, chunk) if is_chat else Forged()
-    return Tokenized(join_pieces(pieces, (chunk.format,) * parts), removed, forged)
+    return Tokenized(join_pieces(pieces, (chunk.format,) * (chunk.source + 1)), removed, forged)
 
 
 def _forged(tokenizer: PreTrainedTokenizerBase, chunk: Chunk) -> Forged:
     tokens = structure_tokens(tokenizer)
     found = []
-    for index, (said, _, _) in enumerate(chunk.rows):
+    for index, (said, _) in enumerate(chunk.rows):
         assert isinstance(said, Conversation)
         talk = "\n".join(turn.content for turn in said.turns)
         found += [(index, token) for token in tokens if token in talk][:1]
