@@ -250,4 +250,8 @@ def _check_json(value: Any, where: str) -> None:
 
 def has_lone_surrogate(text: str) -> bool:
     """Whether the text holds a lone surrogate, which JSON can escape but UTF-8 cannot encode."""
-    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
