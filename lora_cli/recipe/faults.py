@@ -41,7 +41,7 @@ def add_faults(error: ValidationError, root: Node, faults: Faults, complete: boo
     # Of a union's errors, the deeper one belongs to the alternative that the user meant.
     outer = {path[:length] for path in details for length in range(len(path))}
     for path, detail in details.items():
-        node = _nearest(root, path)
+        _, node = _follow(root, path)
         if path in outer or (node.value is BROKEN and detail["type"] != "extra_forbidden"):
             continue
         match detail["type"]:
@@ -59,16 +59,20 @@ def add_faults(error: ValidationError, root: Node, faults: Faults, complete: boo
 
 def _key_path(root: Node, detail: ErrorDetails) -> KeyPath:
     """Return an error's place as the recipe's own keys: pydantic's location without the names of union members."""
-    path: list[str | int] = []
+    path, _ = _follow(root, detail["loc"])
+    if detail["type"] == "missing" and path[-1:] != detail["loc"][-1:]:
+        path += detail["loc"][-1:]
+    return path
+
+
+def _follow(root: Node, steps: KeyPath) -> tuple[KeyPath, Node]:
+    """Follow the steps that the recipe contains, and return them with the node at which they end."""
+    path: KeyPath = ()
     node = root
-    for step in detail["loc"]:
-        inner = _inner(node, step)
-        if inner is not None:
-            node = inner
-            path.append(step)
-    if detail["type"] == "missing" and path[-1:] != [detail["loc"][-1]]:
-        path.append(detail["loc"][-1])
-    return tuple(path)
+    for step in steps:
+        if (inner := _inner(node, step)) is not None:
+            path, node = (*path, step), inner
+    return path, node
 
 
 def _inner(node: Node, step: str | int) -> Node | None:
@@ -77,17 +81,6 @@ def _inner(node: Node, step: str | int) -> Node | None:
     if isinstance(node.value, tuple) and isinstance(step, int):
         return node.value[step]
     return None
-
-
-def _nearest(root: Node, path: KeyPath) -> Node:
-    """Return the node at ``path``, or the innermost node around it that the recipe contains."""
-    node = root
-    for step in path:
-        inner = _inner(node, step)
-        if inner is None:
-            break
-        node = inner
-    return node
 
 
 def _dotted(path: KeyPath) -> str:
@@ -137,7 +130,7 @@ def _add_broken_rule(path: KeyPath, detail: ErrorDetails, root: Node, faults: Fa
     message = str(detail["ctx"]["error"])
     about = message.partition(":")[0]
     path = tuple(about.split(".")) if about in dotted_keys() else path
-    faults.add(_nearest(root, path).place, message)
+    faults.add(_follow(root, path)[1].place, message)
 
 
 def _add_wrong_value(path: KeyPath, node: Node, faults: Faults) -> None:
