@@ -29,9 +29,7 @@ class Section(BaseModel):
 class Model(Section):
     """The base model."""
 
-    name_or_path: str = Field(
-        min_length=1, description="Folder of a causal language model in Transformers' layout, or a hub id."
-    )
+    name_or_path: Text = Field(description="Folder of a causal language model in Transformers' layout, or a hub id.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Type of the frozen weights and of matrix products; adapters stay float32. auto: bfloat16 on a "
@@ -84,9 +82,8 @@ class Adapter(Section):
         "DoRA) in fused autograd functions: faster, with less memory. false: use Transformers' and PEFT's own "
         "forward passes.",
     )
-    init_from: str | None = Field(
+    init_from: Text | None = Field(
         None,
-        min_length=1,
         description="Run or adapter folder (LoRA or DoRA, of the same base) whose weights training starts from.",
     )
 
@@ -94,7 +91,7 @@ class Adapter(Section):
 class Source(Section):
     """One part of a mixture."""
 
-    path: str = Field(min_length=1, description="File, folder, glob or hub id.")
+    path: Text = Field(description="File, folder, glob or hub id.")
     weight: float = Field(
         1.0,
         gt=0,
@@ -102,10 +99,8 @@ class Source(Section):
         description="How often an epoch takes this source: 2 takes each row twice, 0.5 half of the rows. "
         "data.validation ignores it: each row counts once.",
     )
-    name: str | None = Field(
-        None, min_length=1, description="Configuration of the hub data set, e.g. main; null: its default."
-    )
-    split: str = Field("train", min_length=1, description="Split of the hub data set.")
+    name: Text | None = Field(None, description="Configuration of the hub data set, e.g. main; null: its default.")
+    split: Text = Field("train", description="Split of the hub data set.")
     streaming: bool = Field(
         False,
         description="Read the rows of a hub data set over the network as they are needed, and keep no copy on disk.",
@@ -119,7 +114,7 @@ class Template(Section):
     """Patterns that make a prompt and a completion from a row's columns."""
 
     prompt: str = Field("", description="Pattern of the prompt, e.g. 'Question: {question}\\nAnswer:'.")
-    completion: str = Field(min_length=1, description="Pattern of the completion, e.g. ' {answer}'.")
+    completion: Text = Field(description="Pattern of the completion, e.g. ' {answer}'.")
 
 
 class Data(Section):
@@ -192,7 +187,7 @@ class Data(Section):
 class Training(Section):
     """Optimization, evaluation and what is kept."""
 
-    output_dir: str = Field(min_length=1, description="The run's folder; the run creates it.")
+    output_dir: Text = Field(description="The run's folder; the run creates it.")
     seed: int = Field(
         42,
         ge=0,
