@@ -382,6 +382,12 @@ def test_a_pipe_gets_whole_lines_whatever_the_environment_says_of_terminals(
     assert shown == f"warning: rows were dropped\nadapted layers\n{'module':{len(layer)}}  layers\n{layer}      48\n"
 
 
+def test_a_python_that_does_not_read_names_as_utf8_is_told_how(lora_process: Any) -> None:
+    narrow = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = lora_process("train", "Rezept für Bären.yaml", env=narrow)
+    assert result.exit_code == 2 and "PYTHONUTF8=1" in result.stderr
+
+
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TERM": "xterm", "COLUMNS": "0"}])
 def test_a_terminal_that_cannot_redraw_or_tells_no_width_shows_what_happens(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch

@@ -133,7 +133,9 @@ def _check_surroundings(arguments: Sequence[str]) -> None:
             name.encode()
         except UnicodeEncodeError as error:
             what = "not UTF-8, in which safetensors and tokenizers need the names of files"
-            raise UserError(what, name, "rename the file or folder") from error
+            misread = sys.getfilesystemencoding() != "utf-8"
+            hint = "set PYTHONUTF8=1: Python reads names otherwise" if misread else "rename the file or folder"
+            raise UserError(what, name, hint) from error
 
 
 def _as_lora_error(error: Exception, given: Sequence[str]) -> LoraError | None:
