@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -841,3 +842,15 @@ def test_a_refused_thread_is_no_bug(tiny_gpt2: Path, tmp_path: Path, lora: Any, 
     result = lora("quantize", tiny_gpt2, "--out", tmp_path / "out")
     assert result.exit_code == 3 and "refused another thread" in result.stderr and "ulimit -u" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_no_folder_for_temporary_files_is_no_riddle(write_recipe: Any) -> None:
+    """torch cannot be imported without one."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "lora_cli", "train", str(write_recipe())],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY)),
+    )
+    assert ended.returncode == 3
+    assert "No usable temporary directory" in ended.stderr and "set TMPDIR to a folder" in ended.stderr

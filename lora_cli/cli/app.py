@@ -169,6 +169,8 @@ def _refused_variable(error: Exception) -> UserError | None:
 def _refused_by_the_system(error: OSError) -> LoraError:
     what = f"the system refused: {error.strerror or error}"
     where = None if error.filename is None else str(error.filename)
+    if "temporary directory" in what:
+        return RunError(what, hint="set TMPDIR to a folder with free space that can be written; libraries need one")
     if error.errno == errno.ENAMETOOLONG:
         return UserError(what, where, "choose another name")
     if where is not None and is_out_of_space(error):
