@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,22 @@ def test_a_signal_while_lora_is_imported_ends_it_without_a_word(tmp_path: Path) 
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (-signal.SIGINT, b"")
+
+
+def test_process_1_of_a_container_is_stopped_before_it_trains(write_recipe: Any, tmp_path: Path) -> None:
+    contained = ["unshare", "--user", "--map-root-user", "--fork", "--pid"]
+    if not shutil.which("unshare") or subprocess.run([*contained, "true"], capture_output=True).returncode:
+        pytest.skip("no new namespaces here")
+    script = (
+        "import os, signal\n"
+        "from lora_cli.cli.app import main\n"
+        "from lora_cli.recipe import load\n"
+        "assert os.getpid() == 1\n"
+        "load.load_recipe = lambda *_: os.kill(1, signal.SIGTERM)\n"
+        f"raise SystemExit(main(['train', {str(write_recipe())!r}]))\n"
+    )
+    ended = subprocess.run([*contained, sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (143, "stopped\n")
 
 
 @pytest.mark.parametrize("arguments", [["explain"], ["explain", "--schema"], ["train", "--help"]], ids=" ".join)
