@@ -405,6 +405,22 @@ def test_a_terminal_that_cannot_redraw_or_tells_no_width_shows_what_happens(
 
 
 @pytest.mark.parametrize(
+    ("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)]
+)
+def test_an_error_is_coloured_where_colours_are_shown_and_wanted(
+    environment: dict[str, str], coloured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in {"TERM": "xterm", **environment}.items():
+        monkeypatch.setenv(name, value)
+    terminal = Terminal()
+    with redirect_stderr(terminal):
+        assert main(["explain", "adapter.rank"]) == 2
+    assert ("\x1b[" in terminal.getvalue()) is coloured
+    assert "error: " in terminal.shown
+
+
+@pytest.mark.parametrize(
     ("seconds", "told"),
     [(0.4, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (3599.4, "59:59"), (3600, "1:00:00"), (90061.0, "25:01:01")],
 )

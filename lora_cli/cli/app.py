@@ -245,10 +245,12 @@ def _report(error: LoraError, is_train: bool) -> None:
         time.sleep(_SECONDS_FOR_OTHERS)
     is_long = len(error.faults) > _ROOM  # another tool's configuration, for example
     shown = error.faults[:_MOST]
+    plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"  # typer heeds neither
+    heading = "error: " if plain else typer.style("error: ", fg="red", bold=True)
     for fault, following in zip_longest(shown, shown[1:]):
         once = replace(fault, hint=None) if following and following.hint == fault.hint else fault
         text = "; ".join(line.strip() for line in str(once).splitlines()) if is_long else str(once)
-        _print_stderr(f"{typer.style('error: ', fg='red', bold=True)}{text}")
+        _print_stderr(f"{heading}{text}")
     if (more := len(error.faults) - _MOST) > 0:
         _print_stderr(f"... and {more:,} more")
 
