@@ -2,6 +2,7 @@
 
 The layers, lowest first. A layer imports only from lower ones (import-linter enforces it, see pyproject.toml):
 
+    control_groups  where Linux limits the memory and CPU time of containers, jobs and services
     errors       what went wrong, where, what to do; exit codes    cores   how many cores this process may use
     disk         files and folders that survive a crash of the machine
     recipe       what a user writes: the schema and its loader

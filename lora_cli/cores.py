@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
+
+from lora_cli.control_groups import group_folders
 
 SPINS = "1000"
 """Turns of the loop in which GNU's OpenMP library waits for work before a thread sleeps; its own default is 300,000."""
 
 
-def usable_cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return how many cores the process may run on, at most the CPU quota of its control group (version 2 or 1).
+def usable_cores(root: Path = Path("/")) -> int:
+    """Return how many cores the process may run on, at most the CPU quota of its control groups.
 
-    More threads than this wait for each other: they slow down a container with 2 of 64 cores many times.
+    More threads than this wait for each other: they slow down a container with 2 of 64 cores many times. ``root`` is
+    the folder that holds ``proc`` and ``sys``.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        try:
-            quota, period, *_ = " ".join((groups / name).read_text() for name in files).split()
-            if quota not in ("max", "-1"):
-                cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
-        except (OSError, ValueError):  # this version of control groups is not in use
-            continue
+    for folder, version in group_folders("cpu", root):
+        names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        with suppress(OSError, ValueError):  # no such folder or file, or "max"
+            quota, period, *_ = " ".join((folder / name).read_text(encoding="ascii") for name in names).split()
+            if int(quota) > 0:
+                cores = min(cores, math.ceil(int(quota) / int(period)))
     return cores
 
 

@@ -159,19 +159,26 @@ def test_an_unknown_model_type_is_told_without_torch(tiny_gpt2: Path, write_reci
 
 
 @pytest.mark.parametrize(
-    ("files", "expected"),
+    ("membership", "files", "expected"),
     [
-        ({}, None),
-        ({"cpu.max": "max 100000"}, None),
-        ({"cpu.max": "50000 100000"}, 1),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
-        ({"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1),
-        ({"cpu.max": "?"}, None),
+        ("0::/", {}, None),
+        ("0::/", {"cpu.max": "max 100000"}, None),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/system.slice/a.service", {"system.slice/a.service/cpu.max": "50000 100000"}, 1),
+        ("0::/job/step", {"job/cpu.max": "50000 100000", "job/step/cpu.max": "max 100000"}, 1),
+        ("0::/on/the/host", {"cpu.max": "50000 100000"}, 1),
+        ("0::/", {"cpu.max": "?"}, None),
+        ("3:cpu,cpuacct:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ("3:cpu,cpuacct:/", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+        ("3:cpu:/a", {"cpu/a/cpu.cfs_quota_us": "100000", "cpu/a/cpu.cfs_period_us": "100000"}, 1),
     ],
 )
-def test_a_control_groups_share_of_the_cores(files: dict[str, str], expected: int | None, tmp_path: Path) -> None:
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+def test_a_control_groups_share_of_the_cores(
+    membership: str, files: dict[str, str], expected: int | None, tmp_path: Path
+) -> None:
+    named = {f"sys/fs/cgroup/{name}": content for name, content in files.items()} | {"proc/self/cgroup": membership}
+    for name, content in named.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content + "\n")
     assert usable_cores(tmp_path) == (expected or len(os.sched_getaffinity(0)))
 

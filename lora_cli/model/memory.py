@@ -8,11 +8,13 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 import torch
+
+from lora_cli.control_groups import group_folders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -96,25 +98,15 @@ def total_bytes(device: torch.device, root: Path = Path("/")) -> int:
 def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
     """Yield limit and usage, in bytes, of each control group of this process that has a memory limit, parents included.
 
-    ``root`` is the folder that holds ``proc`` and ``sys``. Usage excludes the inactive file cache, as in kubelet: the
-    kernel frees this memory when needed.
+    Usage excludes the inactive file cache, as in kubelet: the kernel frees this memory when needed.
     """
-    try:
-        memberships = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    mount = root / "sys/fs/cgroup"
-    for line in memberships:
-        _, controllers, path = line.split(":", 2)
-        group = PurePosixPath(path.lstrip("/"))
-        # In a container, the mount may start at the container's own group, while the path is that on the host.
-        for part in (group, *group.parents):
-            with suppress(OSError, ValueError):  # no such folder or file, or "max"
-                if not controllers:
-                    yield _read_limit(mount / part, "memory.max", "memory.current", "inactive_file")
-                elif "memory" in controllers.split(","):
-                    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-                    yield _read_limit(mount / "memory" / part, *names)
+    for folder, version in group_folders("memory", root):
+        with suppress(OSError, ValueError):  # no such folder or file, or "max"
+            if version == 2:
+                yield _read_limit(folder, "memory.max", "memory.current", "inactive_file")
+            else:
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+                yield _read_limit(folder, *names)
 
 
 def _read_limit(folder: Path, limit: str, usage: str, reclaimable: str) -> tuple[int, int]:
