@@ -63,14 +63,7 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
             if not held.locked:
                 what = "cannot be locked on this file system: do not start a second run in this folder"
                 display.note(f"{root} {what}", warning=True)
-        try:
-            return train_alone(job, display, began)
-        except UserError:
-            if process_count() > 1:  # another process may have created them
-                for empty in (job.folder.cache, root):
-                    with suppress(OSError):  # not empty: files of others stay
-                        empty.rmdir()
-            raise
+        return train_alone(job, display, began)
 
 
 def train_alone(job: Prepared, display: Display, began: float) -> dict[str, Any]:
@@ -92,6 +85,10 @@ def train_alone(job: Prepared, display: Display, began: float) -> dict[str, Any]
         if is_first_here() and not job.folder.holds_run:
             prune_cached(job.folder.cache, None)
         withdraw(made)
+        if process_count() > 1:  # another process may have created them
+            for empty in (job.folder.cache, job.folder.root):
+                with suppress(OSError):  # not empty: files of others stay
+                    empty.rmdir()
         raise
     except (RuntimeError, MemoryError, OSError) as error:
         if is_out_of_memory(error):
