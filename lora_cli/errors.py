@@ -123,6 +123,15 @@ def reading(path: Path) -> Iterator[None]:
         raise unreadable(path, error) from error
 
 
+@contextmanager
+def writing(path: Path, needed: int) -> Iterator[None]:
+    """Turn an OSError in the block, which writes ``needed`` bytes, into a RunError that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(path, error, needed) from error
+
+
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 
-from lora_cli.errors import pluralize, unwritable
+from lora_cli.errors import pluralize, writing
 
 Item = TypeVar("Item")
 _LOG_WIDTH = 1000
@@ -96,11 +96,8 @@ class Display:
         if self._log is None:
             return
         line = f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n"
-        try:
-            with self._log.open("a", encoding="utf-8") as file:
-                file.write(line)
-        except OSError as error:
-            raise unwritable(self._log, error, len(line.encode())) from error
+        with writing(self._log, len(line.encode())), self._log.open("a", encoding="utf-8") as file:
+            file.write(line)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Print a small table; numbers are right-aligned."""

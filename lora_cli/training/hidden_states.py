@@ -21,7 +21,7 @@ from accelerate.utils import broadcast
 from lora_cli.data.batches import Batch, collate
 from lora_cli.data.examples import Examples, Ints, offsets_of
 from lora_cli.disk import preallocate
-from lora_cli.errors import unwritable
+from lora_cli.errors import writing
 from lora_cli.evaluation.loss import evaluating, evaluation_groups, row_boundary_arguments
 from lora_cli.model.base import pad_token_id
 from lora_cli.model.frozen_layers import FrozenLayers, can_be_skipped, draws_random_numbers, frozen_layers, sample_ids
@@ -164,13 +164,10 @@ def allocate(place: str, shape: tuple[int, int], dtype: torch.dtype, folder: Pat
     if place == "memory":
         return torch.empty(shape, dtype=dtype)
     size = shape[0] * shape[1] * dtype.itemsize
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            preallocate(file.fileno(), 0, size)  # a write to a mapped file on a full disk would kill the process
-            file.truncate(size)  # if nothing was reserved, it is empty and cannot be mapped
-            return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype).view(shape)
-    except OSError as error:
-        raise unwritable(folder / "hidden states", error, size) from error
+    with writing(folder / "hidden states", size), tempfile.TemporaryFile(dir=folder) as file:
+        preallocate(file.fileno(), 0, size)  # a write to a mapped file on a full disk would kill the process
+        file.truncate(size)  # if nothing was reserved, it is empty and cannot be mapped
+        return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype).view(shape)
 
 
 def groups_of(trainer: Trainer, part: str) -> list[Ints]:

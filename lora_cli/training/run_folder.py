@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.disk import sync
-from lora_cli.errors import Fault, RunError, UserError, unwritable
+from lora_cli.errors import Fault, RunError, UserError, writing
 from lora_cli.recipe.load import dump_recipe, load_recipe, with_changes
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.launch_environment import process_count
@@ -207,11 +207,8 @@ class RunFolder:
         """Add one line to metrics.jsonl. Raises RunError when it cannot be written."""
         self.check_held()
         text = json.dumps(line, allow_nan=False) + "\n"
-        try:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise unwritable(self.metrics, error, len(text)) from error
+        with writing(self.metrics, len(text)), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(text)
 
     def sync_metrics(self) -> None:
         """Make the lines written so far, and the file's name, survive a crash of the machine."""
@@ -284,13 +281,11 @@ def write_atomic(path: Path, text: str) -> None:
 
     Raises RunError when it cannot be written.
     """
-    try:
+    with writing(path, len(text.encode())):
         _draft(path).write_text(text, encoding="utf-8")
         sync(_draft(path))
         _draft(path).replace(path)
         sync(path.parent)
-    except OSError as error:
-        raise unwritable(path, error, len(text.encode())) from error
 
 
 def newest_finished() -> Path:
