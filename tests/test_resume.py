@@ -142,15 +142,15 @@ def test_a_checkpoint_that_cannot_be_read_at_the_moment_is_not_given_up(
 ) -> None:
     """For example, on a network drive that is unavailable for a moment."""
     run = train()
-    before, read_bytes = files_of(run), Path.read_bytes
+    before, opened = files_of(run), Path.open
 
-    def failing(path: Path) -> bytes:
+    def failing(path: Path, *how: Any, **more: Any) -> Any:
         if path.name == "state.json":
             raise OSError(errno.EIO, "Input/output error", str(path))
-        return read_bytes(path)
+        return opened(path, *how, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", failing)
+        patch.setattr(Path, "open", failing)
         result = lora("train", run.folder / "recipe.yaml", "training.max_steps=5", "--resume")
     assert result.exit_code == 3
     assert "the system refused: Input/output error" in result.stderr and "starting again" not in result.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import re
@@ -23,6 +22,7 @@ from lora_cli.disk import make_folder
 from lora_cli.errors import UserError, unreadable
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.training.processes import fill_parameter, full_tensor, shape_of, sharded_like
+from lora_cli.weights.fingerprint import file_sha256
 from lora_cli.weights.folders import atomic_folder, clear_drafts, entries, mark_for_removal
 from lora_cli.weights.shards import read_headers
 
@@ -182,8 +182,8 @@ def is_complete(path: Path) -> bool:
 
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:
     """Return size and SHA-256 of a checkpoint's own files; those that a file manager or an editor adds are ignored."""
-    contents = ((name, (path / name).read_bytes()) for name in NAMES)
-    return {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents}
+    files = [path / name for name in NAMES]
+    return {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in files}
 
 
 def rotate(folder: Path, newest: int, keep: int | None, best: int | None) -> None:
