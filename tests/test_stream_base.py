@@ -16,13 +16,13 @@ import torch
 import transformers
 from conftest import WIDTH, Run, done
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma3nTextConfig, OpenAIGPTConfig
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig, OpenAIGPTConfig, Zamba2Config
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from lora_cli.errors import RunError
 from lora_cli.model.elementwise import SwiGLU
 from lora_cli.model.memory import activation_bytes
-from lora_cli.recipe.load import load_recipe
+from lora_cli.recipe.load import load_recipe, with_changes
 from lora_cli.training import activations, offload, setup, step
 from lora_cli.training.activations import choose_checkpointing
 from lora_cli.training.display import Display
@@ -235,6 +235,25 @@ def test_what_a_base_needs_is_told_before_it_is_loaded(
     assert estimate(job, job.recipe).weights == pytest.approx(held, rel=0.05)
     half = load_recipe(write_recipe({"model.name_or_path": folder, "model.dtype": "bfloat16"}))
     assert estimate(job, half).weights < held
+
+
+def test_weights_that_several_layers_share_are_counted_once(tokenizer: Any, write_recipe: Any, tmp_path: Path) -> None:
+    """Both of Zamba2's hybrid layers hold the block that they share."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "attention_head_dim": 16}
+    mamba = {"n_mamba_heads": 4, "mamba_headdim": 16, "mamba_d_state": 8, "mamba_ngroups": 1, "chunk_size": 8}
+    layers = {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3]}
+    config = Zamba2Config(vocab_size=len(tokenizer), num_mem_blocks=1, adapter_rank=4, **shape, **mamba, **layers)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "zamba")
+    tokenizer.save_pretrained(tmp_path / "zamba")
+    recipe = load_recipe(write_recipe({"model.name_or_path": tmp_path / "zamba", "model.dtype": "float32"}))
+    job = prepare(recipe, resume=False, overwrite=False)
+    weights = {each: each.nbytes for each in model.parameters()}
+    assert estimate(job, recipe).weights == sum(weights.values())
+    one_by_one = [sum(weights[each] for each in layer.parameters()) for layer in model.model.layers]
+    outside = sum(each.nbytes for name, each in model.named_parameters() if ".layers." not in name)
+    streamed = with_changes(recipe, {"training.stream_base": True})
+    assert estimate(job, streamed).weights == outside + max(one_by_one)
 
 
 @pytest.mark.parametrize(("optim", "moments"), [("adamw_torch", 8), ("adamw_8bit", 2)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -37,13 +38,17 @@ def estimate(job: Prepared, recipe: Recipe) -> MemoryEstimate:
     """Estimate the memory for a run of ``recipe`` from shapes alone; ``job`` has those of the base and the rows."""
     bare = meta_model(job.config)
     dtype = resolve_dtype(recipe.model.dtype, best_device())
-    linear, parameters = _parameter_counts(bare)
+    bits = _bits(job.base, bare, recipe, dtype)
+    linear = {bare.get_submodule(name).weight for name in linear_layers(bare)}
+
+    def size(parameters: Iterable[torch.nn.Parameter]) -> float:
+        return sum(each.numel() * (bits if each in linear else 8 * dtype.itemsize) for each in parameters) / 8
+
+    parameters = set(bare.parameters())
+    weights = size(parameters)
     if recipe.training.stream_base is True:  # one layer is in memory at a time
-        layers = [_parameter_counts(bare, layer) for layer in checkpointed_layers(bare)]
-        largest = max(layers, key=lambda numbers: numbers[1])
-        linear += largest[0] - sum(numbers[0] for numbers in layers)
-        parameters += largest[1] - sum(numbers[1] for numbers in layers)
-    weights = (parameters - linear) * dtype.itemsize + linear * _bits(job.base, bare, recipe, dtype) / 8
+        layers = [set(layer.parameters()) for layer in checkpointed_layers(bare).values()]
+        weights = size(parameters.difference(*layers)) + max(map(size, layers))
     trained = sum(recipe.adapter.r * (target.in_features + target.out_features) for target in job.targets)
     state = 2 if recipe.training.optim.endswith("8bit") else 8
     examples, training = job.train.examples, recipe.training
@@ -72,14 +77,6 @@ def _bits(folder: Path, bare: PreTrainedModel, recipe: Recipe, dtype: torch.dtyp
         if names.intersection(accumulate(name.split("."), "{}.{}".format))
     )
     return 8 * stored / sum(each.in_features * each.out_features for each in layers.values())
-
-
-def _parameter_counts(bare: PreTrainedModel, within: str = "") -> tuple[int, int]:
-    """Count the parameters of a model, or of its submodule ``within``: in weights of linear layers, and in all."""
-    linear = linear_layers(bare).items()
-    inside = (each for name, each in linear if f"{name}.".startswith(f"{within}." if within else ""))
-    every = bare.get_submodule(within).parameters()
-    return sum(each.in_features * each.out_features for each in inside), sum(each.numel() for each in every)
 
 
 def largest_batch(lengths: Ints, supervised: Ints, batch_size: int, max_length: int, packing: bool) -> tuple[int, int]:
