@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lora_cli.data.examples import Ints
-from lora_cli.model.base import best_device, meta_model, resolve_dtype
+from lora_cli.model.base import best_device, resolve_dtype
 from lora_cli.model.files import stored_quantization
 from lora_cli.model.layers import checkpointed_layers, linear_layers
 from lora_cli.model.memory import activation_bytes
@@ -36,8 +36,7 @@ class MemoryEstimate:
 
 def estimate(job: Prepared, recipe: Recipe) -> MemoryEstimate:
     """Estimate the memory for a run of ``recipe`` from shapes alone; ``job`` has those of the base and the rows."""
-    bare = meta_model(job.config)
-    dtype = resolve_dtype(recipe.model.dtype, best_device())
+    bare, dtype = job.bare, resolve_dtype(recipe.model.dtype, best_device())
     bits = _bits(job.base, bare, recipe, dtype)
     linear = {bare.get_submodule(name).weight for name in linear_layers(bare)}
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lora_cli.errors import RunError
-from lora_cli.model.base import best_device, has_units_for, meta_model, resolve_dtype
+from lora_cli.model.base import best_device, has_units_for, resolve_dtype
 from lora_cli.model.files import stored_quantization
 from lora_cli.model.memory import describe_out_of_memory, format_bytes
 from lora_cli.recipe.load import with_changes
@@ -58,7 +58,7 @@ def remedies(job: Prepared, recipe: Recipe) -> Iterator[dict[str, Any]]:
     training = recipe.training
     rows, batches = training.batch_size, training.gradient_accumulation_steps
     if not training.gradient_checkpointing:
-        if meta_model(job.config).supports_gradient_checkpointing:
+        if job.bare.supports_gradient_checkpointing:
             yield {"training.gradient_checkpointing": True}
     elif not (training.stream_base or why_not_streamable(job, recipe, process_count())):
         yield {"training.stream_base": True}

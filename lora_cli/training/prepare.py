@@ -34,7 +34,7 @@ from lora_cli.weights.provenance import check_base
 from lora_cli.weights.shards import check_complete
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lora_cli.data.audit import Report
     from lora_cli.data.cache import Cached
@@ -47,8 +47,9 @@ FLASH_PACKAGES = ("flash_attn", "flash_attn_interface", "kernels")
 @dataclass(frozen=True)
 class Prepared:
     """A run that has passed every check. ``resume`` is whether there is a run to continue, ``start`` the record of the
-    adapter that training starts from, ``unused_columns`` the rows' columns that no format reads, ``tokenized`` the rows
-    that are still to be published, ``read_from`` the cache with the rows unless some were tokenized now."""
+    adapter that training starts from, ``bare`` the base without weights, on the meta device, ``unused_columns`` the
+    rows' columns that no format reads, ``tokenized`` the rows that are still to be published, ``read_from`` the cache
+    with the rows unless some were tokenized now."""
 
     recipe: Recipe
     resume: bool
@@ -58,6 +59,7 @@ class Prepared:
     base_digest: str
     start: dict[str, str]
     config: PreTrainedConfig
+    bare: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     targets: list[Target]
     max_length: int
@@ -79,13 +81,14 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     unread = _check_without_torch(recipe, folder, resume, overwrite)
 
     from lora_cli.data.examples import check_ids
-    from lora_cli.model.base import check_causal, load_config, load_tokenizer, max_positions
+    from lora_cli.model.base import check_causal, load_config, load_tokenizer, max_positions, meta_model
 
     base = _base_with_weights(recipe)
     config = load_config(base)
     check_causal(config)
     tokenizer = load_tokenizer(base)
-    targets = _targets(recipe, base, config)
+    bare = meta_model(config)
+    targets = _targets(recipe, base, config, bare)
     digest = fingerprint(base)
     start = start_record(recipe.adapter)
 
@@ -107,6 +110,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
         base_digest=digest,
         start=start,
         config=config,
+        bare=bare,
         tokenizer=tokenizer,
         targets=targets,
         max_length=max_length,
@@ -210,17 +214,16 @@ def _base_with_weights(recipe: Recipe) -> Path:
     return base
 
 
-def _targets(recipe: Recipe, base: Path, config: PreTrainedConfig) -> list[Target]:
-    """Return the layers to adapt, found on the base's skeleton. Raises UserError when the skeleton, the stored weights,
+def _targets(recipe: Recipe, base: Path, config: PreTrainedConfig, bare: PreTrainedModel) -> list[Target]:
+    """Return the layers to adapt, found on the ``bare`` model. Raises UserError when this model, the stored weights,
     the recipe and the adapter to start from do not match."""
     import torch
 
-    from lora_cli.model.base import best_device, check_attention, meta_model
+    from lora_cli.model.base import best_device, check_attention
     from lora_cli.model.layers import adaptable_layers, check_checkpointing
     from lora_cli.model.linear4bit import check_dora
 
-    adapter, bare = recipe.adapter, meta_model(config)
-    layers = adaptable_layers(bare)
+    adapter, layers = recipe.adapter, adaptable_layers(bare)
     targets = choose_targets(layers, adapter.target_modules, adapter.r, adapter.layers_to_transform)
     if adapter.use_dora and recipe.quantization is not None and recipe.quantization.method != "int8":
         # A sharded base moves to the GPU only after PEFT has computed the norms.

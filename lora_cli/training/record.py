@@ -17,7 +17,7 @@ from lora_cli.data.audit import ends_without_stop
 from lora_cli.data.sources import sources_of, valid_rows
 from lora_cli.errors import Fault, first_few, format_range, pluralize
 from lora_cli.evaluation.loss import Score
-from lora_cli.model.base import meta_model, resolve_compute_dtype, save_tokenizer
+from lora_cli.model.base import resolve_compute_dtype, save_tokenizer
 from lora_cli.model.files import stop_ids
 from lora_cli.model.targets import describe, narrower
 from lora_cli.recipe.schema import Recipe
@@ -60,9 +60,9 @@ def report_setup(trainer: Trainer) -> None:
 
 
 def count_parameters(trainer: Trainer) -> tuple[int, int]:
-    """Count trained and all parameters; the base's by its skeleton, since sharded codes do not show their number."""
+    """Count trained and all parameters; the base's on ``bare``, since sharded codes do not show their number."""
     trained = sum(shape_of(weight).numel() for _, weight in trainer.trained)
-    return trained, trained + sum(weight.numel() for weight in meta_model(trainer.job.config).parameters())
+    return trained, trained + sum(weight.numel() for weight in trainer.job.bare.parameters())
 
 
 def _parameters_per_layer(trainer: Trainer) -> Counter[str]:

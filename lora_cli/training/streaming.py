@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_cli.errors import UserError
-from lora_cli.model.base import meta_model
 from lora_cli.model.files import has_unsupported_quantization
 from lora_cli.model.layers import checkpointed_layers
 from lora_cli.model.linear4bit import dequantize_in_forward
@@ -75,7 +74,7 @@ def why_not_streamable(job: Prepared, recipe: Recipe, processes: int) -> str:
         return "it needs gradient_checkpointing, which is false"
     if job.config.model_type in UNSUPPORTED_TYPES:
         return f"the layers of {job.config.model_type} cannot be streamed"
-    if not checkpointed_layers(meta_model(job.config)):
+    if not checkpointed_layers(job.bare):
         return f"{job.config.model_type} has no layers that can be checkpointed"
     return ""
 
