@@ -16,7 +16,7 @@ from lora_cli.recipe.load import dump_recipe, load_recipe, with_changes
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.launch_environment import process_count
 from lora_cli.training.lock import FolderLock, check_unlocked
-from lora_cli.training.same_run import MAY_CHANGE_TOGETHER, changed_keys, check_same_keys, format_value
+from lora_cli.training.same_run import MAY_CHANGE_TOGETHER, changed_keys, check_same_keys
 from lora_cli.weights.folders import check_writable, clear_drafts, entries, mark_for_removal
 
 KINDS = {
@@ -176,14 +176,11 @@ class RunFolder:
 
     def continue_run(self, recipe: Recipe, info: Mapping[str, Any]) -> list[str]:
         """Continue the folder's run. Returns messages about the changes to its recipe."""
-        differing = changed_keys(self.read_recipe(), recipe)
+        changes = changed_keys(self.read_recipe(), recipe)
         self._clear_drafts()
         self.write_info(info)
         self.write_recipe(recipe)
-        return [
-            f"--resume: {key} was {format_value(old)} and is now {format_value(new)}"
-            for key, (old, new) in differing.items()
-        ]
+        return list(changes.values())
 
     def _clear_drafts(self) -> None:
         """Remove what a killed process was writing."""

@@ -42,11 +42,10 @@ def check_same_keys(before: Recipe, began_on: int, recipe: Recipe, count: int, w
     """Raises UserError, with a fault per key, when ``recipe`` would make the run that ``before`` began a different one;
     ``began_on`` and ``count`` are its numbers of processes then and now."""
     same_steps = _batches(before, began_on) == _batches(recipe, count)
-    differing = changed_keys(before, recipe)
     hint = "undo the change, or start a new run in another folder"
     faults = [
-        Fault(f"--resume: {key} was {format_value(old)} and is now {format_value(new)}", where, hint)
-        for key, (old, new) in differing.items()
+        Fault(change, where, hint)
+        for key, change in changed_keys(before, recipe).items()
         if key not in MAY_CHANGE and not (same_steps and key in MAY_CHANGE_TOGETHER)
     ]
     if began_on != count and not same_steps:
@@ -89,10 +88,14 @@ def as_begun(recipe: Recipe, before: Recipe) -> Recipe:
     return with_changes(found, {"training.gradient_checkpointing": before.training.gradient_checkpointing})
 
 
-def changed_keys(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Return the dotted keys whose values differ, each with the old and the new value."""
+def changed_keys(before: Recipe, now: Recipe) -> dict[str, str]:
+    """Return the dotted keys whose values differ, each with a message about the change."""
     old, new = flat_keys(before.model_dump()), flat_keys(now.model_dump())
-    return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+    return {
+        key: f"--resume: {key} was {format_value(old.get(key))} and is now {format_value(new.get(key))}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    }
 
 
 def format_value(value: Any) -> str:
