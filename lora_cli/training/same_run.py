@@ -68,8 +68,8 @@ def _batches(recipe: Recipe, processes: int) -> tuple[int, ...]:
 def with_batch_size(recipe: Recipe, count: int) -> Recipe:
     """Replace an auto batch size by ``count`` rows, a divisor of the step's rows, and set the accumulation to match."""
     rows = recipe.training.gradient_accumulation_steps
-    numbers = {"per_device_train_batch_size": count, "gradient_accumulation_steps": rows // count}
-    return with_changes(recipe, {f"training.{key}": number for key, number in numbers.items()})
+    changes = {"training.per_device_train_batch_size": count, "training.gradient_accumulation_steps": rows // count}
+    return with_changes(recipe, changes)
 
 
 def with_resolved_batch(recipe: Recipe) -> Recipe:
