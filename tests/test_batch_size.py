@@ -138,7 +138,10 @@ def test_a_streamed_base_is_estimated_recomputed(write_recipe: Any, lora: Any) -
 def test_processes_share_a_processors_memory(write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_cli.training.sharding.free_bytes", lambda *_: 8_000_000_000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert "80% of 4.0 GB free" in " ".join(done(lora("train", write_recipe(auto(3, max_steps=1)))).stderr.split())
+    recipe = write_recipe(auto(3, max_steps=1))
+    assert "80% of 8.0 GB free" in " ".join(done(lora("train", recipe)).stderr.split()), "one process, in spite of it"
+    monkeypatch.setattr("lora_cli.training.batch_size.local_process_count", lambda: 2)
+    assert "80% of 4.0 GB free" in " ".join(done(lora("train", recipe, "--overwrite")).stderr.split())
 
 
 @pytest.mark.parametrize(

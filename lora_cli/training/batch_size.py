@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -24,6 +23,7 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.training.activations import MEMORY_FRACTION, recompute_activations
 from lora_cli.training.display import Display
 from lora_cli.training.estimate import largest_batch
+from lora_cli.training.launch_environment import local_process_count
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.processes import all_reduce_max
 from lora_cli.training.same_run import with_batch_size
@@ -62,7 +62,7 @@ def resolve_batch_size(
     if device.type == "cuda" and not is_sharded(accelerator):
         fits, why = _by_trial(job, accelerator, model, head, packing), "the largest that ran"
     else:
-        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+        sharing = local_process_count() if device.type == "cpu" else 1
         free = free_for_activations(accelerator, model) // sharing
         fits = _by_estimate(job, head, packing, element_size, int(MEMORY_FRACTION * free))
         why = f"the largest whose activations are estimated to fit {MEMORY_FRACTION:.0%} of {format_bytes(free)} free"

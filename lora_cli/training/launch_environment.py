@@ -40,6 +40,11 @@ def process_count() -> int:
     return _number("WORLD_SIZE", 1)
 
 
+def local_process_count() -> int:
+    """How many of the run's processes are on this machine."""
+    return _number("LOCAL_WORLD_SIZE", 1) if process_count() > 1 else 1
+
+
 def is_first_here() -> bool:
     """Whether this is the first of the run's processes on this machine."""
     return _number("LOCAL_RANK", 0) <= 0
@@ -65,7 +70,7 @@ def check_launch_environment() -> None:
 def check_gpus(count: int) -> None:
     """Raises UserError when the processes on this machine would have to share its ``count`` GPUs, if it has any: NCCL
     connects no two processes on one."""
-    processes = _number("LOCAL_WORLD_SIZE", 1) if process_count() > 1 else 1
+    processes = local_process_count()
     if 0 < count < processes:
         what = f"{processes} processes on this machine, which has {pluralize(count, 'GPU')} for them"
         hint = "start one per GPU; CUDA_VISIBLE_DEVICES names the GPUs to use, and if it is empty, the CPU trains"
