@@ -873,15 +873,6 @@ def test_gradient_checkpointing(
     assert again.tensors.keys() == plain.tensors.keys()
 
 
-def test_the_base_is_measured_without_the_adapter_that_training_begins_with(train: Callable[..., Run]) -> None:
-    common = {"data.validation": 0.2, **NO_WARMUP}
-    first = train(common | {"training.learning_rate": 0.05})
-    second = train(common | {"adapter.init_from": first.folder / "adapter", **ONE_STEP})
-    base, *_, learned = first.column("loss", "validation")
-    assert learned < base - 0.01
-    assert second.column("loss", "validation")[0] == second.info["result"]["base"]["loss"] == base
-
-
 def test_steps_accumulate_as_the_recipe_says_whatever_a_launcher_has_set(
     train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
