@@ -309,6 +309,26 @@ def test_resume_does_not_mind_what_others_leave_beside_its_files(
     assert (run.folder / name).exists()
 
 
+@pytest.mark.parametrize("name", ["adapter", "metrics.jsonl", "train.log"])
+def test_a_run_does_not_write_where_its_links_lead(
+    name: str, write_recipe: Any, lora: Any, no_curves: None, tmp_path: Path
+) -> None:
+    """Somebody else's run may hold links to anything of this user's."""
+    recipe = write_recipe({"training.max_steps": 2})
+    done(lora("train", recipe))
+    link, own = tmp_path / "run" / name, tmp_path / "own"
+    shutil.rmtree(link) if link.is_dir() else link.unlink()
+    own.mkdir()
+    (own / "thesis.txt").write_text("the only copy")
+    link.symlink_to(own if name == "adapter" else own / "thesis.txt")
+    result = lora("train", recipe, "--resume", "training.max_steps=3")
+    assert (result.exit_code, str(link) in result.stderr) == (2, True), result.stderr
+    assert "symbolic link" in result.stderr
+    done(lora("train", recipe, "--overwrite"))
+    assert not link.is_symlink()
+    assert [file.read_text() for file in own.iterdir()] == ["the only copy"]
+
+
 def test_resume_does_not_count_a_checkpoint_that_is_not_whole(train: Callable[..., Run], lora: Any) -> None:
     run = train()
     shutil.copytree(run.folder / "checkpoints/step-00000004", run.folder / "checkpoints/step-00000099")

@@ -108,6 +108,10 @@ class RunFolder:
             if path.exists() and not path.is_dir():
                 raise UserError("a file is in the place of a folder of the run", str(path), "move it elsewhere")
             check_writable(path)
+        for path in (self.adapter, self.metrics, self.log) if resume else ():  # --overwrite removes links
+            if path.is_symlink():
+                what = "a symbolic link, and what it leads to would be replaced or added to"
+                raise UserError(what, str(path), "remove it, or put the folder or file itself in its place")
         for path in (self.metrics, self.log) if resume else ():
             if path.exists() and not os.access(path, os.W_OK):
                 raise UserError("no permission to write", str(path), "choose another training.output_dir")
