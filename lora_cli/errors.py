@@ -35,8 +35,17 @@ class Fault:
 
 
 def _shown(text: str) -> str:
-    short = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
-    return short if short.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in short)
+    return printable(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ...")
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with its unprintable characters escaped, with which somebody's file could control a terminal."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """Return ``text`` of several lines with its unprintable characters escaped, except the ends of lines."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 class LoraError(Exception):

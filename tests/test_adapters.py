@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WIDTH, Run, done
+from conftest import WIDTH, Run, done, edit_json
 from made_adapters import ALPHA, R, make_adapter
 from peft import IA3Config, get_peft_model
 from safetensors.torch import load_file
@@ -97,6 +97,28 @@ def test_what_is_shown_is_told_in_words(train: Callable[..., Run], tmp_path: Pat
     assert made == f"{tmp_path / 'sum'}: 4 layers of rank 8 by cat, {megabytes:,.1f} MB\n"
     text = done(lora("adapters", "show", tmp_path / "sum")).stdout
     assert re.search(rf"^made of: +compose of {re.escape(', '.join(map(str, parts)))}$", text, re.MULTILINE), text
+
+
+def test_what_an_adapters_files_say_does_not_control_a_terminal(
+    train: Callable[..., Run], tmp_path: Path, lora: Any
+) -> None:
+    run = train({"training.max_steps": 1, "training.warmup_steps": 0})
+    adapter = run.folder / "adapter"
+    record = json.loads((adapter / "provenance.json").read_text())
+    foreign = "\x1b]0;title\x07\x1b[2J\nan adapter of mine\x7f"
+    record["base"]["name_or_path"] = record["recipe"]["data"]["train"] = record["versions"]["torch"] = foreign
+    edit_json(adapter / "provenance.json", **record)
+    escaped = r"\x1b]0;title\x07\x1b[2J\nan adapter of mine\x7f"
+    for arguments in (
+        ["adapters", "list", run.folder],
+        ["adapters", "show", adapter],
+        ["merge", adapter, "--out", tmp_path / "merged", "--no-verify"],
+    ):
+        result = done(lora(*arguments))
+        assert escaped in result.stdout
+        assert all(line.isprintable() for line in result.stdout.splitlines())
+    shown = done(lora("adapters", "show", adapter, "--json")).json
+    assert shown["base"] == foreign
 
 
 def test_layers_are_named_in_the_same_order_in_every_process(

@@ -388,6 +388,24 @@ def test_a_python_that_does_not_read_names_as_utf8_is_told_how(lora_process: Any
     assert result.exit_code == 2 and "PYTHONUTF8=1" in result.stderr
 
 
+def test_a_tokenizers_token_does_not_control_a_terminal_or_the_log(
+    tiny_gpt2: Path, write_recipe: Any, lora: Any, no_curves: None, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_gpt2, tmp_path / "base")
+    token = "\x1b]0;title\x07"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"eos_token": token}, replace_extra_special_tokens=False)
+    tokenizer.save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(base)
+    result = done(lora("train", write_recipe({"model.name_or_path": base, "training.max_steps": 1})))
+    log = (tmp_path / "run" / "train.log").read_text()
+    for shown in (result.stderr, log):
+        assert token not in shown
+        assert r"answers end in '\x1b]0;title\x07', where generation does not stop" in shown
+
+
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TERM": "xterm", "COLUMNS": "0"}])
 def test_a_terminal_that_cannot_redraw_or_tells_no_width_shows_what_happens(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch

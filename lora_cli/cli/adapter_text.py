@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.errors import format_range
+from lora_cli.errors import format_range, printable
 
 if TYPE_CHECKING:
     from lora_cli.weights.catalogue import AdaptedLayer, Entry
@@ -54,7 +54,7 @@ def facts(result: dict[str, Any]) -> dict[str, str]:
         "made of": _origin(nested_value(record, "made")),
         "with": ", ".join(f"{name} {number}" for name, number in versions.items()) if versions else None,
     }
-    return {name: str(value) for name, value in known.items() if value not in (None, "")}
+    return {name: printable(str(value)) for name, value in known.items() if value not in (None, "")}
 
 
 def _origin(made: Any) -> str | None:
@@ -75,6 +75,6 @@ def layer_rows(layers: list[AdaptedLayer]) -> list[list[str]]:
 
 def table_lines(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Return a table's lines, one per row, however long: lines folded to the terminal's width would be unreadable."""
-    table = [header, *rows]
+    table = [header, *([printable(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]

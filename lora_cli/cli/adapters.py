@@ -12,7 +12,7 @@ import typer
 
 from lora_cli.cli.adapter_text import entry_row, facts, layer_rows, table_lines
 from lora_cli.cli.options import Command, Debug, Json, Quiet
-from lora_cli.errors import UserError, format_range, pluralize
+from lora_cli.errors import UserError, format_range, pluralize, printable
 
 if TYPE_CHECKING:
     from lora_cli.weights.lora_adapter import LoraAdapter
@@ -218,7 +218,8 @@ def extract_command(
     if result.left_out:
         subject = pluralize(len(result.left_out), "other tensor differs", "other tensors differ")
         what = f"{subject} and cannot go into the adapter"
-        typer.echo(f"warning: {what}: {', '.join(result.left_out[:5])}{' ...' * (len(result.left_out) > 5)}", err=True)
+        names = f"{', '.join(result.left_out[:5])}{' ...' * (len(result.left_out) > 5)}"
+        typer.echo(f"warning: {printable(f'{what}: {names}')}", err=True)
     ranks = format_range(tuple(each.rank for each in result.layers))
     rows = [[each.name, str(each.rank), f"{each.energy:.2%}"] for each in result.layers]
     lines = [] if quiet else table_lines(["layer", "r", "energy kept"], rows)

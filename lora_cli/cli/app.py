@@ -27,7 +27,16 @@ from lora_cli import __version__
 from lora_cli.cli import adapters, evaluate, explain, merge, quantize, train
 from lora_cli.cli.options import Command, TrainCommand
 from lora_cli.cores import limit_spinning
-from lora_cli.errors import Interrupted, LoraError, RunError, SecondaryError, UserError, is_out_of_space, unwritable
+from lora_cli.errors import (
+    Interrupted,
+    LoraError,
+    RunError,
+    SecondaryError,
+    UserError,
+    is_out_of_space,
+    printable_lines,
+    unwritable,
+)
 from lora_cli.training.launch_environment import process_count, process_index
 
 # Without this default, typer (0.29) imports pydantic to convert a --help that was not given.
@@ -101,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         failure = _as_lora_error(error, given)
         if failure is None:
-            _print_stderr(f"bug in lora: {type(error).__name__}: {error}\n  --debug shows where; please report it")
+            what = f"{type(error).__name__}: {printable_lines(str(error))}"
+            _print_stderr(f"bug in lora: {what}\n  --debug shows where; please report it")
             return 1
         _report(failure, is_train=given[:1] == ["train"])
         return failure.exit_code

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet, bytes_of
-from lora_cli.errors import UserError, pluralize
+from lora_cli.errors import UserError, pluralize, printable
 
 if TYPE_CHECKING:
     from lora_cli.study.verify import Sample, Verified
@@ -183,7 +183,7 @@ def _check_compatible(origins: list[AdapterOrigin], into: str | None) -> None:
 
 def _lines(result: Merged) -> list[str]:
     lines = [
-        f"merged {pluralize(result.modules, 'layer')} into {result.into} ({result.base})",
+        f"merged {pluralize(result.modules, 'layer')} into {result.into} ({printable(result.base)})",
         f"{result.out}: {result.bytes / 1e6:,.1f} MB in {result.dtype}",
     ]
     if result.in_memory:

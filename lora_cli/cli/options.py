@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from lora_cli.errors import RunError, UserError
+from lora_cli.errors import RunError, UserError, printable_lines
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only warnings and results.")]
@@ -44,7 +44,8 @@ class Command(TyperCommand):
         with redirect_stdout(sys.stderr):
             result: str | None = super().invoke(ctx)
         if result is not None:
-            self.show(result)
+            is_json = ctx.params.get("json", False)  # which is escaped already
+            self.show(result if is_json else printable_lines(result))
 
     def show(self, result: str) -> None:
         """Print the command's result. Raises BrokenPipeError when nobody reads it, RunError when a write fails."""

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 
-from lora_cli.errors import pluralize, writing
+from lora_cli.errors import pluralize, printable, writing
 
 Item = TypeVar("Item")
 _LOG_WIDTH = 1000
@@ -85,7 +85,8 @@ class Display:
         self._log = path
 
     def note(self, text: str, warning: bool = False) -> None:
-        """Print and log one line of information, or a warning."""
+        """Print and log one line of information, or a warning, with unprintable characters escaped."""
+        text = printable(text)
         if warning or not self.quiet:
             self.console.print(
                 f"warning: {text}" if warning else text, style="yellow" if warning else None, markup=False
