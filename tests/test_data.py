@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import ByteLevel, TemplateProcessing
 
+from lora_cli.data import chat
 from lora_cli.data.batches import Schedule, collate, epoch_order, split_validation
 from lora_cli.data.examples import (
     Examples,
@@ -822,6 +823,16 @@ def test_generation_marks_agree(tokenizer: Any, tmp_path: Path) -> None:
     ids, mask = examples_of(chatty, tmp_path, {"messages": messages}).row(0)
     assert ids.tolist() == list(marked["input_ids"])
     assert mask.tolist() == [bool(one) for one in marked["assistant_masks"]]
+
+
+def test_generation_marks_are_found_within_the_limits_of_a_rendering(tokenizer: Any) -> None:
+    chatty = copy.deepcopy(tokenizer)
+    marked = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    chatty.chat_template = "{% if date_string is not defined %}{{ 1 / 0 }}{% endif %}" + marked
+    assert chat.generation_marked_text(chatty) == chat.PROBE * 2
+    chatty.chat_template = "{% for a in range(99999) %}{% for b in range(999) %}{% endfor %}{% endfor %}" + marked
+    with pytest.raises(UserError, match="takes more than 1 s"):
+        chat.generation_marked_text(chatty)
 
 
 def test_train_on_all_of_a_conversation(tokenizer: Any, tmp_path: Path) -> None:

@@ -35,21 +35,23 @@ GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 def render(
     tokenizer: PreTrainedTokenizerBase, talk: Conversation, where: str | None, add_generation_prompt: bool = False
 ) -> str:
-    """The conversation as text, special tokens included. Templates that take a ``date_string`` get ``TEMPLATE_DATE``.
+    """The conversation as text, special tokens included.
 
     Raises UserError when the template is broken and, with the row's place, when it refuses the row or exceeds a limit.
     """
+    text = str(_apply(tokenizer, talk, where, tokenize=False, add_generation_prompt=add_generation_prompt))
+    if len(text) > MOST_ADDED + MOST_REPEATED * len(str(talk)):
+        raise UserError(f"the chat template makes {len(text):,} characters of one conversation", where, TEMPLATE_HINT)
+    return text
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, talk: Conversation, where: str | None, **options: Any) -> Any:
+    """What ``apply_chat_template`` returns with these options, within the limits of ``resource_limits``. Templates that
+    take a ``date_string`` get ``TEMPLATE_DATE``. Raises UserError as ``render`` does."""
+    tools: Any = list(talk.tools) or None  # for an empty list some templates write a heading
     try:
         with resource_limits():
-            text = str(
-                tokenizer.apply_chat_template(
-                    talk.messages(),
-                    tools=list(talk.tools) or None,  # for an empty list some templates write a heading
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    date_string=TEMPLATE_DATE,
-                )
-            )
+            return tokenizer.apply_chat_template(talk.messages(), tools=tools, date_string=TEMPLATE_DATE, **options)
     except TemplateSyntaxError as error:
         what = f"the tokenizer's chat template has an error in line {error.lineno}: {error.message}"
         raise UserError(what, hint=TEMPLATE_HINT) from error
@@ -60,9 +62,6 @@ def render(
     except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         hint = "check which roles this model's chat template accepts, and in which order"
         raise UserError(f"the chat template refuses the conversation: {error}", where, hint) from error
-    if len(text) > MOST_ADDED + MOST_REPEATED * len(str(talk)):
-        raise UserError(f"the chat template makes {len(text):,} characters of one conversation", where, TEMPLATE_HINT)
-    return text
 
 
 def text_after_content(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -110,10 +109,11 @@ def generation_prompt_extra(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def generation_marked_text(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The part of an answer inside the template's ``{% generation %}`` marks; None when it has no such marks."""
+    """The part of an answer inside the template's ``{% generation %}`` marks; None when it has no such marks. Raises
+    UserError when the template exceeds a limit."""
     if not GENERATION_MARK.search(tokenizer.get_chat_template()):
         return None
-    found: Any = tokenizer.apply_chat_template(PROBES.messages(), return_dict=True, return_assistant_tokens_mask=True)
+    found = _apply(tokenizer, PROBES, None, return_dict=True, return_assistant_tokens_mask=True)
     held = [token for token, wanted in zip(found["input_ids"], found["assistant_masks"], strict=True) if wanted]
     return str(tokenizer.decode(held))
 
