@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 from bad_input import LFS, ROW, Arguments, World, case
@@ -197,6 +198,24 @@ def indexed(w: World, index: str) -> None:
 def broken_shard_index(w: World) -> Arguments:
     indexed(w, "{}")
     return w.train({"model.name_or_path": "model"})
+
+
+def _with_weights_of_another_name(w: World) -> None:
+    model = w.root / w.model()
+    shutil.copy(model / "model.safetensors", model / "other.safetensors")
+    w.edit_json(model / "config.json", transformers_weights="other.safetensors")
+
+
+@case("model/config.json", "names the weights to load (other.safetensors; transformers_weights)", "remove the key")
+def weights_of_a_name_that_only_transformers_reads(w: World) -> Arguments:
+    _with_weights_of_another_name(w)
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model/config.json", "names the weights to load (other.safetensors; transformers_weights)")
+def perplexity_by_weights_of_such_a_name(w: World) -> Arguments:
+    _with_weights_of_another_name(w)
+    return ["eval", "model", "--perplexity", "--data", w.rows(ROW)]
 
 
 @case("model", "lack", "h.1.ln_2.weight", loads=True)

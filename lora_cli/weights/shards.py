@@ -99,7 +99,8 @@ def _entries(file: Path) -> Iterator[TensorInfo]:
 
 
 def check_complete(folder: Path) -> None:
-    """Raises UserError when a model folder holds no safetensors weights, a damaged file, or fewer tensors than layers.
+    """Raises UserError when a model folder holds no safetensors weights, a damaged file, or fewer tensors than layers,
+    or when Transformers would load other weights than lora checks, merges and quantizes.
 
     Does not import torch: a configuration of a billion layers must be refused before the model is built.
     """
@@ -112,6 +113,11 @@ def check_complete(folder: Path) -> None:
     config = read_config(folder)
     text_config = config.get("text_config")
     for section in (config, text_config if isinstance(text_config, dict) else {}):
+        if named := section.get("transformers_weights"):
+            what = f"names the weights to load ({named}; transformers_weights), which is not supported"
+            raise UserError(
+                what, str(folder / "config.json"), f"remove the key, and give these weights the name {SINGLE}"
+            )
         for key in DEPTHS:
             depth = section.get(key)
             if isinstance(depth, int) and depth > len(tensors):
