@@ -115,6 +115,18 @@ def tokenizer_that_is_none(w: World) -> Arguments:
     return w.train({"model.name_or_path": "model"})
 
 
+@case("model", "no usable tokenizer: tokenizer_class is GPT2Config")
+def tokenizer_of_a_class_of_another_kind(w: World) -> Arguments:
+    w.edit_json(w.model() / "tokenizer_config.json", tokenizer_class="AutoConfig")
+    return w.train({"model.name_or_path": "model"})
+
+
+@case("model", "no usable tokenizer: NotImplementedError")
+def tokenizer_of_a_class_without_words(w: World) -> Arguments:
+    w.edit_json(w.model() / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerBase")
+    return w.train({"model.name_or_path": "model"})
+
+
 def _with_fewer_words(w: World) -> None:
     w.edit_json(w.model() / "config.json", vocab_size=300)
 

@@ -95,16 +95,20 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     check_tokenizer(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(f"tokenizer_class is {type(tokenizer).__name__}")
+    except Exception as error:  # tokenizer_class may name any class of Transformers
         if isinstance(error, OSError) and error.errno:  # from the system: Transformers sets no errno
             raise unreadable(Path(error.filename or folder), error) from error
+        if is_out_of_memory(error):
+            raise
         file = "tokenizer_config.json"
         own = ", ".join(custom_code(read_config(folder, file))) if (folder / file).is_file() else ""
         if own:
             what = f"the tokenizer needs its own code ({own}), which lora does not run (trust_remote_code)"
             raise UserError(what, str(folder), "use a model with a tokenizer.json") from error
-        what = f"no usable tokenizer: {str(error).splitlines()[0]}"
-        raise UserError(what, str(folder), "copy or download it again") from error
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"no usable tokenizer: {why}", str(folder), "copy or download it again") from error
     return tokenizer
 
 
