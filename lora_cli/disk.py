@@ -26,12 +26,13 @@ def make_folder(folder: Path, parents: bool = True) -> None:
 
 
 def in_neighbours(cache: Path, pattern: str) -> Iterator[Path]:
-    """Yield the files and folders of this user that match ``pattern`` in the caches of all runs in the folder where the
-    run with this ``cache`` is. They may be removed at any time."""
+    """Yield the files and folders of this user that match ``pattern`` in the caches of all runs of this user in the
+    folder where the run with this ``cache`` is. They may be removed at any time."""
     for folder in sorted(cache.parent.parent.glob(f"*/{cache.name}")):
         with suppress(FileNotFoundError):  # the other run removes it meanwhile
             for path in sorted(folder.glob(pattern)):
-                if path.stat().st_uid == os.getuid():  # no other user's: anybody can write to /tmp
+                # No other user's: anybody can write to /tmp. Whose a link is decides who may point it elsewhere.
+                if all(each.lstat().st_uid == os.getuid() for each in (folder.parent, folder, path)):
                     yield path
 
 

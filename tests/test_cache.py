@@ -31,6 +31,7 @@ from lora_cli.data.cache import Cached, prune, publish, tokenize_cached, withdra
 from lora_cli.data.examples import Examples, fit
 from lora_cli.data.sources import sources_of
 from lora_cli.data.tokenize import Tokenized, tokenize
+from lora_cli.disk import in_neighbours
 from lora_cli.errors import RunError, UserError
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Data, Source
@@ -394,6 +395,21 @@ def test_what_another_users_run_keeps_or_is_damaged_is_not_taken(
         assert cached(tokenizer, tmp_path / "runs" / "second", rows_file).neighbour is None
     put(file, file.read_bytes()[:-1] + b"x")
     assert cached(tokenizer, tmp_path / "runs" / "second", rows_file).neighbour is None
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may make what belongs to another user")
+@pytest.mark.parametrize("link", ["runs/other", "runs/other/cache", "runs/other/cache/file"])
+def test_what_another_users_link_leads_to_is_not_taken(link: str, tmp_path: Path) -> None:
+    """It may lead to a file of this user when it is checked, and to another when it is read."""
+    place, target = tmp_path / link, tmp_path / link.replace("runs/other", "mine")
+    (tmp_path / "mine/cache").mkdir(parents=True)
+    (tmp_path / "mine/cache/file").touch()
+    place.parent.mkdir(parents=True)
+    place.symlink_to(target)
+    own = tmp_path / "runs" / "own" / "cache"
+    assert [*in_neighbours(own, "file")] == [tmp_path / "runs/other/cache/file"]
+    os.lchown(place, 12345, 12345)
+    assert not [*in_neighbours(own, "file")]
 
 
 def test_a_folder_that_holds_a_cache_alone_takes_a_run(
