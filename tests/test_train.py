@@ -272,6 +272,27 @@ def test_what_people_are_told_of_a_run_is_what_it_measured(
     assert record["recipe"] == yaml.safe_load((run.folder / "recipe.yaml").read_text())
 
 
+def test_a_model_card_names_a_base_of_the_hub_and_no_folder(
+    train: Callable[..., Run], tiny_gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub refuses a card whose base_model is none of its ids, and a folder's path may name its user."""
+
+    def card(name: str) -> tuple[dict[str, Any], str]:
+        run = train({"model.name_or_path": name, "training.max_steps": 1, "training.warmup_steps": 0})
+        text = (run.folder / "adapter" / "README.md").read_text()
+        return yaml.safe_load(text.split("---")[1]), text
+
+    head, text = card(str(tiny_gpt2))
+    assert "base_model" not in head and str(tiny_gpt2.parent) not in text
+    assert f"# LoRA adapter for {tiny_gpt2.name}\n" in text
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = tmp_path / "models--somebody--tiny"
+    shutil.copytree(tiny_gpt2, model / "snapshots" / ("a" * 40))
+    (model / "refs").mkdir()
+    (model / "refs/main").write_text("a" * 40)
+    assert card("somebody/tiny")[0] == head | {"base_model": "somebody/tiny"}
+
+
 def test_the_rate_is_of_training_alone(train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps and evaluations take at least 0.2 s each. Evaluations do not count towards tokens per second."""
 

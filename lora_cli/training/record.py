@@ -239,9 +239,10 @@ def model_card(recipe: Recipe, config: LoraConfig, info: dict[str, Any]) -> str:
         start = f" Training began with the adapter `{recipe.adapter.init_from}` (SHA-256 `{digest}`)."
     if result["adapter_step"] != result["steps"]:
         best = f" The weights are those of step {result['adapter_step']:,}, which had the lowest validation loss."
+    is_local = base["relative_path"] is not None  # the hub refuses a card with a path, which may also name the user
+    of_base = "" if is_local else f"base_model: {json.dumps(base['name_or_path'])}\n"
     paragraphs = [
-        "---\nlibrary_name: peft\npipeline_tag: text-generation\n"
-        f"base_model: {json.dumps(base['name_or_path'])}\ntags: [lora, peft]\n---",
+        f"---\nlibrary_name: peft\npipeline_tag: text-generation\n{of_base}tags: [lora, peft]\n---",
         f"# LoRA adapter for {Path(base['name_or_path']).name}",
         f"{kind}{quantized}; {result['trainable_parameters']:,} trained parameters, "
         f"{pluralize(result['steps'], 'step')} at a peak learning rate of {peak:g}.",
