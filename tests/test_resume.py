@@ -329,6 +329,17 @@ def test_a_run_does_not_write_where_its_links_lead(
     assert [file.read_text() for file in own.iterdir()] == ["the only copy"]
 
 
+@pytest.mark.parametrize("name", [".recipe.yaml.new", ".run.json.new"])
+def test_a_link_in_the_place_of_a_draft_is_refused(name: str, write_recipe: Any, lora: Any, tmp_path: Path) -> None:
+    """A new run may begin in a folder with these drafts, which a killed one leaves."""
+    (tmp_path / "thesis.txt").write_text("the only copy")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "thesis.txt")
+    result = lora("train", write_recipe({"training.max_steps": 1}))
+    assert result.exit_code == 2 and f"{name}: a symbolic link" in result.stderr, result.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "the only copy"
+
+
 def test_resume_does_not_count_a_checkpoint_that_is_not_whole(train: Callable[..., Run], lora: Any) -> None:
     run = train()
     shutil.copytree(run.folder / "checkpoints/step-00000004", run.folder / "checkpoints/step-00000099")

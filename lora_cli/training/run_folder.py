@@ -108,7 +108,8 @@ class RunFolder:
             if path.exists() and not path.is_dir():
                 raise UserError("a file is in the place of a folder of the run", str(path), "move it elsewhere")
             check_writable(path)
-        for path in (self.adapter, self.metrics, self.log) if resume else ():  # --overwrite removes links
+        continued = (self.adapter, self.metrics, self.log) if resume else ()  # --overwrite removes them, links too
+        for path in (_draft(self.recipe), _draft(self.info), *continued):
             if path.is_symlink():
                 what = "a symbolic link, and what it leads to would be replaced or added to"
                 raise UserError(what, str(path), "remove it, or put the folder or file itself in its place")
