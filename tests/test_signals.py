@@ -159,9 +159,11 @@ def test_output_that_nobody_reads_ends_a_command_as_sigpipe_does(arguments: list
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_result_that_cannot_be_written_is_told() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_result_that_cannot_be_written_is_told(unbuffered: str) -> None:
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     with Path("/dev/full").open("w") as full:
         arguments = [sys.executable, "-m", "lora_cli", "explain", "adapter.r"]
-        ended = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        ended = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, env=environment, text=True, timeout=60)
     assert ended.returncode == 3
     assert "stdout: the result could not be printed: No space left on device" in ended.stderr

@@ -54,6 +54,9 @@ class Command(TyperCommand):
         except BrokenPipeError:
             raise
         except OSError as error:
+            from lora_cli.training.display import silence
+
+            silence(sys.stdout)  # otherwise Python fails again to write it as it ends, with an exit code of its own
             hint = "files that were complete are intact"
             raise RunError(f"the result could not be printed: {error.strerror}", "stdout", hint) from error
 
