@@ -309,7 +309,7 @@ def test_resume_does_not_mind_what_others_leave_beside_its_files(
     assert (run.folder / name).exists()
 
 
-@pytest.mark.parametrize("name", ["adapter", "metrics.jsonl", "train.log"])
+@pytest.mark.parametrize("name", ["adapter", "checkpoints", STEP_2, "metrics.jsonl", "train.log"])
 def test_a_run_does_not_write_where_its_links_lead(
     name: str, write_recipe: Any, lora: Any, no_curves: None, tmp_path: Path
 ) -> None:
@@ -317,10 +317,11 @@ def test_a_run_does_not_write_where_its_links_lead(
     recipe = write_recipe({"training.max_steps": 2})
     done(lora("train", recipe))
     link, own = tmp_path / "run" / name, tmp_path / "own"
-    shutil.rmtree(link) if link.is_dir() else link.unlink()
     own.mkdir()
     (own / "thesis.txt").write_text("the only copy")
-    link.symlink_to(own if name == "adapter" else own / "thesis.txt")
+    target = own if link.is_dir() else own / "thesis.txt"
+    shutil.rmtree(link) if link.is_dir() else link.unlink()
+    link.symlink_to(target)
     result = lora("train", recipe, "--resume", "training.max_steps=3")
     assert (result.exit_code, str(link) in result.stderr) == (2, True), result.stderr
     assert "symbolic link" in result.stderr
