@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import done, edit_json, edited_weights, write_rows
+from conftest import Run, done, edit_json, edited_weights, write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.evaluation import compare
@@ -557,13 +558,27 @@ def test_a_loss_that_is_no_number_fails(
     assert result.stdout == ""
 
 
+def test_a_starting_adapter_that_gives_no_number_ends_training(
+    train: Callable[..., Run], tmp_path: Path, write_recipe: Any, lora: Any
+) -> None:
+    adapter = train({"training.max_steps": 1}).folder / "adapter"
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: torch.full_like(each, 1e30) for name, each in load_file(file).items()}, file, {"format": "pt"})
+    changes = {"adapter.init_from": adapter, "data.validation": 0.2, "training.output_dir": tmp_path / "next"}
+    result = lora("train", write_recipe(changes))
+    assert result.exit_code == 3
+    assert "step 0: loss with the starting adapter is nan" in " ".join(result.stderr.split())
+
+
 def test_a_base_that_gives_no_number_ends_training(
     tiny_llama: Path, tmp_path: Path, write_recipe: Any, lora: Any
 ) -> None:
     model = damaged(tiny_llama, tmp_path / "model", "lm_head.weight", math.nan)
     result = lora("train", write_recipe({"model.name_or_path": model, "data.validation": 0.2}))
     assert result.exit_code == 3
-    assert "step 0" in result.stderr and "is nan" in result.stderr
+    told = " ".join(result.stderr.split())
+    assert "step 0: loss of the base is nan" in told and "the weights are damaged, or the activations overflow" in told
+    assert "learning_rate" not in told
     metrics = tmp_path / "run" / "metrics.jsonl"
     assert not metrics.exists() or "NaN" not in metrics.read_text(encoding="utf-8")
 

@@ -65,13 +65,12 @@ def describe_rows(trainer: Trainer, step: Step) -> str:
 
 
 def check_finite(trainer: Trainer, step: int, **values: float) -> None:
-    """Raises RunError when one of the values is not finite."""
+    """Raises RunError when one of the values is not finite. Step 0 is before the first step."""
     problem = _describe_nonfinite(**values)
     if problem:
-        folder = trainer.job.folder
-        raise RunError(
-            f"step {step}: {problem}", str(folder.root), f"{checkpoint_hint(folder.checkpoints)}; {DIVERGED}"
-        )
+        folder, dtype = trainer.job.folder, str(trainer.dtype).removeprefix("torch.")
+        why = DIVERGED if step else f"the weights are damaged, or the activations overflow {dtype}"
+        raise RunError(f"step {step}: {problem}", str(folder.root), f"{checkpoint_hint(folder.checkpoints)}; {why}")
 
 
 def weight_norm(trainer: Trainer) -> float:

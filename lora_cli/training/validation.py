@@ -30,7 +30,7 @@ def evaluate_start(trainer: Trainer) -> Progress:
         base = start = _score_at_start(trainer, "loss_of_the_base")
     if trainer.job.start:
         trainer.display.note(f"measuring the adapter of init_from on {rows}")
-        start = _score_at_start(trainer, "loss_with_the_adapter_of_init_from")
+        start = _score_at_start(trainer, "loss_with_the_starting_adapter")
     log_score(trainer, 0, 0.0, start)
     return Progress(
         evaluated_step=0,
