@@ -31,7 +31,7 @@ def in_neighbours(cache: Path, pattern: str) -> Iterator[Path]:
     for folder in sorted(cache.parent.parent.glob(f"*/{cache.name}")):
         with suppress(FileNotFoundError):  # the other run removes it meanwhile
             for path in sorted(folder.glob(pattern)):
-                # No other user's: anybody can write to /tmp. Whose a link is decides who may point it elsewhere.
+                # No other user's: anybody can write to /tmp, and a link's owner may point it elsewhere at any time.
                 if all(each.lstat().st_uid == os.getuid() for each in (folder.parent, folder, path)):
                     yield path
 

@@ -143,8 +143,8 @@ def _check_surroundings(arguments: Sequence[str]) -> None:
             name.encode()
         except UnicodeEncodeError as error:
             what = "not UTF-8, in which safetensors and tokenizers need the names of files"
-            misread = sys.getfilesystemencoding() != "utf-8"
-            hint = "set PYTHONUTF8=1: Python reads names otherwise" if misread else "rename the file or folder"
+            code = sys.getfilesystemencoding()
+            hint = "rename the file or folder" if code == "utf-8" else f"set PYTHONUTF8=1: Python reads names as {code}"
             raise UserError(what, name, hint) from error
 
 
