@@ -113,6 +113,7 @@ def test_what_an_adapters_files_say_does_not_control_a_terminal(
         ["adapters", "list", run.folder],
         ["adapters", "show", adapter],
         ["merge", adapter, "--out", tmp_path / "merged", "--no-verify"],
+        ["quantize", adapter, "--out", tmp_path / "quantized"],
     ):
         result = done(lora(*arguments))
         assert escaped in result.stdout

@@ -11,7 +11,7 @@ import typer
 
 from lora_cli.cli.merge import find_adapter
 from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet, bytes_of
-from lora_cli.errors import UserError, pluralize
+from lora_cli.errors import UserError, pluralize, printable
 
 if TYPE_CHECKING:
     from lora_cli.weights.provenance import AdapterOrigin
@@ -129,7 +129,7 @@ def _split(skip: list[str] | None) -> list[str]:
 def _text(report: dict[str, Any]) -> str:
     before, after = report["bytes_before"], report["bytes_after"]
     layers = report["layers"]
-    lines = [f"merged {report['adapter']} into {report['base']}"] if "adapter" in report else []
+    lines = [f"merged {report['adapter']} into {printable(report['base'])}"] if "adapter" in report else []
     lines.append(
         f"{report['out']}: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({after / before:.0%}), {report['method']}"
     )
