@@ -7,6 +7,9 @@ import csv
 import gzip
 import io
 import json
+import os
+import subprocess
+import sys
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterable
@@ -833,6 +836,21 @@ def test_generation_marks_are_found_within_the_limits_of_a_rendering(tokenizer: 
     chatty.chat_template = "{% for a in range(99999) %}{% for b in range(999) %}{% endfor %}{% endfor %}" + marked
     with pytest.raises(UserError, match="takes more than 1 s"):
         chat.generation_marked_text(chatty)
+
+
+def test_generation_marks_are_found_where_the_tokenizer_starts_many_threads(tiny_gpt2: Path) -> None:
+    """One for each core, when it is first called."""
+    script = (
+        "import sys\n"
+        "from transformers import AutoTokenizer\n"
+        "from lora_cli.data import chat\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "marked = '{% generation %}{{ m.content }}{% endgeneration %}'\n"
+        "tokenizer.chat_template = '{% for m in messages %}' + marked + '{% endfor %}'\n"
+        "assert chat.generation_marked_text(tokenizer) == chat.PROBE * 2\n"
+    )
+    environment = os.environ | {"RAYON_NUM_THREADS": "300", "TOKENIZERS_PARALLELISM": "true"}
+    subprocess.run([sys.executable, "-c", script, str(tiny_gpt2)], env=environment, check=True)
 
 
 def test_train_on_all_of_a_conversation(tokenizer: Any, tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ def generation_marked_text(tokenizer: PreTrainedTokenizerBase) -> str | None:
     UserError when the template exceeds a limit."""
     if not GENERATION_MARK.search(tokenizer.get_chat_template()):
         return None
+    tokenizer(PROBE)  # starts the tokenizer's threads; the limit on memory may leave no room for their stacks
     found = _apply(tokenizer, PROBES, None, return_dict=True, return_assistant_tokens_mask=True)
     held = [token for token, wanted in zip(found["input_ids"], found["assistant_masks"], strict=True) if wanted]
     return str(tokenizer.decode(held))
