@@ -439,7 +439,9 @@ def test_what_does_not_go_with_streaming(change: dict[str, Any], write_recipe: A
     assert "training.stream_base" in result.stderr and not (tmp_path / "run").exists()
 
 
-def test_offloaded_activations(write_recipe: Any, lora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloaded_activations(
+    tiny_gpt2: Path, write_recipe: Any, lora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each layer's input goes through host memory once per micro-batch, in pieces; none of its inner activations."""
     kept: list[torch.Size] = []
 
@@ -461,6 +463,8 @@ def test_offloaded_activations(write_recipe: Any, lora: Any, tmp_path: Path, mon
     widths = [shape[-1] for shape in kept if len(shape) == 3]
     assert widths.count(WIDTH) >= 4 * 2 * 2, "steps x batches x layers"
     assert max(widths) == WIDTH, "an MLP's inner activations are recomputed, not kept"
+    vocabulary = json.loads((tiny_gpt2 / "config.json").read_text())["vocab_size"]
+    assert not any(vocabulary in shape for shape in kept), "the output layer's weight is not an activation"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64, torch.bool])

@@ -79,7 +79,7 @@ class Head:
 
         def take(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             use(inputs[0])
-            return (inputs[0][:, :0], *inputs[1:])
+            return (inputs[0][:, :0].detach(), *inputs[1:])  # with a gradient, autograd would save the layer's weight
 
         return self.module.register_forward_pre_hook(take)
 

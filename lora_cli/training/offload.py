@@ -12,8 +12,7 @@ Pieces = tuple[torch.device, torch.Size, tuple[torch.Tensor, ...]]
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor | Pieces:
-    """Return a copy of a GPU's tensor ``in_pieces``, and any other tensor itself: the output layer's whole weight is
-    among what autograd saves."""
+    """Return a copy of a GPU's tensor ``in_pieces``, and any other tensor itself."""
     return in_pieces(tensor) if tensor.is_cuda else tensor
 
 
