@@ -309,7 +309,7 @@ def test_resume_does_not_mind_what_others_leave_beside_its_files(
     assert (run.folder / name).exists()
 
 
-@pytest.mark.parametrize("name", ["adapter", "checkpoints", STEP_2, "metrics.jsonl", "train.log"])
+@pytest.mark.parametrize("name", ["adapter", STEP_2, "metrics.jsonl", "train.log"])
 def test_a_run_does_not_write_where_its_links_lead(
     name: str, write_recipe: Any, lora: Any, no_curves: None, tmp_path: Path
 ) -> None:
@@ -328,6 +328,16 @@ def test_a_run_does_not_write_where_its_links_lead(
     done(lora("train", recipe, "--overwrite"))
     assert not link.is_symlink()
     assert [file.read_text() for file in own.iterdir()] == ["the only copy"]
+
+
+def test_checkpoints_may_lie_on_another_disk(train: Callable[..., Run], tmp_path: Path, lora: Any) -> None:
+    run = train({"training.save_steps": 1})
+    link, moved = run.folder / "checkpoints", tmp_path / "large disk"
+    shutil.move(link, moved)
+    link.symlink_to(moved)
+    last = run.checkpoints[-1]
+    done(lora("train", run.folder / "recipe.yaml", "--resume", f"training.max_steps={last + 1}"))
+    assert link.is_symlink() and run.checkpoints[-1] == last + 1
 
 
 @pytest.mark.parametrize("name", [".recipe.yaml.new", ".run.json.new"])

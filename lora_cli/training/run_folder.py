@@ -104,12 +104,12 @@ class RunFolder:
             leftovers = {_draft(self.recipe), _draft(self.info)} | ({self.cache} if self.cache.is_dir() else set())
             if not set(self.root.iterdir()) <= leftovers:
                 raise UserError("the folder is not empty and holds no run", str(self.root), "choose another folder")
-        folders = (self.checkpoints, self.adapter, *self.checkpoints.glob("step-????????"))
-        for path in folders:
+        replaced = (self.adapter, *self.checkpoints.glob("step-????????"))
+        for path in (self.checkpoints, *replaced):
             if path.exists() and not path.is_dir():
                 raise UserError("a file is in the place of a folder of the run", str(path), "move it elsewhere")
             check_writable(path)
-        continued = (*folders, self.metrics, self.log) if resume else ()  # --overwrite removes them, links too
+        continued = (*replaced, self.metrics, self.log) if resume else ()  # --overwrite removes them, links too
         for path in (_draft(self.recipe), _draft(self.info), *continued):
             if path.is_symlink():
                 what = "a symbolic link, and what it leads to would be replaced or added to"
