@@ -652,6 +652,8 @@ def test_a_continued_run_begins_where_the_first_ended(
     assert re.search(rf"with the adapter it began with \| [\d.]+ \| {start} \|", card)
     assert re.search(rf"with the adapter of init_from</td>.*{start}</td>", (folder / "report.html").read_text())
 
+    shown = done(lora("adapters", "show", folder)).stdout
+    assert re.search(rf"^validation loss: .*, start {result['start']['loss']:.4f}, best", shown, re.MULTILINE)
     shutil.rmtree(max((folder / "checkpoints").iterdir()))
     done(lora("train", recipe, "--resume"))
     assert second.info["result"]["start"] == result["start"]

@@ -33,7 +33,7 @@ def facts(result: dict[str, Any]) -> dict[str, str]:
     from lora_cli.weights.catalogue import nested_value
 
     config, record = result["config"], result["provenance"]
-    scores = {name: nested_value(record, "result", name, "loss") for name in ("validation", "base", "best")}
+    scores = {name: nested_value(record, "result", name, "loss") for name in ("validation", "base", "start", "best")}
     losses = [f"{name} {loss:.4f}" for name, loss in scores.items() if isinstance(loss, float)]
     versions = nested_value(record, "versions")
     pattern = " in part" if config.get("alpha_pattern") else ""
