@@ -133,8 +133,9 @@ def reading(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing(path: Path, needed: int) -> Iterator[None]:
-    """Turn an OSError in the block, which writes ``needed`` bytes, into a RunError that names ``path``."""
+def writing(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn an OSError in the block, which writes ``needed`` bytes (None: unknown), into a RunError that names
+    ``path``."""
     try:
         yield
     except OSError as error:

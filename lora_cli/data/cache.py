@@ -30,7 +30,7 @@ from lora_cli.data.examples import CHUNK, Store, end_to_end
 from lora_cli.data.sources import Row, valid_rows
 from lora_cli.data.tokenize import Forged, Tokenized, check_usable, tokenize_rows
 from lora_cli.disk import in_neighbours, make_folder, sync
-from lora_cli.errors import RunError, UserError, unwritable
+from lora_cli.errors import RunError, UserError, writing
 from lora_cli.recipe.schema import Data, Source
 
 ARRAYS: dict[str, tuple[type[np.generic], str]] = {
@@ -200,18 +200,17 @@ def _write(cache: Path, part: Cached) -> Path:
     draft = cache / f".{part.key}.{uuid.uuid4().hex}"
     target = cache / f"{part.key}.safetensors"
     try:
-        make_folder(cache)
-        if part.neighbour is not None:
-            with suppress(OSError):  # it is on another disk, or was removed
-                draft.hardlink_to(part.neighbour)
-        if not draft.exists():
-            about_text = f"{_checksum(part.key, about, arrays, examples.store)} {about}"
-            _save(draft, about_text, arrays, examples.store)
-            sync(draft)
-        draft.replace(target)
-        sync(cache)
-    except OSError as error:
-        raise unwritable(target, error, sum(array.nbytes for array in arrays.values())) from error
+        with writing(target, sum(array.nbytes for array in arrays.values())):
+            make_folder(cache)
+            if part.neighbour is not None:
+                with suppress(OSError):  # it is on another disk, or was removed
+                    draft.hardlink_to(part.neighbour)
+            if not draft.exists():
+                about_text = f"{_checksum(part.key, about, arrays, examples.store)} {about}"
+                _save(draft, about_text, arrays, examples.store)
+                sync(draft)
+            draft.replace(target)
+            sync(cache)
     finally:
         with suppress(OSError):
             draft.unlink()

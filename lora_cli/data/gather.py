@@ -11,7 +11,7 @@ from typing import IO
 import numpy as np
 
 from lora_cli.data.examples import Examples, Ints, Store, Tokens, end_to_end, joined_store, offsets_of
-from lora_cli.errors import unwritable
+from lora_cli.errors import writing
 
 BUFFER_TOKENS = 1 << 24
 """Tokens held in memory before they are written to files: 84 MB."""
@@ -57,7 +57,7 @@ def gather(parts: Iterable[Examples], folder: Path | None) -> Examples:
 
 def _write(held: list[Examples], files: list[IO[bytes]], place: Path) -> None:
     """Append the held rows to the files of ids and of supervision, which the first call creates; clear ``held``."""
-    try:
+    with writing(place / "tokenized rows"):
         while len(files) < 2:
             files.append(tempfile.TemporaryFile(dir=place))  # noqa: SIM115 (gather closes them)
         for part in held:
@@ -66,6 +66,4 @@ def _write(held: list[Examples], files: list[IO[bytes]], place: Path) -> None:
             files[1].write(flat.supervised.data)
         for file in files:
             file.flush()
-    except OSError as error:
-        raise unwritable(place / "tokenized rows", error) from error
     held.clear()
