@@ -50,9 +50,11 @@ class AdapterOrigin:
 
 def check_trained_alike(folders: Sequence[Path], hint: str) -> None:
     """Raises UserError when the adapters' bases were quantized differently in training: no base would fit their sum."""
-    for folder in folders[1:]:
-        if trained_on(folder) != trained_on(folders[0]):
-            raise UserError(f"its base was not quantized in training as that of {folders[0]}", str(folder), hint)
+    first, *others = folders
+    form = trained_on(first)
+    for folder in others:
+        if trained_on(folder) != form:
+            raise UserError(f"its base was not quantized in training as that of {first}", str(folder), hint)
 
 
 def trained_on(folder: Path) -> tuple[Quantization, str | None] | None:
