@@ -193,8 +193,8 @@ def _unwound_by_sigterm(given: Sequence[str]) -> Iterator[None]:
     """Let SIGTERM end a command as SIGINT does, so that partial files are removed. Training has its own handler; until
     it is set, SIGTERM ends the process by default, unless this is a container's process 1, for which Linux ignores it.
     """
-    is_train = given[:1] == ["train"] and os.getpid() != 1
-    if is_train or threading.current_thread() is not threading.main_thread():
+    ends_by_default = given[:1] == ["train"] and os.getpid() != 1
+    if ends_by_default or threading.current_thread() is not threading.main_thread():
         yield
         return
 
