@@ -244,6 +244,19 @@ def test_a_model_may_write_over_what_fused_layers_give_it(name: str, more: dict[
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
+def test_rows_do_not_see_each_other() -> None:
+    """The second row's loss does not depend on the first row."""
+    model = build("Llama", GROUPED)
+    assert enable_packing(model, "auto")
+    first, other, second = rows_of((6, 6, 8))
+
+    def loss(*rows: torch.Tensor) -> float:
+        return float(summed_loss(model, packed(list(rows))))
+
+    assert loss(first, second) - loss(first) == pytest.approx(loss(second), rel=1e-5)
+    assert loss(other, second) - loss(other) == pytest.approx(loss(second), rel=1e-5)
+
+
 def test_products_that_round_otherwise_for_another_number_of_tokens_do_not_count_as_mixing() -> None:
     """In 4 bits, a GPU uses another kernel for few tokens than for many. A deep model's results then differ by 6%."""
     model = build("Llama", GROUPED).bfloat16()
