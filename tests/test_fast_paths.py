@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -658,6 +659,30 @@ def test_dropout_and_dora_keep_pefts_path(
         done(lora("train", recipe))
         runs.append(Run(folder))
     assert runs[0].adapter_bytes == runs[1].adapter_bytes
+
+
+def test_adapter_fused_takes_our_products_or_pefts_layers(
+    write_recipe: Any, lora: Any, tmp_path: Any, no_curves: None, monkeypatch: Any
+) -> None:
+    calls: list[int] = []
+    original: Callable[..., Any] = LoraProducts.apply
+    monkeypatch.setattr(LoraProducts, "apply", lambda *arguments: (calls.append(1), original(*arguments))[1])
+    losses, counted = [], []
+    for fused in (True, False):
+        calls.clear()
+        folder = tmp_path / f"fused-{fused}"
+        done(lora("train", write_recipe({"adapter.fused": fused, "training.output_dir": str(folder)})))
+        counted.append(len(calls))
+        losses.append(Run(folder).losses)
+    assert counted[0] > 0
+    assert counted[1] == 0
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_pefts_own_layers_stand_where_fused_ones_are_off() -> None:
+    base = build("Llama", GROUPED)
+    model = adapt(base, Adapter(r=2), ["model.layers.0.self_attn.q_proj"], fused=False)
+    assert type(model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")) is Linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

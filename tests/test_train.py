@@ -677,7 +677,7 @@ ELSEWHERE = {  # the test, with its file if it is another
     "quantization.method": "test_quantized_bases_train",
     "quantization.double_quant": "test_what_quantization_keys_do",
     "quantization.compute_dtype": "test_what_quantization_keys_do",
-    "adapter.fused": "test_adapter_fused_takes_our_functions_or_leaves_those_of_model_and_peft (test_elementwise.py)",
+    "adapter.fused": "test_adapter_fused_takes_our_products_or_pefts_layers (test_fast_paths.py)",
     "adapter.init_from": "test_steps_and_adapter_equal_the_reference",
     "data.min_supervised_rows": "test_too_few_rows_to_learn_from (test_audit.py)",
     "training.output_dir": "test_the_recipe_alone_repeats_the_run (test_resume.py)",
