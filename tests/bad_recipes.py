@@ -13,14 +13,39 @@ def misspelt_key_in_a_section(w: World) -> Arguments:
     return w.train({"adapter.lora_alhpa": 8})
 
 
+@case("recipe.yaml:", "optimizer")
+def unknown_section(w: World) -> Arguments:
+    return w.train({"optimizer": {"lr": 1}})
+
+
 @case("training.learning_rat=1e-4", "did you mean 'learning_rate'?")
 def misspelt_override(w: World) -> Arguments:
     return w.train({}, "training.learning_rat=1e-4")
 
 
+@case("recipe.yaml:", "adapter.r", "whole number", "sixteen")
+def wrong_type(w: World) -> Arguments:
+    return w.train({"adapter.r": "sixteen"})
+
+
+@case("recipe.yaml:", "model.name_or_path", "text", "in quotes")
+def number_for_text(w: World) -> Arguments:
+    return w.train({"model.name_or_path": 7})
+
+
+@case("recipe.yaml:", "adapter.r", "at least 1", "0")
+def rank_zero(w: World) -> Arguments:
+    return w.train({"adapter.r": 0})
+
+
 @case("training.learning_rate", "above 0", "-0.001")
 def negative_rate(w: World) -> Arguments:
     return w.train({"training.learning_rate": -0.001})
+
+
+@case("recipe.yaml:", "training.learning_rate", "above 0", "nan")
+def nan_rate(w: World) -> Arguments:
+    return w.train({"training.learning_rate": float("nan")})
 
 
 @case("nothing.yaml", "no such file")
@@ -95,6 +120,12 @@ def secret_in_a_recipe(w: World) -> Arguments:
 @case("training.output_dir=${wandb_api_key:-runs} (command line)", "looks like a secret")
 def secret_in_an_override(w: World) -> Arguments:
     return w.train({}, "training.output_dir=${wandb_api_key:-runs}")
+
+
+@case("recipes", "this is a folder", "did you mean 'recipes/recipe.yaml'?")
+def folder_as_recipe(w: World) -> Arguments:
+    w.file("recipes/recipe.yaml", "")
+    return ["train", "recipes"]
 
 
 @case("adapter.target_modules: 'q_proj'", "c_attn", "c_proj", "c_fc")
@@ -251,6 +282,16 @@ def deepspeed_key_that_is_misspelt(w: World) -> Arguments:
 @case("zero_optimization.overlap_comm is not a number or a text")
 def deepspeed_key_that_is_an_object(w: World) -> Arguments:
     return zero_that_says(w, {"overlap_comm": {"path": "elsewhere"}})
+
+
+@case("WANDB_API_KEY looks like a secret")
+def key_in_a_recipe(w: World) -> Arguments:
+    return w.train({"training.output_dir": "runs/${WANDB_API_KEY}"})
+
+
+@case("the environment variable TOKENIZER_DIR is not set")
+def variable_that_only_sounds_like_a_secret(w: World) -> Arguments:
+    return w.train({"model.name_or_path": "${TOKENIZER_DIR}"})
 
 
 @case("the environment variable MAX_TOKENS is not set", "the environment variable KEYBOARD is not set")
