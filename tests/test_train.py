@@ -521,9 +521,16 @@ def test_a_rank_above_the_width_of_some_layers_is_trained_and_told(
     done(lora("train", write_recipe(changes | start | {"training.output_dir": tmp_path / "further"})))
 
 
-def test_overwrite_replaces_a_run(train: Callable[..., Run], write_recipe: Any, lora: Any) -> None:
+def test_a_used_folder_is_refused(train: Callable[..., Run], write_recipe: Any, lora: Any) -> None:
     run = train({"training.max_steps": 1})
-    done(lora("train", write_recipe({"training.output_dir": run.folder, "training.max_steps": 2}), "--overwrite"))
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    recipe = write_recipe({"training.output_dir": run.folder, "training.max_steps": 2})
+    result = lora("train", recipe)
+    assert result.exit_code == 2
+    assert "already holds a run" in result.stderr and "--resume" in result.stderr and "--overwrite" in result.stderr
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+
+    done(lora("train", recipe, "--overwrite"))
     assert len(run.losses) == 2
     assert run.checkpoints == [2]
 
@@ -952,6 +959,13 @@ def test_tensorboard(train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch)
         for key in ("loss", "learning_rate"):
             assert told[line["step"], f"train/{key}"] == pytest.approx(line[key])
     assert run.lines() and not list(train().folder.rglob("events.out.tfevents.*"))
+
+
+def test_recipe_in_the_folder_is_whole(train: Callable[..., Run]) -> None:
+    recipe = yaml.safe_load((train(ONE_STEP).folder / "recipe.yaml").read_text())
+    assert set(recipe) >= {"model", "adapter", "data", "training"}
+    assert recipe["training"]["per_device_train_batch_size"] == 2
+    assert recipe["training"]["optim"] == "adamw_torch_fused"
 
 
 def test_nobody_reading_along_does_not_end_a_run(write_recipe: Any, tmp_path: Path) -> None:
