@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,3 +147,10 @@ def test_what_has_nothing_to_compile(write_recipe: Any, lora: Any) -> None:
     refused = lora("train", write_recipe({"training.torch_compile": True, "adapter.fused": False}), "--overwrite")
     assert refused.exit_code == 2
     assert "training.torch_compile: needs adapter.fused, which is false" in refused.stderr
+
+
+def test_a_resumed_run_may_be_compiled_or_not(write_recipe: Any, lora: Any) -> None:
+    recipe = write_recipe({"training.max_steps": 2})
+    done(lora("train", recipe))
+    done(lora("train", recipe, "--resume", "training.max_steps=3", "training.torch_compile=false"))
+    assert json.loads((recipe.parent / "run" / "run.json").read_text())["result"]["steps"] == 3

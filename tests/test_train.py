@@ -690,7 +690,7 @@ ELSEWHERE = {  # the test, with its file if it is another
     "training.output_dir": "test_the_recipe_alone_repeats_the_run (test_resume.py)",
     "training.lr_scheduler_type": "test_schedules",
     "training.optim": "test_what_the_model_and_the_optimizer_are",
-    "training.early_stopping_patience": "test_early_stopping_keeps_the_last_weights_or_the_best (test_resume.py)",
+    "training.early_stopping_patience": "test_early_stopping (test_resume.py)",
     "training.on_nonfinite": "test_a_learning_rate_beyond_all_bounds (test_faults.py)",
     "training.load_best_model_at_end": "test_the_best_steps_weights_are_taken_when_asked (test_resume.py)",
     "training.gradient_checkpointing": "test_gradient_checkpointing",
