@@ -49,6 +49,16 @@ def resume_and_overwrite(w: World) -> Arguments:
     return w.train({}, "--resume", "--overwrite")
 
 
+@case("--resume", "training.learning_rate was 0.005 and is now 0.1", "undo the change")
+def resume_of_another_run(w: World) -> Arguments:
+    return ["train", w.run() / "recipe.yaml", "training.learning_rate=0.1", "--resume"]
+
+
+@case("data.train", "adapter.r")
+def resume_with_several_changes(w: World) -> Arguments:
+    return ["train", w.run() / "recipe.yaml", "adapter.r=2", "data.train=other.jsonl", "--resume"]
+
+
 @case("loop", "broken symbolic link", "choose another folder")
 def output_is_a_link_to_itself(w: World) -> Arguments:
     (w.root / "loop").symlink_to("loop")

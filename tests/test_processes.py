@@ -407,6 +407,30 @@ def test_zero_begins_and_goes_on_as_one_process_would(
     assert_same_numbers(found, wanted)
 
 
+@pytest.mark.parametrize(
+    ("content", "changes", "says"),
+    [
+        (None, {}, "zero.json"),
+        ('{"zero_optimization": 2}', {}, "has no zero_optimization.stage"),
+        ('{"zero_optimization": {"stage": 3}}', {"quantization.method": "nf4"}, "training.fsdp: true"),
+        ("{}", {"training.fsdp": True}, "keep one"),
+        ("{}", {"training.optim": "adamw_8bit"}, "cannot be sharded"),
+        ("{}", {"training.on_nonfinite": "skip"}, "takes every step"),
+    ],
+)
+def test_zero_refused(
+    content: str | None, changes: dict[str, Any], says: str, recipe: Callable[..., Path], lora: Any, tmp_path: Path
+) -> None:
+    configuration = tmp_path / "zero.json"
+    if content is not None:
+        configuration.write_text(content)
+    refused = recipe(changes | {"training.deepspeed": str(configuration)})
+    result = lora("train", refused)
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert not run_of(refused).folder.exists()
+
+
 def test_what_zero_configurations_usually_say_is_taken() -> None:
     offload = {"device": "cpu", "pin_memory": True}
     buffers = {"stage3_prefetch_bucket_size": "auto", "stage3_max_live_parameters": 1e9, "reduce_bucket_size": "auto"}
