@@ -131,7 +131,7 @@ def kill(process: BaseProcess, run: Path, log: Path, kind: str, seconds: float, 
 
 def faults(run: Path, whole: Path) -> list[str]:
     """How ``run`` differs from ``whole``, the uninterrupted run. Includes leftover drafts, incomplete checkpoints."""
-    from lora_cli.training.checkpoint import is_complete
+    from lora_cli.training.run.checkpoint import is_complete
 
     found = [f"left behind: {name}" for name in sorted(drafts(run))]
     for name in ("adapter_model.safetensors", "adapter_config.json"):

@@ -16,9 +16,9 @@ from test_memory import ONCE_IMPORTED, limited, wide_llama
 
 from lora_cli.model.memory import activation_bytes
 from lora_cli.recipe.load import load_recipe
-from lora_cli.training.batch_size import divisors, longest_batch
+from lora_cli.training.distributed.sharding import free_for_activations
+from lora_cli.training.memory.batch_size import divisors, longest_batch
 from lora_cli.training.prepare import prepare
-from lora_cli.training.sharding import free_for_activations
 
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
@@ -116,7 +116,9 @@ def test_activations_are_recomputed_where_nothing_else_fits(
     job = prepare(load_recipe(recipe), resume=False, overwrite=False)
     longest = int(job.train.examples.lengths.max())
     plain = activation_bytes(job.config, longest, longest - 1, 4, whole_logits=whole_logits)
-    monkeypatch.setattr("lora_cli.training.sharding.free_bytes", lambda *_: int((plain + (1 if fits else -1)) / 0.8))
+    monkeypatch.setattr(
+        "lora_cli.training.distributed.sharding.free_bytes", lambda *_: int((plain + (1 if fits else -1)) / 0.8)
+    )
     told = " ".join(done(lora("train", recipe)).stderr.split())
     assert "auto -> 1, gradient_accumulation_steps: 1, " in told and ("activations recomputed" in told) is not fits
     training = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["training"]
@@ -125,7 +127,7 @@ def test_activations_are_recomputed_where_nothing_else_fits(
 
 def test_the_process_with_the_least_room_decides(write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # Another process found 2.
-    monkeypatch.setattr("lora_cli.training.batch_size.all_reduce_max", lambda own, _: max(own, -2))
+    monkeypatch.setattr("lora_cli.training.memory.batch_size.all_reduce_max", lambda own, _: max(own, -2))
     told = done(lora("train", write_recipe(auto(6, max_steps=1)))).stderr
     assert "auto -> 2, gradient_accumulation_steps: 3, a step of 6 rows" in " ".join(told.split())
 
@@ -136,11 +138,11 @@ def test_a_streamed_base_is_estimated_recomputed(write_recipe: Any, lora: Any) -
 
 
 def test_processes_share_a_processors_memory(write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_cli.training.sharding.free_bytes", lambda *_: 8_000_000_000)
+    monkeypatch.setattr("lora_cli.training.distributed.sharding.free_bytes", lambda *_: 8_000_000_000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     recipe = write_recipe(auto(3, max_steps=1))
     assert "80% of 8.0 GB free" in " ".join(done(lora("train", recipe)).stderr.split()), "one process, in spite of it"
-    monkeypatch.setattr("lora_cli.training.batch_size.local_process_count", lambda: 2)
+    monkeypatch.setattr("lora_cli.training.memory.batch_size.local_process_count", lambda: 2)
     assert "80% of 4.0 GB free" in " ".join(done(lora("train", recipe, "--overwrite")).stderr.split())
 
 
@@ -155,7 +157,7 @@ def test_processes_share_a_processors_memory(write_recipe: Any, lora: Any, monke
 def test_room_is_left_for_a_gpus_part_of_a_base_in_host_memory(
     device: str, kind: DistributedType, free: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_cli.training.sharding.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("lora_cli.training.distributed.sharding.free_bytes", lambda _: 1000)
     accelerator: Any = SimpleNamespace(device=torch.device(device), distributed_type=kind, num_processes=2)
     assert free_for_activations(accelerator, torch.nn.Linear(8, 8, bias=False)) == free
 

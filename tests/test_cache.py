@@ -35,9 +35,9 @@ from lora_cli.disk import in_neighbours
 from lora_cli.errors import RunError, UserError
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Data, Source
-from lora_cli.training.cache_keys import publish_keys
-from lora_cli.training.lock import check_unlocked, locked
+from lora_cli.training.distributed.cache_keys import publish_keys
 from lora_cli.training.prepare import prepare
+from lora_cli.training.run.lock import check_unlocked, locked
 
 ROWS = [
     {"prompt": "Why?", "completion": " Because.", "text": "T"},

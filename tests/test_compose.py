@@ -233,7 +233,7 @@ def test_bases_are_told_apart_without_a_record(tiny_llama: Path, tiny_gpt2: Path
 
 def test_every_method_is_known_to_the_command_line() -> None:
     from lora_cli.cli.adapters import compose_command
-    from lora_cli.weights.compose import METHODS
+    from lora_cli.weights.algebra.compose import METHODS
 
     kind = get_type_hints(compose_command)["method"]
     assert get_args(kind) == tuple(METHODS)

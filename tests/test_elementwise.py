@@ -14,9 +14,9 @@ from conftest import Run, done
 from test_fast_paths import GROUPED, build
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
 
-from lora_cli.model import swiglu
-from lora_cli.model.elementwise import FrozenRMSNorm, GatedMLP, RMSNormFunction, SwiGLU, fuse
-from lora_cli.model.rotary import RotaryAttention, Rotate
+from lora_cli.model.fast_paths import swiglu
+from lora_cli.model.fast_paths.elementwise import FrozenRMSNorm, GatedMLP, RMSNormFunction, SwiGLU, fuse
+from lora_cli.model.fast_paths.rotary import RotaryAttention, Rotate
 
 MIXED = {"num_local_experts": 2, "num_experts_per_tok": 1}
 REPLACED = {  # the numbers of norms, MLPs and attention modules that are replaced

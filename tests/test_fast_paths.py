@@ -25,16 +25,16 @@ from lora_cli.evaluation.head import Head, LinearCrossEntropy, frozen_head
 from lora_cli.evaluation.loss import evaluating, evaluation_groups, summed_loss
 from lora_cli.evaluation.packing import enable_packing
 from lora_cli.model.adapters import adapt
-from lora_cli.model.attention import ROWS, ROWS_ALONE, _fused, attend_by_rows
 from lora_cli.model.base import best_device, longrope_bounds
-from lora_cli.model.elementwise import PROJECTIONS, fuse
-from lora_cli.model.fused_lora import apply_layers
+from lora_cli.model.fast_paths.attention import ROWS, ROWS_ALONE, _fused, attend_by_rows
+from lora_cli.model.fast_paths.elementwise import PROJECTIONS, fuse
+from lora_cli.model.fast_paths.fused_lora import apply_layers
+from lora_cli.model.fast_paths.lora_products import LayerSpec, LoraProducts
+from lora_cli.model.fast_paths.norm_inputs import norm_inputs_of, normed
+from lora_cli.model.fast_paths.row_products import MAX_SAVED_TOKENS, MAX_UNBLOCKED_TOKENS, RowProducts, _layouts
+from lora_cli.model.fast_paths.shapes import rounded_size
 from lora_cli.model.layers import adaptable_layers, linear_layers
 from lora_cli.model.linear4bit import dequantize, patch_4bit_layers
-from lora_cli.model.lora_products import LayerSpec, LoraProducts
-from lora_cli.model.norm_inputs import norm_inputs_of, normed
-from lora_cli.model.row_products import MAX_SAVED_TOKENS, MAX_UNBLOCKED_TOKENS, RowProducts, _layouts
-from lora_cli.model.shapes import rounded_size
 from lora_cli.recipe.schema import Adapter, Quantization
 from lora_cli.weights.codes import encode, quantize_dequantize
 from tests import reference
@@ -731,8 +731,8 @@ def test_on_a_gpu_only_flash_attention_is_given_groups(
         heads.append(query.shape[1] // key.shape[1])
         return query
 
-    monkeypatch.setattr("lora_cli.model.attention.scaled_dot_product_attention", attend)
-    monkeypatch.setattr("lora_cli.model.attention.is_from_ampere_on", lambda _: capability >= (8, 0))
+    monkeypatch.setattr("lora_cli.model.fast_paths.attention.scaled_dot_product_attention", attend)
+    monkeypatch.setattr("lora_cli.model.fast_paths.attention.is_from_ampere_on", lambda _: capability >= (8, 0))
     with FakeTensorMode():
         q, k, v = (torch.empty(1, count, 6, width, dtype=dtype, device="cuda") for count in (4, 2, 2))
         _fused(q, k, v, 1.0, None, 0.0, None)
@@ -746,7 +746,7 @@ def test_attention_in_16_bits_is_that_of_each_row_alone(
 ) -> None:
     """Attention weights are kept, recomputed or never stored; rows have one block or several, alone or together.
     Expected is softmax(q k^T / sqrt(8)) v, written out in float64."""
-    monkeypatch.setattr("lora_cli.model.row_products.MAX_SCORES", scores)
+    monkeypatch.setattr("lora_cli.model.fast_paths.row_products.MAX_SCORES", scores)
     torch.manual_seed(0)
     lengths = (300, 1, 40, MAX_SAVED_TOKENS, 30, MAX_SAVED_TOKENS + 1, 310, MAX_UNBLOCKED_TOKENS, 1100)
     total = sum(lengths)
@@ -795,7 +795,7 @@ def test_attention_by_products_has_the_slope_of_its_numbers(
         ("MAX_PADDING_SCORES", 1),
         ("MAX_SAVED_TOKENS", short),
     ):
-        monkeypatch.setattr(f"lora_cli.model.row_products.{name}", value)
+        monkeypatch.setattr(f"lora_cli.model.fast_paths.row_products.{name}", value)
     lengths = (17, 1, 5)
     _layouts.cache_clear()
     assert [rows.matrices for rows in _layouts(lengths, 2, 2)[0].rows] == [2 * 2, 2]
@@ -815,8 +815,8 @@ def test_rows_go_through_a_product_together_while_their_scores_are_few(monkeypat
         (2**22, added, [2, 4, 2]),
         (2**22, added + 1, [6, 2]),
     ):
-        monkeypatch.setattr("lora_cli.model.row_products.MAX_SHARED_SCORES", together)
-        monkeypatch.setattr("lora_cli.model.row_products.MAX_PADDING_SCORES", spared)
+        monkeypatch.setattr("lora_cli.model.fast_paths.row_products.MAX_SHARED_SCORES", together)
+        monkeypatch.setattr("lora_cli.model.fast_paths.row_products.MAX_PADDING_SCORES", spared)
         _layouts.cache_clear()
         queries, keys = _layouts(lengths, heads, group)
         for layout in (queries, keys):

@@ -29,8 +29,8 @@ from transformers import AutoTokenizer
 
 from lora_cli.errors import RunError, UserError
 from lora_cli.training import loop
-from lora_cli.training.checkpoint import is_complete
-from lora_cli.training.lock import locked
+from lora_cli.training.run.checkpoint import is_complete
+from lora_cli.training.run.lock import locked
 
 ENDLESS = {"max_steps": 1_000_000, "save_steps": 2, "lr_scheduler_type": "constant", "warmup_steps": 0}
 RANDOM = {"adapter.lora_dropout": 0.1, "data": {"packing": True, "validation": 0.2}}

@@ -21,7 +21,7 @@ from lora_cli.errors import RunError
 from lora_cli.evaluation.loss import evaluating, row_boundary_arguments, summed_loss
 from lora_cli.evaluation.packing import enable_packing
 from lora_cli.model.adapters import adapt
-from lora_cli.model.frozen_layers import can_be_skipped, draws_random_numbers, frozen_layers
+from lora_cli.model.fast_paths.frozen_layers import can_be_skipped, draws_random_numbers, frozen_layers
 from lora_cli.model.layers import adaptable_layers
 from lora_cli.model.targets import choose_targets
 from lora_cli.recipe.schema import Adapter

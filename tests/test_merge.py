@@ -45,8 +45,9 @@ from transformers import (
 )
 
 from lora_cli.model.base import meta_model
-from lora_cli.weights import inventory, merge
-from lora_cli.weights.provenance import find_origin
+from lora_cli.weights import merge
+from lora_cli.weights.adapter import inventory
+from lora_cli.weights.adapter.provenance import find_origin
 
 GEMMA_3 = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
 GEMMA_3 |= {"num_key_value_heads": 2, "sliding_window": 32, "max_position_embeddings": 64}
@@ -662,7 +663,7 @@ def test_the_choice_of_a_base_is_seen(
 
 def test_a_wrong_sum_is_found(tiny_llama: Path, tmp_path: Path, lora: Any, monkeypatch: Any) -> None:
     adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter")
-    monkeypatch.setattr("lora_cli.weights.products.scaling_of", lambda *_: 1.1 * ALPHA / R)
+    monkeypatch.setattr("lora_cli.weights.adapter.products.scaling_of", lambda *_: 1.1 * ALPHA / R)
     result = lora("merge", adapter, "--out", tmp_path / "merged")
     assert result.exit_code == 4 and "more than rounding to float32 explains" in result.stderr
     unseen = done(lora("merge", adapter, "--out", tmp_path / "unseen", "--no-verify"))

@@ -19,8 +19,8 @@ import pytest
 from conftest import Run, done, edit_json, fork_lora, free_port
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from lora_cli.training.checkpoint import is_complete
-from lora_cli.training.zero_config import config_faults
+from lora_cli.training.distributed.zero_config import config_faults
+from lora_cli.training.run.checkpoint import is_complete
 
 TWO = {"training.gradient_accumulation_steps": 2}
 """Half of the recipe's gradient accumulation, for twice the processes: each step takes the same rows."""
@@ -246,7 +246,8 @@ def test_shards_compute_in_16_bits_what_one_process_does(recipe: Callable[..., P
 
 FLOAT16 = """
 import torch
-from lora_cli.training import setup, sharding
+from lora_cli.training import setup
+from lora_cli.training.distributed import sharding
 
 def accelerator(*_, make=sharding.Accelerator, **options):
     made = make(*_, **options)
@@ -342,7 +343,7 @@ import psutil
 from torch.distributed.elastic.metrics import api
 from torch.distributed.elastic.multiprocessing import SignalException
 from lora_cli.training import launch
-from lora_cli.training.run_folder import RunFolder
+from lora_cli.training.run.run_folder import RunFolder
 
 def interrupted():
     raise SignalException("terminated", 15)
@@ -603,7 +604,8 @@ def test_who_waits_for_the_first_ones_rows_can_be_stopped(monkeypatch: pytest.Mo
         monkeypatch.setenv(name, value)
     script = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # as in a terminal
-        "from lora_cli.training.cache_keys import wait_for_keys; print('waits', flush=True); wait_for_keys()"
+        "from lora_cli.training.distributed.cache_keys import wait_for_keys\n"
+        "print('waits', flush=True); wait_for_keys()"
     )
     child = start([sys.executable, "-c", script])
     assert child.stdout is not None and child.stdout.readline() == "waits\n"

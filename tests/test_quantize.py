@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from lora_cli.model.linear4bit import dequantize, patch_4bit_layers
-from lora_cli.weights.shards import TensorInfo, read_tensor
+from lora_cli.weights.files.shards import TensorInfo, read_tensor
 
 METHODS = ["nf4", "fp4", "int8"]
 
@@ -263,7 +263,7 @@ def test_beside_loading_what_is_quantized_is_read_once(
         reads.append(info.name)
         return read_tensor(info)
 
-    monkeypatch.setattr("lora_cli.weights.stored_model.read_tensor", read)
+    monkeypatch.setattr("lora_cli.weights.files.stored_model.read_tensor", read)
     done(lora("quantize", renamed, "--out", tmp_path / "out"))
     assert sorted(reads) == sorted(name for name in weights_of(renamed) if "_proj" in name)
 

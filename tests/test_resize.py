@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_compose import products, varied
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli.weights import extract
+from lora_cli.weights.algebra import extract
 
 UNEVEN = {
     "gpt2": {"rank_pattern": {"h.0.attn.c_attn": 6}, "alpha_pattern": {"c_fc": 5}},
@@ -357,8 +357,8 @@ def test_a_failure_while_writing_leaves_nothing(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lora_cli.weights.lora_adapter.save_file", full)
-    monkeypatch.setattr("lora_cli.weights.stream._Shard.add", full)
+    monkeypatch.setattr("lora_cli.weights.algebra.lora_adapter.save_file", full)
+    monkeypatch.setattr("lora_cli.weights.files.stream._Shard.add", full)
     result = lora("adapters", command, *arguments[command], "--out", tmp_path / "out")
     assert result.exit_code == 3 and "No space left" in result.stderr
     assert sorted(tmp_path.rglob("*")) == before

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 SLOWLY = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-import lora_cli.weights.stream as stream
+import lora_cli.weights.files.stream as stream
 from lora_cli.cli.app import main
 add = stream._Shard.add
 def slow(*given):

@@ -20,17 +20,18 @@ from transformers import AutoModelForCausalLM, Gemma3nTextConfig, OpenAIGPTConfi
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from lora_cli.errors import RunError
-from lora_cli.model.elementwise import SwiGLU
+from lora_cli.model.fast_paths.elementwise import SwiGLU
 from lora_cli.model.memory import activation_bytes
 from lora_cli.recipe.load import load_recipe, with_changes
-from lora_cli.training import activations, offload, setup, step
-from lora_cli.training.activations import choose_checkpointing
+from lora_cli.training import setup, step
 from lora_cli.training.display import Display
-from lora_cli.training.estimate import estimate, largest_batch
-from lora_cli.training.out_of_memory import out_of_memory
+from lora_cli.training.memory import activations, offload
+from lora_cli.training.memory.activations import choose_checkpointing
+from lora_cli.training.memory.estimate import estimate, largest_batch
+from lora_cli.training.memory.out_of_memory import out_of_memory
+from lora_cli.training.memory.streaming import detach_weights
 from lora_cli.training.prepare import prepare
-from lora_cli.training.streaming import detach_weights
-from lora_cli.weights.shards import model_headers
+from lora_cli.weights.files.shards import model_headers
 
 pytestmark = pytest.mark.usefixtures("no_curves", "quick_collections")
 
@@ -193,7 +194,7 @@ def test_what_loading_has_changed_is_kept_and_all_else_is_read_from_the_file(tin
 def test_auto_streams_when_the_weights_do_not_fit(
     free: int, streams: bool, write_recipe: Any, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_cli.training.streaming.free_bytes", lambda device: free)
+    monkeypatch.setattr("lora_cli.training.memory.streaming.free_bytes", lambda device: free)
     result = done(lora("train", write_recipe({"training.max_steps": 1})))
     told = " ".join(result.stderr.split())
     assert (
@@ -210,7 +211,7 @@ def test_auto_streams_a_base_stored_in_4_bits_too(
     tiny_llama: Path, write_recipe: Any, lora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done(lora("quantize", tiny_llama, "--out", tmp_path / "small"))
-    monkeypatch.setattr("lora_cli.training.streaming.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("lora_cli.training.memory.streaming.free_bytes", lambda device: 1000)
     told = done(lora("train", write_recipe({"model.name_or_path": tmp_path / "small", "training.max_steps": 1}))).stderr
     assert "training.stream_base: auto -> true: the base needs about" in " ".join(told.split())
     assert "a layer's frozen weights are read whenever it runs" in " ".join(told.split())
@@ -383,7 +384,9 @@ def test_a_quantized_base_comes_into_host_memory_first_where_there_is_a_gpu(
 def test_streaming_is_advised_once_layers_are_checkpointed(write_recipe: Any, monkeypatch: Any) -> None:
     """One of GPT-2's two layers, of 12 x WIDTH x WIDTH weights and 13 x WIDTH biases and scales, stays in memory."""
     layer = 4 * (12 * WIDTH * WIDTH + 13 * WIDTH)
-    monkeypatch.setattr("lora_cli.training.out_of_memory.REMEDIES", 9)  # with such small layers, others save more
+    monkeypatch.setattr(
+        "lora_cli.training.memory.out_of_memory.REMEDIES", 9
+    )  # with such small layers, others save more
     job = prepare(load_recipe(write_recipe({"training.gradient_checkpointing": True})), resume=False, overwrite=False)
     told = str(out_of_memory(job, MemoryError(), checkpointing=True, streams=False).faults)
     assert f"training.stream_base=true (saves about {layer / 1e6:.1f} MB)" in told
@@ -401,7 +404,7 @@ def test_no_advice_is_beyond_what_a_recipe_may_say(
     length: int, rows: int, shorter: list[str], fewer: list[str], write_recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows under 2 tokens, empty batches, half a rank: none is advised, but the lack of memory is still reported."""
-    monkeypatch.setattr("lora_cli.training.out_of_memory.REMEDIES", 9)
+    monkeypatch.setattr("lora_cli.training.memory.out_of_memory.REMEDIES", 9)
     small = {"data.train_on": "all", "data.max_length": length, "adapter.r": 1}
     job = prepare(
         load_recipe(write_recipe(small | {"training.per_device_train_batch_size": rows})), resume=False, overwrite=False
@@ -416,8 +419,8 @@ def test_no_advice_is_beyond_what_a_recipe_may_say(
 @pytest.mark.parametrize("units", [True, False])
 def test_bfloat16_is_advised_where_it_is_no_crawl(units: bool, write_recipe: Any, monkeypatch: Any) -> None:
     """A CPU without bfloat16 units takes up to 250 times as long."""
-    monkeypatch.setattr("lora_cli.training.out_of_memory.REMEDIES", 9)
-    monkeypatch.setattr("lora_cli.training.out_of_memory.has_units_for", lambda *_: units)
+    monkeypatch.setattr("lora_cli.training.memory.out_of_memory.REMEDIES", 9)
+    monkeypatch.setattr("lora_cli.training.memory.out_of_memory.has_units_for", lambda *_: units)
     job = prepare(load_recipe(write_recipe({"model.dtype": "float32"})), resume=False, overwrite=False)
     told = str(out_of_memory(job, MemoryError(), checkpointing=True, streams=False).faults)
     assert ("model.dtype=bfloat16" in told) == units and "quantization.method=nf4" in told
@@ -526,7 +529,7 @@ def test_auto_offloads_when_checkpointing_alone_would_not_do(
 
 
 def test_a_run_says_that_it_recomputes_activations(write_recipe: Any, lora: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("lora_cli.training.sharding.free_bytes", lambda device: 0)
+    monkeypatch.setattr("lora_cli.training.distributed.sharding.free_bytes", lambda device: 0)
     told = " ".join(done(lora("train", write_recipe({"training.max_steps": 1}))).stderr.split())
     found = re.search(
         r"gradient_checkpointing: auto -> true: a batch's activations would take about (\d+)\.\d MB", told
@@ -554,13 +557,13 @@ def test_auto_recomputes_nothing_where_the_architecture_cannot(
     on_gpt_1: Any, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No memory is free, neither for activations nor when the batch size is chosen."""
-    monkeypatch.setattr("lora_cli.training.sharding.free_bytes", lambda device: 0)
+    monkeypatch.setattr("lora_cli.training.distributed.sharding.free_bytes", lambda device: 0)
     told = " ".join(done(lora("train", on_gpt_1(max_steps=1))).stderr.split())
     assert "gradient_checkpointing: auto -> false: " in told and "this architecture cannot recompute them" in told
     by_itself = on_gpt_1(max_steps=1, per_device_train_batch_size="auto", gradient_accumulation_steps=2)
     told = done(lora("train", by_itself, "--overwrite")).stderr
     assert "even that may not fit" in told and "activations recomputed" not in told
-    monkeypatch.setattr("lora_cli.training.out_of_memory.REMEDIES", 9)
+    monkeypatch.setattr("lora_cli.training.memory.out_of_memory.REMEDIES", 9)
     job = prepare(load_recipe(on_gpt_1(gradient_checkpointing=False)), resume=False, overwrite=True)
     told = str(out_of_memory(job, MemoryError(), checkpointing=False, streams=False).faults)
     assert "adapter.r=" in told and "gradient_checkpointing" not in told

@@ -14,7 +14,7 @@ from lora_cli.model.base import meta_model
 from lora_cli.model.layers import adaptable_layers
 from lora_cli.model.targets import choose_targets
 from lora_cli.recipe.schema import Adapter
-from lora_cli.weights.check_model import stored_layers
+from lora_cli.weights.files.check_model import stored_layers
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
 SPLIT = {"minimal": {"q_proj", "v_proj"}, "standard": {"q_proj", "k_proj", "v_proj"}}

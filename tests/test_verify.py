@@ -12,7 +12,7 @@ from made_adapters import in_dtype, make_adapter
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from lora_cli.weights import products
+from lora_cli.weights.adapter import products
 
 
 @pytest.mark.parametrize("noise", [1e-6, 1e-4, 0.02, 0.5])

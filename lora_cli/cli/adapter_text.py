@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_cli.errors import format_range, printable
 
 if TYPE_CHECKING:
-    from lora_cli.weights.catalogue import AdaptedLayer, Entry
+    from lora_cli.weights.adapter.catalogue import AdaptedLayer, Entry
 
 
 def entry_row(entry: Entry) -> list[str]:
@@ -30,7 +30,7 @@ def entry_row(entry: Entry) -> list[str]:
 
 def facts(result: dict[str, Any]) -> dict[str, str]:
     """Return the known facts about an adapter, from label to text, in the order of printing."""
-    from lora_cli.weights.catalogue import nested_value
+    from lora_cli.weights.adapter.catalogue import nested_value
 
     config, record = result["config"], result["provenance"]
     scores = {name: nested_value(record, "result", name, "loss") for name in ("validation", "base", "start", "best")}

@@ -15,7 +15,7 @@ from lora_cli.cli.options import Command, Debug, Json, Quiet
 from lora_cli.errors import UserError, format_range, pluralize, printable
 
 if TYPE_CHECKING:
-    from lora_cli.weights.lora_adapter import LoraAdapter
+    from lora_cli.weights.algebra.lora_adapter import LoraAdapter
 
 app = typer.Typer(help="List, show and make adapters.", no_args_is_help=True)
 Adapter = Annotated[Path, typer.Argument(help="A run or an adapter folder.", show_default=False)]
@@ -35,7 +35,7 @@ def list_command(
     debug: Debug = False,
 ) -> str:
     """List adapters with their kind, base and data."""
-    from lora_cli.weights.catalogue import find_adapters
+    from lora_cli.weights.adapter.catalogue import find_adapters
 
     entries, faults = find_adapters(folder)
     for fault in faults:
@@ -52,9 +52,9 @@ def list_command(
 @app.command("show", cls=Command)
 def show_command(adapter: Adapter, json: Json = False, quiet: Quiet = False, debug: Debug = False) -> str:
     """Show an adapter: its layers, base, data and origin."""
-    from lora_cli.weights.adapter_config import read_adapter_config
-    from lora_cli.weights.catalogue import base_state, describe, lora_layers
-    from lora_cli.weights.provenance import adapter_folder, read_record
+    from lora_cli.weights.adapter.adapter_config import read_adapter_config
+    from lora_cli.weights.adapter.catalogue import base_state, describe, lora_layers
+    from lora_cli.weights.adapter.provenance import adapter_folder, read_record
 
     folder = adapter_folder(adapter) or adapter
     config, entry, layers = read_adapter_config(folder), describe(folder), lora_layers(folder)
@@ -112,7 +112,7 @@ def compose_command(
     debug: Debug = False,
 ) -> str:
     """Make one adapter of several, each with a weight."""
-    from lora_cli.weights.folders import check_out
+    from lora_cli.weights.files.folders import check_out
 
     weighted = [_weighted(part) for part in parts]
     if len(weighted) < 2:
@@ -120,7 +120,7 @@ def compose_command(
     check_out(out, *(folder for folder, _ in weighted))
     adapters = [_read(folder) for folder, _ in weighted]
 
-    from lora_cli.weights.compose import Composition, check_composition, compose
+    from lora_cli.weights.algebra.compose import Composition, check_composition, compose
 
     how = Composition(tuple(weight for _, weight in weighted), method, rank, density, seed)
     check_composition(how, adapters)
@@ -141,13 +141,13 @@ def resize_command(
     debug: Debug = False,
 ) -> str:
     """Change an adapter's rank: lower it, or raise it to train further."""
-    from lora_cli.weights.folders import check_out
+    from lora_cli.weights.files.folders import check_out
 
     _check_size(rank, energy)
     check_out(out, adapter)
     read = _read(adapter)
 
-    from lora_cli.weights.resize import resize
+    from lora_cli.weights.algebra.resize import resize
 
     result = resize(read, rank, energy, out)
     if json:
@@ -166,7 +166,7 @@ def diff_command(
     """Compare two adapters layer by layer: cosine, overlap."""
     adapters = [_read(first), _read(second)]
 
-    from lora_cli.weights.diff import diff
+    from lora_cli.weights.algebra.diff import diff
 
     result = diff(*adapters)
     if json:
@@ -194,8 +194,8 @@ def extract_command(
 ) -> str:
     """Make the adapter nearest to the difference of two models."""
     from lora_cli.model.files import check_model_type, locate, stored_quantization
-    from lora_cli.weights.folders import check_out
-    from lora_cli.weights.shards import check_complete
+    from lora_cli.weights.files.folders import check_out
+    from lora_cli.weights.files.shards import check_complete
 
     _check_size(rank, energy)
     check_out(out)
@@ -209,7 +209,7 @@ def extract_command(
             raise UserError(what, str(folder), "give the unquantized model")
 
     from lora_cli.training.display import Display
-    from lora_cli.weights.extract import extract
+    from lora_cli.weights.algebra.extract import extract
 
     with Display(quiet).waiting("extracting"):
         result = extract(folders[0], base, folders[1], rank, energy, out)
@@ -252,12 +252,12 @@ def _weighted(part: str) -> tuple[Path, float]:
 
 
 def _read(adapter: Path) -> LoraAdapter:
-    from lora_cli.weights.adapter_config import read_adapter_config
-    from lora_cli.weights.provenance import adapter_folder
+    from lora_cli.weights.adapter.adapter_config import read_adapter_config
+    from lora_cli.weights.adapter.provenance import adapter_folder
 
     folder = adapter_folder(adapter) or adapter
     read_adapter_config(folder)
 
-    from lora_cli.weights.lora_adapter import read_lora
+    from lora_cli.weights.algebra.lora_adapter import read_lora
 
     return read_lora(folder)

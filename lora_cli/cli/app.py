@@ -37,7 +37,7 @@ from lora_cli.errors import (
     printable_lines,
     unwritable,
 )
-from lora_cli.training.launch_environment import process_count, process_index
+from lora_cli.training.distributed.launch_environment import process_count, process_index
 
 # Without this default, typer (0.29) imports pydantic to convert a --help that was not given.
 _NO_HELP = {"help": False}

@@ -27,9 +27,9 @@ def command(
     from lora_cli.model.files import check_model_type, locate, stored_quantization
     from lora_cli.study import measure
     from lora_cli.training.display import Display
-    from lora_cli.training.run_folder import newest_finished, unfinished
-    from lora_cli.weights.adapter_config import REPEATABLE_ON_CODES, check_init
-    from lora_cli.weights.provenance import adapter_folder, find_origin, read_record, recipe_of
+    from lora_cli.training.run.run_folder import newest_finished, unfinished
+    from lora_cli.weights.adapter.adapter_config import REPEATABLE_ON_CODES, check_init
+    from lora_cli.weights.adapter.provenance import adapter_folder, find_origin, read_record, recipe_of
 
     display = Display(quiet)
     if target is None:
@@ -43,7 +43,7 @@ def command(
     section = measure.data_section(data, recipe)
     measure.check_rows(section)
     if adapter is None:
-        from lora_cli.weights.shards import check_complete
+        from lora_cli.weights.files.shards import check_complete
 
         base = locate(target, weights=True)
         check_complete(base)

@@ -15,8 +15,8 @@ from lora_cli.errors import UserError, pluralize, printable
 
 if TYPE_CHECKING:
     from lora_cli.study.verify import Sample, Verified
+    from lora_cli.weights.adapter.provenance import AdapterOrigin
     from lora_cli.weights.merge import Merged
-    from lora_cli.weights.provenance import AdapterOrigin
 
 WORTH_TELLING, MANY_UNCHANGED = 0.01, 0.5
 
@@ -62,7 +62,7 @@ def command(
     debug: Debug = False,
 ) -> str:
     """Fold adapters into their base model's weights."""
-    from lora_cli.weights.folders import check_out
+    from lora_cli.weights.files.folders import check_out
 
     if data is not None and verify is False:
         raise UserError("--data is for verifying, which --no-verify turns off", hint="leave one of them out")
@@ -109,10 +109,10 @@ def find_adapter(adapter: Path, base: str | None = None) -> AdapterOrigin:
     """Find the adapter of a run or folder, and its base. Print a warning if the run has not finished. Raises UserError
     when the adapter cannot be merged."""
     from lora_cli.model.files import check_model_type
-    from lora_cli.training.run_folder import unfinished
-    from lora_cli.weights.adapter_config import check_mergeable_lora, read_adapter_config
-    from lora_cli.weights.check_model import check_mergeable
-    from lora_cli.weights.provenance import adapter_folder, find_origin
+    from lora_cli.training.run.run_folder import unfinished
+    from lora_cli.weights.adapter.adapter_config import check_mergeable_lora, read_adapter_config
+    from lora_cli.weights.adapter.provenance import adapter_folder, find_origin
+    from lora_cli.weights.files.check_model import check_mergeable
 
     found = adapter_folder(adapter)
     warning = unfinished(adapter, found)
@@ -149,7 +149,7 @@ def _quantize(
     tell: Callable[[str], object],
     check: Callable[[Path], None],
 ) -> Merged:
-    from lora_cli.weights.check_adapter import adapted_layers
+    from lora_cli.weights.adapter.check_adapter import adapted_layers
     from lora_cli.weights.merge import Merged
     from lora_cli.weights.quantize import quantize_merged
 
@@ -168,8 +168,8 @@ def _quantize(
 def _check_compatible(origins: list[AdapterOrigin], into: str | None) -> None:
     """Raises UserError when an adapter is given twice, the adapters have different bases, or ``into`` is given but no
     adapter's recipe quantizes the base."""
-    from lora_cli.weights.check_adapter import check_given_once
-    from lora_cli.weights.fingerprint import fingerprint
+    from lora_cli.weights.adapter.check_adapter import check_given_once
+    from lora_cli.weights.files.fingerprint import fingerprint
 
     check_given_once(origin.folder for origin in origins)
     first = origins[0]

@@ -14,7 +14,7 @@ from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet, bytes_of
 from lora_cli.errors import UserError, pluralize, printable
 
 if TYPE_CHECKING:
-    from lora_cli.weights.provenance import AdapterOrigin
+    from lora_cli.weights.adapter.provenance import AdapterOrigin
 
 WORST = 5
 WHOLE = (
@@ -56,8 +56,8 @@ def command(
     """Store a model's linear layers in 4 or 8 bits."""
     from lora_cli.recipe.schema import Quantization
     from lora_cli.study import measure
-    from lora_cli.weights.folders import check_out
-    from lora_cli.weights.provenance import recipe_of
+    from lora_cli.weights.adapter.provenance import recipe_of
+    from lora_cli.weights.files.folders import check_out
 
     if double_quant is not None and method == "int8":
         raise UserError("--double-quant and --no-double-quant are for --method nf4 and fp4")
@@ -76,8 +76,8 @@ def command(
 
     from lora_cli.model.memory import keep_freed_memory
     from lora_cli.training.display import Display
+    from lora_cli.weights.files.stored_model import stored_model
     from lora_cli.weights.quantize import is_streamed, quantize, quantize_merged
-    from lora_cli.weights.stored_model import stored_model
 
     keep_freed_memory()
     display = Display(quiet)
@@ -106,8 +106,8 @@ def command(
 def _find(target: str) -> tuple[Path, AdapterOrigin | None]:
     """Return a model's folder, or an adapter's base and the adapter. Raises UserError for what cannot be quantized."""
     from lora_cli.model.files import check_model_type, check_quantizable, locate
-    from lora_cli.weights.provenance import adapter_folder
-    from lora_cli.weights.shards import check_complete
+    from lora_cli.weights.adapter.provenance import adapter_folder
+    from lora_cli.weights.files.shards import check_complete
 
     if adapter_folder(Path(target)) is not None:
         origin = find_adapter(Path(target))

@@ -26,7 +26,7 @@ def command(
 ) -> str | None:
     """Fine-tune a model as a recipe says."""
     from lora_cli.recipe.load import load_recipe
-    from lora_cli.training.launch_environment import (
+    from lora_cli.training.distributed.launch_environment import (
         check_launch_environment,
         end_with_launcher,
         process_count,
@@ -40,7 +40,7 @@ def command(
 
     if num_processes > 1 and process_count() == 1:
         from lora_cli.training.launch import launch
-        from lora_cli.training.run_folder import RunFolder
+        from lora_cli.training.run.run_folder import RunFolder
 
         flags = {"--resume": resume, "--overwrite": overwrite, "--json": json, "--quiet": quiet, "--debug": debug}
         folder = RunFolder(loaded.training.output_dir)

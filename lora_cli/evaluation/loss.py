@@ -16,8 +16,8 @@ from lora_cli.data.batches import Batch
 from lora_cli.data.examples import Examples, Ints
 from lora_cli.data.grouping import group_by_length_range, pack_first_fit, pad_in_order
 from lora_cli.evaluation.head import Head
-from lora_cli.model.frozen_layers import FrozenLayers
-from lora_cli.model.shapes import rounded_size
+from lora_cli.model.fast_paths.frozen_layers import FrozenLayers
+from lora_cli.model.fast_paths.shapes import rounded_size
 
 
 @dataclass(frozen=True)

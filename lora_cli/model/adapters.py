@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.errors import RunError, UserError
 from lora_cli.model.base import ties_embeddings
-from lora_cli.model.fused_lora import register
+from lora_cli.model.fast_paths.fused_lora import register
 from lora_cli.recipe.schema import Adapter
 
 

@@ -12,7 +12,7 @@ from lora_cli.data.sources import part_of, sources_of
 from lora_cli.errors import UserError, pluralize
 from lora_cli.model.files import tokenizer_folder
 from lora_cli.recipe.schema import Data, Model, Recipe, Source
-from lora_cli.weights.check_model import check_directly_read_weights, check_weights
+from lora_cli.weights.files.check_model import check_directly_read_weights, check_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_cli.errors import pluralize
 from lora_cli.training.display import format_steps
-from lora_cli.training.run_folder import RunFolder, write_atomic
+from lora_cli.training.run.run_folder import RunFolder, write_atomic
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2733}"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lora_cli.data.examples import Ints
-from lora_cli.model.frozen_layers import FrozenLayers
+from lora_cli.model.fast_paths.frozen_layers import FrozenLayers
 
 
 @dataclass(frozen=True)

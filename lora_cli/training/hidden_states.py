@@ -24,14 +24,20 @@ from lora_cli.disk import preallocate
 from lora_cli.errors import writing
 from lora_cli.evaluation.loss import evaluating, evaluation_groups, row_boundary_arguments
 from lora_cli.model.base import pad_token_id
-from lora_cli.model.frozen_layers import FrozenLayers, can_be_skipped, draws_random_numbers, frozen_layers, sample_ids
+from lora_cli.model.fast_paths.frozen_layers import (
+    FrozenLayers,
+    can_be_skipped,
+    draws_random_numbers,
+    frozen_layers,
+    sample_ids,
+)
 from lora_cli.model.memory import free_bytes
 from lora_cli.training.cached_states import CachedStates, HiddenStates, token_places
+from lora_cli.training.distributed.processes import broadcast_from_first, own_share
+from lora_cli.training.distributed.sharding import is_sharded
+from lora_cli.training.distributed.zero import is_zero
 from lora_cli.training.interrupt import stopped_after
-from lora_cli.training.processes import broadcast_from_first, own_share
 from lora_cli.training.setup import Trainer, unwrap
-from lora_cli.training.sharding import is_sharded
-from lora_cli.training.zero import is_zero
 
 MEMORY_SHARE, DISK_SHARE = 0.2, 0.5
 """Fractions of free memory and disk for ``training.cache_frozen: auto``; activations may take 4/5 of the memory."""

@@ -16,8 +16,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from lora_cli.cores import usable_cores
 from lora_cli.errors import RunError
-from lora_cli.training.checkpoint import RESUME_HINT, checkpoint_hint
-from lora_cli.training.run_folder import RunFolder
+from lora_cli.training.run.checkpoint import RESUME_HINT, checkpoint_hint
+from lora_cli.training.run.run_folder import RunFolder
 
 SECONDS_TO_STOP = 120
 """How long processes may take to finish a step and write its checkpoint once a signal asks them to stop."""

@@ -19,27 +19,27 @@ from lora_cli.data.cache import prune, publish, withdraw
 from lora_cli.errors import RunError, SecondaryError, UserError, is_out_of_space, unwritable
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.training import hidden_states
-from lora_cli.training.cache_keys import publish_keys
-from lora_cli.training.checkpoint import RESUME_HINT, Progress, checkpoint_hint, host_copy
 from lora_cli.training.display import Display
+from lora_cli.training.distributed.cache_keys import publish_keys
+from lora_cli.training.distributed.launch_environment import is_first_here, process_count, process_index
+from lora_cli.training.distributed.processes import broadcast_from_first, is_broken_connection
+from lora_cli.training.distributed.sharding import is_sharded
 from lora_cli.training.interrupt import catch_signals, stopped_after
-from lora_cli.training.launch_environment import is_first_here, process_count, process_index
-from lora_cli.training.lock import locked
+from lora_cli.training.memory.out_of_memory import out_of_memory
 from lora_cli.training.metrics import Clock, finish_trackers, log_step, start_trackers
 from lora_cli.training.nonfinite import check_finite, count_skipped, weight_norm
 from lora_cli.training.optimizer import learning_rate_at
-from lora_cli.training.out_of_memory import out_of_memory
 from lora_cli.training.prepare import Prepared
-from lora_cli.training.processes import broadcast_from_first, is_broken_connection
 from lora_cli.training.proof import digests, missing_gradient_warning, prove
 from lora_cli.training.record import report_setup, result_record, run_record, write_adapter
 from lora_cli.training.resume import choose_weights, continue_run, keeps_best, restore, save
+from lora_cli.training.run.checkpoint import RESUME_HINT, Progress, checkpoint_hint, host_copy
+from lora_cli.training.run.lock import locked
 from lora_cli.training.setup import Trainer, set_up, unwrap
-from lora_cli.training.sharding import is_sharded
 from lora_cli.training.step import take_step, waits_each_step
 from lora_cli.training.validation import evaluate_last_step, evaluate_start, evaluate_step, is_evaluated, last_step
-from lora_cli.weights.folders import atomic_folder
-from lora_cli.weights.provenance import now
+from lora_cli.weights.adapter.provenance import now
+from lora_cli.weights.files.folders import atomic_folder
 from lora_cli.weights.quantized_cache import prune_cached
 
 PROOF_TOKENS = 64

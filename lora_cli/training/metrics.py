@@ -13,7 +13,7 @@ import torch
 from lora_cli.data.batches import Step
 from lora_cli.errors import UserError, is_out_of_space
 from lora_cli.evaluation.loss import Score
-from lora_cli.training.same_run import flat_keys
+from lora_cli.training.run.same_run import flat_keys
 from lora_cli.training.setup import Trainer
 
 RUN_NAME = {"wandb": "name", "mlflow": "run_name", "trackio": "name", "swanlab": "experiment_name"}

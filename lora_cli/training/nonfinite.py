@@ -11,8 +11,8 @@ import torch
 from lora_cli.data.batches import Step
 from lora_cli.data.sources import row_places, sources_of
 from lora_cli.errors import RunError
-from lora_cli.training.checkpoint import Progress, checkpoint_hint
-from lora_cli.training.processes import full_tensor
+from lora_cli.training.distributed.processes import full_tensor
+from lora_cli.training.run.checkpoint import Progress, checkpoint_hint
 from lora_cli.training.setup import Trainer
 
 GIVE_UP_AFTER = 5

@@ -22,16 +22,16 @@ from lora_cli.model.files import (
 )
 from lora_cli.model.targets import UNQUANTIZABLE_LAYERS, Target, choose_targets, compile_pattern
 from lora_cli.recipe.schema import Recipe
-from lora_cli.training.launch_environment import check_gpus, is_first_here, process_index
-from lora_cli.training.run_folder import RunFolder
-from lora_cli.training.same_run import as_begun
-from lora_cli.training.zero_config import deepspeed_faults
-from lora_cli.weights.check_adapter import check_adapter
-from lora_cli.weights.check_model import check_directly_read_weights, check_weights, stored_layers
-from lora_cli.weights.fingerprint import fingerprint
-from lora_cli.weights.init_from import check_start, start_of, start_record
-from lora_cli.weights.provenance import check_base
-from lora_cli.weights.shards import check_complete
+from lora_cli.training.distributed.launch_environment import check_gpus, is_first_here, process_index
+from lora_cli.training.distributed.zero_config import deepspeed_faults
+from lora_cli.training.run.run_folder import RunFolder
+from lora_cli.training.run.same_run import as_begun
+from lora_cli.weights.adapter.check_adapter import check_adapter
+from lora_cli.weights.adapter.init_from import check_start, start_of, start_record
+from lora_cli.weights.adapter.provenance import check_base
+from lora_cli.weights.files.check_model import check_directly_read_weights, check_weights, stored_layers
+from lora_cli.weights.files.fingerprint import fingerprint
+from lora_cli.weights.files.shards import check_complete
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -241,7 +241,7 @@ def _targets(recipe: Recipe, base: Path, config: PreTrainedConfig, bare: PreTrai
 def _tokenized(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache: Path) -> list[Cached]:
     """Return the tokenized training rows and, if they have their own file, the validation rows."""
     from lora_cli.data.cache import tokenize_cached
-    from lora_cli.training.cache_keys import wait_for_keys
+    from lora_cli.training.distributed.cache_keys import wait_for_keys
 
     data = recipe.data
     specs = (data.train, data.own_validation)

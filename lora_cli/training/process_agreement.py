@@ -15,7 +15,7 @@ from lora_cli import __version__
 from lora_cli.data.sources import sources_of
 from lora_cli.errors import Fault, UserError
 from lora_cli.training.prepare import Prepared
-from lora_cli.training.same_run import flat_keys
+from lora_cli.training.run.same_run import flat_keys
 
 PATH_KEYS = {
     "model.name_or_path",

@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor
 from lora_cli.errors import RunError, first_few
 from lora_cli.evaluation.agreement import logits_of
 from lora_cli.model.adapters import trainable_parameters
-from lora_cli.training.processes import fill_parameter
-from lora_cli.training.zero import ZeroOptimizer, is_partitioned
-from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS, PEFT_PREFIX
+from lora_cli.training.distributed.processes import fill_parameter
+from lora_cli.training.distributed.zero import ZeroOptimizer, is_partitioned
+from lora_cli.weights.adapter.adapter_config import ADAPTER_WEIGHTS, PEFT_PREFIX
 
 Tensors = Mapping[str, torch.Tensor]
 RELOADED = "reloaded"

@@ -21,14 +21,14 @@ from lora_cli.model.base import resolve_compute_dtype, save_tokenizer
 from lora_cli.model.files import stop_ids
 from lora_cli.model.targets import describe, narrower
 from lora_cli.recipe.schema import Recipe
-from lora_cli.training.checkpoint import Progress
 from lora_cli.training.display import Display, peak_memory
+from lora_cli.training.distributed.processes import shape_of
 from lora_cli.training.prepare import Prepared
-from lora_cli.training.processes import shape_of
+from lora_cli.training.run.checkpoint import Progress
 from lora_cli.training.setup import Trainer, unwrap
-from lora_cli.weights.adapter_config import PEFT_PREFIX, sort_targets
-from lora_cli.weights.catalogue import VARIANTS
-from lora_cli.weights.provenance import PROVENANCE, base_record, now, versions
+from lora_cli.weights.adapter.adapter_config import PEFT_PREFIX, sort_targets
+from lora_cli.weights.adapter.catalogue import VARIANTS
+from lora_cli.weights.adapter.provenance import PROVENANCE, base_record, now, versions
 
 
 def report_setup(trainer: Trainer) -> None:

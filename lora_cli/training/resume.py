@@ -6,9 +6,9 @@ from typing import Any
 
 from lora_cli.errors import RunError, UserError
 from lora_cli.recipe.schema import Training
-from lora_cli.training import checkpoint
-from lora_cli.training.checkpoint import Progress, State
-from lora_cli.training.processes import broadcast_from_first
+from lora_cli.training.distributed.processes import broadcast_from_first
+from lora_cli.training.run import checkpoint
+from lora_cli.training.run.checkpoint import Progress, State
 from lora_cli.training.setup import Trainer
 
 TAKE_THE_LAST = "--resume training.load_best_model_at_end=false takes the last step's weights instead"

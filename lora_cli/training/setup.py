@@ -21,26 +21,26 @@ from lora_cli.evaluation.loss import evaluating
 from lora_cli.evaluation.packing import enable_packing
 from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameters
 from lora_cli.model.base import best_device, load_base, longrope_bounds, resolve_compute_dtype, resolve_dtype
-from lora_cli.model.elementwise import fuse
-from lora_cli.model.frozen_layers import FrozenLayers
+from lora_cli.model.fast_paths.elementwise import fuse
+from lora_cli.model.fast_paths.frozen_layers import FrozenLayers
 from lora_cli.model.memory import keep_freed_memory
-from lora_cli.training.activations import set_checkpointing
-from lora_cli.training.batch_size import resolve_batch_size
 from lora_cli.training.cached_states import HiddenStates
 from lora_cli.training.display import Display
+from lora_cli.training.distributed.launch_environment import process_count
+from lora_cli.training.distributed.processes import all_reduce_max
+from lora_cli.training.distributed.sharding import is_sharded, make_accelerator, prepare_model
+from lora_cli.training.distributed.zero import is_zero
 from lora_cli.training.interrupt import Interrupt
-from lora_cli.training.launch_environment import process_count
+from lora_cli.training.memory.activations import set_checkpointing
+from lora_cli.training.memory.batch_size import resolve_batch_size
+from lora_cli.training.memory.streaming import Sources, add_streaming_hooks, detach_weights, needs_streaming
 from lora_cli.training.optimizer import check_warmup, make_optimizer
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.process_agreement import check_agreement
-from lora_cli.training.processes import all_reduce_max
-from lora_cli.training.sharding import is_sharded, make_accelerator, prepare_model
-from lora_cli.training.streaming import Sources, add_streaming_hooks, detach_weights, needs_streaming
 from lora_cli.training.torch_compile import compile_elementwise
-from lora_cli.training.zero import is_zero
-from lora_cli.weights.init_from import start_of
+from lora_cli.weights.adapter.init_from import start_of
+from lora_cli.weights.files.shards import model_headers, stored_dtype
 from lora_cli.weights.quantized_cache import cached_name, find_cached, link_cached, write_cached
-from lora_cli.weights.shards import model_headers, stored_dtype
 
 MAX_KEPT_BYTES = 2**20
 """Bytes of the largest tensor whose memory is kept when it is freed, while layers are streamed."""

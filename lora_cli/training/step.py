@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from lora_cli.data.batches import Step
 from lora_cli.evaluation.loss import summed_loss
 from lora_cli.training import hidden_states
-from lora_cli.training.offload import to_device, to_host
-from lora_cli.training.processes import own_share
+from lora_cli.training.distributed.processes import own_share
+from lora_cli.training.distributed.sharding import backward, clip_gradient, is_sharded
+from lora_cli.training.distributed.zero import is_zero
+from lora_cli.training.memory.offload import to_device, to_host
 from lora_cli.training.setup import Trainer
-from lora_cli.training.sharding import backward, clip_gradient, is_sharded
-from lora_cli.training.zero import is_zero
 
 
 def take_step(trainer: Trainer, step: Step, learning_rate: float) -> torch.Tensor:

@@ -13,7 +13,7 @@ from lora_cli.errors import UserError
 from lora_cli.model.base import best_device
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.display import Display
-from lora_cli.weights.folders import draft_folder
+from lora_cli.weights.files.folders import draft_folder
 
 SAVED = 1.2e-9
 """Seconds of one thread that compiling saves per element of a formula, forward and backward: measured on a Xeon with
@@ -30,7 +30,7 @@ def compile_elementwise(
 
     For CPUs: a GPU has its own kernels for them. If compiling fails, the run continues without it.
     """
-    from lora_cli.model.elementwise import compile_formulas, elementwise_values_per_token  # imports PEFT
+    from lora_cli.model.fast_paths.elementwise import compile_formulas, elementwise_values_per_token  # imports PEFT
 
     wanted = recipe.training.torch_compile
     numbers = tokens * elementwise_values_per_token(model) if device.type == "cpu" else 0

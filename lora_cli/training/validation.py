@@ -10,11 +10,11 @@ from lora_cli.data.batches import Batch, Step
 from lora_cli.errors import pluralize
 from lora_cli.evaluation.loss import Score, mean_score, tally_loss
 from lora_cli.training import hidden_states
-from lora_cli.training.checkpoint import Progress
+from lora_cli.training.distributed.processes import own_share
 from lora_cli.training.interrupt import stopped_after
 from lora_cli.training.metrics import Clock, log_score
 from lora_cli.training.nonfinite import check_finite
-from lora_cli.training.processes import own_share
+from lora_cli.training.run.checkpoint import Progress
 from lora_cli.training.setup import Trainer, unwrap
 
 

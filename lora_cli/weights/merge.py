@@ -18,9 +18,9 @@ import torch
 from lora_cli.errors import UserError
 from lora_cli.model.files import check_tokenizer, copy_tokenizer, read_config, tokenizer_folder
 from lora_cli.recipe.schema import Quantization
-from lora_cli.weights.folders import atomic_folder, copy_if_there
-from lora_cli.weights.provenance import PROVENANCE, AdapterOrigin, check_trained_alike
-from lora_cli.weights.shards import (
+from lora_cli.weights.adapter.provenance import PROVENANCE, AdapterOrigin, check_trained_alike
+from lora_cli.weights.files.folders import atomic_folder, copy_if_there
+from lora_cli.weights.files.shards import (
     GENERATION,
     MAX_SHARD,
     TensorInfo,
@@ -31,7 +31,7 @@ from lora_cli.weights.shards import (
     stored_name,
     weight_files,
 )
-from lora_cli.weights.stream import shard_writer
+from lora_cli.weights.files.stream import shard_writer
 from lora_cli.weights.updates import Changes, MergedTensor, find_changes, merged_tensor
 
 Into = Literal["expanded", "original"]

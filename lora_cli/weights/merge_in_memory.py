@@ -17,11 +17,11 @@ from lora_cli.model.adapters import load_adapter
 from lora_cli.model.base import load_base
 from lora_cli.model.memory import is_out_of_memory
 from lora_cli.recipe.schema import Model, Quantization
-from lora_cli.weights.adapter_config import ADAPTER_WEIGHTS, read_adapter_config
-from lora_cli.weights.check_adapter import MISFIT
-from lora_cli.weights.provenance import AdapterOrigin
+from lora_cli.weights.adapter.adapter_config import ADAPTER_WEIGHTS, read_adapter_config
+from lora_cli.weights.adapter.check_adapter import MISFIT
+from lora_cli.weights.adapter.provenance import AdapterOrigin
+from lora_cli.weights.files.shards import TensorInfo, check_finite, read_headers, stored_dtype
 from lora_cli.weights.quantized_layers import dequantize_quantized
-from lora_cli.weights.shards import TensorInfo, check_finite, read_headers, stored_dtype
 
 UNMERGED = {"POLY", "XLORA"}
 """Kinds of adapters that PEFT cannot merge: their update depends on the input."""

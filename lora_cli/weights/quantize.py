@@ -25,16 +25,16 @@ from lora_cli.model.base import (
 )
 from lora_cli.model.files import tokenizer_folder
 from lora_cli.recipe.schema import Quantization
-from lora_cli.weights.check_model import check_weights
+from lora_cli.weights.adapter.provenance import PROVENANCE, AdapterOrigin
 from lora_cli.weights.codes import PARTS, encode
-from lora_cli.weights.folders import atomic_folder, copy_if_there, draft_folder
+from lora_cli.weights.files.check_model import check_weights
+from lora_cli.weights.files.folders import atomic_folder, copy_if_there, draft_folder
+from lora_cli.weights.files.shards import GENERATION, check_finite, model_headers, read_headers, weight_files
+from lora_cli.weights.files.stored_model import StoredModel, model_names, stored_model
+from lora_cli.weights.files.stream import shard_writer
 from lora_cli.weights.merge import merge, merged_tensors
-from lora_cli.weights.provenance import PROVENANCE, AdapterOrigin
 from lora_cli.weights.quantize_in_memory import quantize_in_memory
 from lora_cli.weights.quantized_layers import check_layers, layer_error, replace_layers
-from lora_cli.weights.shards import GENERATION, check_finite, model_headers, read_headers, weight_files
-from lora_cli.weights.stored_model import StoredModel, model_names, stored_model
-from lora_cli.weights.stream import shard_writer
 
 FLOATS = ("F64", "F32", "BF16", "F16")
 

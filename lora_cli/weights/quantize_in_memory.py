@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.model.base import best_device, load_base
 from lora_cli.model.linear4bit import dequantize
 from lora_cli.recipe.schema import Model, Quantization
+from lora_cli.weights.files.shards import check_finite, is_finite
+from lora_cli.weights.files.stored_model import StoredModel, sources_of
 from lora_cli.weights.quantized_layers import layer_error
-from lora_cli.weights.shards import check_finite, is_finite
-from lora_cli.weights.stored_model import StoredModel, sources_of
 
 Sources = Mapping[str, Mapping[str, str | None]]
 """The stored tensors that make up each of a model's tensors, as ``sources_of`` returns them."""

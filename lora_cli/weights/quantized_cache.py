@@ -25,12 +25,12 @@ from lora_cli.disk import in_neighbours
 from lora_cli.errors import RunError, UserError
 from lora_cli.model.base import load_config, meta_model
 from lora_cli.recipe.schema import Quantization
-from lora_cli.weights.fingerprint import file_sha256
-from lora_cli.weights.folders import atomic_folder
+from lora_cli.weights.files.fingerprint import file_sha256
+from lora_cli.weights.files.folders import atomic_folder
+from lora_cli.weights.files.shards import model_headers, weight_files
+from lora_cli.weights.files.stored_model import stored_model, unstorable
 from lora_cli.weights.quantize import write_quantized
 from lora_cli.weights.quantized_layers import quantized_layers
-from lora_cli.weights.shards import model_headers, weight_files
-from lora_cli.weights.stored_model import stored_model, unstorable
 
 SUMS = "sha256.json"
 SHARD = 10**9  # bytes: several files, so that they are hashed in parallel

@@ -19,8 +19,8 @@ from lora_cli.model.base import bitsandbytes_config, load_config, meta_model
 from lora_cli.model.targets import UNQUANTIZABLE_LAYERS
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.codes import quantize_dequantize
-from lora_cli.weights.shards import TensorInfo, model_headers
-from lora_cli.weights.stored_model import unstorable
+from lora_cli.weights.files.shards import TensorInfo, model_headers
+from lora_cli.weights.files.stored_model import unstorable
 
 
 def quantized_layers(bare: PreTrainedModel, quantization: Quantization) -> dict[str, bool]:

@@ -17,16 +17,16 @@ import torch
 
 from lora_cli.errors import UserError
 from lora_cli.model.files import read_config
-from lora_cli.weights.adapter_config import keeps_base, read_adapter_config
-from lora_cli.weights.check_model import EMBEDDINGS, module_leaf
-from lora_cli.weights.pieces import workers
-from lora_cli.weights.products import MAGNITUDE, Product, adapter_parts, product_of
-from lora_cli.weights.shards import TensorInfo, is_finite, read_tensor, stored_name
+from lora_cli.weights.adapter.adapter_config import keeps_base, read_adapter_config
+from lora_cli.weights.adapter.products import MAGNITUDE, Product, adapter_parts, product_of
+from lora_cli.weights.files.check_model import EMBEDDINGS, module_leaf
+from lora_cli.weights.files.pieces import workers
+from lora_cli.weights.files.shards import TensorInfo, is_finite, read_tensor, stored_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lora_cli.weights.experts import ExpertProduct
+    from lora_cli.weights.adapter.experts import ExpertProduct
 
 PIECE = 2**18
 """Values of a weight that a thread processes at a time: their temporaries stay in the CPU's cache."""
@@ -215,7 +215,7 @@ def _find_experts(
     for adapter in adapters:
         halves = adapter.halves
         if adapter.config.get("target_parameters"):
-            from lora_cli.weights.experts import find_experts
+            from lora_cli.weights.adapter.experts import find_experts
 
             found = find_experts(adapter.folder, adapter.config, halves, _skeleton(base), headers)
             if found is None:

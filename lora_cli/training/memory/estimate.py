@@ -1,0 +1,94 @@
+"""Estimate a run's memory from the shapes of its base and its rows; nothing is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from lora_cli.data.examples import Ints
+from lora_cli.model.base import best_device, resolve_dtype
+from lora_cli.model.files import stored_quantization
+from lora_cli.model.layers import checkpointed_layers, linear_layers
+from lora_cli.model.memory import activation_bytes
+from lora_cli.recipe.schema import Recipe
+from lora_cli.training.prepare import Prepared
+from lora_cli.weights.files.shards import model_headers
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Estimated bytes: frozen base, trained weights with gradients and optimizer state, one batch's activations."""
+
+    weights: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.optimizer + self.activations
+
+
+def estimate(job: Prepared, recipe: Recipe) -> MemoryEstimate:
+    """Estimate the memory for a run of ``recipe`` from shapes alone; ``job`` has those of the base and the rows."""
+    bare, dtype = job.bare, resolve_dtype(recipe.model.dtype, best_device())
+    bits = _bits(job.base, bare, recipe, dtype)
+    linear = {bare.get_submodule(name).weight for name in linear_layers(bare)}
+
+    def size(parameters: Iterable[torch.nn.Parameter]) -> float:
+        return sum(each.numel() * (bits if each in linear else 8 * dtype.itemsize) for each in parameters) / 8
+
+    parameters = set(bare.parameters())
+    weights = size(parameters)
+    if recipe.training.stream_base is True:  # one layer is in memory at a time
+        layers = [set(layer.parameters()) for layer in checkpointed_layers(bare).values()]
+        weights = size(parameters.difference(*layers)) + max(map(size, layers))
+    trained = sum(recipe.adapter.r * (target.in_features + target.out_features) for target in job.targets)
+    state = 2 if recipe.training.optim.endswith("8bit") else 8
+    examples, training = job.train.examples, recipe.training
+    limit, packing = min(job.max_length, recipe.data.max_length), recipe.data.packing
+    batch = largest_batch(examples.lengths, examples.supervised_per_row, training.batch_size, limit, packing)
+    checkpointing = training.gradient_checkpointing is True
+    activations = activation_bytes(job.config, *batch, dtype.itemsize, checkpointing)
+    return MemoryEstimate(int(weights), trained * (8 + state), activations)
+
+
+def _bits(folder: Path, bare: PreTrainedModel, recipe: Recipe, dtype: torch.dtype) -> float:
+    """Return the bits per parameter of a base's linear layers, 4-bit scales included; ``dtype``'s if not quantized.
+
+    A 4-bit block of 64 has a scale of 32 bits, or about 8 if double-quantized (QLoRA, arXiv:2305.14314, section 3).
+    """
+    if recipe.quantization is not None:
+        in_4_bits = 4.127 if recipe.quantization.double_quant else 4.5
+        return 8 if recipe.quantization.method == "int8" else in_4_bits
+    if not stored_quantization(folder):
+        return 8 * dtype.itemsize
+    layers, prefix = linear_layers(bare), f"{bare.base_model_prefix}."
+    names = layers.keys() | {name.removeprefix(prefix) for name in layers}
+    stored = sum(
+        info.bytes
+        for name, info in model_headers(folder).items()
+        if names.intersection(accumulate(name.split("."), "{}.{}".format))
+    )
+    return 8 * stored / sum(each.in_features * each.out_features for each in layers.values())
+
+
+def largest_batch(lengths: Ints, supervised: Ints, batch_size: int, max_length: int, packing: bool) -> tuple[int, int]:
+    """Return the most tokens, padding included, and the most positions with logits that a micro-batch can have.
+
+    ``lengths`` and ``supervised`` (rows,) count each row's tokens. In a padded batch, every row has logits at each
+    position that is supervised in any row.
+    """
+    lengths = np.minimum(lengths, max_length)
+    supervised = np.minimum(supervised, lengths)
+    if packing:
+        tokens = min(batch_size * max_length, int(lengths.sum()))
+        return tokens, min(tokens, int(supervised.sum()))
+    rows, longest = min(batch_size, len(lengths)), int(lengths.max())
+    columns = min(longest, int(np.sort(supervised)[-rows:].sum()))
+    return rows * longest, rows * columns

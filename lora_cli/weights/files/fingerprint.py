@@ -1,0 +1,61 @@
+"""Identify a base by a digest of its weights and configuration, or a file by its SHA-256, without importing torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from xxhash import xxh3_128
+
+from lora_cli.errors import reading
+from lora_cli.model.files import read_config
+from lora_cli.weights.files.shards import TensorInfo, model_headers
+
+CHUNK = 1 << 22
+IRRELEVANT_KEYS = {"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+"""Keys of config.json that do not affect the model's outputs. Neither do keys that begin with _."""
+
+
+def fingerprint(folder: Path) -> str:
+    """Return the SHA-256 over the keys of config.json that affect outputs, and over every tensor's name, dtype, shape
+    and XXH3 digest, sorted by name. All bytes are read, at gigabytes a second.
+
+    The result does not depend on how tensors are split into shards. It detects accidental changes, not contrived ones.
+    Raises UserError for a folder without a configuration or complete safetensors files, RunError when reading fails.
+    """
+    stored = sorted(model_headers(folder).items())
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(_digest, (info for _, info in stored))
+        tensors = [[name, info.dtype, info.shape, digest] for (name, info), digest in zip(stored, digests, strict=True)]
+    stated = json.dumps([_relevant(read_config(folder)), tensors], sort_keys=True)
+    return hashlib.sha256(stated.encode()).hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _digest(info: TensorInfo) -> str:
+    digest = xxh3_128()
+    with reading(info.file), info.file.open("rb") as file:
+        file.seek(info.start)
+        left = info.bytes
+        while left and (piece := file.read(min(CHUNK, left))):
+            digest.update(piece)
+            left -= len(piece)
+    return digest.hexdigest()
+
+
+def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration without the keys that do not affect outputs, at any depth."""
+    return {
+        key: _relevant(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in IRRELEVANT_KEYS and not key.startswith("_")
+    }
