@@ -14,10 +14,10 @@ from accelerate.utils import DistributedType
 from conftest import Run, done, fork_lora
 from test_memory import ONCE_IMPORTED, limited, wide_llama
 
-from lora_cli.model.memory import activation_bytes
 from lora_cli.recipe.load import load_recipe
 from lora_cli.training.distributed.sharding import free_for_activations
 from lora_cli.training.memory.batch_size import divisors, longest_batch
+from lora_cli.training.memory.estimate import activation_bytes
 from lora_cli.training.prepare import prepare
 
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")

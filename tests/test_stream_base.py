@@ -21,13 +21,12 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from lora_cli.errors import RunError
 from lora_cli.model.fast_paths.elementwise import SwiGLU
-from lora_cli.model.memory import activation_bytes
 from lora_cli.recipe.load import load_recipe, with_changes
 from lora_cli.training import setup, step
 from lora_cli.training.display import Display
 from lora_cli.training.memory import activations, offload
 from lora_cli.training.memory.activations import choose_checkpointing
-from lora_cli.training.memory.estimate import estimate, largest_batch
+from lora_cli.training.memory.estimate import activation_bytes, estimate, largest_batch
 from lora_cli.training.memory.out_of_memory import out_of_memory
 from lora_cli.training.memory.streaming import detach_weights
 from lora_cli.training.prepare import prepare

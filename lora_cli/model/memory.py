@@ -1,4 +1,4 @@
-"""Memory: what a run needs, estimated from shapes; what the device has; how out-of-memory errors are recognized."""
+"""Memory: what the device has, how out-of-memory errors are recognized, and what is kept when tensors are freed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
 from lora_cli.control_groups import group_folders
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 ALLOCATION_FAILED = (
@@ -31,43 +27,6 @@ ALLOCATION_FAILED = (
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and values from malloc.h
 KEPT, LARGEST = 2**30, 2**25  # bytes; glibc accepts no larger LARGEST
-
-LOGITS_BLOCK_BYTES = 5 * 2**24
-"""Bytes for logits that are computed in blocks, and for their sums: some tens of megabytes for any vocabulary."""
-
-
-def activation_bytes(
-    config: PreTrainedConfig,
-    tokens: int,
-    positions: int,
-    element_size: int,
-    checkpointing: bool = False,
-    whole_logits: bool = False,
-    kept: float | None = None,
-) -> int:
-    """Bytes that one micro-batch needs besides weights and adapter, at the peak of its backward pass.
-
-    All layers together keep ``kept`` bytes per token. If None, this is estimated as in Korthikanti et al. 2022
-    (arXiv:2205.05198, section 4.1), without the attention matrices, which fused attention never stores. A frozen layer
-    keeps the norms' inputs, queries, keys, values, the attention's result and the adapters' inputs: per token, about 7
-    vectors of the hidden width and 3 of the MLP's. With ``checkpointing``, each layer keeps its input, and one layer at
-    a time the rest. The gradients of one layer add about 2 and 3 such vectors. The head keeps its input's gradient at
-    ``positions`` or, with ``whole_logits``, the logits there and float32 copies of them for the loss.
-    """
-    text = config.get_text_config()
-    hidden = int(text.hidden_size)
-    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
-    inner = int(max(inner) if isinstance(inner, list | tuple) else inner)  # each of Gemma 3n's layers has its own
-    layers = int(text.num_hidden_layers)
-    if kept is None:
-        kept = layers * (7 * hidden + 3 * inner) * element_size
-    if checkpointing:
-        kept = layers * hidden * element_size + kept / layers
-    body = int(tokens * (kept + (2 * hidden + 3 * inner) * element_size))
-    head = positions * hidden * element_size + LOGITS_BLOCK_BYTES
-    if whole_logits:
-        head = positions * int(text.vocab_size) * (element_size + 8)
-    return body + head
 
 
 def free_bytes(device: torch.device, root: Path = Path("/")) -> int:

@@ -17,7 +17,7 @@ from lora_cli.evaluation.head import Head
 from lora_cli.evaluation.loss import summed_loss
 from lora_cli.model.adapters import trainable_parameters
 from lora_cli.model.base import pad_token_id
-from lora_cli.model.memory import activation_bytes, format_bytes, is_out_of_memory
+from lora_cli.model.memory import format_bytes, is_out_of_memory
 from lora_cli.recipe.load import with_changes
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.display import Display
@@ -25,7 +25,7 @@ from lora_cli.training.distributed.launch_environment import local_process_count
 from lora_cli.training.distributed.processes import all_reduce_max
 from lora_cli.training.distributed.sharding import free_for_activations, is_sharded
 from lora_cli.training.memory.activations import MEMORY_FRACTION, recompute_activations
-from lora_cli.training.memory.estimate import largest_batch
+from lora_cli.training.memory.estimate import activation_bytes, largest_batch
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.run.same_run import with_batch_size
 

@@ -9,16 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lora_cli.data.examples import Ints
 from lora_cli.model.base import best_device, resolve_dtype
 from lora_cli.model.files import stored_quantization
 from lora_cli.model.layers import checkpointed_layers, linear_layers
-from lora_cli.model.memory import activation_bytes
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training.prepare import Prepared
 from lora_cli.weights.files.shards import model_headers
+
+LOGITS_BLOCK_BYTES = 5 * 2**24
+"""Bytes for logits that are computed in blocks, and for their sums: some tens of megabytes for any vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,40 @@ def _bits(folder: Path, bare: PreTrainedModel, recipe: Recipe, dtype: torch.dtyp
         if names.intersection(accumulate(name.split("."), "{}.{}".format))
     )
     return 8 * stored / sum(each.in_features * each.out_features for each in layers.values())
+
+
+def activation_bytes(
+    config: PreTrainedConfig,
+    tokens: int,
+    positions: int,
+    element_size: int,
+    checkpointing: bool = False,
+    whole_logits: bool = False,
+    kept: float | None = None,
+) -> int:
+    """Bytes that one micro-batch needs besides weights and adapter, at the peak of its backward pass.
+
+    All layers together keep ``kept`` bytes per token. If None, this is estimated as in Korthikanti et al. 2022
+    (arXiv:2205.05198, section 4.1), without the attention matrices, which fused attention never stores. A frozen layer
+    keeps the norms' inputs, queries, keys, values, the attention's result and the adapters' inputs: per token, about 7
+    vectors of the hidden width and 3 of the MLP's. With ``checkpointing``, each layer keeps its input, and one layer at
+    a time the rest. The gradients of one layer add about 2 and 3 such vectors. The head keeps its input's gradient at
+    ``positions`` or, with ``whole_logits``, the logits there and float32 copies of them for the loss.
+    """
+    text = config.get_text_config()
+    hidden = int(text.hidden_size)
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+    inner = int(max(inner) if isinstance(inner, list | tuple) else inner)  # each of Gemma 3n's layers has its own
+    layers = int(text.num_hidden_layers)
+    if kept is None:
+        kept = layers * (7 * hidden + 3 * inner) * element_size
+    if checkpointing:
+        kept = layers * hidden * element_size + kept / layers
+    body = int(tokens * (kept + (2 * hidden + 3 * inner) * element_size))
+    head = positions * hidden * element_size + LOGITS_BLOCK_BYTES
+    if whole_logits:
+        head = positions * int(text.vocab_size) * (element_size + 8)
+    return body + head
 
 
 def largest_batch(lengths: Ints, supervised: Ints, batch_size: int, max_length: int, packing: bool) -> tuple[int, int]:
