@@ -1,14 +1,16 @@
 """Fine-tuning of causal language models from YAML recipes.
 
-The layers, lowest first. A layer imports only from lower ones (import-linter enforces it, see pyproject.toml):
+The layers, lowest first. A layer imports only from lower ones; recipe and system, data and model, evaluation and
+weights do not import each other (import-linter enforces it, see pyproject.toml):
 
-    control_groups  where Linux limits the memory and CPU time of containers, jobs and services
-    errors       what went wrong, where, what to do; exit codes    cores   how many cores this process may use
-    disk         files and folders that survive a crash of the machine
+    errors       what went wrong, where, what to do; exit codes
     recipe       what a user writes: the schema and its loader
-    data         rows -> examples -> batches          model   base, targets, adapters
-    evaluation   loss and perplexity                  weights safetensors files: merge, quantize, fingerprints
-    training     the loop, its optimizer, checkpoints, run folder and display
+    system       memory, cores, disk, and files and folders that appear complete or not at all
+    data         rows -> examples -> batches
+    model        base, targets, adapters; fast paths through them
+    evaluation   loss and perplexity
+    weights      tensor by tensor: merge, quantize; files, what PEFT saves of an adapter, and algebra on it
+    training     the loop and what it needs: run (the folder, checkpoints), memory, distributed (several processes)
     study        reads finished runs and models: reports, perplexity, verified merges
     cli          one small file per command: parse, call one function, print
 

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_cli.weights.files.folders import atomic_folder
+from lora_cli.system.folders import atomic_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}

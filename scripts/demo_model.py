@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from lora_cli.weights.files.folders import atomic_folder
+from lora_cli.system.folders import atomic_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 END, PAD = "<|endoftext|>", "<|pad|>"

@@ -31,10 +31,10 @@ from lora_cli.data.cache import Cached, prune, publish, tokenize_cached, withdra
 from lora_cli.data.examples import Examples, fit
 from lora_cli.data.sources import sources_of
 from lora_cli.data.tokenize import Tokenized, tokenize
-from lora_cli.disk import in_neighbours
 from lora_cli.errors import RunError, UserError
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Data, Source
+from lora_cli.system.disk import in_neighbours
 from lora_cli.training.distributed.cache_keys import publish_keys
 from lora_cli.training.prepare import prepare
 from lora_cli.training.run.lock import check_unlocked, locked

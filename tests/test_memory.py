@@ -24,8 +24,8 @@ from lora_cli.model.adapters import adapt
 from lora_cli.model.base import load_base
 from lora_cli.model.fast_paths.elementwise import fuse
 from lora_cli.model.layers import linear_layers
-from lora_cli.model.memory import free_bytes, is_out_of_memory, requested_bytes, total_bytes
 from lora_cli.recipe.schema import Adapter, Model, Quantization
+from lora_cli.system.memory import free_bytes, is_out_of_memory, requested_bytes, total_bytes
 from lora_cli.training.memory.activations import recompute_activations, saved_bytes_per_token
 from lora_cli.training.memory.estimate import activation_bytes, largest_batch
 

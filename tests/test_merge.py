@@ -668,7 +668,7 @@ def test_a_wrong_sum_is_found(tiny_llama: Path, tmp_path: Path, lora: Any, monke
     assert result.exit_code == 4 and "more than rounding to float32 explains" in result.stderr
     unseen = done(lora("merge", adapter, "--out", tmp_path / "unseen", "--no-verify"))
     assert "not verified" not in unseen.stdout, "it was not asked for"
-    monkeypatch.setattr("lora_cli.model.memory.free_bytes", lambda *_: 1000)
+    monkeypatch.setattr("lora_cli.system.memory.free_bytes", lambda *_: 1000)
     assert "not verified" in done(lora("merge", adapter, "--out", tmp_path / "too-large")).stdout
 
 

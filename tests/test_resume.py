@@ -24,13 +24,13 @@ from safetensors.torch import load_file, save_file
 from lora_cli.errors import RunError, UserError
 from lora_cli.model.base import has_units_for
 from lora_cli.recipe.load import load_recipe
+from lora_cli.system.folders import draft_folder
 from lora_cli.training import hidden_states, loop
 from lora_cli.training.display import Display
 from lora_cli.training.run import checkpoint
 from lora_cli.training.run.run_folder import RunFolder
 from lora_cli.training.run.same_run import check_same_keys
 from lora_cli.weights.files import shards
-from lora_cli.weights.files.folders import draft_folder
 
 EVERYTHING_RANDOM = {
     "adapter.lora_dropout": 0.2,

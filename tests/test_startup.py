@@ -14,7 +14,7 @@ import pytest
 from conftest import edit_json
 from made_adapters import make_adapter
 
-from lora_cli.cores import SPINS, usable_cores
+from lora_cli.system.cores import SPINS, usable_cores
 
 HEAVY = ("torch", "transformers", "datasets", "pandas", "peft", "accelerate", "bitsandbytes", "numpy", "pyarrow")
 VERBS = {

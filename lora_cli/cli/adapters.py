@@ -112,7 +112,7 @@ def compose_command(
     debug: Debug = False,
 ) -> str:
     """Make one adapter of several, each with a weight."""
-    from lora_cli.weights.files.folders import check_out
+    from lora_cli.system.folders import check_out
 
     weighted = [_weighted(part) for part in parts]
     if len(weighted) < 2:
@@ -141,7 +141,7 @@ def resize_command(
     debug: Debug = False,
 ) -> str:
     """Change an adapter's rank: lower it, or raise it to train further."""
-    from lora_cli.weights.files.folders import check_out
+    from lora_cli.system.folders import check_out
 
     _check_size(rank, energy)
     check_out(out, adapter)
@@ -194,7 +194,7 @@ def extract_command(
 ) -> str:
     """Make the adapter nearest to the difference of two models."""
     from lora_cli.model.files import check_model_type, locate, stored_quantization
-    from lora_cli.weights.files.folders import check_out
+    from lora_cli.system.folders import check_out
     from lora_cli.weights.files.shards import check_complete
 
     _check_size(rank, energy)

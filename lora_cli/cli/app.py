@@ -26,7 +26,6 @@ import typer
 from lora_cli import __version__
 from lora_cli.cli import adapters, evaluate, explain, merge, quantize, train
 from lora_cli.cli.options import Command, TrainCommand
-from lora_cli.cores import limit_spinning
 from lora_cli.errors import (
     Interrupted,
     LoraError,
@@ -37,6 +36,7 @@ from lora_cli.errors import (
     printable_lines,
     unwritable,
 )
+from lora_cli.system.cores import limit_spinning
 from lora_cli.training.distributed.launch_environment import process_count, process_index
 
 # Without this default, typer (0.29) imports pydantic to convert a --help that was not given.
@@ -227,7 +227,7 @@ def _out_of_memory_error(error: RuntimeError | MemoryError, given: Sequence[str]
     """Return the error to report when memory ran out, else None. Training reports its own, with its checkpoints."""
     what = "out of memory"
     if "torch" in sys.modules:
-        from lora_cli.model.memory import describe_out_of_memory, is_out_of_memory
+        from lora_cli.system.memory import describe_out_of_memory, is_out_of_memory
 
         if not is_out_of_memory(error):
             return None

@@ -62,7 +62,7 @@ def command(
     debug: Debug = False,
 ) -> str:
     """Fold adapters into their base model's weights."""
-    from lora_cli.weights.files.folders import check_out
+    from lora_cli.system.folders import check_out
 
     if data is not None and verify is False:
         raise UserError("--data is for verifying, which --no-verify turns off", hint="leave one of them out")
@@ -73,7 +73,7 @@ def command(
         check_out(out, origin.base, origin.folder)
     _check_compatible(origins, into)
 
-    from lora_cli.model.memory import keep_freed_memory
+    from lora_cli.system.memory import keep_freed_memory
     from lora_cli.training.display import Display
 
     keep_freed_memory()

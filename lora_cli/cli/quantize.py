@@ -56,8 +56,8 @@ def command(
     """Store a model's linear layers in 4 or 8 bits."""
     from lora_cli.recipe.schema import Quantization
     from lora_cli.study import measure
+    from lora_cli.system.folders import check_out
     from lora_cli.weights.adapter.provenance import recipe_of
-    from lora_cli.weights.files.folders import check_out
 
     if double_quant is not None and method == "int8":
         raise UserError("--double-quant and --no-double-quant are for --method nf4 and fp4")
@@ -74,7 +74,7 @@ def command(
         measure.check_rows(section)
         rows = measure.rows_for(folder, adapter, section, recipe)
 
-    from lora_cli.model.memory import keep_freed_memory
+    from lora_cli.system.memory import keep_freed_memory
     from lora_cli.training.display import Display
     from lora_cli.weights.files.stored_model import stored_model
     from lora_cli.weights.quantize import is_streamed, quantize, quantize_merged

@@ -29,9 +29,9 @@ from lora_cli import __version__
 from lora_cli.data.examples import CHUNK, Store, end_to_end
 from lora_cli.data.sources import Row, valid_rows
 from lora_cli.data.tokenize import Forged, Tokenized, check_usable, tokenize_rows
-from lora_cli.disk import in_neighbours, make_folder, sync
 from lora_cli.errors import RunError, UserError, writing
 from lora_cli.recipe.schema import Data, Source
+from lora_cli.system.disk import in_neighbours, make_folder, sync
 
 ARRAYS: dict[str, tuple[type[np.generic], str]] = {
     "offsets": (np.int64, "I64"),

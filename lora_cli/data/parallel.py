@@ -13,8 +13,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from lora_cli.cores import usable_cores
 from lora_cli.errors import RunError, UserError
+from lora_cli.system.cores import usable_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

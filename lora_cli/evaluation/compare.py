@@ -18,7 +18,7 @@ from lora_cli.evaluation.loss import Score, evaluating, evaluation_groups, mean_
 from lora_cli.evaluation.packing import enable_packing
 from lora_cli.model.adapters import load_adapter
 from lora_cli.model.base import longrope_bounds, pad_token_id
-from lora_cli.model.memory import keep_freed_memory
+from lora_cli.system.memory import keep_freed_memory
 
 ROWS_AT_ONCE = 4
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lora_cli.evaluation.loss import evaluating, packed_row_arguments
 from lora_cli.model.fast_paths.attention import ROWS, ROWS_ALONE
 from lora_cli.model.layers import FORWARD_ERRORS, has_experts, is_8_bit, relative_error, trial_ids
-from lora_cli.model.memory import is_out_of_memory
+from lora_cli.system.memory import is_out_of_memory
 
 
 def enable_packing(model: PreTrainedModel | PeftModel, attn_implementation: str) -> bool:

@@ -26,7 +26,6 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lora_cli.cores import usable_cores
 from lora_cli.errors import UserError, first_few, unreadable
 from lora_cli.model.files import (
     check_tokenizer,
@@ -38,8 +37,9 @@ from lora_cli.model.files import (
 )
 from lora_cli.model.linear4bit import patch_4bit_layers, set_quant_storage
 from lora_cli.model.linear8bit import patch_8bit_layers
-from lora_cli.model.memory import is_out_of_memory
 from lora_cli.recipe.schema import Model, Quantization
+from lora_cli.system.cores import usable_cores
+from lora_cli.system.memory import is_out_of_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONFIG_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)

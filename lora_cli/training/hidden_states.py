@@ -20,7 +20,6 @@ from accelerate.utils import broadcast
 
 from lora_cli.data.batches import Batch, collate
 from lora_cli.data.examples import Examples, Ints, offsets_of
-from lora_cli.disk import preallocate
 from lora_cli.errors import writing
 from lora_cli.evaluation.loss import evaluating, evaluation_groups, row_boundary_arguments
 from lora_cli.model.base import pad_token_id
@@ -31,7 +30,8 @@ from lora_cli.model.fast_paths.frozen_layers import (
     frozen_layers,
     sample_ids,
 )
-from lora_cli.model.memory import free_bytes
+from lora_cli.system.disk import preallocate
+from lora_cli.system.memory import free_bytes
 from lora_cli.training.cached_states import CachedStates, HiddenStates, token_places
 from lora_cli.training.distributed.processes import broadcast_from_first, own_share
 from lora_cli.training.distributed.sharding import is_sharded

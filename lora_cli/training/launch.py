@@ -14,8 +14,8 @@ from accelerate.commands.launch import launch_command_parser, multi_gpu_launcher
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from lora_cli.cores import usable_cores
 from lora_cli.errors import RunError
+from lora_cli.system.cores import usable_cores
 from lora_cli.training.run.checkpoint import RESUME_HINT, checkpoint_hint
 from lora_cli.training.run.run_folder import RunFolder
 

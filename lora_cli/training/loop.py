@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from lora_cli.data.batches import Step
 from lora_cli.data.cache import prune, publish, withdraw
 from lora_cli.errors import RunError, SecondaryError, UserError, is_out_of_space, unwritable
-from lora_cli.model.memory import is_out_of_memory
+from lora_cli.system.folders import atomic_folder
+from lora_cli.system.memory import is_out_of_memory
 from lora_cli.training import hidden_states
 from lora_cli.training.display import Display
 from lora_cli.training.distributed.cache_keys import publish_keys
@@ -39,7 +40,6 @@ from lora_cli.training.setup import Trainer, set_up, unwrap
 from lora_cli.training.step import take_step, waits_each_step
 from lora_cli.training.validation import evaluate_last_step, evaluate_start, evaluate_step, is_evaluated, last_step
 from lora_cli.weights.adapter.provenance import now
-from lora_cli.weights.files.folders import atomic_folder
 from lora_cli.weights.quantized_cache import prune_cached
 
 PROOF_TOKENS = 64

@@ -23,7 +23,7 @@ from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameter
 from lora_cli.model.base import best_device, load_base, longrope_bounds, resolve_compute_dtype, resolve_dtype
 from lora_cli.model.fast_paths.elementwise import fuse
 from lora_cli.model.fast_paths.frozen_layers import FrozenLayers
-from lora_cli.model.memory import keep_freed_memory
+from lora_cli.system.memory import keep_freed_memory
 from lora_cli.training.cached_states import HiddenStates
 from lora_cli.training.display import Display
 from lora_cli.training.distributed.launch_environment import process_count

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lora_cli.model.linear4bit import BLOCK, dequantize
 from lora_cli.recipe.schema import Quantization
-from lora_cli.weights.files.pieces import workers
+from lora_cli.system.thread_pool import workers
 
 TINY = 1e-38
 """The smallest divisor, used for a block of zeros, whose scale is 0."""

@@ -18,8 +18,8 @@ import torch
 from lora_cli.errors import UserError
 from lora_cli.model.files import check_tokenizer, copy_tokenizer, read_config, tokenizer_folder
 from lora_cli.recipe.schema import Quantization
+from lora_cli.system.folders import atomic_folder, copy_if_there
 from lora_cli.weights.adapter.provenance import PROVENANCE, AdapterOrigin, check_trained_alike
-from lora_cli.weights.files.folders import atomic_folder, copy_if_there
 from lora_cli.weights.files.shards import (
     GENERATION,
     MAX_SHARD,
@@ -175,7 +175,7 @@ def merged_tensors(
 def fits_in_memory(base: Path) -> bool:
     """Whether the base in float32, with a reserve of 25%, fits into the device's free memory."""
     from lora_cli.model.base import best_device
-    from lora_cli.model.memory import free_bytes
+    from lora_cli.system.memory import free_bytes
 
     numbers = sum(math.prod(info.shape) for info in model_headers(base).values())
     return numbers * 4 * 1.25 < free_bytes(best_device())

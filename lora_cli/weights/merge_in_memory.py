@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from lora_cli.errors import Fault, UserError, grouped_error
 from lora_cli.model.adapters import load_adapter
 from lora_cli.model.base import load_base
-from lora_cli.model.memory import is_out_of_memory
 from lora_cli.recipe.schema import Model, Quantization
+from lora_cli.system.memory import is_out_of_memory
 from lora_cli.weights.adapter.adapter_config import ADAPTER_WEIGHTS, read_adapter_config
 from lora_cli.weights.adapter.check_adapter import MISFIT
 from lora_cli.weights.adapter.provenance import AdapterOrigin

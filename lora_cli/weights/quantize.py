@@ -25,10 +25,10 @@ from lora_cli.model.base import (
 )
 from lora_cli.model.files import tokenizer_folder
 from lora_cli.recipe.schema import Quantization
+from lora_cli.system.folders import atomic_folder, copy_if_there, draft_folder
 from lora_cli.weights.adapter.provenance import PROVENANCE, AdapterOrigin
 from lora_cli.weights.codes import PARTS, encode
 from lora_cli.weights.files.check_model import check_weights
-from lora_cli.weights.files.folders import atomic_folder, copy_if_there, draft_folder
 from lora_cli.weights.files.shards import GENERATION, check_finite, model_headers, read_headers, weight_files
 from lora_cli.weights.files.stored_model import StoredModel, model_names, stored_model
 from lora_cli.weights.files.stream import shard_writer

@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 
 from lora_cli import __version__
-from lora_cli.disk import in_neighbours
 from lora_cli.errors import RunError, UserError
 from lora_cli.model.base import load_config, meta_model
 from lora_cli.recipe.schema import Quantization
+from lora_cli.system.disk import in_neighbours
+from lora_cli.system.folders import atomic_folder
 from lora_cli.weights.files.fingerprint import file_sha256
-from lora_cli.weights.files.folders import atomic_folder
 from lora_cli.weights.files.shards import model_headers, weight_files
 from lora_cli.weights.files.stored_model import stored_model, unstorable
 from lora_cli.weights.quantize import write_quantized

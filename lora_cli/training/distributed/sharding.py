@@ -18,8 +18,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lora_cli.errors import UserError, first_few
 from lora_cli.model.adapters import trainable_parameters
-from lora_cli.model.memory import free_bytes
 from lora_cli.recipe.schema import Training
+from lora_cli.system.memory import free_bytes
 from lora_cli.training.distributed.processes import full_tensor
 from lora_cli.training.distributed.zero import ZeroOptimizer, configure, is_zero, zero_plugin
 

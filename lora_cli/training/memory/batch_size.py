@@ -17,9 +17,9 @@ from lora_cli.evaluation.head import Head
 from lora_cli.evaluation.loss import summed_loss
 from lora_cli.model.adapters import trainable_parameters
 from lora_cli.model.base import pad_token_id
-from lora_cli.model.memory import format_bytes, is_out_of_memory
 from lora_cli.recipe.load import with_changes
 from lora_cli.recipe.schema import Recipe
+from lora_cli.system.memory import format_bytes, is_out_of_memory
 from lora_cli.training.display import Display
 from lora_cli.training.distributed.launch_environment import local_process_count
 from lora_cli.training.distributed.processes import all_reduce_max

@@ -10,9 +10,9 @@ import torch
 from lora_cli.errors import RunError
 from lora_cli.model.base import best_device, has_units_for, resolve_dtype
 from lora_cli.model.files import stored_quantization
-from lora_cli.model.memory import describe_out_of_memory, format_bytes
 from lora_cli.recipe.load import with_changes
 from lora_cli.recipe.schema import Recipe
+from lora_cli.system.memory import describe_out_of_memory, format_bytes
 from lora_cli.training.distributed.launch_environment import process_count
 from lora_cli.training.memory.estimate import estimate
 from lora_cli.training.memory.streaming import why_not_streamable

@@ -21,8 +21,8 @@ from lora_cli.errors import UserError
 from lora_cli.model.files import has_unsupported_quantization
 from lora_cli.model.layers import checkpointed_layers
 from lora_cli.model.linear4bit import dequantize_in_forward
-from lora_cli.model.memory import format_bytes, free_bytes
 from lora_cli.recipe.schema import Recipe
+from lora_cli.system.memory import format_bytes, free_bytes
 from lora_cli.training.memory.estimate import estimate
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.run.same_run import with_resolved_batch

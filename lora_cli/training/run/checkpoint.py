@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.amp.grad_scaler import GradScaler
 
-from lora_cli.disk import make_folder
 from lora_cli.errors import UserError, unreadable
-from lora_cli.model.memory import is_out_of_memory
+from lora_cli.system.disk import make_folder
+from lora_cli.system.folders import atomic_folder, clear_drafts, entries, mark_for_removal
+from lora_cli.system.memory import is_out_of_memory
 from lora_cli.training.distributed.processes import fill_parameter, full_tensor, shape_of, sharded_like
 from lora_cli.weights.files.fingerprint import file_sha256
-from lora_cli.weights.files.folders import atomic_folder, clear_drafts, entries, mark_for_removal
 from lora_cli.weights.files.shards import read_headers
 
 MANIFEST = "manifest.json"

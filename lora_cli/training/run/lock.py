@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_cli.disk import make_folder
 from lora_cli.errors import RunError, UserError
+from lora_cli.system.disk import make_folder
 
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 """Errors of a file system that does not support locks."""

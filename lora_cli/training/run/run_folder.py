@@ -10,14 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lora_cli.disk import sync
 from lora_cli.errors import Fault, RunError, UserError, writing
 from lora_cli.recipe.load import dump_recipe, load_recipe, with_changes
 from lora_cli.recipe.schema import Recipe
+from lora_cli.system.disk import sync
+from lora_cli.system.folders import check_writable, clear_drafts, entries, mark_for_removal
 from lora_cli.training.distributed.launch_environment import process_count
 from lora_cli.training.run.lock import FolderLock, check_unlocked
 from lora_cli.training.run.same_run import MAY_CHANGE_TOGETHER, changed_keys, check_same_keys
-from lora_cli.weights.files.folders import check_writable, clear_drafts, entries, mark_for_removal
 
 KINDS = {
     "started": str,

@@ -132,7 +132,7 @@ def _unexpected(config: Mapping[str, Any], folder: Path, halves: Halves) -> Iter
 
 def _check_finite(folder: Path) -> None:
     """Raises UserError when the adapter's weights hold NaN or infinity, which the model's outputs would hold too."""
-    from lora_cli.weights.files.pieces import workers
+    from lora_cli.system.thread_pool import workers
 
     stored = read_headers([folder / ADAPTER_WEIGHTS])
     found = workers().map(lambda info: is_finite(read_tensor(info)), stored.values())

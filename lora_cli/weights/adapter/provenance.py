@@ -18,10 +18,10 @@ from lora_cli import __version__
 from lora_cli.errors import Fault, UserError
 from lora_cli.model.files import locate, read_json
 from lora_cli.recipe.schema import Quantization, Recipe
+from lora_cli.system.folders import current_place
 from lora_cli.weights.adapter.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from lora_cli.weights.adapter.check_adapter import check_in_model
 from lora_cli.weights.files.fingerprint import fingerprint
-from lora_cli.weights.files.folders import current_place
 from lora_cli.weights.files.shards import check_complete
 
 PROVENANCE = "provenance.json"

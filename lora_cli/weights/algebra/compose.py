@@ -18,6 +18,7 @@ from torch import nn
 
 from lora_cli.errors import UserError
 from lora_cli.model.files import copy_tokenizer
+from lora_cli.system.folders import atomic_folder
 from lora_cli.weights.adapter.adapter_config import ADAPTER_WEIGHTS, PEFT_PREFIX
 from lora_cli.weights.adapter.products import Factors, Product, factors_of
 from lora_cli.weights.adapter.provenance import check_trained_alike, read_record, trained_on
@@ -31,7 +32,6 @@ from lora_cli.weights.algebra.lora_adapter import (
     write_record,
     write_tensors,
 )
-from lora_cli.weights.files.folders import atomic_folder
 from lora_cli.weights.files.shards import read_tensor
 
 SEED = 42

@@ -15,12 +15,12 @@ from lora_cli.errors import Fault, UserError, grouped_error
 from lora_cli.model.base import load_config, meta_model
 from lora_cli.model.files import copy_tokenizer
 from lora_cli.model.layers import adaptable_layers
+from lora_cli.system.folders import atomic_folder
 from lora_cli.weights.adapter.adapter_config import ADAPTER_WEIGHTS, PEFT_PREFIX
 from lora_cli.weights.algebra.lora_adapter import Base, write_plain_config, write_record
 from lora_cli.weights.algebra.spectrum import spectrum_of_matrix
 from lora_cli.weights.files.check_model import check_weights
 from lora_cli.weights.files.fingerprint import fingerprint
-from lora_cli.weights.files.folders import atomic_folder
 from lora_cli.weights.files.shards import SINGLE, TensorInfo, check_finite, model_headers, read_tensor, stored_name
 from lora_cli.weights.files.stream import shard_writer
 

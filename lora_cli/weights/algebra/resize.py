@@ -11,6 +11,7 @@ import torch
 
 from lora_cli.errors import UserError
 from lora_cli.model.files import copy_tokenizer
+from lora_cli.system.folders import atomic_folder
 from lora_cli.weights.adapter.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lora_cli.weights.adapter.products import Factors
 from lora_cli.weights.adapter.provenance import read_record
@@ -22,7 +23,6 @@ from lora_cli.weights.algebra.lora_adapter import (
     write_tensors,
 )
 from lora_cli.weights.algebra.spectrum import spectrum_of
-from lora_cli.weights.files.folders import atomic_folder
 from lora_cli.weights.files.shards import read_tensor
 
 SEED = 42

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lora_cli.disk import preallocate
+from lora_cli.system.disk import preallocate
 from lora_cli.weights.files.shards import INDEX, SINGLE, TORCH_NAMES
 
 ENTRY = 160  # most bytes that a tensor takes in a file's header, besides its name

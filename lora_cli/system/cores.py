@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from lora_cli.control_groups import group_folders
+from lora_cli.system.control_groups import group_folders
 
 SPINS = "1000"
 """Turns of the loop in which GNU's OpenMP library waits for work before a thread sleeps; its own default is 300,000."""

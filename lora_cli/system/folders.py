@@ -17,8 +17,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lora_cli.disk import make_folder, sync
 from lora_cli.errors import UserError, unwritable
+from lora_cli.system.disk import make_folder, sync
 
 DRAFT = re.compile(r"\..+\.([a-z0-9_]{8}|old)\.draft(\.former)?")
 """Names of folders that are being written or removed. No other folders have such names."""

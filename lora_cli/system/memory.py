@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from lora_cli.control_groups import group_folders
+from lora_cli.system.control_groups import group_folders
 
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 ALLOCATION_FAILED = (
