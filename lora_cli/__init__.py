@@ -1,9 +1,10 @@
 """Fine-tuning of causal language models from YAML recipes.
 
-The layers, lowest first. A layer imports only from lower ones; recipe and system, data and model, evaluation and
-weights do not import each other (import-linter enforces it, see pyproject.toml):
+The layers, lowest first. A layer imports only from lower ones; display, recipe and system, data and model, evaluation
+and weights do not import each other (import-linter enforces it, see pyproject.toml):
 
     errors       what went wrong, where, what to do; exit codes
+    display      progress for people, lines for logs
     recipe       what a user writes: the schema and its loader
     system       memory, cores, disk, and files and folders that appear complete or not at all
     data         rows -> examples -> batches

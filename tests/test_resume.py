@@ -21,12 +21,12 @@ from conftest import TRAIN_KEYS, Run, check_goes_on_alike, done, edit_json, edit
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lora_cli.display import Display
 from lora_cli.errors import RunError, UserError
 from lora_cli.model.base import has_units_for
 from lora_cli.recipe.load import load_recipe
 from lora_cli.system.folders import draft_folder
 from lora_cli.training import hidden_states, loop
-from lora_cli.training.display import Display
 from lora_cli.training.run import checkpoint
 from lora_cli.training.run.run_folder import RunFolder
 from lora_cli.training.run.same_run import check_same_keys

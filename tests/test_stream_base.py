@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig, OpenAIGPTConfig, Zamba2Config
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
+from lora_cli.display import Display
 from lora_cli.errors import RunError
 from lora_cli.model.fast_paths.elementwise import SwiGLU
 from lora_cli.recipe.load import load_recipe, with_changes
 from lora_cli.training import setup, step
-from lora_cli.training.display import Display
 from lora_cli.training.memory import activations, offload
 from lora_cli.training.memory.activations import choose_checkpointing
 from lora_cli.training.memory.estimate import activation_bytes, estimate, largest_batch

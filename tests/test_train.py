@@ -32,10 +32,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from lora_cli.cli.app import main
+from lora_cli.display import Display, duration
 from lora_cli.model.fast_paths.elementwise import GatedMLP
 from lora_cli.recipe.explain import dotted_keys
 from lora_cli.training import loop, validation
-from lora_cli.training.display import Display, duration
 from lora_cli.training.metrics import Clock
 
 # --- the equations ---------------------------------------------------------------------------------------------------

@@ -208,7 +208,7 @@ def extract_command(
             what = f"the model is stored quantized ({stored}), and only unquantized weights can be compared"
             raise UserError(what, str(folder), "give the unquantized model")
 
-    from lora_cli.training.display import Display
+    from lora_cli.display import Display
     from lora_cli.weights.algebra.extract import extract
 
     with Display(quiet).waiting("extracting"):

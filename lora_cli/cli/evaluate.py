@@ -24,9 +24,9 @@ def command(
     debug: Debug = False,
 ) -> str:
     """Measure the perplexity of a model, or of an adapter and its base."""
+    from lora_cli.display import Display
     from lora_cli.model.files import check_model_type, locate, stored_quantization
     from lora_cli.study import measure
-    from lora_cli.training.display import Display
     from lora_cli.training.run.run_folder import newest_finished, unfinished
     from lora_cli.weights.adapter.adapter_config import REPEATABLE_ON_CODES, check_init
     from lora_cli.weights.adapter.provenance import adapter_folder, find_origin, read_record, recipe_of

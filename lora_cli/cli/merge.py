@@ -73,8 +73,8 @@ def command(
         check_out(out, origin.base, origin.folder)
     _check_compatible(origins, into)
 
+    from lora_cli.display import Display
     from lora_cli.system.memory import keep_freed_memory
-    from lora_cli.training.display import Display
 
     keep_freed_memory()
     found: list[Verified] = []

@@ -54,7 +54,7 @@ class Command(TyperCommand):
         except BrokenPipeError:
             raise
         except OSError as error:
-            from lora_cli.training.display import silence
+            from lora_cli.display import silence
 
             silence(sys.stdout)  # otherwise Python fails again to write it as it ends, with an exit code of its own
             hint = "files that were complete are intact"
@@ -74,7 +74,7 @@ class TrainCommand(Command):
 
     def show(self, result: str) -> None:
         """Print the command's result, if anybody reads it: the run itself has succeeded."""
-        from lora_cli.training.display import silence
+        from lora_cli.display import silence
 
         try:
             super().show(result)

@@ -74,8 +74,8 @@ def command(
         measure.check_rows(section)
         rows = measure.rows_for(folder, adapter, section, recipe)
 
+    from lora_cli.display import Display
     from lora_cli.system.memory import keep_freed_memory
-    from lora_cli.training.display import Display
     from lora_cli.weights.files.stored_model import stored_model
     from lora_cli.weights.quantize import is_streamed, quantize, quantize_merged
 

@@ -48,7 +48,7 @@ def command(
         raise typer.Exit(launch(["train", str(recipe), *(overrides or ()), *options], num_processes, folder))
 
     check_launch_environment()
-    from lora_cli.training.display import Display
+    from lora_cli.display import Display
     from lora_cli.training.prepare import prepare
 
     display = Display(quiet, silent=process_index() > 0)
@@ -67,7 +67,7 @@ def command(
 
 
 def _summary(run: str, result: dict[str, Any]) -> str:
-    from lora_cli.training.display import format_steps
+    from lora_cli.display import format_steps
 
     loss = "" if result["loss"] is None else f", last loss {result['loss']:.4f}"
     lines = [f"{format_steps(result)}{loss}"]

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lora_cli.data.examples import Examples, Ints
+    from lora_cli.display import Display
     from lora_cli.evaluation.compare import Comparison
-    from lora_cli.training.display import Display
 
 
 def data_section(data: str | None, recipe: Recipe | None) -> Data:

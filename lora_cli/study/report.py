@@ -6,8 +6,8 @@ import html
 import io
 from typing import Any
 
+from lora_cli.display import format_steps
 from lora_cli.errors import pluralize
-from lora_cli.training.display import format_steps
 from lora_cli.training.run.run_folder import RunFolder, write_atomic
 
 STYLE = (

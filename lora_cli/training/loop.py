@@ -16,11 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lora_cli.data.batches import Step
 from lora_cli.data.cache import prune, publish, withdraw
+from lora_cli.display import Display
 from lora_cli.errors import RunError, SecondaryError, UserError, is_out_of_space, unwritable
 from lora_cli.system.folders import atomic_folder
 from lora_cli.system.memory import is_out_of_memory
 from lora_cli.training import hidden_states
-from lora_cli.training.display import Display
 from lora_cli.training.distributed.cache_keys import publish_keys
 from lora_cli.training.distributed.launch_environment import is_first_here, process_count, process_index
 from lora_cli.training.distributed.processes import broadcast_from_first, is_broken_connection

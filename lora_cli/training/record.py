@@ -15,13 +15,13 @@ from peft import LoraConfig
 
 from lora_cli.data.audit import ends_without_stop
 from lora_cli.data.sources import sources_of, valid_rows
+from lora_cli.display import Display, peak_memory
 from lora_cli.errors import Fault, first_few, format_range, pluralize
 from lora_cli.evaluation.loss import Score
 from lora_cli.model.base import resolve_compute_dtype, save_tokenizer
 from lora_cli.model.files import stop_ids
 from lora_cli.model.targets import describe, narrower
 from lora_cli.recipe.schema import Recipe
-from lora_cli.training.display import Display, peak_memory
 from lora_cli.training.distributed.processes import shape_of
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.run.checkpoint import Progress

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lora_cli.data.batches import Schedule
 from lora_cli.data.sources import sources_of
+from lora_cli.display import Display
 from lora_cli.errors import RunError
 from lora_cli.evaluation.head import Head, frozen_head
 from lora_cli.evaluation.loss import evaluating
@@ -25,7 +26,6 @@ from lora_cli.model.fast_paths.elementwise import fuse
 from lora_cli.model.fast_paths.frozen_layers import FrozenLayers
 from lora_cli.system.memory import keep_freed_memory
 from lora_cli.training.cached_states import HiddenStates
-from lora_cli.training.display import Display
 from lora_cli.training.distributed.launch_environment import process_count
 from lora_cli.training.distributed.processes import all_reduce_max
 from lora_cli.training.distributed.sharding import is_sharded, make_accelerator, prepare_model

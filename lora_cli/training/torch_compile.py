@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+from lora_cli.display import Display
 from lora_cli.errors import UserError
 from lora_cli.model.base import best_device
 from lora_cli.recipe.schema import Recipe
 from lora_cli.system.folders import draft_folder
-from lora_cli.training.display import Display
 
 SAVED = 1.2e-9
 """Seconds of one thread that compiling saves per element of a formula, forward and backward: measured on a Xeon with

@@ -13,6 +13,7 @@ from peft import PeftModel
 from lora_cli.data.batches import Batch, collate
 from lora_cli.data.examples import Ints
 from lora_cli.data.grouping import pack_first_fit
+from lora_cli.display import Display
 from lora_cli.evaluation.head import Head
 from lora_cli.evaluation.loss import summed_loss
 from lora_cli.model.adapters import trainable_parameters
@@ -20,7 +21,6 @@ from lora_cli.model.base import pad_token_id
 from lora_cli.recipe.load import with_changes
 from lora_cli.recipe.schema import Recipe
 from lora_cli.system.memory import format_bytes, is_out_of_memory
-from lora_cli.training.display import Display
 from lora_cli.training.distributed.launch_environment import local_process_count
 from lora_cli.training.distributed.processes import all_reduce_max
 from lora_cli.training.distributed.sharding import free_for_activations, is_sharded
