@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.evaluation import compare
 from lora_cli.evaluation.loss import evaluating
-from lora_cli.model.base import has_units_for
+from lora_cli.model.device import has_units_for
 
 TEXTS = (
     "The lighthouse keeper lights the lamp and writes down every ship that passes in the night. " * 6,
@@ -45,7 +45,7 @@ def base(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute in float32 what no recipe sets the type of, also on a CPU with bfloat16 units."""
-    monkeypatch.setattr("lora_cli.model.base.has_units_for", lambda *_: False)
+    monkeypatch.setattr("lora_cli.model.device.has_units_for", lambda *_: False)
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ from lora_cli.evaluation.head import Head, LinearCrossEntropy, frozen_head
 from lora_cli.evaluation.loss import evaluating, evaluation_groups, summed_loss
 from lora_cli.evaluation.packing import enable_packing
 from lora_cli.model.adapters import adapt
-from lora_cli.model.base import best_device, longrope_bounds
+from lora_cli.model.base import longrope_bounds
+from lora_cli.model.device import best_device
 from lora_cli.model.fast_paths.attention import ROWS, ROWS_ALONE, _fused, attend_by_rows
 from lora_cli.model.fast_paths.elementwise import PROJECTIONS, fuse
 from lora_cli.model.fast_paths.fused_lora import apply_layers

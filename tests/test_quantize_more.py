@@ -244,7 +244,7 @@ def test_norms_of_a_base_to_be_sharded_over_gpus_are_taken_in_host_memory(
     config = BloomConfig(vocab_size=len(tokenizer), hidden_size=96, n_layer=1, n_head=4)
     BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
     tokenizer.save_pretrained(tmp_path / "bloom")
-    monkeypatch.setattr("lora_cli.model.base.best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("lora_cli.model.device.best_device", lambda: torch.device("cuda"))
     changes = {"model": {"name_or_path": tmp_path / "bloom", "dtype": "float32"}, "quantization": {"method": "nf4"}}
     result = lora("train", write_recipe(changes | {"adapter.use_dora": True, "training.fsdp": True}))
     assert result.exit_code == 2

@@ -15,7 +15,7 @@ from conftest import Run, done, edited_weights
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen3NextConfig
 
-from lora_cli.model.base import has_units_for
+from lora_cli.model.device import has_units_for
 from lora_cli.recipe.schema import Quantization
 from lora_cli.training import setup
 from lora_cli.training.setup import set_up

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_cli.display import Display
 from lora_cli.errors import RunError, UserError
-from lora_cli.model.base import has_units_for
+from lora_cli.model.device import has_units_for
 from lora_cli.recipe.load import load_recipe
 from lora_cli.system.folders import draft_folder
 from lora_cli.training import hidden_states, loop

@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from lora_cli.errors import UserError, first_few, unreadable
+from lora_cli.model.device import best_device, resolve_compute_dtype
 from lora_cli.model.files import (
     check_tokenizer,
     custom_code,
@@ -41,7 +42,6 @@ from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.system.cores import usable_cores
 from lora_cli.system.memory import is_out_of_memory
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONFIG_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Errors that Transformers raises for a configuration with impossible values."""
 ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
@@ -177,41 +177,6 @@ def check_attention(config: PreTrainedConfig, implementation: str, device: torch
             AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=implementation)
     except (ImportError, ValueError) as error:
         raise UserError(f"{where}: {str(error).split('. ')[0]}", hint=hint) from error
-
-
-def best_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """``model.dtype`` as a torch dtype. Raises UserError for float16 off the GPU, where there is no loss scaling."""
-    if dtype == "auto":
-        return torch.bfloat16 if has_units_for(torch.bfloat16, device) else torch.float32
-    if dtype == "float16" and device.type != "cuda":
-        raise UserError("model.dtype: float16 trains on a GPU only", hint="use bfloat16 or float32")
-    return DTYPES[dtype]
-
-
-def has_units_for(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the device multiplies matrices of this type in hardware.
-
-    A CPU without AMX or AVX512 units emulates 16 bits: 7 to 250 times slower than float32, and less exact. GPUs before
-    Ampere, such as the T4, have no units for bfloat16.
-    """
-    if dtype == torch.float32:
-        return True
-    if device.type == "cuda":
-        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
-    units = ("avx512_bf16", "amx_bf16", "bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16", "fp16")
-    return any(torch.cpu.get_capabilities().get(unit) for unit in units)
-
-
-def resolve_compute_dtype(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """``quantization.compute_dtype`` as a torch dtype. On a device without units for it, this is the model's ``dtype``
-    or, if it has no units for that either, float32."""
-    dtypes = DTYPES[quantization.compute_dtype], dtype
-    return next((each for each in dtypes if has_units_for(each, device)), torch.float32)
 
 
 def bitsandbytes_config(quantization: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_cli.model.gpu import is_from_ampere_on
+from lora_cli.model.device import is_from_ampere_on
 
 CODES = 1024
 """Bytes, of two codes each, that one Triton program dequantizes."""

@@ -112,7 +112,8 @@ def measure(base: Path, adapter: Path | None, rows: Rows, recipe: Recipe | None,
     not finite.
     """
     from lora_cli.evaluation.compare import compare
-    from lora_cli.model.base import best_device, load_base, resolve_dtype
+    from lora_cli.model.base import load_base
+    from lora_cli.model.device import best_device, resolve_dtype
 
     quantization = recipe.quantization if recipe and adapter else None
     device = best_device()

@@ -17,7 +17,8 @@ from lora_cli.data.tokenize import tokenize_rows
 from lora_cli.errors import CheckError, UserError, pluralize
 from lora_cli.evaluation.agreement import Agreement, agreement, logits_of, perplexity
 from lora_cli.model.adapters import load_adapters, resize_embeddings
-from lora_cli.model.base import best_device, load_base, load_tokenizer
+from lora_cli.model.base import load_base, load_tokenizer
+from lora_cli.model.device import best_device
 from lora_cli.model.files import tokenizer_folder
 from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.study import measure

@@ -202,7 +202,7 @@ def _base_with_weights(recipe: Recipe) -> Path:
     for what this machine does not support."""
     import torch
 
-    from lora_cli.model.base import best_device, resolve_dtype
+    from lora_cli.model.device import best_device, resolve_dtype
     from lora_cli.training.torch_compile import check_compiler
 
     check_gpus(torch.cuda.device_count())
@@ -219,7 +219,8 @@ def _targets(recipe: Recipe, base: Path, config: PreTrainedConfig, bare: PreTrai
     the recipe and the adapter to start from do not match."""
     import torch
 
-    from lora_cli.model.base import best_device, check_attention
+    from lora_cli.model.base import check_attention
+    from lora_cli.model.device import best_device
     from lora_cli.model.layers import adaptable_layers, check_checkpointing
     from lora_cli.model.linear4bit import check_dora
 

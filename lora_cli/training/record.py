@@ -18,7 +18,8 @@ from lora_cli.data.sources import sources_of, valid_rows
 from lora_cli.display import Display, peak_memory
 from lora_cli.errors import Fault, first_few, format_range, pluralize
 from lora_cli.evaluation.loss import Score
-from lora_cli.model.base import resolve_compute_dtype, save_tokenizer
+from lora_cli.model.base import save_tokenizer
+from lora_cli.model.device import resolve_compute_dtype
 from lora_cli.model.files import stop_ids
 from lora_cli.model.targets import describe, narrower
 from lora_cli.recipe.schema import Recipe

@@ -11,7 +11,7 @@ import torch
 
 from lora_cli.display import Display
 from lora_cli.errors import UserError
-from lora_cli.model.base import best_device
+from lora_cli.model.device import best_device
 from lora_cli.recipe.schema import Recipe
 from lora_cli.system.folders import draft_folder
 

@@ -174,7 +174,7 @@ def merged_tensors(
 
 def fits_in_memory(base: Path) -> bool:
     """Whether the base in float32, with a reserve of 25%, fits into the device's free memory."""
-    from lora_cli.model.base import best_device
+    from lora_cli.model.device import best_device
     from lora_cli.system.memory import free_bytes
 
     numbers = sum(math.prod(info.shape) for info in model_headers(base).values())

@@ -14,15 +14,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from lora_cli.model.base import (
-    DTYPES,
-    best_device,
-    bitsandbytes_config,
-    load_config,
-    load_tokenizer,
-    meta_model,
-    save_tokenizer,
-)
+from lora_cli.model.base import bitsandbytes_config, load_config, load_tokenizer, meta_model, save_tokenizer
+from lora_cli.model.device import DTYPES, best_device
 from lora_cli.model.files import tokenizer_folder
 from lora_cli.recipe.schema import Quantization
 from lora_cli.system.folders import atomic_folder, copy_if_there, draft_folder

@@ -12,7 +12,8 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.model.base import best_device, load_base
+from lora_cli.model.base import load_base
+from lora_cli.model.device import best_device
 from lora_cli.model.linear4bit import dequantize
 from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.weights.files.shards import check_finite, is_finite

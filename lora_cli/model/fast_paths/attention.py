@@ -17,8 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lora_cli.model.device import is_from_ampere_on
 from lora_cli.model.fast_paths.row_products import RowProducts
-from lora_cli.model.gpu import is_from_ampere_on
 
 ROWS = "rows"
 """The name for a trial: its masks reveal sliding windows that a layer does not pass to its attention function."""

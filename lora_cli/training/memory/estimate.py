@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lora_cli.data.examples import Ints
-from lora_cli.model.base import best_device, resolve_dtype
+from lora_cli.model.device import best_device, resolve_dtype
 from lora_cli.model.files import stored_quantization
 from lora_cli.model.layers import checkpointed_layers, linear_layers
 from lora_cli.recipe.schema import Recipe

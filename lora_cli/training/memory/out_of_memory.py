@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lora_cli.errors import RunError
-from lora_cli.model.base import best_device, has_units_for, resolve_dtype
+from lora_cli.model.device import best_device, has_units_for, resolve_dtype
 from lora_cli.model.files import stored_quantization
 from lora_cli.recipe.load import with_changes
 from lora_cli.recipe.schema import Recipe
