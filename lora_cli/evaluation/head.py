@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from lora_cli.model.fast_paths.shapes import rounded_size
 from lora_cli.model.fast_paths.swiglu import HAS_LIGER
-from lora_cli.model.layers import FORWARD_ERRORS, relative_error, trial_ids
+from lora_cli.model.trial import FORWARD_ERRORS, relative_error, trial_ids
 from lora_cli.system.memory import is_out_of_memory
 
 ROWS, COLUMNS, LOGITS = 2048, 4096, 2**22

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from lora_cli.evaluation.loss import evaluating, packed_row_arguments
 from lora_cli.model.fast_paths.attention import ROWS, ROWS_ALONE
-from lora_cli.model.layers import FORWARD_ERRORS, has_experts, is_8_bit, relative_error, trial_ids
+from lora_cli.model.layers import has_experts, is_8_bit
+from lora_cli.model.trial import FORWARD_ERRORS, relative_error, trial_ids
 from lora_cli.system.memory import is_out_of_memory
 
 

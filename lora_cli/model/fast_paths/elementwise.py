@@ -19,7 +19,7 @@ from lora_cli.model.fast_paths.fused_lora import Fused, apply_layers
 from lora_cli.model.fast_paths.norm_inputs import normed
 from lora_cli.model.fast_paths.rotary import fused_replacement, rotary_dim
 from lora_cli.model.fast_paths.swiglu import SWIGLU, Formula, SwiGLU, flatten_detached
-from lora_cli.model.layers import FORWARD_ERRORS
+from lora_cli.model.trial import FORWARD_ERRORS
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 

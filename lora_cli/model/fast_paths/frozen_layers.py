@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from lora_cli.model.layers import FORWARD_ERRORS, relative_error, trial_ids
+from lora_cli.model.trial import FORWARD_ERRORS, relative_error, trial_ids
 
 
 class StandIn(nn.Module):

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_cli.model.fast_paths.fused_lora import apply_layers
-from lora_cli.model.layers import FORWARD_ERRORS
+from lora_cli.model.trial import FORWARD_ERRORS
 
 PROJECTIONS, NORMS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_norm", "k_norm")
 RECORDING = "lora_recorded"
