@@ -96,7 +96,7 @@ def _misfit_hint(config: Mapping[str, Any]) -> str:
 
 def _faults_in_model(folder: Path, base: Path) -> list[Fault]:
     """Run ``adapter_faults``, which is slow because it builds the base's model. Raises the same errors."""
-    from lora_cli.weights.adapter.inventory import adapter_faults  # imports torch and PEFT
+    from lora_cli.weights.adapter.expected_tensors import adapter_faults  # imports torch and PEFT
 
     return adapter_faults(folder, base)
 
