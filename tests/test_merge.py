@@ -47,7 +47,7 @@ from transformers import (
 from lora_cli.model.base import meta_model
 from lora_cli.weights import merge
 from lora_cli.weights.adapter import expected_tensors as inventory
-from lora_cli.weights.adapter.provenance import find_origin
+from lora_cli.weights.adapter.origin import find_origin
 
 GEMMA_3 = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
 GEMMA_3 |= {"num_key_value_heads": 2, "sliding_window": 32, "max_position_embeddings": 64}

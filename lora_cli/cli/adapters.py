@@ -54,7 +54,8 @@ def show_command(adapter: Adapter, json: Json = False, quiet: Quiet = False, deb
     """Show an adapter: its layers, base, data and origin."""
     from lora_cli.weights.adapter.adapter_config import read_adapter_config
     from lora_cli.weights.adapter.catalogue import base_state, describe, lora_layers
-    from lora_cli.weights.adapter.provenance import adapter_folder, read_record
+    from lora_cli.weights.adapter.origin import adapter_folder
+    from lora_cli.weights.adapter.provenance import read_record
 
     folder = adapter_folder(adapter) or adapter
     config, entry, layers = read_adapter_config(folder), describe(folder), lora_layers(folder)
@@ -253,7 +254,7 @@ def _weighted(part: str) -> tuple[Path, float]:
 
 def _read(adapter: Path) -> LoraAdapter:
     from lora_cli.weights.adapter.adapter_config import read_adapter_config
-    from lora_cli.weights.adapter.provenance import adapter_folder
+    from lora_cli.weights.adapter.origin import adapter_folder
 
     folder = adapter_folder(adapter) or adapter
     read_adapter_config(folder)

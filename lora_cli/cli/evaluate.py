@@ -29,7 +29,8 @@ def command(
     from lora_cli.study import measure
     from lora_cli.training.run.run_folder import newest_finished, unfinished
     from lora_cli.weights.adapter.adapter_config import REPEATABLE_ON_CODES, check_init
-    from lora_cli.weights.adapter.provenance import adapter_folder, find_origin, read_record, recipe_of
+    from lora_cli.weights.adapter.origin import adapter_folder, find_origin
+    from lora_cli.weights.adapter.provenance import read_record, recipe_of
 
     display = Display(quiet)
     if target is None:

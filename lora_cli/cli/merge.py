@@ -15,7 +15,7 @@ from lora_cli.errors import UserError, pluralize, printable
 
 if TYPE_CHECKING:
     from lora_cli.study.verify import Sample, Verified
-    from lora_cli.weights.adapter.provenance import AdapterOrigin
+    from lora_cli.weights.adapter.origin import AdapterOrigin
     from lora_cli.weights.merge import Merged
 
 WORTH_TELLING, MANY_UNCHANGED = 0.01, 0.5
@@ -111,7 +111,7 @@ def find_adapter(adapter: Path, base: str | None = None) -> AdapterOrigin:
     from lora_cli.model.files import check_model_type
     from lora_cli.training.run.run_folder import unfinished
     from lora_cli.weights.adapter.adapter_config import check_mergeable_lora, read_adapter_config
-    from lora_cli.weights.adapter.provenance import adapter_folder, find_origin
+    from lora_cli.weights.adapter.origin import adapter_folder, find_origin
     from lora_cli.weights.files.check_model import check_mergeable
 
     found = adapter_folder(adapter)

@@ -14,7 +14,7 @@ from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet, bytes_of
 from lora_cli.errors import UserError, pluralize, printable
 
 if TYPE_CHECKING:
-    from lora_cli.weights.adapter.provenance import AdapterOrigin
+    from lora_cli.weights.adapter.origin import AdapterOrigin
 
 WORST = 5
 WHOLE = (
@@ -106,7 +106,7 @@ def command(
 def _find(target: str) -> tuple[Path, AdapterOrigin | None]:
     """Return a model's folder, or an adapter's base and the adapter. Raises UserError for what cannot be quantized."""
     from lora_cli.model.files import check_model_type, check_quantizable, locate
-    from lora_cli.weights.adapter.provenance import adapter_folder
+    from lora_cli.weights.adapter.origin import adapter_folder
     from lora_cli.weights.files.shards import check_complete
 
     if adapter_folder(Path(target)) is not None:

@@ -22,7 +22,7 @@ from lora_cli.model.device import best_device
 from lora_cli.model.files import tokenizer_folder
 from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.study import measure
-from lora_cli.weights.adapter.provenance import AdapterOrigin
+from lora_cli.weights.adapter.origin import AdapterOrigin
 from lora_cli.weights.files.shards import TensorInfo, model_headers, stored_dtype, stored_name
 from lora_cli.weights.merge import training_dtype
 from lora_cli.weights.quantized_layers import dequantize_quantized

@@ -28,7 +28,7 @@ from lora_cli.training.run.run_folder import RunFolder
 from lora_cli.training.run.same_run import as_begun
 from lora_cli.weights.adapter.check_adapter import check_adapter
 from lora_cli.weights.adapter.init_from import check_start, start_of, start_record
-from lora_cli.weights.adapter.provenance import check_base
+from lora_cli.weights.adapter.origin import check_base
 from lora_cli.weights.files.check_model import check_directly_read_weights, check_weights, stored_layers
 from lora_cli.weights.files.fingerprint import fingerprint
 from lora_cli.weights.files.shards import check_complete

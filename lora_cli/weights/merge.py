@@ -19,7 +19,8 @@ from lora_cli.errors import UserError
 from lora_cli.model.files import check_tokenizer, copy_tokenizer, read_config, tokenizer_folder
 from lora_cli.recipe.schema import Quantization
 from lora_cli.system.folders import atomic_folder, copy_if_there
-from lora_cli.weights.adapter.provenance import PROVENANCE, AdapterOrigin, check_trained_alike
+from lora_cli.weights.adapter.origin import AdapterOrigin
+from lora_cli.weights.adapter.provenance import PROVENANCE, check_trained_alike
 from lora_cli.weights.files.shards import (
     GENERATION,
     MAX_SHARD,

@@ -19,7 +19,7 @@ from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.system.memory import is_out_of_memory
 from lora_cli.weights.adapter.adapter_config import ADAPTER_WEIGHTS, read_adapter_config
 from lora_cli.weights.adapter.check_adapter import MISFIT
-from lora_cli.weights.adapter.provenance import AdapterOrigin
+from lora_cli.weights.adapter.origin import AdapterOrigin
 from lora_cli.weights.files.shards import TensorInfo, check_finite, read_headers, stored_dtype
 from lora_cli.weights.quantized_layers import dequantize_quantized
 

@@ -19,7 +19,8 @@ from lora_cli.model.device import DTYPES, best_device
 from lora_cli.model.files import tokenizer_folder
 from lora_cli.recipe.schema import Quantization
 from lora_cli.system.folders import atomic_folder, copy_if_there, draft_folder
-from lora_cli.weights.adapter.provenance import PROVENANCE, AdapterOrigin
+from lora_cli.weights.adapter.origin import AdapterOrigin
+from lora_cli.weights.adapter.provenance import PROVENANCE
 from lora_cli.weights.codes import PARTS, encode
 from lora_cli.weights.files.check_model import check_weights
 from lora_cli.weights.files.shards import GENERATION, check_finite, model_headers, read_headers, weight_files

@@ -13,7 +13,8 @@ from typing import Any
 from lora_cli.errors import Fault, LoraError, UserError
 from lora_cli.model.files import locate
 from lora_cli.weights.adapter.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, read_adapter_config
-from lora_cli.weights.adapter.provenance import named_base, read_record
+from lora_cli.weights.adapter.origin import named_base
+from lora_cli.weights.adapter.provenance import read_record
 from lora_cli.weights.files.fingerprint import fingerprint
 from lora_cli.weights.files.shards import read_headers
 

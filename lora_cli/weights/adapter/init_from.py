@@ -17,7 +17,7 @@ from lora_cli.weights.adapter.adapter_config import (
     read_adapter_config,
 )
 from lora_cli.weights.adapter.check_adapter import OTHER_TENSORS, UNSET, adapted_layers
-from lora_cli.weights.adapter.provenance import adapter_folder
+from lora_cli.weights.adapter.origin import adapter_folder
 from lora_cli.weights.files.fingerprint import file_sha256
 from lora_cli.weights.files.shards import read_headers
 

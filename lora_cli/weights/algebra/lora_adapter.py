@@ -22,8 +22,9 @@ from lora_cli.weights.adapter.adapter_config import (
     sort_targets,
 )
 from lora_cli.weights.adapter.check_adapter import check_adapter, check_given_once
+from lora_cli.weights.adapter.origin import named_base
 from lora_cli.weights.adapter.products import MAGNITUDE, Factors, Product, adapter_parts, product_of
-from lora_cli.weights.adapter.provenance import PROVENANCE, base_record, named_base, now, read_record, versions
+from lora_cli.weights.adapter.provenance import PROVENANCE, base_record, now, read_record, versions
 from lora_cli.weights.files.check_model import EMBEDDINGS, module_leaf
 from lora_cli.weights.files.fingerprint import file_sha256, fingerprint
 from lora_cli.weights.files.shards import TensorInfo, model_headers, read_tensor
