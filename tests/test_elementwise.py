@@ -15,7 +15,9 @@ from test_fast_paths import GROUPED, build
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
 
 from lora_cli.model.fast_paths import swiglu
-from lora_cli.model.fast_paths.elementwise import FrozenRMSNorm, GatedMLP, RMSNormFunction, SwiGLU, fuse
+from lora_cli.model.fast_paths.fuse import SwiGLU, fuse
+from lora_cli.model.fast_paths.gated_mlp import GatedMLP
+from lora_cli.model.fast_paths.rms_norm import FrozenRMSNorm, RMSNormFunction
 from lora_cli.model.fast_paths.rotary import RotaryAttention, Rotate
 
 MIXED = {"num_local_experts": 2, "num_experts_per_tok": 1}

@@ -28,10 +28,11 @@ from lora_cli.model.adapters import adapt
 from lora_cli.model.base import longrope_bounds
 from lora_cli.model.device import best_device
 from lora_cli.model.fast_paths.attention import ROWS, ROWS_ALONE, _fused, attend_by_rows
-from lora_cli.model.fast_paths.elementwise import PROJECTIONS, fuse
+from lora_cli.model.fast_paths.fuse import fuse
 from lora_cli.model.fast_paths.fused_lora import apply_layers
+from lora_cli.model.fast_paths.gated_mlp import PROJECTIONS
 from lora_cli.model.fast_paths.lora_products import LayerSpec, LoraProducts
-from lora_cli.model.fast_paths.norm_inputs import norm_inputs_of, normed
+from lora_cli.model.fast_paths.rms_norm import norm_inputs_of, normed
 from lora_cli.model.fast_paths.row_products import MAX_SAVED_TOKENS, MAX_UNBLOCKED_TOKENS, RowProducts, _layouts
 from lora_cli.model.fast_paths.shapes import rounded_size
 from lora_cli.model.layers import adaptable_layers, linear_layers

@@ -22,7 +22,7 @@ from transformers import Gemma3nTextConfig, LlamaConfig, LlamaForCausalLM
 from lora_cli.data import resource_limits
 from lora_cli.model.adapters import adapt
 from lora_cli.model.base import load_base
-from lora_cli.model.fast_paths.elementwise import fuse
+from lora_cli.model.fast_paths.fuse import fuse
 from lora_cli.model.layers import linear_layers
 from lora_cli.recipe.schema import Adapter, Model, Quantization
 from lora_cli.system.memory import free_bytes, is_out_of_memory, requested_bytes, total_bytes

@@ -21,7 +21,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from lora_cli.display import Display
 from lora_cli.errors import RunError
-from lora_cli.model.fast_paths.elementwise import SwiGLU
+from lora_cli.model.fast_paths.fuse import SwiGLU
 from lora_cli.recipe.load import load_recipe, with_changes
 from lora_cli.training import setup, step
 from lora_cli.training.memory import activations, offload

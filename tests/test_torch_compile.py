@@ -13,7 +13,7 @@ import torch
 from conftest import WIDTH, Run, done
 from test_fast_paths import GROUPED, build
 
-from lora_cli.model.fast_paths.elementwise import compile_formulas, fuse
+from lora_cli.model.fast_paths.fuse import compile_formulas, fuse
 from lora_cli.training.torch_compile import has_compiler
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -111,7 +111,7 @@ def test_auto_compiles_what_saves_twice_its_cost(
     def fail(*_: Any) -> None:
         raise RuntimeError("g++: internal error\nmore of it")
 
-    monkeypatch.setattr("lora_cli.model.fast_paths.elementwise.compile_formulas", fail)
+    monkeypatch.setattr("lora_cli.model.fast_paths.fuse.compile_formulas", fail)
     monkeypatch.setattr("lora_cli.training.torch_compile.has_compiler", lambda: True)
     before = Run(recipe.parent / "run").losses
     left = recipe.parent / ".lora-compiles.abcdefgh.draft"

@@ -33,7 +33,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from lora_cli.cli.app import main
 from lora_cli.display import Display, duration
-from lora_cli.model.fast_paths.elementwise import GatedMLP
+from lora_cli.model.fast_paths.gated_mlp import GatedMLP
 from lora_cli.recipe.explain import dotted_keys
 from lora_cli.training import loop, validation
 from lora_cli.training.metrics import Clock

@@ -23,8 +23,8 @@ from lora_cli.evaluation.packing import enable_packing
 from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameters
 from lora_cli.model.base import load_base, longrope_bounds
 from lora_cli.model.device import best_device, resolve_compute_dtype, resolve_dtype
-from lora_cli.model.fast_paths.elementwise import fuse
 from lora_cli.model.fast_paths.frozen_layers import FrozenLayers
+from lora_cli.model.fast_paths.fuse import fuse
 from lora_cli.system.memory import keep_freed_memory
 from lora_cli.training.cached_states import HiddenStates
 from lora_cli.training.distributed.launch_environment import process_count

@@ -30,7 +30,7 @@ def compile_elementwise(
 
     For CPUs: a GPU has its own kernels for them. If compiling fails, the run continues without it.
     """
-    from lora_cli.model.fast_paths.elementwise import compile_formulas, elementwise_values_per_token  # imports PEFT
+    from lora_cli.model.fast_paths.fuse import compile_formulas, elementwise_values_per_token  # imports PEFT
 
     wanted = recipe.training.torch_compile
     numbers = tokens * elementwise_values_per_token(model) if device.type == "cpu" else 0

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.model.fast_paths.lora_products import LayerSpec, LoraProducts
-from lora_cli.model.fast_paths.norm_inputs import norm_inputs_of
+from lora_cli.model.fast_paths.rms_norm import norm_inputs_of
 from lora_cli.model.fast_paths.swiglu import SwiGLU, swiglu
 from lora_cli.model.layers import in_out_features
 from lora_cli.model.linear4bit import quant_state_of

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lora_cli.model.fast_paths.norm_inputs import NormInputs
+from lora_cli.model.fast_paths.rms_norm import NormInputs
 from lora_cli.model.fast_paths.swiglu import swiglu, swiglu_backward
 from lora_cli.model.linear4bit import dequantize
 

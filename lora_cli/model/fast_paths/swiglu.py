@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
 
 import torch
 from packaging.version import Version
 from torch.nn.functional import silu
+
+from lora_cli.model.fast_paths.formula import Formula, flatten_detached
 
 
 def _has_liger() -> bool:
@@ -60,19 +60,6 @@ def swiglu_backward_from_saved(
     return swiglu_backward(first, second, grad) if grad.is_cuda else (grad * first, grad * second)
 
 
-@dataclass(frozen=True)
-class Formula:
-    """A function and its gradient, eager or compiled: ``forward`` returns a result and what to keep, ``backward`` the
-    inputs' gradients from what was kept and the result's gradient.
-
-    Both take plain tensors (n, width) that need no gradient: the compiler would compile another function for each other
-    kind of tensor.
-    """
-
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
-
-
 SWIGLU = Formula(swiglu_and_saved, swiglu_backward_from_saved)
 
 
@@ -93,8 +80,3 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         slopes = ctx.formula.backward(*ctx.saved_tensors, grad.detach())
         return *(each.reshape(ctx.shape) for each in slopes), None
-
-
-def flatten_detached(x: torch.Tensor) -> torch.Tensor:
-    """x (…, width) as (n, width) without gradient; detached last, so that autograd sees no view of ``x``."""
-    return x.reshape(-1, x.shape[-1]).detach()

@@ -16,7 +16,7 @@ from lora_cli.data.examples import join_pieces
 from lora_cli.display import Display
 from lora_cli.evaluation.head import Head
 from lora_cli.evaluation.loss import summed_loss
-from lora_cli.model.fast_paths.elementwise import chunk_mlps
+from lora_cli.model.fast_paths.gated_mlp import chunk_mlps
 from lora_cli.model.layers import is_8_bit
 from lora_cli.system.memory import format_bytes, is_out_of_memory
 from lora_cli.training.distributed.sharding import free_for_activations, is_sharded
