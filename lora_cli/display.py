@@ -153,7 +153,7 @@ class Display:
 
     def metrics(self, line: Mapping[str, Any], seconds_left: float | None = None) -> None:
         """Show a line of metrics.jsonl: in the bar, or as a line of its own."""
-        text = describe(line)
+        text = _describe(line)
         if line["split"] != "train" or self._progress is None:
             left = "" if seconds_left is None else f"  left {duration(seconds_left)}"
             self.note(f"step {line['step']}  {text}{left}")
@@ -162,7 +162,7 @@ class Display:
             self._append(f"step {line['step']}  {text}")
 
 
-def describe(line: Mapping[str, Any]) -> str:
+def _describe(line: Mapping[str, Any]) -> str:
     """Return a line of metrics as text."""
     if line["split"] != "train":
         return f"{line['split']} loss {line['loss']:.4f}  perplexity {line['perplexity']:.2f}"

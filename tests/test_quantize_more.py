@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from lora_cli.model.base import load_base
-from lora_cli.model.linear4bit import _takes_wrong_scales
+from lora_cli.model.linear4bit import takes_wrong_scales
 from lora_cli.recipe.schema import Model, Quantization
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -236,7 +236,7 @@ def test_a_base_to_be_sharded_over_gpus_computes_as_they_can(
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-@pytest.mark.skipif(not _takes_wrong_scales(), reason="bitsandbytes expands rightly on this processor")
+@pytest.mark.skipif(not takes_wrong_scales(), reason="bitsandbytes expands rightly on this processor")
 def test_norms_of_a_base_to_be_sharded_over_gpus_are_taken_in_host_memory(
     tokenizer: Any, write_recipe: Any, lora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,7 +94,7 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
 def check_dora(targets: Iterable[Target], device: torch.device) -> None:
     """Raises UserError when PEFT would compute the weight norms that DoRA needs from wrongly dequantized weights."""
     wrong = [target for target in targets if target.in_features % BLOCK]
-    if wrong and device.type == "cpu" and _takes_wrong_scales():
+    if wrong and device.type == "cpu" and takes_wrong_scales():
         what = (
             f"adapter.use_dora: bitsandbytes {version('bitsandbytes')} dequantizes 4-bit weights wrongly on this CPU "
             f"where rows are not a multiple of {BLOCK} values: {wrong[0].name} has {wrong[0].in_features}"
@@ -102,7 +102,7 @@ def check_dora(targets: Iterable[Target], device: torch.device) -> None:
         raise UserError(what, hint="remove such layers from adapter.target_modules, or set adapter.use_dora to false")
 
 
-def _takes_wrong_scales() -> bool:
+def takes_wrong_scales() -> bool:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     rows = torch.arange(1.0, 1 + 4 * 96).view(4, 96)

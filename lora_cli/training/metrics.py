@@ -95,16 +95,16 @@ def log_step(trainer: Trainer, step: Step, outcome: torch.Tensor, learning_rate:
         "tokens_per_second": round(clock.rate(), 1),
         "seconds": round(clock.seconds, 3),
     }
-    log(trainer, line, seconds_left=clock.seconds_for(trainer.total_steps - step.number))
+    _log(trainer, line, seconds_left=clock.seconds_for(trainer.total_steps - step.number))
 
 
 def log_score(trainer: Trainer, step: int, epoch: float, score: Score) -> None:
     """Write an evaluation line."""
     line = {"step": step, "epoch": round(epoch, 6), "split": "validation", "loss": score.loss}
-    log(trainer, line | {"perplexity": score.perplexity, "tokens": score.tokens})
+    _log(trainer, line | {"perplexity": score.perplexity, "tokens": score.tokens})
 
 
-def log(trainer: Trainer, line: dict[str, Any], seconds_left: float | None = None) -> None:
+def _log(trainer: Trainer, line: dict[str, Any], seconds_left: float | None = None) -> None:
     """Write a line to metrics.jsonl, the display and the trackers."""
     if trainer.writes:
         trainer.job.folder.append_metrics(line)

@@ -36,7 +36,7 @@ def count_skipped(trainer: Trainer, step: Step, loss: float, grad_norm: float, p
     if math.isfinite(loss) and scaler is not None and scaler.get_scale() >= 1:
         return progress  # the scaled loss overflowed float16's gradient; the scaler halves its scale
     problem = _describe_nonfinite(loss=loss, grad_norm=grad_norm)
-    what = f"step {step.number} was not taken: {problem}; {describe_rows(trainer, step)}"
+    what = f"step {step.number} was not taken: {problem}; {_describe_rows(trainer, step)}"
     skipped = progress.skipped_in_a_row + 1
     folder = trainer.job.folder
     hint = f"this step did not change the weights; {checkpoint_hint(folder.checkpoints)}; {CAUSES}"
@@ -48,7 +48,7 @@ def count_skipped(trainer: Trainer, step: Step, loss: float, grad_norm: float, p
     return replace(progress, skipped_steps=progress.skipped_steps + 1, skipped_in_a_row=skipped)
 
 
-def describe_rows(trainer: Trainer, step: Step) -> str:
+def _describe_rows(trainer: Trainer, step: Step) -> str:
     """Return the step's rows by file and line, each with its first words."""
     examples, tokenizer = trainer.job.train.examples, trainer.job.tokenizer
     rows = np.concatenate(step.micro_batches).tolist()

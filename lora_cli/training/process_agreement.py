@@ -36,7 +36,7 @@ def check_agreement(job: Prepared, accelerator: Accelerator, dtype: str) -> None
     machine and the differences. ``dtype`` is the resolved model.dtype."""
     if accelerator.num_processes == 1:
         return
-    accounts: list[tuple[str, Account]] = gather_object([(socket.gethostname(), run_signature(job, dtype))])
+    accounts: list[tuple[str, Account]] = gather_object([(socket.gethostname(), _run_signature(job, dtype))])
     host, wanted = accounts[0]
     hint = "give all processes the same recipe, rows, base and versions"
     faults = []
@@ -49,7 +49,7 @@ def check_agreement(job: Prepared, accelerator: Accelerator, dtype: str) -> None
         raise UserError(faults)
 
 
-def run_signature(job: Prepared, dtype: str) -> Account:
+def _run_signature(job: Prepared, dtype: str) -> Account:
     """Return what this process is about to train, as JSON values."""
     recipe = job.recipe
     deepspeed = recipe.training.deepspeed

@@ -51,7 +51,7 @@ def prove(
     if faults:
         what = f"the adapter's file differs from what was trained: {first_few(faults, NAMED)}"
         raise RunError(what, where, f"{KEPT}: --resume writes it again")
-    still, layers = unchanged_layers(stored, {stored_name(name): digest for name, digest in start.items()})
+    still, layers = _unchanged_layers(stored, {_stored_name(name): digest for name, digest in start.items()})
     if still:
         names = first_few([layer.removeprefix(PEFT_PREFIX) for layer in still], NAMED)
         what = f"{len(still)} of {layers} adapted layers were not changed by training: {names}"
@@ -64,13 +64,13 @@ def prove(
     _check_logits(folder, where, model, stored, ids)
 
 
-def stored_name(parameter: str) -> str:
+def _stored_name(parameter: str) -> str:
     """Return PEFT's name in the file for a parameter of the adapter 'default'."""
     name = parameter.replace(".default.", ".").removesuffix(".default")
     return name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
 
 
-def unchanged_layers(stored: Tensors, start: Mapping[str, str]) -> tuple[list[str], int]:
+def _unchanged_layers(stored: Tensors, start: Mapping[str, str]) -> tuple[list[str], int]:
     """Return the layers whose update is zero or the same as before training, and the number of all layers.
 
     Weight decay alone changes A. If B is zero, the layer still equals the base's, unless DoRA's magnitude has changed.
@@ -108,7 +108,7 @@ def missing_gradient_warning(
 
 def _differences(weights: Tensors, stored: Tensors) -> Iterator[str]:
     for name, wanted in weights.items():
-        key = stored_name(name)
+        key = _stored_name(name)
         found = stored.get(key)
         if found is None:
             yield f"{key} is missing"
@@ -162,7 +162,7 @@ def _refilled(model: PeftModel, trained: str, stored: Tensors) -> Iterator[str]:
     """Fill the ``trained`` adapter's sharded weights from the file: PEFT cannot load a second one beside it."""
     with torch.no_grad():
         for name, weight in trainable_parameters(model):
-            fill_parameter(weight, stored[stored_name(name)])
+            fill_parameter(weight, stored[_stored_name(name)])
     yield trained
 
 

@@ -51,11 +51,11 @@ def save(trainer: Trainer, progress: Progress) -> None:
         trainer.job.folder.check_held()
         trainer.job.folder.sync_metrics()
         checkpoint.write(trainer.job.folder.checkpoints, state)
-        rotate(trainer, progress)
+        _rotate(trainer, progress)
     trainer.accelerator.wait_for_everyone()
 
 
-def rotate(trainer: Trainer, progress: Progress) -> None:
+def _rotate(trainer: Trainer, progress: Progress) -> None:
     """Remove the checkpoints that are no longer needed, since this step's is complete."""
     training = trainer.job.recipe.training
     best = progress.best_step if keeps_best(training) else None
@@ -65,7 +65,7 @@ def rotate(trainer: Trainer, progress: Progress) -> None:
 def restore(trainer: Trainer) -> Progress | None:
     """Restore the newest complete checkpoint and remove later metrics; return None when there is no checkpoint."""
     folder = trainer.job.folder
-    state = broadcast_from_first(newest_complete(trainer) if trainer.writes else None)
+    state = broadcast_from_first(_newest_complete(trainer) if trainer.writes else None)
     accelerator, progress = trainer.accelerator, None
     if state:
         progress = checkpoint.restore(
@@ -77,7 +77,7 @@ def restore(trainer: Trainer) -> Progress | None:
         folder.cut_metrics(step, step if evaluated is None else evaluated)
         if progress:
             _warn_of_missing_metrics(trainer, progress)
-            rotate(trainer, progress)  # a killed process may not have done so
+            _rotate(trainer, progress)  # a killed process may not have done so
     return progress
 
 
@@ -92,7 +92,7 @@ def _warn_of_missing_metrics(trainer: Trainer, progress: Progress) -> None:
             trainer.display.note(f"{folder.metrics}: {what}", warning=True)
 
 
-def newest_complete(trainer: Trainer) -> State | None:
+def _newest_complete(trainer: Trainer) -> State | None:
     """Return the newest complete checkpoint; report which it is, and which were ignored."""
     for path in reversed(checkpoint.checkpoints(trainer.job.folder.checkpoints)):
         if checkpoint.is_complete(path):

@@ -32,7 +32,7 @@ def out_of_memory(job: Prepared, error: BaseException, checkpointing: bool, stre
     recipe = with_changes(with_resolved_batch(job.recipe), now)
     need = estimate(job, recipe)
     saved = [
-        (need.total - estimate(job, with_changes(recipe, changes)).total, changes) for changes in remedies(job, recipe)
+        (need.total - estimate(job, with_changes(recipe, changes)).total, changes) for changes in _remedies(job, recipe)
     ]
     best = sorted((each for each in saved if each[0] > 0), key=lambda each: -each[0])[:REMEDIES]
     lines = [
@@ -53,7 +53,7 @@ def _overrides(changes: Mapping[str, Any]) -> str:
     )
 
 
-def remedies(job: Prepared, recipe: Recipe) -> Iterator[dict[str, Any]]:
+def _remedies(job: Prepared, recipe: Recipe) -> Iterator[dict[str, Any]]:
     """Yield changes to the recipe, by key, that may save memory."""
     training = recipe.training
     rows, batches = training.batch_size, training.gradient_accumulation_steps

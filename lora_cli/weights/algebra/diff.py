@@ -43,7 +43,7 @@ def diff(first: LoraAdapter, second: LoraAdapter) -> Diff:
     squares = [_squared_norm(first), _squared_norm(second)]
     for name in sorted(first.products.keys() & second.products.keys()):
         a, b = first.products[name].read(), second.products[name].read()
-        product = inner(a, b)
+        product = _inner(a, b)
         together += product
         layers.append(_layer(name, product, spectrum_of(a), spectrum_of(b)))
     return Diff(
@@ -54,7 +54,7 @@ def diff(first: LoraAdapter, second: LoraAdapter) -> Diff:
     )
 
 
-def inner(a: Factors, b: Factors) -> float:
+def _inner(a: Factors, b: Factors) -> float:
     """Return the Frobenius inner product of two updates: <U1 D1, U2 D2> = <U1^T U2, D1 D2^T>, both r1 x r2."""
     left = a.up.double().T @ b.up.double()
     right = a.down.double() @ b.down.double().T
@@ -79,7 +79,7 @@ def _overlap(a: torch.Tensor, b: torch.Tensor) -> float | None:
 
 
 def _squared_norm(adapter: LoraAdapter) -> float:
-    return sum(inner(factors, factors) for factors in (product.read() for product in adapter.products.values()))
+    return sum(_inner(factors, factors) for factors in (product.read() for product in adapter.products.values()))
 
 
 def _cosine(product: float, first: float, second: float) -> float | None:

@@ -63,10 +63,10 @@ def read_lora(folder: Path) -> LoraAdapter:
         raise UserError(what, str(folder), "only LoRA of linear layers and embeddings is supported here")
     halves, others = read
     products = {layer: product_of(config, layer, parts) for layer, parts in halves.items()}
-    return LoraAdapter(folder, config, products, others, base_of(folder))
+    return LoraAdapter(folder, config, products, others, _base_of(folder))
 
 
-def base_of(folder: Path) -> Base:
+def _base_of(folder: Path) -> Base:
     """Return the base of the adapter in ``folder``. A fingerprint missing from the adapter's record is computed from
     the base, if that can be read, and is None otherwise."""
     name, place = named_base(folder)
