@@ -1,4 +1,7 @@
-"""Check everything that can be known about a run before weights are loaded; nothing is written."""
+"""Check everything that can be known about a run before weights are loaded; nothing is written.
+
+What imports torch is imported in functions: recipe, folder and rows are checked before that.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Read safetensors checkpoints: list a folder's tensors from the headers, and read them one at a time."""
+"""Read safetensors checkpoints: list a folder's tensors from the headers, and read them one at a time.
+
+Torch is imported in functions: headers are checked without it.
+"""
 
 from __future__ import annotations
 
