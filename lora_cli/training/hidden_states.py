@@ -37,7 +37,7 @@ from lora_cli.training.distributed.processes import broadcast_from_first, own_sh
 from lora_cli.training.distributed.sharding import is_sharded
 from lora_cli.training.distributed.zero import is_zero
 from lora_cli.training.interrupt import stopped_after
-from lora_cli.training.setup import Trainer, unwrap
+from lora_cli.training.trainer import Trainer, unwrap
 
 MEMORY_SHARE, DISK_SHARE = 0.2, 0.5
 """Fractions of free memory and disk for ``training.cache_frozen: auto``; activations may take 4/5 of the memory."""

@@ -36,8 +36,9 @@ from lora_cli.training.record import report_setup, result_record, run_record, wr
 from lora_cli.training.resume import choose_weights, continue_run, keeps_best, restore, save
 from lora_cli.training.run.checkpoint import RESUME_HINT, Progress, checkpoint_hint, host_copy
 from lora_cli.training.run.lock import locked
-from lora_cli.training.setup import Trainer, set_up, unwrap
+from lora_cli.training.setup import set_up
 from lora_cli.training.step import take_step, waits_each_step
+from lora_cli.training.trainer import Trainer, unwrap
 from lora_cli.training.validation import evaluate_last_step, evaluate_start, evaluate_step, is_evaluated, last_step
 from lora_cli.weights.adapter.provenance import now
 from lora_cli.weights.quantized_cache import prune_cached

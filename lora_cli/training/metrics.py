@@ -14,7 +14,7 @@ from lora_cli.data.batches import Step
 from lora_cli.errors import UserError, is_out_of_space
 from lora_cli.evaluation.loss import Score
 from lora_cli.training.run.same_run import flat_keys
-from lora_cli.training.setup import Trainer
+from lora_cli.training.trainer import Trainer
 
 RUN_NAME = {"wandb": "name", "mlflow": "run_name", "trackio": "name", "swanlab": "experiment_name"}
 """The keyword with which each tracker takes a run's name."""

@@ -13,7 +13,7 @@ from lora_cli.data.sources import row_places, sources_of
 from lora_cli.errors import RunError
 from lora_cli.training.distributed.processes import full_tensor
 from lora_cli.training.run.checkpoint import Progress, checkpoint_hint
-from lora_cli.training.setup import Trainer
+from lora_cli.training.trainer import Trainer
 
 GIVE_UP_AFTER = 5
 ROWS_NAMED = 6

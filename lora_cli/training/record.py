@@ -26,7 +26,7 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.training.distributed.processes import shape_of
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.run.checkpoint import Progress
-from lora_cli.training.setup import Trainer, unwrap
+from lora_cli.training.trainer import Trainer, unwrap
 from lora_cli.weights.adapter.adapter_config import PEFT_PREFIX, sort_targets
 from lora_cli.weights.adapter.catalogue import VARIANTS
 from lora_cli.weights.adapter.provenance import PROVENANCE, base_record, now, versions

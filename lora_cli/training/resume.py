@@ -9,7 +9,7 @@ from lora_cli.recipe.schema import Training
 from lora_cli.training.distributed.processes import broadcast_from_first
 from lora_cli.training.run import checkpoint
 from lora_cli.training.run.checkpoint import Progress, State
-from lora_cli.training.setup import Trainer
+from lora_cli.training.trainer import Trainer
 
 TAKE_THE_LAST = "--resume training.load_best_model_at_end=false takes the last step's weights instead"
 

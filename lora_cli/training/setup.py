@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,21 +17,17 @@ from lora_cli.data.batches import Schedule
 from lora_cli.data.sources import sources_of
 from lora_cli.display import Display
 from lora_cli.errors import RunError
-from lora_cli.evaluation.head import Head, frozen_head
+from lora_cli.evaluation.head import frozen_head
 from lora_cli.evaluation.loss import evaluating
 from lora_cli.evaluation.packing import enable_packing
 from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameters
 from lora_cli.model.base import load_base, longrope_bounds
 from lora_cli.model.device import best_device, resolve_compute_dtype, resolve_dtype
-from lora_cli.model.fast_paths.frozen_layers import FrozenLayers
 from lora_cli.model.fast_paths.fuse import fuse
 from lora_cli.system.memory import keep_freed_memory
-from lora_cli.training.cached_states import HiddenStates
 from lora_cli.training.distributed.launch_environment import process_count
-from lora_cli.training.distributed.processes import all_reduce_max
 from lora_cli.training.distributed.sharding import is_sharded, make_accelerator, prepare_model
 from lora_cli.training.distributed.zero import is_zero
-from lora_cli.training.interrupt import Interrupt
 from lora_cli.training.memory.activations import set_checkpointing
 from lora_cli.training.memory.batch_size import resolve_batch_size
 from lora_cli.training.memory.streaming import Sources, add_streaming_hooks, detach_weights, needs_streaming
@@ -39,47 +35,13 @@ from lora_cli.training.optimizer import check_warmup, make_optimizer
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.process_agreement import check_agreement
 from lora_cli.training.torch_compile import compile_elementwise
+from lora_cli.training.trainer import Trainer
 from lora_cli.weights.adapter.init_from import start_of
 from lora_cli.weights.files.shards import model_headers, stored_dtype
 from lora_cli.weights.quantized_cache import cached_name, find_cached, link_cached, write_cached
 
 MAX_KEPT_BYTES = 2**20
 """Bytes of the largest tensor whose memory is kept when it is freed, while layers are streamed."""
-
-
-@dataclass
-class Trainer:
-    """The state of the training loop; ``trained`` are the trained parameters by name."""
-
-    job: Prepared
-    accelerator: Accelerator
-    model: torch.nn.Module
-    trained: list[tuple[str, torch.nn.Parameter]]
-    head: Head | None
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    total_steps: int
-    dtype: torch.dtype
-    display: Display
-    cached_base: Path | None
-    offload: bool
-    streams: bool
-    hidden_states: HiddenStates | None = None
-    interrupt: Interrupt = field(default_factory=Interrupt)
-
-    @property
-    def writes(self) -> bool:
-        """Whether this process writes the run's files; only one does."""
-        return bool(self.accelerator.is_main_process)
-
-    def asked_to_stop(self) -> int:
-        """Return the signal that asked any process to stop, or 0; every process must call this."""
-        return all_reduce_max(self.interrupt.number, self.accelerator)
-
-    @property
-    def below(self) -> FrozenLayers | None:
-        """The frozen layers whose output is kept."""
-        return self.hidden_states.layers if self.hidden_states else None
 
 
 def set_up(job: Prepared, display: Display) -> Trainer:
@@ -234,9 +196,3 @@ def make_schedule(job: Prepared, packing: bool, processes: int) -> Schedule:
         accumulation=recipe.training.gradient_accumulation_steps * processes,
         bounds=tuple(longrope_bounds(job.config)),
     )
-
-
-def unwrap(trainer: Trainer) -> PeftModel:
-    """The PEFT model inside what Accelerate prepared."""
-    model: PeftModel = trainer.accelerator.unwrap_model(trainer.model)
-    return model

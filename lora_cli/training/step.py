@@ -16,7 +16,7 @@ from lora_cli.training.distributed.processes import own_share
 from lora_cli.training.distributed.sharding import backward, clip_gradient, is_sharded
 from lora_cli.training.distributed.zero import is_zero
 from lora_cli.training.memory.offload import to_device, to_host
-from lora_cli.training.setup import Trainer
+from lora_cli.training.trainer import Trainer
 
 
 def take_step(trainer: Trainer, step: Step, learning_rate: float) -> torch.Tensor:

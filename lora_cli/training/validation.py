@@ -15,7 +15,7 @@ from lora_cli.training.interrupt import stopped_after
 from lora_cli.training.metrics import Clock, log_score
 from lora_cli.training.nonfinite import check_finite
 from lora_cli.training.run.checkpoint import Progress
-from lora_cli.training.setup import Trainer, unwrap
+from lora_cli.training.trainer import Trainer, unwrap
 
 
 def evaluate_start(trainer: Trainer) -> Progress:
