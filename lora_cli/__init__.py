@@ -1,7 +1,8 @@
 """Fine-tuning of causal language models from YAML recipes.
 
 The layers, lowest first. A layer imports only from lower ones; display, recipe and system, data and model, evaluation
-and weights do not import each other (import-linter enforces it, see pyproject.toml):
+and weights do not import each other. import-linter enforces this, and the order inside model, weights and training:
+pyproject.toml lists their modules, highest first.
 
     errors       what went wrong, where, what to do; exit codes
     display      progress for people, lines for logs
