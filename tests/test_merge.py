@@ -46,7 +46,7 @@ from transformers import (
 
 from lora_cli.model.base import meta_model
 from lora_cli.weights import merge
-from lora_cli.weights.adapter import expected_tensors as inventory
+from lora_cli.weights.adapter import expected_tensors
 from lora_cli.weights.adapter.origin import find_origin
 
 GEMMA_3 = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
@@ -1186,7 +1186,7 @@ def test_a_base_may_store_other_names_and_more_than_the_model_has(
     if not more:
         assert "language_model.model.layers.0.self_attn.q_proj.weight" in weights_of(folder)
     laid_out: list[Any] = []
-    monkeypatch.setattr(inventory, "meta_model", lambda config: laid_out.append(config) or meta_model(config))
+    monkeypatch.setattr(expected_tensors, "meta_model", lambda config: laid_out.append(config) or meta_model(config))
     find_origin(adapter)
     assert len(laid_out) == 1
     done(lora("merge", adapter, "--out", tmp_path / "merged"))

@@ -35,7 +35,6 @@ from lora_cli.training.proof import digests, missing_gradient_warning, prove
 from lora_cli.training.record import report_setup, result_record, run_record, write_adapter
 from lora_cli.training.resume import choose_weights, continue_run, keeps_best, restore, save
 from lora_cli.training.run.checkpoint import RESUME_HINT, Progress, checkpoint_hint, host_copy
-from lora_cli.training.run.lock import locked
 from lora_cli.training.setup import set_up
 from lora_cli.training.step import take_step, waits_each_step
 from lora_cli.training.trainer import Trainer, unwrap
@@ -56,14 +55,10 @@ def train(job: Prepared, display: Display) -> dict[str, Any]:
     run fails; Interrupted when a signal stopped it, after a checkpoint or before the first step.
     """
     began = time.perf_counter()
-    root = job.folder.root
-    with locked(root) if process_index() == 0 else nullcontext() as held:
-        if held is not None:
-            job.folder.held = held
-            job.folder.check_untouched()
-            if not held.locked:
-                what = "cannot be locked on this file system: do not start a second run in this folder"
-                display.note(f"{root} {what}", warning=True)
+    with job.folder.hold() if process_index() == 0 else nullcontext() as held:
+        if held is not None and not held.locked:
+            what = "cannot be locked on this file system: do not start a second run in this folder"
+            display.note(f"{job.folder.root} {what}", warning=True)
         return train_alone(job, display, began)
 
 

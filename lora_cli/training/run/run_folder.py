@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.system.disk import sync
 from lora_cli.system.folders import check_writable, clear_drafts, entries, mark_for_removal
 from lora_cli.training.distributed.launch_environment import process_count
-from lora_cli.training.run.lock import FolderLock, check_unlocked
+from lora_cli.training.run.lock import FolderLock, check_unlocked, locked
 from lora_cli.training.run.same_run import MAY_CHANGE_TOGETHER, changed_keys, check_same_keys
 
 KINDS = {
@@ -49,7 +49,7 @@ class RunFolder:
         self.adapter = self.root / "adapter"
         self.report = self.root / "report.html"
         self.cache = self.root / "cache"
-        self.held: FolderLock | None = None
+        self._held: FolderLock | None = None
         self._checked: tuple[int, int] | None = None
 
     @property
@@ -119,11 +119,19 @@ class RunFolder:
                 raise UserError("no permission to write", str(path), "choose another training.output_dir")
         check_unlocked(self.root)
 
-    def check_untouched(self) -> None:
-        """Raises UserError when another run has used the folder since ``check``, which is then out of date."""
-        if self._stamp() != self._checked:
-            hint = "start again: --resume continues it, --overwrite replaces it"
-            raise UserError("another run has used this folder meanwhile", str(self.root), hint)
+    @contextmanager
+    def hold(self) -> Iterator[FolderLock]:
+        """Hold the folder's lock while the block runs; only the process that holds it writes.
+
+        Raises UserError while another run holds it, or when one has used the folder since ``check``, which is then out
+        of date.
+        """
+        with locked(self.root) as held:
+            self._held = held
+            if self._stamp() != self._checked:
+                hint = "start again: --resume continues it, --overwrite replaces it"
+                raise UserError("another run has used this folder meanwhile", str(self.root), hint)
+            yield held
 
     def _stamp(self) -> tuple[int, int] | None:
         """Return inode and modification time (ns) of run.json; None if it is missing."""
@@ -135,8 +143,8 @@ class RunFolder:
 
     def check_held(self) -> None:
         """Raises RunError when this is no longer the folder that this process holds; only that process writes."""
-        if self.held is not None:
-            self.held.check()
+        if self._held is not None:
+            self._held.check()
 
     def check_same_content(self, base: str, start: str | None, data: str, validation: str | None) -> None:
         """Raises UserError when the fingerprints of base, starting adapter or rows differ from those the run began
