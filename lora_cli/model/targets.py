@@ -1,4 +1,4 @@
-"""``adapter.target_modules`` -> the names of an architecture's modules."""
+"""The names of an architecture's modules: what ``adapter.target_modules`` selects, and names with a meaning."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from lora_cli.errors import Fault, UserError, nearest_hint
 FUSED = {"c_attn", "qkv_proj", "query_key_value", "Wqkv", "qkv"}
 QUERY_VALUE = {"q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "wq", "wv"} | FUSED
 OUTPUT = {"o_proj", "out_proj", "c_proj", "dense", "out_lin", "wo"}
+EMBEDDINGS = ("wte", "wpe", "embed_tokens", "embed_positions", "embed_in", "word_embeddings", "lm_head", "embed_out")
+"""The last names of embeddings and heads."""
 BYPASSED_WEIGHTS = {
     "out_proj": {"bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h", "zamba2"},
     "dt_proj": {"doge", "falcon_mamba", "jamba", "mamba"},
@@ -155,6 +157,11 @@ def _in_layers(wanted: tuple[int, ...], names: list[str]) -> list[str]:
         )
         raise UserError(what, hint=there)
     return [name for name, number in found.items() if number in wanted]
+
+
+def module_leaf(tensor: str) -> str:
+    """Return the last part of the name of a tensor's module, empty for a name without a module."""
+    return tensor.rpartition(".")[0].rpartition(".")[2]
 
 
 def _leaf(name: str) -> str:

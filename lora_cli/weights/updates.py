@@ -17,10 +17,10 @@ import torch
 
 from lora_cli.errors import UserError
 from lora_cli.model.files import read_config
+from lora_cli.model.targets import EMBEDDINGS, module_leaf
 from lora_cli.system.thread_pool import workers
 from lora_cli.weights.adapter.adapter_config import keeps_base, read_adapter_config
 from lora_cli.weights.adapter.products import MAGNITUDE, Product, adapter_parts, product_of
-from lora_cli.weights.files.check_model import EMBEDDINGS, module_leaf
 from lora_cli.weights.files.shards import TensorInfo, is_finite, read_tensor, stored_name
 
 if TYPE_CHECKING:

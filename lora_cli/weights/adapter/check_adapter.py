@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import Fault, UserError, grouped_error
-from lora_cli.model.targets import Target
+from lora_cli.model.targets import EMBEDDINGS, Target, module_leaf
 from lora_cli.weights.adapter.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -20,7 +20,7 @@ from lora_cli.weights.adapter.adapter_config import (
     read_adapter_config,
     unsupported_variant,
 )
-from lora_cli.weights.files.check_model import EMBEDDINGS, has_identical_layers, module_leaf, stored_layers
+from lora_cli.weights.files.check_model import has_identical_layers, stored_layers
 from lora_cli.weights.files.shards import is_finite, read_headers, read_tensor, stored_name
 
 OTHER_TENSORS = ("bias", "modules_to_save", "trainable_token_indices", "target_parameters")

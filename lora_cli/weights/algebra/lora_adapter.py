@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_cli.errors import Fault, LoraError, UserError, grouped_error
+from lora_cli.model.targets import EMBEDDINGS, module_leaf
 from lora_cli.weights.adapter.adapter_config import (
     ADAPTER_WEIGHTS,
     PEFT_PREFIX,
@@ -25,7 +26,6 @@ from lora_cli.weights.adapter.check_adapter import check_adapter, check_given_on
 from lora_cli.weights.adapter.origin import named_base
 from lora_cli.weights.adapter.products import MAGNITUDE, Factors, Product, adapter_parts, product_of
 from lora_cli.weights.adapter.provenance import PROVENANCE, base_record, now, read_record, versions
-from lora_cli.weights.files.check_model import EMBEDDINGS, module_leaf
 from lora_cli.weights.files.fingerprint import file_sha256, fingerprint
 from lora_cli.weights.files.shards import TensorInfo, model_headers, read_tensor
 

@@ -8,20 +8,14 @@ from typing import TYPE_CHECKING
 
 from lora_cli.errors import Fault, UserError, grouped_error
 from lora_cli.model.files import read_config, stored_quantization
-from lora_cli.model.targets import COEFFICIENTS, UNQUANTIZABLE_LAYERS, Target, bypasses_adapter
+from lora_cli.model.targets import COEFFICIENTS, EMBEDDINGS, UNQUANTIZABLE_LAYERS, Target, bypasses_adapter, module_leaf
 from lora_cli.weights.files.shards import DEPTHS, model_headers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EMBEDDINGS = ("wte", "wpe", "embed_tokens", "embed_positions", "embed_in", "word_embeddings", "lm_head", "embed_out")
 ENDS = {"model.embed_tokens.weight", "model.norm.weight"}
 """The tensors that most models store outside their layers, apart from a head that is not tied."""
-
-
-def module_leaf(tensor: str) -> str:
-    """Return the last part of the name of a tensor's module, empty for a name without a module."""
-    return tensor.rpartition(".")[0].rpartition(".")[2]
 
 
 def check_weights(folder: Path, bare: PreTrainedModel) -> None:
