@@ -323,7 +323,7 @@ def test_layers_that_could_not_be_loaded_again(joined: Path, method: str, tmp_pa
                 layer_types=["full_attention"],
                 num_kv_shared_layers=0,
                 activation_sparsity_pattern=[0.0],
-                vocab_size_per_layer_input=300,
+                vocab_size_per_layer_input=400,
                 hidden_size_per_layer_input=8,
                 laurel_rank=4,
             ),
