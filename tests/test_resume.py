@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import TRAIN_KEYS, Run, check_goes_on_alike, done, edit_json, edited_weights, write_rows
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from lora_cli.display import Display
 from lora_cli.errors import RunError, UserError
@@ -372,12 +372,13 @@ def test_what_a_loss_of_power_leaves_of_a_line_is_cut(torn: bytes, train: Callab
     assert run.losses == whole
 
 
-def with_its_sum(path: Path, content: str) -> None:
+def with_its_sum(path: Path, content: str | bytes) -> None:
     """Write a file of a checkpoint, and its size and SHA-256 to the manifest."""
-    path.write_text(content)
+    written = content.encode() if isinstance(content, str) else content
+    path.write_bytes(written)
     manifest = path.with_name("manifest.json")
     listed = json.loads(manifest.read_text())
-    listed[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content.encode()).hexdigest()}
+    listed[path.name] = {"bytes": len(written), "sha256": hashlib.sha256(written).hexdigest()}
     manifest.write_text(json.dumps(listed))
 
 
@@ -412,6 +413,31 @@ def test_resume_tells_a_checkpoint_that_is_none(case: str, train: Callable[..., 
     else:
         done(result)
         assert f"{folder} is damaged and ignored" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("optim", "key", "value", "told"),
+    [
+        ("adamw_torch_fused", "exp_avg_sq", torch.ones(1), "is of shape [1], not [64, 64]"),
+        ("adamw_torch", "exp_avg", None, "is missing"),
+        ("adamw_torch", "step", torch.ones(3), "is of shape [3], not []"),
+        ("adamw_8bit", "state1", torch.ones(64, 63, dtype=torch.uint8), "is of shape [64, 63], not [64, 64]"),
+        ("adamw_8bit", "absmax2", torch.ones(2), "is of shape [2], not [16]"),
+        ("adamw_8bit", "qmap1", None, "is missing"),
+    ],
+)
+def test_resume_refuses_an_optimizers_state_that_is_not_its_parameters(
+    optim: str, key: str, value: torch.Tensor | None, told: str, train: Callable[..., Run], lora: Any
+) -> None:
+    run = train({"adapter.r": 64, "training": {"optim": optim, "max_steps": 2}})
+    file = run.folder / "checkpoints" / "step-00000002" / "optimizer.safetensors"
+    state = load_file(file)
+    del state[f"0.{key}"]
+    with_its_sum(file, save(state if value is None else state | {f"0.{key}": value}))
+    result = lora("train", run.folder / "recipe.yaml", "--resume", "training.max_steps=3")
+    assert result.exit_code == 2, result.stderr
+    assert f"the checkpoint of step 2 cannot be resumed from: the optimizer's {key} of base_model" in result.stderr
+    assert told in result.stderr
 
 
 def test_a_gradient_scaler_goes_on_where_it_was() -> None:

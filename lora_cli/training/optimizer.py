@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch.optim import AdamW, Optimizer
 from transformers import get_scheduler
 
@@ -19,6 +20,9 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamw_8bit": AdamW8bit,
     "paged_adamw_8bit": PagedAdamW8bit,
 }
+
+MIN_8BIT_SIZE, BLOCK_SIZE = 4096, 256
+"""From how many values on bitsandbytes keeps a parameter's moments in 8 bits, and how many of them share a scale."""
 
 SCHEDULES = {
     "linear": "linear",
@@ -34,6 +38,17 @@ def make_optimizer(training: Training, parameters: Sequence[torch.nn.Parameter])
     """Create AdamW (arXiv:1711.05101) over the adapter's parameters."""
     make = OPTIMIZERS[training.optim]
     return make(list(parameters), lr=training.learning_rate, weight_decay=training.weight_decay)
+
+
+def state_shapes(optimizer: Optimizer, shape: torch.Size) -> dict[str, torch.Size]:
+    """Return the shapes of what an optimizer keeps, once it has taken a step, for a parameter of this ``shape``."""
+    if not isinstance(getattr(optimizer, "optimizer", optimizer), Optimizer8bit):  # Accelerate's own has it inside
+        return {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
+    shapes = {"step": torch.Size(), "state1": shape, "state2": shape}
+    if shape.numel() >= MIN_8BIT_SIZE:
+        shapes |= dict.fromkeys(("absmax1", "absmax2"), torch.Size([-(-shape.numel() // BLOCK_SIZE)]))
+        shapes |= dict.fromkeys(("qmap1", "qmap2"), torch.Size([256]))
+    return shapes
 
 
 def warmup_steps(training: Training, total_steps: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lora_cli.system.disk import make_folder
 from lora_cli.system.folders import atomic_folder, clear_drafts, entries, mark_for_removal
 from lora_cli.system.memory import is_out_of_memory
 from lora_cli.training.distributed.processes import fill_parameter, full_tensor, shape_of, sharded_like
+from lora_cli.training.optimizer import state_shapes
 from lora_cli.weights.files.fingerprint import file_sha256
 from lora_cli.weights.files.shards import read_headers
 
@@ -235,7 +236,22 @@ def _restore_optimizer(state: State, parameters: NamedParameters, optimizer: tor
         if isinstance(value, torch.Tensor) and value.shape == shape_of(parameter):
             value = sharded_like(value, parameter)
         by_parameter.setdefault(int(index), {})[name] = value
+    for at, entry in by_parameter.items():
+        _check_entry(*parameters[at], entry, optimizer)
     optimizer.load_state_dict({"state": by_parameter, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _check_entry(
+    name: str, parameter: torch.nn.Parameter, entry: Mapping[str, Any], optimizer: torch.optim.Optimizer
+) -> None:
+    """Raises ValueError when a parameter's part of the optimizer's state is not complete or of other shapes: not all
+    optimizers check this themselves, and one would write beyond a smaller tensor."""
+    for key, wanted in state_shapes(optimizer, shape_of(parameter)).items():
+        what = f"the optimizer's {key} of {name}"
+        if key not in entry:
+            raise ValueError(f"{what} is missing")
+        if (found := torch.as_tensor(entry[key]).shape) != wanted:
+            raise ValueError(f"{what} is of shape {[*found]}, not {[*wanted]}")
 
 
 def restore_weights(state: State, parameters: NamedParameters) -> None:
