@@ -102,6 +102,11 @@ def is_out_of_space(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in (*_FULL, errno.EFBIG)
 
 
+def is_refused_thread(error: Exception) -> bool:
+    """Whether the system refused this process another thread."""
+    return isinstance(error, RuntimeError) and "can't start new thread" in str(error)
+
+
 def unwritable(path: Path, error: Exception, needed: int | None = None) -> RunError:
     """Return the RunError for an ``error`` while writing ``path``, which takes ``needed`` bytes (None: unknown)."""
     reason = getattr(error, "strerror", None) or str(error)

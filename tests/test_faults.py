@@ -834,12 +834,23 @@ def test_a_learning_rate_beyond_all_bounds(write_recipe: Any, tmp_path: Path, lo
         assert not (run.folder / "adapter").exists()
 
 
-def test_a_refused_thread_is_no_bug(tiny_gpt2: Path, tmp_path: Path, lora: Any, monkeypatch: Any) -> None:
+THREADS = {
+    "quantize": "concurrent.futures.thread.ThreadPoolExecutor.submit",
+    "tokenizer": "transformers.AutoTokenizer.from_pretrained",
+    "base": "transformers.AutoModelForCausalLM.from_pretrained",
+}
+
+
+@pytest.mark.parametrize("place", THREADS)
+def test_a_refused_thread_is_no_bug_and_no_fault_of_the_model(
+    place: str, tiny_gpt2: Path, qa_file: Path, tmp_path: Path, lora: Any, monkeypatch: Any
+) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("can't start new thread")  # what Python says; the limit is not for root, as tests may run
 
-    monkeypatch.setattr("concurrent.futures.thread.ThreadPoolExecutor.submit", refuse)
-    result = lora("quantize", tiny_gpt2, "--out", tmp_path / "out")
+    monkeypatch.setattr(THREADS[place], refuse)
+    rest = ["--out", tmp_path / "out"] if place == "quantize" else ["--data", qa_file]
+    result = lora("quantize" if place == "quantize" else "eval", tiny_gpt2, *rest)
     assert result.exit_code == 3 and "refused another thread" in result.stderr and "ulimit -u" in result.stderr
     assert not (tmp_path / "out").exists()
 

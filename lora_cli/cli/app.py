@@ -33,6 +33,7 @@ from lora_cli.errors import (
     SecondaryError,
     UserError,
     is_out_of_space,
+    is_refused_thread,
     printable_lines,
     unwritable,
 )
@@ -154,7 +155,7 @@ def _as_lora_error(error: Exception, given: Sequence[str]) -> LoraError | None:
         return error
     if isinstance(error, OSError):
         return _refused_by_the_system(error)
-    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+    if is_refused_thread(error):
         hint = "raise the limit on processes (ulimit -u, or a container's) or on memory; complete files are intact"
         return RunError("the system refused another thread", hint=hint)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("lora_cli"):

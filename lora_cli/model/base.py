@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lora_cli.errors import UserError, first_few, unreadable
+from lora_cli.errors import UserError, first_few, is_refused_thread, unreadable
 from lora_cli.model.device import best_device, resolve_compute_dtype
 from lora_cli.model.files import (
     check_tokenizer,
@@ -100,7 +100,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # tokenizer_class may name any class of Transformers
         if isinstance(error, OSError) and error.errno:  # from the system: Transformers sets no errno
             raise unreadable(Path(error.filename or folder), error) from error
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_refused_thread(error):
             raise
         file = "tokenizer_config.json"
         own = ", ".join(custom_code(read_config(folder, file))) if (folder / file).is_file() else ""
@@ -226,7 +226,7 @@ def load_base(
     try:
         loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except (ImportError, ValueError, RuntimeError) as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_refused_thread(error):
             raise
         raise UserError(f"the model could not be loaded: {str(error).splitlines()[0]}", str(folder)) from error
     base, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
