@@ -551,6 +551,7 @@ def test_an_environment_of_several_processes_that_could_not_connect(
     [
         ("ACCELERATE_USE_CPU", "perhaps", "ACCELERATE_USE_CPU (environment): Accelerate refuses its configuration"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron is not installed"),
+        ("ACCELERATE_TORCH_DEVICE", "mps", "ACCELERATE_TORCH_DEVICE=mps (environment): there is no such device here"),
         ("HF_HUB_ETAG_TIMEOUT", "soon", "HF_HUB_ETAG_TIMEOUT=soon (environment): a library does not accept it"),
     ],
 )
