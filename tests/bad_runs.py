@@ -177,6 +177,18 @@ def resume_with_metrics_of_no_number(w: World) -> Arguments:
     return resume(w, "metrics.jsonl", '{"step": 1, "split": "validation", "loss": NaN}\n')
 
 
+@case("run/run.json", "wrong value of processes, gradient_accumulation_steps", "remove the run's folder")
+def resume_with_a_record_of_numbers_that_are_none(w: World) -> Arguments:
+    w.edit_json(w.run() / "run.json", processes=0, gradient_accumulation_steps=True)
+    return ["train", "run/recipe.yaml", "--resume"]
+
+
+@case("run/run.json", "not a run's record: wrong value of per_device_train_batch_size", "remove the run's folder")
+def resume_with_a_record_of_larger_batches_than_any(w: World) -> Arguments:
+    w.edit_json(w.run() / "run.json", per_device_train_batch_size=10**22)
+    return ["train", "run/recipe.yaml", "--resume"]
+
+
 @case("run/run.json", "not a run's record", "remove the run's folder")
 def resume_with_a_record_of_other_kinds_further_down(w: World) -> Arguments:
     w.edit_json(w.run() / "run.json", data={"validation": 5})

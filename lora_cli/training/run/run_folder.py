@@ -10,30 +10,38 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from lora_cli.errors import Fault, RunError, UserError, writing
 from lora_cli.recipe.load import dump_recipe, load_recipe, with_changes
-from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.schema import Positive, Recipe, Rows
 from lora_cli.system.disk import sync
 from lora_cli.system.folders import check_writable, clear_drafts, entries, mark_for_removal
 from lora_cli.training.distributed.launch_environment import process_count
 from lora_cli.training.run.lock import FolderLock, check_unlocked, locked
 from lora_cli.training.run.same_run import MAY_CHANGE_TOGETHER, changed_keys, check_same_keys
 
-KINDS = {
-    "started": str,
-    "versions": dict,
-    "steps": int,
-    "processes": int,
-    "per_device_train_batch_size": int,
-    "gradient_accumulation_steps": int,
-    "base": dict,
-    "init_from": dict,
-    "data": dict,
-    "cache_frozen": dict,
-}
-"""Types of the values in run.json that are read again."""
-
 RESTORE = "restore it from a copy, or remove the run's folder and start again"
+
+
+class _Data(BaseModel):
+    validation: dict[str, Any] = {}
+
+
+class _Record(BaseModel, strict=True):
+    """The values in run.json that are read again; there are others."""
+
+    started: str = ""
+    versions: dict[str, Any] = {}
+    dtype: str = ""
+    steps: Positive = 1
+    processes: Positive = 1
+    per_device_train_batch_size: Rows = 1
+    gradient_accumulation_steps: Rows = 1
+    base: dict[str, Any] = {}
+    init_from: dict[str, Any] = {}
+    data: _Data = _Data()
+    cache_frozen: dict[str, Any] = {}
 
 
 class RunFolder:
@@ -252,13 +260,13 @@ class RunFolder:
             info: Any = json.loads(self.info.read_text(encoding="utf-8"))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, RecursionError) as error:
             raise UserError(f"not readable: {error}", str(self.info), RESTORE) from error
-        if (
-            not isinstance(info, dict)
-            or not all(isinstance(info.get(key, kind()), kind) for key, kind in KINDS.items())
-            or not isinstance(info.get("data", {}).get("validation", {}), dict)
-        ):
-            raise UserError("not a run's record", str(self.info), RESTORE)
-        return info
+        try:
+            _Record.model_validate(info)
+        except ValidationError as error:
+            keys = ", ".join(".".join(map(str, each["loc"])) for each in error.errors())
+            what = f"not a run's record{keys and f': wrong value of {keys}'}"
+            raise UserError(what, str(self.info), RESTORE) from error
+        return dict(info)
 
     def write_info(self, info: Mapping[str, Any]) -> None:
         """Replace run.json. Raises RunError when it cannot be written."""
