@@ -19,7 +19,7 @@ from lora_cli.evaluation.agreement import logits_of
 from lora_cli.model.adapters import trainable_parameters
 from lora_cli.training.distributed.processes import fill_parameter
 from lora_cli.training.distributed.zero import ZeroOptimizer, is_partitioned
-from lora_cli.weights.adapter.adapter_config import ADAPTER_WEIGHTS, PEFT_PREFIX
+from lora_cli.weights.adapter.adapter_config import ADAPTER_WEIGHTS, layer_and_part
 
 Tensors = Mapping[str, torch.Tensor]
 RELOADED = "reloaded"
@@ -53,8 +53,7 @@ def prove(
         raise RunError(what, where, f"{KEPT}: --resume writes it again")
     still, layers = _unchanged_layers(stored, {_stored_name(name): digest for name, digest in start.items()})
     if still:
-        names = first_few([layer.removeprefix(PEFT_PREFIX) for layer in still], NAMED)
-        what = f"{len(still)} of {layers} adapted layers were not changed by training: {names}"
+        what = f"{len(still)} of {layers} adapted layers were not changed by training: {first_few(still, NAMED)}"
         early = (
             "nothing was learned up to the step whose weights these are: lower training.learning_rate if later "
             "evaluations were worse, else raise it, or train for more steps"
@@ -77,7 +76,7 @@ def _unchanged_layers(stored: Tensors, start: Mapping[str, str]) -> tuple[list[s
     """
     layers: dict[str, list[str]] = {}
     for name in start:
-        layers.setdefault(name.partition(".lora_")[0], []).append(name)
+        layers.setdefault(layer_and_part(name)[0], []).append(name)
     moved = {name for name, digest in start.items() if _digest(stored[name]) != digest}
 
     def is_new(names: list[str]) -> bool:
@@ -97,7 +96,7 @@ def missing_gradient_warning(
         return None
     layers: dict[str, bool] = {}
     for name, weight in trained:
-        layer = name.removeprefix(PEFT_PREFIX).partition(".lora_")[0]
+        layer, _ = layer_and_part(name)
         layers[layer] = layers.get(layer, False) or weight in optimizer.state
     still = [layer for layer, is_reached in layers.items() if not is_reached]
     if not still or len(still) == len(layers):

@@ -27,7 +27,7 @@ from lora_cli.training.distributed.processes import shape_of
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.run.checkpoint import Progress
 from lora_cli.training.trainer import Trainer, unwrap
-from lora_cli.weights.adapter.adapter_config import PEFT_PREFIX, sort_targets
+from lora_cli.weights.adapter.adapter_config import layer_and_part, sort_targets
 from lora_cli.weights.adapter.catalogue import VARIANTS
 from lora_cli.weights.adapter.provenance import PROVENANCE, base_record, now, versions
 
@@ -70,7 +70,7 @@ def _parameters_per_layer(trainer: Trainer) -> Counter[str]:
     """Count each adapted layer's trained parameters, by module name."""
     counts: Counter[str] = Counter()
     for name, weight in trainer.trained:
-        counts[name.removeprefix(PEFT_PREFIX).partition(".lora_")[0]] += shape_of(weight).numel()
+        counts[layer_and_part(name)[0]] += shape_of(weight).numel()
     return counts
 
 

@@ -61,6 +61,13 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def layer_and_part(tensor: str) -> tuple[str, str]:
+    """Split a tensor's name in an adapter into its layer's name in the base and LoRA's part of that layer, such as
+    ``A.weight`` or ``magnitude_vector``; empty for a tensor that is not LoRA's."""
+    layer, _, part = tensor.removeprefix(PEFT_PREFIX).partition(".lora_")
+    return layer, part
+
+
 def check_mergeable_lora(folder: Path, repeatable: Collection[str] = REPEATABLE_INITS) -> None:
     """Raises UserError when a LoRA adapter's update is not a product that can be added to its base's weights, or when
     ``check_init`` does."""

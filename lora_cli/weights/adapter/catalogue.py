@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_cli.errors import Fault, LoraError, UserError
 from lora_cli.model.files import locate
-from lora_cli.weights.adapter.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, read_adapter_config
+from lora_cli.weights.adapter.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, layer_and_part, read_adapter_config
 from lora_cli.weights.adapter.origin import named_base
 from lora_cli.weights.adapter.provenance import read_record
 from lora_cli.weights.files.fingerprint import fingerprint
@@ -105,7 +105,7 @@ def lora_layers(folder: Path) -> list[AdaptedLayer]:
     """Return the layers with both factors in an adapter, sorted by name. Raises UserError for a damaged file."""
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, info in read_headers([folder / ADAPTER_WEIGHTS]).items():
-        layer, _, part = name.removeprefix(PEFT_PREFIX).partition(".lora_")
+        layer, part = layer_and_part(name)
         half = part.removeprefix("embedding_").removesuffix(".weight")
         if half in ("A", "B") and len(info.shape) == 2:
             shapes.setdefault(layer, {})[half] = info.shape

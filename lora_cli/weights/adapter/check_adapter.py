@@ -15,6 +15,7 @@ from lora_cli.weights.adapter.adapter_config import (
     PEFT_PREFIX,
     config_faults,
     is_named,
+    layer_and_part,
     named_layers,
     pattern_value,
     read_adapter_config,
@@ -121,7 +122,7 @@ def _unexpected(config: Mapping[str, Any], folder: Path, halves: Halves) -> Iter
                 yield Fault(f"tensors {name}.lora_A and lora_B are for a layer not in {ADAPTER_CONFIG}", place)
     stored = read_headers([folder / ADAPTER_WEIGHTS])
     if config.get("use_dora"):
-        kept = {name.removeprefix(PEFT_PREFIX).partition(".lora_magnitude_vector")[0] for name in stored}
+        kept = {layer for layer, part in map(layer_and_part, stored) if part.startswith("magnitude_vector")}
         for name in sorted(set(halves) - kept):
             yield Fault(f"tensor {name}.lora_magnitude_vector is missing (use_dora)", place)
     if not any(config.get(key) not in (None, [], "none") for key in OTHER_TENSORS):
@@ -151,7 +152,7 @@ def adapted_layers(folder: Path) -> Halves:
     """Return the shapes of a LoRA adapter's A and B by layer, without embeddings."""
     halves: Halves = {}
     for name, info in read_headers([folder / ADAPTER_WEIGHTS]).items():
-        layer, _, part = name.removeprefix(PEFT_PREFIX).partition(".lora_")
+        layer, part = layer_and_part(name)
         if part in ("A.weight", "B.weight"):
             halves.setdefault(layer, {})[part[0]] = info.shape
     return halves

@@ -14,6 +14,7 @@ from lora_cli.weights.adapter.adapter_config import (
     CONVERT,
     UNMERGEABLE,
     keeps_base,
+    layer_and_part,
     read_adapter_config,
 )
 from lora_cli.weights.adapter.check_adapter import OTHER_TENSORS, UNSET, adapted_layers
@@ -85,7 +86,7 @@ def _untrained(config: Mapping[str, Any], folder: Path) -> Iterator[Fault]:
         what = f"the adapter of init_from holds more than LoRA's A and B ({more}), which is not trained"
         yield Fault(what, where, MERGE)
     stored = read_headers([folder / ADAPTER_WEIGHTS])
-    names = [name for name in stored if name.partition(".lora_")[2].partition(".")[0] not in TRAINED]
+    names = [name for name in stored if layer_and_part(name)[1].partition(".")[0] not in TRAINED]
     if names and not (unsummed or others):  # their faults say so already
         what = f"the adapter of init_from holds more than LoRA's A and B: tensor {first_few(names, 1)}"
         yield Fault(what, str(folder), MERGE)

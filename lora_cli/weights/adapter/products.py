@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lora_cli.weights.adapter.adapter_config import ADAPTER_WEIGHTS, PEFT_PREFIX, pattern_value
+from lora_cli.weights.adapter.adapter_config import ADAPTER_WEIGHTS, layer_and_part, pattern_value
 from lora_cli.weights.files.shards import TensorInfo, read_headers, read_tensor
 
 LINEAR = {"A.weight", "B.weight"}
@@ -82,8 +82,8 @@ def adapter_parts(folder: Path) -> tuple[dict[str, dict[str, TensorInfo]], dict[
     halves: dict[str, dict[str, TensorInfo]] = {}
     others: dict[str, TensorInfo] = {}
     for name, info in read_headers([folder / ADAPTER_WEIGHTS]).items():
-        layer, is_part, part = name.removeprefix(PEFT_PREFIX).partition(".lora_")
-        if is_part:
+        layer, part = layer_and_part(name)
+        if part:
             halves.setdefault(layer, {})[part] = info
         elif not any(part in name for part in REDUNDANT_COPIES):
             others[layer.replace(".base_layer.", ".")] = info
