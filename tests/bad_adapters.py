@@ -661,6 +661,31 @@ def values_that_are_none_all_told_at_once(w: World) -> Arguments:
     return compose("adapter")
 
 
+@case(
+    *(MADE_CONFIG, "alpha_pattern is None, expected names", "lora_dropout is 1.5, expected a number from 0 to 1"),
+    *("eva_config is [], expected settings by name", "alora_invocation_tokens is ['x'], expected ids of tokens"),
+)
+def values_that_peft_refuses_all_told_at_once(w: World) -> Arguments:
+    made(w)
+    strange = {"alpha_pattern": None, "lora_dropout": 1.5, "eva_config": [], "alora_invocation_tokens": ["x"]}
+    w.edit_json(MADE_CONFIG, **strange)
+    return ["eval", "adapter", "--data", w.rows(ROW)]
+
+
+@case(MADE_CONFIG, "PEFT cannot put this adapter on its base", "Invalid task type")
+def task_that_is_none(w: World) -> Arguments:
+    made(w)
+    w.edit_json(MADE_CONFIG, task_type=[])
+    return ["eval", "adapter", "--data", w.rows(ROW)]
+
+
+@case(MADE_CONFIG, "PEFT cannot put this adapter on its base", "layers_to_transform")
+def layers_that_are_no_list(w: World) -> Arguments:
+    made(w)
+    w.edit_json(MADE_CONFIG, layers_to_transform={})
+    return ["eval", "adapter", "--data", w.rows(ROW)]
+
+
 @case(MADE_CONFIG, "rank_pattern is not a regular expression", "(q_proj")
 def pattern_that_does_not_close(w: World) -> Arguments:
     made(w)

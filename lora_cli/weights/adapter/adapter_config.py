@@ -112,7 +112,7 @@ def config_faults(config: Mapping[str, Any], where: str) -> Iterator[Fault]:
     ):
         if not is_right(config.get(key)):
             yield Fault(f"{key} is {config.get(key)!r}, expected {expected}", where)
-        own = config.get(pattern) or {}
+        own = config.get(pattern, {})
         if not isinstance(own, dict):
             yield Fault(f"{pattern} is {own!r}, expected names with {expected} each", where)
             continue
@@ -120,6 +120,13 @@ def config_faults(config: Mapping[str, Any], where: str) -> Iterator[Fault]:
             if not is_right(value):
                 yield Fault(f"{pattern}: {name} is {value!r}, expected {expected}", where)
             yield from _expression_faults(pattern, name, where)
+    for key, value in config.items():
+        if key == "lora_dropout" and not (_is_number(value) and 0 <= value <= 1):
+            yield Fault(f"{key} is {value!r}, expected a number from 0 to 1", where)
+        elif key == "alora_invocation_tokens" and not (value is None or _is_ids(value)):
+            yield Fault(f"{key} is {value!r}, expected ids of tokens, or null", where)
+        elif key.endswith("_config") and not (value is None or isinstance(value, dict)):
+            yield Fault(f"{key} is {value!r}, expected settings by name, or null", where)
     if config.get("bias", "none") not in BIASES:
         yield Fault(f"bias is {config['bias']!r}, expected one of {', '.join(BIASES)}", where)
     targets = config.get("target_modules")
@@ -135,6 +142,10 @@ def _is_rank(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, int) for each in value)
 
 
 def _expression_faults(key: str, expression: str, where: str) -> Iterator[Fault]:

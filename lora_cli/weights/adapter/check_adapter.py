@@ -28,11 +28,13 @@ OTHER_TENSORS = ("bias", "modules_to_save", "trainable_token_indices", "target_p
 """Configuration keys of adapters that hold more than LoRA's own tensors."""
 MISFIT = "the adapter does not fit its base: it belongs to another base, or one of its files is damaged"
 BASIC_KEYS = {
-    *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
+    *("peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("r", "lora_alpha", "alpha_pattern", "lora_dropout", "target_modules", "use_rslora", "fan_in_fan_out"),
     *("init_lora_weights", "megatron_core", "qalora_group_size"),
 }
 """An adapter that sets only these keys holds just the A and B matrices that ``target_modules`` and ``r`` imply."""
+BASIC_VALUES = {"task_type": "CAUSAL_LM", "rank_pattern": {}, "loftq_config": {}}
+"""Values of further keys that mean as little, as PEFT writes them; other empty ones, PEFT may refuse."""
 UNSET: tuple[Any, ...] = (None, False, "none", [], {})
 Halves = dict[str, dict[str, tuple[int, ...]]]
 """The shapes of A (r, in) and B (out, r) by layer."""
@@ -219,7 +221,11 @@ def _is_provably_complete(folder: Path, base: Path) -> bool:
     """
     config, layers = read_adapter_config(folder), stored_layers(base)
     names = config.get("target_modules")
-    others = {key for key, value in config.items() if key not in BASIC_KEYS and value not in UNSET}
+    others = {
+        key
+        for key, value in config.items()
+        if key not in BASIC_KEYS and value not in (None, False, "none", BASIC_VALUES.get(key))
+    }
     if layers is None or others or not isinstance(names, list) or not has_identical_layers(base):
         return False
     rank = config["r"]
