@@ -252,12 +252,12 @@ def test_what_people_are_told_of_a_run_is_what_it_measured(
     card = (run.folder / "adapter" / "README.md").read_text()
     assert f"\nRank 4, alpha 8, trained on the base in nf4; {trained:,} trained parameters, 4 steps at a peak " in card
     assert "learning rate of 0.005.\n" in card and f"Training data: {rows} rows (" in card
-    for name, loss in (("base", first), ("with this adapter", last)):
+    for name, loss in (("base", first), ("with adapter", last)):
         assert f"\n| {name} | {loss:.4f} | {math.exp(loss):.2f} |\n" in card
 
     report = (run.folder / "report.html").read_text()
     tokens = run.column("tokens", "validation")[0]
-    for name, loss in (("base", first), ("base with adapter", last)):
+    for name, loss in (("base", first), ("with adapter", last)):
         cells = (f"{loss:.4f}", f"{math.exp(loss):.2f}", f"{tokens:,}")
         assert f"<td>{name}</td>" + "".join(f"<td class=n>{cell}</td>" for cell in cells) in report
     peak = run.info["result"]["peak_memory_bytes"] / 1024 / 1024

@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_cli.display import format_steps
 from lora_cli.errors import pluralize
+from lora_cli.training.record import SCORES
 from lora_cli.training.run.run_folder import RunFolder, write_atomic
 
 STYLE = (
@@ -54,12 +55,8 @@ def write_report(folder: RunFolder) -> None:
 
 def _scores(result: dict[str, Any]) -> str:
     rows = [
-        [name, f"{score['loss']:.4f}", f"{score['perplexity']:.2f}", f"{score['tokens']:,}"]
-        for name, score in (
-            ("base", result["base"]),
-            ("base with the adapter of init_from", result["start"]),
-            ("base with adapter", result["validation"]),
-        )
+        [label, f"{score['loss']:.4f}", f"{score['perplexity']:.2f}", f"{score['tokens']:,}"]
+        for label, score in ((label, result[key]) for key, label in SCORES.items())
         if score
     ]
     if not rows:

@@ -31,6 +31,9 @@ from lora_cli.weights.adapter.adapter_config import layer_and_part, sort_targets
 from lora_cli.weights.adapter.catalogue import VARIANTS
 from lora_cli.weights.adapter.provenance import PROVENANCE, base_record, now, versions
 
+SCORES = {"base": "base", "start": "with the adapter of init_from", "validation": "with adapter"}
+"""The scores in a run's result, in the order in which they are shown, each with its label."""
+
 
 def report_setup(trainer: Trainer) -> None:
     """Report what will be trained and on which rows, before the first step."""
@@ -253,8 +256,7 @@ def model_card(recipe: Recipe, config: LoraConfig, info: dict[str, Any]) -> str:
         f"({data['supervised_tokens']:,} supervised tokens).{start}{best}",
     ]
     if result["validation"]:
-        names = {"base": "base", "start": "with the adapter it began with", "validation": "with this adapter"}
-        scores = {name: result[key] for key, name in names.items() if result[key]}
+        scores = {label: result[key] for key, label in SCORES.items() if result[key]}
         rows = (f"| {name} | {score['loss']:.4f} | {score['perplexity']:.2f} |" for name, score in scores.items())
         paragraphs.append("\n".join(("| validation | loss | perplexity |", "|---|---|---|", *rows)))
     load = "model = AutoPeftModelForCausalLM.from_pretrained(path_of_this_folder)"
