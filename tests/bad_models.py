@@ -83,6 +83,16 @@ def model_of_permuted_text(w: World) -> Arguments:
     return w.train({"model.name_or_path": "model", "adapter.target_modules": "all-linear", "adapter.r": 2})
 
 
+@case("model/config.json: a model of type 'reformer' passes no gradient to adapters", "another type")
+def model_of_reversible_layers(w: World) -> Arguments:
+    from transformers import ReformerConfig, ReformerModelWithLMHead
+
+    sizes = {"hidden_size": 8, "feed_forward_size": 8, "num_attention_heads": 2, "attention_head_size": 4}
+    rest = {"is_decoder": True, "attn_layers": ["local"], "axial_pos_embds": False, "max_position_embeddings": 128}
+    ReformerModelWithLMHead(ReformerConfig(vocab_size=400, **sizes, **rest)).save_pretrained(w.root / w.model())
+    return w.train({"model.name_or_path": "model", "adapter.target_modules": "all-linear", "adapter.r": 2})
+
+
 @case("a model of type 'llama' sees the tokens", "is_causal: false")
 def model_for_embeddings(w: World) -> Arguments:
     w.edit_json(w.model("llama") / "config.json", is_causal=False)

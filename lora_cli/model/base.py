@@ -90,6 +90,15 @@ def check_causal(config: PreTrainedConfig) -> None:
         raise UserError(what, where, "lora trains only models that generate text")
 
 
+def check_trainable(config: PreTrainedConfig) -> None:
+    """Raises UserError for a Reformer, whose reversible layers compute gradients only if their input, the embeddings,
+    needs some too."""
+    if config.model_type == "reformer":
+        where = str(Path(config.name_or_path or "") / "config.json")
+        what = "a model of type 'reformer' passes no gradient to adapters on frozen embeddings"
+        raise UserError(what, where, "train a model of another type")
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises UserError when it is missing or unusable."""
     check_tokenizer(folder)

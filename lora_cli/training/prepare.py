@@ -84,11 +84,19 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     unread = _check_without_torch(recipe, folder, resume, overwrite)
 
     from lora_cli.data.examples import check_ids
-    from lora_cli.model.base import check_causal, load_config, load_tokenizer, max_positions, meta_model
+    from lora_cli.model.base import (
+        check_causal,
+        check_trainable,
+        load_config,
+        load_tokenizer,
+        max_positions,
+        meta_model,
+    )
 
     base = _base_with_weights(recipe)
     config = load_config(base)
     check_causal(config)
+    check_trainable(config)
     tokenizer = load_tokenizer(base)
     bare = meta_model(config)
     targets = _targets(recipe, base, config, bare)
