@@ -16,13 +16,14 @@ from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.data.batches import Batch, Schedule, collate
 from lora_cli.data.examples import Store, end_to_end
 from lora_cli.evaluation.compare import compare
 from lora_cli.evaluation.head import Head, LinearCrossEntropy, frozen_head
-from lora_cli.evaluation.loss import evaluating, evaluation_groups, summed_loss
+from lora_cli.evaluation.loss import evaluating, evaluation_groups, packed_row_arguments, summed_loss
 from lora_cli.evaluation.packing import enable_packing
 from lora_cli.model.adapters import adapt
 from lora_cli.model.base import longrope_bounds
@@ -739,6 +740,42 @@ def test_on_a_gpu_only_flash_attention_is_given_groups(
         q, k, v = (torch.empty(1, count, 6, width, dtype=dtype, device="cuda") for count in (4, 2, 2))
         _fused(q, k, v, 1.0, None, 0.0, None)
     assert heads == [groups]
+
+
+def test_attention_of_mixed_dtypes_is_computed_in_autocasts() -> None:
+    """On a GPU, a 4-bit key projection with DoRA returns float32, an unadapted query projection 16 bits."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 9, 8).bfloat16() for heads in (4, 2, 2))
+    starts = torch.tensor([0, 4, 9], dtype=torch.int32)
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        parts = [each.detach().to(own).requires_grad_() for each, own in ((q, q.dtype), (k, dtype), (v, dtype))]
+        with torch.autocast("cpu", torch.bfloat16):
+            result, _ = attend_by_rows(nn.Module(), *parts, None, cu_seq_lens_q=starts)
+        result.float().square().sum().backward()
+        found.append([result, *(each.grad.bfloat16() for each in parts)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_row_lengths_are_read_once_for_all_layers() -> None:
+    """Each read would make the host wait for the GPU."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func is torch.ops.aten.sub.Tensor and args[0].dtype == torch.int32
+            return func(*args, **(kwargs or {}))
+
+    model = build("Llama", GROUPED)
+    assert enable_packing(model, "auto")
+    starts = torch.tensor([0, *np.cumsum(ROW_LENGTHS)], dtype=torch.int32)
+    places = torch.cat([torch.arange(length) for length in ROW_LENGTHS])[None]
+    with Reads() as reads:
+        model(input_ids=places, **packed_row_arguments(places, starts, max(ROW_LENGTHS)))
+    assert model.config.num_hidden_layers == 2
+    assert reads.count == 1
 
 
 @pytest.mark.parametrize("window", [None, 100, 700])

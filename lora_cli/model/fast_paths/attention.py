@@ -25,6 +25,8 @@ ROWS = "rows"
 ROWS_ALONE = "rows_alone"
 """The name for all later batches. No mask function is registered for it, so that Transformers makes no masks: to make
 them, it would inspect each batch's position ids and wait for the GPU."""
+LENGTHS = "lora_row_lengths"
+"""The attribute of a batch's row boundaries that holds the rows' lengths once they were read."""
 
 
 def attend_by_rows(
@@ -64,17 +66,29 @@ def attend_by_rows(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
         )
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # as for torch's own attention; DoRA over quantized layers returns float32
+        query, key, value = (each.to(torch.get_autocast_dtype(device)) for each in (query, key, value))
     is_plain = not dropout and s_aux is None
     if cu_seq_lens_q is not None and is_plain and _has_flash(query, value):
         assert max_length_q is not None
         return _varlen_attention(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
-    lengths = [query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
+    lengths = [query.shape[2]] if cu_seq_lens_q is None else _lengths(cu_seq_lens_q)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and is_plain:
+    if device == "cpu" and query.dtype == torch.bfloat16 and is_plain:
         attended = RowProducts.apply(query, key, value, tuple(lengths), scale, sliding_window)  # type: ignore[no-untyped-call]
         return cast("torch.Tensor", attended), None
     rows = zip(*(torch.split(part, lengths, dim=2) for part in (query, key, value)), strict=True)
     return torch.cat([_fused(q, k, v, scale, sliding_window, dropout, s_aux) for q, k, v in rows], dim=1), None
+
+
+def _lengths(starts: torch.Tensor) -> list[int]:
+    """The lengths of the rows with these boundaries. They are read once for all layers: a read waits for the GPU."""
+    lengths: list[int] | None = getattr(starts, LENGTHS, None)
+    if lengths is None:
+        lengths = starts.diff().tolist()
+        setattr(starts, LENGTHS, lengths)
+    return lengths
 
 
 def _has_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
