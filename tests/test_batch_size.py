@@ -166,9 +166,9 @@ def test_the_fullest_batch() -> None:
     import numpy as np
 
     assert divisors(12) == [12, 6, 4, 3, 2, 1]
-    lengths = np.array([3, 9, 5, 9, 1])
-    assert longest_batch(lengths, 3, 9, packing=False).tolist() == [1, 3, 2]
-    assert longest_batch(lengths, 2, 9, packing=True).tolist() == [1, 3]
+    lengths, supervised = np.array([3, 9, 5, 9, 9, 1]), np.array([3, 2, 5, 8, 4, 1])
+    assert longest_batch(lengths, supervised, 4, 9, packing=False).tolist() == [3, 4, 1, 2]
+    assert longest_batch(lengths, supervised, 2, 9, packing=True).tolist() == [3, 4]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a trial needs a GPU")

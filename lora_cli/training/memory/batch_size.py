@@ -32,8 +32,8 @@ from lora_cli.training.run.same_run import with_batch_size
 Fits = Callable[[int, bool], bool]
 """Whether a batch of this many rows fits, with recomputed activations (True) or without."""
 
-OPTIMIZER_BYTES = 8
-"""Upper bound of optimizer state per trained parameter: two moments in float32."""
+KEPT_BYTES = 12
+"""Upper bound of what a trained parameter keeps between two batches of a step: gradient and two moments in float32."""
 
 
 def resolve_batch_size(
@@ -98,8 +98,9 @@ def _by_trial(job: Prepared, accelerator: Accelerator, model: PeftModel, head: H
     def fits(count: int, checkpointing: bool) -> bool:
         if checkpointing:
             recompute_activations(model)
-        rows = longest_batch(job.train.examples.lengths, count, job.max_length, packing)
-        batch = collate(job.train.examples, rows, packing, pad_token_id(job.tokenizer))
+        examples = job.train.examples
+        rows = longest_batch(examples.lengths, examples.supervised_per_row, count, job.max_length, packing)
+        batch = collate(examples, rows, packing, pad_token_id(job.tokenizer))
         ran = _runs(accelerator, model, head, batch)
         model.zero_grad()
         clear_device_cache(garbage_collection=True)
@@ -108,9 +109,10 @@ def _by_trial(job: Prepared, accelerator: Accelerator, model: PeftModel, head: H
     return fits
 
 
-def longest_batch(lengths: Ints, count: int, max_length: int, packing: bool) -> Ints:
-    """Return the rows of the fullest batch: ``count`` rows, or packed to ``count * max_length`` tokens."""
-    order = np.argsort(-lengths, kind="stable")
+def longest_batch(lengths: Ints, supervised: Ints, count: int, max_length: int, packing: bool) -> Ints:
+    """Return the rows of the fullest batch: ``count`` rows, or packed to ``count * max_length`` tokens. Of rows of one
+    length, those with the most supervised tokens come first: the output layer runs on these."""
+    order = np.lexsort((-supervised, -lengths))
     return pack_first_fit(order, lengths, count * max_length)[0] if packing else order[:count]
 
 
@@ -118,12 +120,12 @@ def _runs(accelerator: Accelerator, model: PeftModel, head: Head | None, batch: 
     device, trained = accelerator.device, sum(weight.numel() for _, weight in trainable_parameters(model))
     model.train()
     try:
-        kept_for_the_optimizer = torch.empty(OPTIMIZER_BYTES * trained, dtype=torch.uint8, device=device)
+        kept = torch.empty(KEPT_BYTES * trained, dtype=torch.uint8, device=device)
         with torch.random.fork_rng([device]):
             with accelerator.autocast():
                 loss = summed_loss(model, batch.to(device), head)
             torch.autograd.backward(loss)
-        del kept_for_the_optimizer
+        del kept
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
