@@ -244,6 +244,28 @@ def test_shards_compute_in_16_bits_what_one_process_does(recipe: Callable[..., P
     assert run_of(shared).column("grad_norm") == pytest.approx(run_of(alone).column("grad_norm"), rel=1e-6)
 
 
+def test_shards_of_a_text_model_whose_vision_tower_transformers_names(
+    recipe: Callable[..., Path], lora: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    mixer = {f"linear_num_{kind}_heads": 2 for kind in ("key", "value")}
+    mixer |= {f"linear_{kind}_head_dim": 8 for kind in ("key", "value")}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 128}
+    layers = {"layer_types": ["linear_attention", "full_attention"], "vocab_size": len(tokenizer)}
+    Qwen3_5ForCausalLM(Qwen3_5TextConfig(**sizes, **heads, **mixer, **layers)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    changes = {"model.name_or_path": str(tmp_path / "base"), "training.max_steps": 3, "training.num_train_epochs": ...}
+    alone, shared = recipe(changes), recipe(changes | TWO | {"training.fsdp": True})
+    done(lora("train", alone))
+    for process in fork_lora(["train", shared], ["train", shared]):
+        done(process)
+    assert_same_numbers(run_of(shared), run_of(alone))
+
+
 FLOAT16 = """
 import torch
 from lora_cli.training import setup

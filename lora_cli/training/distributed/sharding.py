@@ -96,6 +96,8 @@ def prepare_model(
     """Return model and optimizer as Accelerate distributes them over the processes."""
     if dtype != torch.float32 and (is_zero(accelerator) or is_sharded(accelerator)):  # else Accelerate does this itself
         model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)  # type: ignore[method-assign]
+    if is_sharded(accelerator) and not is_zero(accelerator):
+        _name_layers_to_wrap(accelerator.state.fsdp_plugin, model)
     if not is_zero(accelerator):
         prepared: tuple[torch.nn.Module, Optimizer] = accelerator.prepare(model, optimizer)
         return prepared
@@ -138,6 +140,16 @@ def _fsdp_plugin(training: Training) -> FullyShardedDataParallelPlugin | None:
         cpu_ram_efficient_loading=False,
         **options,
     )
+
+
+def _name_layers_to_wrap(plugin: FullyShardedDataParallelPlugin, model: PeftModel) -> None:
+    """Let the plugin wrap the layer classes that Transformers names for this architecture, unless it has names already.
+
+    Of these, a text model may lack some, such as Qwen3.5 the vision tower's, for which Accelerate raises ValueError.
+    """
+    if plugin.transformer_cls_names_to_wrap is None:
+        present = {type(module).__name__ for module in model.modules()}
+        plugin.transformer_cls_names_to_wrap = sorted(present.intersection(model._no_split_modules or ()))
 
 
 def _shard_on_cpu(
