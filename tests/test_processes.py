@@ -266,6 +266,27 @@ def test_shards_of_a_text_model_whose_vision_tower_transformers_names(
     assert_same_numbers(run_of(shared), run_of(alone))
 
 
+def test_shards_of_adapted_layers_outside_the_repeated_ones(
+    recipe: Callable[..., Path], lora: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    """The gradient of what only the outermost shards hold, such as OPT's projections of the embedding."""
+    import torch
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "dropout": 0.0}
+    sizes |= {"word_embed_proj_dim": 16, "max_position_embeddings": 128, "vocab_size": len(tokenizer)}
+    OPTForCausalLM(OPTConfig(**sizes, pad_token_id=tokenizer.pad_token_id)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    changes = {"model.name_or_path": str(tmp_path / "base"), "adapter.target_modules": "all-linear"}
+    changes |= {"training.max_steps": 3, "training.num_train_epochs": ...}
+    alone, shared = recipe(changes), recipe(changes | TWO | {"training.fsdp": True})
+    done(lora("train", alone))
+    for process in fork_lora(["train", shared], ["train", shared]):
+        done(process)
+    assert_same_numbers(run_of(shared), run_of(alone))
+
+
 FLOAT16 = """
 import torch
 from lora_cli.training import setup

@@ -6,7 +6,8 @@ layer runs unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn.functional import pad
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lora_cli.model.fast_paths.shapes import rounded_size
@@ -71,17 +71,25 @@ class Head:
             ]
         return torch.stack(losses).sum()
 
-    def intercept_input(self, use: Callable[[torch.Tensor], None]) -> RemovableHandle:
-        """A context in which a forward pass hands this layer's input to ``use`` and returns empty logits.
+    @contextmanager
+    def intercept_input(self, use: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+        """A context in which a forward pass hands this layer's input to ``use`` and returns empty logits. They depend
+        on the loss that ``use`` may return, since sharded weights expect the backward pass to start at the logits.
 
         ``use`` is called during the pass: after it, sharded weights are no longer gathered.
         """
+        losses: list[torch.Tensor | None] = []
 
         def take(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            use(inputs[0])
+            losses.append(use(inputs[0]))
             return (inputs[0][:, :0].detach(), *inputs[1:])  # with a gradient, autograd would save the layer's weight
 
-        return self.module.register_forward_pre_hook(take)
+        def depend_on_loss(_: nn.Module, __: Any, logits: torch.Tensor) -> torch.Tensor:
+            loss = losses.pop()
+            return logits if loss is None else logits + loss
+
+        with self.module.register_forward_pre_hook(take), self.module.register_forward_hook(depend_on_loss):
+            yield
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -50,9 +50,12 @@ def summed_loss(
     losses: list[torch.Tensor] = []
     aside: AbstractContextManager[object] = nullcontext()
     if head is not None:
-        aside = head.intercept_input(
-            lambda hidden: losses.append(head.summed_loss(_predicting(batch, hidden), batch.targets))
-        )
+
+        def keep_loss(hidden: torch.Tensor) -> torch.Tensor:
+            losses.append(head.summed_loss(_predicting(batch, hidden), batch.targets))
+            return losses[0]
+
+        aside = head.intercept_input(keep_loss)
     with aside, below.skipped_with(batch.hidden) if below is not None and batch.hidden is not None else nullcontext():
         output = model(
             input_ids=batch.input_ids,
@@ -60,7 +63,7 @@ def summed_loss(
             use_cache=False,
             **row_boundary_arguments(batch),
         )
-    if losses:  # empty logits sum to 0, but let the backward pass start where sharded weights expect it to
+    if losses:  # empty logits sum to 0, but let the backward pass start at them, as sharded weights expect it to
         loss: torch.Tensor = losses[0] + output.logits.sum()
         return loss
     return cross_entropy(_predicting(batch, output.logits).float(), batch.targets, reduction="sum")

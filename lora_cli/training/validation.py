@@ -11,6 +11,7 @@ from lora_cli.errors import pluralize
 from lora_cli.evaluation.loss import Score, mean_score, tally_loss
 from lora_cli.training import hidden_states
 from lora_cli.training.distributed.processes import own_share
+from lora_cli.training.distributed.sharding import reshard
 from lora_cli.training.interrupt import stopped_after
 from lora_cli.training.metrics import Clock, log_score
 from lora_cli.training.nonfinite import check_finite
@@ -28,6 +29,7 @@ def evaluate_start(trainer: Trainer) -> Progress:
     trainer.display.note(f"measuring the base on {rows}")
     with unwrap(trainer).disable_adapter():
         base = start = _score_at_start(trainer, "loss_of_the_base")
+        reshard(trainer.model)
     if trainer.job.start:
         trainer.display.note(f"measuring the adapter of init_from on {rows}")
         start = _score_at_start(trainer, "loss_with_the_starting_adapter")

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 from peft import PeftModel
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.optim import Optimizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -122,6 +122,13 @@ def clip_gradient(
         return optimizer.gradient_norm().to(accelerator.device)
     accelerator.unscale_gradients()  # Accelerate's clipping does it twice for shards; float16's scaler refuses that
     return full_tensor(torch.nn.utils.clip_grad_norm_(weights, norm)).to(accelerator.device)
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Shard again what FSDP leaves gathered after a forward pass: the weights outside the repeated layers. PEFT changes
+    ``requires_grad`` on the tensors that a layer has at the moment, and the gathered ones are others."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def _fsdp_plugin(training: Training) -> FullyShardedDataParallelPlugin | None:
