@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Zamba2Config
 
+from lora_cli.errors import SecondaryError
 from lora_cli.training import loop, proof
 from lora_cli.training.proof import digests, prove
 
@@ -229,6 +230,13 @@ def test_an_update_that_16_bits_do_not_show_is_held_against_its_file_enlarged(
 def test_a_second_step_learns_behind_a_warmup_of_one(train: Callable[..., Run]) -> None:
     run = train({"training.warmup_steps": 1, "training.max_steps": 2})
     assert run.column("learning_rate") == [0.0, 0.005]
+
+
+def test_what_a_follower_can_no_longer_read_has_its_cause_elsewhere(tmp_path: Path) -> None:
+    """The first process removes what it could not prove, perhaps while another one opens it."""
+    for read in (load_file, lambda path: torch.UntypedStorage.from_file(str(path), False, 8)):
+        with pytest.raises(SecondaryError, match="could not be verified"), loop.follower_errors():
+            read(tmp_path / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -173,7 +173,7 @@ def follower_errors() -> Iterator[None]:
     """For processes that do not write: raise SecondaryError for a failure, whose cause the first process reports."""
     try:
         yield
-    except (RunError, OSError, SafetensorError) as error:
+    except (RunError, OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch maps a removed file
         raise SecondaryError(f"the adapter could not be verified: {error}") from error
 
 
