@@ -23,7 +23,6 @@ from lora_cli.system.disk import make_folder
 from lora_cli.system.folders import atomic_folder, clear_drafts, entries, mark_for_removal
 from lora_cli.system.memory import is_out_of_memory
 from lora_cli.training.distributed.processes import fill_parameter, full_tensor, shape_of, sharded_like
-from lora_cli.training.optimizer import state_shapes
 from lora_cli.weights.files.fingerprint import file_sha256
 from lora_cli.weights.files.shards import read_headers
 
@@ -246,6 +245,8 @@ def _check_entry(
 ) -> None:
     """Raises ValueError when a parameter's part of the optimizer's state is not complete or of other shapes: not all
     optimizers check this themselves, and one would write beyond a smaller tensor."""
+    from lora_cli.training.optimizer import state_shapes  # imports bitsandbytes, which the launcher does without
+
     for key, wanted in state_shapes(optimizer, shape_of(parameter)).items():
         what = f"the optimizer's {key} of {name}"
         if key not in entry:
