@@ -269,7 +269,8 @@ def test_shards_of_a_text_model_whose_vision_tower_transformers_names(
 def test_shards_of_adapted_layers_outside_the_repeated_ones(
     recipe: Callable[..., Path], lora: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """The gradient of what only the outermost shards hold, such as OPT's projections of the embedding."""
+    """What only the outermost shards hold, such as OPT's projections of the embedding: its gradient, and the best
+    step's weights, with which the adapter is verified."""
     import torch
     from transformers import OPTConfig, OPTForCausalLM
 
@@ -281,10 +282,14 @@ def test_shards_of_adapted_layers_outside_the_repeated_ones(
     changes = {"model.name_or_path": str(tmp_path / "base"), "adapter.target_modules": "all-linear"}
     changes |= {"training.max_steps": 3, "training.num_train_epochs": ...}
     alone, shared = recipe(changes), recipe(changes | TWO | {"training.fsdp": True})
+    diverging = {"training.load_best_model_at_end": True, "training.eval_steps": 1, "training.learning_rate": 1.0}
+    best = recipe(changes | TWO | {"training.fsdp": True, "training.warmup_steps": 0} | diverging)
     done(lora("train", alone))
-    for process in fork_lora(["train", shared], ["train", shared]):
-        done(process)
+    for each in (shared, best):
+        for process in fork_lora(["train", each], ["train", each]):
+            done(process)
     assert_same_numbers(run_of(shared), run_of(alone))
+    assert run_of(best).info["result"]["adapter_step"] < 3, "the best step is an earlier one"
 
 
 FLOAT16 = """
@@ -315,11 +320,13 @@ def test_shards_in_float16(recipe: Callable[..., Path], lora: Any) -> None:
     assert found.column("grad_norm") == pytest.approx(wanted.column("grad_norm"), rel=1e-2)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(("version", "reshards"), [(1, True), (2, True), (2, False)])
 def test_shards_by_the_launchers_own_configuration(
-    version: int, recipe: Callable[..., Path], lora: Any, tmp_path: Path
+    version: int, reshards: bool, recipe: Callable[..., Path], lora: Any, tmp_path: Path
 ) -> None:
     fsdp = {"fsdp_version": version, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    if not reshards:
+        fsdp["fsdp_reshard_after_forward"] = False
     usual = {"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no", "use_cpu": False, "num_processes": 2}
     configuration = tmp_path / "accelerate.yaml"
     configuration.write_text(json.dumps(usual | {"distributed_type": "FSDP", "fsdp_config": fsdp}))

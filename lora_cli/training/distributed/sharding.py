@@ -34,8 +34,8 @@ CONFIGURATION = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", 
 def make_accelerator(training: Training, dtype: torch.dtype) -> Accelerator:
     """Create the Accelerator that the recipe, or else a launcher's own configuration, asks for.
 
-    Raises UserError for a launcher's configuration that Accelerate refuses, for a device that is not there, and for
-    FSDP 1, whose flat parameters hide which tensors are the adapter's.
+    Raises UserError for a launcher's configuration that Accelerate refuses, for a kind of device that is not there,
+    and for FSDP 1, whose flat parameters hide which tensors are the adapter's.
     """
     with _launcher_configuration():
         plugins = {"fsdp_plugin": _fsdp_plugin(training), "deepspeed_plugin": zero_plugin(training)}
@@ -125,10 +125,14 @@ def clip_gradient(
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Shard again what FSDP leaves gathered after a forward pass: the weights outside the repeated layers. PEFT changes
-    ``requires_grad`` on the tensors that a layer has at the moment, and the gathered ones are others."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    """Shard again what FSDP leaves gathered after a forward pass, by default the weights outside the repeated layers.
+
+    What changes sharded weights does not change the gathered copies that the next forward pass would use, and PEFT
+    changes ``requires_grad`` on those tensors that a layer has at the moment.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _fsdp_plugin(training: Training) -> FullyShardedDataParallelPlugin | None:
