@@ -174,6 +174,8 @@ def follower_errors() -> Iterator[None]:
     try:
         yield
     except (RunError, OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch maps a removed file
+        if isinstance(error, RuntimeError) and (is_out_of_memory(error) or is_broken_connection(error)):
+            raise
         raise SecondaryError(f"the adapter could not be verified: {error}") from error
 
 
