@@ -240,8 +240,7 @@ def model_card(recipe: Recipe, config: LoraConfig, info: dict[str, Any]) -> str:
     start = best = ""
     if recipe.adapter.init_from is not None:
         digest = info["init_from"]["fingerprint"][:16]
-        folder = Path(info["init_from"]["name_or_path"])
-        name = (folder.parent if folder.name == "adapter" else folder).name  # without a path, as for a base in a folder
+        name = Path(recipe.adapter.init_from).name  # a path may name the user
         start = f" Training began with the adapter `{name}` (SHA-256 `{digest}`)."
     if result["adapter_step"] != result["steps"]:
         best = f" The weights are those of step {result['adapter_step']:,}, which had the lowest validation loss."
