@@ -29,6 +29,11 @@ UNMERGEABLE = {
     "monteclora_config": "samples its factors at random",
 }
 """Configuration keys of LoRA variants whose update is not a fixed product of two factors, and what each does."""
+SETTINGS = tuple(
+    f"{name}_config"
+    for name in ("arrow", "corda", "eva", "kasa", "loftq", "lora_ga", "megatron", "monteclora", "velora")
+)
+"""Keys of further settings of LoRA variants, which are objects or null."""
 KEPT_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Values of ``init_lora_weights`` that leave the base's weights unchanged."""
 REPEATABLE_INITS = ("pissa", "olora")
@@ -125,7 +130,7 @@ def config_faults(config: Mapping[str, Any], where: str) -> Iterator[Fault]:
             yield Fault(f"{key} is {value!r}, expected a number from 0 to 1", where)
         elif key == "alora_invocation_tokens" and not (value is None or _is_ids(value)):
             yield Fault(f"{key} is {value!r}, expected ids of tokens, or null", where)
-        elif key.endswith("_config") and not (value is None or isinstance(value, dict)):
+        elif key in SETTINGS and not (value is None or isinstance(value, dict)):
             yield Fault(f"{key} is {value!r}, expected settings by name, or null", where)
     if config.get("bias", "none") not in BIASES:
         yield Fault(f"bias is {config['bias']!r}, expected one of {', '.join(BIASES)}", where)
