@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO (arXiv:1910.02054) behind the interface of torch's own optimizers.
 
 DeepSpeed keeps optimizer state, and in stage 3 weights, as flat partitions on each process. Here they are gathered and
-filled by parameter, so that checkpoints and adapters are the same as without DeepSpeed,
-which is imported in functions, since it need not be installed.
+filled by parameter, so that checkpoints and adapters are the same as without DeepSpeed. It is imported in functions,
+since it need not be installed.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def _by_trial(job: Prepared, accelerator: Accelerator, model: PeftModel, head: H
 
 
 def longest_batch(lengths: Ints, supervised: Ints, count: int, max_length: int, packing: bool) -> Ints:
-    """Return the rows of the fullest batch: ``count`` rows, or packed to ``count * max_length`` tokens. Of rows of one
+    """Return the rows of the longest batch: ``count`` rows, or packed to ``count * max_length`` tokens. Of rows of one
     length, those with the most supervised tokens come first: the output layer runs on these."""
     order = np.lexsort((-supervised, -lengths))
     return pack_first_fit(order, lengths, count * max_length)[0] if packing else order[:count]
