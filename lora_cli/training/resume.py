@@ -7,7 +7,6 @@ from typing import Any
 from lora_cli.errors import RunError, UserError
 from lora_cli.recipe.schema import Training
 from lora_cli.training.distributed.processes import broadcast_from_first
-from lora_cli.training.distributed.sharding import reshard
 from lora_cli.training.run import checkpoint
 from lora_cli.training.run.checkpoint import Progress, State
 from lora_cli.training.trainer import Trainer
@@ -135,6 +134,5 @@ def choose_weights(trainer: Trainer, progress: Progress) -> int:
         what = "the best step's checkpoint is missing or damaged; no adapter was written, the others are kept"
         raise RunError(what, str(path), TAKE_THE_LAST)
     checkpoint.restore_weights(state, trainer.trained)
-    reshard(trainer.model)
     trainer.display.note(f"the adapter has the weights of step {best}, the best")
     return best

@@ -29,7 +29,6 @@ def evaluate_start(trainer: Trainer) -> Progress:
     trainer.display.note(f"measuring the base on {rows}")
     with unwrap(trainer).disable_adapter():
         base = start = _score_at_start(trainer, "loss_of_the_base")
-        reshard(trainer.model)
     if trainer.job.start:
         trainer.display.note(f"measuring the adapter of init_from on {rows}")
         start = _score_at_start(trainer, "loss_with_the_starting_adapter")
@@ -92,6 +91,7 @@ def validate(trainer: Trainer) -> Score | None:
                 return
 
     tally = tally_loss(trainer.model, batches(), trainer.accelerator.device, trainer.head, trainer.below)
+    reshard(trainer.model)
     return None if asked_to_stop else mean_score(trainer.accelerator.reduce(tally))
 
 
