@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_cli.display import format_steps
 from lora_cli.errors import pluralize
-from lora_cli.training.record import SCORES
+from lora_cli.training.record import labelled_scores
 from lora_cli.training.run.run_folder import RunFolder, write_atomic
 
 STYLE = (
@@ -56,8 +56,7 @@ def write_report(folder: RunFolder) -> None:
 def _scores(result: dict[str, Any]) -> str:
     rows = [
         [label, f"{score['loss']:.4f}", f"{score['perplexity']:.2f}", f"{score['tokens']:,}"]
-        for label, score in ((label, result[key]) for key, label in SCORES.items())
-        if score
+        for label, score in labelled_scores(result).items()
     ]
     if not rows:
         return "<p>No validation rows were given.</p>"

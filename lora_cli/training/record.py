@@ -32,7 +32,7 @@ from lora_cli.weights.adapter.catalogue import VARIANTS
 from lora_cli.weights.adapter.provenance import PROVENANCE, base_record, now, versions
 
 SCORES = {"base": "base", "start": "with the adapter of init_from", "validation": "with adapter"}
-"""The scores in a run's result, in the order in which they are shown, each with its label."""
+"""The scores that a run's result may have, in the order in which they are shown, each with its label."""
 
 
 def report_setup(trainer: Trainer) -> None:
@@ -227,6 +227,11 @@ def write_adapter(trainer: Trainer, folder: Path, weights: Mapping[str, torch.Te
     (folder / "README.md").write_text(model_card(recipe, config, info), encoding="utf-8")
 
 
+def labelled_scores(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the validation scores in a run's result, in the order in which they are shown, by label."""
+    return {label: result[key] for key, label in SCORES.items() if result[key]}
+
+
 def model_card(recipe: Recipe, config: LoraConfig, info: dict[str, Any]) -> str:
     """Return the adapter's README.md: its settings, its training data and its validation scores. ``config`` is PEFT's,
     which may have other ranks for some layers than the recipe, if training began with another adapter."""
@@ -255,8 +260,8 @@ def model_card(recipe: Recipe, config: LoraConfig, info: dict[str, Any]) -> str:
         f"({data['supervised_tokens']:,} supervised tokens).{start}{best}",
     ]
     if result["validation"]:
-        scores = {label: result[key] for key, label in SCORES.items() if result[key]}
-        rows = (f"| {name} | {score['loss']:.4f} | {score['perplexity']:.2f} |" for name, score in scores.items())
+        scores = labelled_scores(result)
+        rows = (f"| {label} | {score['loss']:.4f} | {score['perplexity']:.2f} |" for label, score in scores.items())
         paragraphs.append("\n".join(("| validation | loss | perplexity |", "|---|---|---|", *rows)))
     load = "model = AutoPeftModelForCausalLM.from_pretrained(path_of_this_folder)"
     paragraphs.append(f"```python\nfrom peft import AutoPeftModelForCausalLM\n{load}\n```\n")
