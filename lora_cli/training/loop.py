@@ -173,8 +173,8 @@ def follower_errors() -> Iterator[None]:
     """For processes that do not write: raise SecondaryError for a failure, whose cause the first process reports."""
     try:
         yield
-    except (RunError, OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch maps a removed file
-        if isinstance(error, RuntimeError) and (is_out_of_memory(error) or is_broken_connection(error)):
+    except (RunError, OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "unable to open file" not in str(error):  # torch's for a removed file
             raise
         raise SecondaryError(f"the adapter could not be verified: {error}") from error
 
