@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ IRRELEVANT_KEYS = {"architectures", "auto_map", "dtype", "torch_dtype", "transfo
 
 def fingerprint(folder: Path) -> str:
     """Return the SHA-256 over the keys of config.json that affect outputs, and over every tensor's name, dtype, shape
-    and XXH3 digest, sorted by name. All bytes are read, at gigabytes a second.
+    and XXH3 digest, sorted by name. All bytes are read, at gigabytes a second; once, while the files stay as they are.
 
     The result does not depend on how tensors are split into shards. It detects accidental changes, not contrived ones.
     Raises UserError for a folder without a configuration or complete safetensors files, RunError when reading fails.
     """
     stored = sorted(model_headers(folder).items())
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(_digest, (info for _, info in stored))
+        digests = pool.map(_digest, (info for _, info in stored), (_state(info.file) for _, info in stored))
         tensors = [[name, info.dtype, info.shape, digest] for (name, info), digest in zip(stored, digests, strict=True)]
     stated = json.dumps([_relevant(read_config(folder)), tensors], sort_keys=True)
     return hashlib.sha256(stated.encode()).hexdigest()
@@ -41,7 +42,16 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _digest(info: TensorInfo) -> str:
+def _state(file: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    with reading(file):
+        found = file.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+@cache  # several adapters of one merge have the same base
+def _digest(info: TensorInfo, state: tuple[int, ...]) -> str:
+    """A tensor's XXH3 digest, of its file in this ``state``."""
     digest = xxh3_128()
     with reading(info.file), info.file.open("rb") as file:
         file.seek(info.start)
