@@ -28,6 +28,11 @@ def merge_under_a_file(w: World) -> Arguments:
     return ["merge", w.run(), "--out", "file/out"]
 
 
+@case("--data is for verifying, which --no-verify turns off", "leave one of them out")
+def merge_unverified_with_data(w: World) -> Arguments:
+    return ["merge", w.run(), "--out", "out", "--no-verify", "--data", w.rows(ROW)]
+
+
 @case("--skip c_atn", "did you mean 'c_attn'")
 def quantize_but_for_an_unknown_layer(w: World) -> Arguments:
     return ["quantize", w.run(), "--out", "out", "--skip", "c_atn"]

@@ -283,6 +283,11 @@ def two_variables_that_only_sound_like_secrets(w: World) -> Arguments:
     return w.train({"model.name_or_path": "${MAX_TOKENS}", "training.output_dir": "${KEYBOARD}"})
 
 
+@case("model.attn_implementation: flash_attention_2 is not installed", "install one of flash_attn", "leave it at auto")
+def attention_of_a_package_that_is_not_installed(w: World) -> Arguments:
+    return w.train({"model.attn_implementation": "flash_attention_2"})
+
+
 @case("model.attn_implementation: flex_attention", "leave it at auto")
 def attention_that_neither_the_model_nor_a_cpu_has(w: World) -> Arguments:
     return w.train({"model.attn_implementation": "flex_attention"})

@@ -323,6 +323,23 @@ def chat_with_a_users_reasoning(w: World) -> Arguments:
     return chat(w, [{"role": "user", "content": "Hi", "weight": 1, "reasoning_content": "Hm."}, turn])
 
 
+@case("rows.jsonl:2", "messages[1]", "the turn's text holds half a character", "\\ud800")
+def chat_with_a_lone_surrogate(w: World) -> Arguments:
+    return chat(w, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "half \ud83d"}])
+
+
+@case("rows.jsonl:2", "messages[0]", "the text of a part of the turn is null or missing", "only text is read")
+def chat_with_a_part_without_text(w: World) -> Arguments:
+    return chat(w, [{"role": "user", "content": [{"type": "text"}]}, {"role": "assistant", "content": "Yes."}])
+
+
+@case("rows.jsonl:2", "messages[0]", "the text of a part of the turn is a number")
+def chat_with_a_part_that_is_no_text(w: World) -> Arguments:
+    return chat(
+        w, [{"role": "user", "content": [{"type": "text", "text": 7}]}, {"role": "assistant", "content": "Yes."}]
+    )
+
+
 @case("rows.jsonl:2", "messages[1].thinking: the turn's text is a number")
 def chat_with_reasoning_that_is_no_text(w: World) -> Arguments:
     turn = {"role": "assistant", "content": "Yes.", "thinking": 7}

@@ -268,6 +268,25 @@ def extract_of_another_shape(w: World) -> Arguments:
     return extract()
 
 
+@case(
+    "tensor transformer.h.0.mlp.c_fc.weight has shape [64, 128], the base's [64, 256]", "tuned", "made from this base"
+)
+def extract_of_a_narrower_model(w: World) -> Arguments:
+    w.model(name="base")
+    w.model(name="tuned")
+    w.edit_json("tuned/config.json", n_inner=128)
+
+    def cut(tensors: dict[str, Any]) -> None:
+        for name, tensor in tensors.items():
+            if ".mlp.c_fc." in name:
+                tensors[name] = tensor[..., :128]
+            elif name.endswith(".mlp.c_proj.weight"):
+                tensors[name] = tensor[:128]
+
+    w.tensors("tuned/model.safetensors", cut)
+    return extract()
+
+
 @case("tuned/model.safetensors", "h.0.attn.c_attn.weight holds NaN or infinity")
 def extract_of_a_nan(w: World) -> Arguments:
     w.model(name="base")

@@ -107,6 +107,18 @@ def test_a_share_of_rows_with_copies_leaks(write_recipe: Any, tmp_path: Path, lo
     assert "2 validation rows are in the training rows too" in result.stderr
 
 
+def test_an_answer_that_another_turn_follows_without_an_end_is_reported(
+    tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any, no_curves: None
+) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    (base / "chat_template.jinja").write_text(ENDLESS)
+    rows = write_rows(tmp_path / "rows.jsonl", [chat("Hi", "Hello"), chat("Hi", "Hello", "Bye")])
+    changes = {"model.name_or_path": base, "data.train": rows, "data.format": "chat", "training.max_steps": 1}
+    told = " ".join(done(lora("train", write_recipe(changes))).stderr.split())
+    assert "of 2 training rows 1 have their end supervised" in told
+    assert "warning: in 1 whole row the end of the last answer is not supervised" in told
+
+
 def test_rows_that_differ_behind_the_cut_are_no_copies(tokenizer: Any) -> None:
     rows = [{"text": "word " * 40 + end} for end in ("one", "two", "two")]
     report, fitted = report_of(tokenizer, *rows, max_length=16)
