@@ -224,11 +224,28 @@ def start_from_an_adapter_of_the_head(w: World) -> Arguments:
     return w.train({"adapter.init_from": "adapter", "model.name_or_path": w.llama, "adapter.r": 4})
 
 
-@case("the recipe adapts other layers (2) than the adapter of init_from (2, target_modules: ['q_proj'])")
+@case(
+    "the recipe adapts 2 layers, the adapter of init_from 2; only one of them has "
+    "model.layers.0.self_attn.q_proj, model.layers.0.self_attn.v_proj and 2 more",
+    "use the adapter's own value in the recipe: target_modules: q_proj",
+)
 def start_from_an_adapter_of_as_many_other_layers(w: World) -> Arguments:
     made(w, target_modules=["q_proj"])
     adapter = {"init_from": "adapter", "target_modules": ["v_proj"], "r": 4}
     return w.train({"adapter": adapter, "model.name_or_path": w.llama})
+
+
+@case(
+    "the recipe adapts 2 layers, the adapter of init_from 1; only one of them has transformer.h.1.attn.c_attn",
+    "use the adapter's own value in the recipe: target_modules: c_attn, layers_to_transform: [0]",
+)
+def start_from_an_adapter_of_one_layer(w: World) -> Arguments:
+    made(w, "gpt2", target_modules=["transformer.h.0.attn.c_attn"])
+    recipe = {"adapter": {"target_modules": ["c_attn"], "layers_to_transform": [0]}}
+    required = {"model": {"name_or_path": "x"}, "data": {"train": "x"}, "training": {"output_dir": "x"}}
+    w.file("adapter/provenance.json", json.dumps({"recipe": required | recipe}))
+    adapter = {"init_from": "adapter", "target_modules": ["c_attn"], "r": 4}
+    return w.train({"adapter": adapter, "model.name_or_path": w.gpt2})
 
 
 WEIGHTS = "run/adapter/adapter_model.safetensors"

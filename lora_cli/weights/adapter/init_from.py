@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import Fault, UserError, first_few, reading
+from lora_cli.errors import Fault, UserError, first_few, pluralize, reading
 from lora_cli.recipe.schema import Adapter
 from lora_cli.weights.adapter.adapter_config import (
     ADAPTER_CONFIG,
@@ -19,6 +19,7 @@ from lora_cli.weights.adapter.adapter_config import (
 )
 from lora_cli.weights.adapter.check_adapter import OTHER_TENSORS, UNSET, adapted_layers
 from lora_cli.weights.adapter.origin import adapter_folder
+from lora_cli.weights.adapter.provenance import recipe_of
 from lora_cli.weights.files.fingerprint import file_sha256
 from lora_cli.weights.files.shards import read_headers
 
@@ -61,12 +62,21 @@ def check_start(folder: Path, adapter: Adapter, adaptable: Iterable[str], target
         faults.append(Fault(what, str(folder), MERGE))
     elif stored_names != asked_names:
         what = (
-            f"adapter.target_modules: the recipe adapts other layers ({len(asked_names)}) than the adapter of "
-            f"init_from ({len(stored_names)}, target_modules: {config.get('target_modules')})"
+            f"adapter.target_modules: the recipe adapts {pluralize(len(asked_names), 'layer')}, the adapter of "
+            f"init_from {len(stored_names):,}; only one of them has {first_few(sorted(asked_names ^ stored_names), 2)}"
         )
-        faults.append(Fault(what, str(folder), hint))
+        faults.append(Fault(what, str(folder), f"{hint}: {_choice_of_layers(folder, config)}"))
     if faults:
         raise UserError(faults)
+
+
+def _choice_of_layers(folder: Path, config: Mapping[str, Any]) -> str:
+    """The keys that chose an adapter's layers, as in its recipe if that is recorded, else as in its configuration."""
+    recipe = recipe_of(folder)
+    adapter = config if recipe is None else recipe.adapter.model_dump()
+    names, layers = adapter.get("target_modules"), adapter.get("layers_to_transform")
+    chosen = names if names is None or isinstance(names, str) else first_few(sorted(names), 4)
+    return f"target_modules: {chosen}" + (f", layers_to_transform: {list(layers)}" if layers else "")
 
 
 def _untrained(config: Mapping[str, Any], folder: Path) -> Iterator[Fault]:
