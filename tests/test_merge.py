@@ -282,8 +282,10 @@ def test_weights_that_the_disk_does_not_give_are_told_by_their_file(
     verb: str, tiny_gpt2: Path, tmp_path: Path, write_recipe: Any, monkeypatch: pytest.MonkeyPatch, lora: Any
 ) -> None:
     """The system's error for a failing read names no file, and a merge writes another one at that time."""
-    adapter, weights = make_adapter("gpt2", tiny_gpt2, tmp_path / "adapter"), tiny_gpt2 / "model.safetensors"
-    command = ("merge", adapter, "--out", tmp_path / "merged") if verb == "merge" else ("train", write_recipe())
+    base = Path(shutil.copytree(tiny_gpt2, tmp_path / "base"))  # which no other test's command has read
+    adapter, weights = make_adapter("gpt2", base, tmp_path / "adapter"), base / "model.safetensors"
+    recipe = write_recipe({"model.name_or_path": base})
+    command = ("merge", adapter, "--out", tmp_path / "merged") if verb == "merge" else ("train", recipe)
     before, unchanged = sorted(tmp_path.rglob("*")), Path.open
 
     class Failing(io.FileIO):
