@@ -33,11 +33,8 @@ def add_faults(error: ValidationError, root: Node, faults: Faults, complete: boo
     ``complete`` is False when a base could not be read. Missing keys may then be in that base and are not reported.
     """
     readable = not len(faults)
-    details: dict[KeyPath, ErrorDetails] = {}
-    for detail in error.errors(include_url=False, include_input=False):
-        path = _key_path(root, detail)
-        if path not in details or detail["type"] == "extra_forbidden":
-            details[path] = detail
+    found = error.errors(include_url=False, include_input=False)
+    details = {_key_path(root, detail): detail for detail in found}
     # Of a union's errors, the deeper one belongs to the alternative that the user meant.
     outer = {path[:length] for path in details for length in range(len(path))}
     for path, detail in details.items():
@@ -52,7 +49,7 @@ def add_faults(error: ValidationError, root: Node, faults: Faults, complete: boo
                     _add_missing(path, node, faults)
             case "value_error":
                 if readable:
-                    _add_broken_rule(path, detail, root, faults)
+                    _add_broken_rule(detail, root, faults)
             case _:
                 _add_wrong_value(path, node, faults)
 
@@ -125,12 +122,11 @@ def _add_missing(path: KeyPath, around: Node, faults: Faults) -> None:
         faults.add(place, f"{name}: missing, expected {expected(schema)}", schema.get("description"))
 
 
-def _add_broken_rule(path: KeyPath, detail: ErrorDetails, root: Node, faults: Faults) -> None:
+def _add_broken_rule(detail: ErrorDetails, root: Node, faults: Faults) -> None:
     """Add a validator's message at the dotted key it begins with, as in ``data.format: template needs …``."""
     message = str(detail["ctx"]["error"])
-    about = message.partition(":")[0]
-    path = tuple(about.split(".")) if about in dotted_keys() else path
-    faults.add(_follow(root, path)[1].place, message)
+    key = message.partition(":")[0]
+    faults.add(_follow(root, tuple(key.split(".")))[1].place, message)
 
 
 def _add_wrong_value(path: KeyPath, node: Node, faults: Faults) -> None:
@@ -170,7 +166,7 @@ def _remedy(value: object, schema: JsonSchema) -> str | None:
     if isinstance(value, str):
         if numbers and type(plain_scalar(value)) in (int, float):
             return f"without quotes it is a number: {value}"
-        if "array" in kinds and "string" not in kinds:
+        if "array" in kinds:
             return f"in brackets it is a list: [{'' if value == 'none' else value}]" if value else None
         near = get_close_matches(value, choices(schema), n=1, cutoff=0.5)
         return f"did you mean '{near[0]}'?" if near else None

@@ -165,7 +165,7 @@ def _override(text: str, faults: Faults) -> Node:
         return Node({}, place)
     node = parse(value, lambda _line, _column: place, os.environ, faults)
     for name in reversed(names):
-        node = Node({name: replace(node, key=place)}, place)
+        node = Node({name: node}, place)
     return node
 
 
@@ -202,4 +202,4 @@ def _plain(node: Node) -> object:
         return {name: _plain(inner) for name, inner in node.value.items()}
     if isinstance(node.value, tuple):
         return tuple(_plain(inner) for inner in node.value)
-    return None if node.value is BROKEN else node.value
+    return node.value

@@ -164,7 +164,7 @@ WITHOUT_KEY = {
     }.items()
     for name in names.split()
 }
-"""Another tool's key, with or without a section, that has no counterpart in a recipe → a hint that says why."""
+"""Another tool's key, in whatever section, that has no counterpart in a recipe → a hint that says why."""
 
 PEERS_KEYS = [name for name in (*EQUIVALENTS, *WITHOUT_KEY) if name.isidentifier()]
 """The entries above that are keys alone, without a section or value."""
@@ -174,6 +174,6 @@ def peers_hint(section: str, name: str, value: object = True) -> str | None:
     """Return a hint for another tool's key ``name`` in a section, or None when the key is unknown."""
     own = EQUIVALENTS.get(f"{section}.{name}") or EQUIVALENTS.get(name)
     if own is None:
-        return WITHOUT_KEY.get(f"{section}.{name}") or WITHOUT_KEY.get(name)
+        return WITHOUT_KEY.get(name)
     left_out = value in (False, None) and ": " in own
     return f"leave it out: true is {own} here" if left_out else f"here it is {own}"

@@ -23,7 +23,7 @@ class Section(BaseModel):
     A validator's message begins with a dotted key and a colon. The fault is reported at that key's place.
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Model(Section):
