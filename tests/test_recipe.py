@@ -153,6 +153,7 @@ def test_sequences_anchors_and_flow() -> None:
 
 def test_byte_order_mark_and_crlf_are_fine() -> None:
     assert load(b"\xef\xbb\xbf" + MINIMAL.replace("\n", "\r\n").encode()) == load(MINIMAL)
+    assert fault(b"\xef\xbb\xbf" + f"modle: 1\n{MINIMAL}".encode()).where == "r.yaml:1:1"
 
 
 def test_a_null_section_counts_as_left_out() -> None:
@@ -239,10 +240,11 @@ def test_merge_keys_are_unknown_keys() -> None:
 
 
 def test_a_missing_file_names_the_nearest() -> None:
-    Path("medical.yaml").write_text(MINIMAL)
+    Path("sub").mkdir()
+    Path("sub/medical.yaml").write_text(MINIMAL)
     with pytest.raises(UserError) as caught:
-        load_recipe("./medcal.yaml")
-    assert caught.value.faults == (Fault("no such file", "./medcal.yaml", "did you mean 'medical.yaml'?"),)
+        load_recipe("./sub/medcal.yaml")
+    assert caught.value.faults == (Fault("no such file", "./sub/medcal.yaml", "did you mean 'sub/medical.yaml'?"),)
 
 
 def test_a_folder_is_not_a_recipe() -> None:
@@ -252,6 +254,10 @@ def test_a_folder_is_not_a_recipe() -> None:
         load_recipe(Path("run"))
     assert caught.value.faults[0].where == "run"
     assert caught.value.faults[0].hint == "did you mean 'run/recipe.yaml'?"
+    Path("run/recipe.yaml").unlink()
+    with pytest.raises(UserError) as caught:
+        load_recipe(Path("run"))
+    assert caught.value.faults[0].hint is None
 
 
 def test_a_data_file_given_as_recipe_is_refused_unread() -> None:
@@ -286,6 +292,35 @@ def test_an_unreadable_file() -> None:
 @pytest.mark.parametrize(
     ("section", "line", "where", "what", "hint"),
     [
+        ("model", "base: x", "2:3", "model.base: unknown key", ...),
+        (
+            "training",
+            "warmup_steps: 1.5",
+            "6:17",
+            "training.warmup_steps: expected a whole number of at least 0 or null, found the number 1.5",
+            None,
+        ),
+        (
+            "training",
+            "warmup_steps: -1",
+            "6:17",
+            "training.warmup_steps: expected a whole number of at least 0, found the number -1",
+            ...,
+        ),
+        (
+            "training",
+            "learning_rate: .inf",
+            "6:18",
+            "training.learning_rate: expected a number above 0, found the number inf",
+            None,
+        ),
+        (
+            "training",
+            "fsdp: '1'",
+            "6:9",
+            "training.fsdp: expected true or false, found the text '1'",
+            None,
+        ),
         ("adapter", "rr: 3", "8:3", "adapter.rr: unknown key", "did you mean 'r'?"),
         ("adapter", "lora_alfa: 3", "8:3", "adapter.lora_alfa: unknown key", "did you mean 'lora_alpha'?"),
         ("adapter", "target: x", "8:3", "adapter.target: unknown key", "did you mean 'target_modules'?"),
@@ -794,6 +829,9 @@ def test_a_plain_variable_that_holds_a_number_is_no_text(monkeypatch: pytest.Mon
 def test_an_unset_variable_is_named_and_told_once() -> None:
     found = fault(with_key("data", "validation: [a, '${LORA_TEST_UNSET}']"))
     assert found.where == "r.yaml:4:19"
+    assert fault("base: ${LORA_TEST_UNSET}\n" + MINIMAL) == Fault(found.what, "r.yaml:1:7", found.hint)
+    both = faults(with_key("data", "colums: ${LORA_TEST_UNSET}"))
+    assert [each.what for each in both] == ["data.colums: unknown key", found.what]
     assert found.what == "the environment variable LORA_TEST_UNSET is not set"
 
 
@@ -857,6 +895,8 @@ def test_faults_point_to_the_file_that_holds_the_key() -> None:
     Path("sub/root.yaml").write_text(MINIMAL + "adapter:\n  rr: 4\n  r: x\n  lora_alpha: y\n")
     found = faults("base: sub/root.yaml\nadapter:\n  lora_alpha: 0\n")
     assert [each.where for each in found] == ["r.yaml:3:15", "sub/root.yaml:8:3", "sub/root.yaml:9:6"]
+    Path("sub/root.yaml").write_text("data:\n  packing: true\n")
+    assert fault("base: sub/root.yaml\n" + MINIMAL.replace("train:", "validation:")).where == "r.yaml:4:1"
 
 
 def test_an_empty_mapping_takes_away_the_columns_of_the_base() -> None:
@@ -887,6 +927,8 @@ def test_a_circle_of_bases_is_named() -> None:
     assert found[1] == Fault(
         "base: recipes that name each other: r.yaml → a.yaml → b.yaml → r.yaml", "b.yaml:2:7", None
     )
+    Path("sub").mkdir()
+    assert "recipes that name each other" in faults("base: sub/../r.yaml\n")[0].what
 
 
 @pytest.mark.parametrize(
