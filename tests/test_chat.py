@@ -232,6 +232,11 @@ CASES = [
     ),
     (
         QWEN_3,
+        (("assistant", "<think>\nsmall\n</think>\n\nOne. "),),
+        "<|im_start|>assistant\n⟦<think>\nsmall\n</think>\n\nOne. <|im_end|>⟧\n",
+    ),
+    (
+        QWEN_3,
         REASONED[1:2],
         "<|im_start|>assistant\n⟦<think>\nsmall\n</think>\n\nOne.<|im_end|>⟧\n",
     ),
@@ -395,7 +400,8 @@ def test_a_turn_may_be_read_and_not_learned(key: str, supervised: str) -> None:
     talk = Conversation(tuple(Message(*turn) for turn in TWICE))
     tokenizer = tokenizer_of(CHATML, render(tokenizer_of(CHATML, ""), talk, None))
     masks = []
-    for turns in (messages, [messages[0], messages[1] | {key: False}, *messages[2:3], messages[3] | {key: True}]):
+    asked = messages[2] | {key: 0.5}  # which nobody learns
+    for turns in (messages, [messages[0], messages[1] | {key: False}, asked, messages[3] | {key: True}]):
         data = Data(train="rows.jsonl", train_on=supervised)
         rows = [Row({"messages": turns}, "rows.jsonl:1")]
         masks.append(tokenize_rows(data, rows, tokenizer).examples.row(0)[1])
@@ -541,10 +547,43 @@ def test_reasoning_in_the_text_may_be_left_out_of_earlier_turns_alone() -> None:
         talk = Conversation(tuple(Message(*turn) for turn in turns))
         with pytest.raises(UserError, match=r"rewrites turn 1 \(assistant\)\n    change the model's chat_template"):
             conversation_segments(tokenizer, talk, end_of_turn(tokenizer), "rows.jsonl:1")
+    talk = Conversation((Message("user", "One?"), Message("assistant", "small</think>"), Message("user", "Bye")))
+    tokenizer = tokenizer_of(QWEN_3, "")
+    with pytest.raises(UserError, match="rewrites turn 1"):  # nothing of it is left
+        conversation_segments(tokenizer, talk, end_of_turn(tokenizer), "rows.jsonl:1")
 
 
-def test_words_that_a_template_changes_are_not_guessed_at() -> None:
-    template = "{% for m in messages %}{{ m.role }}:{{ m.content | replace('y', 'Y') }};{% endfor %}"
-    with pytest.raises(UserError, match=r"rows\.jsonl:1: the chat template leaves out or rewrites turn 1"):
-        rows = [Row({"messages": messages_of(ONCE)}, "rows.jsonl:1")]
-        tokenize_rows(Data(train="rows.jsonl"), rows, tokenizer_of(Family(template, (), eos="<eos>"), "a"))
+CHANGED = replace(CHATML, template=CHATML.template.replace("m.content", "m.content | replace('y', 'Y')"))
+REVERSED = replace(CHATML, template=CHATML.template.replace("in messages", "in messages | reverse"))
+REPEATED = replace(CHATML, template=CHATML.template + "last: {{ messages[-1].content }}")
+
+
+@pytest.mark.parametrize(
+    ("family", "turns", "index"),
+    [
+        (CHANGED, ONCE, 1),
+        (REVERSED, TWICE, 3),
+        (REVERSED, (*ONCE, ("user", "a"), ("assistant", "")), 3),
+        (REPEATED, (("user", "a"), ("assistant", "yes<|im_end|>\n")), 1),
+    ],
+)
+def test_words_that_a_template_changes_or_moves_are_not_guessed_at(
+    family: Family, turns: tuple[tuple[str, str], ...], index: int
+) -> None:
+    rows = [Row({"messages": messages_of(turns)}, "rows.jsonl:1")]
+    with pytest.raises(UserError, match=rf"rows\.jsonl:1: the chat template leaves out or rewrites turn {index}"):
+        tokenize_rows(Data(train="rows.jsonl"), rows, tokenizer_of(family, "a"))
+
+
+@pytest.mark.parametrize("wrong", ["1 // (messages | length - 1)", "1 | dictsort", "'{}'.format()", "'a'.index('b')"])
+def test_errors_of_python_in_a_template_are_told(wrong: str) -> None:
+    tokenizer = tokenizer_of(replace(CHATML, template="{{ " + wrong + " }}"), "")
+    with pytest.raises(UserError, match="the chat template refuses the conversation: "):
+        render(tokenizer, Conversation((Message("user", "Hi"),)), "rows.jsonl:1")
+
+
+@pytest.mark.parametrize(("heading", "words"), [(100_000, 1), (0, 1_100_000)])
+def test_long_conversations_and_headings_are_rendered(heading: int, words: int) -> None:
+    tokenizer = tokenizer_of(replace(CHATML, template="x" * heading + CHATML.template), "")
+    text = render(tokenizer, Conversation((Message("user", "y" * words),)), "rows.jsonl:1")
+    assert text == "x" * heading + "<|im_start|>user\n" + "y" * words + "<|im_end|>\n"

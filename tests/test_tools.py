@@ -254,7 +254,7 @@ def test_arguments_may_be_none(arguments: str) -> None:
 def test_the_template_is_told_which_call_is_answered() -> None:
     family = replace(
         CHATML,
-        template="{% for m in messages %}{{ m.role }}{{ m.name }}{{ m.tool_call_id }}:{{ m.content }}"
+        template="{% for m in messages %}{{ m.role }}{{ m.name ~ '' if 'name' in m }}{{ m.tool_call_id }}:{{ m.content }}"
         "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.id }}{% endfor %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}",
     )
@@ -304,19 +304,26 @@ GEMMA_4 = replace(  # calls, their results and the answer are one turn
             "<|start|>assistant⟦<|message|>yes<|return|>⟧",
         ),
         (
+            replace(GPT_OSS, template=GPT_OSS.template.replace("<|call|>", "<|call|>\n")),
+            "<|start|>user<|message|>Is it so?<|end|>",
+            '<|start|>assistant⟦ to=weather<|message|>{"city": "Paris"}<|call|>⟧\n',
+            "<|start|>weather<|message|>sunny 0<|end|>",
+            "<|start|>assistant⟦<|message|>yes<|return|>⟧",
+        ),
+        (
             GEMMA_4,
             "<|turn>user\nIs it so?<turn|>\n",
-            '<|turn>model\n⟦<|tool_call>weather{"city": "Paris"}<tool_call|><|tool_response>⟧',
+            '<|turn>model\n⟦ <|tool_call>weather{"city": "Paris"}<tool_call|><|tool_response>⟧',
             "response:sunny 0<tool_response|>",
             "⟦yes<turn|>⟧\n",
         ),
     ],
-    ids=["gpt-oss", "gemma-4"],
+    ids=["gpt-oss", "line-break", "gemma-4"],
 )
 def test_calls_may_end_in_another_special_token_than_answers(
     family: Family, asked: str, called: str, sunny: str, answer: str
 ) -> None:
-    messages = calling(call("weather", {"city": "Paris"}))
+    messages = calling(call("weather", {"city": "Paris"}), content=" ")  # gpt-oss writes no text beside a call
     expected = asked + called + sunny + answer
     assert tokenized(family, {"messages": messages}, expected) == tokens_of(family, expected)
     expected = asked + called
@@ -326,11 +333,27 @@ def test_calls_may_end_in_another_special_token_than_answers(
     assert (report.ends_supervised, report.ends_masked) == (2, 0)
 
 
+def test_a_calls_turn_is_found_where_the_template_drops_its_reasoning() -> None:
+    thought = "{{ m.reasoning_content if loop.last and m.reasoning_content }}"
+    family = replace(UNMARKED, template=UNMARKED.template.replace("assistant\n{{ m", "assistant\n" + thought + "{{ m"))
+    messages = calling(PARIS, content="See.")
+    messages[1]["reasoning_content"] = "Paris is a city."
+    messages[-1]["reasoning_content"] = None
+    expected = (
+        f"<|im_start|>user\nIs it so?<|im_end|>\n<|im_start|>assistant\n⟦See.\n{WRITTEN}<|im_end|>⟧\n<|im_start|>user\n"
+        "<tool_response>\nsunny 0\n</tool_response><|im_end|>\n<|im_start|>assistant\n⟦yes<|im_end|>⟧\n"
+    )
+    assert tokenized(family, {"messages": messages}, expected) == tokens_of(family, expected)
+
+
 def test_arguments_are_given_as_text_where_the_template_takes_nothing_else() -> None:
     template = UNMARKED.template.replace("{{ call.arguments | tojson }}", "{{ '' + call.arguments }}")
+    template = template.replace("<|im_start|>{{ m.role }}", "<|im_start|>{{ m.role if 'tool_calls' not in m }}")
     family = replace(UNMARKED, template=template)
-    for one in (PARIS, PARIS["function"], call("weather", json.dumps(PARIS["function"]["arguments"]))):
-        expected = f"<|im_start|>user\nIs it so?<|im_end|>\n<|im_start|>assistant\n⟦{WRITTEN}<|im_end|>⟧\n"
+    zurich = call("weather", {"city": "Zürich", "days": [1, 2.5, None, True]})
+    for one in (PARIS, PARIS["function"], call("weather", json.dumps(PARIS["function"]["arguments"])), zurich):
+        written = WRITTEN.replace("Paris", "Zürich") if one is zurich else WRITTEN
+        expected = f"<|im_start|>user\nIs it so?<|im_end|>\n<|im_start|>assistant\n⟦{written}<|im_end|>⟧\n"
         found = tokenized(family, {"messages": calling(one)[:2]}, expected)
         assert found == tokens_of(family, expected)
     with pytest.raises(UserError, match=r"refuses the conversation: can only concatenate str \(not \"int\"\)"):
@@ -413,6 +436,7 @@ def test_calls_and_answers_that_a_template_leaves_out_are_told(family: Family, m
         ([call("weather", "[]")], r"tool_calls\[0\]: the call's arguments are a list, expected an object"),
         ([{"name": "weather"}], r"tool_calls\[0\]: the call's arguments are null, expected an object"),
         ([call("weather", '{"city": "half \\ude00"}')], r"tool_calls\[0\]: holds half a character"),
+        ([PARIS | {"id": "half \ude00"}], r"tool_calls\[0\]: holds half a character"),
         ([call("weather", {"since": datetime.date(2024, 7, 26)})], "cannot be written as JSON: Object of type date"),
     ],
 )
@@ -420,6 +444,13 @@ def test_calls_that_are_none_are_told(calls: Any, says: str) -> None:
     messages = calling(PARIS)
     messages[1]["tool_calls"] = calls
     with pytest.raises(UserError, match=says):
+        tokenized(QWEN, {"messages": messages}, "")
+
+
+def test_a_tools_name_that_is_none_is_told() -> None:
+    messages = calling(PARIS)
+    messages[2]["name"] = "half \ude00"
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: messages\[2\]: holds half a character"):
         tokenized(QWEN, {"messages": messages}, "")
 
 
