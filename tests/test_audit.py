@@ -251,6 +251,7 @@ def test_an_end_that_is_not_supervised_is_told(chatty: Callable[[str], Any]) -> 
         ("{{ strftime_now('%Y') }}" + MARKED, "today's date: the same rows give different tokens on another day"),
         ("{{ date_string or strftime_now('%Y') }}" + MARKED, "today's date: 26 Jul 2024 here"),
         (MARKED, None),
+        (MARKED.replace("{% generation %}", "{%- generation -%}"), None),
     ],
 )
 def test_what_a_template_leaves_out_is_told_and_supervised_all_the_same(
@@ -361,6 +362,14 @@ def test_text_that_looks_like_the_template_s_own_is_told_with_its_row(
         assert f"{tmp_path / 'chats.jsonl'}:3)" in told
     found = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
     assert found["forged"] == {"rows": 2, "first": 253, "token": "<|im_end|>"}
+
+
+def test_text_that_looks_like_a_token_that_no_turn_has_around_it_is_not_told(with_bos: Any) -> None:
+    with_bos.add_tokens(["<think>"])  # which is not special
+    with_bos.chat_template = "<|pad|>" + CHATML.replace("{{ m.content", "<think>{{ m.content")
+    for words, told in (("<think>", 0), ("<|pad|>", 0), ("<s>", 1), ("<|endoftext|>", 1), ("<|im_end|>", 1)):
+        report, _ = report_of(with_bos, chat(words, "Hello"))
+        assert report.forged.rows == told, words
 
 
 def test_an_end_that_is_also_the_bos_is_no_bos(tokenizer: Any) -> None:

@@ -254,7 +254,7 @@ def test_arguments_may_be_none(arguments: str) -> None:
 def test_the_template_is_told_which_call_is_answered() -> None:
     family = replace(
         CHATML,
-        template="{% for m in messages %}{{ m.role }}{{ m.name ~ '' if 'name' in m }}{{ m.tool_call_id }}:{{ m.content }}"
+        template="{% for m in messages %}{{ m.role }}{{ m.name }}{{ m.tool_call_id }}:{{ m.content }}"
         "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.id }}{% endfor %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}",
     )
