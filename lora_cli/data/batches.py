@@ -69,7 +69,7 @@ def epoch_order(
     for index, weight in enumerate(weights):
         rows = np.flatnonzero(source == index)
         times, extra = _passes(weight, len(rows))
-        chosen = np.sort(draw.choice(rows, extra, replace=False)) if shuffle and extra else rows[:extra]
+        chosen = np.sort(draw.choice(rows, extra, replace=False)) if shuffle else rows[:extra]
         parts += [rows] * times + [chosen]
     order = np.concatenate(parts).astype(np.int64)
     return draw.permutation(order) if shuffle else order
