@@ -94,10 +94,7 @@ def missing_gradient_warning(
     """Return a warning, after the first step, about adapted layers that got no gradient while others did; else None."""
     if isinstance(optimizer, ZeroOptimizer):  # DeepSpeed fills in zeros
         return None
-    layers: dict[str, bool] = {}
-    for name, weight in trained:
-        layer, _ = layer_and_part(name)
-        layers[layer] = layers.get(layer, False) or weight in optimizer.state
+    layers = {layer_and_part(name)[0]: weight in optimizer.state for name, weight in trained}
     still = [layer for layer, is_reached in layers.items() if not is_reached]
     if not still or len(still) == len(layers):
         return None
@@ -113,7 +110,7 @@ def _differences(weights: Tensors, stored: Tensors) -> Iterator[str]:
             yield f"{key} is missing"
         elif found.shape != wanted.shape:
             yield f"{key} has shape {list(found.shape)}, not {list(wanted.shape)}"
-        elif found.dtype != wanted.dtype or _digest(found) != _digest(wanted):
+        elif _digest(found) != _digest(wanted):
             yield f"{key} has other values"
 
 
@@ -145,15 +142,12 @@ def _reloaded(model: PeftModel, trained: str, folder: Path) -> Iterator[str]:
     """Load the adapter in ``folder`` beside the ``trained`` one, on the same base, and yield its name."""
     training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices):  # PEFT fills a new adapter at random before it loads the file
-            model.load_adapter(str(folder), RELOADED, torch_device=str(model.device))
-        yield RELOADED
-    finally:
-        model.set_adapter(trained)
-        if RELOADED in model.peft_config:
-            model.delete_adapter(RELOADED)
-        model.train(training)
+    with torch.random.fork_rng(devices):  # PEFT fills a new adapter at random before it loads the file
+        model.load_adapter(str(folder), RELOADED, torch_device=str(model.device))
+    yield RELOADED  # an error ends the run
+    model.set_adapter(trained)
+    model.delete_adapter(RELOADED)
+    model.train(training)
 
 
 @contextmanager
