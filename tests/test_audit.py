@@ -94,6 +94,7 @@ def test_copies_and_leaks_are_told_and_recorded(
     result = done(lora("train", write_recipe(changes | {"training.max_steps": 1})))
     assert "3 training rows repeat an earlier one" in result.stderr
     assert "warning: 3 validation rows are in the training rows too" in result.stderr
+    assert "chat template" not in result.stderr, "this model has none"
     found = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
     assert (found["duplicates"], found["validation_in_train"]) == (3, 3)
 
@@ -115,7 +116,7 @@ def test_an_answer_that_another_turn_follows_without_an_end_is_reported(
     rows = write_rows(tmp_path / "rows.jsonl", [chat("Hi", "Hello"), chat("Hi", "Hello", "Bye")])
     changes = {"model.name_or_path": base, "data.train": rows, "data.format": "chat", "training.max_steps": 1}
     told = " ".join(done(lora("train", write_recipe(changes))).stderr.split())
-    assert "of 2 training rows 1 have their end supervised" in told
+    assert "of 2 training rows 1 have their end supervised; 0 BOS per row" in told
     assert "warning: in 1 whole row the end of the last answer is not supervised" in told
 
 

@@ -350,6 +350,9 @@ def test_a_run_tokenizes_once(write_recipe: Any, tmp_path: Path, lora: Any, no_c
     results += [lora("train", recipe, "--overwrite"), lora("train", recipe, "training.max_steps=2", "--resume")]
     for result in results[1:]:
         assert f"{READ} {run / 'cache'}" in result.stderr
+    write_rows(held_out, [{"question": "Who?", "answer": " You."}])
+    results.append(lora("train", recipe, "--overwrite"))
+    assert READ not in results[-1].stderr, "not all rows were"
     results.append(lora("train", recipe, "data.train_on=all", "--overwrite"))
     assert READ not in results[-1].stderr
     assert len(set(files) | set((run / "cache").iterdir())) == 4, "files of other keys are gone, new ones there"
@@ -358,7 +361,7 @@ def test_a_run_tokenizes_once(write_recipe: Any, tmp_path: Path, lora: Any, no_c
     arguments = [f"data.train={tmp_path / 'moved.jsonl'}", "data.train_on=all", "--overwrite"]
     results.append(lora("train", recipe, *arguments))
     assert READ in results[-1].stderr
-    assert [result.exit_code for result in results] == [0] * 5, results[-1].stderr
+    assert [result.exit_code for result in results] == [0] * 6, results[-1].stderr
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -750,6 +750,16 @@ def test_steps_that_are_not_logged_are_skipped_and_told_of_all_the_same(
     assert run.column("step") == [4, 8]
     _, without = overflow("ssssss", "without", *options)
     assert run.adapter_bytes == without.adapter_bytes
+    two_rows = ("training.gradient_accumulation_steps=2", "training.max_steps=2")
+    result, run = overflow("slss", "first", "training.on_nonfinite=skip", *options, *two_rows)
+    assert "got no gradient" not in done(result).stderr, "of step 1, which was skipped, no layer did"
+    assert run.info["result"]["skipped_steps"] == 1
+
+
+def test_a_run_whose_only_logged_step_was_skipped_tells_no_loss(overflow: Any) -> None:
+    result, run = overflow("sl", "skip", "training.on_nonfinite=skip", "training.logging_steps=2")
+    assert "last loss" not in done(result).stdout
+    assert run.losses == [None] and run.info["result"]["loss"] is None
 
 
 def test_a_broken_step_that_is_not_logged_ends_the_run_before_anything_is_made_of_it(

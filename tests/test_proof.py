@@ -148,6 +148,8 @@ def test_layers_that_did_not_move_are_named(
     assert "transformer.h.0.attn.c_attn" in result.stderr if still == ("",) else "h.1.attn.c_attn" in result.stderr
     told = "4 of 4 adapted layers" if still == ("",) else "1 of 4 adapted layers"
     assert told in result.stderr
+    assert ("nothing was learned" in result.stderr) is (still == ("",))
+    assert ("remove layers that the model does not use" in result.stderr) is (still != ("",))
     assert (tmp_path / "run" / "checkpoints" / "step-00000004").is_dir()
     assert not (tmp_path / "run" / "adapter").exists()
 

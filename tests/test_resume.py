@@ -257,6 +257,9 @@ def test_a_copy_whose_metrics_reach_less_far_than_its_checkpoint_is_told_of(
         assert run.info["result"]["loss"] == (run.losses[-1] if loss else None)
         assert ("last loss" in result.stdout) is (loss is not None)
     assert run.column("step") == [2, 6]
+    (run.folder / "metrics.jsonl").unlink()
+    done(lora("train", run.folder / "recipe.yaml", "--resume"))
+    assert run.info["result"]["loss"] is None
 
 
 def test_nothing_learned_is_begun_over_unasked(

@@ -101,6 +101,7 @@ def test_a_bad_recipe_is_refused_without_torch(tmp_path: Path) -> None:
         ("train", "{recipe}", "data.train=missing.jsonl"),
         ("train", "{recipe}", "adapter.target_modules=[nothing]"),
         ("train", "{recipe}", "adapter.target_modules=attentio"),
+        ("train", "{recipe}", "adapter.target_modules=h.(0"),
         ("train", "{recipe}", "adapter.r=999"),
         ("train", "{recipe}", "data.format=chat"),
         ("train", "{recipe}", "training.output_dir={recipe}"),

@@ -24,7 +24,7 @@ import pytest
 import reference
 import torch
 import yaml
-from conftest import TRAIN_KEYS, VALIDATION_KEYS, WIDTH, Run, done, edit_json, fork_lora, write_rows
+from conftest import TRAIN_KEYS, VALIDATION_KEYS, WIDTH, Run, done, edit_json, edited_weights, fork_lora, write_rows
 from made_adapters import ALPHA, R, make_adapter
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -272,6 +272,30 @@ def test_what_people_are_told_of_a_run_is_what_it_measured(
     assert record["recipe"] == yaml.safe_load((run.folder / "recipe.yaml").read_text())
 
 
+def on_the_hub(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Copy a model into a hub's cache as somebody/tiny. Return the folder of the copy."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    folder = cache / "models--somebody--tiny"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text("a" * 40)
+    return shutil.copytree(model, folder / "snapshots" / ("a" * 40))
+
+
+def test_a_base_of_the_hub_is_checked_as_a_folder_is(
+    tiny_gpt2: Path, train: Callable[..., Run], write_recipe: Any, lora: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    start = train({"training.max_steps": 1, "training.warmup_steps": 0}).folder
+    base = on_the_hub(tiny_gpt2, tmp_path, monkeypatch)
+    recipe = write_recipe({"model.name_or_path": "somebody/tiny", "adapter.init_from": start})
+    with edited_weights(base) as weights:
+        weights["transformer.wte.weight"] += 1
+    result = lora("train", recipe)
+    assert result.exit_code == 2 and "the adapter belongs to another base" in result.stderr
+    (base / "model.safetensors").unlink()  # still to be downloaded
+    result = lora("train", recipe, "model.dtype=float16")
+    assert result.exit_code == 2 and ("float16 trains on a GPU" in result.stderr) is not torch.cuda.is_available()
+
+
 def test_a_model_card_names_a_base_of_the_hub_and_no_folder(
     train: Callable[..., Run], tiny_gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,16 +304,15 @@ def test_a_model_card_names_a_base_of_the_hub_and_no_folder(
     def card(name: str) -> tuple[dict[str, Any], str]:
         run = train({"model.name_or_path": name, "training.max_steps": 1, "training.warmup_steps": 0})
         text = (run.folder / "adapter" / "README.md").read_text()
+        assert run.config["base_model_name_or_path"] == name
         return yaml.safe_load(text.split("---")[1]), text
 
     head, text = card(str(tiny_gpt2))
     assert "base_model" not in head and str(tiny_gpt2.parent) not in text
     assert f"# LoRA adapter for {tiny_gpt2.name}\n" in text
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    model = tmp_path / "models--somebody--tiny"
-    shutil.copytree(tiny_gpt2, model / "snapshots" / ("a" * 40))
-    (model / "refs").mkdir()
-    (model / "refs/main").write_text("a" * 40)
+    on_the_hub(tiny_gpt2, tmp_path, monkeypatch)
+    asked = "peft.utils.save_and_load.check_file_exists_on_hf_hub"  # it returns None offline
+    monkeypatch.setattr(asked, lambda *_, **__: pytest.fail("the hub was asked for the base's vocabulary"))
     assert card("somebody/tiny")[0] == head | {"base_model": "somebody/tiny"}
 
 
@@ -502,6 +525,7 @@ def test_ranks_and_variants_are_told_as_they_are_trained(
     assert told == counted and sum(told.values()) == result.json["trainable_parameters"]
     card = (run.folder / "adapter" / "README.md").read_text()
     assert f"\nRank 2-{R}, alpha 1-{ALPHA:g}, DoRA; {sum(told.values()):,} trained parameters" in card
+    assert run.config["target_modules"] == sorted(counted), "in one order, whatever the process"
 
 
 def test_a_rank_above_the_width_of_some_layers_is_trained_and_told(
@@ -766,7 +790,7 @@ def test_codes_stored_as_numbers_of_another_type_are_left_as_they_are(
 
 
 def test_what_quantization_keys_do(
-    write_recipe: Any, lora: Any, train: Callable[..., Run], trainers: list[Any]
+    write_recipe: Any, lora: Any, train: Callable[..., Run], trainers: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bitsandbytes.nn import Linear4bit
 
@@ -774,13 +798,22 @@ def test_what_quantization_keys_do(
         train({"quantization": {"method": "nf4", "double_quant": double_quant}} | ONE_STEP)
         layers = [module for module in trainers[-1].model.modules() if isinstance(module, Linear4bit)]
         assert {bool(layer.weight.quant_state.nested) for layer in layers} == {double_quant}
-    for compute in ("float32", "bfloat16"):
+    told = "quantization.compute_dtype: bfloat16 -> float32, faster here"
+    for compute, units, used in (
+        ("float32", True, "float32"),
+        ("bfloat16", True, "bfloat16"),
+        ("bfloat16", False, "float32"),
+    ):
+        monkeypatch.setattr(
+            "lora_cli.model.device.has_units_for", lambda dtype, _, units=units: units or dtype == torch.float32
+        )
         recipe = write_recipe({"quantization": {"method": "nf4", "compute_dtype": compute}} | ONE_STEP)
         result = done(lora("train", recipe, "--overwrite"))
         layers = [module for module in trainers[-1].model.modules() if isinstance(module, Linear4bit)]
-        kinds = {layer.compute_dtype for layer in layers}
-        # A CPU without bfloat16 units computes in float32, and the run reports it.
-        assert kinds == {getattr(torch, compute)} or "compute_dtype: bfloat16 -> float32" in result.stderr
+        assert {layer.compute_dtype for layer in layers} == {getattr(torch, used)}
+        assert ("compute_dtype" in result.stderr) is (told in result.stderr) is (used != compute)
+    result = done(lora("train", write_recipe({"quantization": {"method": "int8"}} | ONE_STEP), "--overwrite"))
+    assert "compute_dtype" not in result.stderr, "int8 has none"
 
 
 def test_bfloat16_is_computed_in_and_the_adapter_stays_in_float32(
