@@ -828,10 +828,11 @@ def test_weights_that_the_last_step_breaks_are_not_kept(write_recipe: Any, tmp_p
     """The step's loss and gradient are those of the weights before the step, and are finite."""
     run = Run(tmp_path / "run")
     wild = {"learning_rate": 1e30, "warmup_steps": 0, "max_steps": 1}
-    result = lora("train", write_recipe({"training": wild}))
-    assert result.exit_code == 3
-    assert "step 1: weight norm is inf" in " ".join(result.stderr.split())
-    assert run.checkpoints == [] and not (run.folder / "adapter").exists()
+    for rows, told in ((None, "weight norm is inf"), (0.2, "validation loss is nan")):
+        result = lora("train", write_recipe({"training": wild, "data.validation": rows}), "--overwrite")
+        assert result.exit_code == 3
+        assert f"step 1: {told}" in " ".join(result.stderr.split())
+        assert run.checkpoints == [] and not (run.folder / "adapter").exists()
 
 
 def test_a_learning_rate_beyond_all_bounds(write_recipe: Any, tmp_path: Path, lora: Any) -> None:

@@ -949,7 +949,12 @@ def test_a_step_that_turns_out_to_be_the_last_is_evaluated(
         patch.setattr(Display, "advance", advance)
         assert lora("train", recipe).exit_code == 130
     assert run.checkpoints == [stop]
-    evaluated = run.column("step", "validation")
+    evaluated, batch_of = run.column("step", "validation"), hidden_states.batch_of
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            hidden_states, "batch_of", lambda *given: (signal.raise_signal(signal.SIGTERM), batch_of(*given))[1]
+        )
+        assert lora("train", recipe, end, "--resume").exit_code == 143, "stopped again, as it evaluates"
     for _ in range(2):
         done(lora("train", recipe, end, "--resume"))
         assert run.column("step", "validation") == [*evaluated, stop]

@@ -60,7 +60,7 @@ def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock
         return progress
     check_finite(trainer, step.number, validation_loss=score.loss)
     log_score(trainer, step.number, step.epoch, score)
-    progress = replace(progress, evaluated_step=step.number, validation_loss=score.loss, validation_tokens=score.tokens)
+    progress = replace(progress, evaluated_step=step.number, validation_loss=score.loss)
     if progress.best_loss is None or score.loss < progress.best_loss:
         return replace(progress, best_loss=score.loss, best_step=step.number, evaluations_since_best=0)
     return replace(progress, evaluations_since_best=progress.evaluations_since_best + 1)
