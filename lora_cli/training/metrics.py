@@ -38,8 +38,8 @@ class Clock:
         self._tokens += step.tokens
 
     def seconds_for(self, steps: int) -> float:
-        """Return how long ``steps`` steps take at the average pace so far."""
-        return self.seconds / max(self._steps, 1) * steps
+        """Return how long ``steps`` steps take at the average pace of those counted so far."""
+        return self.seconds / self._steps * steps
 
     def leave_out(self, seconds: float) -> None:
         """Do not count this time in the next rate."""
