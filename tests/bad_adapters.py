@@ -169,10 +169,19 @@ def adapter_of_other_shapes(w: World) -> Arguments:
 
 @case("h.0.attn.c_attn.lora_B.weight is missing")
 def adapter_without_a_tensor(w: World) -> Arguments:
+    return _without(w, "h.0.attn.c_attn.lora_B.weight")
+
+
+@case("h.0.attn.c_attn.lora_A.weight is missing")
+def adapter_without_a_layers_first_tensor(w: World) -> Arguments:
+    return _without(w, "h.0.attn.c_attn.lora_A.weight")
+
+
+def _without(w: World, tensor: str) -> Arguments:
     w.run()
 
     def drop(tensors: dict[str, Any]) -> None:
-        del tensors[next(name for name in tensors if name.endswith("h.0.attn.c_attn.lora_B.weight"))]
+        del tensors[next(name for name in tensors if name.endswith(tensor))]
 
     w.tensors("run/adapter/adapter_model.safetensors", drop)
     return ["merge", "run", "--out", "out"]
@@ -608,6 +617,12 @@ def layers_of_another_number(w: World) -> Arguments:
     made(w)
     w.edit_json(MADE_CONFIG, layers_to_transform=[1])
     return merge("adapter")
+
+
+@case("model/config.json", "num_hidden_layers says 1,000,000,000 layers")
+def merge_into_a_base_of_more_layers_than_weights(w: World) -> Arguments:
+    w.edit_json(w.model("llama") / "config.json", num_hidden_layers=10**9)
+    return ["merge", made(w), "--base", "model", "--out", "out"]
 
 
 @case("embed_tokens.lora_embedding_A is not described by adapter_config.json")

@@ -17,7 +17,7 @@ import pytest
 import reference
 import torch
 import transformers
-from conftest import Base, done, edit_json, edited_weights, weights_of
+from conftest import WIDTH, Base, done, edit_json, edited_weights, weights_of
 from made_adapters import ALL_LINEAR, ALPHA, R, answers, in_dtype, logits, make_adapter
 from peft import (
     AdaLoraConfig,
@@ -717,13 +717,14 @@ def test_kinds_without_weights_of_their_own_are_refused(tiny_llama: Path, tmp_pa
     assert result.exit_code == 2 and "cannot read an adapter of kind NEWEST_TUNING" in result.stderr
 
 
-def test_a_base_of_no_numbers_is_refused(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.q_proj.weight"])
+def test_a_base_of_no_numbers_is_refused(name: str, tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
     folder = shutil.copytree(tiny_llama, tmp_path / "base")
     with edited_weights(folder) as weights:
-        weights["model.norm.weight"][3] = math.inf
+        weights[name].view(-1)[3] = math.inf
     adapter = make_adapter("llama", folder, tmp_path / "adapter")
     result = lora("merge", adapter, "--out", tmp_path / "merged")
-    assert result.exit_code == 2 and "tensor model.norm.weight holds NaN or infinity" in result.stderr
+    assert result.exit_code == 2 and f"tensor {name} holds NaN or infinity" in result.stderr
     assert not (tmp_path / "merged").exists()
 
 
@@ -748,6 +749,17 @@ def test_numbers_too_large_for_the_type_are_refused(
     assert result.exit_code == 2 and name.removesuffix(".weight") in result.stderr
     assert "NaN or infinity" in result.stderr and not (tmp_path / "merged").exists()
     done(lora("merge", adapter, "--out", tmp_path / "merged", "--no-verify"))
+
+
+def test_a_taken_tensor_too_large_for_its_bases_type_is_refused(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    folder = in_dtype(tiny_llama, torch.float16, tmp_path / "base")
+    adapter = make_adapter("llama", folder, tmp_path / "adapter", modules_to_save=["norm"])
+    file = adapter / "adapter_model.safetensors"
+    save_file(
+        load_file(file) | {"base_model.model.model.norm.weight": torch.full((WIDTH,), 1e5)}, file, {"format": "pt"}
+    )
+    result = lora("merge", adapter, "--out", tmp_path / "merged", "--no-verify")
+    assert result.exit_code == 2 and "tensor model.norm.weight holds NaN or infinity" in result.stderr
 
 
 def test_embedding_and_head_are_not_held_at_once(

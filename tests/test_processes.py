@@ -581,6 +581,7 @@ COMPLETE = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "l
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 (environment): the environment describes one of several"),
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 (environment): the environment describes one of several"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2 (environment): MPI has started several processes"),
+        (COMPLETE | {"MASTER_ADDR": ""}, "but does not set MASTER_ADDR"),
         (COMPLETE | {"RANK": "2"}, "RANK=2 (environment): not a rank of 2 processes"),
     ],
 )
@@ -594,6 +595,11 @@ def test_an_environment_of_several_processes_that_could_not_connect(
     result = lora("train", write_recipe({}))
     assert result.exit_code == 2 and expected in result.stderr and "unset it" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_local_rank_below_zero_is_that_of_a_single_process(write_recipe: Any, lora: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "-1")
+    done(lora("train", write_recipe({"training.max_steps": 1})))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,16 @@ def same_files(found: Path, wanted: Path) -> None:
     assert sorted(path.name for path in found.iterdir()) == sorted(path.name for path in wanted.iterdir())
     for path in wanted.iterdir():
         assert (found / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_what_is_not_quantized_is_stored_as_transformers_loads_it(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    edit_json(base / "config.json", dtype="bfloat16")  # the file's tensors are float32
+    done(lora("quantize", base, "--out", tmp_path / "out"))
+    loaded = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for name in ("model.norm.weight", "lm_head.weight"):
+        assert stored[name].dtype == torch.bfloat16 and torch.equal(stored[name], loaded[name])
 
 
 @pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])
