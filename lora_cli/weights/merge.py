@@ -215,7 +215,7 @@ def _write(tensors: MergedTensors, draft: Path, max_shard: int) -> float:
                 same += found.unchanged
                 numbers += size
         written.result()
-    return same / numbers
+    return same / numbers if numbers else 0.0
 
 
 def _write_config(base: Path, draft: Path, dtype: torch.dtype | None, changes: Changes) -> None:

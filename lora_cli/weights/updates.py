@@ -264,12 +264,14 @@ def _transposed(
     headers: Mapping[str, TensorInfo],
     skeleton: Callable[[], PreTrainedModel],
 ) -> frozenset[str]:
-    """Return the weights stored as (in, out). For square ones the module's class decides, unless no other one is."""
+    """Return the weights stored as (in, out). For square ones, the other weights or else the module's class decide."""
     square = {name for name in products if headers[name].shape[0] == headers[name].shape[-1]}
     wide = products.keys() - square
     transposed = {name for name in wide if headers[name].shape != products[name][0].shape}
     if not square or (wide and not transposed):
         return frozenset(transposed)
+    if wide == transposed and wide:
+        return frozenset(transposed | square)
     from transformers.pytorch_utils import Conv1D
 
     modules = {name: skeleton().get_submodule(products[name][0].layer) for name in square}

@@ -142,11 +142,11 @@ def config_faults(config: Mapping[str, Any], where: str) -> Iterator[Fault]:
 
 
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_ids(value: Any) -> bool:
