@@ -756,6 +756,13 @@ def test_steps_that_are_not_logged_are_skipped_and_told_of_all_the_same(
     assert run.info["result"]["skipped_steps"] == 1
 
 
+def test_a_first_row_that_overflows_does_not_keep_the_adapter_from_being_verified(overflow: Any) -> None:
+    result, run = overflow("lss", "skip", "training.on_nonfinite=skip")
+    assert done(result) and run.info["result"]["skipped_steps"] == 1
+    _, without = overflow("ss", "without")
+    assert run.adapter_bytes == without.adapter_bytes
+
+
 def test_a_run_whose_only_logged_step_was_skipped_tells_no_loss(overflow: Any) -> None:
     result, run = overflow("sl", "skip", "training.on_nonfinite=skip", "training.logging_steps=2")
     assert "last loss" not in done(result).stdout

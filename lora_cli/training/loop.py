@@ -42,6 +42,7 @@ from lora_cli.training.validation import evaluate_last_step, evaluate_start, eva
 from lora_cli.weights.adapter.provenance import now
 from lora_cli.weights.quantized_cache import prune_cached
 
+PROOF_ROWS = 8
 PROOF_TOKENS = 64
 READ_EVERY = 1.0  # maximum seconds between two readings of the losses
 PendingOutcomes = list[tuple[Step, torch.Tensor]]
@@ -154,7 +155,9 @@ def save_adapter(trainer: Trainer, info: dict[str, Any], untrained: dict[str, st
     Raises RunError when the adapter cannot be written or verified.
     """
     job, weights = trainer.job, whole_weights(trainer)
-    row = torch.tensor(job.train.examples.row(0)[0][:PROOF_TOKENS], dtype=torch.long)
+    examples = job.train.examples
+    first = range(len(examples))[:PROOF_ROWS]
+    rows = [torch.tensor(examples.row(index)[0][:PROOF_TOKENS], dtype=torch.long) for index in first]
     needed = sum(weight.nbytes for weight in weights.values())
     job.folder.check_held()
     with atomic_folder(job.folder.adapter, True, needed) if trainer.writes else follower_errors() as draft:
@@ -163,7 +166,7 @@ def save_adapter(trainer: Trainer, info: dict[str, Any], untrained: dict[str, st
         written = broadcast_from_first(draft)
         if draft is not None or is_sharded(trainer.accelerator):  # a sharded model's forward pass needs all processes
             assert written is not None
-            prove(written, str(job.folder.root), unwrap(trainer), weights, untrained, row)
+            prove(written, str(job.folder.root), unwrap(trainer), weights, untrained, rows)
         trainer.accelerator.wait_for_everyone()
         job.folder.check_held()  # verification takes a while
 

@@ -35,13 +35,18 @@ def digests(weights: Tensors) -> dict[str, str]:
 
 
 def prove(
-    folder: Path, where: str, model: PeftModel, weights: Tensors, start: Mapping[str, str], ids: torch.Tensor
+    folder: Path,
+    where: str,
+    model: PeftModel,
+    weights: Tensors,
+    start: Mapping[str, str],
+    rows: Sequence[torch.Tensor],
 ) -> None:
     """Compare the adapter written to ``folder`` with the ``model`` that it was written from.
 
     ``weights`` are the model's complete trained tensors by parameter name; ``start`` are their digests before training;
-    ``ids`` (tokens,) int64 is a row of the training data. The model's modes, its adapters and the random states are
-    unchanged afterwards.
+    ``rows``, of which one is used, are the token ids (tokens,) int64 of training rows. The model's modes, its adapters
+    and the random states are unchanged afterwards.
 
     Raises RunError about ``where`` when a trained tensor is missing in the file or differs from memory, when a layer
     was not changed by training, when the adapter changes no logit, or when its logits differ once it is loaded again.
@@ -60,7 +65,7 @@ def prove(
         )
         hint = f"{KEPT}; {UNUSED if len(still) < layers else early}"
         raise RunError(what, where, hint)
-    _check_logits(folder, where, model, stored, ids)
+    _check_logits(folder, where, model, stored, rows)
 
 
 def _stored_name(parameter: str) -> str:
@@ -114,24 +119,25 @@ def _differences(weights: Tensors, stored: Tensors) -> Iterator[str]:
             yield f"{key} has other values"
 
 
-def _check_logits(folder: Path, where: str, model: PeftModel, stored: Tensors, ids: torch.Tensor) -> None:
+def _check_logits(folder: Path, where: str, model: PeftModel, stored: Tensors, rows: Sequence[torch.Tensor]) -> None:
     adapter = model.active_adapter
     assert isinstance(adapter, str)
+    with model.disable_adapter():
+        ids, base = _finite_logits(model, adapter, rows)
     for times in SCALES:
         with rescale_adapter_scale(model, times):
             trained = _logits(model, adapter, ids)
-        with model.disable_adapter():
-            base = _logits(model, adapter, ids)
-        effect = float((trained - base).norm())
+        finite = (trained - base).isfinite()
+        effect = float((trained - base)[finite].norm())
         if effect > 0:
             break
     if effect == 0:
-        what = f"the adapter changes no logit of a training row, even scaled up {times:,} times"
+        what = f"the adapter changes no finite logit of a training row, even scaled up {times:,} times"
         raise RunError(what, where, f"{KEPT}; raise training.learning_rate, or train for more steps")
     sharded = any(isinstance(weight, DTensor) or is_partitioned(weight) for weight in model.parameters())
     again = _refilled(model, adapter, stored) if sharded else _reloaded(model, adapter, folder)
     with again as name, rescale_adapter_scale(model, times):
-        error = float((_logits(model, name, ids) - trained).norm())
+        error = float((_logits(model, name, ids) - trained)[finite].norm())
     if not error <= 0.01 * effect:  # also true for NaN
         what = f"reloaded from disk, the adapter's logits differ by {error:.3g} from those at the end of training"
         raise RunError(f"{what} ({effect:.3g} from the base's)", where, f"{KEPT}; please report it")
@@ -157,6 +163,16 @@ def _refilled(model: PeftModel, trained: str, stored: Tensors) -> Iterator[str]:
         for name, weight in trainable_parameters(model):
             fill_parameter(weight, stored[_stored_name(name)])
     yield trained
+
+
+def _finite_logits(model: PeftModel, adapter: str, rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first of the ``rows`` for which some logit is finite, else the last, and its logits. Steps with rows that
+    overflow may have been skipped."""
+    for ids in rows:
+        logits = _logits(model, adapter, ids)
+        if logits.isfinite().any():
+            break
+    return ids, logits
 
 
 def _logits(model: PeftModel, adapter: str, ids: torch.Tensor) -> torch.Tensor:
