@@ -320,6 +320,12 @@ def adapter_config_with_a_rank_of_zero(w: World) -> Arguments:
     return ["merge", "run", "--out", "out"]
 
 
+@case(CONFIG, "r is True, expected a whole number of at least 1", "lora_alpha is True, expected a number")
+def merge_with_true_for_numbers(w: World) -> Arguments:
+    w.edit_json(w.run() / "adapter" / "adapter_config.json", r=True, lora_alpha=True)
+    return ["merge", "run", "--out", "out"]
+
+
 @case(CONFIG, "lora_alpha")
 def adapter_config_with_a_nan(w: World) -> Arguments:
     w.edit_json(w.run() / "adapter" / "adapter_config.json", lora_alpha=float("nan"))
