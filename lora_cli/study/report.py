@@ -25,12 +25,13 @@ def write_report(folder: RunFolder) -> None:
     info = folder.read_info()
     lines = folder.read_metrics()
     result, base = info["result"], info["base"]
+    skipped = f"; {result['skipped_steps']:,} skipped" if result["skipped_steps"] else ""
     facts = [
         ("base", base["name_or_path"]),
         ("base fingerprint", base["fingerprint"][:16]),
         ("data", f"{pluralize(info['data']['rows'], 'row')}, {info['data']['supervised_tokens']:,} supervised tokens"),
         ("trained", f"{result['trainable_parameters']:,} of {result['total_parameters']:,} parameters"),
-        ("steps", format_steps(result)),
+        ("steps", format_steps(result) + skipped),
         ("adapter", f"weights of step {result['adapter_step']:,}"),
         ("peak memory", f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB"),
         ("device", info["device"]),
