@@ -99,6 +99,7 @@ def missing_gradient_warning(
     """Return a warning, after the first step, about adapted layers that got no gradient while others did; else None."""
     if isinstance(optimizer, ZeroOptimizer):  # DeepSpeed fills in zeros
         return None
+    # Of a layer's tensors, all get a gradient or none.
     layers = {layer_and_part(name)[0]: weight in optimizer.state for name, weight in trained}
     still = [layer for layer, is_reached in layers.items() if not is_reached]
     if not still or len(still) == len(layers):
@@ -115,7 +116,7 @@ def _differences(weights: Tensors, stored: Tensors) -> Iterator[str]:
             yield f"{key} is missing"
         elif found.shape != wanted.shape:
             yield f"{key} has shape {list(found.shape)}, not {list(wanted.shape)}"
-        elif _digest(found) != _digest(wanted):
+        elif found.dtype != wanted.dtype or _digest(found) != _digest(wanted):
             yield f"{key} has other values"
 
 
@@ -124,10 +125,10 @@ def _check_logits(folder: Path, where: str, model: PeftModel, stored: Tensors, r
     assert isinstance(adapter, str)
     with model.disable_adapter():
         ids, base = _finite_logits(model, adapter, rows)
+    finite = base.isfinite()
     for times in SCALES:
         with rescale_adapter_scale(model, times):
             trained = _logits(model, adapter, ids)
-        finite = (trained - base).isfinite()
         effect = float((trained - base)[finite].norm())
         if effect > 0:
             break
