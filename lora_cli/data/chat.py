@@ -225,7 +225,7 @@ class _Written:
         if len(head) >= at and self.full.startswith(head):
             return len(head)
         words, said = self.talk.turns[index].content.strip(), self.full.removesuffix(tail).rstrip()
-        return len(said) - len(words) if words and said[at:].endswith(words) else -1
+        return len(said) - len(words) if words and self.full.endswith(tail) and said[at:].endswith(words) else -1
 
     def end(self, index: int, start: int) -> int | None:
         """The position after the turn that begins at ``start`` and its closing; None when its content is not there."""
@@ -233,7 +233,7 @@ class _Written:
             return None
         full, turn = self.full, self.talk.turns[index]
         words, said = turn.content.strip(), full[start:]
-        if not turn.called and said.lstrip().startswith(words):
+        if words and not turn.called and said.lstrip().startswith(words):
             end = start + len(said) - len(said.lstrip()) + len(words)
             if closed := self._closed(full[end:]):
                 return end + closed
