@@ -28,10 +28,12 @@ def fingerprint(folder: Path) -> str:
     The result does not depend on how tensors are split into shards. It detects accidental changes, not contrived ones.
     Raises UserError for a folder without a configuration or complete safetensors files, RunError when reading fails.
     """
-    stored = sorted(model_headers(folder).items())
+    stored = dict(sorted(model_headers(folder).items()))
+    states = {file: _state(file) for file in {info.file for info in stored.values()}}
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(_digest, (info for _, info in stored), (_state(info.file) for _, info in stored))
-        tensors = [[name, info.dtype, info.shape, digest] for (name, info), digest in zip(stored, digests, strict=True)]
+        digests = pool.map(lambda info: _digest(info, states[info.file]), stored.values())
+        found = zip(stored.items(), digests, strict=True)
+        tensors = [[name, info.dtype, info.shape, digest] for (name, info), digest in found]
     stated = json.dumps([_relevant(read_config(folder)), tensors], sort_keys=True)
     return hashlib.sha256(stated.encode()).hexdigest()
 
