@@ -368,6 +368,7 @@ GIVEN = (TURNS[0], Message("assistant", "Hello", learned=False))
         ),
         ({"system": "Be kind", "messages": HI}, {}, Conversation((Message("system", "Be kind"), *TURNS))),
         ({"system": "", "messages": HI}, {}, Conversation(TURNS)),
+        ({"messages": json.dumps(HI)}, {}, Conversation(TURNS)),
         ({"messages": " " + json.dumps(HI)}, {}, Conversation(TURNS)),
         (
             {"messages": [HI[0] | {"content": [TEXT, TEXT]}, HI[1]]},

@@ -240,6 +240,10 @@ def test_merge_keys_are_unknown_keys() -> None:
 
 
 def test_a_missing_file_names_the_nearest() -> None:
+    Path("medical.yaml").write_text(MINIMAL)
+    with pytest.raises(UserError) as caught:
+        load_recipe("./medcal.yaml")
+    assert caught.value.faults == (Fault("no such file", "./medcal.yaml", "did you mean 'medical.yaml'?"),)
     Path("sub").mkdir()
     Path("sub/medical.yaml").write_text(MINIMAL)
     with pytest.raises(UserError) as caught:

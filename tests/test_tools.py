@@ -313,17 +313,21 @@ GEMMA_4 = replace(  # calls, their results and the answer are one turn
         (
             GEMMA_4,
             "<|turn>user\nIs it so?<turn|>\n",
-            '<|turn>model\n⟦ <|tool_call>weather{"city": "Paris"}<tool_call|><|tool_response>⟧',
+            '<|turn>model\n⟦[content]<|tool_call>weather{"city": "Paris"}<tool_call|><|tool_response>⟧',
             "response:sunny 0<tool_response|>",
             "⟦yes<turn|>⟧\n",
         ),
     ],
     ids=["gpt-oss", "line-break", "gemma-4"],
 )
+@pytest.mark.parametrize("content", ["", " "])  # gpt-oss writes no text beside a call
 def test_calls_may_end_in_another_special_token_than_answers(
-    family: Family, asked: str, called: str, sunny: str, answer: str
+    content: str, family: Family, asked: str, called: str, sunny: str, answer: str
 ) -> None:
-    messages = calling(call("weather", {"city": "Paris"}), content=" ")  # gpt-oss writes no text beside a call
+    messages, called = (
+        calling(call("weather", {"city": "Paris"}), content=content),
+        called.replace("[content]", content),
+    )
     expected = asked + called + sunny + answer
     assert tokenized(family, {"messages": messages}, expected) == tokens_of(family, expected)
     expected = asked + called
