@@ -31,8 +31,8 @@ def pack_in_order(order: Ints, lengths: Ints, budget: int) -> list[Ints]:
 def pack_first_fit(order: Ints, lengths: Ints, budget: int) -> list[Ints]:
     """First-fit: each row goes into the first open batch, of ``budget`` tokens, that has room for it.
 
-    A batch is closed, and is next in the result, when the shortest row no longer fits, or when it is the oldest of OPEN
-    batches and another is opened. ``lengths`` (all rows,) must not exceed ``budget``.
+    A batch is closed, and is next in the result, when the shortest row no longer fits, or when it is the oldest of
+    MAX_OPEN_BATCHES and another is opened. ``lengths`` (all rows,) must not exceed ``budget``.
     """
     sizes = lengths[order]
     shortest = int(sizes.min(initial=budget))
