@@ -233,7 +233,7 @@ def end_step(trainer: Trainer, step: Step, progress: Progress, unread: PendingOu
     is_best = progress.best_step == step.number and keeps_best(training)
     if last or stop_early or asked_to_stop or is_best or due(step.number, training.save_steps):
         progress = read_outcomes(trainer, unread, progress)
-        check_finite(trainer, step.number, weight_norm=weight_norm(trainer))
+        check_finite(trainer, step.number, "weight norm", weight_norm(trainer))
         save(trainer, progress)
     if asked_to_stop and not stop_early and not (last and is_evaluated(trainer, progress)):
         raise stopped_after(step.number, asked_to_stop)

@@ -35,8 +35,9 @@ def count_skipped(trainer: Trainer, step: Step, loss: float, grad_norm: float, p
     scaler = trainer.accelerator.scaler
     if math.isfinite(loss) and scaler is not None and scaler.get_scale() >= 1:
         return progress  # the scaled loss overflowed float16's gradient; the scaler halves its scale
-    problem = _describe_nonfinite(loss=loss, grad_norm=grad_norm)
-    what = f"step {step.number} was not taken: {problem}; {_describe_rows(trainer, step)}"
+    values = {"loss": loss, "grad norm": grad_norm}
+    problems = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+    what = f"step {step.number} was not taken: {', '.join(problems)}; {_describe_rows(trainer, step)}"
     skipped = progress.skipped_in_a_row + 1
     folder = trainer.job.folder
     hint = f"this step did not change the weights; {checkpoint_hint(folder.checkpoints)}; {CAUSES}"
@@ -64,20 +65,16 @@ def _describe_rows(trainer: Trainer, step: Step) -> str:
     return f"its rows are {', '.join(named)}{more}"
 
 
-def check_finite(trainer: Trainer, step: int, **values: float) -> None:
-    """Raises RunError when one of the values is not finite. Step 0 is before the first step."""
-    problem = _describe_nonfinite(**values)
-    if problem:
-        folder, dtype = trainer.job.folder, str(trainer.dtype).removeprefix("torch.")
-        why = DIVERGED if step else f"the weights are damaged, or the activations overflow {dtype}"
-        raise RunError(f"step {step}: {problem}", str(folder.root), f"{checkpoint_hint(folder.checkpoints)}; {why}")
+def check_finite(trainer: Trainer, step: int, name: str, value: float) -> None:
+    """Raises RunError when the value is not finite. Step 0 is before the first step."""
+    if math.isfinite(value):
+        return
+    folder, dtype = trainer.job.folder, str(trainer.dtype).removeprefix("torch.")
+    why = DIVERGED if step else f"the weights are damaged, or the activations overflow {dtype}"
+    hint = f"{checkpoint_hint(folder.checkpoints)}; {why}"
+    raise RunError(f"step {step}: {name} is {value}", str(folder.root), hint)
 
 
 def weight_norm(trainer: Trainer) -> float:
     """The norm of all trained weights; infinite or NaN when one of them is."""
     return float(torch.nn.utils.get_total_norm([full_tensor(parameter).detach() for _, parameter in trainer.trained]))
-
-
-def _describe_nonfinite(**values: float) -> str:
-    wrong = {name.replace("_", " "): value for name, value in values.items() if not math.isfinite(value)}
-    return ", ".join(f"{name} is {value}" for name, value in wrong.items())

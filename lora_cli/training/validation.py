@@ -28,10 +28,10 @@ def evaluate_start(trainer: Trainer) -> Progress:
     rows = pluralize(len(trainer.job.validation), "validation row")
     trainer.display.note(f"measuring the base on {rows}")
     with unwrap(trainer).disable_adapter():
-        base = start = _score_at_start(trainer, "loss_of_the_base")
+        base = start = _score_at_start(trainer, "loss of the base")
     if trainer.job.start:
         trainer.display.note(f"measuring the adapter of init_from on {rows}")
-        start = _score_at_start(trainer, "loss_with_the_starting_adapter")
+        start = _score_at_start(trainer, "loss with the starting adapter")
     log_score(trainer, 0, 0.0, start)
     return Progress(
         evaluated_step=0,
@@ -46,7 +46,7 @@ def _score_at_start(trainer: Trainer, name: str) -> Score:
     score = validate(trainer)
     if score is None:
         raise stopped_after(0, trainer.asked_to_stop())
-    check_finite(trainer, 0, **{name: score.loss})
+    check_finite(trainer, 0, name, score.loss)
     return score
 
 
@@ -58,7 +58,7 @@ def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock
     clock.leave_out(time.perf_counter() - began)
     if score is None:
         return progress
-    check_finite(trainer, step.number, validation_loss=score.loss)
+    check_finite(trainer, step.number, "validation loss", score.loss)
     log_score(trainer, step.number, step.epoch, score)
     progress = replace(progress, evaluated_step=step.number, validation_loss=score.loss)
     if progress.best_loss is None or score.loss < progress.best_loss:
