@@ -19,13 +19,12 @@ class Interrupt:
 
 
 @contextmanager
-def catch_signals() -> Iterator[Interrupt]:
-    """While the block runs, record the first SIGINT, SIGTERM or SIGHUP (unless nohup ignores it), to be read between
-    steps."""
-    asked = Interrupt()
+def catch_signals(interrupt: Interrupt) -> Iterator[None]:
+    """While the block runs, record the first SIGINT, SIGTERM or SIGHUP (unless nohup ignores it) in ``interrupt``, to
+    be read between steps."""
 
     def handle(number: int, _: FrameType | None) -> None:
-        asked.number = number
+        interrupt.number = number
         for kind, handler in before.items():
             # A shell that ends sends its jobs SIGHUP, and then the system sends it again.
             signal.signal(kind, signal.SIG_IGN if kind == signal.SIGHUP else handler)
@@ -36,7 +35,7 @@ def catch_signals() -> Iterator[Interrupt]:
     for kind in before:
         signal.signal(kind, handle)
     try:
-        yield asked
+        yield
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)

@@ -108,7 +108,7 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
     job, folder, display = trainer.job, trainer.job.folder, trainer.display
     info = run_record(trainer)
     untrained = digests(whole_weights(trainer))
-    with catch_signals() as trainer.interrupt:
+    with catch_signals(trainer.interrupt):
         if trainer.writes:
             folder.check_held()
             display.log_to(folder.log)
