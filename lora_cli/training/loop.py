@@ -79,28 +79,41 @@ def train_alone(job: Prepared, display: Display, began: float) -> dict[str, Any]
         close_process_group(trainer)
         return info
     except UserError:
-        if is_first_here() and not job.folder.holds_run:
-            prune_cached(job.folder.cache, None)
-        withdraw(made)
-        if process_count() > 1:  # another process may have created them
-            for empty in (job.folder.cache, job.folder.root):
-                with suppress(OSError):  # not empty: files of others stay
-                    empty.rmdir()
+        remove_cache(job, made)
         raise
     except (RuntimeError, MemoryError, OSError) as error:
-        if is_out_of_memory(error):
-            checkpointing = bool(trainer and unwrap(trainer).base_model.is_gradient_checkpointing)
-            streams = trainer.streams if trainer else job.recipe.training.stream_base is True
-            raise out_of_memory(trainer.job if trainer else job, error, checkpointing, streams) from error
-        if is_out_of_space(error):  # from a library's own write, such as a tracker's
-            raise unwritable(Path(getattr(error, "filename", None) or job.folder.root), error) from error
-        if process_count() == 1 or not isinstance(error, RuntimeError) or not is_broken_connection(error):
+        failure = known_failure(error, job, trainer)
+        if failure is None:
             raise
+        raise failure from error
+
+
+def remove_cache(job: Prepared, made: list[Path]) -> None:
+    """Remove what a refused run has put into the cache; ``made`` is what ``publish`` has created."""
+    if is_first_here() and not job.folder.holds_run:
+        prune_cached(job.folder.cache, None)
+    withdraw(made)
+    if process_count() > 1:  # another process may have created them
+        for empty in (job.folder.cache, job.folder.root):
+            with suppress(OSError):  # not empty: files of others stay
+                empty.rmdir()
+
+
+def known_failure(error: Exception, job: Prepared, trainer: Trainer | None) -> RunError | None:
+    """Return the error to report for a lack of memory or disk space or a lost connection, which libraries raise as
+    errors of their own; None for any other. ``trainer`` is None until set-up is complete."""
+    if is_out_of_memory(error):
+        if trainer is None:
+            return out_of_memory(job, error, False, job.recipe.training.stream_base is True)
+        checkpointing = bool(unwrap(trainer).base_model.is_gradient_checkpointing)
+        return out_of_memory(trainer.job, error, checkpointing, trainer.streams)
+    if is_out_of_space(error):  # from a library's own write, such as a tracker's
+        return unwritable(Path(getattr(error, "filename", None) or job.folder.root), error)
+    if process_count() > 1 and isinstance(error, RuntimeError) and is_broken_connection(error):
         cause = str(error).strip().splitlines()[-1:]  # NCCL's own is the last line
         what = ": ".join(["the connection to another process of this run broke", *cause])
-        raise SecondaryError(
-            what, str(job.folder.root), checkpoint_hint(job.folder.checkpoints, RESUME_HINT)
-        ) from error
+        return SecondaryError(what, str(job.folder.root), checkpoint_hint(job.folder.checkpoints, RESUME_HINT))
+    return None
 
 
 def run(trainer: Trainer, began: float) -> dict[str, Any]:
