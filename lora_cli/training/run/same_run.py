@@ -51,10 +51,12 @@ def check_same_keys(before: Recipe, began_on: int, recipe: Recipe, count: int, w
     if began_on != count and not same_steps:
         batches = before.training.gradient_accumulation_steps * began_on
         what = f"--resume: the run began in {began_on} process(es) and has {count} now, with another step's batch"
-        size = f"training.per_device_train_batch_size={before.training.batch_size}"
-        wanted = f"{size} training.gradient_accumulation_steps={batches // count} keeps it"
-        other = f"a step takes {batches} micro-batches; choose a number of processes that divides it"
-        faults = [Fault(what, where, other if batches % count else wanted)]
+        if batches % count == 0:
+            size = f"training.per_device_train_batch_size={before.training.batch_size}"
+            hint = f"{size} training.gradient_accumulation_steps={batches // count} keeps it"
+        else:
+            hint = f"a step takes {batches} micro-batches; choose a number of processes that divides it"
+        faults = [Fault(what, where, hint)]
     if faults:
         raise UserError(faults)
 
@@ -62,7 +64,9 @@ def check_same_keys(before: Recipe, began_on: int, recipe: Recipe, count: int, w
 def _batches(recipe: Recipe, processes: int) -> tuple[int, ...]:
     """Return what decides a step's rows: size and number of batches; padded in file order, only their product."""
     size, batches = recipe.training.batch_size, recipe.training.gradient_accumulation_steps * processes
-    return (size, batches) if recipe.data.packing or recipe.data.shuffle else (size * batches,)
+    if recipe.data.packing or recipe.data.shuffle:
+        return size, batches
+    return (size * batches,)
 
 
 def with_batch_size(recipe: Recipe, count: int) -> Recipe:
@@ -107,7 +111,5 @@ def format_value(value: Any) -> str:
 
 def flat_keys(dumped: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe's values by their dotted keys."""
-    flat: dict[str, Any] = {}
-    for name, section in dumped.items():
-        flat |= {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {}
-    return flat
+    sections = {name: section for name, section in dumped.items() if isinstance(section, dict)}
+    return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
