@@ -93,6 +93,12 @@ class RunFolder:
         if start is not None and Path(start).resolve().is_relative_to(self.root.resolve()):
             hint = "copy that adapter elsewhere, or choose another training.output_dir"
             raise UserError("adapter.init_from is inside training.output_dir", start, hint)
+        self._check_run(recipe, resume, overwrite)
+        self._check_files(resume)
+        check_unlocked(self.root)
+
+    def _check_run(self, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+        """Raises UserError when the run that the folder holds, or the lack of one, does not allow the requested run."""
         if resume and self.info.exists():
             self.read_info()
             self.read_metrics()
@@ -112,6 +118,9 @@ class RunFolder:
             leftovers = {_draft(self.recipe), _draft(self.info)} | ({self.cache} if self.cache.is_dir() else set())
             if not set(self.root.iterdir()) <= leftovers:
                 raise UserError("the folder is not empty and holds no run", str(self.root), "choose another folder")
+
+    def _check_files(self, resume: bool) -> None:
+        """Raises UserError when a file or folder that the run would write or replace is not one that it may."""
         replaced = (self.adapter, *self.checkpoints.glob("step-????????"))
         for path in (self.checkpoints, *replaced):
             if path.exists() and not path.is_dir():
@@ -125,7 +134,6 @@ class RunFolder:
         for path in (self.metrics, self.log) if resume else ():
             if path.exists() and not os.access(path, os.W_OK):
                 raise UserError("no permission to write", str(path), "choose another training.output_dir")
-        check_unlocked(self.root)
 
     @contextmanager
     def hold(self) -> Iterator[FolderLock]:
