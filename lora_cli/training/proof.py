@@ -26,6 +26,10 @@ RELOADED = "reloaded"
 NAMED = 3
 SCALES = (1, 1024)  # a few steps may change an adapter by less than 16-bit logits show
 UNUSED = "remove layers that the model does not use from adapter.target_modules"
+NOTHING_LEARNED = (
+    "nothing was learned up to the step whose weights these are: lower training.learning_rate if later evaluations "
+    "were worse, else raise it, or train for more steps"
+)
 KEPT = "the checkpoints are kept, no adapter was written"
 
 
@@ -59,12 +63,7 @@ def prove(
     still, layers = _unchanged_layers(stored, {_stored_name(name): digest for name, digest in start.items()})
     if still:
         what = f"{len(still)} of {layers} adapted layers were not changed by training: {first_few(still, NAMED)}"
-        early = (
-            "nothing was learned up to the step whose weights these are: lower training.learning_rate if later "
-            "evaluations were worse, else raise it, or train for more steps"
-        )
-        hint = f"{KEPT}; {UNUSED if len(still) < layers else early}"
-        raise RunError(what, where, hint)
+        raise RunError(what, where, f"{KEPT}; {UNUSED if len(still) < layers else NOTHING_LEARNED}")
     _check_logits(folder, where, model, stored, rows)
 
 
@@ -85,10 +84,11 @@ def _unchanged_layers(stored: Tensors, start: Mapping[str, str]) -> tuple[list[s
     moved = {name for name, digest in start.items() if _digest(stored[name]) != digest}
 
     def is_new(names: list[str]) -> bool:
-        product = [name for name in names if not name.endswith(".lora_magnitude_vector")]
-        return not moved.isdisjoint(set(names) - set(product)) or (
-            not moved.isdisjoint(product) and all(bool(stored[name].any()) for name in product)
-        )
+        magnitudes = {name for name in names if name.endswith(".lora_magnitude_vector")}
+        factors = set(names) - magnitudes
+        if magnitudes & moved:
+            return True
+        return bool(factors & moved) and all(bool(stored[name].any()) for name in factors)
 
     return [layer for layer, names in layers.items() if not is_new(names)], len(layers)
 
