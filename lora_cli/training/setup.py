@@ -136,7 +136,10 @@ def load_frozen(
     if why:
         display.note(f"training.stream_base: auto -> {str(streams).lower()}: {why}", warning=not streams)
     kept = cached_base(job, accelerator, dtype, display)
-    folder, quantization = kept or job.base, recipe.quantization if kept is None else None
+    if kept is None:
+        folder, quantization = job.base, recipe.quantization
+    else:
+        folder, quantization = kept, None
     if streams:
         if quantization is not None:
             raise RunError("training.stream_base: a quantized base is streamed from its cached copy, and there is none")
@@ -166,17 +169,17 @@ def cached_base(job: Prepared, accelerator: Accelerator, dtype: torch.dtype, dis
     name = cached_name(job.base, job.base_digest, quantization, dtype, compute_dtype)
     with accelerator.local_main_process_first():
         found = find_cached(cache, name)
-        if accelerator.is_local_main_process and found != cache / name:
-            try:
-                if found is None or not link_cached(found, cache / name):
-                    display.note(f"quantizing it to {quantization.method}, kept in {cache / name}")
-                    write_cached(job.base, cache / name, quantization, dtype, compute_dtype)
-                found = cache / name
-            except RunError as error:
-                found = None
-                message = f"the base in {quantization.method} is not kept for the next run: {error.faults[0].what}"
-                display.note(message, warning=True)
-    return found
+        if found == cache / name or not accelerator.is_local_main_process:
+            return found
+        try:
+            if found is None or not link_cached(found, cache / name):
+                display.note(f"quantizing it to {quantization.method}, kept in {cache / name}")
+                write_cached(job.base, cache / name, quantization, dtype, compute_dtype)
+        except RunError as error:
+            message = f"the base in {quantization.method} is not kept for the next run: {error.faults[0].what}"
+            display.note(message, warning=True)
+            return None
+    return cache / name
 
 
 def make_schedule(job: Prepared, packing: bool, processes: int) -> Schedule:
