@@ -56,8 +56,7 @@ def resolve_batch_size(
     if recipe.training.per_device_train_batch_size != "auto":
         return recipe
     rows, wanted = recipe.training.gradient_accumulation_steps, recipe.training.gradient_checkpointing
-    either = (False, True) if model.supports_gradient_checkpointing else (False,)
-    ways = (True,) if streams or wanted == "offload" else either if wanted == "auto" else (wanted,)
+    ways = _ways(wanted, streams, model.supports_gradient_checkpointing)
     device = accelerator.device
     if device.type == "cuda" and not is_sharded(accelerator):
         fits, why = _by_trial(job, accelerator, model, head, packing), "the largest that ran"
@@ -69,14 +68,25 @@ def resolve_batch_size(
     found = next(((count, way) for way in ways for count in divisors(rows) if fits(count, way)), None)
     if found is None:
         why = "continuing with 1, although even that may not fit"
-    count, checkpointing = found or (1, ways[-1])
+    count, checkpointing = (1, ways[-1]) if found is None else found
     count = -all_reduce_max(-count, accelerator)
     checkpointing = bool(all_reduce_max(int(checkpointing), accelerator))
     decision = f"training.per_device_train_batch_size: auto -> {count}, gradient_accumulation_steps: {rows // count}"
     recomputing = ", activations recomputed" if checkpointing else ""
     display.note(f"{decision}{recomputing}, a step of {rows} rows a process ({why})", warning=found is None)
-    found_out = {"training.gradient_checkpointing": checkpointing} if wanted == "auto" and not streams else {}
-    return with_changes(with_batch_size(recipe, count), found_out)
+    recipe = with_batch_size(recipe, count)
+    if wanted == "auto" and not streams:
+        return with_changes(recipe, {"training.gradient_checkpointing": checkpointing})
+    return recipe
+
+
+def _ways(wanted: bool | str, streams: bool, can_recompute: bool) -> tuple[bool, ...]:
+    """Return whether to recompute activations, True and False in the order in which to try them."""
+    if streams or wanted == "offload":
+        return (True,)
+    if wanted != "auto":
+        return (bool(wanted),)
+    return (False, True) if can_recompute else (False,)
 
 
 def divisors(number: int) -> list[int]:
