@@ -173,7 +173,8 @@ def _layouts(lengths: tuple[int, ...], heads: int, group: int) -> tuple[Layout, 
         else:
             together.append([row])
     keys = _layout(together, heads, 1)
-    return keys if group == 1 else _layout(together, heads, group), keys
+    queries = keys if group == 1 else _layout(together, heads, group)
+    return queries, keys
 
 
 def _go_together(rows: list[slice], row: slice, heads: int) -> bool:

@@ -87,7 +87,9 @@ def choose_checkpointing(
     )
     if not recomputes:
         return False, f"{why}, and this architecture cannot recompute them"
-    return checkpointed <= room or device.type == "cpu" or "offload", why
+    if checkpointed <= room or device.type == "cpu":
+        return True, why
+    return "offload", why
 
 
 def saved_bytes_per_token(

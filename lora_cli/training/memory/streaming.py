@@ -58,7 +58,9 @@ def needs_streaming(job: Prepared, processes: int, sharded: bool, device: torch.
     if needed <= 0.8 * free:
         return False, ""
     need = f"the base needs about {format_bytes(needed)}, and {device.type} has {format_bytes(free)} free"
-    return not why_not, f"{need}; {why_not}" if why_not else need
+    if why_not:
+        return False, f"{need}; {why_not}"
+    return True, need
 
 
 def why_not_streamable(job: Prepared, recipe: Recipe, processes: int) -> str:
