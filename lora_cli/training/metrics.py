@@ -110,16 +110,21 @@ def _log(trainer: Trainer, line: dict[str, Any], seconds_left: float | None = No
         trainer.job.folder.append_metrics(line)
     trainer.display.metrics(line, seconds_left)
     if trainer.accelerator.trackers:
-        numbers = {key: value for key, value in line.items() if key not in ("step", "split") and value is not None}
-        values = {f"{line['split']}/{key}": value for key, value in numbers.items()}
-        try:
-            trainer.accelerator.log(values, step=line["step"])
-        except Exception as error:
-            if is_out_of_space(error):
-                raise
-            what = f"no more metrics are sent: {_first_line(error)}; metrics.jsonl still gets them"
-            trainer.display.note(f"training.report_to: {what}", warning=True)
-            finish_trackers(trainer)
+        _send(trainer, line)
+
+
+def _send(trainer: Trainer, line: dict[str, Any]) -> None:
+    """Send a line's values to the trackers. If that fails, they are finished, and the run goes on without them."""
+    numbers = {key: value for key, value in line.items() if key not in ("step", "split") and value is not None}
+    values = {f"{line['split']}/{key}": value for key, value in numbers.items()}
+    try:
+        trainer.accelerator.log(values, step=line["step"])
+    except Exception as error:
+        if is_out_of_space(error):
+            raise
+        what = f"no more metrics are sent: {_first_line(error)}; metrics.jsonl still gets them"
+        trainer.display.note(f"training.report_to: {what}", warning=True)
+        finish_trackers(trainer)
 
 
 def _first_line(error: Exception) -> str:
