@@ -94,9 +94,8 @@ def splits(trainer: Trainer) -> dict[str, Examples]:
 def is_reused(trainer: Trainer, part: str) -> bool:
     """Whether the run uses the part's rows more than once; a resumed run: whether run.json records them as kept."""
     if trainer.job.resume:
-        return part in broadcast_from_first(
-            trainer.job.folder.read_info().get("cache_frozen", {}) if trainer.writes else {}
-        )
+        before = trainer.job.folder.read_info() if trainer.writes else {}
+        return part in broadcast_from_first(before.get("cache_frozen", {}))
     return part == "validation" or trainer.total_steps > trainer.schedule.steps_in(0)
 
 
