@@ -218,4 +218,5 @@ def frozen_head(model: PreTrainedModel | PeftModel) -> Head | None:
     found = head.logits(taken[0][0]) if taken else wanted[:0]
     if found.shape != wanted.shape:
         return None
-    return head if relative_error(found, wanted) < (1e-4 if module.weight.dtype == torch.float32 else 0.02) else None
+    rounding = 1e-4 if module.weight.dtype == torch.float32 else 0.02
+    return head if relative_error(found, wanted) < rounding else None

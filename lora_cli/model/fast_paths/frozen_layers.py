@@ -127,7 +127,8 @@ def can_be_skipped(model: PeftModel, below: FrozenLayers) -> bool:
                 found = model(input_ids=ids, use_cache=False).logits.float()
         except FORWARD_ERRORS:
             return False
-    return relative_error(found, wanted) < (1e-5 if model.dtype == torch.float32 else 0.02)
+    rounding = 1e-5 if model.dtype == torch.float32 else 0.02
+    return relative_error(found, wanted) < rounding
 
 
 def _random_state(device: torch.device) -> torch.Tensor:
