@@ -56,7 +56,10 @@ def summed_loss(
             return losses[0]
 
         aside = head.intercept_input(keep_loss)
-    with aside, below.skipped_with(batch.hidden) if below is not None and batch.hidden is not None else nullcontext():
+    skipping: AbstractContextManager[object] = nullcontext()
+    if below is not None and batch.hidden is not None:
+        skipping = below.skipped_with(batch.hidden)
+    with aside, skipping:
         output = model(
             input_ids=batch.input_ids,
             logits_to_keep=batch.predict_from,
