@@ -96,13 +96,13 @@ def prepare_model(
     """Return model and optimizer as Accelerate distributes them over the processes."""
     if dtype != torch.float32 and (is_zero(accelerator) or is_sharded(accelerator)):  # else Accelerate does this itself
         model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)  # type: ignore[method-assign]
-    if not is_zero(accelerator):
-        if is_sharded(accelerator):
-            _name_layers_to_wrap(accelerator.state.fsdp_plugin, model)
-        prepared: tuple[torch.nn.Module, Optimizer] = accelerator.prepare(model, optimizer)
-        return prepared
-    engine, _ = accelerator.prepare(model, optimizer)
-    return engine, ZeroOptimizer(engine, [parameter for _, parameter in trainable_parameters(model)])
+    if is_zero(accelerator):
+        engine, _ = accelerator.prepare(model, optimizer)
+        return engine, ZeroOptimizer(engine, [parameter for _, parameter in trainable_parameters(model)])
+    if is_sharded(accelerator):
+        _name_layers_to_wrap(accelerator.state.fsdp_plugin, model)
+    prepared: tuple[torch.nn.Module, Optimizer] = accelerator.prepare(model, optimizer)
+    return prepared
 
 
 def backward(accelerator: Accelerator, optimizer: Optimizer, loss: torch.Tensor, last: bool) -> None:
