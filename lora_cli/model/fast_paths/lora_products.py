@@ -59,9 +59,9 @@ class LoraProducts(torch.autograd.Function):
             for weight, spec, low, narrow, bias in zip(weights, specs, lows, b_low, biases, strict=True)
         )
         scales = [None if spec.state is None else spec.state.absmax for spec in specs]
-        kept = x if gate is not None else rows if source is None and down.numel() else None
+        keeps_input = gate is not None or (source is None and down.numel() > 0)
         origin = (None, None) if source is None else (source.x, source.weight)
-        ctx.save_for_backward(kept, gate, *origin, down, a_low, *b_low, *weights, *scales)
+        ctx.save_for_backward(x if keeps_input else None, gate, *origin, down, a_low, *b_low, *weights, *scales)
         ctx.eps = None if source is None else source.eps
         ctx.specs, ctx.dtypes = [_with(spec, None) for spec in specs], [each.dtype for each in (*a, *b)]
         return ys
