@@ -97,20 +97,28 @@ def detach_weights(base: PreTrainedModel, folder: Path, device: torch.device, dt
             if weight in sources or "." not in inner:  # the layer's own hooks do not run when it is recomputed
                 continue
             found = _stored(f"{outer}.{inner}", weight, headers, base.base_model_prefix)
-            in_4_bits = getattr(weight, "quant_state", None) is not None
-            if in_4_bits and found:
-                sources[weight] = _codes_from_disk(found[1], headers, files, device)
-                cast("Any", weight).quant_state = None
-            elif not in_4_bits:
+            if getattr(weight, "quant_state", None) is None:
                 sources[weight] = (
                     _from_disk(found[0], files, device, dtype) if found else _from_host(weight.data, device, dtype)
                 )
-            if weight in sources:
-                weight.data = _placeholder(weight, device, weight.dtype if in_4_bits else dtype)
+                weight.data = _placeholder(weight, device, dtype)
+            elif found:
+                sources[weight] = _codes_from_disk(found[1], headers, files, device)
+                cast("Any", weight).quant_state = None
+                weight.data = _placeholder(weight, device, weight.dtype)
+    _move_others(base, sources, headers, device, dtype)
+    base.config.dtype = dtype
+    return sources
+
+
+def _move_others(
+    base: PreTrainedModel, sources: Sources, headers: dict[str, TensorInfo], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Move the weights that are not streamed, and the buffers, to ``device``; weights not in 4 bits as ``dtype``."""
     for name, weight in base.named_parameters():
-        state = getattr(weight, "quant_state", None)
         if weight in sources:
             continue
+        state = getattr(weight, "quant_state", None)
         if state is None:  # from the file, since all of ``base`` was loaded in one dtype
             found = _stored(name, weight, headers, base.base_model_prefix)
             weight.data = (mapped(found[0]) if found else weight.data).to(device, dtype)
@@ -119,8 +127,6 @@ def detach_weights(base: PreTrainedModel, folder: Path, device: torch.device, dt
             state.to(device)
     for buffer in base.buffers():
         buffer.data = buffer.data.to(device)
-    base.config.dtype = dtype
-    return sources
 
 
 def add_streaming_hooks(model: Module, sources: Sources) -> list[RemovableHandle]:
