@@ -127,10 +127,9 @@ def fused_replacement(module: nn.Module, width: int) -> RotaryAttention | None:
     )
     for dtype in (torch.float32, torch.bfloat16):
         try:
-            wanted = _record(type(module).forward, stand_in, x.to(dtype), positions)
-            attention_kwargs = stand_in.seen
+            wanted, attention_kwargs = _record(type(module).forward, stand_in, x.to(dtype), positions)
             stand_in.dropout, stand_in.attention_kwargs = attention_kwargs.pop("dropout"), attention_kwargs
-            found = _record(RotaryAttention.forward, stand_in, x.to(dtype), positions)
+            found, _ = _record(RotaryAttention.forward, stand_in, x.to(dtype), positions)
         except FORWARD_ERRORS:
             return None
         if not all(map(_agree, found, wanted)):
@@ -143,13 +142,15 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "forward"}
 
 
-def _record(forward: Any, stand_in: SimpleNamespace, x: torch.Tensor, positions: Any) -> list[torch.Tensor]:
-    """The queries, keys and values passed to the attention function, and the result of ``forward``. Sets
-    ``stand_in.seen`` to the other arguments. Raises LookupError when the argument ``added`` is not passed on."""
+def _record(
+    forward: Any, stand_in: SimpleNamespace, x: torch.Tensor, positions: Any
+) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """The queries, keys and values passed to the attention function with the result of ``forward``, and the function's
+    other arguments. Raises LookupError when the argument ``added`` is not passed on."""
     result, _ = forward(stand_in, hidden_states=x, position_embeddings=positions, attention_mask=None, added=True)
-    *given, stand_in.seen = stand_in.recorded
-    stand_in.seen.pop("added")
-    return [*given, result]
+    query, key, value, attention_kwargs = stand_in.recorded
+    attention_kwargs.pop("added")
+    return [query, key, value, result], attention_kwargs
 
 
 def _agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
