@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -72,12 +71,14 @@ def _bits(folder: Path, bare: PreTrainedModel, recipe: Recipe, dtype: torch.dtyp
         return 8 * dtype.itemsize
     layers, prefix = linear_layers(bare), f"{bare.base_model_prefix}."
     names = layers.keys() | {name.removeprefix(prefix) for name in layers}
-    stored = sum(
-        info.bytes
-        for name, info in model_headers(folder).items()
-        if names.intersection(accumulate(name.split("."), "{}.{}".format))
-    )
+    stored = sum(info.bytes for name, info in model_headers(folder).items() if _is_within(name, names))
     return 8 * stored / sum(each.in_features * each.out_features for each in layers.values())
+
+
+def _is_within(tensor: str, layers: set[str]) -> bool:
+    """Whether a stored tensor belongs to one of the layers: weight.absmax, a part of a 4-bit weight, does too."""
+    parts = tensor.split(".")
+    return any(".".join(parts[:count]) in layers for count in range(1, len(parts)))
 
 
 def activation_bytes(
