@@ -39,21 +39,33 @@ def enable_packing(model: PreTrainedModel | PeftModel, attn_implementation: str)
     takes_rows = attn_implementation == "auto" and model._supports_flash_attn  # through FlashAttention's arguments
     for implementation in (ROWS, given) if takes_rows else (given,):
         model.set_attn_implementation(implementation)
-        try:
-            packed, behind = (_logits(model, (row, second), packed=True) for row in (first, other))
-        except FORWARD_ERRORS as error:  # no position ids, or something that attention by rows does not support
-            if is_out_of_memory(error):
-                raise
-            continue
-        exact, rounding = (1e-6, 1e-3) if model.dtype == torch.float32 else (0.02, 0.05)
-        if not has_experts(model):  # experts' products have other shapes behind another row
-            exact = 0.0
-        apart = relative_error(behind[len(first) :], packed[len(first) :])
-        if apart <= exact and relative_error(packed, alone) < rounding:
+        if _keeps_rows_apart(model, first, second, other, alone):
             if implementation == ROWS:
                 model.set_attn_implementation(ROWS_ALONE)
             return True
     return False
+
+
+def _keeps_rows_apart(
+    model: PreTrainedModel | PeftModel,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    other: torch.Tensor,
+    alone: torch.Tensor,
+) -> bool:
+    """Whether ``second``, packed, has the same logits behind ``first`` and behind ``other``, which are of one length,
+    and both rows have those that they have ``alone``."""
+    try:
+        packed, behind = (_logits(model, (row, second), packed=True) for row in (first, other))
+    except FORWARD_ERRORS as error:  # no position ids, or something that attention by rows does not support
+        if is_out_of_memory(error):
+            raise
+        return False
+    exact, rounding = (1e-6, 1e-3) if model.dtype == torch.float32 else (0.02, 0.05)
+    if not has_experts(model):  # experts' products have other shapes behind another row
+        exact = 0.0
+    apart = relative_error(behind[len(first) :], packed[len(first) :])
+    return apart <= exact and relative_error(packed, alone) < rounding
 
 
 def _logits(model: PreTrainedModel | PeftModel, rows: Sequence[torch.Tensor], packed: bool) -> torch.Tensor:
