@@ -29,18 +29,21 @@ def locate(name_or_path: str, weights: bool = False, revision: str | None = None
         raise UserError("a file, not a model folder", name_or_path, MODEL_FOLDER)
     if not folder.is_dir():
         folder = _snapshot(name_or_path, weights, revision)
-    is_adapter = (folder / "adapter_config.json").is_file()
     if not (folder / "config.json").is_file():
-        hint = newest_adapter(folder) or MODEL_FOLDER
-        if is_adapter:
-            hint = "this is an adapter: give its base, or merge the two first (lora merge)"
-        elif folder.parent.name == "checkpoints":
-            hint = f"a checkpoint is for --resume only; give the run ({folder.parent.parent}) or its adapter"
-        raise UserError("holds no model (no config.json)", name_or_path, hint)
-    if is_adapter:  # which Transformers would load along with the model
+        raise UserError("holds no model (no config.json)", name_or_path, _no_model_hint(folder))
+    if (folder / "adapter_config.json").is_file():  # which Transformers would load along with the model
         hint = "move the adapter's files to their own folder"
         raise UserError("the folder holds an adapter beside the model (adapter_config.json)", str(folder), hint)
     return folder
+
+
+def _no_model_hint(folder: Path) -> str:
+    """A hint for a folder that holds no model."""
+    if (folder / "adapter_config.json").is_file():
+        return "this is an adapter: give its base, or merge the two first (lora merge)"
+    if folder.parent.name == "checkpoints":
+        return f"a checkpoint is for --resume only; give the run ({folder.parent.parent}) or its adapter"
+    return newest_adapter(folder) or MODEL_FOLDER
 
 
 def _snapshot(hub_id: str, weights: bool, revision: str | None) -> Path:
@@ -68,7 +71,10 @@ def nearest_folder(folder: Path) -> str:
 def newest_adapter(folder: Path) -> str | None:
     """A hint for a folder that contains adapters, such as a Trainer's checkpoints; None if it contains none."""
     found = [*folder.glob("*/adapter_config.json")]
-    return f"give the adapter in it: {max(found, key=lambda file: file.stat().st_mtime).parent}" if found else None
+    if not found:
+        return None
+    newest = max(found, key=lambda file: file.stat().st_mtime)
+    return f"give the adapter in it: {newest.parent}"
 
 
 def check_tokenizer(folder: Path, chat: bool = False) -> None:
@@ -76,7 +82,7 @@ def check_tokenizer(folder: Path, chat: bool = False) -> None:
 
     Without tokenizer files, Transformers would silently create an empty tokenizer.
     """
-    if not any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern)):
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise UserError("the folder holds no tokenizer (no tokenizer.json)", str(folder), MODEL_FOLDER)
     for path in sorted(file for pattern in SMALL_FILES for file in folder.glob(pattern)):
         if is_lfs_pointer(path):
@@ -143,8 +149,9 @@ def check_model_type(folder: Path) -> None:
     config = read_config(folder)
     kind = config.get("model_type")
     package = importlib.util.find_spec("transformers")
-    places = (package and package.submodule_search_locations) or ()
-    tables = [file.read_text(encoding="utf-8") for place in places for file in Path(place, "models/auto").glob("*.py")]
+    folders = package.submodule_search_locations if package is not None else None
+    files = [file for each in folders or () for file in Path(each, "models/auto").glob("*.py")]
+    tables = [file.read_text(encoding="utf-8") for file in files]
     if not isinstance(kind, str) or (tables and not any(f'"{kind}"' in table for table in tables)):
         raise unknown_type(config, folder)
 
@@ -161,9 +168,10 @@ def unknown_type(config: Mapping[str, Any], folder: Path) -> UserError:
 def custom_code(config: Mapping[str, Any]) -> list[str]:
     """The custom Python files that the ``auto_map`` of a model's or tokenizer's configuration names."""
     auto_map = config.get("auto_map")
-    entries = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
-    names = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry]) if name]
-    return sorted({f"{str(name).rpartition('.')[0] or name}.py" for name in names})
+    names: list[Any] = []
+    for entry in auto_map.values() if isinstance(auto_map, dict) else [auto_map]:
+        names += entry if isinstance(entry, list) else [entry]
+    return sorted({f"{str(name).rpartition('.')[0] or name}.py" for name in names if name})
 
 
 def hub_kernels(config: Any, inside: bool = False) -> Iterator[str]:
