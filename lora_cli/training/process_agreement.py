@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,16 +38,21 @@ def check_agreement(job: Prepared, accelerator: Accelerator, dtype: str) -> None
     if accelerator.num_processes == 1:
         return
     accounts: list[tuple[str, Account]] = gather_object([(socket.gethostname(), _run_signature(job, dtype))])
-    host, wanted = accounts[0]
+    first_host, wanted = accounts[0]
     hint = "give all processes the same recipe, rows, base and versions"
-    faults = []
-    for index, (name, found) in enumerate(accounts):
-        for what in {**wanted, **found}:
-            if found.get(what) != wanted.get(what):
-                message = f"{what} is {_shown(found.get(what))}, but {_shown(wanted.get(what))} in process 0 on {host}"
-                faults.append(Fault(message, f"process {index} on {name}", hint))
+    faults = [
+        Fault(f"{difference} in process 0 on {first_host}", f"process {index} on {host}", hint)
+        for index, (host, found) in enumerate(accounts)
+        for difference in _differences(found, wanted)
+    ]
     if faults:
         raise UserError(faults)
+
+
+def _differences(found: Account, wanted: Account) -> Iterator[str]:
+    for name in {**wanted, **found}:
+        if found.get(name) != wanted.get(name):
+            yield f"{name} is {_shown(found.get(name))}, but {_shown(wanted.get(name))}"
 
 
 def _run_signature(job: Prepared, dtype: str) -> Account:
