@@ -26,7 +26,8 @@ def continue_run(trainer: Trainer, info: dict[str, Any]) -> None:
     """
     folder = trainer.job.folder
     steps = {checkpoint.step_of(path): path for path in checkpoint.checkpoints(folder.checkpoints)}
-    if reached := [step for step, path in steps.items() if step > trainer.total_steps and checkpoint.is_complete(path)]:
+    reached = [step for step, path in steps.items() if step > trainer.total_steps and checkpoint.is_complete(path)]
+    if reached:
         what = f"--resume: the run has taken {reached[-1]:,} steps already, and {trainer.total_steps:,} are asked for"
         hint = "raise training.max_steps or training.num_train_epochs, or begin a new run"
         raise UserError(what, str(folder.root), hint)
@@ -66,18 +67,19 @@ def restore(trainer: Trainer) -> Progress | None:
     """Restore the newest complete checkpoint and remove later metrics; return None when there is no checkpoint."""
     folder = trainer.job.folder
     state = broadcast_from_first(_newest_complete(trainer) if trainer.writes else None)
-    accelerator, progress = trainer.accelerator, None
-    if state:
-        progress = checkpoint.restore(
-            state, trainer.trained, trainer.optimizer, accelerator.scaler, accelerator.process_index
-        )
+    if state is None:
+        if trainer.writes:
+            folder.cut_metrics(-1, -1)
+        return None
+    accelerator = trainer.accelerator
+    progress = checkpoint.restore(
+        state, trainer.trained, trainer.optimizer, accelerator.scaler, accelerator.process_index
+    )
     if trainer.writes:
-        step = progress.step if progress else -1
-        evaluated = progress.evaluated_step if progress else None
-        folder.cut_metrics(step, step if evaluated is None else evaluated)
-        if progress:
-            _warn_of_missing_metrics(trainer, progress)
-            _rotate(trainer, progress)  # a killed process may not have done so
+        evaluated = progress.step if progress.evaluated_step is None else progress.evaluated_step
+        folder.cut_metrics(progress.step, evaluated)
+        _warn_of_missing_metrics(trainer, progress)
+        _rotate(trainer, progress)  # a killed process may not have done so
     return progress
 
 
