@@ -31,10 +31,15 @@ def launch(arguments: Sequence[str], processes: int, folder: RunFolder) -> int:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_STOP))
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup, which the launcher would undo
         os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
-    threads = max(1, usable_cores() // processes)
-    options = ["--num_machines=1", "--main_process_port=0", f"--num_processes={processes}"]
-    options += ["--mixed_precision=no", "--dynamo_backend=no"]
-    options += [f"--num_cpu_threads_per_process={os.environ.get('OMP_NUM_THREADS', threads)}", "--module", "lora_cli"]
+    threads = os.environ.get("OMP_NUM_THREADS", max(1, usable_cores() // processes))
+    options = [
+        "--num_machines=1",
+        "--main_process_port=0",
+        f"--num_processes={processes}",
+        f"--num_cpu_threads_per_process={threads}",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+    ]
     # The failing process reports its error itself.
     os.environ.setdefault("LOGLEVEL", "CRITICAL")  # for torch's loggers that have a level of their own
     for name in ("torch.distributed.elastic", "accelerate"):
@@ -42,7 +47,8 @@ def launch(arguments: Sequence[str], processes: int, folder: RunFolder) -> int:
     try:
         with tempfile.TemporaryDirectory() as logs:  # otherwise the launcher creates one and leaves it
             # launch_command would take other settings from the user's Accelerate configuration file.
-            multi_gpu_launcher(launch_command_parser().parse_args([f"--log_dir={logs}", *options, *arguments]))
+            command = [*options, f"--log_dir={logs}", "--module", "lora_cli", *arguments]
+            multi_gpu_launcher(launch_command_parser().parse_args(command))
     except ChildFailedError as failed:
         process, first = failed.get_first_failure()
         if first.exitcode < 0:
