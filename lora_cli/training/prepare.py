@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from lora_cli.model.files import (
     read_config,
 )
 from lora_cli.model.targets import UNQUANTIZABLE_LAYERS, Target, choose_targets, compile_pattern
-from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.schema import Adapter, Recipe
 from lora_cli.training.distributed.launch_environment import check_gpus, is_first_here, process_index
 from lora_cli.training.distributed.zero_config import deepspeed_faults
 from lora_cli.training.run.run_folder import RunFolder
@@ -195,17 +195,23 @@ def _check_weights_without_torch(recipe: Recipe, base: Path) -> None:
     check_complete(base)
     check_directly_read_weights(base, training=True)
     layers = stored_layers(base)
-    wanted = recipe.adapter.target_modules
-    # Stored names may lack the base model's prefix: full names and patterns are checked later, on the model itself.
-    plain = all(re.fullmatch(r"[\w-]+", item) for item in ((wanted,) if isinstance(wanted, str) else wanted))
-    if layers is not None and plain:
-        choose_targets(layers, wanted, recipe.adapter.r, recipe.adapter.layers_to_transform)
-    elif layers is not None and isinstance(wanted, str):
-        compile_pattern(wanted, layers)
+    if layers is not None:
+        _check_target_names(recipe.adapter, layers)
     start = start_of(recipe.adapter)
     if start is not None:
         check_base(start, base)
         check_adapter(start, base)
+
+
+def _check_target_names(adapter: Adapter, layers: Mapping[str, Target]) -> None:
+    """Raises UserError for ``target_modules`` that the stored ``layers`` show to be wrong."""
+    wanted = adapter.target_modules
+    items = (wanted,) if isinstance(wanted, str) else wanted
+    # Stored names may lack the base model's prefix: full names and patterns are checked later, on the model itself.
+    if all(re.fullmatch(r"[\w-]+", item) for item in items):
+        choose_targets(layers, wanted, adapter.r, adapter.layers_to_transform)
+    elif isinstance(wanted, str):
+        compile_pattern(wanted, layers)
 
 
 def _base_with_weights(recipe: Recipe) -> Path:
