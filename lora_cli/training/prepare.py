@@ -81,7 +81,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
     goes_on = resume and folder.is_begun
     if goes_on:
         recipe = as_begun(recipe, folder.read_recipe())
-    unread = _check_without_torch(recipe, folder, resume, overwrite)
+    unused_columns = _check_without_torch(recipe, folder, resume, overwrite)
 
     from lora_cli.data.examples import check_ids
     from lora_cli.model.base import (
@@ -127,7 +127,7 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
         max_length=max_length,
         train=train,
         validation=validation,
-        unused_columns=unread,
+        unused_columns=unused_columns,
         report=report,
         tokenized=tokenized,
         cache_keys=frozenset(part.key for part in tokenized),
@@ -136,9 +136,9 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
 
 
 def _check_without_torch(recipe: Recipe, folder: RunFolder, resume: bool, overwrite: bool) -> list[str]:
-    """Run the checks that need no torch. Returns the columns that are not read. Raises UserError with all faults."""
+    """Run the checks that need no torch. Returns the columns that no format reads. Raises UserError with all faults."""
     faults: list[Fault] = []
-    unread: set[str] = set()
+    unused_columns: set[str] = set()
 
     def collect(check: Callable[[], object]) -> None:
         try:
@@ -151,10 +151,10 @@ def _check_without_torch(recipe: Recipe, folder: RunFolder, resume: bool, overwr
     collect(lambda: _check_model(recipe))
     faults += _package_faults(recipe)
     faults += deepspeed_faults(recipe)
-    faults += data_faults(recipe.data, unread, every_column=True)
+    faults += data_faults(recipe.data, unused_columns, every_column=True)
     if faults:
         raise UserError(faults)
-    return sorted(unread)
+    return sorted(unused_columns)
 
 
 def _package_faults(recipe: Recipe) -> Iterator[Fault]:
