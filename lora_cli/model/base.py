@@ -111,14 +111,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             raise unreadable(Path(error.filename or folder), error) from error
         if is_out_of_memory(error) or is_refused_thread(error):
             raise
-        file = "tokenizer_config.json"
-        own = ", ".join(custom_code(read_config(folder, file))) if (folder / file).is_file() else ""
-        if own:
-            what = f"the tokenizer needs its own code ({own}), which lora does not run (trust_remote_code)"
-            raise UserError(what, str(folder), "use a model with a tokenizer.json") from error
-        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"no usable tokenizer: {why}", str(folder), "copy or download it again") from error
+        raise _unusable_tokenizer(error, folder) from error
     return tokenizer
+
+
+def _unusable_tokenizer(error: Exception, folder: Path) -> UserError:
+    file = "tokenizer_config.json"
+    own_code = custom_code(read_config(folder, file)) if (folder / file).is_file() else []
+    if own_code:
+        what = f"the tokenizer needs its own code ({', '.join(own_code)}), which lora does not run (trust_remote_code)"
+        return UserError(what, str(folder), "use a model with a tokenizer.json")
+    why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return UserError(f"no usable tokenizer: {why}", str(folder), "copy or download it again")
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
