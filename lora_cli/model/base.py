@@ -220,13 +220,10 @@ def load_base(
     are missing: Transformers would initialize missing weights at random.
     """
     load_config(folder)
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+    _configure_process(model.attn_implementation)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     if model.attn_implementation != "auto":
         options["attn_implementation"] = model.attn_implementation
-    if model.attn_implementation == "flex_attention":  # its first call compiles it; uncompiled, it stores all scores
-        os.environ.pop("TORCHDYNAMO_DISABLE", None)
     if quantization is not None:
         computes = best_device() if sharded else device
         quantized = bitsandbytes_config(quantization, resolve_compute_dtype(quantization, dtype, computes))
@@ -234,8 +231,6 @@ def load_base(
         options["quantization_config"] = quantized
     if device.type == "cuda" or stored_quantization(folder):
         options["device_map"] = {"": device}  # by default, Transformers puts codes on a GPU and quantizes there
-    if best_device().type == "cuda":  # the device that computes, wherever the weights are loaded
-        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN takes a second to plan each new shape of padded rows
     try:
         loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except (ImportError, ValueError, RuntimeError) as error:
@@ -254,6 +249,16 @@ def load_base(
     base.requires_grad_(False)
     base.config.use_cache = False
     return base
+
+
+def _configure_process(attn_implementation: str) -> None:
+    """Set torch's number of threads and its kernels of attention, for the whole process."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+    if attn_implementation == "flex_attention":  # its first call compiles it; uncompiled, it stores all scores
+        os.environ.pop("TORCHDYNAMO_DISABLE", None)
+    if best_device().type == "cuda":  # the device that computes, wherever the weights are loaded
+        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN takes a second to plan each new shape of padded rows
 
 
 def _cast_parameters(base: PreTrainedModel, dtype: torch.dtype) -> None:
