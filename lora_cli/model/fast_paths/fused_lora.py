@@ -42,7 +42,8 @@ def fused_lora_forward(
     specs = tuple(spec for spec, _ in parts)
     tensors = (tensor for _, its in parts for tensor in its)
     places = x.shape[:-1]
-    rows, gates = (None if each is None else each.to(dtype).reshape(-1, each.shape[-1]) for each in (x, gate))
+    rows = x.to(dtype).reshape(-1, x.shape[-1])
+    gates = None if gate is None else gate.to(dtype).reshape(-1, gate.shape[-1])
     source = norm_inputs_of(x) if gate is None and x.dtype == dtype else None
     with torch.autocast(device, enabled=False):
         results = LoraProducts.apply(rows, gates, source, specs, *tensors)  # type: ignore[no-untyped-call]
