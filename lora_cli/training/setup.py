@@ -52,8 +52,8 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     recipe = job.recipe
     dtype = resolve_dtype(recipe.model.dtype, best_device())
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
-    if (count := process_count()) > 1:
-        display.note(f"waiting for all {count} processes to connect (to {os.environ['MASTER_ADDR']})")
+    if process_count() > 1:
+        display.note(f"waiting for all {process_count()} processes to connect (to {os.environ['MASTER_ADDR']})")
     accelerator = make_accelerator(recipe.training, dtype)
     check_agreement(job, accelerator, str(dtype).removeprefix("torch."))
     keep_freed_memory()
@@ -71,10 +71,8 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     add_streaming_hooks(model, sources)
     with evaluating(model):
         head = frozen_head(model)
-    job = replace(
-        job,
-        recipe=resolve_batch_size(job, accelerator, model, head, packing, dtype.itemsize, bool(sources), display),
-    )
+    recipe = resolve_batch_size(job, accelerator, model, head, packing, dtype.itemsize, bool(sources), display)
+    job = replace(job, recipe=recipe)
     schedule = make_schedule(job, packing, accelerator.num_processes)
     checkpointing = set_checkpointing(job, schedule, accelerator, model, head, dtype, bool(sources), display)
     total = schedule.total_steps(recipe.training.num_train_epochs, recipe.training.max_steps)
