@@ -137,7 +137,7 @@ def run(trainer: Trainer, began: float) -> dict[str, Any]:
         resumed_step = restored.step if restored else 0
         if restored is None or is_unfinished(trainer, restored) or not is_evaluated(trainer, restored):
             hidden_states.compute(trainer, resumed_step)
-        progress = restored or evaluate_start(trainer)
+        progress = evaluate_start(trainer) if restored is None else restored
         with display.steps(progress.step, trainer.total_steps):
             progress = evaluate_last_step(trainer, run_steps(trainer, progress))
 
@@ -215,8 +215,8 @@ def run_steps(trainer: Trainer, progress: Progress) -> Progress:
     left = trainer.total_steps - progress.step if is_unfinished(trainer, progress) else 0
     for step in islice(trainer.schedule.steps(progress.step), left):
         outcome = take_step(trainer, step, rate(step.number))
-        if step.number == 1 and (message := missing_gradient_warning(trainer.trained, trainer.optimizer)):
-            trainer.display.note(message, warning=True)
+        if step.number == 1:
+            warn_of_missing_gradients(trainer)
         unread.append((step, outcome))
         clock.count(step)
         progress = replace(progress, step=step.number)
@@ -235,6 +235,13 @@ def run_steps(trainer: Trainer, progress: Progress) -> Progress:
         if has_converged(trainer, progress):
             break
     return progress
+
+
+def warn_of_missing_gradients(trainer: Trainer) -> None:
+    """Warn, after the first step, when it gave some adapted layers no gradient."""
+    message = missing_gradient_warning(trainer.trained, trainer.optimizer)
+    if message:
+        trainer.display.note(message, warning=True)
 
 
 def end_step(trainer: Trainer, step: Step, progress: Progress, unread: PendingOutcomes) -> Progress:
