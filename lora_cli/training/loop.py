@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lora_cli.data.batches import Step
 from lora_cli.data.cache import prune, publish, withdraw
+from lora_cli.data.examples import Examples
 from lora_cli.display import Display
 from lora_cli.errors import RunError, SecondaryError, UserError, is_out_of_space, unwritable
 from lora_cli.system.folders import atomic_folder
@@ -168,20 +169,26 @@ def save_adapter(trainer: Trainer, info: dict[str, Any], untrained: dict[str, st
     Raises RunError when the adapter cannot be written or verified.
     """
     job, weights = trainer.job, whole_weights(trainer)
-    examples = job.train.examples
-    first = range(len(examples))[:PROOF_ROWS]
-    rows = [torch.tensor(examples.row(index)[0][:PROOF_TOKENS], dtype=torch.long) for index in first]
     needed = sum(weight.nbytes for weight in weights.values())
     job.folder.check_held()
-    with atomic_folder(job.folder.adapter, True, needed) if trainer.writes else follower_errors() as draft:
+    drafting: AbstractContextManager[Path | None] = follower_errors()
+    if trainer.writes:
+        drafting = atomic_folder(job.folder.adapter, True, needed)
+    with drafting as draft:
         if draft is not None:
             write_adapter(trainer, draft, weights, info)
         written = broadcast_from_first(draft)
         if draft is not None or is_sharded(trainer.accelerator):  # a sharded model's forward pass needs all processes
             assert written is not None
-            prove(written, str(job.folder.root), unwrap(trainer), weights, untrained, rows)
+            prove(written, str(job.folder.root), unwrap(trainer), weights, untrained, proof_rows(job.train.examples))
         trainer.accelerator.wait_for_everyone()
         job.folder.check_held()  # verification takes a while
+
+
+def proof_rows(examples: Examples) -> list[torch.Tensor]:
+    """Return the first tokens of the first rows: (tokens,) int64 each."""
+    first = range(min(PROOF_ROWS, len(examples)))
+    return [torch.tensor(examples.row(index)[0][:PROOF_TOKENS], dtype=torch.long) for index in first]
 
 
 @contextmanager
