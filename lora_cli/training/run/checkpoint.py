@@ -193,7 +193,8 @@ def rotate(folder: Path, newest: int, keep: int | None, best: int | None) -> Non
     """
     steps = [step_of(path) for path in checkpoints(folder)]
     earlier = [step for step in steps if step <= newest]
-    spared = {*earlier[-keep if keep else 0 :], best}
+    last = earlier if keep is None else earlier[-keep:]
+    spared = {*last, best}
     for step in steps:
         if step not in spared:
             mark_for_removal(path_of(folder, step))
