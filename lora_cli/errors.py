@@ -97,6 +97,11 @@ class Interrupted(LoraError):
         self.exit_code = 128 + signal_number
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if it has no message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def is_out_of_space(error: Exception) -> bool:
     """Whether a write failed for lack of room: the disk or quota is full, or the file is too large."""
     return isinstance(error, OSError) and error.errno in (*_FULL, errno.EFBIG)

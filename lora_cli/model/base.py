@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lora_cli.errors import UserError, first_few, is_refused_thread, unreadable
+from lora_cli.errors import UserError, first_few, first_line, is_refused_thread, unreadable
 from lora_cli.model.device import best_device, resolve_compute_dtype
 from lora_cli.model.files import (
     check_tokenizer,
@@ -121,8 +121,7 @@ def _unusable_tokenizer(error: Exception, folder: Path) -> UserError:
     if own_code:
         what = f"the tokenizer needs its own code ({', '.join(own_code)}), which lora does not run (trust_remote_code)"
         return UserError(what, str(folder), "use a model with a tokenizer.json")
-    why = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return UserError(f"no usable tokenizer: {why}", str(folder), "copy or download it again")
+    return UserError(f"no usable tokenizer: {first_line(error)}", str(folder), "copy or download it again")
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -236,7 +235,7 @@ def load_base(
     except (ImportError, ValueError, RuntimeError) as error:
         if is_out_of_memory(error) or is_refused_thread(error):
             raise
-        raise UserError(f"the model could not be loaded: {str(error).splitlines()[0]}", str(folder)) from error
+        raise UserError(f"the model could not be loaded: {first_line(error)}", str(folder)) from error
     base, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     if info["missing_keys"]:
         lacking = first_few(sorted(info["missing_keys"]), 3)

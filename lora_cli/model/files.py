@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import UserError, is_lfs_pointer, nearest_hint, reading, repair_hint
+from lora_cli.errors import UserError, first_line, is_lfs_pointer, nearest_hint, reading, repair_hint
 
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 TOKENIZER_FILES = ["tokenizer.json", "*.model", "vocab.*", "tekken.json"]
@@ -57,7 +57,7 @@ def _snapshot(hub_id: str, weights: bool, revision: str | None) -> Path:
         raise UserError("no such model folder, and not a hub id", hub_id, nearest_folder(Path(hub_id))) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         offline = "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set and it is not in the local cache"
-        why = offline if is_offline_mode() else str(error).splitlines()[0]
+        why = offline if is_offline_mode() else first_line(error)
         what = f"no such model folder, and not available from the hub: {why}"
         raise UserError(what, hub_id, nearest_folder(Path(hub_id))) from error
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lora_cli.display import Display
-from lora_cli.errors import UserError
+from lora_cli.errors import UserError, first_line
 from lora_cli.model.device import best_device
 from lora_cli.recipe.schema import Recipe
 from lora_cli.system.folders import draft_folder
@@ -51,8 +51,7 @@ def compile_elementwise(
         with draft_folder(Path(tempfile.gettempdir(), "lora-compiles")) as folder:
             compile_formulas(model, dtype, folder)
     except Exception as error:  # of any kind: the run continues without it
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        display.note(f"{setting} -> false: it failed: {first}", warning=True)
+        display.note(f"{setting} -> false: it failed: {first_line(error)}", warning=True)
 
 
 def check_compiler(recipe: Recipe) -> None:
