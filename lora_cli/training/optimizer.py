@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -58,7 +59,8 @@ def warmup_steps(training: Training, total_steps: int) -> int:
     """
     if training.warmup_steps is not None:
         return training.warmup_steps
-    return min(-(-round(training.warmup_ratio * total_steps * 1e6) // 1_000_000), total_steps - 1)
+    wanted = math.ceil(round(training.warmup_ratio * total_steps, 6))  # 0.07 * 100 is 7.000000000000001
+    return min(wanted, total_steps - 1)
 
 
 def check_warmup(training: Training, total_steps: int) -> None:
