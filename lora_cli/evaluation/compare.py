@@ -18,6 +18,7 @@ from lora_cli.evaluation.loss import Score, evaluating, evaluation_groups, mean_
 from lora_cli.evaluation.packing import enable_packing
 from lora_cli.model.adapters import load_adapter
 from lora_cli.model.base import longrope_bounds, pad_token_id
+from lora_cli.model.device import dtype_name
 from lora_cli.system.memory import keep_freed_memory
 
 ROWS_AT_ONCE = 4
@@ -60,8 +61,7 @@ def compare(
         batches = ((collate(examples, rows, packing, pad_token_id(tokenizer)), 1.0) for rows in watch(groups, what))
         found = mean_score(tally_loss(model, batches, device, head))
         if not math.isfinite(found.loss):
-            dtype = str(model.dtype).removeprefix("torch.")
-            hint = f"the weights are damaged, or the activations overflow {dtype}"
+            hint = f"the weights are damaged, or the activations overflow {dtype_name(model.dtype)}"
             raise RunError(f"the loss of {what} is {found.loss}", str(adapter or base), hint)
         return found
 

@@ -26,6 +26,11 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype as a recipe and config.json have it, such as bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def has_units_for(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the device multiplies matrices of this type in hardware.
 

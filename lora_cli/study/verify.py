@@ -18,7 +18,7 @@ from lora_cli.errors import CheckError, UserError, pluralize
 from lora_cli.evaluation.agreement import Agreement, agreement, logits_of, perplexity
 from lora_cli.model.adapters import load_adapters, resize_embeddings
 from lora_cli.model.base import load_base, load_tokenizer
-from lora_cli.model.device import best_device
+from lora_cli.model.device import best_device, dtype_name
 from lora_cli.model.files import tokenizer_folder
 from lora_cli.recipe.schema import Model, Quantization
 from lora_cli.study import measure
@@ -141,7 +141,7 @@ def _check_explained(
     allowed = NOISE + SHARE * max(moved, rounding)
     if differ(expected.unmerged, expected.summed) <= allowed and differ(expected.rounded, merged) <= allowed:
         return moved, rounding
-    dtype = str(stored_dtype(stored)).removeprefix("torch.")
+    dtype = dtype_name(stored_dtype(stored))
     raise CheckError(
         f"the merged model's logits differ by {differ(expected.unmerged, merged):.2%} from those of base and adapter, "
         f"more than rounding to {dtype} explains ({rounding:.2%}; the adapter changes them by {moved:.2%})",

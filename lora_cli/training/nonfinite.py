@@ -11,6 +11,7 @@ import torch
 from lora_cli.data.batches import Step
 from lora_cli.data.sources import row_places, sources_of
 from lora_cli.errors import RunError
+from lora_cli.model.device import dtype_name
 from lora_cli.training.distributed.processes import full_tensor
 from lora_cli.training.run.checkpoint import Progress, checkpoint_hint
 from lora_cli.training.trainer import Trainer
@@ -69,9 +70,9 @@ def check_finite(trainer: Trainer, step: int, name: str, value: float) -> None:
     """Raises RunError when the value is not finite. Step 0 is before the first step."""
     if math.isfinite(value):
         return
-    folder, dtype = trainer.job.folder, str(trainer.dtype).removeprefix("torch.")
-    why = DIVERGED if step else f"the weights are damaged, or the activations overflow {dtype}"
-    hint = f"{checkpoint_hint(folder.checkpoints)}; {why}"
+    folder = trainer.job.folder
+    overflow = f"the weights are damaged, or the activations overflow {dtype_name(trainer.dtype)}"
+    hint = f"{checkpoint_hint(folder.checkpoints)}; {DIVERGED if step else overflow}"
     raise RunError(f"step {step}: {name} is {value}", str(folder.root), hint)
 
 

@@ -19,7 +19,7 @@ from lora_cli.display import Display, peak_memory
 from lora_cli.errors import Fault, first_few, format_range, pluralize
 from lora_cli.evaluation.loss import Score
 from lora_cli.model.base import save_tokenizer
-from lora_cli.model.device import resolve_compute_dtype
+from lora_cli.model.device import dtype_name, resolve_compute_dtype
 from lora_cli.model.files import stop_ids
 from lora_cli.model.targets import describe, narrower
 from lora_cli.recipe.schema import Recipe
@@ -57,7 +57,7 @@ def report_setup(trainer: Trainer) -> None:
     quantization = job.recipe.quantization
     if quantization is not None and quantization.method != "int8":
         computes = resolve_compute_dtype(quantization, trainer.dtype, trainer.accelerator.device)
-        used = str(computes).removeprefix("torch.")
+        used = dtype_name(computes)
         if used != quantization.compute_dtype:
             display.note(f"quantization.compute_dtype: {quantization.compute_dtype} -> {used}, faster here")
     report_rows(job, display)
@@ -163,7 +163,7 @@ def run_record(trainer: Trainer) -> dict[str, Any]:
         "processes": trainer.accelerator.num_processes,
         "per_device_train_batch_size": recipe.training.batch_size,
         "gradient_accumulation_steps": recipe.training.gradient_accumulation_steps,
-        "dtype": str(trainer.dtype).removeprefix("torch."),
+        "dtype": dtype_name(trainer.dtype),
         "seed": recipe.training.seed,
         "base": base_record(recipe.model.name_or_path, job.folder.adapter, job.base_digest),
         "init_from": job.start,

@@ -22,7 +22,7 @@ from lora_cli.evaluation.loss import evaluating
 from lora_cli.evaluation.packing import enable_packing
 from lora_cli.model.adapters import adapt, continue_adapter, trainable_parameters
 from lora_cli.model.base import load_base, longrope_bounds
-from lora_cli.model.device import best_device, resolve_compute_dtype, resolve_dtype
+from lora_cli.model.device import best_device, dtype_name, resolve_compute_dtype, resolve_dtype
 from lora_cli.model.fast_paths.fuse import fuse
 from lora_cli.system.memory import keep_freed_memory
 from lora_cli.training.distributed.launch_environment import process_count
@@ -55,7 +55,7 @@ def set_up(job: Prepared, display: Display) -> Trainer:
     if process_count() > 1:
         display.note(f"waiting for all {process_count()} processes to connect (to {os.environ['MASTER_ADDR']})")
     accelerator = make_accelerator(recipe.training, dtype)
-    check_agreement(job, accelerator, str(dtype).removeprefix("torch."))
+    check_agreement(job, accelerator, dtype_name(dtype))
     keep_freed_memory()
     display.note(f"loading {recipe.model.name_or_path}")
     base, sources, kept = load_frozen(job, accelerator, dtype, display)
