@@ -49,30 +49,27 @@ FLASH_PACKAGES = ("flash_attn", "flash_attn_interface", "kernels")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has passed every check. ``resume`` is whether there is a run to continue, ``start`` the record of the
-    adapter that training starts from, ``bare`` the base without weights, on the meta device, ``unused_columns`` the
-    rows' columns that no format reads, ``tokenized`` the rows that are still to be published, ``read_from`` the cache
-    with the rows unless some were tokenized now."""
+    """A run that has passed every check."""
 
     recipe: Recipe
-    resume: bool
+    resume: bool  # whether there is a run to continue
     overwrite: bool
     folder: RunFolder
     base: Path
     base_digest: str
-    start: dict[str, str]
+    start: dict[str, str]  # the record of the adapter that training starts from
     config: PreTrainedConfig
-    bare: PreTrainedModel
+    bare: PreTrainedModel  # the base without weights, on the meta device
     tokenizer: PreTrainedTokenizerBase
     targets: list[Target]
     max_length: int
     train: Fitted
     validation: Examples | None
-    unused_columns: list[str]
+    unused_columns: list[str]  # the rows' columns that no format reads
     report: Report
-    tokenized: list[Cached]
+    tokenized: list[Cached]  # the rows that are still to be published
     cache_keys: frozenset[str]
-    read_from: Path | None
+    read_from: Path | None  # the cache with the rows, unless some were tokenized now
 
 
 def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
