@@ -55,9 +55,7 @@ def plan(trainer: Trainer) -> HiddenStates | None:
     with evaluating(unwrap(trainer)):
         below, why = usable_layers(trainer)
         if below is None:
-            if why or wanted != "auto":
-                why = why or "no whole layer lies below the lowest adapted one"
-                trainer.display.note(f"training.cache_frozen: {wanted} -> false: {why}", warning=wanted != "auto")
+            note_unused(trainer, wanted, why)
             return None
         like = below.states({"input_ids": sample_ids(unwrap(trainer))})
     sizes = {part: rows.tokens * like.shape[-1] * like.itemsize for part, rows in splits(trainer).items()}
@@ -68,6 +66,14 @@ def plan(trainer: Trainer) -> HiddenStates | None:
     if left_out:
         trainer.display.note(f"training.cache_frozen: no room to spare for {' and '.join(left_out)}")
     return HiddenStates(below, like.shape[-1], like.dtype, places) if places else None
+
+
+def note_unused(trainer: Trainer, wanted: str, why: str) -> None:
+    """Report why no hidden states are kept; with auto, nothing when no layer is frozen (``why`` is empty)."""
+    asked_for = wanted != "auto"
+    if why or asked_for:
+        why = why or "no whole layer lies below the lowest adapted one"
+        trainer.display.note(f"training.cache_frozen: {wanted} -> false: {why}", warning=asked_for)
 
 
 def usable_layers(trainer: Trainer) -> tuple[FrozenLayers | None, str]:
