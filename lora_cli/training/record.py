@@ -80,10 +80,11 @@ def _parameters_per_layer(trainer: Trainer) -> Counter[str]:
 def report_rows(job: Prepared, display: Display) -> None:
     """Report what was found in the rows."""
     counts, report = job.train, job.report
-    kept, (fewest, most) = len(counts.examples), report.bos_per_row
+    fewest, most = report.bos_per_row
+    bos = str(fewest) if fewest == most else f"{fewest} to {most}"
     display.note(
-        f"of {kept:,} training rows {report.ends_supervised:,} have their end supervised; "
-        f"{fewest if fewest == most else f'{fewest} to {most}'} BOS per row"
+        f"of {len(counts.examples):,} training rows {report.ends_supervised:,} have their end supervised; "
+        f"{bos} BOS per row"
     )
     plain = sorted({"alpaca", "prompt_completion"}.intersection(counts.examples.formats))
     if job.tokenizer.chat_template and plain:
