@@ -38,6 +38,11 @@ def rank_zero(w: World) -> Arguments:
     return w.train({"adapter.r": 0})
 
 
+@case("recipe.yaml:", "data.max_length", "at least 3", "2")
+def rows_of_which_only_the_first_token_predicts(w: World) -> Arguments:
+    return w.train({"data.max_length": 2})
+
+
 @case("training.learning_rate", "above 0", "-0.001")
 def negative_rate(w: World) -> Arguments:
     return w.train({"training.learning_rate": -0.001})

@@ -153,7 +153,8 @@ class Data(Section):
         description="Which tokens are supervised. completion: completions and assistant turns. all: all tokens, "
         "whatever a turn's weight.",
     )
-    max_length: Annotated[int, Field(ge=2)] = Field(
+    # Of two tokens only the first predicts, and attention to itself alone gives query and key layers no gradient.
+    max_length: Annotated[int, Field(ge=3)] = Field(
         1024,
         description="Maximum tokens of a row; longer rows lose their end. Never more than the model has positions.",
     )

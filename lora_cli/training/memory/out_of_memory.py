@@ -65,7 +65,7 @@ def _remedies(job: Prepared, recipe: Recipe) -> Iterator[dict[str, Any]]:
     if rows > 1:
         same_step = {"training.gradient_accumulation_steps": batches * 2} if rows % 2 == 0 else {}
         yield {"training.per_device_train_batch_size": rows // 2} | same_step
-    if job.max_length >= 4:  # a row has at least 2 tokens
+    if job.max_length >= 6:  # data.max_length is at least 3
         yield {"data.max_length": job.max_length // 2}
     if recipe.quantization is None and not stored_quantization(job.base):
         yield {"quantization.method": "nf4"}
