@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -368,14 +367,12 @@ def test_a_model_without_a_layer_to_quantize(
     shutil.copytree(tiny_llama, base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     config = FalconConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
-    recipe = write_recipe({"model.name_or_path": base, "quantization": {"method": "nf4"}})
-    for free in (shutil.disk_usage(tmp_path).free, 1):  # without room, bases are quantized at load: this one not at all
-        with monkeypatch.context() as patched:
-            patched.setattr(
-                "lora_cli.weights.quantized_cache.shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free)
-            )
-            result = lora("train", recipe)
+    no_weights = "transformers.AutoModelForCausalLM.from_pretrained"
+    monkeypatch.setattr(no_weights, lambda *_, **__: pytest.fail("weights were loaded before the fault was told"))
+    for method in ("nf4", "int8"):
+        result = lora("train", write_recipe({"model.name_or_path": base, "quantization": {"method": method}}))
         assert result.exit_code == 2 and "no layer that can be quantized" in result.stderr
+        assert "loading" not in result.stderr and not (tmp_path / "run").exists()
 
 
 def test_a_missing_tokenizer_is_told_before_anything_is_quantized(

@@ -237,9 +237,12 @@ def _targets(recipe: Recipe, base: Path, config: PreTrainedConfig, bare: PreTrai
     from lora_cli.model.device import best_device
     from lora_cli.model.layers import adaptable_layers, check_checkpointing
     from lora_cli.model.linear4bit import check_dora
+    from lora_cli.weights.quantized_layers import check_quantized_layers
 
     adapter, layers = recipe.adapter, adaptable_layers(bare)
     targets = choose_targets(layers, adapter.target_modules, adapter.r, adapter.layers_to_transform)
+    if recipe.quantization is not None:
+        check_quantized_layers(base, recipe.quantization)
     if adapter.use_dora and recipe.quantization is not None and recipe.quantization.method != "int8":
         # A sharded base moves to the GPU only after PEFT has computed the norms.
         check_dora(targets, torch.device("cpu") if recipe.training.fsdp else best_device())

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from lora_cli import __version__
-from lora_cli.errors import RunError, UserError
+from lora_cli.errors import RunError
 from lora_cli.model.base import load_config, meta_model
 from lora_cli.recipe.schema import Quantization
 from lora_cli.system.disk import in_neighbours
@@ -62,13 +62,11 @@ def write_cached(
 ) -> None:
     """Write the quantized base to ``folder``, replacing a damaged one.
 
-    Raises UserError when weights are missing or hold NaN or infinity, or no layer can be quantized; RunError when disk
-    space is short, or the result could not be loaded again.
+    Raises UserError when weights are missing or hold NaN or infinity; RunError when disk space is short, or the result
+    could not be loaded again.
     """
     bare = meta_model(load_config(base))
     layers = quantized_layers(bare, quantization)
-    if not layers:  # Falcon's have their own class
-        raise UserError("quantization: this model has no layer that can be quantized", str(base), "remove this section")
     needed = sum(file.stat().st_size for file in weight_files(base))  # unquantized: leaves space for the run
     free = shutil.disk_usage(next(place for place in folder.absolute().parents if place.is_dir())).free
     if free < needed:

@@ -40,6 +40,13 @@ def replace_layers(bare: PreTrainedModel, settings: BitsAndBytesConfig) -> dict[
     }
 
 
+def check_quantized_layers(folder: Path, quantization: Quantization) -> None:
+    """Raises UserError when Transformers would quantize no layer of the model in ``folder``."""
+    if not quantized_layers(meta_model(load_config(folder)), quantization):  # Falcon's have their own class
+        what = "quantization: this model has no layer that can be quantized"
+        raise UserError(what, str(folder), "remove this section")
+
+
 def check_layers(folder: Path, quantization: Quantization, skip: Sequence[str]) -> None:
     """Raises UserError when a name in ``skip`` matches no layer to quantize, when no layer is left, and when those left
     could not be loaded again or the model reads their weights directly."""
