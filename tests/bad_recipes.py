@@ -43,6 +43,18 @@ def rows_of_which_only_the_first_token_predicts(w: World) -> Arguments:
     return w.train({"data.max_length": 2})
 
 
+@case("training.warmup_steps: the run has one step, and its learning rate would be 0", "for more steps")
+def padded_rows_for_a_single_step(w: World) -> Arguments:
+    single = {"max_steps": None, "num_train_epochs": 1, "gradient_accumulation_steps": 12}
+    return w.train({"training": single | {"warmup_steps": 1}})
+
+
+@case("training.warmup_steps: the run has one step, and its learning rate would be 0", "for more steps")
+def packed_rows_for_a_single_step(w: World) -> Arguments:
+    single = {"max_steps": None, "num_train_epochs": 1, "per_device_train_batch_size": "auto"}
+    return w.train({"training": single | {"gradient_accumulation_steps": 24, "warmup_steps": 1}, "data.packing": True})
+
+
 @case("training.learning_rate", "above 0", "-0.001")
 def negative_rate(w: World) -> Arguments:
     return w.train({"training.learning_rate": -0.001})

@@ -34,6 +34,7 @@ from lora_cli.training.memory.streaming import Sources, add_streaming_hooks, det
 from lora_cli.training.optimizer import check_warmup, make_optimizer
 from lora_cli.training.prepare import Prepared
 from lora_cli.training.process_agreement import check_agreement
+from lora_cli.training.run.same_run import with_resolved_batch
 from lora_cli.training.torch_compile import compile_elementwise
 from lora_cli.training.trainer import Trainer
 from lora_cli.weights.adapter.init_from import start_of
@@ -56,6 +57,7 @@ def set_up(job: Prepared, display: Display) -> Trainer:
         display.note(f"waiting for all {process_count()} processes to connect (to {os.environ['MASTER_ADDR']})")
     accelerator = make_accelerator(recipe.training, dtype)
     check_agreement(job, accelerator, dtype_name(dtype))
+    check_padded_steps(job, accelerator.num_processes)
     keep_freed_memory()
     display.note(f"loading {recipe.model.name_or_path}")
     base, sources, kept = load_frozen(job, accelerator, dtype, display)
@@ -99,6 +101,15 @@ def set_up(job: Prepared, display: Display) -> Trainer:
         offload=checkpointing == "offload",
         streams=bool(sources),
     )
+
+
+def check_padded_steps(job: Prepared, processes: int) -> None:
+    """Raises UserError, before weights are loaded, when the learning rate would be 0 in a run of padded rows: packed,
+    the rows take no more steps. Whether they are packed is known once the base is loaded."""
+    training = job.recipe.training
+    if training.warmup_steps:
+        padded = make_schedule(replace(job, recipe=with_resolved_batch(job.recipe)), False, processes)
+        check_warmup(training, padded.total_steps(training.num_train_epochs, training.max_steps))
 
 
 def choose_packing(job: Prepared, base: PreTrainedModel, display: Display) -> bool:
