@@ -181,6 +181,13 @@ def format_steps(result: Mapping[str, Any]) -> str:
     return f"{steps}{f', the last {taken:,}' if result['resumed_step'] else ''} in {result['seconds']:,.1f} s"
 
 
+def format_skipped(result: Mapping[str, Any]) -> str:
+    """Return the number of steps of a run that were skipped as text, empty for none."""
+    if not result["skipped_steps"]:
+        return ""
+    return f"{pluralize(result['skipped_steps'], 'step was', 'steps were')} skipped: loss or gradient was not finite"
+
+
 def duration(seconds: float) -> str:
     """Format seconds as 1:02:03 or 2:03."""
     hours, rest = divmod(round(seconds), 3600)

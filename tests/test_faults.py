@@ -767,7 +767,9 @@ def test_a_run_whose_only_logged_step_was_skipped_tells_no_loss(overflow: Any) -
     result, run = overflow("sl", "skip", "training.on_nonfinite=skip", "training.logging_steps=2")
     assert "last loss" not in done(result).stdout
     assert run.losses == [None] and run.info["result"]["loss"] is None
-    assert re.search("<td>2 steps in [^<]+; 1 skipped</td>", (run.folder / "report.html").read_text())
+    told = "1 step was skipped: loss or gradient was not finite"
+    assert f"\n{told}\n" in result.stdout
+    assert re.search(f"<td>2 steps in [^<;]+; {told}</td>", (run.folder / "report.html").read_text())
 
 
 def test_a_broken_step_that_is_not_logged_ends_the_run_before_anything_is_made_of_it(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lora_cli.cli.options import Debug, Json, Quiet
-from lora_cli.errors import UserError, pluralize
+from lora_cli.errors import UserError
 
 
 def command(
@@ -67,13 +67,12 @@ def command(
 
 
 def _summary(run: str, result: dict[str, Any]) -> str:
-    from lora_cli.display import format_steps
+    from lora_cli.display import format_skipped, format_steps
 
     loss = "" if result["loss"] is None else f", last loss {result['loss']:.4f}"
     lines = [f"{format_steps(result)}{loss}"]
-    if result["skipped_steps"]:
-        subject = pluralize(result["skipped_steps"], "step was", "steps were")
-        lines.append(f"{subject} skipped: loss or gradient was not finite")
+    if skipped := format_skipped(result):
+        lines.append(skipped)
     if result["adapter_step"] != result["steps"]:
         lines.append(f"the adapter has the weights of step {result['adapter_step']:,}, the best")
     base, start, tuned = (result[name] for name in ("base", "start", "validation"))

@@ -6,7 +6,7 @@ import html
 import io
 from typing import Any
 
-from lora_cli.display import format_steps
+from lora_cli.display import format_skipped, format_steps
 from lora_cli.errors import pluralize
 from lora_cli.training.record import labelled_scores
 from lora_cli.training.run.run_folder import RunFolder, write_atomic
@@ -25,13 +25,12 @@ def write_report(folder: RunFolder) -> None:
     info = folder.read_info()
     lines = folder.read_metrics()
     result, base = info["result"], info["base"]
-    skipped = f"; {result['skipped_steps']:,} skipped" if result["skipped_steps"] else ""
     facts = [
         ("base", base["name_or_path"]),
         ("base fingerprint", base["fingerprint"][:16]),
         ("data", f"{pluralize(info['data']['rows'], 'row')}, {info['data']['supervised_tokens']:,} supervised tokens"),
         ("trained", f"{result['trainable_parameters']:,} of {result['total_parameters']:,} parameters"),
-        ("steps", format_steps(result) + skipped),
+        ("steps", "; ".join(filter(None, (format_steps(result), format_skipped(result))))),
         ("adapter", f"weights of step {result['adapter_step']:,}"),
         ("peak memory", f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB"),
         ("device", info["device"]),
