@@ -763,6 +763,13 @@ def test_a_first_row_that_overflows_does_not_keep_the_adapter_from_being_verifie
     assert run.adapter_bytes == without.adapter_bytes
 
 
+def test_many_first_rows_that_overflow_do_not_keep_the_adapter_from_being_verified(overflow: Any) -> None:
+    shuffled = ("data.shuffle=true", "training.seed=1")
+    result, run = overflow("l" * 12 + "s" * 24, "skip", "training.on_nonfinite=skip", *shuffled)
+    assert done(result) and run.info["result"]["skipped_steps"] == 12
+    assert run.adapter_bytes
+
+
 def test_a_run_whose_only_logged_step_was_skipped_tells_no_loss(overflow: Any) -> None:
     result, run = overflow("sl", "skip", "training.on_nonfinite=skip", "training.logging_steps=2")
     assert "last loss" not in done(result).stdout

@@ -43,7 +43,6 @@ from lora_cli.training.validation import evaluate_last_step, evaluate_start, eva
 from lora_cli.weights.adapter.provenance import now
 from lora_cli.weights.quantized_cache import prune_cached
 
-PROOF_ROWS = 8
 PROOF_TOKENS = 64
 READ_EVERY = 1.0  # maximum seconds between two readings of the losses
 PendingOutcomes = list[tuple[Step, torch.Tensor]]
@@ -185,10 +184,10 @@ def save_adapter(trainer: Trainer, info: dict[str, Any], untrained: dict[str, st
         job.folder.check_held()  # verification takes a while
 
 
-def proof_rows(examples: Examples) -> list[torch.Tensor]:
-    """Return the first tokens of the first rows: (tokens,) int64 each."""
-    first = range(min(PROOF_ROWS, len(examples)))
-    return [torch.tensor(examples.row(index)[0][:PROOF_TOKENS], dtype=torch.long) for index in first]
+def proof_rows(examples: Examples) -> Iterator[torch.Tensor]:
+    """Yield the first tokens of each row: (tokens,) int64."""
+    for index in range(len(examples)):
+        yield torch.tensor(examples.row(index)[0][:PROOF_TOKENS], dtype=torch.long)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,13 @@ def prove(
     model: PeftModel,
     weights: Tensors,
     start: Mapping[str, str],
-    rows: Sequence[torch.Tensor],
+    rows: Iterable[torch.Tensor],
 ) -> None:
     """Compare the adapter written to ``folder`` with the ``model`` that it was written from.
 
     ``weights`` are the model's complete trained tensors by parameter name; ``start`` are their digests before training;
-    ``rows``, of which one is used, are the token ids (tokens,) int64 of training rows. The model's modes, its adapters
-    and the random states are unchanged afterwards.
+    ``rows`` are the token ids (tokens,) int64 of training rows, of which the first that does not overflow is used. The
+    model's modes, its adapters and the random states are unchanged afterwards.
 
     Raises RunError about ``where`` when a trained tensor is missing in the file or differs from memory, when a layer
     was not changed by training, when the adapter changes no logit, or when its logits differ once it is loaded again.
@@ -120,7 +120,7 @@ def _differences(weights: Tensors, stored: Tensors) -> Iterator[str]:
             yield f"{key} has other values"
 
 
-def _check_logits(folder: Path, where: str, model: PeftModel, stored: Tensors, rows: Sequence[torch.Tensor]) -> None:
+def _check_logits(folder: Path, where: str, model: PeftModel, stored: Tensors, rows: Iterable[torch.Tensor]) -> None:
     adapter = model.active_adapter
     assert isinstance(adapter, str)
     with model.disable_adapter():
@@ -166,7 +166,7 @@ def _refilled(model: PeftModel, trained: str, stored: Tensors) -> Iterator[str]:
     yield trained
 
 
-def _finite_logits(model: PeftModel, adapter: str, rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _finite_logits(model: PeftModel, adapter: str, rows: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """The first of the ``rows`` for which some logit is finite, else the last, and its logits. Steps with rows that
     overflow may have been skipped."""
     for ids in rows:
