@@ -728,6 +728,23 @@ def test_a_skipped_step_leaves_every_weight_and_moment_alone(overflow: Any) -> N
     assert run.adapter_bytes == without.adapter_bytes
 
 
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_validation_rows_that_overflow_are_named_before_the_first_step(
+    packing: str, overflow: Any, rows: Any, tmp_path: Path
+) -> None:
+    """A long text is measured in windows, of which only some overflow."""
+    texts = rows("slsssl")
+    options = ("training.on_nonfinite=skip", "training.per_device_train_batch_size=2", f"data.packing={packing}")
+    result, run = overflow("ss", "few", f"data.validation={texts}", "data.max_length=50", *options)
+    assert result.exit_code == 3 and not (run.folder / "metrics.jsonl").exists()
+    told = " ".join(result.stderr.split())
+    assert "step 0: loss of the base is nan because of these validation rows: " in told
+    assert set(re.findall(rf"{tmp_path}/(\S+) \(", told)) == {"slsssl.jsonl:2", "slsssl.jsonl:6"}
+    assert "overflow float32: if few rows do that, remove them" in told and "float16" not in told
+    result, _ = overflow("ss", "many", f"data.validation={rows('l' * 20)}", *options)
+    assert "because of validation rows such as " in result.stderr
+
+
 def test_a_skipped_step_is_no_better_than_the_one_before_it(overflow: Any, rows: Any) -> None:
     """Of equal losses, the first is the best; the others use up early stopping's patience."""
     watching = (f"data.validation={rows('ss')}", "training.eval_steps=1", "training.early_stopping_patience=2")

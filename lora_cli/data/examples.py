@@ -201,6 +201,7 @@ def sliding_windows(examples: Examples, max_length: int) -> Examples:
     """
     stride = max_length // 2
     pieces: list[Piece] = []
+    numbers = []
     for index in range(len(examples)):
         ids, mask = examples.row(index)
         if examples.formats[examples.source[index]] != "text":
@@ -212,8 +213,9 @@ def sliding_windows(examples: Examples, max_length: int) -> Examples:
             wanted[: scored - start] = False
             if wanted.any():
                 pieces.append((ids[start:end], wanted, int(examples.source[index])))
+                numbers.append(examples.number[index])
             scored = end
-    return join_pieces(pieces, examples.formats)
+    return replace(join_pieces(pieces, examples.formats), number=np.asarray(numbers, np.int32))
 
 
 def highest_id(examples: Examples) -> int:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from lora_cli.data.batches import Step
+from lora_cli.data.examples import Examples
 from lora_cli.data.sources import row_places, sources_of
 from lora_cli.errors import RunError
 from lora_cli.model.device import dtype_name
+from lora_cli.recipe.schema import Source
 from lora_cli.training.distributed.processes import full_tensor
 from lora_cli.training.run.checkpoint import Progress, checkpoint_hint
 from lora_cli.training.trainer import Trainer
@@ -24,6 +27,7 @@ CAUSES = (
     "likely causes: training.learning_rate is too high, model.dtype: float16 is too narrow (bfloat16, float32), or one "
     "of these rows; training.on_nonfinite: skip would skip single steps"
 )
+WIDER = "model.dtype: float16 is too narrow (bfloat16, float32)"
 
 
 def count_skipped(trainer: Trainer, step: Step, loss: float, grad_norm: float, progress: Progress) -> Progress:
@@ -38,11 +42,14 @@ def count_skipped(trainer: Trainer, step: Step, loss: float, grad_norm: float, p
         return progress  # the scaled loss overflowed float16's gradient; the scaler halves its scale
     values = {"loss": loss, "grad norm": grad_norm}
     problems = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-    what = f"step {step.number} was not taken: {', '.join(problems)}; {_describe_rows(trainer, step)}"
+    training, sources = trainer.job.recipe.training, sources_of(trainer.job.recipe.data.train)
+    rows = np.concatenate(step.micro_batches).tolist()
+    named = _describe_rows(trainer, trainer.job.train.examples, sources, rows)
+    what = f"step {step.number} was not taken: {', '.join(problems)}; its rows are {named}"
     skipped = progress.skipped_in_a_row + 1
     folder = trainer.job.folder
     hint = f"this step did not change the weights; {checkpoint_hint(folder.checkpoints)}; {CAUSES}"
-    if trainer.job.recipe.training.on_nonfinite == "stop":
+    if training.on_nonfinite == "stop":
         raise RunError(what, str(folder.root), hint)
     if skipped == GIVE_UP_AFTER:
         raise RunError(f"{skipped} steps in a row were skipped; {what}", str(folder.root), hint)
@@ -50,30 +57,41 @@ def count_skipped(trainer: Trainer, step: Step, loss: float, grad_norm: float, p
     return replace(progress, skipped_steps=progress.skipped_steps + 1, skipped_in_a_row=skipped)
 
 
-def _describe_rows(trainer: Trainer, step: Step) -> str:
-    """Return the step's rows by file and line, each with its first words."""
-    examples, tokenizer = trainer.job.train.examples, trainer.job.tokenizer
-    rows = np.concatenate(step.micro_batches).tolist()
-    shown = rows[:ROWS_NAMED]
-    where = row_places(
-        sources_of(trainer.job.recipe.data.train), [(examples.source[row], examples.number[row]) for row in shown]
-    )
-    named = []
+def _describe_rows(trainer: Trainer, examples: Examples, sources: Sequence[Source], rows: Sequence[int]) -> str:
+    """Return the first of these rows by file and line, each with its first words, and the number of the others."""
+    shown, named = rows[:ROWS_NAMED], []
+    where = row_places(sources, [(examples.source[row], examples.number[row]) for row in shown])
     for place, row in zip(where, shown, strict=True):
-        words = str(tokenizer.decode(examples.row(row)[0][: 4 * WORDS_SHOWN].tolist())).split()[:WORDS_SHOWN]
+        ids = examples.row(row)[0][: 4 * WORDS_SHOWN].tolist()
+        words = str(trainer.job.tokenizer.decode(ids)).split()[:WORDS_SHOWN]
         named.append(f"{place} ({' '.join(words)} ...)")
     more = f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
-    return f"its rows are {', '.join(named)}{more}"
+    return f"{', '.join(named)}{more}"
 
 
 def check_finite(trainer: Trainer, step: int, name: str, value: float) -> None:
-    """Raises RunError when the value is not finite. Step 0 is before the first step."""
-    if math.isfinite(value):
-        return
-    folder = trainer.job.folder
-    overflow = f"the weights are damaged, or the activations overflow {dtype_name(trainer.dtype)}"
-    hint = f"{checkpoint_hint(folder.checkpoints)}; {DIVERGED if step else overflow}"
-    raise RunError(f"step {step}: {name} is {value}", str(folder.root), hint)
+    """Raises RunError when a value after a step is not finite."""
+    if not math.isfinite(value):
+        folder = trainer.job.folder
+        hint = f"{checkpoint_hint(folder.checkpoints)}; {DIVERGED}"
+        raise RunError(f"step {step}: {name} is {value}", str(folder.root), hint)
+
+
+def nonfinite_start(trainer: Trainer, name: str, loss: float, rows: Sequence[int]) -> RunError:
+    """Return the error for a validation loss before the first step that is not finite because of these ``rows``, if
+    they are known. None can be left out: perplexities are over all validation rows."""
+    data, examples = trainer.job.recipe.data, trainer.job.validation
+    assert examples is not None
+    what = f"step 0: {name} is {loss}"
+    hint = f"the weights are damaged, or the activations overflow {dtype_name(trainer.dtype)}"
+    if rows:
+        sources = sources_of(data.own_validation or data.train)
+        these = "these validation rows:" if len(rows) < ROWS_NAMED else "validation rows such as"
+        what = f"{what} because of {these} {_describe_rows(trainer, examples, sources, rows)}"
+        hint = f"{hint}: if few rows do that, remove them, since training.on_nonfinite: skip leaves out steps alone"
+    if trainer.dtype == torch.float16:
+        hint = f"{hint}; {WIDER}"
+    return RunError(what, str(trainer.job.folder.root), hint)
 
 
 def weight_norm(trainer: Trainer) -> float:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain, islice
+
+import numpy as np
 
 from lora_cli.data.batches import Batch, Step
+from lora_cli.data.examples import Ints
 from lora_cli.errors import pluralize
 from lora_cli.evaluation.loss import Score, mean_score, tally_loss
 from lora_cli.training import hidden_states
@@ -14,7 +19,7 @@ from lora_cli.training.distributed.processes import own_share
 from lora_cli.training.distributed.sharding import reshard
 from lora_cli.training.interrupt import stopped_after
 from lora_cli.training.metrics import Clock, log_score
-from lora_cli.training.nonfinite import check_finite
+from lora_cli.training.nonfinite import ROWS_NAMED, check_finite, nonfinite_start
 from lora_cli.training.run.checkpoint import Progress
 from lora_cli.training.trainer import Trainer, unwrap
 
@@ -46,8 +51,25 @@ def _score_at_start(trainer: Trainer, name: str) -> Score:
     score = validate(trainer)
     if score is None:
         raise stopped_after(0, trainer.asked_to_stop())
-    check_finite(trainer, 0, name, score.loss)
+    if not math.isfinite(score.loss):
+        raise nonfinite_start(trainer, name, score.loss, _nonfinite_rows(trainer))
     return score
+
+
+def _nonfinite_rows(trainer: Trainer) -> list[int]:
+    """Return at most ROWS_NAMED validation rows whose losses are not finite. Each process computes all of them, since
+    sharded weights are gathered from all."""
+
+    def is_finite(rows: Ints) -> bool:
+        batch = hidden_states.batch_of(trainer, "validation", rows)
+        tally = tally_loss(trainer.model, [(batch, 1.0)], trainer.accelerator.device, trainer.head, trainer.below)
+        return bool(tally.isfinite().all())
+
+    groups = (rows for rows in hidden_states.groups_of(trainer, "validation") if not is_finite(rows))
+    singles = chain.from_iterable(np.split(rows, len(rows)) for rows in groups)
+    found = [row.item() for row in islice((row for row in singles if not is_finite(row)), ROWS_NAMED)]
+    reshard(trainer.model)
+    return sorted(found)
 
 
 def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock) -> Progress:
