@@ -23,10 +23,6 @@ GIVE_UP_AFTER = 5
 ROWS_NAMED = 6
 WORDS_SHOWN = 8
 DIVERGED = "lower training.learning_rate, or check the rows around this step"
-CAUSES = (
-    "likely causes: training.learning_rate is too high, model.dtype: float16 is too narrow (bfloat16, float32), or one "
-    "of these rows; training.on_nonfinite: skip would skip single steps"
-)
 WIDER = "model.dtype: float16 is too narrow (bfloat16, float32)"
 
 
@@ -48,13 +44,21 @@ def count_skipped(trainer: Trainer, step: Step, loss: float, grad_norm: float, p
     what = f"step {step.number} was not taken: {', '.join(problems)}; its rows are {named}"
     skipped = progress.skipped_in_a_row + 1
     folder = trainer.job.folder
-    hint = f"this step did not change the weights; {checkpoint_hint(folder.checkpoints)}; {CAUSES}"
+    hint = f"this step did not change the weights; {checkpoint_hint(folder.checkpoints)}; {_likely_causes(trainer)}"
     if training.on_nonfinite == "stop":
         raise RunError(what, str(folder.root), hint)
     if skipped == GIVE_UP_AFTER:
         raise RunError(f"{skipped} steps in a row were skipped; {what}", str(folder.root), hint)
     trainer.display.note(what, warning=True)
     return replace(progress, skipped_steps=progress.skipped_steps + 1, skipped_in_a_row=skipped)
+
+
+def _likely_causes(trainer: Trainer) -> str:
+    training = trainer.job.recipe.training
+    narrow = f"{WIDER}, " if trainer.dtype == torch.float16 else ""
+    causes = f"likely causes: training.learning_rate is too high, {narrow}or one of these rows"
+    can_skip = training.on_nonfinite == "stop" and training.deepspeed is None
+    return f"{causes}; training.on_nonfinite: skip would skip single steps" if can_skip else causes
 
 
 def _describe_rows(trainer: Trainer, examples: Examples, sources: Sequence[Source], rows: Sequence[int]) -> str:
