@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Run, done, edit_json, fork_lora, free_port
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from lora_cli.model.device import is_usable
 from lora_cli.training.distributed.zero_config import config_faults
 from lora_cli.training.run.checkpoint import is_complete
 
@@ -618,6 +620,15 @@ def test_a_variable_that_a_library_refuses_is_named(
     done = subprocess.run(command, env=os.environ | {name: value}, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "wanted"),
+    [("cpu", 0, True), ("cuda", 0, False), ("cuda", 1, True), ("cuda:1", 1, False), ("cuda:1", 2, True)],
+)
+def test_a_gpu_is_usable_if_there_are_as_many(device: str, gpus: int, wanted: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert is_usable(torch.device(device)) is wanted
 
 
 @pytest.mark.parametrize("environment", [{"WORLD_SIZE": ""}, {"RANK": "1"}, {"WORLD_SIZE": "2", "RANK": "1"}])

@@ -17,6 +17,13 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def is_usable(device: torch.device) -> bool:
+    """Whether it is the CPU, or a GPU that this machine has."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    return (device.index or 0) < torch.cuda.device_count()
+
+
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """``model.dtype`` as a torch dtype. Raises UserError for float16 off the GPU, where there is no loss scaling."""
     if dtype == "auto":

@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lora_cli.errors import UserError, first_few
 from lora_cli.model.adapters import trainable_parameters
-from lora_cli.model.device import best_device
+from lora_cli.model.device import is_usable
 from lora_cli.recipe.schema import Training
 from lora_cli.system.memory import free_bytes
 from lora_cli.training.distributed.processes import full_tensor
@@ -34,8 +34,8 @@ CONFIGURATION = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", 
 def make_accelerator(training: Training, dtype: torch.dtype) -> Accelerator:
     """Create the Accelerator that the recipe, or else a launcher's own configuration, asks for.
 
-    Raises UserError for a launcher's configuration that Accelerate refuses, for a kind of device that is not there,
-    and for FSDP 1, whose flat parameters hide which tensors are the adapter's.
+    Raises UserError for a launcher's configuration that Accelerate refuses, for a device that is not there, and for
+    FSDP 1, whose flat parameters hide which tensors are the adapter's.
     """
     with _launcher_configuration():
         plugins = {"fsdp_plugin": _fsdp_plugin(training), "deepspeed_plugin": zero_plugin(training)}
@@ -49,7 +49,7 @@ def make_accelerator(training: Training, dtype: torch.dtype) -> Accelerator:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
             **plugins,
         )
-    if accelerator.device.type not in ("cpu", best_device().type):  # only a variable can choose such a one
+    if not is_usable(accelerator.device):  # only a variable can choose such a one
         where, hint = f"ACCELERATE_TORCH_DEVICE={accelerator.device} (environment)", "unset it"
         raise UserError("there is no such device here on which lora can train", where, hint)
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
