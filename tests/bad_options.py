@@ -38,6 +38,21 @@ def quantize_but_for_an_unknown_layer(w: World) -> Arguments:
     return ["quantize", w.run(), "--out", "out", "--skip", "c_atn"]
 
 
+@case("--base is for adapters, and model is none", "name a run or an adapter")
+def eval_of_a_model_with_a_base(w: World) -> Arguments:
+    return ["eval", w.model(), "--base", w.gpt2, "--data", w.rows(ROW)]
+
+
+@case("--base is for adapters, and model is none", "name a run or an adapter")
+def quantize_a_model_with_a_base(w: World) -> Arguments:
+    return ["quantize", w.model(), "--base", w.gpt2, "--out", "out"]
+
+
+@case("the adapter belongs to another base", "run/adapter")
+def eval_on_another_base(w: World) -> Arguments:
+    return ["eval", w.run(), "--base", w.llama, "--data", w.rows(ROW)]
+
+
 @case("no finished run", "give a run")
 def eval_of_nothing(w: World) -> Arguments:
     return ["eval", "--data", w.rows(ROW)]

@@ -583,6 +583,23 @@ def test_a_base_that_gives_no_number_ends_training(
     assert not metrics.exists() or "NaN" not in metrics.read_text(encoding="utf-8")
 
 
+def test_an_adapter_whose_base_was_moved_is_measured_and_quantized_with_it(
+    train: Callable[..., Run], tiny_llama: Path, qa_file: Path, tmp_path: Path, lora: Any
+) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    run = train({"model.name_or_path": base, "training.max_steps": 1})
+    rows = ("--data", qa_file, "--json")
+    before = done(lora("eval", run.folder, *rows)).json
+    moved = base.rename(tmp_path / "moved")
+    for command in (("eval", run.folder), ("quantize", run.folder, "--out", tmp_path / "out")):
+        refused = lora(*command, *rows)
+        assert refused.exit_code == 2 and "or give its new place with --base" in refused.stderr
+        after = done(lora(*command, *rows, "--base", moved)).json
+        measured = after.get("before", after)
+        assert measured["loss"] == before["loss"]
+    assert after["base"] == str(moved)
+
+
 def test_a_perplexity_beyond_all_numbers_is_still_json(
     tiny_llama: Path, qa_file: Path, tmp_path: Path, lora: Any
 ) -> None:

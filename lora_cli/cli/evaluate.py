@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_cli.cli.options import Debug, Json, Quiet
+from lora_cli.cli.options import Base, Debug, Json, Quiet, check_base_option
 
 
 def command(
@@ -18,6 +18,7 @@ def command(
     data: Annotated[
         str | None, typer.Option("--data", help="Rows to measure on; default: the run's validation rows.")
     ] = None,
+    base: Base = None,
     perplexity: Annotated[bool, typer.Option("--perplexity", help="Measure perplexity (the default).")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -39,6 +40,7 @@ def command(
     adapter = adapter_folder(Path(target))
     warnings = [unfinished(Path(target), adapter)]
     if adapter is None:
+        check_base_option(base, target)
         check_model_type(locate(target))
     recipe = recipe_of(adapter or Path(target))
     section = measure.data_section(data, recipe)
@@ -46,23 +48,23 @@ def command(
     if adapter is None:
         from lora_cli.weights.files.shards import check_complete
 
-        base = locate(target, weights=True)
-        check_complete(base)
+        folder = locate(target, weights=True)
+        check_complete(folder)
     else:
         check_init(adapter)  # before a base is fetched
-        base = find_origin(adapter).base
-        if stored_quantization(base):
+        folder = find_origin(adapter, base).base
+        if stored_quantization(folder):
             check_init(adapter, REPEATABLE_ON_CODES)
     with display.waiting("checking base and rows"):
-        rows = measure.rows_for(base, adapter, section, recipe)
+        rows = measure.rows_for(folder, adapter, section, recipe)
     if adapter is not None and recipe is None:
         display.note(f"rows are cut to {rows.max_length:,} tokens: the adapter has no record of its data.max_length")
     if data is None:
-        warnings.append(measure.changed_rows_warning(rows, read_record(adapter or base)))
+        warnings.append(measure.changed_rows_warning(rows, read_record(adapter or folder)))
     shown = [warning for warning in warnings if warning]
     for warning in shown:
         display.note(warning, warning=True)
-    found = measure.measure(base, adapter, rows, recipe, display)
+    found = measure.measure(folder, adapter, rows, recipe, display)
     if adapter is not None and found.base is None:
         shown.append("the base is not measured: these rows have tokens that the adapter has added to the vocabulary")
         display.note(shown[-1], warning=True)

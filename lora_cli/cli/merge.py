@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet, bytes_of
+from lora_cli.cli.options import Base, Debug, Json, MaxShardSize, Quiet, bytes_of
 from lora_cli.errors import UserError, pluralize, printable
 
 if TYPE_CHECKING:
@@ -27,9 +27,7 @@ def command(
         typer.Argument(help="Runs or adapter folders; several are added up.", metavar="ADAPTER...", show_default=False),
     ],
     out: Annotated[Path, typer.Option("--out", help="The folder to write; must not exist.", show_default=False)],
-    base: Annotated[
-        str | None, typer.Option("--base", help="The base, a folder or hub id; default: the one the adapter names.")
-    ] = None,
+    base: Base = None,
     into: Annotated[
         Literal["expanded", "original", "quantized"] | None,
         typer.Option(

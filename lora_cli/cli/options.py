@@ -16,6 +16,9 @@ from lora_cli.errors import RunError, UserError, printable_lines
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only warnings and results.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Base = Annotated[
+    str | None, typer.Option("--base", help="The adapter's base, a folder or hub id; default: the one it names.")
+]
 MaxShardSize = Annotated[str, typer.Option("--max-shard-size", help="Maximum size of one file, e.g. 500MB or 5GB.")]
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -26,6 +29,12 @@ def bytes_of(size: str) -> int:
     if found is None:
         raise UserError(f"--max-shard-size: {size!r} is not a size", hint="write it as 5GB, 500MB, 64KB or in bytes")
     return int(found[1]) * UNITS[found[2]]
+
+
+def check_base_option(base: str | None, target: str) -> None:
+    """Raises UserError when ``--base`` is given although the ``target`` is no adapter."""
+    if base is not None:
+        raise UserError(f"--base is for adapters, and {target} is none", hint="remove it, or name a run or an adapter")
 
 
 class Command(TyperCommand):

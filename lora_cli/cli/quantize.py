@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lora_cli.cli.merge import find_adapter
-from lora_cli.cli.options import Debug, Json, MaxShardSize, Quiet, bytes_of
+from lora_cli.cli.options import Base, Debug, Json, MaxShardSize, Quiet, bytes_of, check_base_option
 from lora_cli.errors import UserError, pluralize, printable
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def command(
             metavar="MODULES",
         ),
     ] = None,
+    base: Base = None,
     max_shard_size: MaxShardSize = "50GB",
     data: Annotated[str | None, typer.Option("--data", help="Rows to measure perplexity on, before and after.")] = None,
     json: Json = False,
@@ -64,7 +65,7 @@ def command(
     wanted = Quantization(method=method, double_quant=double_quant is not False)
     max_shard = bytes_of(max_shard_size)
     check_out(out)
-    folder, origin = _find(target)
+    folder, origin = _find(target, base)
     adapter = origin.folder if origin else None
     check_out(out, folder, adapter)
     rows = recipe = None
@@ -103,15 +104,16 @@ def command(
     return jsonlib.dumps(report) if json else _text(report)
 
 
-def _find(target: str) -> tuple[Path, AdapterOrigin | None]:
+def _find(target: str, base: str | None) -> tuple[Path, AdapterOrigin | None]:
     """Return a model's folder, or an adapter's base and the adapter. Raises UserError for what cannot be quantized."""
     from lora_cli.model.files import check_model_type, check_quantizable, locate
     from lora_cli.weights.adapter.origin import adapter_folder
     from lora_cli.weights.files.shards import check_complete
 
     if adapter_folder(Path(target)) is not None:
-        origin = find_adapter(Path(target))
+        origin = find_adapter(Path(target), base)
         return origin.base, origin
+    check_base_option(base, target)
     check_model_type(locate(target))
     check_quantizable(locate(target))
     folder = locate(target, weights=True)

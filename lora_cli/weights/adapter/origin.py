@@ -53,14 +53,14 @@ def find_origin(folder: Path, base: str | None = None, other_kinds: bool = False
         return _checked(folder, locate(base, weights=True), base, other_kinds)
     name, place = named_base(folder)
     if not name:
-        hint = "write it there as base_model_name_or_path"
+        hint = "write it there as base_model_name_or_path, or give it with --base"
         raise UserError("the adapter does not say which base it is for", str(folder / ADAPTER_CONFIG), hint)
     revision = read_adapter_config(folder).get("revision")
     try:
         found = locate(place, weights=True, revision=str(revision) if revision else None)
     except UserError as error:
         what = f"the base of this adapter is not found: {error.faults[0].where}: {error.faults[0].what}"
-        hint = "put it back, move base and adapter together, or tell lora merge its place (--base)"
+        hint = "put it back, move base and adapter together, or give its new place with --base"
         raise UserError(what, str(folder), hint) from error
     return _checked(folder, found, name, other_kinds)
 
