@@ -652,6 +652,17 @@ def test_a_wrong_key_or_value(section: str, line: str, where: str, what: str, hi
         ("use_4bit_quantization: true", "here it is quantization.method: nf4"),
         ("max_steps_per_epoch: 9", "here it is training.max_steps, of the whole run"),
         ("export_dir: out", "leave it out: use lora merge ADAPTER --out FOLDER"),
+        ("use_mlflow: true", "here it is training.report_to: [mlflow]"),
+        ("use_wandb: false", "leave it out: true is training.report_to: [wandb] here"),
+        ("gradient_clipping: 1.0", "here it is training.max_grad_norm"),
+        ("flex_attention: true", "here it is model.attn_implementation: flex_attention"),
+        ("float16: true", "here it is model.dtype: float16"),
+        ("dataset_test_split: test", "here it is data.validation, a list of mappings: [{path: ..., split: ...}]"),
+        ("train_on_responses_only: true", "here it is data.train_on: completion"),
+        ("use_galore: true", "leave it out: the optimizer is AdamW, with its state in 32 or 8 bits"),
+        ("temperature: 0.7", "leave it out: lora generates no text"),
+        ("peft_config: {}", "leave it out: its settings are keys of adapter"),
+        ("lora_modules_to_save: [lm_head]", "leave it out: an adapter trains LoRA's own weights only"),
     ],
 )
 def test_unknown_top_level_keys(line: str, hint: str) -> None:
@@ -675,10 +686,38 @@ def test_unknown_top_level_keys(line: str, hint: str) -> None:
         ("training.gradient_checkpointing=unsloth", "training.gradient_checkpointing: offload"),
         ("training.optim=paged_adamw_32bit", "training.optim: adamw_torch, which is not paged"),
         ("adapter=qlora", "quantization.method: nf4"),
+        ("quantization.method=4", "quantization.method: nf4"),
+        ("quantization.method=8bit", "quantization.method: int8"),
+        ("model.dtype=fp16", "model.dtype: float16"),
+        ("model.attn_implementation=flash_attn", "model.attn_implementation: flash_attention_2"),
+        ("training.optim=AdamW", "training.optim: adamw_torch"),
+        ("training.eval_steps=0.1", "training.eval_steps, in steps"),
+        ("data.format=sharegpt", "data.format: chat"),
     ],
 )
 def test_a_peers_value_is_not_told_the_one_spelt_most_like_it(override: str, hint: str) -> None:
     assert fault(MINIMAL, override).hint == f"here it is {hint}"
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        (
+            "adapter.method=adalora",
+            "leave it out: LoRA is the only kind (with adapter.use_dora, adapter.use_rslora); no",
+        ),
+        ("training.optim=adafactor", "leave it out: the optimizer is AdamW, with its state in 32 or 8 bits"),
+        ("quantization.method=fp8", "leave it out: a base is quantized to nf4, fp4 or int8 alone"),
+        ("training.torch_compile=inductor", ""),
+        ("training.report_to=comet_ml", ""),
+        ("training.report_to=wandb,mlflow", "in brackets it is a list: [wandb,mlflow]"),
+        ("adapter.layers_to_transform=all", ""),
+        ("adapter.layers_to_transform=6,7", "in brackets it is a list: [6,7]"),
+    ],
+)
+def test_a_peers_value_without_a_counterpart_is_not_told_another(override: str, hint: str) -> None:
+    found = fault(MINIMAL, override).hint or ""
+    assert found.startswith(hint) and bool(found) == bool(hint)
 
 
 @pytest.mark.parametrize("known", [LoraConfig, TrainingArguments])

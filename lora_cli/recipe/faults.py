@@ -19,7 +19,7 @@ from lora_cli.recipe.explain import (
     required_at,
     schema_at,
 )
-from lora_cli.recipe.peers import EQUIVALENTS, PEERS_KEYS, WITHOUT_KEY, peers_hint
+from lora_cli.recipe.peers import PEERS_KEYS, WITHOUT_KEY, peers_hint, peers_value_hint
 from lora_cli.recipe.yaml12 import BROKEN, Broken, Faults, Node, Scalar, plain_scalar, quoted
 
 KeyPath = tuple[str | int, ...]
@@ -137,8 +137,8 @@ def _add_wrong_value(path: KeyPath, node: Node, faults: Faults) -> None:
     what = f"{_dotted(path)}: expected {wanted}, found {describe_value(node.value)}"
     keys = f"lora explain {path[0]} lists its keys" if len(path) == 1 else None
     share = isinstance(node.value, float) and 0 < node.value < 1
-    own = EQUIVALENTS.get(f"{_dotted(path)}: {'a share' if share else node.value}")
-    faults.add(node.place, what, f"here it is {own}" if own else _remedy(node.value, schema) or keys)
+    hint = peers_value_hint(_dotted(path), "a share" if share else node.value)
+    faults.add(node.place, what, hint or _remedy(node.value, schema) or keys)
 
 
 def describe_value(value: Scalar | Broken | dict[str, Node] | tuple[Node, ...]) -> str:
@@ -167,11 +167,11 @@ def _remedy(value: object, schema: JsonSchema) -> str | None:
         if numbers and type(plain_scalar(value)) in (int, float):
             return f"without quotes it is a number: {value}"
         if "array" in kinds:
-            return f"in brackets it is a list: [{'' if value == 'none' else value}]" if value else None
-        near = get_close_matches(value, choices(schema), n=1, cutoff=0.5)
+            return _in_brackets("" if value == "none" else value, schema)
+        near = get_close_matches(value.lower(), choices(schema), n=1, cutoff=0.6)
         return f"did you mean '{near[0]}'?" if near else None
-    if type(value) is int and any(option.get("items", {}).get("type") == "integer" for option in options(schema)):
-        return f"in brackets it is a list: [{value}]"
+    if type(value) is int and "array" in kinds and (listed := _in_brackets(str(value), schema)):
+        return listed
     if isinstance(value, int | float) and value <= 0 and "null" in kinds:
         return "to go without, write null"
     if isinstance(value, float) and value.is_integer() and "integer" in kinds:
@@ -179,3 +179,11 @@ def _remedy(value: object, schema: JsonSchema) -> str | None:
     if type(value) in (int, float) and "string" in kinds and not numbers and not choices(schema):
         return "in quotes it is text"
     return None
+
+
+def _in_brackets(text: str, schema: JsonSchema) -> str | None:
+    """Return a hint that shows ``text`` as a list, or None if the list would be refused too."""
+    items = next(option["items"] for option in options(schema) if option.get("type") == "array")
+    values = [plain_scalar(part.strip()) for part in text.split(",") if text]
+    fits = all(value in choices(items) or items.get("type") in _KINDS.get(type(value), ()) for value in values)
+    return f"in brackets it is a list: [{text}]" if fits else None
