@@ -150,9 +150,19 @@ def targets_of_another_architecture(w: World) -> Arguments:
     return w.train({"adapter.target_modules": ["q_proj"]})
 
 
-@case("'c_attn,c_proj' matches no whole module name", "in brackets it is a list: [c_attn,c_proj]; linear layers here")
+@case("'c_attn,c_proj' matches no whole module name", "in brackets it is a list: [c_attn, c_proj]; linear layers here")
 def targets_as_a_text_with_commas(w: World) -> Arguments:
     return w.train({"adapter.target_modules": "c_attn,c_proj"})
+
+
+@case("'c_attn c_proj' matches no whole module name", "in brackets it is a list: [c_attn, c_proj]; linear layers here")
+def targets_as_peft_takes_them_on_a_command_line(w: World) -> Arguments:
+    return w.train({"adapter.target_modules": "c_attn c_proj"})
+
+
+@case("adapter.target_modules: 'all'", "did you mean 'all-linear'? linear layers here")
+def targets_in_the_word_of_another_tool(w: World) -> Arguments:
+    return w.train({"adapter.target_modules": "all"})
 
 
 @case("adapter.target_modules: 'c_atn'", "did you mean 'c_attn'?")

@@ -111,8 +111,9 @@ def _by_pattern(pattern: str, layers: Iterable[str]) -> list[str]:
     names = [name for name in layers if expression.fullmatch(name)]
     if not names:
         way = f"a whole name is, for example, {next(iter(layers))}"
-        if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", pattern):
-            way = f"in brackets it is a list: [{pattern}]"
+        if re.fullmatch(r"[\w.]+([\s,]+[\w.]+)+", pattern):
+            listed = ", ".join(re.findall(r"[\w.]+", pattern))
+            way = f"in brackets it is a list: [{listed}]"
         what = f"adapter.target_modules: '{pattern}' matches no whole module name"
         raise UserError(what, hint=f"{way}; {_what_exists(layers)}")
     return names
@@ -135,13 +136,17 @@ def _by_list(wanted: Iterable[str], layers: Iterable[str]) -> list[str]:
         found = {name for name in layers if name == item or name.endswith(f".{item}")}
         chosen |= found
         if not found:
-            near = "write it without brackets;" if item in WORDS else nearest_hint(item, [*leaves, *WORDS])
+            near = "write it without brackets;" if item in WORDS else _nearest(item, leaves)
             hint = f"{near} {_what_exists(layers)}" if near else _what_exists(layers)
             what = f"adapter.target_modules: '{item}' names no linear layer of this model that can be adapted"
             faults.append(Fault(what, hint=hint))
     if faults:
         raise UserError(faults)
     return [name for name in layers if name in chosen]
+
+
+def _nearest(item: str, leaves: Iterable[str]) -> str | None:
+    return "did you mean 'all-linear'?" if item == "all" else nearest_hint(item, [*leaves, *WORDS])
 
 
 def _in_layers(wanted: tuple[int, ...], names: list[str]) -> list[str]:
