@@ -94,8 +94,8 @@ def test_it_is_refused(case: Case, world: World, lora: Any, no_curves: None, mon
     assert "Traceback" not in result.stderr
     for words in case.says:
         assert words in result.stderr
-    assert len(result.stderr.splitlines()) < 30
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(result.stderr.splitlines()) < (62 if len(errors) > 12 else 30)  # many faults get a line each
     assert len(set(errors)) == len(errors), "a fault is told twice"
     assert everything_in(world.root) == before
 

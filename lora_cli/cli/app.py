@@ -69,7 +69,7 @@ _REFUSED_VALUE = re.compile(
 """How Python and the libraries name a text that they cannot read."""
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP)
 _ROOM = 12  # up to so many faults are printed with their hints on lines of their own
-_MOST = 25  # more faults get a line each; more than this would fill the screen
+_MOST = 60  # more faults get a line each; a long configuration of another tool has so many keys
 _SECONDS_FOR_OTHERS = 30  # during which another process of the run may report the same fault or its cause
 
 
@@ -254,12 +254,13 @@ def _report(error: LoraError, is_train: bool) -> None:
     if isinstance(error, SecondaryError) or (is_other and not isinstance(error, RunError)):
         # Another process reports the cause or the same fault, and the launcher ends all processes once one has ended.
         time.sleep(_SECONDS_FOR_OTHERS)
-    is_long = len(error.faults) > _ROOM  # another tool's configuration, for example
+    is_long = len(error.faults) > _ROOM
     shown = error.faults[:_MOST]
     plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"  # typer heeds neither
     heading = "error: " if plain else typer.style("error: ", fg="red", bold=True)
     for fault, following in zip_longest(shown, shown[1:]):
-        once = replace(fault, hint=None) if following and following.hint == fault.hint else fault
+        follows = following is not None and following.hint == fault.hint
+        once = replace(fault, hint=None) if follows and not is_long else fault
         text = "; ".join(line.strip() for line in str(once).splitlines()) if is_long else str(once)
         _print_stderr(f"{heading}{text}")
     if (more := len(error.faults) - _MOST) > 0:
