@@ -433,6 +433,13 @@ def provenance_with_a_word_for_the_validation_rows(w: World) -> Arguments:
     return ["eval", "run", "--data", w.rows(ROW)]
 
 
+@case("run/checkpoints/step-00000001: no adapter", "a checkpoint is for --resume only; give the run (run)")
+def merge_of_a_checkpoint(w: World) -> Arguments:
+    w.run()
+    w.file("run/checkpoints/step-00000001/manifest.json", "{}")
+    return ["merge", "run/checkpoints/step-00000001", "--out", "out"]
+
+
 @case("run/checkpoints/step-00000001", "no config.json", "give the run (run)")
 def eval_of_a_checkpoint(w: World) -> Arguments:
     w.run()

@@ -41,9 +41,7 @@ def _no_model_hint(folder: Path) -> str:
     """A hint for a folder that holds no model."""
     if (folder / "adapter_config.json").is_file():
         return "this is an adapter: give its base, or merge the two first (lora merge)"
-    if folder.parent.name == "checkpoints":
-        return f"a checkpoint is for --resume only; give the run ({folder.parent.parent}) or its adapter"
-    return newest_adapter(folder) or MODEL_FOLDER
+    return adapter_elsewhere(folder) or MODEL_FOLDER
 
 
 def _snapshot(hub_id: str, weights: bool, revision: str | None) -> Path:
@@ -68,8 +66,10 @@ def nearest_folder(folder: Path) -> str:
     return nearest_hint(folder.name, siblings) or f"paths are relative to {Path.cwd()}"
 
 
-def newest_adapter(folder: Path) -> str | None:
-    """A hint for a folder that contains adapters, such as a Trainer's checkpoints; None if it contains none."""
+def adapter_elsewhere(folder: Path) -> str | None:
+    """A hint for a run's checkpoint, or for a folder that contains adapters, such as a Trainer's; None for another."""
+    if folder.parent.name == "checkpoints":
+        return f"a checkpoint is for --resume only; give the run ({folder.parent.parent}) or its adapter"
     found = [*folder.glob("*/adapter_config.json")]
     if not found:
         return None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.errors import Fault, UserError
-from lora_cli.model.files import nearest_folder, newest_adapter, read_json
+from lora_cli.model.files import adapter_elsewhere, nearest_folder, read_json
 from lora_cli.weights.files.shards import pickled
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     configuration imports code (``megatron_config``), RunError when reading fails, which may be temporary."""
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
-        hint = newest_adapter(folder) or "give a run or an adapter folder"
+        hint = adapter_elsewhere(folder) or "give a run or an adapter folder"
         hint = hint if folder.exists() else nearest_folder(folder)
         raise UserError("no adapter here (no adapter_config.json)", str(folder), hint)
     config = read_json(path)
