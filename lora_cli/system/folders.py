@@ -5,6 +5,7 @@ A folder is written as a draft beside its destination. If its process is killed,
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lora_cli.errors import UserError, unwritable
+from lora_cli.errors import RunError, UserError, unwritable
 from lora_cli.system.disk import make_folder, sync
 
 DRAFT = re.compile(r"\..+\.([a-z0-9_]{8}|old)\.draft(\.former)?")
@@ -52,6 +53,9 @@ def atomic_folder(out: Path, replace: bool = False, needed: int | None = None) -
                 sync(path)
             _put_in_place(draft, out, replace)
         except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", None) == errno.ENOTEMPTY:
+                what = "another command made this folder in the meantime"
+                raise RunError(what, str(out), "it is left as it is; remove it, or write to another folder") from error
             raise unwritable(out, error, needed) from error
 
 
