@@ -84,12 +84,26 @@ def hundreds_of_faults(w: World) -> Arguments:
     "recipe.yaml:1:1: base_model: unknown key; here it is model.name_or_path\n",
     "recipe.yaml:2:1: wandb_project: unknown key; leave it out: ",
     "recipe.yaml:3:1: wandb_name: unknown key; leave it out: ",
-    "recipe.yaml:43:1: num_epochs: unknown key; here it is training.num_train_epochs\n",
+    "recipe.yaml:12:1: num_epochs: unknown key; here it is training.num_train_epochs\n",
+    "recipe.yaml:44:1: key30: unknown key",
     "training: missing; it needs training.output_dir\n",
 )
 def configuration_of_another_tool(w: World) -> Arguments:
-    keys = ["base_model", "wandb_project", "wandb_name", *(f"key{n}" for n in range(39)), "num_epochs"]
-    return ["train", w.file("recipe.yaml", "".join(f"{key}: 1\n" for key in keys))]
+    keys = (
+        "base_model",
+        "wandb_project",
+        "wandb_name",
+        "load_in_4bit",
+        "datasets",
+        "val_set_size",
+        "output_dir",
+        "sequence_len",
+        "lora_r",
+        "lora_alpha",
+    )
+    others = (f"key{n}" for n in range(31))
+    lines = (f"{key}: 1\n" for key in (*keys, "micro_batch_size", "num_epochs", "optimizer", *others))
+    return ["train", w.file("recipe.yaml", "".join(lines))]
 
 
 @case("adapter.magic: unknown key\nerror: ", "adapter.wqx: unknown key\n    known: fused, ")
