@@ -172,6 +172,8 @@ def test_rows_may_hold_words_that_an_adapter_has_added(how: str, tiny_llama: Pat
     assert found["perplexity"] == pytest.approx(wanted, rel=ROUNDING)
     assert "base" not in found and "these rows have tokens that the adapter has added" in found["warnings"][0]
     assert done(lora("eval", adapter, "--data", file)).stdout.splitlines()[2].startswith("with adapter")
+    first = write_rows(tmp_path / "first.jsonl", [{"text": "They fly <first> in September."}])
+    assert "base" not in done(lora("eval", adapter, "--data", first, "--json")).json
     beside = done(lora("adapters", "show", adapter, "--json")).json["whole"]
     deltas = ["embed_tokens.trainable_tokens_delta"] if how == "some" else []
     assert beside == ["embed_tokens", *deltas, "lm_head"]
@@ -441,6 +443,16 @@ def test_changed_validation_rows_are_told(
     assert "not the 6 validation rows of the training run" in after.json["warnings"][0]
     assert after.json["warnings"][0] in after.stderr
     assert "warning" not in done(lora("eval", run, "--data", qa_file)).stderr, "asked for by name, nothing is compared"
+
+
+def test_rows_of_an_adapter_without_a_record_of_them_are_not_called_changed(
+    tiny_gpt2: Path, run_of: Callable[..., Path], tmp_path: Path, lora: Any
+) -> None:
+    """An adapter composed of those for a quantized base keeps their recipe, not the fingerprints of their rows."""
+    run = run_of(tiny_gpt2, **{"data.validation": 0.25, "quantization.method": "nf4"})
+    other = shutil.copytree(run / "adapter", tmp_path / "other")
+    done(lora("adapters", "compose", f"{run}=1", f"{other}=1", "--out", tmp_path / "both"))
+    assert "warnings" not in done(lora("eval", tmp_path / "both", "--json")).json
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,17 @@ def test_names_without_the_bodys(tiny_gpt2: Path, tmp_path: Path, lora: Any, no_
     same_as_transformers(base, tmp_path / "out", "nf4", True, tmp_path / "plain")
 
 
+def test_a_name_with_the_bodys_that_the_model_has_without(
+    tiny_llama: Path, tmp_path: Path, lora: Any, no_model: None
+) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    weights = tensors_of(tiny_llama)
+    weights["model.lm_head.weight"] = weights.pop("lm_head.weight")
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    done(lora("quantize", base, "--out", tmp_path / "out"))
+    same_as_transformers(base, tmp_path / "out", "nf4", True, tmp_path / "plain")
+
+
 def with_head(base: Path, tiny_gpt2: Path, factor: float) -> Path:
     """A copy of GPT-2, whose head is tied, that also stores a head: the embedding times ``factor``."""
     shutil.copytree(tiny_gpt2, base)
