@@ -609,7 +609,7 @@ def test_resume_computes_in_the_type_it_began_in(train: Callable[..., Run], lora
     run = train()
     refused = lora("train", run.folder / "recipe.yaml", "--resume", "training.max_steps=6", "model.dtype=bfloat16")
     assert refused.exit_code == 2
-    assert "began in float32, but would continue in bfloat16" in refused.stderr
+    assert "began in float32, but would continue in bfloat16" in refused.stderr and "loading" not in refused.stderr
     assert "model.dtype=float32" in refused.stderr
     told = lora("train", run.folder / "recipe.yaml", "--resume", "training.max_steps=6", "model.dtype=auto")
     assert told.exit_code == (2 if has_units_for(torch.bfloat16, torch.device("cpu")) else 0), told.stderr

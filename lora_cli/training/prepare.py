@@ -89,7 +89,11 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
         max_positions,
         meta_model,
     )
+    from lora_cli.model.device import best_device, resolve_dtype
 
+    dtype = resolve_dtype(recipe.model.dtype, best_device())
+    if goes_on:
+        folder.check_same_dtype(str(dtype).removeprefix("torch."))
     base = _base_with_weights(recipe)
     config = load_config(base)
     check_causal(config)
@@ -216,11 +220,9 @@ def _base_with_weights(recipe: Recipe) -> Path:
     for what this machine does not support."""
     import torch
 
-    from lora_cli.model.device import best_device, resolve_dtype
     from lora_cli.training.torch_compile import check_compiler
 
     check_gpus(torch.cuda.device_count())
-    resolve_dtype(recipe.model.dtype, best_device())
     check_compiler(recipe)
     base = locate(recipe.model.name_or_path, weights=True)
     if not Path(recipe.model.name_or_path).is_dir():

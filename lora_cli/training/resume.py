@@ -22,7 +22,7 @@ def keeps_best(training: Training) -> bool:
 def continue_run(trainer: Trainer, info: dict[str, Any]) -> None:
     """Continue the folder's run with the record ``info``, given its original start time; report changed recipe keys.
 
-    Raises UserError when the run has already taken more steps than are asked for, or began in another dtype.
+    Raises UserError when the run has already taken more steps than are asked for.
     """
     folder = trainer.job.folder
     steps = {checkpoint.step_of(path): path for path in checkpoint.checkpoints(folder.checkpoints)}
@@ -32,9 +32,6 @@ def continue_run(trainer: Trainer, info: dict[str, Any]) -> None:
         hint = "raise training.max_steps or training.num_train_epochs, or begin a new run"
         raise UserError(what, str(folder.root), hint)
     before = folder.read_info()
-    if before.get("dtype", info["dtype"]) != info["dtype"]:
-        what = f"--resume: the run began in {before['dtype']}, but would continue in {info['dtype']}"
-        raise UserError(what, str(folder.root), f"set model.dtype={before['dtype']} to continue as it began")
     info["started"] = before["started"]
     for change in folder.continue_run(trainer.job.recipe, info):
         trainer.display.note(change)

@@ -180,6 +180,13 @@ class RunFolder:
         if faults:
             raise UserError(faults)
 
+    def check_same_dtype(self, dtype: str) -> None:
+        """Raises UserError when the run did not begin in ``dtype``, which model.dtype resolves to here."""
+        began = self.read_info().get("dtype", dtype)
+        if began != dtype:
+            what = f"--resume: the run began in {began}, but would continue in {dtype}"
+            raise UserError(what, str(self.root), f"set model.dtype={began} to continue as it began")
+
     def begin(self, recipe: Recipe, info: Mapping[str, Any], overwrite: bool) -> None:
         """Prepare the folder for a new run; with ``overwrite``, replace the run that it holds.
 
