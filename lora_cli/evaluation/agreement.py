@@ -53,4 +53,4 @@ def perplexity(logits: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> 
     """The perplexity of all tokens except each row's first."""
     losses = [cross_entropy(each[:-1], row[1:], reduction="sum") for each, row in zip(logits, rows, strict=True)]
     mean = sum(map(float, losses)) / max(sum(len(row) - 1 for row in rows), 1)
-    return math.exp(min(mean, 709.0))
+    return math.exp(min(mean, 709.0)) if math.isfinite(mean) else math.inf
