@@ -89,11 +89,11 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
         max_positions,
         meta_model,
     )
-    from lora_cli.model.device import best_device, resolve_dtype
+    from lora_cli.model.device import best_device, dtype_name, resolve_dtype
 
     dtype = resolve_dtype(recipe.model.dtype, best_device())
     if goes_on:
-        folder.check_same_dtype(str(dtype).removeprefix("torch."))
+        folder.check_same_dtype(dtype_name(dtype))
     base = _base_with_weights(recipe)
     config = load_config(base)
     check_causal(config)
