@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import runpy
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import Run, done
 from test_fast_paths import GROUPED, build
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from lora_cli.model.fast_paths import swiglu
 from lora_cli.model.fast_paths.fuse import SwiGLU, fuse
@@ -125,28 +126,64 @@ def test_which_modules_are_replaced_and_what_they_give(kind: str) -> None:
     assert float((found - wanted).norm() / wanted.norm()) < 0.1
 
 
-def test_attention_of_another_formula_stays() -> None:
-    class ClippingAttention(LlamaAttention):
-        def forward(self, hidden_states: torch.Tensor, **others: Any) -> Any:
-            return super().forward(hidden_states.clamp(-8, 8), **others)
+class ClippingAttention(LlamaAttention):
+    def forward(self, hidden_states: torch.Tensor, **others: Any) -> Any:
+        return LlamaAttention.forward(self, hidden_states.clamp(-8, 8), **others)  # a trial passes another object
 
+
+class PositionedAttention(LlamaAttention):
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor | None = None, **others: Any) -> Any:
+        return LlamaAttention.forward(self, hidden_states, **others)
+
+
+class LargerAttention(LlamaAttention):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.gate = torch.nn.Linear(32, 1)
+
+
+@pytest.mark.parametrize("kind", [ClippingAttention, PositionedAttention, LargerAttention])
+def test_attention_of_another_formula_stays(kind: type[LlamaAttention]) -> None:
     model = build("Llama", GROUPED)
-    model.set_submodule("model.layers.0.self_attn", ClippingAttention(model.config, 0).requires_grad_(False))
+    model.set_submodule("model.layers.0.self_attn", kind(model.config, 0).requires_grad_(False))
     fuse(model)
     kinds = [type(layer.self_attn) for layer in model.model.layers]
-    assert kinds == [ClippingAttention, RotaryAttention]
+    assert kinds == [kind, RotaryAttention]
 
 
-def test_a_norm_of_another_formula_stays() -> None:
-    class OtherRMSNorm(LlamaRMSNorm):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+class OtherRMSNorm(LlamaRMSNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+
+
+class BiasedRMSNorm(LlamaRMSNorm):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.bias = torch.nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return LlamaRMSNorm.forward(self, x) + getattr(self, "bias", 0)
+
+
+@pytest.mark.parametrize("kind", [OtherRMSNorm, BiasedRMSNorm])
+def test_a_norm_of_another_formula_stays(kind: type[LlamaRMSNorm]) -> None:
+    model = build("Llama", GROUPED)
+    model.set_submodule("model.norm", kind(32).requires_grad_(False))
+    fuse(model)
+    assert type(model.get_submodule("model.norm")) is kind
+    assert type(model.get_submodule("model.layers.0.input_layernorm")) is FrozenRMSNorm
+
+
+@pytest.mark.parametrize("returned", [lambda result: (result, None), lambda result: result[None]])
+def test_an_mlp_that_returns_something_else_stays(returned: Callable[[torch.Tensor], Any]) -> None:
+    class OtherMLP(LlamaMLP):
+        def forward(self, x: torch.Tensor) -> Any:
+            return returned(self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
 
     model = build("Llama", GROUPED)
-    model.set_submodule("model.norm", OtherRMSNorm(32).requires_grad_(False))
+    model.set_submodule("model.layers.0.mlp", OtherMLP(model.config).requires_grad_(False))
     fuse(model)
-    assert type(model.get_submodule("model.norm")) is OtherRMSNorm
-    assert type(model.get_submodule("model.layers.0.input_layernorm")) is FrozenRMSNorm
+    assert [type(layer.mlp) for layer in model.model.layers] == [OtherMLP, GatedMLP]
 
 
 def test_attention_drops_out_as_before() -> None:
