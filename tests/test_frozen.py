@@ -163,6 +163,19 @@ def test_nothing_lies_below_the_first_layer_or_beside_the_layers() -> None:
     model = adapted(base)
     model.get_base_model().get_input_embeddings().weight.requires_grad_(True)
     assert frozen_layers(model) is None
+    model = adapted(build("llama"))
+    model.config.num_hidden_layers = 5
+    assert frozen_layers(model) is None, "it has no list of five layers"
+
+
+def test_layers_that_leave_something_to_layers_above_are_not_skipped() -> None:
+    model = adapted(build("llama")).eval()
+    below, left = frozen_layers(model), []
+    assert below is not None and can_be_skipped(model, below)
+    below.decoder.register_forward_pre_hook(lambda *_: left.clear())
+    below.layers[0].register_forward_hook(lambda *_: left.append(0.5))
+    below.layers[3].register_forward_hook(lambda _, __, output: output * sum(left))
+    assert not can_be_skipped(model, below)
 
 
 @pytest.mark.parametrize("key", DROPOUT)
