@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -30,7 +32,7 @@ from lora_cli.model.base import longrope_bounds
 from lora_cli.model.device import best_device
 from lora_cli.model.fast_paths.attention import ROWS, ROWS_ALONE, _fused, attend_by_rows
 from lora_cli.model.fast_paths.fuse import fuse
-from lora_cli.model.fast_paths.fused_lora import apply_layers
+from lora_cli.model.fast_paths.fused_lora import Fused, apply_layers, register
 from lora_cli.model.fast_paths.gated_mlp import PROJECTIONS
 from lora_cli.model.fast_paths.lora_products import LayerSpec, LoraProducts
 from lora_cli.model.fast_paths.rms_norm import norm_inputs_of, normed
@@ -185,6 +187,8 @@ def test_an_architecture_gives_what_its_rows_give_one_at_a_time(kind: str) -> No
     with evaluating(model):
         head = frozen_head(model)
     assert (head is not None) is in_chunks
+    with torch.no_grad():  # also rows without boundaries, for which no masks are made from now on
+        assert one_at_a_time(model, rows).item() == pytest.approx(expected.item(), rel=1e-5)
     if attention is None:
         return
     found = summed_loss(model, packed(rows), head)
@@ -427,7 +431,8 @@ def test_fused_layers_of_one_input_are_the_formula_each(device: str) -> None:
     assert torch.autograd.gradcheck(lambda *adapters: fused(x.detach(), *adapters), adapters)
 
 
-def test_layers_of_one_input_go_together_but_for_a_hook() -> None:
+@pytest.mark.parametrize("hook", ["register_forward_pre_hook", "register_forward_hook"])
+def test_layers_of_one_input_go_together_but_for_a_hook(hook: str) -> None:
     """As in attention and gated MLPs. The results are those of each layer alone."""
     torch.manual_seed(0)
     base = build("Llama", GROUPED | {"num_hidden_layers": 1})
@@ -441,7 +446,7 @@ def test_layers_of_one_input_go_together_but_for_a_hook() -> None:
     found = []
     for hooked in (False, True):
         if hooked:
-            attention.k_proj.register_forward_pre_hook(lambda *_: calls.append(1))
+            getattr(attention.k_proj, hook)(lambda *_: calls.append(1))
         inputs = x.clone().requires_grad_()
         made = apply_layers(layers, inputs)
         assert (made_by(made[0]) is made_by(made[1]) is made_by(made[2])) is not hooked
@@ -651,6 +656,30 @@ def test_fused_layers_give_what_pefts_give(kind: str) -> None:
     assert "LoraProducts" in str(made_by(fused.outputs))
 
 
+@pytest.mark.parametrize("state", ["disabled", "merged", "two adapters", "a bias"])
+def test_fused_layers_in_pefts_other_states_give_what_pefts_give(state: str) -> None:
+    name, results = "model.layers.0.self_attn.q_proj", []
+    for fused in (True, False):
+        base = build("Llama", GROUPED | {"num_hidden_layers": 1, "attention_bias": True})
+        config = LoraConfig(r=2, target_modules=[name], lora_bias=state == "a bias")
+        if fused:
+            register(config, [base.get_submodule(name)])
+        model = get_peft_model(base, config)
+        layer: Any = model.get_submodule(f"base_model.model.{name}")
+        assert isinstance(layer, Fused) is fused
+        if state == "two adapters":
+            model.add_adapter("other", config)
+            model.base_model.set_adapter(["default", "other"])
+        for key, weight in layer.named_parameters():
+            if "lora_" in key:
+                nn.init.normal_(weight)
+        if state == "merged":
+            model.merge_adapter()
+        with model.disable_adapter() if state == "disabled" else nullcontext():
+            results.append(layer(torch.ones(1, 5, 32)))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("changes", [{"adapter.lora_dropout": 0.3}, {"adapter.use_dora": True}])
 def test_dropout_and_dora_keep_pefts_path(
     changes: dict[str, Any], write_recipe: Any, lora: Any, tmp_path: Any, no_curves: None
@@ -712,19 +741,53 @@ def test_a_sink_takes_its_share_of_each_rows_attention(window: int | None, dtype
     assert torch.equal(alone, found[:, :9])
     with pytest.raises(ValueError, match="sinks beside a mask"):
         attend_by_rows(nn.Module(), q, k, v, torch.ones(1, 1, 16, 16, dtype=torch.bool), s_aux=sinks)
+    with pytest.raises(ValueError, match="softcap, position_bias"):
+        attend_by_rows(nn.Module(), q, k, v, None, softcap=50.0, position_bias=q[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("starts", [[0, 5, 6, 9], None])
+def test_attention_by_rows_drops_weights_out(starts: list[int] | None, dtype: torch.dtype) -> None:
+    """A row's first token sees only itself: dropout of a half leaves nothing of its value or doubles it."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 32, 9, 8).to(dtype) for _ in range(3))
+    bounds = None if starts is None else torch.tensor(starts, dtype=torch.int32)
+    found, _ = attend_by_rows(nn.Module(), q, k, v, None, dropout=0.5, cu_seq_lens_q=bounds, max_length_q=5)
+    for first in [0] if starts is None else starts[:-1]:
+        results, values = found[0, first], v[0, :, first]
+        doubled = (results == 2 * values).all(1)
+        assert (doubled | (results == 0).all(1)).all() and 4 < doubled.sum() < 28
+
+
+def test_attention_with_a_mask_is_that_of_the_mask() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    mask[..., 1:, 0] = False
+    starts = torch.tensor([0, 2, 6], dtype=torch.int32)
+    found, _ = attend_by_rows(nn.Module(), q, k, v, mask, cu_seq_lens_q=starts, max_length_q=4)
+    weights = (q @ k.transpose(2, 3) / 8**0.5).masked_fill(~mask, -torch.inf).softmax(-1)
+    torch.testing.assert_close(found, (weights @ v).transpose(1, 2))
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width", "capability", "groups"),
+    ("dtype", "width", "of_values", "capability", "groups"),
     [
-        (torch.bfloat16, 128, (8, 0), 2),
-        (torch.bfloat16, 512, (8, 0), 1),
-        (torch.float32, 128, (9, 0), 1),
-        (torch.float16, 128, (7, 5), 1),
+        (torch.bfloat16, 128, 128, (8, 0), 2),
+        (torch.bfloat16, 512, 512, (8, 0), 1),
+        (torch.bfloat16, 100, 100, (8, 0), 1),
+        (torch.bfloat16, 192, 128, (8, 0), 1),
+        (torch.float32, 128, 128, (9, 0), 1),
+        (torch.float16, 128, 128, (7, 5), 1),
     ],
 )
 def test_on_a_gpu_only_flash_attention_is_given_groups(
-    dtype: torch.dtype, width: int, capability: tuple[int, int], groups: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    width: int,
+    of_values: int,
+    capability: tuple[int, int],
+    groups: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """For any other of its kernels torch would store all scores. Tensors without data stand in for a GPU's."""
     heads: list[int] = []
@@ -737,7 +800,8 @@ def test_on_a_gpu_only_flash_attention_is_given_groups(
     monkeypatch.setattr("lora_cli.model.fast_paths.attention.scaled_dot_product_attention", attend)
     monkeypatch.setattr("lora_cli.model.fast_paths.attention.is_from_ampere_on", lambda _: capability >= (8, 0))
     with FakeTensorMode():
-        q, k, v = (torch.empty(1, count, 6, width, dtype=dtype, device="cuda") for count in (4, 2, 2))
+        shapes = ((1, 4, 6, width), (1, 2, 6, width), (1, 2, 6, of_values))
+        q, k, v = (torch.empty(shape, dtype=dtype, device="cuda") for shape in shapes)
         _fused(q, k, v, 1.0, None, 0.0, None)
     assert heads == [groups]
 
@@ -1011,12 +1075,14 @@ def test_longrope_has_no_row_beside_one_that_turns_its_positions(packing: bool, 
     assert mixed != pytest.approx(wanted, rel=1e-4)
 
 
-def test_a_window_that_the_mask_alone_tells_of_is_kept() -> None:
-    """PhiMoE and Qwen2-MoE do not pass their window to attention."""
-    model = build("Phimoe", GROUPED | {"sliding_window": 6, "num_local_experts": 2}).eval()
+@pytest.mark.parametrize("window", [6, 14])
+def test_a_window_that_the_mask_alone_tells_of_is_kept(window: int) -> None:
+    """PhiMoE and Qwen2-MoE do not pass their window to attention. The wider one is wider than the rows of the trial."""
+    model = build("Phimoe", GROUPED | {"sliding_window": window, "num_local_experts": 2}).eval()
     rows = rows_of((20, 5, 15))
+    wanted = float(one_at_a_time(model, rows))
     assert enable_packing(model, "auto")
-    assert float(summed_loss(model, packed(rows))) == pytest.approx(float(one_at_a_time(model, rows)), rel=1e-5)
+    assert float(summed_loss(model, packed(rows))) == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("width", [64, 80, 96, 688])
