@@ -9,10 +9,11 @@ import pytest
 import torch
 import transformers
 
+from lora_cli.errors import UserError
 from lora_cli.model.adapters import adapt, trainable_parameters
 from lora_cli.model.base import meta_model
 from lora_cli.model.layers import adaptable_layers
-from lora_cli.model.targets import choose_targets
+from lora_cli.model.targets import Target, choose_targets
 from lora_cli.recipe.schema import Adapter
 from lora_cli.weights.files.check_model import stored_layers
 
@@ -46,6 +47,23 @@ def test_words_name_the_layers_of_attention(name: str) -> None:
         assert {layer.rpartition(".")[2] for layer in found} == leaves, word
         assert len(found) == 2 * len(leaves), "in both layers, and in their attention alone"
     assert len(choose_targets(layers, "all-linear", 2)) == len(layers) > 2 * len(wanted["standard"] | outputs)
+
+
+def test_names_and_ranks_choose_layers() -> None:
+    layers = {name: Target(name, width, 16) for name, width in (("h.0.q_proj", 16), ("h.0.low_q_proj", 4))}
+
+    def chosen(wanted: str | tuple[str, ...], r: int = 2) -> list[str]:
+        return [target.name for target in choose_targets(layers, wanted, r)]
+
+    assert chosen("q_proj") == chosen(("q_proj",)) == chosen(("h.0.q_proj",)) == ["h.0.q_proj"]
+    assert chosen(("low_q_proj",), 4) == ["h.0.low_q_proj"]
+    assert chosen("all-linear", 16) == list(layers), "of which one has too few inputs for this rank"
+    for wanted, r, widest in (("low_q_proj", 5, 4), ("all-linear", 17, 16)):
+        with pytest.raises(
+            UserError, match=rf"adapter.r: {r} is more than the width of any layer to adapt \({widest}\)"
+        ):
+            chosen(wanted, r)
+    assert choose_targets({}, "all-linear", 2) == []
 
 
 MIXTURE = SIZES | {"moe_intermediate_size": 8, "num_key_value_heads": 2, "num_experts_per_tok": 2}
