@@ -240,7 +240,8 @@ def test_numbers_on_the_edge(method: str, dtype: torch.dtype) -> None:
     numbers[64:79], numbers[79] = -middles, 1
     numbers[128:192:3] = 1e-42
     numbers[-7:] = middles[4:11] * 3
-    for each in (numbers.to(dtype), torch.zeros(64 + 7, dtype=dtype)):
+    incomplete = [most * torch.cat((middles, torch.ones(1))) for most in (3, 7, 0.1)]
+    for each in (numbers.to(dtype), torch.zeros(64 + 7, dtype=dtype), *(block.to(dtype) for block in incomplete)):
         codes, scales = nearest_levels(each, method)
         wanted, state = functional.quantize_4bit(each, blocksize=64, quant_type=method)
         assert torch.equal(codes, wanted) and torch.equal(scales, state.absmax)

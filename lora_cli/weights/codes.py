@@ -150,11 +150,11 @@ def _scaled(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     full = len(numbers) // BLOCK * BLOCK
     blocks, rest = numbers[:full].view(-1, BLOCK), numbers[full:]
     scales = blocks.abs().amax(dim=1)
-    parts = [(blocks * (1.0 / scales.clamp(min=TINY))[:, None]).clamp_(-1, 1).view(-1)]
+    parts = [(blocks * (1.0 / scales.clamp(min=TINY))[:, None]).view(-1)]
     if len(rest):
         last = rest.abs().max().clamp(min=TINY)
         scales = torch.cat([scales, last[None]])
-        parts += [(rest / last).clamp_(-1, 1), torch.zeros(len(rest) % 2)]
+        parts += [rest / last, torch.zeros(len(rest) % 2)]
     return torch.cat(parts) if len(rest) else parts[0], scales
 
 
