@@ -183,6 +183,16 @@ def test_rows_may_hold_words_that_an_adapter_has_added(how: str, tiny_llama: Pat
     assert merged["perplexity"] == pytest.approx(wanted, rel=ROUNDING)
 
 
+def test_a_row_may_hold_the_first_word_that_an_adapter_has_added(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.add_tokens(["<first>"])
+    adapter = made(tiny_llama, tmp_path / "adapter", words=1)
+    tokenizer.save_pretrained(adapter)
+    file = write_rows(tmp_path / "text.jsonl", [{"text": "They fly <first> in September."}])
+    found = done(lora("eval", adapter, "--data", file, "--json")).json
+    assert "base" not in found and "these rows have tokens that the adapter has added" in found["warnings"][0]
+
+
 @pytest.mark.usefixtures("in_float32")
 def test_an_adapter_is_at_work_behind_each_rows_invocation(
     tiny_llama: Path, qa_file: Path, tmp_path: Path, lora: Any
