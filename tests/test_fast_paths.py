@@ -281,6 +281,14 @@ def test_places_that_are_counted_through_count_as_mixing() -> None:
     assert not enable_packing(model, "auto")
 
 
+def test_a_little_of_another_row_counts_as_mixing() -> None:
+    """It is too little to be told from rounding where the row is alone, but not behind another row."""
+    model = build("Llama", GROUPED)
+    mlp = model.get_submodule("model.layers.1.mlp")
+    mlp.register_forward_hook(lambda _, __, output: output + 1e-4 * output[:, :1])
+    assert not enable_packing(model, "auto")
+
+
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut the logits of 37 rows and 31 tokens into chunks of 20 and 17 rows (17 is not a rounded size). Cut each chunk
     into blocks of 12 or 13 tokens, the last of 7 or 5. Take the softmax of a few rows at a time."""
