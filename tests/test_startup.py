@@ -107,7 +107,10 @@ def test_a_bad_recipe_is_refused_without_torch(tmp_path: Path) -> None:
         ("train", "{recipe}", "training.output_dir={recipe}"),
         ("merge", "{recipe}", "--out", "out"),
         ("quantize", "nowhere", "--out", "out"),
+        ("quantize", "{base}", "--out", "out", "--data", "missing.jsonl"),
+        ("adapters", "resize", "nowhere", "--rank", "2", "--out", "out"),
         ("eval", "nowhere", "--data", "missing.jsonl"),
+        ("eval", "{base}", "--data", "missing.jsonl"),
     ],
     ids=lambda arguments: "-".join(arguments[::2]),
 )
@@ -115,7 +118,8 @@ def test_what_files_alone_tell_is_told_without_torch(
     arguments: tuple[str, ...], tiny_gpt2: Path, write_recipe: Any, tmp_path: Path
 ) -> None:
     recipe = str(write_recipe({"model.name_or_path": tiny_gpt2}))
-    code, modules, stdout, _ = run(*(argument.format(recipe=recipe) for argument in arguments), cwd=tmp_path)
+    places = {"recipe": recipe, "base": tiny_gpt2}
+    code, modules, stdout, _ = run(*(argument.format_map(places) for argument in arguments), cwd=tmp_path)
     assert (code, stdout) == (2, "")
     assert not {"torch", "transformers", "peft", "datasets", "pandas"} & set(modules)
 
@@ -144,12 +148,14 @@ def test_a_whole_plain_adapter_is_merged_without_peft(tiny_llama: Path, tmp_path
     assert code == 0 and not {"peft", "transformers"} & set(modules), stderr
 
 
-def test_an_unknown_model_type_is_told_without_torch(tiny_gpt2: Path, write_recipe: Any, tmp_path: Path) -> None:
-    model = shutil.copytree(tiny_gpt2, tmp_path / "model")
+def test_an_unknown_model_type_is_told_without_torch(tiny_llama: Path, write_recipe: Any, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
     edit_json(model / "config.json", model_type="gpt17")
     recipe = str(write_recipe({"model.name_or_path": model}))
+    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter")
     for arguments in (
         ("train", recipe),
+        ("merge", str(adapter), "--base", "model", "--out", "out"),
         ("quantize", "model", "--out", "out"),
         ("eval", "model", "--data", "qa.jsonl"),
     ):
@@ -213,7 +219,7 @@ def test_a_working_directory_that_is_gone_is_told(write_recipe: Any, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("option", ["--help", "--version"])
+@pytest.mark.parametrize("option", ["--help", "-h", "--version"])
 def test_help_needs_no_working_directory(option: str, tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     command = 'cd gone; rmdir ../gone; exec "$0" -m lora_cli "$1"'
@@ -229,12 +235,17 @@ def test_an_interpreter_without_docstrings_is_told(write_recipe: Any, lora_proce
         assert (result.exit_code, "PYTHONOPTIMIZE=2" in result.stderr) == ((0, False) if level == "1" else (2, True))
 
 
-def test_a_library_that_is_not_there_is_no_bug(write_recipe: Any) -> None:
-    """As where lora was installed without what it requires."""
-    script = "import sys; sys.modules['peft'] = None; from lora_cli.cli.app import main; sys.exit(main(sys.argv[1:]))"
+@pytest.mark.parametrize(
+    ("module", "code", "told"),
+    [("peft", 3, "a library could not be imported: "), ("lora_cli.recipe.load", 1, "bug in lora: ModuleNotFoundError")],
+)
+def test_a_library_that_is_not_there_is_no_bug(module: str, code: int, told: str, write_recipe: Any) -> None:
+    """As where lora was installed without what it requires. A module of lora's own is always there."""
+    absent = f"import sys; sys.modules[{module!r}] = None"
+    script = f"{absent}; from lora_cli.cli.app import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", script, "train", str(write_recipe({}))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 3 and "could not be imported: " in done.stderr and "peft" in done.stderr
+    assert done.returncode == code and told in done.stderr and module in done.stderr
 
 
 @pytest.mark.parametrize("level", ["", "debug", "INFO"])

@@ -106,7 +106,6 @@ def command(
 def find_adapter(adapter: Path, base: str | None = None) -> AdapterOrigin:
     """Find the adapter of a run or folder, and its base. Print a warning if the run has not finished. Raises UserError
     when the adapter cannot be merged."""
-    from lora_cli.model.files import check_model_type
     from lora_cli.training.run.run_folder import unfinished
     from lora_cli.weights.adapter.adapter_config import check_mergeable_lora, read_adapter_config
     from lora_cli.weights.adapter.origin import adapter_folder, find_origin
@@ -122,7 +121,6 @@ def find_adapter(adapter: Path, base: str | None = None) -> AdapterOrigin:
         from lora_cli.weights.merge_in_memory import check_kind
 
         check_kind(origin.folder)
-    check_model_type(origin.base)
     check_mergeable(origin.base)
     return origin
 

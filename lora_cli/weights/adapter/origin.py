@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_cli.errors import UserError
-from lora_cli.model.files import locate
+from lora_cli.model.files import check_model_type, locate
 from lora_cli.recipe.schema import Quantization, Recipe
 from lora_cli.system.folders import current_place
 from lora_cli.weights.adapter.adapter_config import ADAPTER_CONFIG, read_adapter_config
@@ -46,8 +46,8 @@ def adapter_folder(target: Path) -> Path | None:
 def find_origin(folder: Path, base: str | None = None, other_kinds: bool = False) -> AdapterOrigin:
     """Find the adapter's base, or take the one given, and check that the adapter was trained on it.
 
-    Raises UserError when the base is not found or damaged, its fingerprint differs, or the adapter's tensors do not fit
-    it. Adapters of other kinds than LoRA are refused unless ``other_kinds`` is set.
+    Raises UserError when the base is not found, damaged or of an unknown type, its fingerprint differs, or the
+    adapter's tensors do not fit it. Adapters of other kinds than LoRA are refused unless ``other_kinds`` is set.
     """
     if base is not None:
         return _checked(folder, locate(base, weights=True), base, other_kinds)
@@ -77,6 +77,7 @@ def named_base(folder: Path) -> tuple[str, str]:
 
 def _checked(folder: Path, base: Path, name: str, other_kinds: bool) -> AdapterOrigin:
     check_complete(base)
+    check_model_type(base)
     check_base(folder, base)
     check_in_model(folder, base, other_kinds)
     return AdapterOrigin(folder, base, name, recipe_of(folder), read_record(folder).get("dtype"))
