@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -17,7 +18,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import PrecisionType, str_to_bool
 from conftest import Run, done, edit_json, fork_lora, free_port
+from torch._logging._internal import _parse_log_settings
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lora_cli.model.device import is_usable
@@ -629,6 +632,27 @@ def test_a_variable_that_a_library_refuses_is_named(
 def test_a_gpu_is_usable_if_there_are_as_many(device: str, gpus: int, wanted: bool, monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert is_usable(torch.device(device)) is wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        ("HF_HUB_ETAG_TIMEOUT", " Soon ", int),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "soon", float),
+        ("ACCELERATE_USE_CPU", "Perhaps", str_to_bool),
+        ("ACCELERATE_MIXED_PRECISION", "fp7", PrecisionType),
+        ("ACCELERATE_LOG_LEVEL", "LOUD", logging.Logger("a library's").setLevel),
+        ("ACCELERATE_TORCH_DEVICE", "gpu", torch.device),
+        ("TORCH_LOGS", "everything", _parse_log_settings),
+    ],
+)
+def test_a_variable_is_found_by_how_a_library_names_its_value(
+    name: str, value: str, read: Callable[[str], Any], lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_cli.recipe.load.load_recipe", lambda *_: read(value))
+    monkeypatch.setenv(name, value)
+    result = lora("train", "recipe.yaml")
+    assert result.exit_code == 2 and f"{name}={value} (environment): a library does not accept it" in result.stderr
 
 
 @pytest.mark.parametrize("environment", [{"WORLD_SIZE": ""}, {"RANK": "1"}, {"WORLD_SIZE": "2", "RANK": "1"}])
