@@ -86,6 +86,7 @@ def test_what_is_shown_is_told_in_words(train: Callable[..., Run], tmp_path: Pat
     numbers = sum(tensor.numel() for tensor in run.tensors.values())
     assert told["alpha"] == "8" and told["size"] == f"{numbers:,} parameters, {size / 1e6:,.1f} MB"
     assert told["validation loss"] == f"validation {losses[-1]:.4f}, base {losses[0]:.4f}, best {best:.4f}"
+    assert told["data"].endswith("qa.jsonl")
     assert told["best step"] == str(result["best"]["step"]) and told["made"] == run.info["finished"]
     widths = {"c_attn": (WIDTH, 3 * WIDTH), "c_proj": (WIDTH, WIDTH)}
     rows = [line.split() for line in text[text.index(next(line for line in text if line.startswith("layers "))) + 1 :]]
@@ -174,6 +175,20 @@ def test_kinds_ranks_and_what_cannot_be_read(tiny_llama: Path, tmp_path: Path, l
     empty = tmp_path / "empty"
     empty.mkdir()
     assert done(lora("adapters", "list", empty, "--json", "--json")).json == {"adapters": [], "warnings": []}
+    assert done(lora("adapters", "list", empty)).stdout == f"no adapters in {empty}\n"
+    assert "alpha" not in done(lora("adapters", "show", tmp_path / "c")).stdout
+
+
+@pytest.mark.parametrize("made", [{}, {"made": {"by": "hand"}}, {"made": {"by": "hand", "of": [3, {}]}}], ids=str)
+def test_values_that_nobody_has_measured_are_not_shown(
+    made: dict[str, Any], tiny_llama: Path, tmp_path: Path, lora: Any
+) -> None:
+    """As in a record that another program has written."""
+    adapter = make_adapter("llama", tiny_llama, tmp_path / "adapter")
+    edit_json(adapter / "provenance.json", result={"validation": {"loss": "low"}, "best": 3}, **made)
+    text = done(lora("adapters", "show", adapter)).stdout
+    assert "validation loss" not in text and "data" not in text
+    assert ("made of" in text) == bool(made)
 
 
 def test_links_are_followed_and_no_adapter_is_listed_twice(tiny_gpt2: Path, tmp_path: Path, lora: Any) -> None:
