@@ -240,6 +240,12 @@ def perplexity_by_weights_of_such_a_name(w: World) -> Arguments:
     return ["eval", "model", "--perplexity", "--data", w.rows(ROW)]
 
 
+@case("model/config.json", "names the weights to load (other.safetensors; transformers_weights)")
+def quantize_of_weights_of_such_a_name(w: World) -> Arguments:
+    _with_weights_of_another_name(w)
+    return ["quantize", "model", "--out", "out"]
+
+
 @case("model", "lack", "h.1.ln_2.weight", loads=True)
 def missing_tensor(w: World) -> Arguments:
     def drop(tensors: dict[str, Any]) -> None:

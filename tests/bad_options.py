@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from bad_input import ROW, Arguments, World, case
 
 
@@ -149,6 +151,24 @@ def quantize_into_the_model(w: World) -> Arguments:
     return ["quantize", w.model(), "--out", "model/small"]
 
 
+@case("run/adapter/small", "is inside", "choose another --out")
+def quantize_into_the_adapter(w: World) -> Arguments:
+    return ["quantize", w.run(), "--out", "run/adapter/small"]
+
+
+@case("out", "exists already")
+def quantize_into_something_before_the_model_is_fetched(w: World) -> Arguments:
+    w.file("out", "")
+    return ["quantize", "somebody/model", "--out", "out"]
+
+
+@case("out", "exists already")
+def merge_into_something_before_the_base_is_fetched(w: World) -> Arguments:
+    w.file("out", "")
+    w.edit_json(w.run() / "adapter/provenance.json", base={"name_or_path": "somebody/model"})
+    return ["merge", "run", "--out", "out"]
+
+
 @case("loop", "broken symbolic link")
 def quantize_into_a_link_to_itself(w: World) -> Arguments:
     (w.root / "loop").symlink_to("loop")
@@ -226,6 +246,14 @@ def rows_of_a_name_that_is_not_utf8(w: World) -> Arguments:
 def eval_of_rows_of_a_name_that_is_not_utf8(w: World) -> Arguments:
     w.run()
     return ["eval", "run", "--data", "rows\udcff.jsonl"]
+
+
+@case("folder\\udcff: not UTF-8", "rename")
+def working_directory_of_a_name_that_is_not_utf8(w: World) -> Arguments:
+    here = w.root / "folder\udcff"
+    here.mkdir()
+    os.chdir(here)
+    return w.train({})
 
 
 @case("out\\udcff", "not UTF-8", "rename")

@@ -306,6 +306,20 @@ def extract_into_a_part(w: World) -> Arguments:
     return [*extract()[:-1], "tuned/out"]
 
 
+@case("tuned/config.json", "model type 'gpt17' is unknown to transformers")
+def extract_of_an_unknown_type(w: World) -> Arguments:
+    w.model(name="base")
+    w.edit_json(w.model(name="tuned") / "config.json", model_type="gpt17")
+    return extract()
+
+
+@case("tuned/config.json", "n_layer says 1,000,000 layers, but the weights are")
+def extract_of_a_million_layers(w: World) -> Arguments:
+    w.model(name="base")
+    w.edit_json(w.model(name="tuned") / "config.json", n_layer=10**6)
+    return extract()
+
+
 @case("run", "no model", "or merge the two first (lora merge)")
 def extract_of_an_adapter(w: World) -> Arguments:
     w.run()

@@ -285,9 +285,9 @@ def test_a_merged_model_scores_as_its_adapter(
 ) -> None:
     run = run_of(base, **{"data": {"max_length": 24}, "quantization": quantization})
     done(lora("merge", run, "--out", tmp_path / "merged"))
-    merged, adapted = (
-        done(lora("eval", target, "--data", qa_file, "--json")).json for target in (tmp_path / "merged", run)
-    )
+    results = [done(lora("eval", target, "--data", qa_file, "--json")) for target in (tmp_path / "merged", run)]
+    assert "the adapter has no record" not in results[0].stderr + results[1].stderr
+    merged, adapted = (result.json for result in results)
     assert merged["perplexity"] == pytest.approx(adapted["perplexity"], rel=1e-5)
     assert merged["tokens"] == adapted["tokens"], "read in the way its training read rows"
 

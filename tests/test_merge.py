@@ -533,6 +533,7 @@ def test_adapters_that_saw_the_base_otherwise_are_not_added(
         parts = [f"{run.folder}=1" for run in (first, second)]
         result = lora("adapters", "compose", *parts, "--out", tmp_path / "composed")
         assert result.exit_code == 2 and "not quantized in training as" in result.stderr
+    done(lora("merge", small.folder, plain.folder, "--into", "original", "--out", tmp_path / "both", "--no-verify"))
     done(lora("merge", small.folder, rounded.folder, "--into", "original", "--out", out, "--no-verify"))
     before, after = weights_of(tiny_gpt2), weights_of(out)
     sums = [expected("gpt2", before, run.tensors, 8 / R, False) for run in (small, rounded)]
