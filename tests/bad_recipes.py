@@ -301,6 +301,21 @@ def deepspeed_key_that_is_an_object(w: World) -> Arguments:
     return zero_that_says(w, {"overlap_comm": {"path": "elsewhere"}})
 
 
+@case("zero_optimization.reduce_bucket_size is not a number or a text")
+def deepspeed_key_that_is_a_list(w: World) -> Arguments:
+    return zero_that_says(w, {"reduce_bucket_size": [1]})
+
+
+@case("zero_optimization.offload_optimizer.pin_memory is not a number or a text", "device is [], expected none or cpu")
+def deepspeed_offload_of_an_object_and_a_list(w: World) -> Arguments:
+    return zero_that_says(w, {"offload_optimizer": {"device": [], "pin_memory": {"on": True}}})
+
+
+@case("zero.json", "training.deepspeed: has no zero_optimization.stage")
+def deepspeed_file_of_lists_in_lists(w: World) -> Arguments:
+    return w.train({"training.deepspeed": w.file("zero.json", "[" * 10**5)})
+
+
 @case("WANDB_API_KEY looks like a secret")
 def key_in_a_recipe(w: World) -> Arguments:
     return w.train({"training.output_dir": "runs/${WANDB_API_KEY}"})

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from torch._logging._internal import _parse_log_settings
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lora_cli.model.device import is_usable
-from lora_cli.training.distributed.zero_config import config_faults
+from lora_cli.recipe.load import load_recipe
+from lora_cli.training.distributed.zero_config import config_faults, deepspeed_faults
 from lora_cli.training.run.checkpoint import is_complete
 
 TWO = {"training.gradient_accumulation_steps": 2}
@@ -495,6 +497,13 @@ def test_what_zero_configurations_usually_say_is_taken() -> None:
     assert config_faults({"zero_optimization": zero, "steps_per_print": 10} | usual, "zero.json") == []
 
 
+def test_stage_2_takes_a_quantized_base(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
+    changes = {"quantization.method": "nf4", "training.deepspeed": str(tmp_path / "zero.json")}
+    told = [fault.what for fault in deepspeed_faults(load_recipe(recipe(changes)))]
+    assert told == ([] if find_spec("deepspeed") else ["training.deepspeed: deepspeed is not installed"])
+
+
 def children_of(process: int) -> list[int]:
     return [int(line) for line in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
@@ -583,6 +592,7 @@ COMPLETE = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "l
     [
         ({"WORLD_SIZE": ""}, "WORLD_SIZE= (environment): expected a whole number"),
         ({"WORLD_SIZE": "2", "RANK": "one"}, "RANK=one (environment): expected a whole number"),
+        ({"WORLD_SIZE": "two", "RANK": "one"}, "RANK=one (environment): expected a whole number"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 (environment): the environment describes one of several"),
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 (environment): the environment describes one of several"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2 (environment): MPI has started several processes"),
@@ -598,7 +608,8 @@ def test_an_environment_of_several_processes_that_could_not_connect(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     result = lora("train", write_recipe({}))
-    assert result.exit_code == 2 and expected in result.stderr and "unset it" in result.stderr
+    assert result.exit_code == 2 and expected in result.stderr
+    assert result.stderr.count("unset it") == 1, "what two faults have in common is said once"
     assert not (tmp_path / "run").exists()
 
 

@@ -72,7 +72,7 @@ def config_faults(config: Mapping[str, Any], where: str) -> list[Fault]:
         if not isinstance(offload, dict):
             faults.append(Fault(f"training.deepspeed: {key} is {offload!r}, expected an object", where))
             continue
-        faults.extend(_key_faults(f"{key}.", offload, OFFLOAD, OFFLOAD, where))
+        faults.extend(_key_faults(f"{key}.", offload, OFFLOAD, ("device",), where))
         if (device := offload.get("device", "none")) not in DEVICES:
             what = f"training.deepspeed: {key}.device is {device!r}, expected {' or '.join(DEVICES)}"
             faults.append(Fault(what, where, "a run writes only to its own folder"))
