@@ -46,6 +46,18 @@ def compose_without_a_weight(w: World) -> Arguments:
     return compose(parts=("run", "other=1"))
 
 
+@case("'=1'", "FOLDER=WEIGHT")
+def compose_without_a_folder(w: World) -> Arguments:
+    pair(w)
+    return compose(parts=("run=1", "=1"))
+
+
+@case("'run=inf'", "FOLDER=WEIGHT")
+def compose_with_a_weight_beyond_all_numbers(w: World) -> Arguments:
+    pair(w)
+    return compose(parts=("run=inf", "other=1"))
+
+
 @case("'run=nan'", "FOLDER=WEIGHT")
 def compose_with_a_weight_that_is_no_number(w: World) -> Arguments:
     pair(w)
@@ -297,6 +309,11 @@ def extract_of_a_nan(w: World) -> Arguments:
 
     w.tensors("tuned/model.safetensors", spoil)
     return extract()
+
+
+@case("run/out", "is inside run")
+def resize_into_its_run(w: World) -> Arguments:
+    return ["adapters", "resize", w.run(), "--rank", "2", "--out", "run/out"]
 
 
 @case("tuned/out", "is inside tuned")

@@ -143,7 +143,12 @@ def test_energy_takes_the_smallest_rank(tiny_llama: Path, tmp_path: Path, lora: 
         assert distance(adapted.get_submodule(layer).get_delta_weight("default").double(), product) < 1e-6
     least = done(lora("adapters", "resize", adapter, "--energy", "0.01", "--out", tmp_path / "least", "--json")).json
     assert {layer["after"] for layer in least["layers"]} == {1}
-    done(lora("adapters", "resize", adapter, "--energy", "1", "--out", tmp_path / "whole"))
+    whole = done(lora("adapters", "resize", adapter, "--energy", "1", "--out", tmp_path / "whole")).stdout
+    quiet = done(lora("adapters", "resize", adapter, "--energy", "1", "--out", tmp_path / "again", "--quiet")).stdout
+    *table, total = whole.splitlines(keepends=True)
+    assert [row.split()[0] for row in table] == ["layer", *ranks]
+    assert total.startswith(f"{tmp_path / 'whole'}: {len(ranks)} layers, rank 8 -> 8, ")
+    assert quiet == total.replace("whole:", "again:")
     before, after = (load_file(each / "adapter_model.safetensors") for each in (adapter, tmp_path / "whole"))
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items()), "there was nothing to cut"
 

@@ -110,12 +110,12 @@ def test_a_signal_that_hits_an_import_is_no_bug(
     """pybind11 raises such an ImportError when a signal arrives while matplotlib is imported."""
 
     def interrupted(_: Path) -> None:
-        raise ImportError("initialization failed") from cause
+        raise ImportError("initialization\x07 failed") from cause
 
     monkeypatch.setattr("lora_cli.study.report.write_report", interrupted)
     result = lora("train", write_recipe({"training.max_steps": 1}))
     assert result.exit_code == code
-    assert ("bug in lora" in result.stderr) is (code == 1)
+    assert (r"bug in lora: ImportError: initialization\x07 failed" in result.stderr) is (code == 1)
     assert result.stderr.splitlines()[-1] == "stopped" or code == 1
 
 

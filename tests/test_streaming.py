@@ -22,6 +22,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from lora_cli.cli.options import bytes_of
 from lora_cli.recipe.schema import Quantization
 from lora_cli.weights.codes import encode, nearest_levels
 
@@ -258,6 +259,13 @@ def test_tensors_lie_where_their_types_may(tiny_llama: Path, tmp_path: Path, lor
     with safe_open(file, framework="pt") as shard:
         for name, entry in header.items():
             assert (8 + length + entry["data_offsets"][0]) % shard.get_tensor(name).itemsize == 0, name
+
+
+@pytest.mark.parametrize(
+    ("size", "count"), [("1000", 1000), ("64KB", 64_000), ("500MB", 500_000_000), ("5GB", 5_000_000_000)]
+)
+def test_a_size_of_a_shard_is_in_decimal_units(size: str, count: int) -> None:
+    assert bytes_of(size) == count
 
 
 @pytest.mark.parametrize("size", ["5 GB", "0", "-1MB", "5GiB", "half"])

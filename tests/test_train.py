@@ -410,7 +410,7 @@ def test_stdout_holds_only_the_result_whatever_libraries_print_there(write_recip
     assert result.json["steps"] == 4 and "a log line" in result.stderr
 
 
-@pytest.mark.parametrize("environment", [{"COLUMNS": "0"}, {"COLUMNS": "20"}, {"FORCE_COLOR": "1"}])
+@pytest.mark.parametrize("environment", [{"COLUMNS": "0"}, {"COLUMNS": "20"}, {"FORCE_COLOR": "1", "TERM": "xterm"}])
 def test_a_pipe_gets_whole_lines_whatever_the_environment_says_of_terminals(
     environment: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -418,12 +418,15 @@ def test_a_pipe_gets_whole_lines_whatever_the_environment_says_of_terminals(
         monkeypatch.setenv(name, value)
     display = Display()
     layer = "model.language_model.layers.*.self_attention.projection_of_queries_keys_and_values"
-    display.note("rows were dropped", warning=True)
+    warning = "warning: 3 rows of [b]data[/b] were dropped\n"
+    display.note(warning.removeprefix("warning: ").strip(), warning=True)
     with display.waiting("checking"), display.steps(0, 2):
         assert list(display.through(["rows"], "measuring")) == ["rows"]
         display.table("adapted layers", ["module", "layers"], [[layer, 48]])
-    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().err)  # colours
-    assert shown == f"warning: rows were dropped\nadapted layers\n{'module':{len(layer)}}  layers\n{layer}      48\n"
+    raw = capsys.readouterr().err
+    assert raw.startswith(f"\x1b[33m{warning.strip()}\x1b[0m\n" if "FORCE_COLOR" in environment else warning)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", raw)  # colours
+    assert shown == f"{warning}adapted layers\n{'module':{len(layer)}}  layers\n{layer}      48\n"
 
 
 def test_a_python_that_does_not_read_names_as_utf8_is_told_how(lora_process: Any) -> None:
@@ -460,10 +463,13 @@ def test_a_terminal_that_cannot_redraw_or_tells_no_width_shows_what_happens(
     with redirect_stderr(terminal):
         display = Display()
         line = {"loss": 1.5, "learning_rate": 0.1, "tokens_per_second": 3}
-        with display.steps(0, 1):
-            display.metrics({"step": 1, "split": "train"} | line)
+        with display.steps(3, 9):
+            display.metrics({"step": 4, "split": "train"} | line)
+        display.metrics({"step": 5, "split": "train"} | line)
         display.note("done")
     assert "loss 1.5000" in terminal.shown and "done\n" in terminal.shown
+    assert "step 5  loss 1.5000" in terminal.shown, "there is no bar any more that could show it"
+    assert ("3/9" in terminal.shown) is (environment["TERM"] != "dumb"), "the bar begins where the run goes on"
 
 
 @pytest.mark.parametrize(
