@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import WIDTH, Run, done
+from conftest import WIDTH, Run, done, write_rows
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig, OpenAIGPTConfig, Zamba2Config
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -389,7 +389,9 @@ def test_streaming_is_advised_once_layers_are_checkpointed(write_recipe: Any, mo
     job = prepare(load_recipe(write_recipe({"training.gradient_checkpointing": True})), resume=False, overwrite=False)
     told = str(out_of_memory(job, MemoryError(), checkpointing=True, streams=False).faults)
     assert f"training.stream_base=true (saves about {layer / 1e6:.1f} MB)" in told
-    assert "stream_base" not in str(out_of_memory(job, MemoryError(), checkpointing=True, streams=True).faults)
+    for checkpointing in (True, False):  # whatever is said of it, layers that stream are recomputed
+        told = str(out_of_memory(job, MemoryError(), checkpointing, streams=True).faults)
+        assert "stream_base" not in told and "gradient_checkpointing" not in told
     training = job.recipe.training.model_copy(update={"deepspeed": "zero.json"})
     job = replace(job, recipe=job.recipe.model_copy(update={"training": training}))
     told = str(out_of_memory(job, MemoryError(), checkpointing=True, streams=False).faults)
@@ -413,6 +415,15 @@ def test_no_advice_is_beyond_what_a_recipe_may_say(
     assert re.findall(r"per_device_train_batch_size=(\d+)", told) == fewer
     assert ("gradient_accumulation_steps=4" in told) == (rows == 2), "an odd batch has no exact half"
     assert "adapter.r" not in told
+
+
+def test_nothing_is_advised_that_saves_nothing(write_recipe: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """All rows are shorter than half of max_length."""
+    monkeypatch.setattr("lora_cli.training.memory.out_of_memory.REMEDIES", 9)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"question": "What?", "answer": " It"}] * 4)
+    job = prepare(load_recipe(write_recipe({"data.train": rows})), resume=False, overwrite=False)
+    told = str(out_of_memory(job, MemoryError(), checkpointing=True, streams=False).faults)
+    assert "adapter.r=" in told and "max_length" not in told
 
 
 @pytest.mark.parametrize("units", [True, False])
