@@ -297,12 +297,13 @@ def sparse(path: Path) -> Path:
 
 
 def test_nothing_stays_of_a_refused_run(tmp_path: Path, write_recipe: Any, lora: Any) -> None:
-    """That warm-up takes the epoch's only step is known only once the base is loaded."""
+    """That warm-up takes the only step of packed rows is known only once the base is loaded."""
     changes = {
         "quantization.method": "nf4",
+        "data.packing": True,
         "training.max_steps": ...,
         "training.num_train_epochs": 1,
-        "training.gradient_accumulation_steps": 24,
+        "training.gradient_accumulation_steps": 8,
         "training.warmup_steps": 1,
     }
     result = lora("train", write_recipe(changes | {"training.output_dir": tmp_path / "run"}))
@@ -312,8 +313,9 @@ def test_nothing_stays_of_a_refused_run(tmp_path: Path, write_recipe: Any, lora:
 
 
 def test_a_refused_run_leaves_what_the_folders_own_has_kept(train: Callable[..., Run], lora: Any) -> None:
-    one_step = {"max_steps": ..., "num_train_epochs": 1, "gradient_accumulation_steps": 24}
-    run = train({"quantization.method": "nf4"} | {f"training.{key}": value for key, value in one_step.items()})
+    one_step = {"max_steps": ..., "num_train_epochs": 1, "gradient_accumulation_steps": 8}
+    changes = {"quantization.method": "nf4", "data.packing": True}
+    run = train(changes | {f"training.{key}": value for key, value in one_step.items()})
     before = sorted(run.folder.rglob("*"))
     refused = lora("train", run.folder / "recipe.yaml", "training.warmup_steps=1", "--overwrite")
     assert refused.exit_code == 2 and "warmup_steps" in refused.stderr

@@ -399,12 +399,12 @@ def test_streaming_is_advised_once_layers_are_checkpointed(write_recipe: Any, mo
 
 
 @pytest.mark.parametrize(
-    ("length", "rows", "shorter", "fewer"), [(2, 1, [], []), (3, 2, [], ["1"]), (4, 3, ["2"], ["1"])]
+    ("length", "rows", "shorter", "fewer"), [(3, 1, [], []), (5, 2, [], ["1"]), (6, 3, ["3"], ["1"])]
 )
 def test_no_advice_is_beyond_what_a_recipe_may_say(
     length: int, rows: int, shorter: list[str], fewer: list[str], write_recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows under 2 tokens, empty batches, half a rank: none is advised, but the lack of memory is still reported."""
+    """Rows under 3 tokens, empty batches, half a rank: none is advised, but the lack of memory is still reported."""
     monkeypatch.setattr("lora_cli.training.memory.out_of_memory.REMEDIES", 9)
     small = {"data.train_on": "all", "data.max_length": length, "adapter.r": 1}
     job = prepare(
