@@ -167,6 +167,8 @@ def _remedy(value: object, schema: JsonSchema) -> str | None:
         if numbers and type(plain_scalar(value)) in (int, float):
             return f"without quotes it is a number: {value}"
         if "array" in kinds:
+            if value == "none" and "null" in kinds:
+                return "to go without, write null"
             return _in_brackets("" if value == "none" else value, schema)
         near = get_close_matches(value.lower(), choices(schema), n=1, cutoff=0.6)
         return f"did you mean '{near[0]}'?" if near else None
@@ -183,7 +185,13 @@ def _remedy(value: object, schema: JsonSchema) -> str | None:
 
 def _in_brackets(text: str, schema: JsonSchema) -> str | None:
     """Return a hint that shows ``text`` as a list, or None if the list would be refused too."""
-    items = next(option["items"] for option in options(schema) if option.get("type") == "array")
-    values = [plain_scalar(part.strip()) for part in text.split(",") if text]
-    fits = all(value in choices(items) or items.get("type") in _KINDS.get(type(value), ()) for value in values)
-    return f"in brackets it is a list: [{text}]" if fits else None
+    array = next(option for option in options(schema) if option.get("type") == "array")
+    items, values = array["items"], [plain_scalar(part.strip()) for part in text.split(",") if text]
+
+    def fits(value: Scalar) -> bool:
+        if isinstance(value, int) and value < items.get("minimum", value):
+            return False
+        return value in choices(items) or items.get("type") in _KINDS.get(type(value), ())
+
+    is_list = len(values) >= array.get("minItems", 0) and all(map(fits, values))
+    return f"in brackets it is a list: [{text}]" if is_list else None

@@ -117,6 +117,9 @@ EQUIVALENTS = {
     "model.dtype: fp32": "model.dtype: float32",
     "model.dtype: fp16": "model.dtype: float16",
     "model.dtype: half": "model.dtype: float16",
+    "quantization.compute_dtype: fp32": "quantization.compute_dtype: float32",
+    "quantization.compute_dtype: fp16": "quantization.compute_dtype: float16",
+    "quantization.compute_dtype: half": "quantization.compute_dtype: float16",
     "model.attn_implementation: flash_attn": "model.attn_implementation: flash_attention_2",
     "model.attn_implementation: flash_attention": "model.attn_implementation: flash_attention_2",
     "model.attn_implementation: fa2": "model.attn_implementation: flash_attention_2",
@@ -249,21 +252,22 @@ WITHOUT_KEY = {
     }.items()
     for name in names.split()
 } | {
-    f"{key}: {value}": f"leave it out: {why}"
-    for key, why, values in (
+    f"{key}: {value}": hint
+    for key, hint, values in (
         (
             "adapter.method",
-            "LoRA is the only kind (with adapter.use_dora, adapter.use_rslora); no other part of a model is trained",
+            "leave it out: LoRA is the only kind (with adapter.use_dora, adapter.use_rslora); no other part of a model "
+            "is trained",
             "full freeze oft boft vera adalora ia3 loha lokr prefix_tuning p_tuning prompt_tuning",
         ),
         (
             "quantization.method",
-            "a base is quantized to nf4, fp4 or int8 alone",
+            "write nf4, fp4 or int8, or leave the section out: a base is quantized to no other type",
             "gptq awq hqq aqlm eetq quanto fp8 mxfp4",
         ),
         (
             "training.optim",
-            "the optimizer is AdamW, with its state in 32 or 8 bits",
+            "leave it out: the optimizer is AdamW, with its state in 32 or 8 bits",
             "adafactor sgd adagrad rmsprop lion lion_8bit lion_32bit paged_lion_8bit paged_lion_32bit ademamix "
             "ademamix_8bit adamw_anyprecision galore_adamw apollo_adamw lomo adalomo grokadamw stable_adamw "
             "schedule_free_adamw schedule_free_sgd muon came_pytorch optimi_adamw adopt_adamw prodigy",
@@ -283,7 +287,7 @@ def peers_hint(section: str, name: str, value: object = True) -> str | None:
     own = EQUIVALENTS.get(f"{section}.{name}") or EQUIVALENTS.get(name)
     if own is None:
         return WITHOUT_KEY.get(name)
-    left_out = value in (False, None) and ": " in own
+    left_out = value in (False, None) and ": " in own.partition(", ")[0]  # a value of ours, not the form of a key
     return f"leave it out: true is {own} here" if left_out else f"here it is {own}"
 
 
