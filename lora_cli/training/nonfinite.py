@@ -23,7 +23,6 @@ GIVE_UP_AFTER = 5
 ROWS_NAMED = 6
 WORDS_SHOWN = 8
 DIVERGED = "lower training.learning_rate, or check the rows around this step"
-WIDER = "model.dtype: float16 is too narrow (bfloat16, float32)"
 
 
 def count_skipped(trainer: Trainer, step: Step, loss: float, grad_norm: float, progress: Progress) -> Progress:
@@ -55,7 +54,7 @@ def count_skipped(trainer: Trainer, step: Step, loss: float, grad_norm: float, p
 
 def _likely_causes(trainer: Trainer) -> str:
     training = trainer.job.recipe.training
-    narrow = f"{WIDER}, " if trainer.dtype == torch.float16 else ""
+    narrow = "model.dtype: float16 is too narrow (bfloat16, float32), " if trainer.dtype == torch.float16 else ""
     causes = f"likely causes: training.learning_rate is too high, {narrow}or one of these rows"
     can_skip = training.on_nonfinite == "stop" and training.deepspeed is None
     return f"{causes}; training.on_nonfinite: skip would skip single steps" if can_skip else causes
@@ -92,9 +91,9 @@ def nonfinite_start(trainer: Trainer, name: str, loss: float, rows: Sequence[int
         sources = sources_of(data.own_validation or data.train)
         these = "these validation rows:" if len(rows) < ROWS_NAMED else "validation rows such as"
         what = f"{what} because of {these} {_describe_rows(trainer, examples, sources, rows)}"
-        hint = f"{hint}: if few rows do that, remove them, since training.on_nonfinite: skip leaves out steps alone"
+        hint = f"{hint}: if few rows do that, remove them, since training.on_nonfinite: skip skips training steps only"
     if trainer.dtype == torch.float16:
-        hint = f"{hint}; {WIDER}"
+        hint = f"{hint}; try model.dtype: bfloat16 or float32"
     return RunError(what, str(trainer.job.folder.root), hint)
 
 

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain, islice
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from lora_cli.data.examples import Ints
 from lora_cli.errors import pluralize
 from lora_cli.evaluation.loss import Score, mean_score, tally_loss
 from lora_cli.training import hidden_states
-from lora_cli.training.distributed.processes import own_share
+from lora_cli.training.distributed.processes import all_reduce_max, own_share
 from lora_cli.training.distributed.sharding import reshard
 from lora_cli.training.interrupt import stopped_after
 from lora_cli.training.metrics import Clock, log_score
@@ -57,19 +56,30 @@ def _score_at_start(trainer: Trainer, name: str) -> Score:
 
 
 def _nonfinite_rows(trainer: Trainer) -> list[int]:
-    """Return at most ROWS_NAMED validation rows whose losses are not finite. Each process computes all of them, since
-    sharded weights are gathered from all."""
+    """Return the indices of at most ROWS_NAMED validation rows whose losses are not finite, of a long text that of one
+    window. Each process computes all of them, since sharded weights are gathered from all. Raises Interrupted when a
+    signal asks to stop."""
+    examples = trainer.job.validation
+    assert examples is not None
 
-    def is_finite(rows: Ints) -> bool:
+    def overflows(rows: Ints) -> bool:
+        if asked_to_stop := trainer.asked_to_stop():
+            raise stopped_after(0, asked_to_stop)
         batch = hidden_states.batch_of(trainer, "validation", rows)
         tally = tally_loss(trainer.model, [(batch, 1.0)], trainer.accelerator.device, trainer.head, trainer.below)
-        return bool(tally.isfinite().all())
+        return bool(all_reduce_max(int(not tally.isfinite().all()), trainer.accelerator))
 
-    groups = (rows for rows in hidden_states.groups_of(trainer, "validation") if not is_finite(rows))
-    singles = chain.from_iterable(np.split(rows, len(rows)) for rows in groups)
-    found = [row.item() for row in islice((row for row in singles if not is_finite(row)), ROWS_NAMED)]
+    found: dict[tuple[int, int], int] = {}
+    groups = trainer.display.through(hidden_states.groups_of(trainer, "validation"), "looking for rows that overflow")
+    for rows in groups:
+        for row in rows if overflows(rows) else ():
+            place = (int(examples.source[row]), int(examples.number[row]))
+            if place not in found and overflows(np.array([row])):
+                found[place] = int(row)
+        if len(found) >= ROWS_NAMED:
+            break
     reshard(trainer.model)
-    return sorted(found)
+    return sorted(found.values())[:ROWS_NAMED]
 
 
 def evaluate_step(trainer: Trainer, step: Step, progress: Progress, clock: Clock) -> Progress:
