@@ -107,9 +107,13 @@ def check_padded_steps(job: Prepared, processes: int) -> None:
     """Raises UserError, before weights are loaded, when the learning rate would be 0 in a run of padded rows: packed,
     the rows take no more steps. Whether they are packed is known once the base is loaded."""
     training = job.recipe.training
-    if training.warmup_steps:
-        padded = make_schedule(replace(job, recipe=with_resolved_batch(job.recipe)), False, processes)
-        check_warmup(training, padded.total_steps(training.num_train_epochs, training.max_steps))
+    several = training.max_steps is None and training.num_train_epochs > 1
+    if several or not training.warmup_steps:
+        return
+    padded = make_schedule(replace(job, recipe=with_resolved_batch(job.recipe)), False, processes)
+    if padded.bounds and training.per_device_train_batch_size == "auto":
+        return  # with more rows per batch there may be more steps
+    check_warmup(training, padded.total_steps(training.num_train_epochs, training.max_steps))
 
 
 def choose_packing(job: Prepared, base: PreTrainedModel, display: Display) -> bool:
