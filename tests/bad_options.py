@@ -40,14 +40,20 @@ def quantize_but_for_an_unknown_layer(w: World) -> Arguments:
     return ["quantize", w.run(), "--out", "out", "--skip", "c_atn"]
 
 
-@case("--base is for adapters, and model is none", "name a run or an adapter")
+@case("--base is for an adapter, and model is not one", "name a run or an adapter")
 def eval_of_a_model_with_a_base(w: World) -> Arguments:
     return ["eval", w.model(), "--base", w.gpt2, "--data", w.rows(ROW)]
 
 
-@case("--base is for adapters, and model is none", "name a run or an adapter")
+@case("--base is for an adapter, and model is not one", "name a run or an adapter")
 def quantize_a_model_with_a_base(w: World) -> Arguments:
     return ["quantize", w.model(), "--base", w.gpt2, "--out", "out"]
+
+
+@case("no such model folder", "did you mean 'model'?")
+def eval_of_a_misspelt_model_with_a_base(w: World) -> Arguments:
+    w.model()
+    return ["eval", "modle", "--base", w.gpt2, "--data", w.rows(ROW)]
 
 
 @case("the adapter belongs to another base", "run/adapter")

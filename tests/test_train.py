@@ -414,6 +414,8 @@ def test_stdout_holds_only_the_result_whatever_libraries_print_there(write_recip
 def test_a_pipe_gets_whole_lines_whatever_the_environment_says_of_terminals(
     environment: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     display = Display()

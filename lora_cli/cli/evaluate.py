@@ -40,8 +40,8 @@ def command(
     adapter = adapter_folder(Path(target))
     warnings = [unfinished(Path(target), adapter)]
     if adapter is None:
-        check_base_option(base, target)
         check_model_type(locate(target))
+        check_base_option(base, target)
     recipe = recipe_of(adapter or Path(target))
     section = measure.data_section(data, recipe)
     measure.check_rows(section)

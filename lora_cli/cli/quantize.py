@@ -113,8 +113,8 @@ def _find(target: str, base: str | None) -> tuple[Path, AdapterOrigin | None]:
     if adapter_folder(Path(target)) is not None:
         origin = find_adapter(Path(target), base)
         return origin.base, origin
-    check_base_option(base, target)
     check_model_type(locate(target))
+    check_base_option(base, target)
     check_quantizable(locate(target))
     folder = locate(target, weights=True)
     check_complete(folder)
