@@ -53,7 +53,7 @@ def atomic_folder(out: Path, replace: bool = False, needed: int | None = None) -
                 sync(path)
             _put_in_place(draft, out, replace)
         except (OSError, SafetensorError) as error:
-            if getattr(error, "errno", None) == errno.ENOTEMPTY:
+            if not replace and getattr(error, "errno", None) == errno.ENOTEMPTY:
                 what = "another command made this folder in the meantime"
                 raise RunError(what, str(out), "it is left as it is; remove it, or write to another folder") from error
             raise unwritable(out, error, needed) from error

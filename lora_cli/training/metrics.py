@@ -70,7 +70,9 @@ def start_trackers(trainer: Trainer) -> None:
         if is_out_of_space(error):
             raise
         hint = "do as it says, or remove the tracker, and continue with --resume"
-        raise UserError(f"training.report_to: a tracker does not start: {_first_line(error)}", hint=hint) from error
+        raise UserError(
+            f"training.report_to: a tracker does not start: {_kind_and_first_line(error)}", hint=hint
+        ) from error
 
 
 def finish_trackers(trainer: Trainer) -> None:
@@ -122,10 +124,10 @@ def _send(trainer: Trainer, line: dict[str, Any]) -> None:
     except Exception as error:
         if is_out_of_space(error):
             raise
-        what = f"no more metrics are sent: {_first_line(error)}; metrics.jsonl still gets them"
+        what = f"no more metrics are sent: {_kind_and_first_line(error)}; metrics.jsonl still gets them"
         trainer.display.note(f"training.report_to: {what}", warning=True)
         finish_trackers(trainer)
 
 
-def _first_line(error: Exception) -> str:
+def _kind_and_first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
