@@ -12,7 +12,7 @@ import torch
 from lora_cli.data.batches import Step
 from lora_cli.data.examples import Examples
 from lora_cli.data.sources import row_places, sources_of
-from lora_cli.errors import RunError
+from lora_cli.errors import RunError, SecondaryError
 from lora_cli.model.device import dtype_name
 from lora_cli.recipe.schema import Source
 from lora_cli.training.distributed.processes import full_tensor
@@ -45,9 +45,9 @@ def count_skipped(trainer: Trainer, step: Step, loss: float, grad_norm: float, p
     folder = trainer.job.folder
     hint = f"this step did not change the weights; {checkpoint_hint(folder.checkpoints)}; {_likely_causes(trainer)}"
     if training.on_nonfinite == "stop":
-        raise RunError(what, str(folder.root), hint)
+        raise _failure(trainer, what, hint)
     if skipped == GIVE_UP_AFTER:
-        raise RunError(f"{skipped} steps in a row were skipped; {what}", str(folder.root), hint)
+        raise _failure(trainer, f"{skipped} steps in a row were skipped; {what}", hint)
     trainer.display.note(what, warning=True)
     return replace(progress, skipped_steps=progress.skipped_steps + 1, skipped_in_a_row=skipped)
 
@@ -77,7 +77,7 @@ def check_finite(trainer: Trainer, step: int, name: str, value: float) -> None:
     if not math.isfinite(value):
         folder = trainer.job.folder
         hint = f"{checkpoint_hint(folder.checkpoints)}; {DIVERGED}"
-        raise RunError(f"step {step}: {name} is {value}", str(folder.root), hint)
+        raise _failure(trainer, f"step {step}: {name} is {value}", hint)
 
 
 def nonfinite_start(trainer: Trainer, name: str, loss: float, rows: Sequence[int]) -> RunError:
@@ -94,7 +94,13 @@ def nonfinite_start(trainer: Trainer, name: str, loss: float, rows: Sequence[int
         hint = f"{hint}: if few rows do that, remove them, since training.on_nonfinite: skip skips training steps only"
     if trainer.dtype == torch.float16:
         hint = f"{hint}; try model.dtype: bfloat16 or float32"
-    return RunError(what, str(trainer.job.folder.root), hint)
+    return _failure(trainer, what, hint)
+
+
+def _failure(trainer: Trainer, what: str, hint: str) -> RunError:
+    """The error for a value that is the same in all processes, of which the first reports it."""
+    kind = RunError if trainer.writes else SecondaryError
+    return kind(what, str(trainer.job.folder.root), hint)
 
 
 def weight_norm(trainer: Trainer) -> float:
