@@ -680,6 +680,16 @@ def test_a_step_that_overflows_ends_the_run_before_the_optimizer_sees_it(overflo
     assert not (run.folder / "adapter").exists()
 
 
+def test_a_step_that_overflows_is_told_once_by_two_processes(
+    overflowing: Path, rows: Any, write_recipe: Any, lora_process: Any
+) -> None:
+    changes = {"model.name_or_path": overflowing, "data": {"train": rows("sslsss"), "shuffle": False}}
+    small = {"training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": 1}
+    result = lora_process("train", write_recipe(changes | small), "--num-processes", "2")
+    assert result.exit_code == 3
+    assert result.stderr.count("step 2 was not taken") == 1
+
+
 def test_a_gradient_that_overflows_by_itself_ends_the_run_too(
     tiny_llama: Path, write_recipe: Any, tmp_path: Path, lora: Any
 ) -> None:
