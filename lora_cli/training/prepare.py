@@ -89,11 +89,8 @@ def prepare(recipe: Recipe, resume: bool, overwrite: bool) -> Prepared:
         max_positions,
         meta_model,
     )
-    from lora_cli.model.device import best_device, dtype_name, resolve_dtype
 
-    dtype = resolve_dtype(recipe.model.dtype, best_device())
-    if goes_on:
-        folder.check_same_dtype(dtype_name(dtype))
+    _check_dtype(recipe, folder if goes_on else None)
     base = _base_with_weights(recipe)
     config = load_config(base)
     check_causal(config)
@@ -213,6 +210,15 @@ def _check_target_names(adapter: Adapter, layers: Mapping[str, Target]) -> None:
         choose_targets(layers, wanted, adapter.r, adapter.layers_to_transform)
     elif isinstance(wanted, str):
         compile_pattern(wanted, layers)
+
+
+def _check_dtype(recipe: Recipe, continued: RunFolder | None) -> None:
+    """Raises UserError when model.dtype needs another device, or the run to continue began in another dtype."""
+    from lora_cli.model.device import best_device, dtype_name, resolve_dtype
+
+    dtype = resolve_dtype(recipe.model.dtype, best_device())
+    if continued is not None:
+        continued.check_same_dtype(dtype_name(dtype))
 
 
 def _base_with_weights(recipe: Recipe) -> Path:
