@@ -34,9 +34,8 @@ def bytes_of(size: str) -> int:
 def check_base_option(base: str | None, target: str) -> None:
     """Raises UserError when ``--base`` is given although the ``target`` is no adapter."""
     if base is not None:
-        raise UserError(
-            f"--base is for an adapter, and {target} is not one", hint="remove it, or name a run or an adapter"
-        )
+        what = f"--base is for an adapter, and {target} is not one"
+        raise UserError(what, hint="remove it, or name a run or an adapter")
 
 
 class Command(TyperCommand):

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import Fault, UserError, pluralize
+from lora_cli.errors import Fault, UserError, first_line, pluralize
 
 
 def kind_of(value: Any) -> str:
@@ -157,7 +157,7 @@ def _parquet(path: Path) -> Iterator[Record | Fault]:
                     yield f"{path} (row {number})", without_arrow_nulls(columns)
     # OverflowError, ValueError, KeyError: a date or a time zone that Python cannot represent.
     except (pa.ArrowException, OSError, OverflowError, ValueError, KeyError) as error:
-        what = f"not a readable Parquet file: {str(error).splitlines()[0]}"
+        what = f"not a readable Parquet file: {first_line(error)}"
         raise UserError(what, str(path), "copy or write it again") from error
 
 

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from lora_cli.errors import UserError
+from lora_cli.model.device import dtype_name
 from lora_cli.model.files import check_tokenizer, copy_tokenizer, read_config, tokenizer_folder
 from lora_cli.recipe.schema import Quantization
 from lora_cli.system.folders import atomic_folder, copy_if_there
@@ -144,8 +145,7 @@ def merge(
             check(draft)
     size = sum(file.stat().st_size for file in weight_files(out))
     target = f"the base in {quantization.method}, expanded" if quantization else "the base"
-    name = str(stored).removeprefix("torch.")
-    return Merged(out, origin.base_name, modules, target, name, size, unchanged, tensors is None)
+    return Merged(out, origin.base_name, modules, target, dtype_name(stored), size, unchanged, tensors is None)
 
 
 def merged_tensors(
@@ -222,7 +222,7 @@ def _write_config(base: Path, draft: Path, dtype: torch.dtype | None, changes: C
     config = read_config(base)
     if dtype is not None:
         config.pop("torch_dtype", None)  # the key of older versions
-        config["dtype"] = str(dtype).removeprefix("torch.")
+        config["dtype"] = dtype_name(dtype)
     if changes.vocab_size is not None:
         config["vocab_size"] = changes.vocab_size
     if changes.untied:
