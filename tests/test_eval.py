@@ -168,12 +168,12 @@ def test_rows_may_hold_words_that_an_adapter_has_added(how: str, tiny_llama: Pat
     rows = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in texts]
     assert before in rows[0] and len(tokenizer) == before + 2 == model.config.vocab_size
     wanted = reference.perplexity_row_by_row(PeftModel.from_pretrained(model, adapter).eval(), [(r, r) for r in rows])
-    found = done(lora("eval", adapter, "--data", file, "--json")).json
-    assert found["perplexity"] == pytest.approx(wanted, rel=ROUNDING)
-    assert "base" not in found and "these rows have tokens that the adapter has added" in found["warnings"][0]
-    assert done(lora("eval", adapter, "--data", file)).stdout.splitlines()[2].startswith("with adapter")
     first = write_rows(tmp_path / "first.jsonl", [{"text": "They fly <first> in September."}])
-    assert "base" not in done(lora("eval", adapter, "--data", first, "--json")).json
+    found, of_first = (done(lora("eval", adapter, "--data", each, "--json")).json for each in (file, first))
+    assert found["perplexity"] == pytest.approx(wanted, rel=ROUNDING)
+    for each in (found, of_first):
+        assert "base" not in each and "these rows have tokens that the adapter has added" in each["warnings"][0]
+    assert done(lora("eval", adapter, "--data", file)).stdout.splitlines()[2].startswith("with adapter")
     beside = done(lora("adapters", "show", adapter, "--json")).json["whole"]
     deltas = ["embed_tokens.trainable_tokens_delta"] if how == "some" else []
     assert beside == ["embed_tokens", *deltas, "lm_head"]
@@ -181,16 +181,6 @@ def test_rows_may_hold_words_that_an_adapter_has_added(how: str, tiny_llama: Pat
     assert told["verified"] and told["in_memory"] == (how == "some")
     merged = done(lora("eval", tmp_path / "merged", "--data", file, "--json")).json
     assert merged["perplexity"] == pytest.approx(wanted, rel=ROUNDING)
-
-
-def test_a_row_may_hold_the_first_word_that_an_adapter_has_added(tiny_llama: Path, tmp_path: Path, lora: Any) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    tokenizer.add_tokens(["<first>"])
-    adapter = made(tiny_llama, tmp_path / "adapter", words=1)
-    tokenizer.save_pretrained(adapter)
-    file = write_rows(tmp_path / "text.jsonl", [{"text": "They fly <first> in September."}])
-    found = done(lora("eval", adapter, "--data", file, "--json")).json
-    assert "base" not in found and "these rows have tokens that the adapter has added" in found["warnings"][0]
 
 
 @pytest.mark.usefixtures("in_float32")
