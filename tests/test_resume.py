@@ -1037,6 +1037,16 @@ def test_early_stopping(train: Callable[..., Run]) -> None:
     assert run.checkpoints[-1] == len(scores)
 
 
+def test_the_step_at_which_early_stopping_ends_a_run_is_logged(train: Callable[..., Run]) -> None:
+    patient = {"max_steps": 40, "eval_steps": 1, "early_stopping_patience": 2, "learning_rate": 1.0}
+    every = train({"data.validation": 0.2, "training": patient})
+    seldom = train({"data.validation": 0.2, "training": patient | {"logging_steps": 100}})
+    steps = seldom.info["result"]["steps"]
+    assert 2 < steps < 40
+    assert seldom.column("step")[-1] == steps and 1 not in seldom.column("step")
+    assert seldom.info["result"]["loss"] == seldom.losses[-1] == every.losses[-1] == every.info["result"]["loss"]
+
+
 def test_an_early_stop_stays_stopped(train: Callable[..., Run], lora: Any) -> None:
     patient = {"max_steps": 40, "eval_steps": 1, "early_stopping_patience": 2, "learning_rate": 1.0}
     run = train({"data.validation": 0.2, "training": patient})

@@ -227,8 +227,9 @@ def run_steps(trainer: Trainer, progress: Progress) -> Progress:
         clock.count(step)
         progress = replace(progress, step=step.number)
         last = step.number == trainer.total_steps
-        logs = last or due(step.number, training.logging_steps)
         evaluates = trainer.job.validation is not None and (last or due(step.number, training.eval_steps))
+        may_be_last = last or (evaluates and may_converge(trainer, progress))
+        logs = may_be_last or due(step.number, training.logging_steps)
         if logs or evaluates or waits or clock.seconds > read_at + READ_EVERY:
             progress, read_at = read_outcomes(trainer, unread, progress), clock.seconds
         if logs:
@@ -286,6 +287,11 @@ def has_converged(trainer: Trainer, progress: Progress) -> bool:
     """Whether early stopping's patience is used up."""
     patience = trainer.job.recipe.training.early_stopping_patience
     return patience is not None and progress.evaluations_since_best >= patience
+
+
+def may_converge(trainer: Trainer, progress: Progress) -> bool:
+    """Whether one more evaluation that is not the best would use up early stopping's patience."""
+    return has_converged(trainer, replace(progress, evaluations_since_best=progress.evaluations_since_best + 1))
 
 
 def due(step: int, interval: int | None) -> bool:
